@@ -1,0 +1,307 @@
+"""Measures one case: every provider checked, its memory taken, then all timed in interleaved rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import memory
+from .cases import Case, Gradients, Setting
+from .clock import Clock, Effort, clock_for, interleave, quantile
+from .gate import Verdict, judge
+from .machine import matmul_rate
+from .providers import Subject, make, oracle
+from .rivals import Unavailable
+
+
+@dataclass
+class Row:
+    """One provider in one case, as results.json has it. Times in milliseconds, memory in bytes.
+
+    Attributes:
+        status: "ok", "wrong" (refused by the gate), "failed" (raised), "unavailable" or "skipped"; only "ok"
+            has numbers.
+        reason: why not "ok", in one line.
+        error: largest error in units of the permitted one.
+        speedup: median of the baseline over this median, both from the same rounds.
+        baseline: the provider that speed-ups refer to: upstream, or the reference where upstream cannot run.
+        gbps: bytes an ideal implementation moves, over the median, in GB/s.
+        roofline_share: time of the roof (a copy of as many bytes in the same rounds; for matrix products also
+            their arithmetic at this machine's measured rate) over the median.
+        peak_bytes: held at most above inputs and parameters, by the allocator's own account; the result included.
+        tracked_peak_bytes: the same counted from operators' results, device-independent; None for compiled code.
+        saved_bytes: kept for backward, beside inputs and parameters.
+    """
+
+    case: str
+    group: str
+    provider: str
+    status: str
+    reason: str | None = None
+    error: float | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int = 0
+    speedup: float | None = None
+    baseline: str | None = None
+    ideal_bytes: int | None = None
+    flops: int | None = None
+    roofline_ms: float | None = None
+    gbps: float | None = None
+    roofline_share: float | None = None
+    peak_bytes: int | None = None
+    tracked_peak_bytes: int | None = None
+    saved_bytes: int | None = None
+
+
+@dataclass
+class Meter:
+    """Measures cases on one device.
+
+    Attributes:
+        may_compile: asked before each ``torch.compile`` with the seconds that the last one took; False skips it.
+        announce: told what is being done, for the progress bar.
+    """
+
+    device: torch.device
+    effort: Effort
+    may_compile: Callable[[float], bool] = lambda seconds: True
+    announce: Callable[[str], None] = lambda doing: None
+    _clock: Clock | None = None
+    _rates: dict[torch.dtype, float] = field(default_factory=dict)
+    _last_compile_s: float = 0.0
+
+    def measure(self, case: Case, providers: Sequence[str]) -> Iterator[Row]:
+        """Rows of `case`, in the order of `providers`.
+
+        On KeyboardInterrupt the rows that have been timed so far are still given before it goes on.
+        """
+        with _tf32(case.tensor_cores):
+            yield from self._measure(case, providers)
+
+    def _measure(self, case: Case, providers: Sequence[str]) -> Iterator[Row]:
+        self.announce("inputs and float64 reference")
+        truth = _Truth.of(case, self.device)
+        rows = {name: Row(case.name, case.group, name, "failed") for name in providers}
+        steps: dict[str, Callable[[], object]] = {}
+        for name in providers:
+            row = rows[name]
+            if name == "compile" and not self.may_compile(self._last_compile_s):
+                row.status, row.reason = "skipped", "no time left in this run's limit; ask for --cases with fewer"
+                continue
+            self.announce(f"{name}: check and memory")
+            begin = time.perf_counter()
+            try:
+                steps[name] = self._admit(case, name, truth, row)
+            except Unavailable as reason:
+                row.status, row.reason = "unavailable", str(reason)
+            except _Wrong as wrong:
+                row.status, row.reason = "wrong", str(wrong)
+            except Exception as error:  # noqa: BLE001 - whatever a rival raises is its result; the row shows it
+                row.status, row.reason = "failed", _one_line(error)
+            if name == "compile":
+                self._last_compile_s = time.perf_counter() - begin
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not steps:
+            yield from rows.values()
+            return
+        self.announce("timing")
+        samples: dict[str, list[float]] = {}
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            self._clock = self._clock or clock_for(self.device)
+            interleave({**steps, _COPY: _copy(truth.ideal_bytes, self.device)}, self._clock, self.effort, samples)
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+        self._evaluate(case, truth, rows, steps, samples)
+        yield from (row for row in rows.values() if interrupted is None or row.status != "failed" or row.reason)
+        if interrupted is not None:
+            raise interrupted
+
+    def _admit(self, case: Case, name: str, truth: _Truth, row: Row) -> Callable[[], object]:
+        """Check `name`, take its memory and return its step."""
+        exact = make(case, name, Setting(self.device, case.dtype, exact=True), truth.inputs)
+        verdict = truth.judge(case, exact)
+        row.error = verdict.error
+        if verdict.reason is not None:
+            raise _Wrong(verdict.reason)
+        timed = exact
+        if case.stochastic:
+            timed = make(case, name, Setting(self.device, case.dtype), truth.inputs)
+        inputs = truth.inputs
+        if case.backward:
+            with timed.scope(), torch.enable_grad():
+                shaped = timed.forward(*inputs)
+            cotangents = _laid_out_as(truth.cotangents, shaped)
+            del shaped
+        else:
+            cotangents = []
+        step = _step(case, timed, inputs, cotangents)
+        step()  # lazy set-up (workspaces, autotuning, compilation) is no part of a step's memory
+        known = [*inputs, *timed.parameters, *timed.buffers, *cotangents]
+        row.peak_bytes = memory.peak_bytes(step, self.device)
+        if name != "compile":  # torch.compile refuses to run under a dispatch mode
+            row.tracked_peak_bytes = memory.tracked_peak_bytes(step, known)
+        if case.backward:
+            with timed.scope():
+                row.saved_bytes = memory.saved_bytes(lambda: timed.forward(*inputs), known)
+        return step
+
+    def _evaluate(
+        self,
+        case: Case,
+        truth: _Truth,
+        rows: dict[str, Row],
+        steps: dict[str, Callable[[], object]],
+        samples: dict[str, list[float]],
+    ) -> None:
+        timed = {name: seconds for name, seconds in samples.items() if len(seconds) > 0}
+        medians = {name: quantile(seconds, 0.5) for name, seconds in timed.items()}
+        baseline = next((name for name in ("upstream", "reference") if name in medians), None)
+        roof = medians.get(_COPY)
+        if case.tensor_cores and roof is not None:
+            roof = max(roof, truth.flops / self._rate(case))
+        for name in steps:
+            if name not in timed:
+                continue
+            row = rows[name]
+            row.status = "ok"
+            row.rounds = len(timed[name])
+            row.median_ms = medians[name] * 1e3
+            row.p20_ms = quantile(timed[name], 0.2) * 1e3
+            row.p80_ms = quantile(timed[name], 0.8) * 1e3
+            row.ideal_bytes = truth.ideal_bytes
+            row.flops = truth.flops if case.tensor_cores else None
+            row.gbps = truth.ideal_bytes / medians[name] / 1e9
+            if baseline is not None:
+                row.baseline, row.speedup = baseline, medians[baseline] / medians[name]
+            if roof is not None:
+                row.roofline_ms, row.roofline_share = roof * 1e3, roof / medians[name]
+
+    def _rate(self, case: Case) -> float:
+        dtype = case.autocast or case.dtype
+        if dtype not in self._rates:
+            self._rates[dtype] = matmul_rate(self.device, dtype)
+        return self._rates[dtype]
+
+
+# Takes part in the rounds as the providers do: the roof under the same conditions.
+_COPY = "copy of the ideal number of bytes"
+
+
+class _Wrong(Exception):
+    """Refused by the gate."""
+
+
+@dataclass
+class _Truth:
+    """What a case's providers are given and held to."""
+
+    inputs: list[Tensor]
+    cotangents: list[Tensor]
+    expected: list[Tensor]
+    names: list[str]
+    limits: list[Any]
+    ideal_bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> _Truth:
+        inputs = [x.to(device, case.dtype).requires_grad_(case.backward) for x in case.inputs()]
+        wide = [x.detach().double().requires_grad_(case.backward) for x in inputs]
+        judge_by = oracle(case, device)
+        with torch.set_grad_enabled(case.backward):
+            outputs = judge_by.forward(*wide)
+        names = [f"output {number}" for number in range(len(outputs))]
+        expected, cotangents = [output.detach() for output in outputs], []
+        if case.backward:
+            cotangents = [_cotangent(output, seed) for seed, output in enumerate(outputs)]
+            leaves = [*wide, *judge_by.parameters]
+            expected += torch.autograd.grad(outputs, leaves, cotangents)
+            names += [f"gradient of input {number}" for number in range(len(wide))]
+            names += [f"gradient of parameter {number}" for number in range(len(judge_by.parameters))]
+        size = torch.empty(0, dtype=case.dtype).element_size()
+        # Read inputs and parameters, write outputs; backward reads cotangents and writes gradients.
+        moved = sum(x.numel() for x in (*wide, *judge_by.parameters, *expected, *cotangents))
+        flops = 0
+        if case.tensor_cores:
+            with FlopCounterMode(display=False) as counter:
+                _step(case, judge_by, wide, cotangents)()
+            flops = counter.get_total_flops()
+        with torch.no_grad():
+            gradients = Gradients([x.detach() for x in wide], cotangents, expected)
+            limits = case.limits(gradients, case.roundoff(device))
+        return cls(inputs, cotangents, expected, names, limits, moved * size, flops)
+
+    def judge(self, case: Case, subject: Subject) -> Verdict:
+        with subject.scope():
+            with torch.set_grad_enabled(case.backward):
+                outputs = subject.forward(*self.inputs)
+            actual = [output.detach() for output in outputs]
+            matching = [tuple(x.shape) for x in outputs] == [tuple(x.shape) for x in self.expected[: len(outputs)]]
+            if case.backward and matching:
+                leaves = [*self.inputs, *subject.parameters]
+                actual += torch.autograd.grad(outputs, leaves, _laid_out_as(self.cotangents, outputs))
+        return judge(self.names, actual, self.expected, self.limits)
+
+
+def _cotangent(output: Tensor, seed: int) -> Tensor:
+    """Fixed normal values, rounded to bfloat16 so that every dtype holds the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(output.shape, generator=generator).bfloat16()
+    return values.to(output.device, output.dtype)
+
+
+def _laid_out_as(cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents in each output's own dtype and strides, as the operation that follows would hand them back."""
+    return [torch.empty_like(out).copy_(value) for value, out in zip(cotangents, outputs, strict=True)]
+
+
+def _step(case: Case, subject: Subject, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Callable[[], object]:
+    """What is timed: one forward without autograd, or one forward and its gradients."""
+    if not case.backward:
+
+        def forward() -> object:
+            with subject.scope(), torch.no_grad():
+                return subject.forward(*inputs)
+
+        return forward
+    leaves = [*inputs, *subject.parameters]
+
+    def forward_backward() -> object:
+        with subject.scope():
+            return torch.autograd.grad(subject.forward(*inputs), leaves, cotangents)
+
+    return forward_backward
+
+
+def _copy(ideal_bytes: int, device: torch.device) -> Callable[[], object]:
+    """Half the bytes read, half written, into memory that exists already."""
+    source = torch.ones(max(1, ideal_bytes // 2), dtype=torch.int8, device=device)
+    target = torch.ones_like(source)
+    return lambda: target.copy_(source)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """TF32 in convolutions where a case allows it: a wavelet's own convolutions must keep float32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed and before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,0 +1,126 @@
+"""Who takes part: upstream, the reference, its compiled form, and ours as users get it and backend by backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .cases import Case, Forward, Setting
+from .rivals import Unavailable
+
+# Name -> what it is, in the order of tables and plots.
+PROVIDERS = {
+    "upstream": "what users have today: pytorch_wavelets, and wavemix's own order of operations around it, eager",
+    "reference": "wavemix_kernels.reference, eager",
+    "compile": "torch.compile of the reference, in its best setting",
+    "auto": "wavemix_kernels as users get it",
+    "cpu": "wavemix_kernels, C++ kernels",
+    "triton": "wavemix_kernels, Triton kernels",
+    "cuda": "wavemix_kernels, CUDA C++ kernels",
+}
+BACKENDS = ("cpu", "triton", "cuda")
+OURS = ("auto", *BACKENDS)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One provider, made for one case.
+
+    Attributes:
+        forward: from inputs to the flat list of outputs.
+        parameters: what is differentiated beside the inputs.
+        buffers: other tensors that exist before a step.
+        scope: a context for the whole step, the backward included.
+    """
+
+    forward: Callable[..., list[Tensor]]
+    parameters: tuple[Tensor, ...]
+    buffers: tuple[Tensor, ...]
+    scope: Callable[[], AbstractContextManager[Any]]
+
+
+def make(case: Case, provider: str, setting: Setting, inputs: Sequence[Tensor]) -> Subject:
+    """Build `provider` for `case`.
+
+    Raises:
+        Unavailable: it does not serve this case on this machine.
+    """
+    scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    if provider in OURS:
+        import wavemix_kernels
+
+        if provider in BACKENDS:
+            if (reason := _why_not(provider, setting, inputs)) is not None:
+                raise Unavailable(reason)
+
+            def scope() -> AbstractContextManager[Any]:
+                return wavemix_kernels.backend(provider)
+
+        call = case.makers["ours"](setting)
+    elif provider == "compile":
+        call = _compiled(case, case.makers["reference"](setting), setting)
+    else:
+        call = case.makers[provider](setting)
+    return subject(call, case, setting.device, scope)
+
+
+def oracle(case: Case, device: torch.device) -> Subject:
+    """The reference in float64, its parameters first rounded to the case's dtype, as everyone's are."""
+    call = case.makers["reference"](Setting(device, torch.float64, exact=True))
+    if isinstance(call, nn.Module):
+        call.to(case.dtype).to(torch.float64)
+    return subject(call, case, device, contextlib.nullcontext, autocast=False)
+
+
+def subject(
+    call: Forward,
+    case: Case,
+    device: torch.device,
+    scope: Callable[[], AbstractContextManager[Any]],
+    autocast: bool = True,
+) -> Subject:
+    """Wrap a callable, module or not, as the harness calls it."""
+    cast = case.autocast if autocast else None
+
+    def forward(*inputs: Tensor) -> list[Tensor]:
+        if cast is None:
+            return tree_leaves(call(*inputs))
+        with torch.autocast(device.type, dtype=cast):
+            return tree_leaves(call(*inputs))
+
+    module = call if isinstance(call, nn.Module) else None
+    return Subject(
+        forward=forward,
+        parameters=tuple(module.parameters()) if module is not None else (),
+        buffers=tuple(module.buffers()) if module is not None else (),
+        scope=scope,
+    )
+
+
+def _why_not(backend: str, setting: Setting, inputs: Sequence[Tensor]) -> str | None:
+    from wavemix_kernels import backends
+
+    if backend == "triton" and setting.device.type == "cpu":
+        return "on a CPU Triton only interprets its kernels, which proves results and not speed"
+    probe = {"cpu": backends.cpu_why_not, "triton": backends.triton_why_not, "cuda": backends.cuda_why_not}
+    return probe[backend](*inputs)
+
+
+def _compiled(case: Case, call: Forward, setting: Setting) -> Forward:
+    """Static shapes and one whole graph; on a GPU tuned matrix products, on a CPU weights packed for inference."""
+    torch._dynamo.reset()  # else guards of earlier cases are walked at each call
+    # None rather than an empty dict or a name: torch.compile takes a mode or options, never both.
+    mode, options = None, None
+    if setting.device.type == "cuda":
+        mode = "max-autotune-no-cudagraphs" if case.tensor_cores else None
+    elif case.tensor_cores and not case.backward:
+        options = {"freezing": True}
+    return torch.compile(call, fullgraph=True, dynamic=False, mode=mode, options=options)
+

@@ -1,0 +1,79 @@
+"""The implementations that ours is measured against, written as a user would have them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+
+class Unavailable(Exception):
+    """A provider that this machine cannot run; the message is the reason, in one line."""
+
+
+@functools.cache
+def upstream_wavelets() -> ModuleType:
+    """The installed pytorch_wavelets.
+
+    Raises:
+        Unavailable: where it does not import. It needs ``pkg_resources``, which setuptools 81 dropped.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it announces pkg_resources' end at each import
+            import pytorch_wavelets
+    except ImportError as error:
+        cure = ': pip install "setuptools<81"' if error.name == "pkg_resources" else ""
+        raise Unavailable(f"pytorch_wavelets does not import ({error}){cure}") from error
+    return pytorch_wavelets
+
+
+class UpstreamWaveblock(nn.Module):
+    """A Waveblock in the order of operations of wavemix 0.2.4, around the installed pytorch_wavelets.
+
+    Each level calls a transform of its own, from the full resolution down: 1 + 2 + 3 + 4 = 10 levels of DWT where
+    4 would do. Parameter names are upstream's.
+    """
+
+    def __init__(self, level: int, *, mult: int, ff_channel: int, final_dim: int, dropout: float) -> None:
+        super().__init__()
+        wavelets = upstream_wavelets()
+        self.level = level
+        self.reduction = nn.Conv2d(final_dim, final_dim // 4, 1)
+        for number in range(1, level + 1):
+            channels_in = final_dim if number == level else final_dim + final_dim // 2
+            channels_out = final_dim if number == 1 else final_dim // 2
+            feedforward = nn.Sequential(
+                nn.Conv2d(channels_in, final_dim * mult, 1),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Conv2d(final_dim * mult, ff_channel, 1),
+                nn.ConvTranspose2d(ff_channel, channels_out, 4, stride=2, padding=1),
+                nn.BatchNorm2d(channels_out),
+            )
+            self.add_module("feedforward" if level == 1 else f"feedforward{number}", feedforward)
+        # Upstream's transforms are globals, no submodules: their filters are no part of a checkpoint.
+        self._transforms = [wavelets.DWTForward(J=number, wave="db1", mode="zero") for number in range(1, level + 1)]
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        for transform in self._transforms:
+            transform._apply(fn)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = self.reduction(x)
+        pyramid = []
+        for transform in self._transforms:
+            ll, highs = transform(reduced)
+            pyramid.append(torch.cat((ll, highs[-1].flatten(1, 2)), dim=1))
+        if self.level == 1:
+            return self.feedforward(pyramid[0])
+        out = self.get_submodule(f"feedforward{self.level}")(pyramid[-1])
+        for number in range(self.level - 1, 0, -1):
+            joined = torch.cat((pyramid[number - 1], out), dim=1)
+            out = self.get_submodule(f"feedforward{number}")(joined)
+        return out

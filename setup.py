@@ -1,0 +1,109 @@
+"""Builds the compiled core by CMake and Ninja; everything else about the package is in pyproject.toml.
+
+Environment:
+    WAVEMIX_KERNELS_CUDA=0|1        leave CUDA out, or fail where it cannot be built (default: build it where nvcc is)
+    WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, for example "90" or "80;90" (default: of 80;90;100;120 those nvcc knows)
+    CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on PATH
+    CMAKE_ARGS, MAX_JOBS            passed on
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = ("80", "90", "100", "120")
+
+
+def find_nvcc() -> str | None:
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if (home := os.environ.get(variable)) and (nvcc := shutil.which(str(Path(home, "bin", "nvcc")))):
+            return nvcc
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_plan() -> tuple[str | None, list[str], str]:
+    """(nvcc or None, architectures, the line that says why)."""
+    asked = os.environ.get("WAVEMIX_KERNELS_CUDA", "").strip()
+    if asked not in ("", "0", "1"):
+        sys.exit(f"WAVEMIX_KERNELS_CUDA={asked!r}: expected 0, 1 or nothing")
+    if asked == "0":
+        return None, [], "built without CUDA kernels: WAVEMIX_KERNELS_CUDA=0"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = "no nvcc on PATH, in CUDACXX or in CUDA_HOME"
+        if asked == "1":
+            sys.exit(f"WAVEMIX_KERNELS_CUDA=1, but the CUDA kernels cannot be built: {reason}")
+        return None, [], f"built without CUDA kernels: {reason} (the Triton kernels need no compiler)"
+    try:
+        known = re.findall(
+            r"compute_(\d+)",
+            subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        if asked == "1":
+            sys.exit(f"WAVEMIX_KERNELS_CUDA=1, but nvcc does not run: {error}")
+        return None, [], f"built without CUDA kernels: nvcc does not run ({type(error).__name__})"
+    if wanted := os.environ.get("WAVEMIX_KERNELS_CUDA_ARCHS", "").strip():
+        archs = [a for a in re.split(r"[;, ]+", wanted) if a]
+        unknown = [a for a in archs if not (m := re.match(r"\d+", a)) or m[0] not in known]
+        if unknown:
+            sys.exit(
+                f"WAVEMIX_KERNELS_CUDA_ARCHS={wanted!r}: this nvcc knows {' '.join(known)}, not {' '.join(unknown)}"
+            )
+    else:
+        archs = [a for a in DEFAULT_ARCHS if a in known]
+    return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)}"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        nvcc, archs, note = cuda_plan()
+        print(f"wavemix_kernels: {note}", file=sys.stderr)
+        ninja = shutil.which("ninja")
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DWAVEMIX_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DWAVEMIX_BUILD_NOTE={note}",
+        ]
+        if ninja:
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        if nvcc:
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DWAVEMIX_CUDA_ARCHS={';'.join(archs)}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        # A build folder configured by another (isolated) environment points at tools that are gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_core", "--parallel", jobs], check=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for built in build.glob("_core*.so"):
+            shutil.copy2(built, target / built.name)
+
+
+setup(ext_modules=[Extension("wavemix_kernels._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

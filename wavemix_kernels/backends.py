@@ -1,0 +1,210 @@
+"""The backend switch, and the capability probes that dispatch and error messages share.
+
+Every op has a table ``{backend name: Backend}``. A backend's ``why_not`` is asked the same question by
+:func:`select` (may this call run here?), by the error it raises and by ``python -m wavemix_kernels doctor``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from wavemix_kernels import _native
+
+NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+VARIABLE = "WAVEMIX_KERNELS_BACKEND"
+
+#: What "auto" tries, in order, per device type; devices not named take the reference. Orders follow recorded
+#: measurements (docs/gpu-status.md); where none exists yet the leaner start-up comes first.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _State:
+    """Process-wide like torch.backends' flags: a plain attribute is what torch.compile can guard on."""
+
+    requested: str = "auto"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+_State.requested = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+class backend:
+    """Chooses the backend of every op called inside; a context manager and a decorator.
+
+    Args:
+        name: ``"auto"`` (the fastest that serves the call), ``"cuda"``, ``"triton"``, ``"cpu"`` or
+            ``"reference"``. Anything but ``"auto"`` raises where that backend cannot serve a call.
+
+    The choice made in the forward pass holds for its backward pass, wherever that runs. It is process-wide, as
+    ``torch.backends`` flags are. The variable ``WAVEMIX_KERNELS_BACKEND`` sets the initial value.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "backend")
+
+    def __enter__(self) -> None:
+        self.previous = _State.requested
+        _State.requested = self.name
+
+    def __exit__(self, *exc: object) -> None:
+        _State.requested = self.previous
+
+    def __call__(self, function: F) -> F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with backend(self.name):
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+
+def requested(override: str | None = None) -> str:
+    """The backend asked for: the call's own ``backend=`` argument, else the ambient choice."""
+    return _State.requested if override is None else _checked(override, "backend")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        why_not: given the tensors of a call, the reason this backend cannot serve it, or None. Called with no
+            tensors it answers for the installation alone.
+        functions: the op's directions by name (``"analysis"``, ``"synthesis"`` …).
+    """
+
+    why_not: Callable[..., str | None]
+    functions: Mapping[str, Callable[..., Any]]
+
+
+def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor) -> Backend:
+    """The implementation to run ``op`` on ``tensors``: ``name``, or for ``"auto"`` the first that serves.
+
+    Raises:
+        RuntimeError: ``name`` is not installed here.
+        ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
+    """
+    if name != "auto":
+        if (missing := table[name].why_not()) is not None:
+            raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
+        if (reason := table[name].why_not(*tensors)) is not None:
+            raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
+        return table[name]
+    for candidate in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
+        if table[candidate].why_not(*tensors) is None:
+            return table[candidate]
+    raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)} on {tensor.device}"
+
+
+def cpu_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the C++ kernels: the core is there, tensors on the CPU, a dtype they have."""
+    if (reason := _native.cpu_reason()) is not None:
+        return reason
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"it takes CPU tensors, got {_describe(t)}"
+        if t.dtype not in _native.DTYPES:
+            return f"it has no kernels for {_describe(t)}"
+    return None
+
+
+def cuda_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the CUDA C++ kernels: built, a device there, tensors on it, a dtype they have."""
+    if (reason := _native.cuda_reason()) is not None:
+        return reason
+    if _native.cuda_device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    for t in tensors:
+        if t.device.type != _native.cuda_device_type:
+            return f"it takes {_native.cuda_device_type} tensors, got {_describe(t)}"
+        if t.dtype not in _native.DTYPES:
+            return f"it has no kernels for {_describe(t)}"
+        if _native.cuda_device_type == "cuda" and not _has_code_for(t.device):
+            major, minor = torch.cuda.get_device_capability(t.device)
+            return f"built for sm_{_native.cuda_core.CUDA_ARCHS}, the device is sm_{major}{minor}"  # type: ignore[union-attr]
+    return None
+
+
+@functools.cache
+def _has_code_for(device: torch.device) -> bool:
+    # Machine code runs on its own major version from its minor upwards; every build carries PTX as well, which
+    # the driver compiles for anything newer.
+    capability = torch.cuda.get_device_capability(device)
+    archs = [int("".join(filter(str.isdigit, a))) for a in _native.cuda_core.CUDA_ARCHS.split()]  # type: ignore[union-attr]
+    return any(divmod(a, 10) <= capability for a in archs)
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """Why Triton's kernels are missing, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not import ({error}); install with `pip install wavemix-kernels[triton]`"
+    if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"Triton {triton.__version__} is too old: 3.4 or newer is needed"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1): its kernels then take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the Triton kernels: Triton there, a GPU it serves (or its interpreter), a dtype they have."""
+    if (reason := triton_reason()) is not None:
+        return reason
+    devices = ("cpu", "cuda") if triton_interpreted() else ("cuda",)
+    if not triton_interpreted() and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    for t in tensors:
+        if t.device.type not in devices:
+            return f"it takes {' or '.join(devices)} tensors, got {_describe(t)}"
+        if t.dtype not in _native.DTYPES:
+            return f"it has no kernels for {_describe(t)}"
+    return None
+
+
+def reference_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the reference: any device, any real floating dtype."""
+    for t in tensors:
+        if not t.dtype.is_floating_point:
+            return f"it takes real floating-point tensors, got {_describe(t)}"
+    return None
+
+
+@contextmanager
+def emulated_cuda(core: Any) -> Iterator[None]:
+    """Serves backend ``"cuda"`` on CPU tensors by ``core``, the host build of the same .cu sources (for tests)."""
+    previous = _native.cuda_core, _native.cuda_device_type
+    _native.cuda_core, _native.cuda_device_type = core, "cpu"
+    try:
+        yield
+    finally:
+        _native.cuda_core, _native.cuda_device_type = previous

@@ -1,0 +1,75 @@
+"""Argument checks of the public functions and modules: each error names the argument, the value and what would work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object, rank: int, layout: str) -> Tensor:
+    """A dense real floating-point tensor of ``rank`` dimensions, without empty H or W.
+
+    Raises:
+        TypeError: not a tensor, not strided, or not real floating point.
+        ValueError: another rank, or no pixels.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {describe(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; call .to_dense() first")
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name}: expected float64, float32, float16 or bfloat16, got {describe(value)}; convert with .float() first"
+        )
+    if value.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
+    if value.shape[-1] == 0 or value.shape[-2] == 0:
+        raise ValueError(f"{name}: expected at least one row and column, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+
+
+def check_positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+    return str(value)
+
+
+def check_multiple(name: str, value: int, unit: int) -> int:
+    if value % unit:
+        below = value // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(f"{name}={value}: expected a multiple of {unit}; the nearest that work: {near}")
+    return value
+
+
+def check_probability(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a probability from 0 to 1, got {describe(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: expected a probability from 0 to 1")
+    return float(value)

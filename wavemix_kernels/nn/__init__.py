@@ -1,0 +1,5 @@
+"""Modules built on the fused operators."""
+
+from wavemix_kernels.nn.waveblock import FusedWaveblock
+
+__all__ = ["FusedWaveblock"]

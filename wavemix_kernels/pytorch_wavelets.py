@@ -1,0 +1,290 @@
+"""Drop-in for the 2-D DWT modules of `pytorch_wavelets`: same constructors, results and state dicts, both ways.
+
+Filters that equal Haar's run on the fused Haar kernels, all others on plain convolutions. docs/wavelets.md says
+where the original and PyWavelets differ, and which of them is followed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from wavemix_kernels.ops import checks
+from wavemix_kernels.ops.haar import MODES, haar_dwt2d, haar_idwt2d
+from wavemix_kernels.reference.separable import (
+    Filters,
+    separable_dwt2d,
+    separable_idwt2d,
+    synthesis_sizes,
+)
+
+__all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_S = math.sqrt(0.5)
+# Haar's coefficient as each dtype rounds it: a buffer that went through a cast still means Haar.
+_ROUNDED = tuple(torch.tensor(_S, dtype=dtype).item() for dtype in _DTYPES)
+
+
+@runtime_checkable
+class WaveletLike(Protocol):
+    """What is read of a `pywt.Wavelet`: the four filters, in PyWavelets' order of taps."""
+
+    dec_lo: Sequence[float]
+    dec_hi: Sequence[float]
+    rec_lo: Sequence[float]
+    rec_hi: Sequence[float]
+
+
+class _Haar:
+    dec_lo: Sequence[float] = (_S, _S)
+    dec_hi: Sequence[float] = (-_S, _S)
+    rec_lo: Sequence[float] = (_S, _S)
+    rec_hi: Sequence[float] = (_S, -_S)
+
+
+class _FilterBank(nn.Module):
+    """Four filter buffers, and whether they hold Haar's as a plain attribute: forward need not read them."""
+
+    _names: tuple[str, str, str, str]
+
+    def __init__(self, filters: Sequence[Sequence[float]], mode: str) -> None:
+        super().__init__()
+        for name, taps in zip(self._names, filters, strict=True):
+            shape = (1, 1, -1, 1) if name.endswith("col") else (1, 1, 1, -1)
+            self.register_buffer(name, torch.tensor(taps, dtype=torch.get_default_dtype()).reshape(shape))
+        self.mode = mode
+        _checked_mode(mode)
+        # From the numbers given, not from the buffers: under a meta device these hold none.
+        self._haar = self._equals_haar(filters)
+        self._seen = self._versions()
+
+    def refresh_filters(self) -> None:
+        """Read the buffers again to decide whether they hold Haar's filters.
+
+        Happens by itself after load_state_dict, a move or cast, an assignment, and a write in place on the
+        CPU. Call it after a write in place on another device: forward does not look for those, as
+        DistributedDataParallel broadcasts buffers in place at every step and each look would stall the
+        device. Call it too after an assignment or write in place where torch.compile has compiled the module.
+        """
+        self._seen = self._versions()
+        filters = self._filters()
+        # Meta and fake tensors hold no numbers yet; what is loaded into them later is read then.
+        if not any(f.is_meta or type(f) not in (Tensor, nn.Parameter) for f in filters):
+            self._haar = self._equals_haar([f.detach().flatten().tolist() for f in filters])
+
+    def _uses_haar(self) -> bool:
+        filters = self._filters()
+        if any(f.requires_grad for f in filters):
+            return False  # learned filters need their own gradient
+        if not torch.compiler.is_compiling() and any(
+            now is not then or (now.device.type == "cpu" and _version(now) != version)
+            for now, (then, version) in zip(filters, self._seen, strict=True)
+        ):
+            self.refresh_filters()
+        return self._haar
+
+    def _filters(self) -> Filters:
+        # The original hands its "col" filters to the pass along W and its "row" filters to the one along H.
+        low_col, high_col, low_row, high_row = (getattr(self, name) for name in self._names)
+        return Filters(low_w=low_col, high_w=high_col, low_h=low_row, high_h=high_row)
+
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        # The tensors themselves, not their ids: an id is given again once its tensor is gone.
+        return [(f, _version(f)) for f in self._filters()]
+
+    def _equals_haar(self, filters: Sequence[Sequence[float]]) -> bool:
+        def equal(taps: Sequence[float], signs: tuple[float, float]) -> bool:
+            return len(taps) == 2 and all(
+                any(abs(tap * sign - s) <= 2**-52 for s in _ROUNDED) for tap, sign in zip(taps, signs, strict=True)
+            )
+
+        low, high = (1.0, 1.0), (1.0, -1.0)  # mirrored for analysis or not for synthesis: the same in both
+        return all(map(equal, filters, (low, high, low, high)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FilterBank:
+        super()._apply(fn, recurse)
+        self.refresh_filters()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.refresh_filters()
+
+
+class DWTForward(_FilterBank):
+    """Multi-level 2-D discrete wavelet transform, `pytorch_wavelets.DWTForward`.
+
+    Args:
+        J: number of levels, 0 or more.
+        wave: 'haar' or 'db1'; with PyWavelets installed the name of any discrete wavelet; a `pywt.Wavelet`; or
+            the analysis filters (h0, h1) or (h0_col, h1_col, h0_row, h1_row) as arrays, tensors or lists in
+            PyWavelets' order of taps, at least 2 taps, equally many in the two filters of an axis. As in the
+            original, the "col" pair filters along W and the "row" pair along H.
+        mode: how the signal goes on past its ends: 'zero', 'constant', 'symmetric', 'reflect', 'periodic',
+            'smooth', 'antisymmetric', 'antireflect' or 'periodization' ('per').
+
+    Buffers h0_col, h1_col (1, 1, L, 1) and h0_row, h1_row (1, 1, 1, L) hold the filters mirrored, in the
+    default dtype. Filters that require grad are learned: they get their gradient, and the convolutions are
+    used.
+
+    Raises TypeError or ValueError for arguments that fit none of this, ImportError where a name needs
+    PyWavelets and it is missing.
+    """
+
+    _names = ("h0_col", "h1_col", "h0_row", "h1_row")
+
+    def __init__(self, J: int = 1, wave: str | WaveletLike | Sequence[Any] = "db1", mode: str = "zero") -> None:
+        super().__init__([taps[::-1] for taps in _taps(wave, "dec_lo", "dec_hi")], mode)
+        try:
+            self.J = operator.index(J)
+        except TypeError:
+            raise TypeError(f"J: expected an int, the number of levels, got {checks.describe(J)}") from None
+        if self.J < 0:
+            raise ValueError(f"J: expected 0 or more levels, got {self.J}")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (N, C, H, W), float64, float32, float16 or bfloat16, to (yl, yh) of the same dtype.
+
+        yl is (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first, with bands LH, HL, HH.
+        The half dtypes are computed in float32; autocast changes nothing. Raises TypeError for another dtype,
+        ValueError for another rank, an empty H or W, or a size of 1 in mode 'reflect' or 'antireflect'.
+        """
+        checks.check_tensor("x", x, 4, "(N, C, H, W)")
+        mode = _checked_mode(self.mode)
+        if self.J == 0:
+            return x, []
+        if self._uses_haar():
+            return haar_dwt2d(x, self.J, mode=mode)
+        return separable_dwt2d(x, self._filters(), self.J, mode=mode)
+
+
+class DWTInverse(_FilterBank):
+    """Multi-level 2-D inverse wavelet transform, `pytorch_wavelets.DWTInverse`.
+
+    Args:
+        wave: as for `DWTForward`; a tuple holds the synthesis filters, (g0, g1) or
+            (g0_col, g1_col, g0_row, g1_row).
+        mode: as for `DWTForward`; all modes but 'periodization' reconstruct in the same way.
+
+    Buffers g0_col, g1_col (1, 1, L, 1) and g0_row, g1_row (1, 1, 1, L) hold the filters unmirrored. Learned
+    filters and errors are as for `DWTForward`.
+    """
+
+    _names = ("g0_col", "g1_col", "g0_row", "g1_row")
+
+    def __init__(self, wave: str | WaveletLike | Sequence[Any] = "db1", mode: str = "zero") -> None:
+        super().__init__(_taps(wave, "rec_lo", "rec_hi"), mode)
+
+    def forward(self, coeffs: tuple[Tensor, Sequence[Tensor | None]]) -> Tensor:
+        """(yl, yh) as `DWTForward` returns them to the image (N, C, H, W), of yl's dtype.
+
+        None in yh is a level of zeros. Where the running low-pass is one row or column larger than its
+        level's yh, that one is dropped; an odd H or W itself therefore comes out one larger. Raises TypeError
+        for dtypes other than DWTForward's and, outside autocast, for different dtypes in yl and yh, ValueError
+        for ranks, sizes or devices that do not fit.
+        """
+        if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
+            raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")
+        mode = _checked_mode(self.mode)
+        yl, yh = _one_dtype(*_checked_coefficients(*coeffs))
+        if not yh:
+            return yl
+        if not self._uses_haar():
+            return separable_idwt2d(yl, yh, self._filters(), mode=mode)
+        *sizes, size = synthesis_sizes(yl, yh, (2, 2), mode)
+        # One zero seen from everywhere stands for a level of None: nothing is allocated.
+        highs = [
+            yl.new_zeros(()).expand(*yl.shape[:2], 3, *level_size) if high is None else high
+            for high, level_size in zip(yh, reversed(sizes), strict=True)
+        ]
+        return haar_idwt2d(yl[..., : sizes[0][0], : sizes[0][1]], highs, mode=mode, size=size)
+
+
+DWT = DWT2D = DWTForward
+IDWT = IDWT2D = DWTInverse
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their writes
+
+
+def _checked_mode(mode: str) -> str:
+    checks.check_choice("mode", mode, MODES)
+    return "periodization" if mode == "per" else mode
+
+
+def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    checks.check_tensor("yl", yl, 4, "(N, C, h, w)")
+    if not isinstance(yh, (tuple, list)):
+        raise TypeError(f"yh: expected a list of tensors (N, C, 3, h, w) or None, got {checks.describe(yh)}")
+    for level, high in enumerate(yh):
+        if high is not None:
+            checks.check_tensor(f"yh[{level}]", high, 5, "(N, C, 3, h, w)")
+            checks.check_same_device(f"yh[{level}]", high, "yl", yl)
+            if high.shape[2] != 3:
+                raise ValueError(f"yh[{level}]: expected shape (N, C, 3, h, w), got {tuple(high.shape)}")
+            if not torch.is_autocast_enabled(yl.device.type):
+                checks.check_same_dtype(f"yh[{level}]", high, "yl", yl)
+    return yl, yh
+
+
+def _one_dtype(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Under autocast the bands may have met different ops on their way: the widest dtype holds them all."""
+    wide = yl.dtype
+    for high in yh:
+        wide = wide if high is None else torch.promote_types(wide, high.dtype)
+    return yl.to(wide), [high if high is None else high.to(wide) for high in yh]
+
+
+def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[list[float]]:
+    """The filters low_col, high_col, low_row, high_row of `wave`, whose attributes `low` and `high` count."""
+    bank: Any = _by_name(wave) if isinstance(wave, str) else wave
+    if isinstance(bank, WaveletLike):
+        bank = (getattr(bank, low), getattr(bank, high))
+    elif hasattr(bank, "tolist"):
+        bank = bank.tolist()
+    if not isinstance(bank, (tuple, list)):
+        raise TypeError(
+            f"wave: expected a wavelet's name, a pywt.Wavelet or a tuple of filters, got {type(wave).__name__}"
+        )
+    if len(bank) not in (2, 4):
+        raise ValueError(f"wave: expected 2 filters, or 4 where the axes differ, got {len(bank)}")
+    filters = []
+    for taps in bank:
+        try:
+            values = taps.tolist() if hasattr(taps, "tolist") else taps
+            # On the CPU whatever the default device is: under a meta device there would be no numbers.
+            filters.append(torch.tensor(values, dtype=torch.float64, device="cpu").flatten().tolist())
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"wave: expected filters of real numbers, got {taps!r}") from error
+    for first, second in zip(filters[::2], filters[1::2], strict=True):
+        if len(first) != len(second) or len(first) < 2:
+            raise ValueError(
+                f"wave: expected filters of at least 2 taps, equally many in the two of an axis, "
+                f"got {len(first)} and {len(second)}"
+            )
+    return filters * (4 // len(filters))
+
+
+def _by_name(name: str) -> WaveletLike:
+    if name.lower() in ("haar", "db1"):
+        return _Haar()
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"wave={name!r}: filters by name come from PyWavelets, which is missing: pip install "
+            f'"wavemix-kernels[wavelets]" ("haar", "db1" and filters in a tuple work without it)'
+        ) from error
+    try:
+        return pywt.Wavelet(name)
+    except ValueError as error:
+        raise ValueError(
+            f"wave={name!r}: expected a discrete wavelet, one of pywt.wavelist(kind='discrete')"
+        ) from error

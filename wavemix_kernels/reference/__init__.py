@@ -1,0 +1,5 @@
+"""Pure-PyTorch models and operators: the specification, and the path for devices without kernels."""
+
+from wavemix_kernels.reference.waveblock import Waveblock
+
+__all__ = ["Waveblock"]

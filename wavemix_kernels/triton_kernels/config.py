@@ -1,0 +1,131 @@
+"""Tiles of the Triton Haar kernels: what is legal, what a tuner tries, what runs by default.
+
+Free of triton, so that a configuration can be inspected, stored or pruned anywhere.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["rows", "channels", "strided"]
+LAYOUTS: tuple[Layout, ...] = ("rows", "channels", "strided")
+MAX_LEVELS = 5  # a 32x32 block in one tile; deeper transforms chain
+
+_SECTOR = 32  # bytes: the smallest piece of a memory transaction
+_LINE = 128  # bytes: one cache line, one row of a fully used warp of 4-byte lanes
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of rows x cols samples in each of `planes` (n, c) planes, worked on by `num_warps` warps."""
+
+    rows: int
+    cols: int
+    planes: int
+    num_warps: int
+
+    @property
+    def samples(self) -> int:
+        return self.rows * self.cols * self.planes
+
+
+def why_invalid(config: TileConfig, levels: int, itemsize: int) -> str | None:
+    """Why the kernels cannot run this tile, or None if they can."""
+    for name in ("rows", "cols", "planes", "num_warps"):
+        value = getattr(config, name)
+        if value < 1 or value & (value - 1):
+            return f"{name}={value} must be a power of two"
+    if min(config.rows, config.cols) < 1 << levels:
+        return f"rows={config.rows}, cols={config.cols} must hold a whole block of 2**levels={1 << levels}"
+    # Half of a thread's 255 registers for samples in the arithmetic's width leaves room for addresses.
+    per_thread = config.samples * max(4, itemsize) // (config.num_warps * 32)
+    if per_thread > 512:
+        return f"{config} keeps {per_thread} bytes of samples per thread, more than 512: more warps or a smaller tile"
+    return None
+
+
+def is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: int) -> bool:
+    """Whether a tuner should spend time on a legal tile: full sectors, and enough bytes in flight per thread."""
+    if why_invalid(config, levels, itemsize) is not None:
+        return False
+    run = config.planes if layout == "channels" else config.cols
+    # A deep channels-last tile must be 2**levels wide and high; there half a sector per pixel is accepted,
+    # since the neighbouring program, running at the same time, takes the other half out of L2.
+    sector = _SECTOR // 2 if layout == "channels" and levels == MAX_LEVELS else _SECTOR
+    # Each thread wants at least two 16-byte loads under way: latency times bandwidth needs some 15 KB per SM.
+    return run * itemsize >= sector and config.samples * itemsize >= config.num_warps * 32 * 32
+
+
+def search_space(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
+    """All tiles worth timing for a layout ('rows': W innermost, 'channels': C innermost), largest run first."""
+    block = 1 << levels
+    if layout == "channels":
+        sides = sorted({(block, block), (block, max(block, 8)), (max(block, 8), max(block, 8))})
+        tiles = [(rows, cols, _LINE * 2 // itemsize >> k) for k in range(5) for rows, cols in sides]
+    else:
+        widths = sorted({max(block, _LINE * 2 // itemsize >> k) for k in range(3)}, reverse=True)
+        heights = sorted({block, max(block, 8), max(block, 16)})
+        tiles = [(rows, cols, planes) for cols in widths for rows in heights for planes in (1, 4)]
+    for (rows, cols, planes), num_warps in itertools.product(tiles, (4, 8)):
+        config = TileConfig(rows, cols, planes, num_warps)
+        if is_worthwhile(config, layout, levels, itemsize):
+            yield config
+
+
+def _pow2_at_least(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _pow2_at_most(value: int) -> int:
+    return 1 << (max(1, value).bit_length() - 1)
+
+
+def _padded(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+def config_for(
+    layout: Layout, levels: int, itemsize: int, shape: tuple[int, int, int, int]
+) -> TileConfig:
+    """The default tile for an image of `shape` (n, c, h, w): a deterministic function of its arguments.
+
+    Sizes the tile for 32 samples a thread and four warps, shrinks it while the image would leave
+    multiprocessors idle, and shapes it to pad the image's edges least.
+    """
+    n, c, h, w = shape
+    block = 1 << levels
+    samples = 4096 if itemsize < 8 else 2048
+    while samples > 1024 and n * c * h * w < 512 * samples:  # a few programs for each of some 130 SMs
+        samples //= 2
+    samples = max(samples, block * block)
+
+    if layout == "channels":
+        # One cache line of channels per pixel if there are as many, and if the block leaves room for it.
+        planes = min(_LINE // itemsize, _pow2_at_most(c), samples // (block * block))
+        planes = max(planes, min(_SECTOR // 2 // itemsize, _pow2_at_least(n * c)))
+        samples = max(samples, planes * block * block)
+        shortest = 1
+    else:
+        planes = 1
+        shortest = min(_LINE // itemsize, _pow2_at_least(w))
+    pixels = max(samples // planes, block * block)
+    sides = [
+        (rows, pixels // rows)
+        for rows in (1 << k for k in range(levels, pixels.bit_length()))
+        if pixels // rows >= max(block, shortest)
+    ]
+    if not sides:  # one block high is still less wide than a cache line
+        sides = [(block, max(block, shortest))]
+    rows, cols = min(sides, key=lambda s: (_padded(h, s[0]) * _padded(w, s[1]), s[0]))
+    rows = min(rows, max(block, _pow2_at_least(h)))
+    cols = min(cols, max(block, _pow2_at_least(w)))
+    # An image smaller than the tile leaves room for more planes.
+    while planes * 2 <= _pow2_at_least(n * c) and rows * cols * planes * 2 <= samples:
+        planes *= 2
+    num_warps = 4
+    while rows * cols * planes * max(4, itemsize) > 256 * 32 * num_warps and num_warps < 16:
+        num_warps *= 2
+    while num_warps > 1 and rows * cols * planes < 8 * 32 * num_warps:
+        num_warps //= 2
+    return TileConfig(rows, cols, planes, num_warps)

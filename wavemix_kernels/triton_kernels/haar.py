@@ -1,0 +1,708 @@
+"""Haar analysis and synthesis in Triton: all levels in one pass over the image, any strides.
+
+One program owns a tile of rows x cols samples in some (n, c) planes. Level 1, three quarters of the
+traffic, is thread-local: a quad's samples come from separate row (channels last: row and column) loads that
+share one layout. LL stays in registers as [rows, cols, planes]; only the coarser levels, a quarter of the
+samples at most, change hands through shared memory.
+"""
+
+# No `from __future__ import annotations` here: Triton reads its kernels' annotations.
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import MAX_LEVELS, Layout, TileConfig, config_for, search_space, why_invalid
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+EDGES = (0, 1, -1)
+_MAX_CHANNELS = 2**29  # 3 * channels plus a tile stays within int32, the type of indices inside a tile
+
+# ------------------------------------------------------------------------------------------------ addresses
+#
+# LAYOUT says which dimension has stride 1: "rows" (w), "channels" (c; the bands then have c stride 3 and band
+# stride 1), "strided" (nothing known). ALIGN, a power of two, divides every other stride and that dimension's
+# size; in "rows" it is the image's, and level l has ALIGN >> l. Sizes and strides arrive divided by it:
+# multiplying by the constant inside the kernel is what proves vectors aligned to the compiler, without
+# specialising on any value (so one binary serves all shapes of one alignment).
+
+
+@triton.jit
+def _units(ALIGN: tl.constexpr, LEVEL: tl.constexpr, LAYOUT: tl.constexpr):
+    """What level LEVEL's strides were divided by."""
+    if LAYOUT != "rows":
+        return ALIGN
+    else:
+        return (ALIGN >> LEVEL) if (ALIGN >> LEVEL) > 0 else 1
+
+
+@triton.jit
+def _size_at(size, ALIGN: tl.constexpr, LEVEL: tl.constexpr):
+    """ceil(size * ALIGN / 2**LEVEL), visibly a multiple of ALIGN >> LEVEL."""
+    if (ALIGN >> LEVEL) > 0:
+        return size * (ALIGN >> LEVEL)
+    else:
+        return (size * ALIGN + ((1 << LEVEL) - 1)) >> LEVEL
+
+
+@triton.jit
+def _tile_origin(
+    planes, height, width, ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """First row, column and plane of this program; neighbours in memory run at the same time."""
+    tile = tl.program_id(0).to(tl.int64)
+    tiles_w = tl.cdiv(width, COLS)
+    if LAYOUT == "channels":
+        tiles_p = tl.cdiv(planes, PLANES)
+        plane = tile % tiles_p
+        col = tile // tiles_p % tiles_w
+        row = tile // tiles_p // tiles_w
+    else:
+        tiles_h = tl.cdiv(height, ROWS)
+        col = tile % tiles_w
+        row = tile // tiles_w % tiles_h
+        plane = tile // tiles_w // tiles_h
+    return row * ROWS, col * COLS, plane * PLANES
+
+
+@triton.jit
+def _split_planes(first, planes, channels, COUNT: tl.constexpr, STEP: tl.constexpr):
+    """Batch index, channel and validity of planes first, first + STEP, ...; a tile may straddle images."""
+    batch = first // channels
+    lane = tl.arange(0, COUNT) * STEP
+    channel = (first - batch * channels).to(tl.int32) + lane
+    count = channels.to(tl.int32)
+    return batch + channel // count, channel % count, first + lane < planes
+
+
+@triton.jit
+def _samples(
+    base, plane, row, col, height, width, strides,
+    PITCH: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask [row, col, plane]; PITCH is the stride of a channel in "channels"."""
+    batch, channel, valid = plane
+    s_n, s_c, s_h, s_w = strides
+    if LAYOUT == "channels":
+        start = batch * s_n * UNITS + channel * PITCH
+    else:
+        start = batch * s_n * UNITS + channel * s_c * UNITS
+    if LAYOUT == "rows":
+        along = col
+    else:
+        along = col * s_w * UNITS
+    at = (row * s_h * UNITS)[:, None, None] + along[None, :, None] + start[None, None, :]
+    return base + at, (row < height)[:, None, None] & (col < width)[None, :, None] & valid[None, None, :]
+
+
+@triton.jit
+def _bands(
+    base, plane, row, col, height, width, strides,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask [row, col, group, GROUP] of the first of three vectors, and the step to the next.
+
+    `plane` has one entry per group of GROUP channels. GROUP > 1, only in "channels", means the vectors of
+    _interleave; otherwise the three vectors are LH, HL and HH themselves.
+    """
+    s_n, s_c, s_b, s_h, s_w = strides
+    at, mask = _samples(base, plane, row, col, height, width, (s_n, s_c, s_h, s_w), 3, UNITS, LAYOUT)
+    if LAYOUT == "channels":
+        step = GROUP
+    else:
+        step = s_b * UNITS
+    return at[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :], mask[:, :, :, None], step
+
+
+# -------------------------------------------------------------------------------------- values in registers
+
+
+@triton.jit
+def _butterfly(a, b, c, d):
+    """Orthonormal and symmetric: (a, b, c, d) -> (LL, LH, HL, HH), and back."""
+    p = a + b
+    q = a - b
+    r = c + d
+    s = c - d
+    return (p + r) * 0.5, (p - r) * 0.5, (q + s) * 0.5, (q - s) * 0.5
+
+
+@triton.jit
+def _split_cols(x):
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2]))
+    return tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+
+
+@triton.jit
+def _join_cols(even, odd):
+    pairs = tl.permute(tl.join(even, odd), (0, 1, 3, 2))
+    return tl.reshape(pairs, (even.shape[0], 2 * even.shape[1], even.shape[2]))
+
+
+@triton.jit
+def _split_quads(x):
+    """[2r, 2w, p] -> a, b, c, d, each [r, w, p]."""
+    quads = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2]))
+    upper, lower = tl.split(tl.permute(quads, (0, 2, 4, 3, 1)))
+    a, b = tl.split(upper)
+    c, d = tl.split(lower)
+    return a, b, c, d
+
+
+@triton.jit
+def _join_quads(a, b, c, d):
+    quads = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 4, 1, 3, 2))
+    return tl.reshape(quads, (2 * a.shape[0], 2 * a.shape[1], a.shape[2]))
+
+
+@triton.jit
+def _split_last(x, INNER: tl.constexpr):
+    """Splits the axis before the last INNER axis pairwise: [r, w, 2g, m] or, INNER, halves m."""
+    if INNER:
+        pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2))
+    else:
+        pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3]))
+    return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+
+
+@triton.jit
+def _join_last(x, y, INNER: tl.constexpr):
+    """Inverse of _split_last: concatenates groups' values (INNER), or alternates groups."""
+    pairs = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
+    if INNER:
+        return tl.reshape(pairs, (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
+    else:
+        return tl.reshape(pairs, (x.shape[0], x.shape[1], 2 * x.shape[2], x.shape[3]))
+
+
+@triton.jit
+def _interleave(x, y, z, DOUBLINGS: tl.constexpr):
+    """Channels-last bands [r, w, p] in memory's order x0 y0 z0 x1 y1 z1 ..., cut into three vectors a group.
+
+    Each step doubles the vectors: two neighbouring groups U V W | u v w are the three vectors
+    (U V) (W u) (v w). Channels of one group lie in one thread, so all of it only renames registers.
+    """
+    x = x[:, :, :, None]
+    y = y[:, :, :, None]
+    z = z[:, :, :, None]
+    for _ in tl.static_range(DOUBLINGS):
+        x0, x1 = _split_last(x, False)
+        y0, y1 = _split_last(y, False)
+        z0, z1 = _split_last(z, False)
+        x = _join_last(x0, y0, True)
+        y = _join_last(z0, x1, True)
+        z = _join_last(y1, z1, True)
+    return x, y, z
+
+
+@triton.jit
+def _deinterleave(x, y, z, DOUBLINGS: tl.constexpr):
+    """Inverse of _interleave."""
+    for _ in tl.static_range(DOUBLINGS):
+        x0, y0 = _split_last(x, True)
+        z0, x1 = _split_last(y, True)
+        y1, z1 = _split_last(z, True)
+        x = _join_last(x0, x1, False)
+        y = _join_last(y0, y1, False)
+        z = _join_last(z0, z1, False)
+    shape: tl.constexpr = (x.shape[0], x.shape[1], x.shape[2])
+    return tl.reshape(x, shape), tl.reshape(y, shape), tl.reshape(z, shape)
+
+
+@triton.jit
+def _extend_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
+    """Virtual samples of an odd size: EDGE times the last one (0 already stands there)."""
+    if EDGE != 0:
+        no_right = (2 * col + 1 == width)[None, :, None]
+        no_below = (2 * row + 1 == height)[:, None, None]
+        b = tl.where(no_right, a * EDGE, b)
+        d = tl.where(no_right, c * EDGE, d)
+        c = tl.where(no_below, a * EDGE, c)
+        d = tl.where(no_below, b * EDGE, d)
+    return a, b, c, d
+
+
+@triton.jit
+def _fold_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
+    """Adjoint of _extend_quads: virtual values return to the last sample."""
+    if EDGE != 0:
+        no_right = (2 * col + 1 == width)[None, :, None]
+        no_below = (2 * row + 1 == height)[:, None, None]
+        a = tl.where(no_below, a + c * EDGE, a)
+        b = tl.where(no_below, b + d * EDGE, b)
+        a = tl.where(no_right, a + b * EDGE, a)
+        c = tl.where(no_right, c + d * EDGE, c)
+    return a, b, c, d
+
+
+# -------------------------------------------------------------------------------------------- tiles in memory
+
+
+@triton.jit
+def _load_quads(
+    image, plane, row, x0, height, width, strides,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Quads a, b, c, d [row, COLS / 2, plane] of the image from column x0 on, zero outside; `row` counts quads."""
+    y = 2 * row
+    if LAYOUT == "channels":  # vectors lie along c: four loads are four samples of a quad
+        x = x0 + 2 * tl.arange(0, COLS // 2)
+        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
+        a = tl.load(at, mask=mask, other=0.0)
+        at, mask = _samples(image, plane, y, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        b = tl.load(at, mask=mask, other=0.0)
+        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
+        c = tl.load(at, mask=mask, other=0.0)
+        at, mask = _samples(image, plane, y + 1, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        d = tl.load(at, mask=mask, other=0.0)
+    else:  # vectors lie along w: two loads, split into columns inside a thread
+        x = x0 + tl.arange(0, COLS)
+        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
+        a, b = _split_cols(tl.load(at, mask=mask, other=0.0))
+        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
+        c, d = _split_cols(tl.load(at, mask=mask, other=0.0))
+    return a.to(REAL), b.to(REAL), c.to(REAL), d.to(REAL)
+
+
+@triton.jit
+def _store_quads(
+    image, a, b, c, d, plane, row, x0, height, width, strides,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Counterpart of _load_quads."""
+    y = 2 * row
+    real: tl.constexpr = image.dtype.element_ty
+    a, b, c, d = a.to(real), b.to(real), c.to(real), d.to(real)
+    if LAYOUT == "channels":
+        x = x0 + 2 * tl.arange(0, COLS // 2)
+        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, a, mask=mask)
+        at, mask = _samples(image, plane, y, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, b, mask=mask)
+        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, c, mask=mask)
+        at, mask = _samples(image, plane, y + 1, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, d, mask=mask)
+    else:
+        x = x0 + tl.arange(0, COLS)
+        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, _join_cols(a, b), mask=mask)
+        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, _join_cols(c, d), mask=mask)
+
+
+@triton.jit
+def _load_bands(
+    high, plane, row, col, height, width, strides,
+    DOUBLINGS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """LH, HL, HH [row, col, plane], zero outside."""
+    at, mask, step = _bands(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
+    x = tl.load(at, mask=mask, other=0.0)
+    y = tl.load(at + step, mask=mask, other=0.0)
+    z = tl.load(at + 2 * step, mask=mask, other=0.0)
+    lh, hl, hh = _deinterleave(x, y, z, DOUBLINGS)
+    return lh.to(REAL), hl.to(REAL), hh.to(REAL)
+
+
+@triton.jit
+def _store_bands(
+    high, lh, hl, hh, plane, row, col, height, width, strides,
+    DOUBLINGS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Counterpart of _load_bands."""
+    real: tl.constexpr = high.dtype.element_ty
+    x, y, z = _interleave(lh.to(real), hl.to(real), hh.to(real), DOUBLINGS)
+    at, mask, step = _bands(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
+    tl.store(at, x, mask=mask)
+    tl.store(at + step, y, mask=mask)
+    tl.store(at + 2 * step, z, mask=mask)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+_SIZES = ("planes", "channels", "height", "width")
+_IMAGE = ("image_n", "image_c", "image_h", "image_w")
+_ADD = ("add_n", "add_c", "add_h", "add_w")
+_LL = ("ll_n", "ll_c", "ll_h", "ll_w")
+_HIGH = tuple(f"high{level}_{axis}" for level in range(1, MAX_LEVELS + 1) for axis in "ncbhw")
+
+
+@triton.jit(do_not_specialize=_SIZES + _IMAGE + _LL + _HIGH)
+def _analysis_kernel(
+    image, ll, highs,
+    planes: tl.int64, channels: tl.int64, height: tl.int64, width: tl.int64,
+    image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
+    ll_n: tl.int64, ll_c: tl.int64, ll_h: tl.int64, ll_w: tl.int64,
+    high1_n: tl.int64, high1_c: tl.int64, high1_b: tl.int64, high1_h: tl.int64, high1_w: tl.int64,
+    high2_n: tl.int64, high2_c: tl.int64, high2_b: tl.int64, high2_h: tl.int64, high2_w: tl.int64,
+    high3_n: tl.int64, high3_c: tl.int64, high3_b: tl.int64, high3_h: tl.int64, high3_w: tl.int64,
+    high4_n: tl.int64, high4_c: tl.int64, high4_b: tl.int64, high4_h: tl.int64, high4_w: tl.int64,
+    high5_n: tl.int64, high5_c: tl.int64, high5_b: tl.int64, high5_h: tl.int64, high5_w: tl.int64,
+    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DOUBLINGS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    high_strides = (
+        (high1_n, high1_c, high1_b, high1_h, high1_w),
+        (high2_n, high2_c, high2_b, high2_h, high2_w),
+        (high3_n, high3_c, high3_b, high3_h, high3_w),
+        (high4_n, high4_c, high4_b, high4_h, high4_w),
+        (high5_n, high5_c, high5_b, high5_h, high5_w),
+    )
+    REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
+    ALIGN_C: tl.constexpr = ALIGN if LAYOUT == "channels" else 1
+    ALIGN_W: tl.constexpr = ALIGN if LAYOUT == "rows" else 1
+    GROUP: tl.constexpr = 1 << DOUBLINGS
+    planes = planes * ALIGN_C
+    channels = channels * ALIGN_C
+    y0, x0, p0 = _tile_origin(planes, height, width * ALIGN_W, ROWS, COLS, PLANES, LAYOUT)
+    plane = _split_planes(p0, planes, channels, PLANES, 1)
+    group = _split_planes(p0, planes, channels, PLANES // GROUP, GROUP)
+
+    row = (y0 >> 1) + tl.arange(0, ROWS // 2)
+    col = (x0 >> 1) + tl.arange(0, COLS // 2)
+    a, b, c, d = _load_quads(
+        image, plane, row, x0, height, width * ALIGN_W, (image_n, image_c, image_h, image_w),
+        COLS, ALIGN, LAYOUT, REAL,
+    )  # fmt: skip
+    for level in tl.static_range(1, LEVELS + 1):
+        if level > 1:
+            row = (y0 >> level) + tl.arange(0, ROWS >> level)
+            col = (x0 >> level) + tl.arange(0, COLS >> level)
+            a, b, c, d = _split_quads(low)
+        a, b, c, d = _extend_quads(
+            a, b, c, d, row, col, _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE
+        )
+        low, lh, hl, hh = _butterfly(a, b, c, d)
+        _store_bands(
+            highs[level - 1], lh, hl, hh, group, row, col,
+            _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
+            DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT,
+        )  # fmt: skip
+    at, mask = _samples(
+        ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
+        (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
+    )  # fmt: skip
+    tl.store(at, low.to(ll.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES + _IMAGE + _ADD + _LL + _HIGH)
+def _synthesis_kernel(
+    image, add, ll, highs,
+    planes: tl.int64, channels: tl.int64, height: tl.int64, width: tl.int64,
+    image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
+    add_n: tl.int64, add_c: tl.int64, add_h: tl.int64, add_w: tl.int64,
+    ll_n: tl.int64, ll_c: tl.int64, ll_h: tl.int64, ll_w: tl.int64,
+    high1_n: tl.int64, high1_c: tl.int64, high1_b: tl.int64, high1_h: tl.int64, high1_w: tl.int64,
+    high2_n: tl.int64, high2_c: tl.int64, high2_b: tl.int64, high2_h: tl.int64, high2_w: tl.int64,
+    high3_n: tl.int64, high3_c: tl.int64, high3_b: tl.int64, high3_h: tl.int64, high3_w: tl.int64,
+    high4_n: tl.int64, high4_c: tl.int64, high4_b: tl.int64, high4_h: tl.int64, high4_w: tl.int64,
+    high5_n: tl.int64, high5_c: tl.int64, high5_b: tl.int64, high5_h: tl.int64, high5_w: tl.int64,
+    HIGHS: tl.constexpr, ADD: tl.constexpr,
+    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DOUBLINGS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    high_strides = (
+        (high1_n, high1_c, high1_b, high1_h, high1_w),
+        (high2_n, high2_c, high2_b, high2_h, high2_w),
+        (high3_n, high3_c, high3_b, high3_h, high3_w),
+        (high4_n, high4_c, high4_b, high4_h, high4_w),
+        (high5_n, high5_c, high5_b, high5_h, high5_w),
+    )
+    REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
+    ALIGN_C: tl.constexpr = ALIGN if LAYOUT == "channels" else 1
+    ALIGN_W: tl.constexpr = ALIGN if LAYOUT == "rows" else 1
+    GROUP: tl.constexpr = 1 << DOUBLINGS
+    planes = planes * ALIGN_C
+    channels = channels * ALIGN_C
+    y0, x0, p0 = _tile_origin(planes, height, width * ALIGN_W, ROWS, COLS, PLANES, LAYOUT)
+    plane = _split_planes(p0, planes, channels, PLANES, 1)
+    group = _split_planes(p0, planes, channels, PLANES // GROUP, GROUP)
+
+    row = (y0 >> LEVELS) + tl.arange(0, ROWS >> LEVELS)
+    col = (x0 >> LEVELS) + tl.arange(0, COLS >> LEVELS)
+    at, mask = _samples(
+        ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
+        (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
+    )  # fmt: skip
+    low = tl.load(at, mask=mask, other=0.0).to(REAL)
+    for done in tl.static_range(0, LEVELS):
+        level: tl.constexpr = LEVELS - done
+        row = (y0 >> level) + tl.arange(0, ROWS >> level)
+        col = (x0 >> level) + tl.arange(0, COLS >> level)
+        if (HIGHS >> (level - 1)) & 1:
+            lh, hl, hh = _load_bands(
+                highs[level - 1], group, row, col,
+                _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
+                DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT, REAL,
+            )  # fmt: skip
+            a, b, c, d = _butterfly(low, lh, hl, hh)
+        else:
+            a = low * 0.5
+            b = a
+            c = a
+            d = a
+        a, b, c, d = _fold_quads(
+            a, b, c, d, row, col, _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE
+        )
+        if level > 1:
+            low = _join_quads(a, b, c, d)
+    if ADD:
+        e, f, g, h = _load_quads(
+            add, plane, row, x0, height, width * ALIGN_W, (add_n, add_c, add_h, add_w), COLS, ALIGN, LAYOUT, REAL
+        )
+        a, b, c, d = a + e, b + f, c + g, d + h
+    _store_quads(
+        image, a, b, c, d, plane, row, x0, height, width * ALIGN_W, (image_n, image_c, image_h, image_w),
+        COLS, ALIGN, LAYOUT,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- launch
+
+_Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a launch that follows from shapes and strides; the tensors come on top."""
+
+    layout: Layout
+    align: int
+    config: TileConfig
+    grid: tuple[int]
+    scalars: tuple[int, ...]  # the kernel's runtime integers, in its order
+    constants: dict[str, int | str]
+
+
+def band_shape(shape: Sequence[int], level: int) -> tuple[int, int, int, int, int]:
+    n, c, h, w = shape
+    return n, c, 3, -(-h >> level), -(-w >> level)
+
+
+def _layout_of(width: int, samples: Sequence[_Strides], bands: Sequence[_Strides]) -> Layout:
+    """The innermost dimension that all tensors agree on; a stride of 0 belongs to a dimension of size 1."""
+    rows = all(s[-1] <= 1 for s in (*samples, *bands))
+    channels = all(s[1] <= 1 for s in samples) and all(s[1] in (0, 3) and s[2] == 1 for s in bands)
+    if rows and (width > 1 or not channels):
+        return "rows"
+    return "channels" if channels else "strided"
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    image_strides: _Strides,
+    add_strides: _Strides | None,
+    ll_strides: _Strides,
+    high_strides: tuple[_Strides | None, ...],
+    edge: int,
+    synthesis: bool,
+    config: TileConfig | None = None,
+) -> Plan:
+    """Layout, alignment, tile and arguments of one launch; cached, since a model launches few shapes often."""
+    n, c, h, w = shape
+    levels = len(high_strides)
+    vector = 16 // dtype.itemsize
+
+    def normal(strides: _Strides, sizes: Sequence[int]) -> _Strides:
+        return tuple(0 if size == 1 else stride for stride, size in zip(strides, sizes, strict=True))
+
+    image = normal(image_strides, shape)
+    add = normal(add_strides, shape) if add_strides is not None else None
+    *_, h_ll, w_ll = band_shape(shape, levels)
+    ll = normal(ll_strides, (n, c, h_ll, w_ll))
+    highs = [normal(s, band_shape(shape, l)) if s is not None else None for l, s in enumerate(high_strides, 1)]
+    by_level = [(0, image), (levels, ll), *((l, s) for l, s in enumerate(highs, 1) if s is not None)]
+    by_level += [(0, add)] if add is not None else []
+    layout = _layout_of(
+        w, [s for _, s in by_level if len(s) == 4], [s for _, s in by_level if len(s) == 5]
+    )
+
+    align = 1
+    if layout == "rows":
+        # Level l is read and written in vectors too, so the image's alignment may count for 2**l of them.
+        most = vector << levels
+        align = min(math.gcd(w, most), *(math.gcd(most, *s[:-1]) << l for l, s in by_level))
+    elif layout == "channels":
+        align = math.gcd(vector, c, *(stride for _, s in by_level for stride in (s[0], *s[-2:])))
+
+    config = config or config_for(layout, levels, dtype.itemsize, shape)
+    if (reason := why_invalid(config, levels, dtype.itemsize)) is not None:
+        raise ValueError(f"config: {reason}")
+    tiles = -(-n * c // config.planes), -(-h // config.rows), -(-w // config.cols)
+
+    def scaled(strides: _Strides, level: int) -> _Strides:
+        units = max(align >> level, 1) if layout == "rows" else align
+        # The innermost stride is a constant of the layout: only "strided" (units 1) and other axes use theirs.
+        return tuple(stride // units for stride in strides)
+
+    units_c, units_w = (align if layout == name else 1 for name in ("channels", "rows"))
+    scalars = [n * c // units_c, c // units_c, h, w // units_w, *scaled(image, 0)]
+    if synthesis:
+        scalars += scaled(add, 0) if add is not None else (0,) * 4
+    scalars += scaled(ll, levels)
+    for level in range(1, MAX_LEVELS + 1):
+        high = highs[level - 1] if level <= levels else None
+        scalars += scaled(high, level) if high is not None else (0,) * 5
+
+    has_odd_size = (h | w) % (1 << levels) != 0
+    constants: dict[str, int | str] = dict(
+        LEVELS=levels, EDGE=edge if has_odd_size else 0, LAYOUT=layout, ALIGN=align,
+        DOUBLINGS=min(align, config.planes).bit_length() - 1 if layout == "channels" else 0,
+        ROWS=config.rows, COLS=config.cols, PLANES=config.planes, num_warps=config.num_warps,
+    )  # fmt: skip
+    if synthesis:
+        constants["HIGHS"] = sum(1 << l for l, s in enumerate(highs) if s is not None)
+        constants["ADD"] = int(add is not None)
+    return Plan(layout, align, config, (math.prod(tiles),), tuple(scalars), constants)
+
+
+def _check(
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor | None], levels: int, edge: float, add: Tensor | None
+) -> None:
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels={levels}: one launch takes 1 to {MAX_LEVELS}; chain launches for more")
+    if edge not in EDGES:
+        raise ValueError(f"edge={edge}: must be one of {EDGES}")
+    if image.dtype not in DTYPES:
+        raise TypeError(f"image.dtype={image.dtype}: must be one of {DTYPES}")
+    if image.ndim != 4:
+        raise ValueError(f"image.shape={tuple(image.shape)}: must be (n, c, h, w)")
+    if image.shape[1] > _MAX_CHANNELS:
+        raise ValueError(f"image.shape={tuple(image.shape)}: more than {_MAX_CHANNELS} channels")
+    if len(highs) != levels:
+        raise ValueError(f"highs: {len(highs)} levels of bands for levels={levels}")
+    n, c, _, *low = band_shape(image.shape, levels)
+    expected = [("ll", ll, (n, c, *low)), ("add", add, tuple(image.shape))]
+    expected += [(f"highs[{i}]", high, band_shape(image.shape, i + 1)) for i, high in enumerate(highs)]
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}.shape={tuple(tensor.shape)}: must be {shape} for image {tuple(image.shape)}")
+        if tensor.dtype != image.dtype or tensor.device != image.device:
+            raise TypeError(
+                f"{name} is {tensor.dtype} on {tensor.device}: must be as image, {image.dtype} on {image.device}"
+            )
+
+
+def prepare(
+    image: Tensor,
+    ll: Tensor,
+    highs: Sequence[Tensor | None],
+    *,
+    levels: int,
+    edge: float = 0,
+    add: Tensor | None = None,
+    synthesis: bool = False,
+    config: TileConfig | None = None,
+) -> tuple[Callable[..., object], tuple[int], tuple[object, ...], dict[str, int | str]]:
+    """(kernel, grid, args, constants) of a launch: ``kernel[grid](*args, **constants)`` runs it."""
+    made = plan(
+        image.dtype, tuple(image.shape), image.stride(), add.stride() if add is not None else None, ll.stride(),
+        tuple(high.stride() if high is not None else None for high in highs), int(edge), synthesis, config,
+    )  # fmt: skip
+    bands = tuple(high if high is not None else ll for high in highs)  # HIGHS keeps the kernel off the stand-in
+    if synthesis:
+        args = (image, add if add is not None else image, ll, bands, *made.scalars)
+        return _synthesis_kernel, made.grid, args, made.constants
+    return _analysis_kernel, made.grid, (image, ll, bands, *made.scalars), made.constants
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def analysis(
+    image: Tensor,
+    ll: Tensor,
+    highs: Sequence[Tensor],
+    *,
+    levels: int,
+    edge: float = 0,
+    config: TileConfig | None = None,
+) -> None:
+    """Writes the Haar pyramid of ``image`` into preallocated ``ll`` and ``highs``.
+
+    Args:
+        image: (n, c, h, w), fp64, fp32, fp16 or bf16, any strides. The half types compute in fp32.
+        ll: (n, c, h_L, w_L) with h_L = ceil(h / 2**levels), same dtype and device, any strides.
+        highs: ``levels`` tensors (n, c, 3, h_l, w_l), finest first; bands LH, HL, HH.
+        levels: 1 to 5.
+        edge: 0, 1 or -1: the missing sample of an odd size is ``edge`` times the last one.
+        config: a tile other than :func:`~.config.config_for`'s, such as :func:`tune` finds.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit ``image``.
+    """
+    _check(image, ll, highs, levels, edge, None)
+    if image.numel() == 0:
+        return
+    kernel, grid, args, constants = prepare(image, ll, highs, levels=levels, edge=edge, config=config)
+    with _on_device(image):
+        kernel[grid](*args, **constants)
+
+
+def synthesis(
+    image: Tensor,
+    ll: Tensor,
+    highs: Sequence[Tensor | None],
+    *,
+    levels: int,
+    edge: float = 0,
+    add: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> None:
+    """Writes the adjoint of :func:`analysis` (for ``edge=0`` also its inverse), plus ``add``, into ``image``.
+
+    Arguments and errors as in :func:`analysis`. ``highs`` may hold None for a level of zeros; ``add`` is shaped
+    like ``image``, with any strides, and is added before the one rounding. ``add`` may be ``image`` itself.
+    """
+    _check(image, ll, highs, levels, edge, add)
+    if image.numel() == 0:
+        return
+    kernel, grid, args, constants = prepare(
+        image, ll, highs, levels=levels, edge=edge, add=add, synthesis=True, config=config
+    )
+    with _on_device(image):
+        kernel[grid](*args, **constants)
+
+
+def tune(
+    transform: Callable[..., None],
+    image: Tensor,
+    ll: Tensor,
+    highs: Sequence[Tensor],
+    *,
+    levels: int,
+    edge: float = 0,
+    **options: Tensor | None,
+) -> list[tuple[TileConfig, float]]:
+    """Times ``transform`` (:func:`analysis` or :func:`synthesis`) over the search space on the tensors' GPU.
+
+    Returns:
+        (config, milliseconds) pairs, fastest first; ``config=`` of either function takes the first.
+
+    Raises:
+        RuntimeError: the tensors are not on a GPU, where times would mean nothing.
+    """
+    if not image.is_cuda:
+        raise RuntimeError(f"image.device={image.device}: tuning times kernels on a GPU")
+    _, _, _, constants = prepare(image, ll, highs, levels=levels, edge=edge, synthesis=transform is synthesis)
+    layout = str(constants["LAYOUT"])
+    candidates = {config_for(layout, levels, image.dtype.itemsize, tuple(image.shape))}
+    candidates.update(search_space(layout, levels, image.dtype.itemsize))
+    times = []
+    for config in candidates:
+        run = functools.partial(transform, image, ll, highs, levels=levels, edge=edge, config=config, **options)
+        with _on_device(image):
+            times.append((config, triton.testing.do_bench(run, return_mode="median")))
+    return sorted(times, key=lambda timing: timing[1])
