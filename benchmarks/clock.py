@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,21 +78,23 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def interleave(steps: Mapping[str, Step], clock: Clock, effort: Effort, samples: dict[str, list[float]]) -> None:
-    """Time all `steps` in rounds, each round in another order, appending seconds per call to `samples`.
+    """Time all `steps` in rounds, appending seconds per call to `samples`.
 
-    The caller owns `samples`, so an interrupted measurement keeps what it has.
+    Each round has a new random order, not a rotated one: whoever always followed the same neighbour would always
+    find the caches and the allocator as that one leaves them. The caller owns `samples`, so an interrupted
+    measurement keeps what it has.
     """
     names = list(steps)
     for name in names:
         samples[name] = []
         steps[name]()
     repeats = {name: clock.repeats(steps[name]) for name in names}
+    order = random.Random(0)
     begin = time.perf_counter()
     for round_number in range(effort.most):
         if round_number >= effort.fewest and time.perf_counter() - begin > effort.seconds:
             break
-        first = round_number % len(names) if names else 0
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             samples[name].append(clock.sample(steps[name], repeats[name]))
 
 

@@ -101,9 +101,7 @@ def copy_bandwidth(device: torch.device, size: int = 64 << 20) -> dict[str, floa
     target = torch.ones_like(source)
     samples: dict[str, list[float]] = {}
     effort = Effort(seconds=1.0, fewest=5, most=50)
-    interleave(
-        {"reused": lambda: target.copy_(source), "fresh": source.clone}, clock_for(device), effort, samples
-    )
+    interleave({"reused": lambda: target.copy_(source), "fresh": source.clone}, clock_for(device), effort, samples)
     return {name: 2 * size / quantile(seconds, 0.5) / 1e9 for name, seconds in samples.items()}
 
 

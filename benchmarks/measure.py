@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import memory
@@ -89,8 +89,14 @@ class Meter:
 
     def _measure(self, case: Case, providers: Sequence[str]) -> Iterator[Row]:
         self.announce("inputs and float64 reference")
-        truth = _Truth.of(case, self.device)
         rows = {name: Row(case.name, case.group, name, "failed") for name in providers}
+        try:
+            truth = _Truth.of(case, self.device)
+        except Exception as error:  # noqa: BLE001 - without the truth nobody can be timed here; other cases go on
+            for row in rows.values():
+                row.reason = f"the float64 reference: {_one_line(error)}"
+            yield from rows.values()
+            return
         steps: dict[str, Callable[[], object]] = {}
         for name in providers:
             row = rows[name]
@@ -147,7 +153,7 @@ class Meter:
             cotangents = []
         step = _step(case, timed, inputs, cotangents)
         step()  # lazy set-up (workspaces, autotuning, compilation) is no part of a step's memory
-        known = [*inputs, *timed.parameters, *timed.buffers, *cotangents]
+        known = [*inputs, *timed.standing, *cotangents]
         row.peak_bytes = memory.peak_bytes(step, self.device)
         if name != "compile":  # torch.compile refuses to run under a dispatch mode
             row.tracked_peak_bytes = memory.tracked_peak_bytes(step, known)
@@ -219,26 +225,30 @@ class _Truth:
         inputs = [x.to(device, case.dtype).requires_grad_(case.backward) for x in case.inputs()]
         wide = [x.detach().double().requires_grad_(case.backward) for x in inputs]
         judge_by = oracle(case, device)
+        bias_terms = _bias_terms(judge_by.module) if case.backward and judge_by.module is not None else {}
         with torch.set_grad_enabled(case.backward):
             outputs = judge_by.forward(*wide)
         names = [f"output {number}" for number in range(len(outputs))]
         expected, cotangents = [output.detach() for output in outputs], []
+        parameters = judge_by.parameters
         if case.backward:
             cotangents = [_cotangent(output, seed) for seed, output in enumerate(outputs)]
-            leaves = [*wide, *judge_by.parameters]
-            expected += torch.autograd.grad(outputs, leaves, cotangents)
+            expected += torch.autograd.grad(outputs, [*wide, *parameters.values()], cotangents)
             names += [f"gradient of input {number}" for number in range(len(wide))]
-            names += [f"gradient of parameter {number}" for number in range(len(judge_by.parameters))]
+            names += [f"gradient of {name}" for name in parameters]
         size = torch.empty(0, dtype=case.dtype).element_size()
         # Read inputs and parameters, write outputs; backward reads cotangents and writes gradients.
-        moved = sum(x.numel() for x in (*wide, *judge_by.parameters, *expected, *cotangents))
+        moved = sum(x.numel() for x in (*wide, *parameters.values(), *expected, *cotangents))
         flops = 0
         if case.tensor_cores:
-            with FlopCounterMode(display=False) as counter:
-                _step(case, judge_by, wide, cotangents)()
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(case.backward):
+                outputs = judge_by.forward(*wide)
+                if case.backward:  # its module hooks know backward() alone, not autograd.grad()
+                    torch.autograd.backward(outputs, cotangents)
             flops = counter.get_total_flops()
         with torch.no_grad():
-            gradients = Gradients([x.detach() for x in wide], cotangents, expected)
+            terms = [bias_terms.get(name.removeprefix("gradient of "), 0.0) for name in names]
+            gradients = Gradients([x.detach() for x in wide], cotangents, expected, terms)
             limits = case.limits(gradients, case.roundoff(device))
         return cls(inputs, cotangents, expected, names, limits, moved * size, flops)
 
@@ -247,11 +257,31 @@ class _Truth:
             with torch.set_grad_enabled(case.backward):
                 outputs = subject.forward(*self.inputs)
             actual = [output.detach() for output in outputs]
-            matching = [tuple(x.shape) for x in outputs] == [tuple(x.shape) for x in self.expected[: len(outputs)]]
-            if case.backward and matching:
-                leaves = [*self.inputs, *subject.parameters]
+            if case.backward and [x.shape for x in outputs] == [x.shape for x in self.cotangents]:
+                leaves = [*self.inputs, *subject.parameters.values()]
                 actual += torch.autograd.grad(outputs, leaves, _laid_out_as(self.cotangents, outputs))
         return judge(self.names, actual, self.expected, self.limits)
+
+
+def _bias_terms(module: nn.Module) -> dict[str, float]:
+    """For each bias, the mean square sum of its gradient's terms over channels, as a root; filled by a backward."""
+    sizes: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def note(gradient: Tensor) -> None:
+            channels = gradient.shape[1]
+            sizes[name] = float((gradient.square().sum() / channels).sqrt())
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note)
+
+        return hook
+
+    for name, part in module.named_modules():
+        if isinstance(getattr(part, "bias", None), nn.Parameter):
+            part.register_forward_hook(watch(f"{name}.bias".lstrip(".")))
+    return sizes
 
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:
@@ -275,7 +305,7 @@ def _step(case: Case, subject: Subject, inputs: Sequence[Tensor], cotangents: Se
                 return subject.forward(*inputs)
 
         return forward
-    leaves = [*inputs, *subject.parameters]
+    leaves = [*inputs, *subject.parameters.values()]
 
     def forward_backward() -> object:
         with subject.scope():

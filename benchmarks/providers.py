@@ -35,15 +35,26 @@ class Subject:
 
     Attributes:
         forward: from inputs to the flat list of outputs.
-        parameters: what is differentiated beside the inputs.
-        buffers: other tensors that exist before a step.
         scope: a context for the whole step, the backward included.
+        module: what holds the parameters, if the callable is a module.
     """
 
     forward: Callable[..., list[Tensor]]
-    parameters: tuple[Tensor, ...]
-    buffers: tuple[Tensor, ...]
     scope: Callable[[], AbstractContextManager[Any]]
+    module: nn.Module | None
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What is differentiated beside the inputs, in the order of names: providers register theirs in any order."""
+        if self.module is None:
+            return {}
+        named = {name.removeprefix("_orig_mod."): value for name, value in self.module.named_parameters()}
+        return dict(sorted(named.items()))
+
+    @property
+    def standing(self) -> list[Tensor]:
+        """Every tensor that exists before a step, inputs apart."""
+        return [*self.module.parameters(), *self.module.buffers()] if self.module is not None else []
 
 
 def make(case: Case, provider: str, setting: Setting, inputs: Sequence[Tensor]) -> Subject:
@@ -95,13 +106,7 @@ def subject(
         with torch.autocast(device.type, dtype=cast):
             return tree_leaves(call(*inputs))
 
-    module = call if isinstance(call, nn.Module) else None
-    return Subject(
-        forward=forward,
-        parameters=tuple(module.parameters()) if module is not None else (),
-        buffers=tuple(module.buffers()) if module is not None else (),
-        scope=scope,
-    )
+    return Subject(forward, scope, call if isinstance(call, nn.Module) else None)
 
 
 def _why_not(backend: str, setting: Setting, inputs: Sequence[Tensor]) -> str | None:
@@ -123,4 +128,3 @@ def _compiled(case: Case, call: Forward, setting: Setting) -> Forward:
     elif case.tensor_cores and not case.backward:
         options = {"freezing": True}
     return torch.compile(call, fullgraph=True, dynamic=False, mode=mode, options=options)
-

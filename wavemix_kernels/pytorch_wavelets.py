@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels.ops import checks
+from wavemix_kernels import checks
 from wavemix_kernels.ops.haar import MODES, haar_dwt2d, haar_idwt2d
 from wavemix_kernels.reference.separable import (
     Filters,
+    cropped,
     separable_dwt2d,
     separable_idwt2d,
     synthesis_sizes,
@@ -62,7 +63,7 @@ class _FilterBank(nn.Module):
         _checked_mode(mode)
         # From the numbers given, not from the buffers: under a meta device these hold none.
         self._haar = self._equals_haar(filters)
-        self._seen = self._versions()
+        self._remember()
 
     def refresh_filters(self) -> None:
         """Read the buffers again to decide whether they hold Haar's filters.
@@ -72,31 +73,39 @@ class _FilterBank(nn.Module):
         DistributedDataParallel broadcasts buffers in place at every step and each look would stall the
         device. Call it too after an assignment or write in place where torch.compile has compiled the module.
         """
-        self._seen = self._versions()
-        filters = self._filters()
+        self._remember()
+        filters = self._buffers_in_order()
         # Meta and fake tensors hold no numbers yet; what is loaded into them later is read then.
         if not any(f.is_meta or type(f) not in (Tensor, nn.Parameter) for f in filters):
             self._haar = self._equals_haar([f.detach().flatten().tolist() for f in filters])
 
+    def _remember(self) -> None:
+        # The tensors themselves, not their ids: an id is given again once its tensor is gone. The count of writes
+        # only on the CPU, as refresh_filters says, and inference tensors keep none.
+        self._seen = [
+            (f, f._version if f.device.type == "cpu" and not f.is_inference() else None)
+            for f in self._buffers_in_order()
+        ]
+
     def _uses_haar(self) -> bool:
-        filters = self._filters()
-        if any(f.requires_grad for f in filters):
+        low_col, high_col, low_row, high_row = filters = self._buffers_in_order()
+        if low_col.requires_grad or high_col.requires_grad or low_row.requires_grad or high_row.requires_grad:
             return False  # learned filters need their own gradient
-        if not torch.compiler.is_compiling() and any(
-            now is not then or (now.device.type == "cpu" and _version(now) != version)
-            for now, (then, version) in zip(filters, self._seen, strict=True)
-        ):
-            self.refresh_filters()
+        if not torch.compiler.is_compiling():
+            for now, (then, version) in zip(filters, self._seen, strict=True):
+                if now is not then or (version is not None and now._version != version):
+                    self.refresh_filters()
+                    break
         return self._haar
 
     def _filters(self) -> Filters:
         # The original hands its "col" filters to the pass along W and its "row" filters to the one along H.
-        low_col, high_col, low_row, high_row = (getattr(self, name) for name in self._names)
+        low_col, high_col, low_row, high_row = self._buffers_in_order()
         return Filters(low_w=low_col, high_w=high_col, low_h=low_row, high_h=high_row)
 
-    def _versions(self) -> list[tuple[Tensor, int]]:
-        # The tensors themselves, not their ids: an id is given again once its tensor is gone.
-        return [(f, _version(f)) for f in self._filters()]
+    def _buffers_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        low_col, high_col, low_row, high_row = self._names
+        return getattr(self, low_col), getattr(self, high_col), getattr(self, low_row), getattr(self, high_row)
 
     def _equals_haar(self, filters: Sequence[Sequence[float]]) -> bool:
         def equal(taps: Sequence[float], signs: tuple[float, float]) -> bool:
@@ -192,7 +201,7 @@ class DWTInverse(_FilterBank):
         if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
             raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")
         mode = _checked_mode(self.mode)
-        yl, yh = _one_dtype(*_checked_coefficients(*coeffs))
+        yl, yh = _checked_coefficients(*coeffs)
         if not yh:
             return yl
         if not self._uses_haar():
@@ -203,15 +212,11 @@ class DWTInverse(_FilterBank):
             yl.new_zeros(()).expand(*yl.shape[:2], 3, *level_size) if high is None else high
             for high, level_size in zip(yh, reversed(sizes), strict=True)
         ]
-        return haar_idwt2d(yl[..., : sizes[0][0], : sizes[0][1]], highs, mode=mode, size=size)
+        return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size)
 
 
 DWT = DWT2D = DWTForward
 IDWT = IDWT2D = DWTInverse
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their writes
 
 
 def _checked_mode(mode: str) -> str:
@@ -220,26 +225,26 @@ def _checked_mode(mode: str) -> str:
 
 
 def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """yl and yh in one dtype: under autocast, where bands may have met different ops, the widest of theirs."""
     checks.check_tensor("yl", yl, 4, "(N, C, h, w)")
     if not isinstance(yh, (tuple, list)):
         raise TypeError(f"yh: expected a list of tensors (N, C, 3, h, w) or None, got {checks.describe(yh)}")
+    widest = yl.dtype
     for level, high in enumerate(yh):
-        if high is not None:
-            checks.check_tensor(f"yh[{level}]", high, 5, "(N, C, 3, h, w)")
-            checks.check_same_device(f"yh[{level}]", high, "yl", yl)
-            if high.shape[2] != 3:
-                raise ValueError(f"yh[{level}]: expected shape (N, C, 3, h, w), got {tuple(high.shape)}")
+        if high is None:
+            continue
+        name = f"yh[{level}]"
+        checks.check_tensor(name, high, 5, "(N, C, 3, h, w)")
+        checks.check_same_device(name, high, "yl", yl)
+        if high.shape[2] != 3:
+            raise ValueError(f"{name}: expected shape (N, C, 3, h, w), got {tuple(high.shape)}")
+        if high.dtype != widest:
             if not torch.is_autocast_enabled(yl.device.type):
-                checks.check_same_dtype(f"yh[{level}]", high, "yl", yl)
-    return yl, yh
-
-
-def _one_dtype(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Under autocast the bands may have met different ops on their way: the widest dtype holds them all."""
-    wide = yl.dtype
-    for high in yh:
-        wide = wide if high is None else torch.promote_types(wide, high.dtype)
-    return yl.to(wide), [high if high is None else high.to(wide) for high in yh]
+                checks.check_same_dtype(name, high, "yl", yl)
+            widest = torch.promote_types(widest, high.dtype)
+    if widest == yl.dtype and all(high is None or high.dtype == widest for high in yh):
+        return yl, yh
+    return yl.to(widest), [high if high is None else high.to(widest) for high in yh]
 
 
 def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[list[float]]:

@@ -69,7 +69,7 @@ __device__ inline void load(const T* source, Arithmetic<T> (&x)[N]) {
   for (int w = 0; w < V::kWords; ++w) {
     const typename V::Word word = __ldg(reinterpret_cast<const typename V::Word*>(source) + w);
     T elements[V::kPerWord];
-    memcpy(elements, &word, sizeof(word));
+    memcpy(static_cast<void*>(elements), &word, sizeof(word));
 #pragma unroll
     for (int k = 0; k < V::kPerWord; ++k) x[w * V::kPerWord + k] = widen(elements[k]);
   }
@@ -122,7 +122,7 @@ __device__ inline void store(T* target, const Arithmetic<T> (&x)[N]) {
 #pragma unroll
   for (int w = 0; w < V::kWords; ++w) {
     typename V::Word word;
-    memcpy(&word, elements + w * V::kPerWord, sizeof(word));
+    memcpy(&word, static_cast<const void*>(elements + w * V::kPerWord), sizeof(word));
     reinterpret_cast<typename V::Word*>(target)[w] = word;
   }
 }

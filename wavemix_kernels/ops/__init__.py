@@ -1,1 +1,8 @@
-"""The operators: one file each, with its public function, checks, fake, gradient and table of backends."""
+"""The operators: one file each, with its public function, checks, fake, gradient and table of backends.
+
+Each module has ``BACKENDS`` (its table) and ``self_test(backend, device)``, a run against the reference in float64
+that returns the relative error and the bound it must keep.
+"""
+
+#: The one list of operators, by module name.
+OPS = ("haar",)

@@ -41,9 +41,7 @@ def sample_size(size: int, taps: int, mode: str) -> int:
     return 2 * size if mode == "periodization" else 2 * size - taps + 2
 
 
-def separable_dwt2d(
-    x: Tensor, filters: Filters, levels: int = 1, *, mode: str = "zero"
-) -> tuple[Tensor, list[Tensor]]:
+def separable_dwt2d(x: Tensor, filters: Filters, levels: int = 1, *, mode: str = "zero") -> tuple[Tensor, list[Tensor]]:
     """`levels` levels of analysis of x (N, C, H, W); `mode` is a key of `haar.MODES` other than 'per'.
 
     Returns ll (N, C, h_L, w_L) and highs, finest first, each (N, C, 3, h_l, w_l) with bands LH, HL, HH, all
@@ -65,9 +63,7 @@ def separable_dwt2d(
         return ll.to(x.dtype).contiguous(), highs
 
 
-def separable_idwt2d(
-    ll: Tensor, highs: Sequence[Tensor | None], filters: Filters, *, mode: str = "zero"
-) -> Tensor:
+def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filters, *, mode: str = "zero") -> Tensor:
     """Inverse of `separable_dwt2d`: ll (N, C, h, w) and highs, finest first, None for a level of zeros.
 
     A running LL one row or column larger than its level's high is cropped, since the finer size was odd.
@@ -80,7 +76,7 @@ def separable_idwt2d(
         x = ll.to(accumulate_dtype(ll.dtype))
         bank = Filters(*(f.to(x.dtype) for f in filters))
         for high, (h, w) in zip(reversed(highs), sizes[:-1], strict=True):
-            x = x[..., :h, :w]
+            x = cropped(x, (h, w))
             if high is None:  # the high-pass half of the bank is left out: no zeros are made
                 columns = _merge(x.reshape(n * c, 1, h, w), (bank.low_h,), -2, mode)
                 x = _merge(columns, (bank.low_w,), -1, mode)
@@ -120,6 +116,11 @@ def synthesis_sizes(
                 f"{(taps[0] // 2, taps[1] // 2)} coefficients, got {sizes[-1]} at level {level}"
             )
     return [*sizes, (h, w)]
+
+
+def cropped(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first rows and columns of x (..., H, W), x itself where that is all of it."""
+    return x if x.shape[-2:] == size else x[..., : size[0], : size[1]]
 
 
 def extend(x: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:

@@ -1,9 +1,8 @@
 """Haar analysis and synthesis in Triton: all levels in one pass over the image, any strides.
 
 One program owns a tile of rows x cols samples in some (n, c) planes. Level 1, three quarters of the
-traffic, is thread-local: a quad's samples come from separate row (channels last: row and column) loads that
-share one layout. LL stays in registers as [rows, cols, planes]; only the coarser levels, a quarter of the
-samples at most, change hands through shared memory.
+traffic, is thread-local: samples of a quad come from separate loads that share one register layout. LL stays in
+registers; only the coarser levels, a quarter of the samples at most, change hands through shared memory.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -27,10 +26,11 @@ _MAX_CHANNELS = 2**29  # 3 * channels plus a tile stays within int32, the type o
 # ------------------------------------------------------------------------------------------------ addresses
 #
 # LAYOUT says which dimension has stride 1: "rows" (w), "channels" (c; the bands then have c stride 3 and band
-# stride 1), "strided" (nothing known). ALIGN, a power of two, divides every other stride and that dimension's
-# size; in "rows" it is the image's, and level l has ALIGN >> l. Sizes and strides arrive divided by it:
-# multiplying by the constant inside the kernel is what proves vectors aligned to the compiler, without
-# specialising on any value (so one binary serves all shapes of one alignment).
+# stride 1), "strided" (nothing known). Tiles put it last: [plane, row, col] or, "channels", [row, col, plane].
+# ALIGN, a power of two, divides every other stride and that dimension's size; in "rows" it is the image's, and
+# level l has ALIGN >> l. Sizes and strides arrive divided by it: multiplying by the constant inside the kernel
+# is what proves vectors aligned to the compiler, without specialising on any value, so that one binary serves
+# all shapes of one alignment. VECTOR is the length of a 16-byte (or shorter, aligned) vector.
 
 
 @triton.jit
@@ -82,11 +82,20 @@ def _split_planes(first, planes, channels, COUNT: tl.constexpr, STEP: tl.constex
 
 
 @triton.jit
+def _on_axes(row, col, plane, LAYOUT: tl.constexpr):
+    """Three vectors, each along its axis of a tile."""
+    if LAYOUT == "channels":
+        return row[:, None, None], col[None, :, None], plane[None, None, :]
+    else:
+        return row[None, :, None], col[None, None, :], plane[:, None, None]
+
+
+@triton.jit
 def _samples(
     base, plane, row, col, height, width, strides,
     PITCH: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask [row, col, plane]; PITCH is the stride of a channel in "channels"."""
+    """Pointers and mask of a tile; PITCH is the stride of a channel in "channels"."""
     batch, channel, valid = plane
     s_n, s_c, s_h, s_w = strides
     if LAYOUT == "channels":
@@ -97,30 +106,26 @@ def _samples(
         along = col
     else:
         along = col * s_w * UNITS
-    at = (row * s_h * UNITS)[:, None, None] + along[None, :, None] + start[None, None, :]
-    return base + at, (row < height)[:, None, None] & (col < width)[None, :, None] & valid[None, None, :]
+    down, along, start = _on_axes(row * s_h * UNITS, along, start, LAYOUT)
+    in_rows, in_cols, in_planes = _on_axes(row < height, col < width, valid, LAYOUT)
+    return base + (start + down + along), in_planes & in_rows & in_cols
 
 
 @triton.jit
-def _bands(
-    base, plane, row, col, height, width, strides,
-    GROUP: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Pointers and mask [row, col, group, GROUP] of the first of three vectors, and the step to the next.
-
-    `plane` has one entry per group of GROUP channels. GROUP > 1, only in "channels", means the vectors of
-    _interleave; otherwise the three vectors are LH, HL and HH themselves.
-    """
-    s_n, s_c, s_b, s_h, s_w = strides
-    at, mask = _samples(base, plane, row, col, height, width, (s_n, s_c, s_h, s_w), 3, UNITS, LAYOUT)
-    if LAYOUT == "channels":
-        step = GROUP
-    else:
-        step = s_b * UNITS
-    return at[:, :, :, None] + tl.arange(0, GROUP)[None, None, None, :], mask[:, :, :, None], step
+def _vectors(at, mask, VECTOR: tl.constexpr):
+    """Appends the axis of a vector to pointers at its first element."""
+    return at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :], mask[:, :, :, None]
 
 
 # -------------------------------------------------------------------------------------- values in registers
+
+
+@triton.jit
+def _rounded(x, REAL: tl.constexpr):
+    if x.dtype == REAL:
+        return x
+    else:
+        return x.to(REAL, fp_downcast_rounding="rtne")
 
 
 @triton.jit
@@ -134,70 +139,92 @@ def _butterfly(a, b, c, d):
 
 
 @triton.jit
-def _split_cols(x):
-    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2]))
-    return tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-
-
-@triton.jit
-def _join_cols(even, odd):
-    pairs = tl.permute(tl.join(even, odd), (0, 1, 3, 2))
-    return tl.reshape(pairs, (even.shape[0], 2 * even.shape[1], even.shape[2]))
-
-
-@triton.jit
-def _split_quads(x):
-    """[2r, 2w, p] -> a, b, c, d, each [r, w, p]."""
-    quads = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2]))
-    upper, lower = tl.split(tl.permute(quads, (0, 2, 4, 3, 1)))
+def _split_quads(x, LAYOUT: tl.constexpr):
+    """A tile of samples -> a, b, c, d, tiles of half the rows and columns."""
+    if LAYOUT == "channels":
+        quads = tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1] // 2, 2, x.shape[2]))
+        quads = tl.permute(quads, (0, 2, 4, 3, 1))
+    else:
+        quads = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2))
+        quads = tl.permute(quads, (0, 1, 3, 4, 2))
+    upper, lower = tl.split(quads)
     a, b = tl.split(upper)
     c, d = tl.split(lower)
     return a, b, c, d
 
 
 @triton.jit
-def _join_quads(a, b, c, d):
-    quads = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 4, 1, 3, 2))
-    return tl.reshape(quads, (2 * a.shape[0], 2 * a.shape[1], a.shape[2]))
+def _join_quads(a, b, c, d, LAYOUT: tl.constexpr):
+    """Inverse of _split_quads."""
+    quads = tl.join(tl.join(a, b), tl.join(c, d))
+    if LAYOUT == "channels":
+        shape: tl.constexpr = (2 * a.shape[0], 2 * a.shape[1], a.shape[2])
+        return tl.reshape(tl.permute(quads, (0, 4, 1, 3, 2)), shape)
+    else:
+        shape: tl.constexpr = (a.shape[0], 2 * a.shape[1], 2 * a.shape[2])
+        return tl.reshape(tl.permute(quads, (0, 1, 4, 2, 3)), shape)
 
 
 @triton.jit
-def _split_last(x, INNER: tl.constexpr):
-    """Splits the axis before the last INNER axis pairwise: [r, w, 2g, m] or, INNER, halves m."""
-    if INNER:
-        pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2))
-    else:
-        pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3]))
+def _alternate(x, y):
+    """[..., m] twice -> [..., 2m]: x0 y0 x1 y1 ..."""
+    return tl.reshape(tl.join(x, y), (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
+
+
+@triton.jit
+def _unalternate(x):
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2)))
+
+
+@triton.jit
+def _concatenate(x, y):
+    """[..., m] twice -> [..., 2m]: x0 x1 ... y0 y1 ..."""
+    pairs = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
+    return tl.reshape(pairs, (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
+
+
+@triton.jit
+def _halves(x):
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2))
     return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
 
 
 @triton.jit
-def _join_last(x, y, INNER: tl.constexpr):
-    """Inverse of _split_last: concatenates groups' values (INNER), or alternates groups."""
+def _stack_groups(x, y):
+    """Groups (vectors) of x and y in turn: [..., g, m] twice -> [..., 2g, m]."""
     pairs = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
-    if INNER:
-        return tl.reshape(pairs, (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
-    else:
-        return tl.reshape(pairs, (x.shape[0], x.shape[1], 2 * x.shape[2], x.shape[3]))
+    return tl.reshape(pairs, (x.shape[0], x.shape[1], 2 * x.shape[2], x.shape[3]))
+
+
+@triton.jit
+def _unstack_groups(x):
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3]))
+    return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+
+
+@triton.jit
+def _flat(x):
+    """[..., g, m] -> [..., g * m]"""
+    return tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
 
 
 @triton.jit
 def _interleave(x, y, z, DOUBLINGS: tl.constexpr):
-    """Channels-last bands [r, w, p] in memory's order x0 y0 z0 x1 y1 z1 ..., cut into three vectors a group.
+    """Channels-last bands in memory's order x0 y0 z0 x1 y1 z1 ..., cut into three vectors a group of channels.
 
     Each step doubles the vectors: two neighbouring groups U V W | u v w are the three vectors
-    (U V) (W u) (v w). Channels of one group lie in one thread, so all of it only renames registers.
+    (U V) (W u) (v w). The channels of a group lie in one thread, so all of it only renames registers.
     """
     x = x[:, :, :, None]
     y = y[:, :, :, None]
     z = z[:, :, :, None]
     for _ in tl.static_range(DOUBLINGS):
-        x0, x1 = _split_last(x, False)
-        y0, y1 = _split_last(y, False)
-        z0, z1 = _split_last(z, False)
-        x = _join_last(x0, y0, True)
-        y = _join_last(z0, x1, True)
-        z = _join_last(y1, z1, True)
+        x0, x1 = _unstack_groups(x)
+        y0, y1 = _unstack_groups(y)
+        z0, z1 = _unstack_groups(z)
+        x = _concatenate(x0, y0)
+        y = _concatenate(z0, x1)
+        z = _concatenate(y1, z1)
     return x, y, z
 
 
@@ -205,22 +232,20 @@ def _interleave(x, y, z, DOUBLINGS: tl.constexpr):
 def _deinterleave(x, y, z, DOUBLINGS: tl.constexpr):
     """Inverse of _interleave."""
     for _ in tl.static_range(DOUBLINGS):
-        x0, y0 = _split_last(x, True)
-        z0, x1 = _split_last(y, True)
-        y1, z1 = _split_last(z, True)
-        x = _join_last(x0, x1, False)
-        y = _join_last(y0, y1, False)
-        z = _join_last(z0, z1, False)
-    shape: tl.constexpr = (x.shape[0], x.shape[1], x.shape[2])
-    return tl.reshape(x, shape), tl.reshape(y, shape), tl.reshape(z, shape)
+        x0, y0 = _halves(x)
+        z0, x1 = _halves(y)
+        y1, z1 = _halves(z)
+        x = _stack_groups(x0, x1)
+        y = _stack_groups(y0, y1)
+        z = _stack_groups(z0, z1)
+    return _flat(x), _flat(y), _flat(z)
 
 
 @triton.jit
-def _extend_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
+def _extend_quads(a, b, c, d, plane, row, col, height, width, EDGE: tl.constexpr, LAYOUT: tl.constexpr):
     """Virtual samples of an odd size: EDGE times the last one (0 already stands there)."""
     if EDGE != 0:
-        no_right = (2 * col + 1 == width)[None, :, None]
-        no_below = (2 * row + 1 == height)[:, None, None]
+        no_below, no_right, _ = _on_axes(2 * row + 1 == height, 2 * col + 1 == width, plane[2], LAYOUT)
         b = tl.where(no_right, a * EDGE, b)
         d = tl.where(no_right, c * EDGE, d)
         c = tl.where(no_below, a * EDGE, c)
@@ -229,11 +254,10 @@ def _extend_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
 
 
 @triton.jit
-def _fold_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
+def _fold_quads(a, b, c, d, plane, row, col, height, width, EDGE: tl.constexpr, LAYOUT: tl.constexpr):
     """Adjoint of _extend_quads: virtual values return to the last sample."""
     if EDGE != 0:
-        no_right = (2 * col + 1 == width)[None, :, None]
-        no_below = (2 * row + 1 == height)[:, None, None]
+        no_below, no_right, _ = _on_axes(2 * row + 1 == height, 2 * col + 1 == width, plane[2], LAYOUT)
         a = tl.where(no_below, a + c * EDGE, a)
         b = tl.where(no_below, b + d * EDGE, b)
         a = tl.where(no_right, a + b * EDGE, a)
@@ -245,56 +269,84 @@ def _fold_quads(a, b, c, d, row, col, height, width, EDGE: tl.constexpr):
 
 
 @triton.jit
+def _load_pairs(
+    image, plane, row, x0, height, width, strides,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Even and odd columns of image rows `row`, from column x0 on, zero outside.
+
+    In "rows" a thread takes two vectors next to each other and deals them out, so that the vectors of
+    coefficients it owns are whole; the second load finds its half sectors in L1.
+    """
+    if LAYOUT == "rows":
+        run: tl.constexpr = VECTOR
+        step = VECTOR
+    else:
+        run: tl.constexpr = 1
+        step = strides[3] * ALIGN
+    col = x0 + tl.arange(0, COLS // (2 * run)) * (2 * run)
+    at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
+    _, mask_next = _samples(image, plane, row, col + run, height, width, strides, 1, ALIGN, LAYOUT)
+    if run == 1:
+        even = tl.load(at, mask=mask, other=0.0)
+        odd = tl.load(at + step, mask=mask_next, other=0.0)
+        return even, odd
+    else:
+        first, mask = _vectors(at, mask, run)
+        second, mask_next = _vectors(at + step, mask_next, run)
+        even0, odd0 = _unalternate(tl.load(first, mask=mask, other=0.0))
+        even1, odd1 = _unalternate(tl.load(second, mask=mask_next, other=0.0))
+        return _flat(_concatenate(even0, even1)), _flat(_concatenate(odd0, odd1))
+
+
+@triton.jit
 def _load_quads(
     image, plane, row, x0, height, width, strides,
-    COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr, REAL: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """Quads a, b, c, d [row, COLS / 2, plane] of the image from column x0 on, zero outside; `row` counts quads."""
-    y = 2 * row
-    if LAYOUT == "channels":  # vectors lie along c: four loads are four samples of a quad
-        x = x0 + 2 * tl.arange(0, COLS // 2)
-        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
-        a = tl.load(at, mask=mask, other=0.0)
-        at, mask = _samples(image, plane, y, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
-        b = tl.load(at, mask=mask, other=0.0)
-        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
-        c = tl.load(at, mask=mask, other=0.0)
-        at, mask = _samples(image, plane, y + 1, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
-        d = tl.load(at, mask=mask, other=0.0)
-    else:  # vectors lie along w: two loads, split into columns inside a thread
-        x = x0 + tl.arange(0, COLS)
-        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
-        a, b = _split_cols(tl.load(at, mask=mask, other=0.0))
-        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
-        c, d = _split_cols(tl.load(at, mask=mask, other=0.0))
+    """Quads a, b, c, d of the image from column x0 on, zero outside; `row` counts quads."""
+    a, b = _load_pairs(image, plane, 2 * row, x0, height, width, strides, COLS, VECTOR, ALIGN, LAYOUT)
+    c, d = _load_pairs(image, plane, 2 * row + 1, x0, height, width, strides, COLS, VECTOR, ALIGN, LAYOUT)
     return a.to(REAL), b.to(REAL), c.to(REAL), d.to(REAL)
 
 
 @triton.jit
-def _store_quads(
-    image, a, b, c, d, plane, row, x0, height, width, strides,
+def _store_pairs(
+    image, even, odd, plane, row, x0, height, width, strides,
     COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Counterpart of _load_quads."""
-    y = 2 * row
-    real: tl.constexpr = image.dtype.element_ty
-    a, b, c, d = a.to(real), b.to(real), c.to(real), d.to(real)
+    """Counterpart of _load_pairs; in "rows" whole rows, since half sectors cost more to write than to read."""
+    even = _rounded(even, image.dtype.element_ty)
+    odd = _rounded(odd, image.dtype.element_ty)
     if LAYOUT == "channels":
-        x = x0 + 2 * tl.arange(0, COLS // 2)
-        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, a, mask=mask)
-        at, mask = _samples(image, plane, y, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, b, mask=mask)
-        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, c, mask=mask)
-        at, mask = _samples(image, plane, y + 1, x + 1, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, d, mask=mask)
+        col = x0 + 2 * tl.arange(0, COLS // 2)
+        at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, even, mask=mask)
+        at, mask = _samples(image, plane, row, col + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, odd, mask=mask)
     else:
-        x = x0 + tl.arange(0, COLS)
-        at, mask = _samples(image, plane, y, x, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, _join_cols(a, b), mask=mask)
-        at, mask = _samples(image, plane, y + 1, x, height, width, strides, 1, ALIGN, LAYOUT)
-        tl.store(at, _join_cols(c, d), mask=mask)
+        col = x0 + tl.arange(0, COLS)
+        at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
+        tl.store(at, _flat(tl.join(even, odd)), mask=mask)
+
+
+@triton.jit
+def _band_vectors(
+    high, plane, row, col, height, width, strides,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask [..., GROUP] of the first of three vectors, and the step to the next.
+
+    `plane` has one entry per group of GROUP channels. GROUP > 1, only in "channels", means the vectors of
+    _interleave; otherwise the three are LH, HL and HH themselves.
+    """
+    s_n, s_c, s_b, s_h, s_w = strides
+    at, mask = _samples(high, plane, row, col, height, width, (s_n, s_c, s_h, s_w), 3, UNITS, LAYOUT)
+    at, mask = _vectors(at, mask, GROUP)
+    if LAYOUT == "channels":
+        return at, mask, GROUP
+    else:
+        return at, mask, s_b * UNITS
 
 
 @triton.jit
@@ -302,8 +354,8 @@ def _load_bands(
     high, plane, row, col, height, width, strides,
     DOUBLINGS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """LH, HL, HH [row, col, plane], zero outside."""
-    at, mask, step = _bands(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
+    """LH, HL, HH, zero outside."""
+    at, mask, step = _band_vectors(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
     x = tl.load(at, mask=mask, other=0.0)
     y = tl.load(at + step, mask=mask, other=0.0)
     z = tl.load(at + 2 * step, mask=mask, other=0.0)
@@ -318,8 +370,8 @@ def _store_bands(
 ):  # fmt: skip
     """Counterpart of _load_bands."""
     real: tl.constexpr = high.dtype.element_ty
-    x, y, z = _interleave(lh.to(real), hl.to(real), hh.to(real), DOUBLINGS)
-    at, mask, step = _bands(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
+    x, y, z = _interleave(_rounded(lh, real), _rounded(hl, real), _rounded(hh, real), DOUBLINGS)
+    at, mask, step = _band_vectors(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
     tl.store(at, x, mask=mask)
     tl.store(at + step, y, mask=mask)
     tl.store(at + 2 * step, z, mask=mask)
@@ -345,8 +397,8 @@ def _analysis_kernel(
     high3_n: tl.int64, high3_c: tl.int64, high3_b: tl.int64, high3_h: tl.int64, high3_w: tl.int64,
     high4_n: tl.int64, high4_c: tl.int64, high4_b: tl.int64, high4_h: tl.int64, high4_w: tl.int64,
     high5_n: tl.int64, high5_c: tl.int64, high5_b: tl.int64, high5_h: tl.int64, high5_w: tl.int64,
-    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DOUBLINGS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
+    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
+    DOUBLINGS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     high_strides = (
         (high1_n, high1_c, high1_b, high1_h, high1_w),
@@ -369,16 +421,17 @@ def _analysis_kernel(
     col = (x0 >> 1) + tl.arange(0, COLS // 2)
     a, b, c, d = _load_quads(
         image, plane, row, x0, height, width * ALIGN_W, (image_n, image_c, image_h, image_w),
-        COLS, ALIGN, LAYOUT, REAL,
+        COLS, VECTOR, ALIGN, LAYOUT, REAL,
     )  # fmt: skip
     for level in tl.static_range(1, LEVELS + 1):
         if level > 1:
             row = (y0 >> level) + tl.arange(0, ROWS >> level)
             col = (x0 >> level) + tl.arange(0, COLS >> level)
-            a, b, c, d = _split_quads(low)
+            a, b, c, d = _split_quads(low, LAYOUT)
         a, b, c, d = _extend_quads(
-            a, b, c, d, row, col, _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE
-        )
+            a, b, c, d, plane, row, col,
+            _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE, LAYOUT,
+        )  # fmt: skip
         low, lh, hl, hh = _butterfly(a, b, c, d)
         _store_bands(
             highs[level - 1], lh, hl, hh, group, row, col,
@@ -389,7 +442,7 @@ def _analysis_kernel(
         ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
         (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
     )  # fmt: skip
-    tl.store(at, low.to(ll.dtype.element_ty), mask=mask)
+    tl.store(at, _rounded(low, ll.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES + _IMAGE + _ADD + _LL + _HIGH)
@@ -405,8 +458,8 @@ def _synthesis_kernel(
     high4_n: tl.int64, high4_c: tl.int64, high4_b: tl.int64, high4_h: tl.int64, high4_w: tl.int64,
     high5_n: tl.int64, high5_c: tl.int64, high5_b: tl.int64, high5_h: tl.int64, high5_w: tl.int64,
     HIGHS: tl.constexpr, ADD: tl.constexpr,
-    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, DOUBLINGS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
+    LEVELS: tl.constexpr, EDGE: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
+    DOUBLINGS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     high_strides = (
         (high1_n, high1_c, high1_b, high1_h, high1_w),
@@ -425,23 +478,30 @@ def _synthesis_kernel(
     plane = _split_planes(p0, planes, channels, PLANES, 1)
     group = _split_planes(p0, planes, channels, PLANES // GROUP, GROUP)
 
-    row = (y0 >> LEVELS) + tl.arange(0, ROWS >> LEVELS)
-    col = (x0 >> LEVELS) + tl.arange(0, COLS >> LEVELS)
+    # All loads come before the first exchange through shared memory: none could be moved above it later.
+    bands = ()
+    for level in tl.static_range(1, LEVELS + 1):
+        row = (y0 >> level) + tl.arange(0, ROWS >> level)
+        col = (x0 >> level) + tl.arange(0, COLS >> level)
+        if (HIGHS >> (level - 1)) & 1:
+            high = _load_bands(
+                highs[level - 1], group, row, col,
+                _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
+                DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT, REAL,
+            )  # fmt: skip
+            bands += (high,)
+        else:
+            bands += (None,)
     at, mask = _samples(
         ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
         (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
     )  # fmt: skip
     low = tl.load(at, mask=mask, other=0.0).to(REAL)
-    for done in tl.static_range(0, LEVELS):
-        level: tl.constexpr = LEVELS - done
+    for level in tl.static_range(LEVELS, 0, -1):
         row = (y0 >> level) + tl.arange(0, ROWS >> level)
         col = (x0 >> level) + tl.arange(0, COLS >> level)
         if (HIGHS >> (level - 1)) & 1:
-            lh, hl, hh = _load_bands(
-                highs[level - 1], group, row, col,
-                _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
-                DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT, REAL,
-            )  # fmt: skip
+            lh, hl, hh = bands[level - 1]
             a, b, c, d = _butterfly(low, lh, hl, hh)
         else:
             a = low * 0.5
@@ -449,19 +509,20 @@ def _synthesis_kernel(
             c = a
             d = a
         a, b, c, d = _fold_quads(
-            a, b, c, d, row, col, _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE
-        )
+            a, b, c, d, plane, row, col,
+            _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE, LAYOUT,
+        )  # fmt: skip
         if level > 1:
-            low = _join_quads(a, b, c, d)
+            low = _join_quads(a, b, c, d, LAYOUT)
     if ADD:
         e, f, g, h = _load_quads(
-            add, plane, row, x0, height, width * ALIGN_W, (add_n, add_c, add_h, add_w), COLS, ALIGN, LAYOUT, REAL
-        )
+            add, plane, row, x0, height, width * ALIGN_W, (add_n, add_c, add_h, add_w),
+            COLS, VECTOR, ALIGN, LAYOUT, REAL,
+        )  # fmt: skip
         a, b, c, d = a + e, b + f, c + g, d + h
-    _store_quads(
-        image, a, b, c, d, plane, row, x0, height, width * ALIGN_W, (image_n, image_c, image_h, image_w),
-        COLS, ALIGN, LAYOUT,
-    )  # fmt: skip
+    strides = (image_n, image_c, image_h, image_w)
+    _store_pairs(image, a, b, plane, 2 * row, x0, height, width * ALIGN_W, strides, COLS, ALIGN, LAYOUT)
+    _store_pairs(image, c, d, plane, 2 * row + 1, x0, height, width * ALIGN_W, strides, COLS, ALIGN, LAYOUT)
 
 
 # --------------------------------------------------------------------------------------------------- launch
@@ -553,10 +614,11 @@ def plan(
         high = highs[level - 1] if level <= levels else None
         scalars += scaled(high, level) if high is not None else (0,) * 5
 
+    run = min(vector, align, config.planes if layout == "channels" else config.cols // 2)
     has_odd_size = (h | w) % (1 << levels) != 0
     constants: dict[str, int | str] = dict(
         LEVELS=levels, EDGE=edge if has_odd_size else 0, LAYOUT=layout, ALIGN=align,
-        DOUBLINGS=min(align, config.planes).bit_length() - 1 if layout == "channels" else 0,
+        VECTOR=run, DOUBLINGS=run.bit_length() - 1 if layout == "channels" else 0,
         ROWS=config.rows, COLS=config.cols, PLANES=config.planes, num_warps=config.num_warps,
     )  # fmt: skip
     if synthesis:

@@ -1,0 +1,40 @@
+# make test / make bench: everything on a fresh machine, from the virtual environment to the result.
+PYTHON ?= python3
+# One known-good torch. On a GPU machine: make test TORCH=torch (pip's CUDA build), or point VENV at yours.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv test bench lint docs clean
+
+help:
+	@echo "make test [ARGS=...]    set up $(VENV), build, run the tests (pytest arguments)"
+	@echo "make bench [ARGS=...]   set up $(VENV), build, run the benchmarks (--quick, --cases, --list ...)"
+	@echo "make lint               ruff, clang-format, mypy"
+	@echo "make clean              remove $(VENV) and build results"
+
+venv: $(STAMP)
+# torch first: asking pip for the extras alone would fetch its newest build. Rebuilt when the build files or sources change.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m wavemix_kernels bench $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info wavemix_kernels/_core*.so

@@ -1,0 +1,219 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from .cases import Case, registry
+from .clock import Effort
+from .machine import copy_bandwidth, environment
+from .measure import Meter, Row
+from .providers import OURS, PROVIDERS
+from .results import Results
+
+EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "skimage": "scikit-image"}
+DEFAULT_OUT = "bench-results"
+
+# Seconds per case, and for the run as a whole; past the latter no more is compiled and rounds are the fewest.
+FULL, QUICK = Effort(seconds=3.0, fewest=5, most=200), Effort(seconds=1.0, fewest=3, most=50)
+FULL_LIMIT_S, QUICK_LIMIT_S = 330.0, 65.0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _Refused(Exception):
+    """Arguments that cannot be served; the message is the one line to print."""
+
+
+def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
+    """Run the benchmarks.
+
+    Args:
+        argv: arguments, ``sys.argv[1:]`` if None.
+        cases: what to choose from, the registry if None.
+
+    Returns:
+        0; 1 where one of our own implementations was wrong or raised; 2 for arguments that cannot be served; 130
+        after Ctrl-C.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        chosen, providers = _select(arguments, registry() if cases is None else cases)
+        if arguments.list:
+            _list(chosen)
+            return 0
+        missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise _Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[bench]"')
+        _make_folder(arguments.out)
+    except _Refused as refused:
+        print(f"{parser.prog}: {refused}", file=sys.stderr)
+        return 2
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return _run(arguments, chosen, providers)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="benchmarks",
+        description="Times every implementation side by side in one run, each checked against float64 first.",
+    )
+    parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
+    parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")
+    parser.add_argument("--providers", metavar="A,B", help=f"only these of {', '.join(PROVIDERS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
+    parser.add_argument("--limit", metavar="SECONDS", type=float, help="wall time to stay within, roughly")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    return parser
+
+
+def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise _Refused("--device cuda: torch sees no GPU here; --device cpu works")
+    if arguments.limit is not None and not arguments.limit > 0:
+        raise _Refused(f"--limit {arguments.limit:g}: expected a positive number of seconds")
+    providers = list(PROVIDERS)
+    if arguments.providers is not None:
+        asked = [name.strip() for name in arguments.providers.split(",") if name.strip()]
+        unknown = [name for name in asked if name not in PROVIDERS]
+        if unknown or not asked:
+            raise _Refused(f"--providers {arguments.providers!r}: expected some of {', '.join(PROVIDERS)}")
+        providers = [name for name in PROVIDERS if name in asked]
+    here = [case for case in cases if arguments.device in case.devices]
+    if arguments.cases is None:
+        usual = [case for case in here if case.quick or not arguments.quick]
+        if not usual:
+            raise _Refused(f"no {'quick ' if arguments.quick else ''}case runs on {arguments.device}")
+        return usual, providers
+    patterns = [pattern.strip() for pattern in arguments.cases.split(",") if pattern.strip()]
+    for pattern in patterns or [arguments.cases]:
+        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in here):
+            names = ", ".join(case.name for case in here)
+            raise _Refused(f"--cases {pattern!r}: no case on {arguments.device} matches; there are {names}")
+    # Named cases run whether or not they are part of --quick, which then only means fewer rounds.
+    matching = [case for case in here if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    return matching, providers
+
+
+def _list(cases: Sequence[Case]) -> None:
+    width = max(len(case.name) for case in cases)
+    for case in cases:
+        print(f"{case.name:<{width}}  {'quick' if case.quick else ''}".rstrip())
+    print("\nproviders")
+    for name, meaning in PROVIDERS.items():
+        print(f"  {name:<10} {meaning}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").touch()
+    except OSError as error:
+        raise _Refused(f"--out {folder}: cannot be written ({error.strerror})") from error
+
+
+def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequence[str]) -> int:
+    # Imported here: --list and the message about missing extras must work without them.
+    from rich.console import Console
+
+    from . import table
+
+    console = Console()
+    begin = time.monotonic()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    effort = QUICK if arguments.quick else FULL
+    limit = arguments.limit or (QUICK_LIMIT_S if arguments.quick else FULL_LIMIT_S)
+    results = Results(
+        path=arguments.out / "results.json",
+        environment=environment(device),
+        machine={},
+        options={"quick": arguments.quick, "cases": arguments.cases, "providers": list(providers), "limit_s": limit},
+    )
+    results.save()
+    said: set[str] = set()
+    try:
+        with table.progress(console) as progress:
+            task = progress.add_task("benchmarks", total=len(cases), doing="this machine's copy bandwidth")
+            results.machine = {"copy_gbps": copy_bandwidth(device)}
+            for number, case in enumerate(cases):
+                left = limit - (time.monotonic() - begin)
+                # Rounds get at most half of the case's share; the rest is for checks and compilation.
+                share = max(0.0, left) / (len(cases) - number) / 2
+                meter = Meter(
+                    device=device,
+                    effort=Effort(min(effort.seconds, share), effort.fewest, effort.most),
+                    may_compile=_within(begin + limit),
+                    announce=lambda doing, name=case.name: progress.update(task, doing=f"{name}  {doing}"),
+                )
+                rows: list[Row] = []
+                try:
+                    for row in meter.measure(case, providers):
+                        rows.append(row)
+                finally:
+                    results.seconds = time.monotonic() - begin
+                    results.add(rows)
+                table.show(console, case.name, _first_time_only(rows, said))
+                progress.advance(task)
+        results.complete = True
+    except KeyboardInterrupt:
+        console.print("interrupted: what was measured so far is written")
+    results.seconds = time.monotonic() - begin
+    results.save()
+    for path in _write_pictures(results):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if not results.complete:
+        return 130
+    return int(any(row.provider in OURS and row.status in ("wrong", "failed") for row in results.rows))
+
+
+def _within(deadline: float) -> Callable[[float], bool]:
+    return lambda seconds: time.monotonic() + seconds < deadline
+
+
+def _first_time_only(rows: Sequence[Row], said: set[str]) -> list[Row]:
+    """Rows without those of a provider whose absence was explained, in the same words, under an earlier case."""
+    shown = []
+    for row in rows:
+        if row.status == "unavailable":
+            words = f"{row.provider}: {row.reason}"
+            if words in said:
+                continue
+            said.add(words)
+        shown.append(row)
+    return shown
+
+
+def _write_pictures(results: Results) -> list[Path]:
+    from . import plots, report
+
+    folder = results.path.parent
+    written = [results.path]
+    drawn = []
+    for name, caption, draw in plots.figures(results):
+        light = draw(plots.LIGHT)
+        path = folder / f"{name}.png"
+        path.write_bytes(light)
+        written.append(path)
+        drawn.append(report.Picture(caption, light, draw(plots.DARK)))
+    page = folder / "report.html"
+    page.write_text(report.page(results, drawn), encoding="utf-8")
+    return [*written, page]

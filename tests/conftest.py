@@ -1,0 +1,59 @@
+"""Backends under test, on whatever machine this is.
+
+Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in the host emulation of the
+same .cu sources, both on CPU tensors. With `--device cuda` everything runs on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors under test live")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports triton: it reads the variable when kernels are defined.
+    if config.getoption("--device") == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    name = request.config.getoption("--device")
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.exit("--device cuda: torch sees no CUDA device", returncode=4)
+    return name
+
+
+@pytest.fixture(scope="session")
+def emulated_core() -> object:
+    """The host build of csrc/cuda, as `wavemix_kernels.backends.emulated_cuda` takes it."""
+    from tests.emulator.build import emulated_core
+
+    return emulated_core()
+
+
+@pytest.fixture(params=("cpu", "triton", "cuda"))
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The name of each kernel backend in turn, ready to serve tensors of `device`."""
+    from wavemix_kernels import backends
+
+    name = request.param
+    probe = {"cpu": backends.cpu_why_not, "triton": backends.triton_why_not, "cuda": backends.cuda_why_not}[name]
+    if name == "cpu" and device != "cpu":
+        pytest.skip("the CPU kernels take CPU tensors")
+    if name == "cuda" and device == "cpu":
+        with backends.emulated_cuda(request.getfixturevalue("emulated_core")):
+            yield name
+        return
+    if (reason := probe()) is not None:
+        pytest.skip(f"{name}: {reason}")
+    yield name
