@@ -33,8 +33,8 @@ View view(const Ints& ints, const char* name) {
   return out;
 }
 
-wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edge, const Ints& image,
-                            const Ints& add, const Ints& ll, const std::vector<Ints>& highs) {
+wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add,
+                            const Ints& ll, const std::vector<Ints>& highs, const std::vector<Ints>& lows) {
   if (levels < 1 || levels > wavemix::kMaxHaarLevels || highs.size() != static_cast<size_t>(levels))
     throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(highs.size()) +
                           " high bands; one launch takes 1 to " + std::to_string(wavemix::kMaxHaarLevels));
@@ -53,6 +53,8 @@ wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edg
   args.add = view<wavemix::Plane>(add, "add");
   args.ll = view<wavemix::Plane>(ll, "ll");
   for (int l = 0; l < levels; ++l) args.high[l] = view<wavemix::Bands>(highs[l], "highs");
+  if (lows.size() >= static_cast<size_t>(levels)) throw py::value_error("lows: the last level's LL is ll itself");
+  for (size_t l = 0; l < lows.size(); ++l) args.low[l] = view<wavemix::Plane>(lows[l], "lows");
   return args;
 }
 
@@ -65,37 +67,54 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.attr("HAS_CUDA") = static_cast<bool>(WAVEMIX_WITH_CUDA);
   m.attr("BUILD_NOTE") = WAVEMIX_BUILD_NOTE;
 
+  // `lows`: the LL of the levels above the last, for the Waveblock's pyramid (haar.h).
+  const auto no_lows = py::arg("lows") = std::vector<Ints>();
 #if WAVEMIX_WITH_CPU
   m.def("cpu_isa", &wavemix::cpu_isa_name);
-  m.def("haar_analysis_cpu", [](int dtype, int levels, const Ints& shape, double edge, const Ints& image,
-                                const Ints& ll, const std::vector<Ints>& highs, int threads) {
-    const auto args = haar_args(dtype, levels, shape, edge, image, {}, ll, highs);
-    py::gil_scoped_release unlocked;
-    wavemix::haar_analysis_cpu(args, threads);
-  });
-  m.def("haar_synthesis_cpu", [](int dtype, int levels, const Ints& shape, double edge, const Ints& image,
-                                 const Ints& add, const Ints& ll, const std::vector<Ints>& highs, int threads) {
-    const auto args = haar_args(dtype, levels, shape, edge, image, add, ll, highs);
-    py::gil_scoped_release unlocked;
-    wavemix::haar_synthesis_cpu(args, threads);
-  });
+  m.def(
+      "haar_analysis_cpu",
+      [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& ll,
+         const std::vector<Ints>& highs, int threads, const std::vector<Ints>& lows) {
+        const auto args = haar_args(dtype, levels, shape, edge, image, {}, ll, highs, lows);
+        py::gil_scoped_release unlocked;
+        wavemix::haar_analysis_cpu(args, threads);
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("ll"),
+      py::arg("highs"), py::arg("threads"), no_lows);
+  m.def(
+      "haar_synthesis_cpu",
+      [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add, const Ints& ll,
+         const std::vector<Ints>& highs, int threads, const std::vector<Ints>& lows) {
+        const auto args = haar_args(dtype, levels, shape, edge, image, add, ll, highs, lows);
+        py::gil_scoped_release unlocked;
+        wavemix::haar_synthesis_cpu(args, threads);
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("add"),
+      py::arg("ll"), py::arg("highs"), py::arg("threads"), no_lows);
 #endif
 
 #if WAVEMIX_WITH_CUDA
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.attr("CUDA_ARCHS") = WAVEMIX_CUDA_ARCHS;
-  m.def("haar_analysis_cuda", [](int dtype, int levels, const Ints& shape, double edge, const Ints& image,
-                                 const Ints& ll, const std::vector<Ints>& highs, int device, uintptr_t stream) {
-    const auto args = haar_args(dtype, levels, shape, edge, image, {}, ll, highs);
-    py::gil_scoped_release unlocked;
-    wavemix::haar_analysis_cuda(args, device, reinterpret_cast<void*>(stream));
-  });
-  m.def("haar_synthesis_cuda",
-        [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add, const Ints& ll,
-           const std::vector<Ints>& highs, int device, uintptr_t stream) {
-          const auto args = haar_args(dtype, levels, shape, edge, image, add, ll, highs);
-          py::gil_scoped_release unlocked;
-          wavemix::haar_synthesis_cuda(args, device, reinterpret_cast<void*>(stream));
-        });
+  m.def(
+      "haar_analysis_cuda",
+      [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& ll,
+         const std::vector<Ints>& highs, int device, uintptr_t stream, const std::vector<Ints>& lows) {
+        const auto args = haar_args(dtype, levels, shape, edge, image, {}, ll, highs, lows);
+        py::gil_scoped_release unlocked;
+        wavemix::haar_analysis_cuda(args, device, reinterpret_cast<void*>(stream));
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("ll"),
+      py::arg("highs"), py::arg("device"), py::arg("stream"), no_lows);
+  m.def(
+      "haar_synthesis_cuda",
+      [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add, const Ints& ll,
+         const std::vector<Ints>& highs, int device, uintptr_t stream, const std::vector<Ints>& lows) {
+        const auto args = haar_args(dtype, levels, shape, edge, image, add, ll, highs, lows);
+        py::gil_scoped_release unlocked;
+        wavemix::haar_synthesis_cuda(args, device, reinterpret_cast<void*>(stream));
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("add"),
+      py::arg("ll"), py::arg("highs"), py::arg("device"), py::arg("stream"), no_lows);
 #endif
 }

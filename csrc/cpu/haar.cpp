@@ -152,6 +152,7 @@ struct RowWorker {
   const T* add = nullptr;
   T* ll = nullptr;
   T* high[kMaxHaarLevels] = {};
+  T* low[kMaxHaarLevels] = {};
   A* pair[kMaxHaarLevels + 1][2];  // two LL rows of each level (level 0: image rows)
   A* band[4];                      // rows of the bands on their way to or from memory; [3] holds the LL
 
@@ -176,6 +177,7 @@ struct RowWorker {
     for (int l = 0; l < args.levels; ++l) {
       const Bands& b = args.high[l];
       high[l] = b.data == nullptr ? nullptr : static_cast<T*>(b.data) + n * b.stride[0] + c * b.stride[1];
+      low[l] = at(args.low[l], n, c);
     }
   }
   static T* at(const Plane& p, int64_t n, int64_t c) {
@@ -195,7 +197,7 @@ struct RowWorker {
     }
   }
   template <class Low>
-  void analyse(int l, int64_t r, Low* low) {
+  void analyse(int l, int64_t r, Low* out) {
     A* top = pair[l - 1][0];
     A* bottom = pair[l - 1][1];
     const bool virtual_row = 2 * r + 1 >= size.h[l - 1];
@@ -203,18 +205,35 @@ struct RowWorker {
       const int64_t sh = args.image.stride[2], sw = args.image.stride[3];
       const T* rows = image + 2 * r * sh;
       if (vectorises_in_place<T>() && sw == 1 && !virtual_row) {
-        write_bands(l, r, static_cast<const T*>(rows), static_cast<const T*>(rows + sh), low);
+        write_bands(l, r, static_cast<const T*>(rows), static_cast<const T*>(rows + sh), out);
         return;
       }
       load_row(rows, sw, size.w[0], top);
       if (!virtual_row) load_row(rows + sh, sw, size.w[0], bottom);
     } else {
       analyse(l - 1, 2 * r, top);
-      if (!virtual_row) analyse(l - 1, 2 * r + 1, bottom);
+      keep_low(l - 1, 2 * r, top);
+      if (!virtual_row) {
+        analyse(l - 1, 2 * r + 1, bottom);
+        keep_low(l - 1, 2 * r + 1, bottom);
+      }
     }
     if (virtual_row)
       for (int64_t j = 0; j < size.w[l - 1]; ++j) bottom[j] = scaled(edge, top[j]);
-    write_bands(l, r, static_cast<const A*>(top), static_cast<const A*>(bottom), low);
+    write_bands(l, r, static_cast<const A*>(top), static_cast<const A*>(bottom), out);
+  }
+  void keep_low(int l, int64_t r, const A* row) {
+    const Plane& p = args.low[l - 1];
+    if (low[l - 1] != nullptr) store_row(row, low[l - 1] + r * p.stride[2], p.stride[3], size.w[l]);
+  }
+  void add_low(int l, int64_t r, A* row) {
+    const Plane& p = args.low[l - 1];
+    if (low[l - 1] != nullptr) add_row(low[l - 1] + r * p.stride[2], p.stride[3], size.w[l], row);
+  }
+  void add_row(const T* src, int64_t stride, int64_t n, A* row) {
+    load_row(src, stride, n, band[0]);
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < n; ++j) row[j] += band[0][j];
   }
   void analyse_unit(int64_t r) {
     const int L = args.levels;
@@ -262,6 +281,7 @@ struct RowWorker {
     const int rows = virtual_row ? 1 : 2;
     for (int k = 0; k < rows; ++k) {
       if (l > 1) {
+        add_low(l - 1, 2 * r + k, pair[l - 1][k]);
         synthesise(l - 1, 2 * r + k, static_cast<const A*>(pair[l - 1][k]));
       } else {
         write_image(2 * r + k, pair[0][k]);
@@ -269,11 +289,7 @@ struct RowWorker {
     }
   }
   void write_image(int64_t y, A* row) {
-    if (add != nullptr) {
-      load_row(add + y * args.add.stride[2], args.add.stride[3], size.w[0], band[0]);
-      WAVEMIX_SIMD
-      for (int64_t j = 0; j < size.w[0]; ++j) row[j] += band[0][j];
-    }
+    if (add != nullptr) add_row(add + y * args.add.stride[2], args.add.stride[3], size.w[0], row);
     store_row(row, image + y * args.image.stride[2], args.image.stride[3], size.w[0]);
   }
   void synthesise_unit(int64_t r) {
@@ -296,10 +312,10 @@ struct ChannelWorker {
   const HaarArgs& args;
   const Pyramid& size;
   const A edge;
-  int64_t n = 0, c0 = 0, count = 0;   // sample, first channel, channels of the chunk at work
-  A* child[kMaxHaarLevels + 1][4];    // the four LL vectors below a node of each level (level 0: pixels)
-  A* band;                            // 3 * chunk, interleaved as in memory
-  A* low;                             // LL of the coarsest level on its way to or from memory
+  int64_t n = 0, c0 = 0, count = 0;  // sample, first channel, channels of the chunk at work
+  A* child[kMaxHaarLevels + 1][4];   // the four LL vectors below a node of each level (level 0: pixels)
+  A* band;                           // 3 * chunk, interleaved as in memory
+  A* coarsest;                       // LL of the coarsest level on its way to or from memory
 
   static int64_t scratch_bytes(const HaarArgs& args, const Pyramid&) {
     return kChannelChunk * (4 * (args.levels + 1) + 4) * static_cast<int64_t>(sizeof(A));
@@ -310,7 +326,7 @@ struct ChannelWorker {
     for (int l = 0; l <= args.levels; ++l)
       for (int k = 0; k < 4; ++k, next += kChannelChunk) child[l][k] = next;
     band = next;
-    low = next + 3 * kChannelChunk;
+    coarsest = next + 3 * kChannelChunk;
   }
   T* pixel(const Plane& p, int64_t y, int64_t x) const {
     return static_cast<T*>(p.data) + n * p.stride[0] + c0 * p.stride[1] + y * p.stride[2] + x * p.stride[3];
@@ -322,8 +338,8 @@ struct ChannelWorker {
   bool packed(int l) const { return args.high[l - 1].stride[1] == 3 && args.high[l - 1].stride[2] == 1; }
 
   template <class In, class Low, class High>
-  void analyse_quad(const In* __restrict a, const In* __restrict b, const In* __restrict c,
-                    const In* __restrict d, Low* __restrict ll, High* __restrict out) const {
+  void analyse_quad(const In* __restrict a, const In* __restrict b, const In* __restrict c, const In* __restrict d,
+                    Low* __restrict ll, High* __restrict out) const {
     WAVEMIX_SIMD
     for (int64_t i = 0; i < count; ++i) {
       const Quad<A> q = butterfly<A>(load(a[i]), load(b[i]), load(c[i]), load(d[i]));
@@ -378,10 +394,13 @@ struct ChannelWorker {
       if (row) load_row(p + sh, 1, count, q[2]);
       if (row && column) load_row(p + sh + sw, 1, count, q[3]);
     } else {
-      analyse(l - 1, 2 * y, 2 * x, q[0]);
-      if (column) analyse(l - 1, 2 * y, 2 * x + 1, q[1]);
-      if (row) analyse(l - 1, 2 * y + 1, 2 * x, q[2]);
-      if (row && column) analyse(l - 1, 2 * y + 1, 2 * x + 1, q[3]);
+      for (int k = 0; k < 4; ++k) {
+        if ((k / 2 == 1 && !row) || (k % 2 == 1 && !column)) continue;
+        const int64_t cy = 2 * y + k / 2, cx = 2 * x + k % 2;
+        analyse(l - 1, cy, cx, q[k]);
+        const Plane& p = args.low[l - 2];
+        if (p.data != nullptr) store_row(q[k], pixel(p, cy, cx), p.stride[1], count);
+      }
     }
     if (!column) {
       extend(q[0], q[1]);
@@ -406,8 +425,8 @@ struct ChannelWorker {
     if (vectorises_in_place<T>()) {
       analyse(L, y, x, out);
     } else {
-      analyse(L, y, x, low);
-      store_row(low, out, 1, count);
+      analyse(L, y, x, coarsest);
+      store_row(coarsest, out, 1, count);
     }
   }
 
@@ -453,14 +472,15 @@ struct ChannelWorker {
     for (int k = 0; k < 4; ++k) {
       if ((k / 2 == 1 && !row) || (k % 2 == 1 && !column)) continue;
       const int64_t cy = 2 * y + k / 2, cx = 2 * x + k % 2;
+      const Plane& p = l > 1 ? args.low[l - 2] : args.add;
+      if (p.data != nullptr) {
+        load_row(static_cast<const T*>(pixel(p, cy, cx)), p.stride[1], count, band);
+        WAVEMIX_SIMD
+        for (int64_t i = 0; i < count; ++i) q[k][i] += band[i];
+      }
       if (l > 1) {
         synthesise(l - 1, cy, cx, static_cast<const A*>(q[k]));
         continue;
-      }
-      if (args.add.data != nullptr) {
-        load_row(static_cast<const T*>(pixel(args.add, cy, cx)), args.add.stride[1], count, band);
-        WAVEMIX_SIMD
-        for (int64_t i = 0; i < count; ++i) q[k][i] += band[i];
       }
       store_row(q[k], pixel(args.image, cy, cx), 1, count);
     }
@@ -471,8 +491,8 @@ struct ChannelWorker {
     if (vectorises_in_place<T>()) {
       synthesise(L, y, x, in);
     } else {
-      load_row(in, 1, count, low);
-      synthesise(L, y, x, static_cast<const A*>(low));
+      load_row(in, 1, count, coarsest);
+      synthesise(L, y, x, static_cast<const A*>(coarsest));
     }
   }
 };
@@ -547,14 +567,16 @@ void run(const HaarArgs& args, int threads) {
     for (int l = 1; l <= L; ++l) {
       const int64_t high[5] = {args.n, args.c, 3, size.h[l], size.w[l]};
       advise(args.high[l - 1].data, args.high[l - 1].stride, high, element);
+      const int64_t kept[4] = {args.n, args.c, size.h[l], size.w[l]};
+      advise(args.low[l - 1].data, args.low[l - 1].stride, kept, element);
     }
   } else {
     const int64_t full[4] = {args.n, args.c, args.h, args.w};
     advise(args.image.data, args.image.stride, full, element);
   }
   if (args.n * args.c * args.h * args.w < kSerialElements) threads = 1;
-  const bool channels_last = args.c > 1 && args.image.stride[1] == 1 && args.image.stride[3] != 1 &&
-                             args.ll.stride[1] == 1;
+  const bool channels_last =
+      args.c > 1 && args.image.stride[1] == 1 && args.image.stride[3] != 1 && args.ll.stride[1] == 1;
   if (channels_last) {
     run_channels_last<T, direction>(args, size, threads);
   } else {
@@ -565,10 +587,14 @@ void run(const HaarArgs& args, int threads) {
 template <Direction direction>
 void dispatch(const HaarArgs& args, int threads) {
   switch (args.dtype) {
-    case DType::f64: return run<double, direction>(args, threads);
-    case DType::f32: return run<float, direction>(args, threads);
-    case DType::f16: return run<f16, direction>(args, threads);
-    case DType::bf16: return run<bf16, direction>(args, threads);
+    case DType::f64:
+      return run<double, direction>(args, threads);
+    case DType::f32:
+      return run<float, direction>(args, threads);
+    case DType::f16:
+      return run<f16, direction>(args, threads);
+    case DType::bf16:
+      return run<bf16, direction>(args, threads);
   }
 }
 

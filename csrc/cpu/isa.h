@@ -15,8 +15,8 @@ struct CpuKernels {
   void (*haar_synthesis)(const HaarArgs& args, int threads);
 };
 
-#define WAVEMIX_DECLARE_ISA(isa) \
-  namespace isa {                \
+#define WAVEMIX_DECLARE_ISA(isa)   \
+  namespace isa {                  \
   extern const CpuKernels kernels; \
   }
 WAVEMIX_DECLARE_ISA(baseline)

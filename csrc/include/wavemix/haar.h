@@ -40,6 +40,9 @@ struct HaarArgs {
   Plane add;    // synthesis only, optional (null data): image = synthesis + add
   Plane ll;
   Bands high[kMaxHaarLevels];  // synthesis only: null data stands for a level of zeros
+  // The LL of the levels above the last, optional (null data): low[l-1] for level l < levels. Analysis also writes
+  // LL_l there; synthesis adds it to LL_l. With it one pass serves a Waveblock, which reads every level's LL.
+  Plane low[kMaxHaarLevels];
 };
 
 inline int64_t half_up(int64_t size) { return size / 2 + size % 2; }
