@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import importlib.util
 import sys
@@ -23,7 +24,7 @@ from .results import Results
 EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "skimage": "scikit-image"}
 DEFAULT_OUT = "bench-results"
 
-# Seconds per case, and for the run as a whole; past the latter no more is compiled and rounds are the fewest.
+# Seconds of rounds per case, and of wall time for the run; past the latter no compilation and no case is begun.
 FULL, QUICK = Effort(seconds=3.0, fewest=5, most=200), Effort(seconds=1.0, fewest=3, most=50)
 FULL_LIMIT_S, QUICK_LIMIT_S = 330.0, 65.0
 
@@ -154,16 +155,17 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
         with table.progress(console) as progress:
             task = progress.add_task("benchmarks", total=len(cases), doing="this machine's copy bandwidth")
             results.machine = {"copy_gbps": copy_bandwidth(device)}
+            meter = Meter(device, effort, may_compile=_within(begin + limit))
             for number, case in enumerate(cases):
-                left = limit - (time.monotonic() - begin)
+                left = begin + limit - time.monotonic()
+                if left <= 0:
+                    why = f"--limit {limit:g} seconds were over before this case"
+                    results.add([Row(case.name, case.group, name, "skipped", why) for name in providers])
+                    continue
                 # Rounds get at most half of the case's share; the rest is for checks and compilation.
-                share = max(0.0, left) / (len(cases) - number) / 2
-                meter = Meter(
-                    device=device,
-                    effort=Effort(min(effort.seconds, share), effort.fewest, effort.most),
-                    may_compile=_within(begin + limit),
-                    announce=lambda doing, name=case.name: progress.update(task, doing=f"{name}  {doing}"),
-                )
+                share = left / (len(cases) - number) / 2
+                meter.effort = dataclasses.replace(effort, seconds=min(effort.seconds, share))
+                meter.announce = lambda doing, name=case.name: progress.update(task, doing=f"{name}  {doing}")
                 rows: list[Row] = []
                 try:
                     for row in meter.measure(case, providers):
@@ -174,6 +176,9 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
                 table.show(console, case.name, _first_time_only(rows, said))
                 progress.advance(task)
         results.complete = True
+        late = sorted({row.case for row in results.rows if row.status == "skipped" and row.provider != "compile"})
+        if late:
+            console.print(f"skipped, since --limit {limit:g} seconds were over: {', '.join(late)}", highlight=False)
     except KeyboardInterrupt:
         console.print("interrupted: what was measured so far is written")
     results.seconds = time.monotonic() - begin
@@ -208,12 +213,12 @@ def _write_pictures(results: Results) -> list[Path]:
     folder = results.path.parent
     written = [results.path]
     drawn = []
-    for name, caption, draw in plots.figures(results):
-        light = draw(plots.LIGHT)
-        path = folder / f"{name}.png"
+    for chart in plots.charts(results):
+        light = plots.draw(chart, plots.LIGHT)
+        path = folder / f"{chart.name}.png"
         path.write_bytes(light)
         written.append(path)
-        drawn.append(report.Picture(caption, light, draw(plots.DARK)))
+        drawn.append(report.Picture(chart.caption, light, plots.draw(chart, plots.DARK)))
     page = folder / "report.html"
     page.write_text(report.page(results, drawn), encoding="utf-8")
     return [*written, page]

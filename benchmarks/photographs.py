@@ -7,6 +7,7 @@ arguments give the same tensors on every machine.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,15 @@ NAMES = (
 @functools.cache
 def _photograph(name: str) -> torch.Tensor:
     """One photograph, (3, H, W) float32 in [0, 1]."""
-    import skimage
-    import skimage.io
+    from PIL import Image
 
-    pixels = np.asarray(skimage.io.imread(Path(skimage.__file__).parent / "data" / name))
-    return torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1).float() / 255
+    # Found, not imported: only the files are wanted, and importing the package pulls in scipy.
+    package = importlib.util.find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError('scikit-image is missing: pip install "wavemix-kernels[bench]"', name="skimage")
+    with Image.open(Path(package.submodule_search_locations[0]) / "data" / name) as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def crops(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:

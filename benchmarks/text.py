@@ -10,7 +10,7 @@ COLUMNS = (
     ("median", lambda row: duration(row.median_ms)),
     ("p20 – p80", lambda row: spread(row.median_ms, row.p20_ms, row.p80_ms)),
     ("speed-up", lambda row: f"{row.speedup:.2f}x" if row.speedup is not None else "–"),
-    ("GB/s", lambda row: f"{row.gbps:.1f}" if row.gbps is not None else "–"),
+    ("GB/s", lambda row: _three(row.gbps) if row.gbps is not None else "–"),
     ("roofline", lambda row: f"{row.roofline_share:.0%}" if row.roofline_share is not None else "–"),
     ("peak", lambda row: size(row.peak_bytes)),
     ("saved", lambda row: size(row.saved_bytes)),

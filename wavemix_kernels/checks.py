@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,3 +75,13 @@ def check_probability(name: str, value: object) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: expected a probability from 0 to 1")
     return float(value)
+
+
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype that autocast gives a convolution on ``first``'s device; unchanged outside it."""
+    kind = first.device.type
+    tensors = (first, *others)
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)

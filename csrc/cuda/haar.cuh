@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "vector.cuh"
 #include "wavemix/haar.h"
@@ -23,6 +24,9 @@
 namespace wavemix::haar {
 
 constexpr unsigned kThreads = 128;
+// Saying how many blocks must fit keeps ptxas from spilling a register or two to reach the next step of occupancy;
+// three (170 registers a thread) leave room for the largest kernel.
+constexpr unsigned kMinBlocks = 3;
 constexpr int kWarp = 32;
 
 // --- Parameters ------------------------------------------------------------------------------------------
@@ -91,7 +95,10 @@ struct PairWeights {
 // --- Rows kernels: what a thread holds -------------------------------------------------------------------
 
 template <int V>
-constexpr int kColumnLevels = V == 8 ? 4 : V == 4 ? 3 : V == 2 ? 2 : 1;  // log2 of a thread's 2V columns
+constexpr int kColumnLevels = V == 8   ? 4
+                              : V == 4 ? 3
+                              : V == 2 ? 2
+                                       : 1;  // log2 of a thread's 2V columns
 
 // Columns of a thread at `level`; coarser than its own columns it shares one with its neighbours.
 __host__ __device__ constexpr int width(int V, int level) { return (2 * V >> level) > 1 ? 2 * V >> level : 1; }
@@ -105,16 +112,16 @@ struct Form {
   bool wide;
 };
 
-// An axis of one element is never stepped along: give it the stride that restricts nothing.
+// An axis of one element is never stepped along: stride 0 restricts nothing, whatever it came with.
 inline HaarArgs normalised(HaarArgs args) {
-  auto settle = [](int64_t* stride, int64_t size, int64_t value) {
-    if (size == 1) *stride = value;
+  auto settle = [](int64_t* stride, int64_t size) {
+    if (size == 1) *stride = 0;
   };
   auto plane = [&](Plane& p, int64_t h, int64_t w) {
-    settle(&p.stride[0], args.n, 0);
-    settle(&p.stride[1], args.c, 0);
-    settle(&p.stride[2], h, 0);
-    settle(&p.stride[3], w, 1);
+    settle(&p.stride[0], args.n);
+    settle(&p.stride[1], args.c);
+    settle(&p.stride[2], h);
+    settle(&p.stride[3], w);
   };
   int64_t h = args.h, w = args.w;
   plane(args.image, h, w);
@@ -123,10 +130,10 @@ inline HaarArgs normalised(HaarArgs args) {
     h = half_up(h);
     w = half_up(w);
     int64_t* stride = args.high[l].stride;
-    settle(&stride[0], args.n, 0);
-    settle(&stride[1], args.c, 0);
-    settle(&stride[3], h, 0);
-    settle(&stride[4], w, 1);
+    settle(&stride[0], args.n);
+    settle(&stride[1], args.c);
+    settle(&stride[3], h);
+    settle(&stride[4], w);
   }
   plane(args.ll, h, w);
   return args;
@@ -153,7 +160,8 @@ bool rows_wide(const HaarArgs& args) {
     const int64_t per_word = std::max<int64_t>((2 * V) >> l, 1);
     const Bands& high = args.high[l - 1];
     const int64_t* s = high.stride;
-    if (high.data && per_word > 1 && !(s[4] == 1 && word_aligned(high.data, sizeof(T), per_word, s[0], s[1], s[2], s[3])))
+    if (high.data && per_word > 1 &&
+        !(s[4] == 1 && word_aligned(high.data, sizeof(T), per_word, s[0], s[1], s[2], s[3])))
       return false;
   }
   return plane_fits(args.ll, std::max<int64_t>((2 * V) >> args.levels, 1));
@@ -163,14 +171,12 @@ template <class T>
 bool channels_wide(const HaarArgs& args) {
   constexpr int64_t V = kPerWord<T>;
   auto plane_fits = [](const Plane& p) {
-    return !p.data ||
-           (p.stride[1] == 1 && word_aligned(p.data, sizeof(T), V, p.stride[0], p.stride[2], p.stride[3]));
+    return !p.data || (p.stride[1] == 1 && word_aligned(p.data, sizeof(T), V, p.stride[0], p.stride[2], p.stride[3]));
   };
   if (args.c % V != 0 || !plane_fits(args.image) || !plane_fits(args.add) || !plane_fits(args.ll)) return false;
   return std::all_of(args.high, args.high + args.levels, [](const Bands& high) {
     const int64_t* s = high.stride;
-    return !high.data ||
-           (s[1] == 3 && s[2] == 1 && word_aligned(high.data, sizeof(T), V, s[0], s[3], s[4]));
+    return !high.data || (s[1] == 3 && s[2] == 1 && word_aligned(high.data, sizeof(T), V, s[0], s[3], s[4]));
   });
 }
 
@@ -268,9 +274,15 @@ inline Launch make_launch(const char* direction, const HaarArgs& args, const For
   return launch;
 }
 
-// Runs `typed(T{})` with the C++ type of args.dtype.
-template <class Typed>
-void with_dtype(const HaarArgs& args, const Typed& typed) {
+// Runs `run(zero, elements per access, form)` with the C++ type of args.dtype and the kernels' form for these strides.
+template <class Run>
+void with_form(const HaarArgs& args, const Run& run) {
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    const Form form = choose_form<T>(args);
+    if (form.wide) return run(zero, std::integral_constant<int, static_cast<int>(kPerWord<T>)>{}, form);
+    return run(zero, std::integral_constant<int, 1>{}, form);
+  };
   switch (args.dtype) {
     case DType::f64:
       return typed(double{});

@@ -10,7 +10,8 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // low and high of a pair held by two lanes `mask` apart; both lanes get both.
 template <class A>
-__device__ void exchange(A x, int mask, bool is_second, const PairWeights<A>& weights, A second_weight, A& low, A& high) {
+__device__ void exchange(A x, int mask, bool is_second, const PairWeights<A>& weights, A second_weight, A& low,
+                         A& high) {
   const A other = __shfl_xor_sync(kWholeWarp, x, mask);
   const A first = is_second ? other : x;
   const A second = second_weight * (is_second ? x : other);
@@ -54,7 +55,8 @@ template <class T, int V, int M>  // M levels of rows within the thread
 struct RowsAnalysis {
   using A = Arithmetic<T>;
   static_assert(V == 1 || V == kPerWord<T>, "one element or one word");
-  static_assert(kMaxHaarLevels - kColumnLevels<V> + kMaxHaarLevels - kMaxRowLevels<V> <= 5, "a group of lanes fits a warp");
+  static_assert(kMaxHaarLevels - kColumnLevels<V> + kMaxHaarLevels - kMaxRowLevels<V> <= 5,
+                "a group of lanes fits a warp");
   static_assert(kMaxRowLevels<V> >= kColumnLevels<V>, "a thread's columns are spent when it starts to climb");
 
   const Params& p;
@@ -95,7 +97,8 @@ struct RowsAnalysis {
   }
 
   template <int level>
-  __device__ void reduce_columns(const A (&x)[width(V, level - 1)], A (&low)[width(V, level)], A (&high)[width(V, level)]) const {
+  __device__ void reduce_columns(const A (&x)[width(V, level - 1)], A (&low)[width(V, level)],
+                                 A (&high)[width(V, level)]) const {
     const bool pair_exists = (V > 1 && level <= kColumnLevels<V>) ||  // wide: whole words of columns
                              ((column >> level) << 1) + 1 < p.level[level - 1].w;
     const PairWeights<A> weights(pair_exists, p.edge, A(1));
@@ -117,7 +120,8 @@ struct RowsAnalysis {
     const int w = p.level[0].w;
     if (!active || i >= p.level[0].h || column >= w) return;
     const int64_t* stride = p.image_stride;
-    const T* source = static_cast<const T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + column * stride[3];
+    const T* source =
+        static_cast<const T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + column * stride[3];
     if constexpr (V > 1) {
       load<T, 2 * V>(source, x);
     } else {
@@ -143,7 +147,7 @@ struct RowsAnalysis {
 };
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(kThreads) analysis_rows(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) analysis_rows(const __grid_constant__ Params p) {
   using A = Arithmetic<T>;
   const uint32_t task = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t lane = task & ((1u << p.group_shift) - 1);
@@ -244,7 +248,7 @@ struct ChannelsAnalysis {
 constexpr int channel_levels(int levels) { return levels == kMaxHaarLevels ? 3 : std::min(levels, 2); }
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(kThreads) analysis_channels(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) analysis_channels(const __grid_constant__ Params p) {
   using A = Arithmetic<T>;
   const uint32_t task = blockIdx.x * kThreads + threadIdx.x;
   const int shift = p.levels - M;  // a group is 2^shift x 2^shift thread tiles by `channels` words
@@ -262,8 +266,9 @@ __global__ void __launch_bounds__(kThreads) analysis_channels(const __grid_const
   A x[V];
   thread.template reduce<M>(i, j, x);
   if constexpr (M > 1) {
-    climb(p, x, M + 1, i, j, static_cast<int>(channels), static_cast<int>(channels << shift), thread.active,
-          [&](int level, int row, int column, const A(&bands)[4][V]) { thread.store_bands(level, row, column, bands); });
+    climb(
+        p, x, M + 1, i, j, static_cast<int>(channels), static_cast<int>(channels << shift), thread.active,
+        [&](int level, int row, int column, const A(&bands)[4][V]) { thread.store_bands(level, row, column, bands); });
   }
 }
 
@@ -277,21 +282,23 @@ void launch_rows(const HaarArgs& args, const Form& form, void* stream) {
     return Grid{column_shift + a.levels - row_levels, ceil_div(a.w, int64_t{2 * V} << column_shift),
                 ceil_div(a.h, int64_t{1} << a.levels), a.c, a.n};
   };
-  for_each_part(args, [&](const HaarArgs& a) { return grid_of(a).tasks(); }, [&](const HaarArgs& a) {
-    Params p = make_params(a);
-    grid_of(a).fill(p);
-    const Launch launch = make_launch("analysis", a, form, p.tasks, stream);
-    switch (row_levels) {
-      case 1:
-        return launch(analysis_rows<T, V, 1>, p);
-      case 2:
-        return launch(analysis_rows<T, V, 2>, p);
-      case 3:
-        return launch(analysis_rows<T, V, 3>, p);
-      default:
-        return launch(analysis_rows<T, V, kMaxRowLevels<V>>, p);
-    }
-  });
+  for_each_part(
+      args, [&](const HaarArgs& a) { return grid_of(a).tasks(); },
+      [&](const HaarArgs& a) {
+        Params p = make_params(a);
+        grid_of(a).fill(p);
+        const Launch launch = make_launch("analysis", a, form, p.tasks, stream);
+        switch (row_levels) {
+          case 1:
+            return launch(analysis_rows<T, V, 1>, p);
+          case 2:
+            return launch(analysis_rows<T, V, 2>, p);
+          case 3:
+            return launch(analysis_rows<T, V, 3>, p);
+          default:
+            return launch(analysis_rows<T, V, kMaxRowLevels<V>>, p);
+        }
+      });
 }
 
 template <class T, int V>
@@ -304,19 +311,21 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
     return Grid{shift > 0 ? 5 : 0, ceil_div(words, shift > 0 ? kWarp >> (2 * shift) : 1), ceil_div(a.w, tile),
                 ceil_div(a.h, tile), a.n};
   };
-  for_each_part(args, [&](const HaarArgs& a) { return grid_of(a).tasks(); }, [&](const HaarArgs& a) {
-    Params p = make_params(a);
-    grid_of(a).fill(p);
-    const Launch launch = make_launch("analysis", a, form, p.tasks, stream);
-    switch (own_levels) {
-      case 1:
-        return launch(analysis_channels<T, V, 1>, p);
-      case 2:
-        return launch(analysis_channels<T, V, 2>, p);
-      default:
-        return launch(analysis_channels<T, V, 3>, p);
-    }
-  });
+  for_each_part(
+      args, [&](const HaarArgs& a) { return grid_of(a).tasks(); },
+      [&](const HaarArgs& a) {
+        Params p = make_params(a);
+        grid_of(a).fill(p);
+        const Launch launch = make_launch("analysis", a, form, p.tasks, stream);
+        switch (own_levels) {
+          case 1:
+            return launch(analysis_channels<T, V, 1>, p);
+          case 2:
+            return launch(analysis_channels<T, V, 2>, p);
+          default:
+            return launch(analysis_channels<T, V, 3>, p);
+        }
+      });
 }
 
 }  // namespace
@@ -329,14 +338,11 @@ void haar_analysis_cuda(const HaarArgs& args, int device, void* stream) {
   if (haar::is_empty(args)) return;
   const DeviceGuard guard(device);
   const HaarArgs settled = haar::normalised(args);
-  haar::with_dtype(settled, [&](auto zero) {
+  haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);
-    constexpr int V = static_cast<int>(haar::kPerWord<T>);
-    const haar::Form form = haar::choose_form<T>(settled);
-    if (form.layout == haar::Layout::rows)
-      return form.wide ? haar::launch_rows<T, V>(settled, form, stream) : haar::launch_rows<T, 1>(settled, form, stream);
-    return form.wide ? haar::launch_channels<T, V>(settled, form, stream)
-                     : haar::launch_channels<T, 1>(settled, form, stream);
+    constexpr int V = decltype(per_access)::value;
+    if (form.layout == haar::Layout::rows) return haar::launch_rows<T, V>(settled, form, stream);
+    return haar::launch_channels<T, V>(settled, form, stream);
   });
 }
 

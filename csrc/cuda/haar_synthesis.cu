@@ -137,7 +137,7 @@ struct RowsSynthesis {
 };
 
 template <class T, int V, int M>  // tiles of 2^M rows by 2V columns
-__global__ void __launch_bounds__(kThreads) synthesis_rows(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) synthesis_rows(const __grid_constant__ Params p) {
   using A = Arithmetic<T>;
   uint32_t task = blockIdx.x * kThreads + threadIdx.x;
   if (task >= p.tasks) return;
@@ -241,7 +241,7 @@ struct ChannelsSynthesis {
 constexpr int kMaxChannelTileLevels = 2;  // 4x4 pixels of one word: enough threads even for a batch of one
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(kThreads) synthesis_channels(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) synthesis_channels(const __grid_constant__ Params p) {
   using A = Arithmetic<T>;
   uint32_t task = blockIdx.x * kThreads + threadIdx.x;
   if (task >= p.tasks) return;
@@ -267,21 +267,23 @@ void launch_rows(const HaarArgs& args, const Form& form, void* stream) {
   const auto grid_of = [&](const HaarArgs& a) {
     return Grid{0, ceil_div(a.w, 2 * V), ceil_div(a.h, int64_t{1} << tile_levels), a.c, a.n};
   };
-  for_each_part(args, [&](const HaarArgs& a) { return grid_of(a).tasks(); }, [&](const HaarArgs& a) {
-    Params p = make_params(a);
-    grid_of(a).fill(p);
-    const Launch launch = make_launch("synthesis", a, form, p.tasks, stream);
-    switch (tile_levels) {
-      case 1:
-        return launch(synthesis_rows<T, V, 1>, p);
-      case 2:
-        return launch(synthesis_rows<T, V, 2>, p);
-      case 3:
-        return launch(synthesis_rows<T, V, 3>, p);
-      default:
-        return launch(synthesis_rows<T, V, kMaxTileLevels<V>>, p);
-    }
-  });
+  for_each_part(
+      args, [&](const HaarArgs& a) { return grid_of(a).tasks(); },
+      [&](const HaarArgs& a) {
+        Params p = make_params(a);
+        grid_of(a).fill(p);
+        const Launch launch = make_launch("synthesis", a, form, p.tasks, stream);
+        switch (tile_levels) {
+          case 1:
+            return launch(synthesis_rows<T, V, 1>, p);
+          case 2:
+            return launch(synthesis_rows<T, V, 2>, p);
+          case 3:
+            return launch(synthesis_rows<T, V, 3>, p);
+          default:
+            return launch(synthesis_rows<T, V, kMaxTileLevels<V>>, p);
+        }
+      });
 }
 
 template <class T, int V>
@@ -291,13 +293,15 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
     const int64_t tile = int64_t{1} << tile_levels;
     return Grid{0, ceil_div(a.c, V), ceil_div(a.w, tile), ceil_div(a.h, tile), a.n};
   };
-  for_each_part(args, [&](const HaarArgs& a) { return grid_of(a).tasks(); }, [&](const HaarArgs& a) {
-    Params p = make_params(a);
-    grid_of(a).fill(p);
-    const Launch launch = make_launch("synthesis", a, form, p.tasks, stream);
-    if (tile_levels == 1) return launch(synthesis_channels<T, V, 1>, p);
-    return launch(synthesis_channels<T, V, kMaxChannelTileLevels>, p);
-  });
+  for_each_part(
+      args, [&](const HaarArgs& a) { return grid_of(a).tasks(); },
+      [&](const HaarArgs& a) {
+        Params p = make_params(a);
+        grid_of(a).fill(p);
+        const Launch launch = make_launch("synthesis", a, form, p.tasks, stream);
+        if (tile_levels == 1) return launch(synthesis_channels<T, V, 1>, p);
+        return launch(synthesis_channels<T, V, kMaxChannelTileLevels>, p);
+      });
 }
 
 }  // namespace
@@ -310,14 +314,11 @@ void haar_synthesis_cuda(const HaarArgs& args, int device, void* stream) {
   if (haar::is_empty(args)) return;
   const DeviceGuard guard(device);
   const HaarArgs settled = haar::normalised(args);
-  haar::with_dtype(settled, [&](auto zero) {
+  haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);
-    constexpr int V = static_cast<int>(haar::kPerWord<T>);
-    const haar::Form form = haar::choose_form<T>(settled);
-    if (form.layout == haar::Layout::rows)
-      return form.wide ? haar::launch_rows<T, V>(settled, form, stream) : haar::launch_rows<T, 1>(settled, form, stream);
-    return form.wide ? haar::launch_channels<T, V>(settled, form, stream)
-                     : haar::launch_channels<T, 1>(settled, form, stream);
+    constexpr int V = decltype(per_access)::value;
+    if (form.layout == haar::Layout::rows) return haar::launch_rows<T, V>(settled, form, stream);
+    return haar::launch_channels<T, V>(settled, form, stream);
   });
 }
 

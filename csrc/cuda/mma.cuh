@@ -135,31 +135,30 @@ void multiply(void* const (&payloads)[kWarp], const A& a_at, const B& b_at) {
 template <class T>
 void mma_m16n8k16(float (&d)[4], const Fragment (&a)[4], const Fragment (&b)[2], WAVEMIX_SITE) {
   emulator::Mma mine{d, a, b};
-  emulator::warp_operation(0xffffffffu, {file, line}, "mma_m16n8k16", &mine, [](void* const(&payloads)[emulator::kWarp]) {
-    emulator::multiply<16>(
-        payloads,
-        [](auto& mma, int row, int k) {
-          return emulator::element(mma(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k % 2, T{});
-        },
-        [](auto& mma, int k, int column) {
-          return emulator::element(mma(column * 4 + k % 8 / 2).b[k / 8], k % 2, T{});
-        });
-  });
+  emulator::warp_operation(
+      0xffffffffu, {file, line}, "mma_m16n8k16", &mine, [](void* const(&payloads)[emulator::kWarp]) {
+        emulator::multiply<16>(
+            payloads,
+            [](auto& mma, int row, int k) {
+              return emulator::element(mma(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k % 2, T{});
+            },
+            [](auto& mma, int k, int column) {
+              return emulator::element(mma(column * 4 + k % 8 / 2).b[k / 8], k % 2, T{});
+            });
+      });
 }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const Fragment (&a)[4], const Fragment (&b)[2], WAVEMIX_SITE) {
   emulator::Mma mine{d, a, b};
-  emulator::warp_operation(0xffffffffu, {file, line}, "mma_m16n8k8_tf32", &mine,
-                           [](void* const(&payloads)[emulator::kWarp]) {
-                             emulator::multiply<8>(
-                                 payloads,
-                                 [](auto& mma, int row, int k) {
-                                   return emulator::tf32_value(mma(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]);
-                                 },
-                                 [](auto& mma, int k, int column) {
-                                   return emulator::tf32_value(mma(column * 4 + k % 4).b[k / 4]);
-                                 });
-                           });
+  emulator::warp_operation(
+      0xffffffffu, {file, line}, "mma_m16n8k8_tf32", &mine, [](void* const(&payloads)[emulator::kWarp]) {
+        emulator::multiply<8>(
+            payloads,
+            [](auto& mma, int row, int k) {
+              return emulator::tf32_value(mma(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]);
+            },
+            [](auto& mma, int k, int column) { return emulator::tf32_value(mma(column * 4 + k % 4).b[k / 4]); });
+      });
 }
 
 inline Fragment to_tf32(float x) {
@@ -173,18 +172,20 @@ template <bool transposed, class T>
 void ldmatrix_x4(Fragment (&r)[4], SharedSpan<T> row, WAVEMIX_SITE) {
   static_assert(sizeof(T) == 2, "16-bit elements");
   if (row.offset() % 16 != 0)
-    emulator::fail("ldmatrix_x4: a row " + std::to_string(row.offset()) + " bytes into its array; rows start at multiples of 16");
+    emulator::fail("ldmatrix_x4: a row " + std::to_string(row.offset()) +
+                   " bytes into its array; rows start at multiples of 16");
   struct Load {
     SharedSpan<uint16_t> row;
-    std::vector<SharedSpan<uint16_t>> rows;  // of all lanes
+    std::vector<SharedSpan<uint16_t> > rows;  // of all lanes
   };
   Load load{shared_cast<uint16_t>(row), {}};
-  emulator::warp_operation(0xffffffffu, {file, line}, "ldmatrix_x4", &load, [](void* const(&payloads)[emulator::kWarp]) {
-    for (void* reader : payloads) {
-      for (const void* offered : payloads)
-        static_cast<Load*>(reader)->rows.push_back(static_cast<const Load*>(offered)->row);
-    }
-  });
+  emulator::warp_operation(0xffffffffu, {file, line}, "ldmatrix_x4", &load,
+                           [](void* const(&payloads)[emulator::kWarp]) {
+                             for (void* reader : payloads) {
+                               for (const void* offered : payloads)
+                                 static_cast<Load*>(reader)->rows.push_back(static_cast<const Load*>(offered)->row);
+                             }
+                           });
   // Each lane reads its own elements, so that a race with any other thread's write shows.
   const int group = emulator::lane() / 4, member = emulator::lane() % 4;
   for (int m = 0; m < 4; ++m) {

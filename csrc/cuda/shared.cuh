@@ -12,7 +12,7 @@
 
 // 16-byte alignment lets any array be read by whole words, ldmatrix and cp.async.
 #define WAVEMIX_SHARED(T, name, count) __shared__ __align__(16) T name[count]
-#define WAVEMIX_DYNAMIC_SHARED(T, name)                              \
+#define WAVEMIX_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(16) unsigned char wavemix_dynamic_[]; \
   T* const name = reinterpret_cast<T*>(wavemix_dynamic_)
 
@@ -27,8 +27,8 @@ __device__ inline U* shared_cast(T* span) {
 
 #else
 
-#define WAVEMIX_SHARED(T, name, count)                                                                             \
-  const ::wavemix::SharedSpan<T> name(                                                                             \
+#define WAVEMIX_SHARED(T, name, count) \
+  const ::wavemix::SharedSpan<T> name( \
       ::wavemix::emulator::shared_memory(#name, {__FILE__, __LINE__}, sizeof(T) * static_cast<size_t>(count)), 0)
 #define WAVEMIX_DYNAMIC_SHARED(T, name) \
   const ::wavemix::SharedSpan<T> name(::wavemix::emulator::dynamic_shared_memory(#name), 0)

@@ -54,7 +54,8 @@ template <class T, int N>
 struct Vector {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "elements of 2, 4 or 8 bytes");
   static_assert((N & (N - 1)) == 0, "a power of two of elements");
-  static constexpr int kBytes = N * static_cast<int>(sizeof(T)) < kVectorBytes ? N * static_cast<int>(sizeof(T)) : kVectorBytes;
+  static constexpr int kBytes =
+      N * static_cast<int>(sizeof(T)) < kVectorBytes ? N * static_cast<int>(sizeof(T)) : kVectorBytes;
   static constexpr int kPerWord = kBytes / static_cast<int>(sizeof(T));
   static constexpr int kWords = N / kPerWord;
   using Word = typename WordOf<kBytes>::type;
@@ -113,7 +114,8 @@ __device__ inline void narrow(const float (&x)[N], __nv_bfloat16 (&y)[N]) {
   }
 }
 
-// Each element is rounded once, here.
+// Each element is rounded once, here. __stwb is the plain store as one instruction: an assignment of the word the
+// compiler may take apart again, into stores of 4 bytes.
 template <class T, int N>
 __device__ inline void store(T* target, const Arithmetic<T> (&x)[N]) {
   using V = Vector<T, N>;
@@ -123,7 +125,7 @@ __device__ inline void store(T* target, const Arithmetic<T> (&x)[N]) {
   for (int w = 0; w < V::kWords; ++w) {
     typename V::Word word;
     memcpy(&word, static_cast<const void*>(elements + w * V::kPerWord), sizeof(word));
-    reinterpret_cast<typename V::Word*>(target)[w] = word;
+    __stwb(reinterpret_cast<typename V::Word*>(target) + w, word);
   }
 }
 

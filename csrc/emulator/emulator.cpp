@@ -44,13 +44,14 @@ class Stack {
   Stack() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
     base_ = mmap(nullptr, kBytes + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base_ == MAP_FAILED) throw std::runtime_error("emulator: no memory for a thread's stack");
-    if (mprotect(base_, page_, PROT_NONE) != 0) throw std::runtime_error("emulator: no guard page for a thread's stack");
+    if (mprotect(base_, page_, PROT_NONE) != 0)
+      throw std::runtime_error("emulator: no guard page for a thread's stack");
   }
   ~Stack() { munmap(base_, kBytes + page_); }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
   void* bottom() const { return static_cast<char*>(base_) + page_; }
-  static constexpr size_t kBytes = 256 * 1024;
+  static constexpr size_t kBytes = 128 * 1024;
 
  private:
   size_t page_;
@@ -310,7 +311,9 @@ void Engine::run_block(uint64_t block) {
       if (at_barrier_ > 0)
         throw std::runtime_error(place(fiber) + ": divergent barrier: left the kernel while" + describe_waiting());
     }
-    if (!progress) throw std::runtime_error(what_ + ", block " + show(registers().block) + ": no thread can go on:" + describe_waiting());
+    if (!progress)
+      throw std::runtime_error(what_ + ", block " + show(registers().block) +
+                               ": no thread can go on:" + describe_waiting());
   }
 }
 
@@ -321,7 +324,8 @@ std::string Engine::describe_waiting() const {
   for (const Fiber& fiber : fibers_) {
     if (fiber.state != State::at_barrier && fiber.state != State::at_warp_operation) continue;
     if (++waiting > kShown) continue;
-    out << (waiting > 1 ? ";" : "") << " thread " << show(fiber.thread) << " waits at " << fiber.name << " (" << show(fiber.site);
+    out << (waiting > 1 ? ";" : "") << " thread " << show(fiber.thread) << " waits at " << fiber.name << " ("
+        << show(fiber.site);
     if (fiber.state == State::at_warp_operation) out << ", mask 0x" << std::hex << fiber.mask << std::dec;
     out << ')';
   }
@@ -331,7 +335,8 @@ std::string Engine::describe_waiting() const {
 
 void Engine::block_barrier(Site site) {
   Fiber& fiber = *current_;
-  if (done_ > 0) fail("divergent barrier: reached " + show(site) + " after " + std::to_string(done_) + " threads left the kernel");
+  if (done_ > 0)
+    fail("divergent barrier: reached " + show(site) + " after " + std::to_string(done_) + " threads left the kernel");
   fiber.state = State::at_barrier;
   fiber.site = site;
   fiber.name = "__syncthreads";
@@ -382,15 +387,16 @@ void Engine::order_warp(unsigned mask) {
 
 // --- Shared memory ---------------------------------------------------------------------------------------
 
-void Engine::check_bounds(const SharedMemory& memory, ptrdiff_t offset, size_t bytes, size_t element, const char* verb) {
+void Engine::check_bounds(const SharedMemory& memory, ptrdiff_t offset, size_t bytes, size_t element,
+                          const char* verb) {
   if (offset >= 0 && static_cast<size_t>(offset) + bytes <= memory.data.size()) {
     if (offset % static_cast<ptrdiff_t>(std::min<size_t>(bytes, 16)) == 0 || (bytes & (bytes - 1)) != 0) return;
-    fail("shared array '" + memory.name + "': " + verb + " " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
-         ", which is not aligned to them");
+    fail("shared array '" + memory.name + "': " + verb + " " + std::to_string(bytes) + " bytes at byte " +
+         std::to_string(offset) + ", which is not aligned to them");
   }
   const ptrdiff_t size = static_cast<ptrdiff_t>(element);
-  fail("shared array '" + memory.name + "': " + verb + " element " + std::to_string(offset / size) + " out of bounds, it has " +
-       std::to_string(memory.data.size() / element));
+  fail("shared array '" + memory.name + "': " + verb + " element " + std::to_string(offset / size) +
+       " out of bounds, it has " + std::to_string(memory.data.size() / element));
 }
 
 unsigned char* Engine::access(SharedMemory& memory, ptrdiff_t offset, size_t bytes, size_t element, Access kind) {
@@ -399,7 +405,8 @@ unsigned char* Engine::access(SharedMemory& memory, ptrdiff_t offset, size_t byt
   const int thread = current_->index;
   const uint32_t block = block_epoch_, warp = warp_epoch(*current_);
   auto describe = [&] {
-    return "shared array '" + memory.name + "': " + verb + " element " + std::to_string(offset / static_cast<ptrdiff_t>(element));
+    return "shared array '" + memory.name + "': " + verb + " element " +
+           std::to_string(offset / static_cast<ptrdiff_t>(element));
   };
   for (size_t i = 0; i < bytes; ++i) {
     Shadow& byte = memory.shadow[static_cast<size_t>(offset) + i];
@@ -407,7 +414,8 @@ unsigned char* Engine::access(SharedMemory& memory, ptrdiff_t offset, size_t byt
     if (kind != Access::write && !byte.initialised) fail(describe() + ", which was never written");
     auto order_after = [&](const Trace& trace, const char* other) {
       if (!trace.conflicts(thread, block, warp)) return;
-      fail(describe() + " races with a " + other + " by thread " + show(fibers_[static_cast<size_t>(trace.thread)].thread) +
+      fail(describe() + " races with a " + other + " by thread " +
+           show(fibers_[static_cast<size_t>(trace.thread)].thread) +
            (trace.several_threads || trace.several_warps ? " and others" : "") + ": no barrier between them");
     };
     if (kind != Access::read) order_after(byte.read, "read");
@@ -439,7 +447,8 @@ void Engine::wait_for_copies(size_t pending) {
   Fiber& fiber = *current_;
   while (fiber.groups.size() > pending) {
     for (const Copy& copy : fiber.groups.front()) {
-      for (size_t i = 0; i < copy.bytes; ++i) copy.memory->shadow[static_cast<size_t>(copy.offset) + i].in_flight = false;
+      for (size_t i = 0; i < copy.bytes; ++i)
+        copy.memory->shadow[static_cast<size_t>(copy.offset) + i].in_flight = false;
       std::memcpy(access(*copy.memory, copy.offset, copy.bytes, copy.bytes, Access::write), copy.source, copy.bytes);
     }
     fiber.groups.pop_front();
@@ -447,6 +456,10 @@ void Engine::wait_for_copies(size_t pending) {
 }
 
 }  // namespace
+
+namespace {
+thread_local std::string launches;
+}
 
 Registers& registers() {
   static thread_local Registers all;
@@ -458,11 +471,13 @@ void launch(const std::string& what, dim3 grid, dim3 block, size_t shared_bytes,
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (size_t{grid.x} * grid.y * grid.z == 0 || threads == 0 || threads > kMaxThreads || shared_bytes > kMaxShared)
     throw std::runtime_error(what + ": invalid launch: grid " + show({grid.x, grid.y, grid.z}) + ", block " +
-                             show({block.x, block.y, block.z}) + ", " + std::to_string(shared_bytes) + " bytes of shared memory");
+                             show({block.x, block.y, block.z}) + ", " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
   struct Scope {
     explicit Scope(Engine* now) { engine = now; }
     ~Scope() { engine = nullptr; }
   };
+  launches += what + '\n';
   Engine now(what, grid, block, shared_bytes, kernel);
   Scope scope(&now);
   now.run();
@@ -476,11 +491,10 @@ void warp_operation(unsigned mask, Site site, const char* name, void* payload, W
 int lane() { return engine->current().index % kWarp; }
 
 void warp_barrier(unsigned mask, Site site) {
-  engine->warp_operation(mask, site, "__syncwarp", &mask,
-                         [](void* const(&payloads)[kWarp]) {
-                           for (void* payload : payloads)
-                             if (payload) return engine->order_warp(*static_cast<unsigned*>(payload));
-                         });
+  engine->warp_operation(mask, site, "__syncwarp", &mask, [](void* const(&payloads)[kWarp]) {
+    for (void* payload : payloads)
+      if (payload) return engine->order_warp(*static_cast<unsigned*>(payload));
+  });
 }
 
 unsigned ballot(unsigned mask, Site site, const char* name, bool vote) {
@@ -514,6 +528,12 @@ void commit_copies() {
 void wait_for_copies(int pending_groups) { engine->wait_for_copies(static_cast<size_t>(pending_groups)); }
 
 }  // namespace wavemix::emulator
+
+extern "C" __attribute__((visibility("default"))) const char* wavemix_emulator_launches() {
+  static thread_local std::string answer;
+  answer = std::exchange(wavemix::emulator::launches, {});
+  return answer.c_str();
+}
 
 // --- The CUDA runtime, as far as launchers use it ----------------------------------------------------------
 

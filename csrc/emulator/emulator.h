@@ -4,7 +4,8 @@
 // thread's write, asynchronous copies used before they are waited for. Global memory belongs to AddressSanitizer.
 //
 // The order in which threads run is set by WAVEMIX_EMULATOR_ORDER: "forward" (default), "reverse", or an integer that
-// seeds a new shuffle at every turn.
+// seeds a new shuffle at every turn. wavemix_emulator_launches() returns, one a line, what was launched since it was
+// last asked (C linkage, for ctypes): tests read from it which kernel a shape was sent to.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -167,7 +168,9 @@ unsigned ballot(unsigned mask, Site site, const char* name, bool vote);
 #define WAVEMIX_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(WAVEMIX_SITE) { wavemix::emulator::block_barrier({file, line}); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, WAVEMIX_SITE) { wavemix::emulator::warp_barrier(mask, {file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, WAVEMIX_SITE) {
+  wavemix::emulator::warp_barrier(mask, {file, line});
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, WAVEMIX_SITE) {
@@ -205,6 +208,11 @@ inline int __all_sync(unsigned mask, int vote, WAVEMIX_SITE) {
 template <class T>
 T __ldg(const T* source) {
   return *source;
+}
+
+template <class T>
+void __stwb(T* target, T value) {
+  *target = value;
 }
 
 // Blocks and threads run one at a time, so a plain read and write is atomic.

@@ -2,15 +2,150 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import cast
 
+import torch
+from torch import Tensor, nn
+
+from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import batch_norm, pointwise_mlp, waveblock
 from wavemix_kernels.ops.haar import haar_dwt2d
 from wavemix_kernels.reference.waveblock import Waveblock
 
+#: What each part of a feed-forward Sequential must be, exactly, for the fused function to stand for it.
+_PLAIN = (nn.Conv2d, nn.GELU, nn.Dropout, nn.Conv2d, None, nn.BatchNorm2d)
+_UPSAMPLING: dict[str, type[nn.Module]] = {
+    "deconv": nn.ConvTranspose2d,
+    "pixelshuffle": nn.Sequential,
+    "bilinear": nn.Upsample,
+    "nearest": nn.Upsample,
+}
+
 
 class FusedWaveblock(Waveblock):
-    __doc__ = Waveblock.__doc__
+    """A Waveblock that trains in about half (``recompute="mlp"``) or a quarter (``"all"``) of the activation memory.
+
+    (N, final_dim, H, W) -> the same shape, H and W multiples of ``2**level``; parameters, buffers and results are
+    :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that cannot stand for the modules
+    (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the modules themselves run.
+    Not differentiable twice, except on backend ``"reference"``.
+
+    Args:
+        level: DWT levels, 1 to 4.
+        mult: hidden width of each feed-forward part as a multiple of ``final_dim``.
+        ff_channel: channels between the second 1x1 convolution and the weights of the upsampling.
+        final_dim: channels C of input and output, a multiple of 4.
+        dropout: probability of dropping a hidden activation.
+        upsample: ``"deconv"``, ``"bilinear"``, ``"nearest"`` or ``"pixelshuffle"``.
+        recompute: what backward makes again: ``"mlp"``, or ``"all"`` to keep x alone.
+
+    Raises:
+        TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: int = 1,
+        mult: int = 2,
+        ff_channel: int = 16,
+        final_dim: int = 16,
+        dropout: float = 0.5,
+        upsample: str = "deconv",
+        recompute: str = "mlp",
+    ) -> None:
+        super().__init__(
+            level=level, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample=upsample
+        )
+        self.recompute = checks.check_choice("recompute", recompute, waveblock.RECOMPUTE)
 
     def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ll, (high,) = haar_dwt2d(x)
         return ll, high
+
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """The block's output; with ``residual`` plus x, added in the pass that normalises."""
+        backend = backends.requested()
+        if backend == "reference" or not self._is_plain():
+            out = super().forward(x)
+            return x + out if residual else out
+        self.check_input(x)
+        parts = [cast(nn.Sequential, getattr(self, self._feedforward_name(i + 1))) for i in range(self.level)]
+        convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
+        cast_x, *flat = checks.autocast(x, *(t for m in convs for t in (m.weight, m.bias)))
+        checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
+        tensors = iter(flat)
+        weight, bias = next(tensors), next(tensors)
+        levels = []
+        norms = [cast(nn.BatchNorm2d, part[5]) for part in parts]
+        for part, norm in zip(parts, norms, strict=True):
+            w1, b1, w2, b2 = (next(tensors) for _ in range(4))
+            up = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
+            levels.append(
+                waveblock.Level(w1[:, :, 0, 0], b1, w2[:, :, 0, 0], b2, *up, norm.weight, norm.bias, *_frozen(norm))
+            )
+        dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
+        out, stats = waveblock.waveblock(
+            cast_x,
+            weight,
+            bias,
+            levels,
+            dropout=dropouts,
+            eps=[norm.eps for norm in norms],
+            seeds=pointwise_mlp.draw_seed(x.device, self.level) if any(dropouts) else None,
+            kind=self.upsample,
+            recompute=self.recompute,
+            residual=residual and cast_x is x,
+            backend=backend,
+        )
+        for i, (norm, (mean, var)) in enumerate(zip(norms, stats, strict=True)):
+            if norm.training and norm.track_running_stats:
+                _update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
+        return x + out if residual and cast_x is not x else out
+
+    def _is_plain(self) -> bool:
+        if type(self.reduction) is not nn.Conv2d or not _untouched(self.reduction):
+            return False
+        kinds = list(_PLAIN)
+        kinds[4] = _UPSAMPLING[self.upsample]
+        for i in range(self.level):
+            part = getattr(self, self._feedforward_name(i + 1))
+            if len(part) != len(kinds) or not _untouched(part):
+                return False
+            if any(type(m) is not kind or not _untouched(m) for m, kind in zip(part, kinds, strict=True)):
+                return False
+        return True
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recompute={self.recompute!r}"
+
+
+def _untouched(module: nn.Module) -> bool:
+    """No hook would be left out if the module's own forward never ran."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) and not (hasattr(module, "parametrizations"))
+
+
+def _upsampling_conv(module: nn.Module) -> list[nn.Module]:
+    """The module with weights in an upsampling, if there is one."""
+    if isinstance(module, nn.ConvTranspose2d):
+        return [module]
+    return [module[1]] if isinstance(module, nn.Sequential) else []
+
+
+def _frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Running mean and inverse deviation where the norm uses them (evaluation, or frozen during training)."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return None, None
+    return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+
+
+def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    # momentum=None: the cumulative average of all batches.
+    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    batch_norm.update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Sequence[Any]]
@@ -45,22 +45,27 @@ def _as_outputs(out: Any) -> Any:
     return tuple(out) if isinstance(out, list) else out
 
 
-def differentiable(library: torch.library.Library, name: str, setup: Setup, backward: Backward) -> Callable[..., Any]:
+def differentiable(
+    library: torch.library.Library, name: str, setup: Setup, backward: Backward, *, once: bool = False
+) -> Callable[..., Any]:
     """Registers the gradient of ``library``'s operator ``name`` and returns the function to call it by.
 
     Args:
         setup: ``(ctx, inputs, output)``, stores what ``backward`` needs (as ``autograd.Function.setup_context``).
         backward: ``(ctx, *output gradients)`` -> one gradient per input, a list for a list of tensors. Built from
             differentiable operations, it makes every higher derivative work.
+        once: the backward pass is not differentiable again; asking for it raises instead of returning nonsense.
     """
     op = getattr(getattr(torch.ops, library.ns), name).default
     after_autograd = torch._C._after_autograd_keyset
 
-    def flat_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def spread_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out: list[Any] = []
         for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
             out += [grad] if length < 0 else [None] * length if grad is None else list(grad)
         return (None, None, *out)
+
+    flat_backward: Any = once_differentiable(spread_backward) if once else spread_backward
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -72,7 +77,7 @@ def differentiable(library: torch.library.Library, name: str, setup: Setup, back
             ctx.lengths = lengths  # type: ignore[attr-defined]
             return _as_outputs(out)
 
-        backward = staticmethod(flat_backward)  # type: ignore[assignment]
+        backward = staticmethod(flat_backward)
 
     class Functional(torch.autograd.Function):
         generate_vmap_rule = True
@@ -86,7 +91,7 @@ def differentiable(library: torch.library.Library, name: str, setup: Setup, back
             _, ctx.lengths, *flat = inputs
             setup(ctx, _unflatten(flat, ctx.lengths), output)
 
-        backward = staticmethod(flat_backward)  # type: ignore[assignment]
+        backward = staticmethod(flat_backward)
 
     Eager.__name__ = Eager.__qualname__ = Functional.__name__ = Functional.__qualname__ = name
 

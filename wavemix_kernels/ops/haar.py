@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import layout
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import haar as reference
 
@@ -111,8 +112,8 @@ def haar_idwt2d(
         checks.check_same_device("add", add, "ll", ll)
     ll, highs, add = _one_dtype(ll, list(highs), add)
     full = _check_pyramid(ll, highs, size, add)
-    layout = _is_channels_last(highs[0][:, :, 0])
-    return synthesis(ll, highs, full, "zero", add, layout, backends.requested(backend))
+    channels_last = layout.is_channels_last(highs[0][:, :, 0])
+    return synthesis(ll, highs, full, "zero", add, channels_last, backends.requested(backend))
 
 
 # --- Checks ----------------------------------------------------------------------------------------------
@@ -176,22 +177,7 @@ def _check_pyramid(ll: Tensor, highs: list[Tensor], size: tuple[int, int] | None
     return [size[0], size[1]]
 
 
-# --- Layouts and allocation ------------------------------------------------------------------------------
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in memory (``x`` 4-D); a sliced view counts, a broadcast one does not."""
-    _, sc, _, sw = x.stride()
-    return x.shape[1] > 1 and 0 < sc < sw
-
-
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """An image (4-D) or bands (5-D); channels_last bands lie as N, h, w, C, 3."""
-    if not channels_last:
-        return like.new_empty(shape)
-    n, c, *bands, h, w = shape
-    out = like.new_empty([n, h, w, c, *bands])
-    return out.permute(0, 3, 4, 1, 2) if bands else out.permute(0, 3, 1, 2)
+# --- Allocation ------------------------------------------------------------------------------------------
 
 
 def _level_sizes(h: int, w: int, levels: int) -> list[tuple[int, int]]:
@@ -204,44 +190,49 @@ def _level_sizes(h: int, w: int, levels: int) -> list[tuple[int, int]]:
 
 def _empty_pyramid(x: Tensor, levels: int) -> list[Tensor]:
     n, c, h, w = x.shape
-    channels_last = _is_channels_last(x)
+    channels_last = layout.is_channels_last(x)
     sizes = _level_sizes(h, w, levels)
-    highs = [_empty(x, [n, c, 3, *size], channels_last) for size in sizes]
-    return [_empty(x, [n, c, *sizes[-1]], channels_last), *highs]
+    highs = [layout.empty(x, [n, c, 3, *size], channels_last) for size in sizes]
+    return [layout.empty(x, [n, c, *sizes[-1]], channels_last), *highs]
 
 
-# --- Backends: (image, ll, highs, edge) on allocated tensors, up to MAX_LEVELS levels ---------------------
+# --- Backends: (image, ll, highs, edge) on allocated tensors, up to MAX_LEVELS levels; `lows`: the LL of the
+# levels above the last, kept by analysis and added by synthesis (ops/haar_pyramid.py) ---------------------
 
 
-def _cpu_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float) -> None:
+def cpu_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
     a = _native.address
     _native.core.haar_analysis_cpu(  # type: ignore[union-attr]
         _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(),
+        torch.get_num_threads(), [a(t) for t in lows],
     )  # fmt: skip
 
 
-def _cpu_synthesis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None) -> None:
+def cpu_synthesis(
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
+) -> None:
     a = _native.address
     _native.core.haar_synthesis_cpu(  # type: ignore[union-attr]
         _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(),
+        torch.get_num_threads(), [a(t) for t in lows],
     )  # fmt: skip
 
 
-def _cuda_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float) -> None:
+def cuda_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
     a = _native.address
     _native.cuda_core.haar_analysis_cuda(  # type: ignore[union-attr]
         _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device),
+        *_native.stream(image.device), [a(t) for t in lows],
     )  # fmt: skip
 
 
-def _cuda_synthesis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None) -> None:
+def cuda_synthesis(
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
+) -> None:
     a = _native.address
     _native.cuda_core.haar_synthesis_cuda(  # type: ignore[union-attr]
         _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device),
+        *_native.stream(image.device), [a(t) for t in lows],
     )  # fmt: skip
 
 
@@ -258,9 +249,9 @@ def _triton_synthesis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: 
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": _cuda_analysis, "synthesis": _cuda_synthesis}),
+    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": cuda_analysis, "synthesis": cuda_synthesis}),
     "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton_analysis, "synthesis": _triton_synthesis}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": _cpu_analysis, "synthesis": _cpu_synthesis}),
+    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": cpu_analysis, "synthesis": cpu_synthesis}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
@@ -292,8 +283,8 @@ def _analysis(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
     chosen = backends.select("haar_dwt2d", BACKENDS, backend, x)
     if not chosen.functions:
         ll, highs = reference.analysis(x, levels, mode)
-        channels_last = _is_channels_last(x)
-        return [_laid_out(t, channels_last) for t in (ll, *highs)]
+        channels_last = layout.is_channels_last(x)
+        return [layout.laid_out(t, channels_last) for t in (ll, *highs)]
     edge = reference.MODES[mode]
     out: list[Tensor] = []
     image = x
@@ -314,13 +305,13 @@ def _synthesis(
     tensors = [ll, *highs] if add is None else [ll, *highs, add]
     chosen = backends.select("haar_idwt2d", BACKENDS, backend, *tensors)
     if not chosen.functions:
-        return _laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
+        return layout.laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
     edge = reference.MODES[mode]
     done = len(highs)
     for span in reversed(_spans(size, len(highs), mode)):
         first = done - span
         target = size if first == 0 else highs[first - 1].shape[-2:]
-        image = _empty(ll, [*ll.shape[:2], *target], channels_last)
+        image = layout.empty(ll, [*ll.shape[:2], *target], channels_last)
         chosen.functions["synthesis"](
             image, ll, highs[first:done], edge.last if edge.local else 0.0, add if first == 0 else None
         )
@@ -328,14 +319,6 @@ def _synthesis(
             _fold_border(image, ll, highs[first], mode)
         ll, done = image, first
     return ll
-
-
-def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """``x`` in the memory order of :func:`_empty`, so that every backend returns the same strides."""
-    if not channels_last:
-        return x.contiguous()
-    out = _empty(x, x.shape, True)
-    return out.copy_(x)
 
 
 def _mend_border(x: Tensor, ll: Tensor, high: Tensor, mode: str) -> None:
@@ -379,7 +362,7 @@ def _synthesis_fake(
     ll: Tensor, highs: list[Tensor], size: Sequence[int], mode: str, add: Tensor | None, channels_last: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    return _empty(ll, [*ll.shape[:2], *size], channels_last)
+    return layout.empty(ll, [*ll.shape[:2], *size], channels_last)
 
 
 _library.impl("haar_analysis", _analysis, "CompositeExplicitAutograd")
@@ -394,7 +377,7 @@ torch.library.register_fake("wavemix_kernels::haar_synthesis", _synthesis_fake, 
 def _analysis_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, _, ctx.mode, ctx.backend = inputs
     ctx.size = x.shape[-2:]
-    ctx.channels_last = _is_channels_last(x)
+    ctx.channels_last = layout.is_channels_last(x)
 
 
 def _analysis_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -427,7 +410,7 @@ def _into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[list[Tensor], list[int]]:
-    out = analysis(_into_batch(x, in_dims[0], info.batch_size), *rest)
+    out = torch.ops.wavemix_kernels.haar_analysis(_into_batch(x, in_dims[0], info.batch_size), *rest)
     return [t.unflatten(0, (info.batch_size, -1)) for t in out], [0] * len(out)
 
 
@@ -444,7 +427,8 @@ def _synthesis_vmap(
     n = info.batch_size
     highs = [_into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
     add = None if add is None else _into_batch(add, in_dims[4], n)
-    out = synthesis(_into_batch(ll, in_dims[0], n), highs, size, mode, add, *rest)
+    ll = _into_batch(ll, in_dims[0], n)
+    out = torch.ops.wavemix_kernels.haar_synthesis(ll, highs, size, mode, add, *rest)
     return out.unflatten(0, (n, -1)), 0
 
 

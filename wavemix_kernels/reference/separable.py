@@ -21,8 +21,8 @@ from wavemix_kernels.reference.haar import accumulate_dtype, half_up
 class Filters(NamedTuple):
     """A two-channel filter bank per axis; the two filters of an axis have equally many taps, at least 2.
 
-    Analysis filters are stored mirrored, as `conv2d` (a correlation) wants them, synthesis filters unmirrored,
-    as `conv_transpose2d` wants them. Any shape: only the order of the taps counts.
+    Analysis filters are stored mirrored (what `conv2d`, a correlation, wants), synthesis filters are not. Any
+    shape: only the order of the taps counts.
     """
 
     low_w: Tensor  # along W
@@ -48,15 +48,13 @@ def separable_dwt2d(x: Tensor, filters: Filters, levels: int = 1, *, mode: str =
     of x's dtype and contiguous. Raises ValueError where mode 'reflect' or 'antireflect' meets a size of 1,
     which has nothing to reflect.
     """
-    n, c = x.shape[:2]
     with _without_autocast(x):
         ll = x.to(accumulate_dtype(x.dtype))
         bank = Filters(*(f.to(ll.dtype) for f in filters))
         highs = []
         for _ in range(levels):
-            rows = _split(ll.reshape(n * c, 1, *ll.shape[-2:]), bank.low_w, bank.high_w, -1, mode)
-            bands = _split(rows.reshape(n * c * 2, 1, *rows.shape[-2:]), bank.low_h, bank.high_h, -2, mode)
-            bands = bands.reshape(n, c, 4, *bands.shape[-2:])
+            rows = _split(ll, bank.low_w, bank.high_w, -1, mode)
+            bands = _split(rows, bank.low_h, bank.high_h, -2, mode).unflatten(1, (ll.shape[1], 4))
             ll = bands[:, :, 0]
             # Copied apart, so that whoever holds a high does not keep every level's LL alive.
             highs.append(bands[:, :, 1:].to(x.dtype).contiguous())
@@ -70,22 +68,18 @@ def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filter
     Returns (N, C, H, W) of ll's dtype with H = sample_size(h_1, ...). Raises ValueError where the sizes of a
     level do not match, and where it has fewer coefficients than the filters reach over.
     """
-    n, c = ll.shape[:2]
     sizes = synthesis_sizes(ll, highs, (filters.low_h.numel(), filters.low_w.numel()), mode)
     with _without_autocast(ll):
         x = ll.to(accumulate_dtype(ll.dtype))
         bank = Filters(*(f.to(x.dtype) for f in filters))
-        for high, (h, w) in zip(reversed(highs), sizes[:-1], strict=True):
-            x = cropped(x, (h, w))
+        for high, size in zip(reversed(highs), sizes[:-1], strict=True):
+            x = cropped(x, size)
             if high is None:  # the high-pass half of the bank is left out: no zeros are made
-                columns = _merge(x.reshape(n * c, 1, h, w), (bank.low_h,), -2, mode)
-                x = _merge(columns, (bank.low_w,), -1, mode)
+                x = _merge(_merge(x, (bank.low_h,), -2, mode), (bank.low_w,), -1, mode)
             else:
-                bands = torch.cat((x.unsqueeze(2), high.to(x.dtype)), 2).reshape(n * c * 2, 2, h, w)
+                bands = torch.cat((x.unsqueeze(2), high.to(x.dtype)), 2).flatten(1, 2)
                 columns = _merge(bands, (bank.low_h, bank.high_h), -2, mode)
-                columns = columns.reshape(n * c, 2, *columns.shape[-2:])
                 x = _merge(columns, (bank.low_w, bank.high_w), -1, mode)
-            x = x.reshape(n, c, *x.shape[-2:])
         return x.to(ll.dtype)
 
 
@@ -184,7 +178,7 @@ def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
 
 
 def _split(x: Tensor, low: Tensor, high: Tensor, dim: int, mode: str) -> Tensor:
-    """One level of analysis along `dim`: x (B, 1, H, W) to (B, 2, h, w), low-pass first."""
+    """One level of analysis along `dim`: x (N, C, H, W) to (N, 2C, h, w), low and high by turns."""
     n, taps = x.shape[dim], low.numel()
     if mode == "periodization":
         if n % 2:
@@ -193,21 +187,40 @@ def _split(x: Tensor, low: Tensor, high: Tensor, dim: int, mode: str) -> Tensor:
     else:
         # Coefficient k reads the samples 2k + 2 - taps ... 2k + 1.
         x = extend(x, dim, taps - 2, 2 * coefficient_size(n, taps, mode) - n, mode)
-    weight = torch.stack((low.flatten(), high.flatten())).reshape(2, 1, *_along(dim, taps, 1))
-    return F.conv2d(x, weight, stride=_along(dim, 2, 1))
+    kernel = torch.stack((low.flatten(), high.flatten())).reshape(2, 1, *_along(dim, taps, 1))
+    return _convolve(x, kernel, _along(dim, 2, 1))
 
 
 def _merge(bands: Tensor, filters: tuple[Tensor, ...], dim: int, mode: str) -> Tensor:
-    """One level of synthesis along `dim`: bands (B, K, h, w), one filter for each, to (B, 1, H, W)."""
-    taps = filters[0].numel()
-    weight = torch.stack([f.flatten() for f in filters]).reshape(len(filters), 1, *_along(dim, taps, 1))
-    stride = _along(dim, 2, 1)
-    if mode != "periodization":
-        return F.conv_transpose2d(bands, weight, stride=stride, padding=_along(dim, taps - 2, 0))
-    # Wrapped around before the convolution, not after: exact for filters longer than the signal too.
-    n, wrap = bands.shape[dim], taps // 2
-    full = F.conv_transpose2d(extend(bands, dim, wrap, wrap, "periodic"), weight, stride=stride)
-    return full.narrow(dim, 2 * wrap + taps // 2 - 1, 2 * n)
+    """One level of synthesis along `dim`: bands (N, K * C, h, w), K by turns with a filter each, to (N, C, H, W).
+
+    Even and odd samples are one convolution each (the filters' two phases), which spares the products with
+    inserted zeros that a transposed convolution is made of.
+    """
+    n, taps = bands.shape[dim], filters[0].numel()
+    size, start = sample_size(n, taps, mode), 0
+    if mode == "periodization":
+        # Wrapped around before the convolution, not after: exact for filters longer than the signal too.
+        left = (taps - taps // 2) // 2
+        start = 2 * left - (taps - taps // 2 - 1)
+        bands = extend(bands, dim, left, (start + taps - 1) // 2 - left, "periodic")
+    weight = torch.stack([f.flatten() for f in filters])
+    if taps % 2:  # a zero tap makes the phases equally long
+        weight, bands = F.pad(weight, (1, 0)), extend(bands, dim, 0, 1, "zero")
+    phases = weight.flip(1).unflatten(1, (-1, 2)).permute(2, 0, 1).flip(0)
+    kernel = phases.reshape(2, len(filters), *_along(dim, phases.shape[-1], 1))
+    samples = _convolve(bands, kernel, (1, 1))
+    even, odd = samples.unflatten(1, (bands.shape[1] // len(filters), 2)).unbind(2)
+    return torch.stack((even, odd), dim).flatten(dim - 1, dim).narrow(dim, start, size)
+
+
+def _convolve(x: Tensor, kernel: Tensor, stride: tuple[int, int]) -> Tensor:
+    """`kernel` (2, K, h, w) on each K channels of x (N, K * C, H, W) to (N, 2 * C, ...)."""
+    channels = x.shape[1] // kernel.shape[1]
+    if channels == 0:  # conv2d takes no samples, but not no channels
+        none = F.conv2d(x.reshape(0, kernel.shape[1], *x.shape[2:]), kernel, stride=stride)
+        return none.reshape(x.shape[0], 0, *none.shape[2:])
+    return F.conv2d(x, kernel.repeat(channels, 1, 1, 1), stride=stride, groups=channels)
 
 
 def _along(dim: int, size: int, other: int) -> tuple[int, int]:

@@ -30,7 +30,8 @@ _MAX_CHANNELS = 2**29  # 3 * channels plus a tile stays within int32, the type o
 # ALIGN, a power of two, divides every other stride and that dimension's size; in "rows" it is the image's, and
 # level l has ALIGN >> l. Sizes and strides arrive divided by it: multiplying by the constant inside the kernel
 # is what proves vectors aligned to the compiler, without specialising on any value, so that one binary serves
-# all shapes of one alignment. VECTOR is the length of a 16-byte (or shorter, aligned) vector.
+# all shapes of one alignment. VECTOR is the length of a 16-byte (or shorter, aligned) vector. Tiles stay
+# three-dimensional with vectors inside the last axis: that alone fixes how lanes lie along memory.
 
 
 @triton.jit
@@ -72,10 +73,13 @@ def _tile_origin(
 
 
 @triton.jit
-def _split_planes(first, planes, channels, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """Batch index, channel and validity of planes first, first + STEP, ...; a tile may straddle images."""
+def _split_planes(first, planes, channels, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """Batch index, channel and validity of planes first, first + 1, ..., each of its group of GROUP's first plane.
+
+    A tile may straddle images, a group cannot.
+    """
     batch = first // channels
-    lane = tl.arange(0, COUNT) * STEP
+    lane = tl.arange(0, COUNT) // GROUP * GROUP
     channel = (first - batch * channels).to(tl.int32) + lane
     count = channels.to(tl.int32)
     return batch + channel // count, channel % count, first + lane < planes
@@ -93,13 +97,13 @@ def _on_axes(row, col, plane, LAYOUT: tl.constexpr):
 @triton.jit
 def _samples(
     base, plane, row, col, height, width, strides,
-    PITCH: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
+    UNITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of a tile; PITCH is the stride of a channel in "channels"."""
+    """Pointers and mask of a tile; in "channels" `channel` is the offset along c."""
     batch, channel, valid = plane
     s_n, s_c, s_h, s_w = strides
     if LAYOUT == "channels":
-        start = batch * s_n * UNITS + channel * PITCH
+        start = batch * s_n * UNITS + channel
     else:
         start = batch * s_n * UNITS + channel * s_c * UNITS
     if LAYOUT == "rows":
@@ -111,21 +115,7 @@ def _samples(
     return base + (start + down + along), in_planes & in_rows & in_cols
 
 
-@triton.jit
-def _vectors(at, mask, VECTOR: tl.constexpr):
-    """Appends the axis of a vector to pointers at its first element."""
-    return at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :], mask[:, :, :, None]
-
-
 # -------------------------------------------------------------------------------------- values in registers
-
-
-@triton.jit
-def _rounded(x, REAL: tl.constexpr):
-    if x.dtype == REAL:
-        return x
-    else:
-        return x.to(REAL, fp_downcast_rounding="rtne")
 
 
 @triton.jit
@@ -166,46 +156,41 @@ def _join_quads(a, b, c, d, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _alternate(x, y):
-    """[..., m] twice -> [..., 2m]: x0 y0 x1 y1 ..."""
-    return tl.reshape(tl.join(x, y), (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
+def _in_vectors(x, VECTOR: tl.constexpr):
+    return tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // VECTOR, VECTOR))
 
 
 @triton.jit
-def _unalternate(x):
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2)))
+def _flat(x):
+    return tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
 
 
 @triton.jit
 def _concatenate(x, y):
-    """[..., m] twice -> [..., 2m]: x0 x1 ... y0 y1 ..."""
+    """[..., g, m] twice -> [..., g, 2m], vector by vector."""
     pairs = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
     return tl.reshape(pairs, (x.shape[0], x.shape[1], x.shape[2], 2 * x.shape[3]))
 
 
 @triton.jit
 def _halves(x):
+    """Inverse of _concatenate."""
     pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2))
     return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
 
 
 @triton.jit
-def _stack_groups(x, y):
-    """Groups (vectors) of x and y in turn: [..., g, m] twice -> [..., 2g, m]."""
+def _merge(x, y):
+    """[..., g, m] twice -> [..., 2g, m], their vectors in turn."""
     pairs = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
     return tl.reshape(pairs, (x.shape[0], x.shape[1], 2 * x.shape[2], x.shape[3]))
 
 
 @triton.jit
-def _unstack_groups(x):
+def _deal(x):
+    """Inverse of _merge: the even and the odd vectors."""
     pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3]))
     return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
-
-
-@triton.jit
-def _flat(x):
-    """[..., g, m] -> [..., g * m]"""
-    return tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
 
 
 @triton.jit
@@ -215,30 +200,41 @@ def _interleave(x, y, z, DOUBLINGS: tl.constexpr):
     Each step doubles the vectors: two neighbouring groups U V W | u v w are the three vectors
     (U V) (W u) (v w). The channels of a group lie in one thread, so all of it only renames registers.
     """
-    x = x[:, :, :, None]
-    y = y[:, :, :, None]
-    z = z[:, :, :, None]
-    for _ in tl.static_range(DOUBLINGS):
-        x0, x1 = _unstack_groups(x)
-        y0, y1 = _unstack_groups(y)
-        z0, z1 = _unstack_groups(z)
-        x = _concatenate(x0, y0)
-        y = _concatenate(z0, x1)
-        z = _concatenate(y1, z1)
+    if DOUBLINGS > 0:
+        x = _in_vectors(x, 1)
+        y = _in_vectors(y, 1)
+        z = _in_vectors(z, 1)
+        for _ in tl.static_range(DOUBLINGS):
+            x0, x1 = _deal(x)
+            y0, y1 = _deal(y)
+            z0, z1 = _deal(z)
+            x = _concatenate(x0, y0)
+            y = _concatenate(z0, x1)
+            z = _concatenate(y1, z1)
+        x = _flat(x)
+        y = _flat(y)
+        z = _flat(z)
     return x, y, z
 
 
 @triton.jit
 def _deinterleave(x, y, z, DOUBLINGS: tl.constexpr):
     """Inverse of _interleave."""
-    for _ in tl.static_range(DOUBLINGS):
-        x0, y0 = _halves(x)
-        z0, x1 = _halves(y)
-        y1, z1 = _halves(z)
-        x = _stack_groups(x0, x1)
-        y = _stack_groups(y0, y1)
-        z = _stack_groups(z0, z1)
-    return _flat(x), _flat(y), _flat(z)
+    if DOUBLINGS > 0:
+        x = _in_vectors(x, 1 << DOUBLINGS)
+        y = _in_vectors(y, 1 << DOUBLINGS)
+        z = _in_vectors(z, 1 << DOUBLINGS)
+        for _ in tl.static_range(DOUBLINGS):
+            x0, y0 = _halves(x)
+            z0, x1 = _halves(y)
+            y1, z1 = _halves(z)
+            x = _merge(x0, x1)
+            y = _merge(y0, y1)
+            z = _merge(z0, z1)
+        x = _flat(x)
+        y = _flat(y)
+        z = _flat(z)
+    return x, y, z
 
 
 @triton.jit
@@ -284,19 +280,19 @@ def _load_pairs(
     else:
         run: tl.constexpr = 1
         step = strides[3] * ALIGN
-    col = x0 + tl.arange(0, COLS // (2 * run)) * (2 * run)
-    at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
-    _, mask_next = _samples(image, plane, row, col + run, height, width, strides, 1, ALIGN, LAYOUT)
+    col = x0 + tl.arange(0, COLS // 2) // run * (2 * run) + tl.arange(0, COLS // 2) % run
+    at, mask = _samples(image, plane, row, col, height, width, strides, ALIGN, LAYOUT)
+    first = tl.load(at, mask=mask, other=0.0)
+    _, mask = _samples(image, plane, row, col + run, height, width, strides, ALIGN, LAYOUT)
+    second = tl.load(at + step, mask=mask, other=0.0)
     if run == 1:
-        even = tl.load(at, mask=mask, other=0.0)
-        odd = tl.load(at + step, mask=mask_next, other=0.0)
-        return even, odd
+        return first, second
     else:
-        first, mask = _vectors(at, mask, run)
-        second, mask_next = _vectors(at + step, mask_next, run)
-        even0, odd0 = _unalternate(tl.load(first, mask=mask, other=0.0))
-        even1, odd1 = _unalternate(tl.load(second, mask=mask_next, other=0.0))
-        return _flat(_concatenate(even0, even1)), _flat(_concatenate(odd0, odd1))
+        even0, odd0 = _deal(_in_vectors(first, 1))
+        even1, odd1 = _deal(_in_vectors(second, 1))
+        even = _concatenate(_in_vectors(_flat(even0), run // 2), _in_vectors(_flat(even1), run // 2))
+        odd = _concatenate(_in_vectors(_flat(odd0), run // 2), _in_vectors(_flat(odd1), run // 2))
+        return _flat(even), _flat(odd)
 
 
 @triton.jit
@@ -316,17 +312,17 @@ def _store_pairs(
     COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Counterpart of _load_pairs; in "rows" whole rows, since half sectors cost more to write than to read."""
-    even = _rounded(even, image.dtype.element_ty)
-    odd = _rounded(odd, image.dtype.element_ty)
+    even = even.to(image.dtype.element_ty)
+    odd = odd.to(image.dtype.element_ty)
     if LAYOUT == "channels":
         col = x0 + 2 * tl.arange(0, COLS // 2)
-        at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
+        at, mask = _samples(image, plane, row, col, height, width, strides, ALIGN, LAYOUT)
         tl.store(at, even, mask=mask)
-        at, mask = _samples(image, plane, row, col + 1, height, width, strides, 1, ALIGN, LAYOUT)
+        at, mask = _samples(image, plane, row, col + 1, height, width, strides, ALIGN, LAYOUT)
         tl.store(at, odd, mask=mask)
     else:
         col = x0 + tl.arange(0, COLS)
-        at, mask = _samples(image, plane, row, col, height, width, strides, 1, ALIGN, LAYOUT)
+        at, mask = _samples(image, plane, row, col, height, width, strides, ALIGN, LAYOUT)
         tl.store(at, _flat(tl.join(even, odd)), mask=mask)
 
 
@@ -335,18 +331,20 @@ def _band_vectors(
     high, plane, row, col, height, width, strides,
     GROUP: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask [..., GROUP] of the first of three vectors, and the step to the next.
+    """Pointers and mask of the first of three vectors, and the step to the next; `plane` is by groups.
 
-    `plane` has one entry per group of GROUP channels. GROUP > 1, only in "channels", means the vectors of
-    _interleave; otherwise the three are LH, HL and HH themselves.
+    GROUP > 1, only in "channels", means the vectors of _interleave; otherwise the three are LH, HL and HH.
     """
+    batch, channel, valid = plane
     s_n, s_c, s_b, s_h, s_w = strides
-    at, mask = _samples(high, plane, row, col, height, width, (s_n, s_c, s_h, s_w), 3, UNITS, LAYOUT)
-    at, mask = _vectors(at, mask, GROUP)
     if LAYOUT == "channels":
-        return at, mask, GROUP
+        channel = channel * 3 + tl.arange(0, channel.shape[0]) % GROUP
+        step = GROUP
     else:
-        return at, mask, s_b * UNITS
+        step = s_b * UNITS
+    plane = (batch, channel, valid)
+    at, mask = _samples(high, plane, row, col, height, width, (s_n, s_c, s_h, s_w), UNITS, LAYOUT)
+    return at, mask, step
 
 
 @triton.jit
@@ -370,7 +368,7 @@ def _store_bands(
 ):  # fmt: skip
     """Counterpart of _load_bands."""
     real: tl.constexpr = high.dtype.element_ty
-    x, y, z = _interleave(_rounded(lh, real), _rounded(hl, real), _rounded(hh, real), DOUBLINGS)
+    x, y, z = _interleave(lh.to(real), hl.to(real), hh.to(real), DOUBLINGS)
     at, mask, step = _band_vectors(high, plane, row, col, height, width, strides, 1 << DOUBLINGS, UNITS, LAYOUT)
     tl.store(at, x, mask=mask)
     tl.store(at + step, y, mask=mask)
@@ -410,12 +408,11 @@ def _analysis_kernel(
     REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     ALIGN_C: tl.constexpr = ALIGN if LAYOUT == "channels" else 1
     ALIGN_W: tl.constexpr = ALIGN if LAYOUT == "rows" else 1
-    GROUP: tl.constexpr = 1 << DOUBLINGS
     planes = planes * ALIGN_C
     channels = channels * ALIGN_C
     y0, x0, p0 = _tile_origin(planes, height, width * ALIGN_W, ROWS, COLS, PLANES, LAYOUT)
     plane = _split_planes(p0, planes, channels, PLANES, 1)
-    group = _split_planes(p0, planes, channels, PLANES // GROUP, GROUP)
+    group = _split_planes(p0, planes, channels, PLANES, 1 << DOUBLINGS)
 
     row = (y0 >> 1) + tl.arange(0, ROWS // 2)
     col = (x0 >> 1) + tl.arange(0, COLS // 2)
@@ -440,9 +437,9 @@ def _analysis_kernel(
         )  # fmt: skip
     at, mask = _samples(
         ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
-        (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
+        (ll_n, ll_c, ll_h, ll_w), _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
     )  # fmt: skip
-    tl.store(at, _rounded(low, ll.dtype.element_ty), mask=mask)
+    tl.store(at, low.to(ll.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES + _IMAGE + _ADD + _LL + _HIGH)
@@ -471,37 +468,30 @@ def _synthesis_kernel(
     REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     ALIGN_C: tl.constexpr = ALIGN if LAYOUT == "channels" else 1
     ALIGN_W: tl.constexpr = ALIGN if LAYOUT == "rows" else 1
-    GROUP: tl.constexpr = 1 << DOUBLINGS
     planes = planes * ALIGN_C
     channels = channels * ALIGN_C
     y0, x0, p0 = _tile_origin(planes, height, width * ALIGN_W, ROWS, COLS, PLANES, LAYOUT)
     plane = _split_planes(p0, planes, channels, PLANES, 1)
-    group = _split_planes(p0, planes, channels, PLANES // GROUP, GROUP)
+    group = _split_planes(p0, planes, channels, PLANES, 1 << DOUBLINGS)
 
-    # All loads come before the first exchange through shared memory: none could be moved above it later.
-    bands = ()
-    for level in tl.static_range(1, LEVELS + 1):
-        row = (y0 >> level) + tl.arange(0, ROWS >> level)
-        col = (x0 >> level) + tl.arange(0, COLS >> level)
+    row = (y0 >> LEVELS) + tl.arange(0, ROWS >> LEVELS)
+    col = (x0 >> LEVELS) + tl.arange(0, COLS >> LEVELS)
+    at, mask = _samples(
+        ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
+        (ll_n, ll_c, ll_h, ll_w), _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
+    )  # fmt: skip
+    low = tl.load(at, mask=mask, other=0.0).to(REAL)
+    for level in tl.static_range(LEVELS, 0, -1):
+        if level < LEVELS:
+            low = _join_quads(a, b, c, d, LAYOUT)
+            row = (y0 >> level) + tl.arange(0, ROWS >> level)
+            col = (x0 >> level) + tl.arange(0, COLS >> level)
         if (HIGHS >> (level - 1)) & 1:
-            high = _load_bands(
+            lh, hl, hh = _load_bands(
                 highs[level - 1], group, row, col,
                 _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
                 DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT, REAL,
             )  # fmt: skip
-            bands += (high,)
-        else:
-            bands += (None,)
-    at, mask = _samples(
-        ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
-        (ll_n, ll_c, ll_h, ll_w), 1, _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
-    )  # fmt: skip
-    low = tl.load(at, mask=mask, other=0.0).to(REAL)
-    for level in tl.static_range(LEVELS, 0, -1):
-        row = (y0 >> level) + tl.arange(0, ROWS >> level)
-        col = (x0 >> level) + tl.arange(0, COLS >> level)
-        if (HIGHS >> (level - 1)) & 1:
-            lh, hl, hh = bands[level - 1]
             a, b, c, d = _butterfly(low, lh, hl, hh)
         else:
             a = low * 0.5
@@ -512,8 +502,6 @@ def _synthesis_kernel(
             a, b, c, d, plane, row, col,
             _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE, LAYOUT,
         )  # fmt: skip
-        if level > 1:
-            low = _join_quads(a, b, c, d, LAYOUT)
     if ADD:
         e, f, g, h = _load_quads(
             add, plane, row, x0, height, width * ALIGN_W, (add_n, add_c, add_h, add_w),

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.pytorch_wavelets import DWTForward
+from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
-__all__ = ["Level1Waveblock", "Level2Waveblock", "Level3Waveblock", "Level4Waveblock"]
+__all__ = [
+    "DWTForward",
+    "Level1Waveblock",
+    "Level2Waveblock",
+    "Level3Waveblock",
+    "Level4Waveblock",
+    "SemSegment",
+    "classification",
+    "sisr",
+]
 
 
 class _Level(FusedWaveblock):

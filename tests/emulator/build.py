@@ -1,0 +1,90 @@
+"""Builds the CUDA sources for the host (csrc/emulator), once per session and incrementally between sessions."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ("none", "address,undefined")
+
+
+def toolkit() -> Path | None:
+    """The CUDA toolkit's folder as nvcc itself names it (nvcc on PATH may be a wrapper), or None."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    match = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+    return Path(match[1].strip()).resolve() if match else None
+
+
+def cuda_include() -> Path | None:
+    """A folder with CUDA's headers: the toolkit's, else Triton's own copy, else that of NVIDIA's wheels."""
+    candidates = []
+    if (top := toolkit()) is not None:
+        candidates += [top / "include", *sorted(top.glob("targets/*/include"))]
+    for package, folder in (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include")):
+        spec = importlib.util.find_spec(package)  # finds it without importing it
+        candidates += [Path(place) / folder for place in (spec.submodule_search_locations or [] if spec else [])]
+    needed = ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h")
+    return next((path for path in candidates if all((path / name).is_file() for name in needed)), None)
+
+
+@functools.cache
+def build(sanitize: str = "none") -> Path:
+    """The folder with modules `_emulated` and `_emulator_tests`; skips, with the reason, where it cannot be built."""
+    include = cuda_include()
+    if include is None:
+        pytest.skip("emulator: no CUDA headers; install the toolkit, triton, or nvidia-cuda-runtime and nvidia-cuda-crt")
+    for tool in ("cmake", "ninja", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"emulator: {tool} is not on PATH")
+    pybind11 = pytest.importorskip("pybind11", reason="emulator: pybind11 is not installed")
+
+    folder = ROOT / "build" / f"emulator-{sanitize.replace(',', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        *("cmake", "-S", str(ROOT / "tests" / "emulator"), "-B", str(folder), "-G", "Ninja"),
+        f"-DWAVEMIX_SANITIZE={sanitize}",
+        f"-DWAVEMIX_CUDA_INCLUDE={include}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_CXX_COMPILER=g++",
+    ]
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes share the folder
+        for command in (configure, ["ninja", "-C", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                pytest.fail(f"emulator: {' '.join(command)} failed:\n{(done.stdout + done.stderr)[-6000:]}")
+    return folder
+
+
+def load(folder: Path, name: str) -> ModuleType:
+    """The extension module `name` of a build folder, without touching sys.path."""
+    (path,) = (p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := folder / (name + s)).is_file())
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def emulated_core() -> ModuleType:
+    """The plain build's module: `_core`'s CUDA functions, on host memory."""
+    return load(build(), "_emulated")

@@ -1,0 +1,380 @@
+"""accelerate() on upstream's own models: the same results and the same objects, faster modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wavemix_kernels as wk
+from tests.upstream import original_wavemix
+from wavemix_kernels import pytorch_wavelets as our_wavelets
+from wavemix_kernels.accelerate import Report, accelerate
+from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.wavemix import classification
+
+SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    with original_wavemix(tmp_path_factory.mktemp("original")) as package:
+        yield package
+
+
+@pytest.fixture(scope="module")
+def wavelets() -> ModuleType:
+    return pytest.importorskip("pytorch_wavelets", exc_type=ImportError)
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and every gradient of one training step."""
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    out = model(leaf)
+    out.sin().sum().backward()
+    assert leaf.grad is not None
+    return out.detach(), {"x": leaf.grad} | {k: p.grad.clone() for k, p in model.named_parameters()}
+
+
+def assert_same_step(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert actual[1].keys() == expected[1].keys()
+    # A transposed convolution's bias stands before a BatchNorm: its gradient is rounding and nothing else.
+    scale = max(g.abs().max().item() for g in expected[1].values())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(
+            actual[1][name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize("module", ["classification", "SemSegment", "sisr"])
+def test_upstream_models_compute_the_same(original: ModuleType, module: str, level: int) -> None:
+    torch.manual_seed(0)
+    model = getattr(original, module).WaveMix(**SMALL, level=level)
+    x = torch.randn(2, 3, 16, 32) if module == "sisr" else torch.randn(2, 3, 64, 64)
+    untouched = copy.deepcopy(model)
+    expected = step(untouched, x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    random_state = torch.get_rng_state()
+
+    report = accelerate(model)
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [(r.path, r.was, r.now) for r in report.replaced] == [
+        (f"layers.{i}", f"wavemix.Level{level}Waveblock", "wavemix_kernels.nn.waveblock.FusedWaveblock") for i in (0, 1)
+    ]
+    assert report.left == ()
+    assert report.model is model
+    assert all(type(block) is wk.FusedWaveblock for block in model.layers)
+    assert {id(t) for t in [*model.parameters(), *model.buffers()]} == tensors
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert_same_step(step(model, x), expected)
+    for (name, ours), theirs in zip(model.named_buffers(), untouched.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert repr(model.layers[0])
+
+
+def test_optimizers_go_on(original: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = original.sisr.WaveMix(**SMALL)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 3, 8, 8)
+    step(model, x)
+    optimizer.step()
+    before = model.layers[0].reduction.weight.clone()
+    accelerate(model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    step(model, x)
+    optimizer.step()
+    assert not torch.equal(model.layers[0].reduction.weight, before)
+    assert all(p in optimizer.state for p in model.parameters())
+
+
+def test_hooks_handles_and_modes_stay(original: ModuleType) -> None:
+    model = original.sisr.WaveMix(**SMALL | {"dropout": 0.5})
+    block = model.layers[0]
+    seen: list[str] = []
+    loaded_into: list[nn.Module] = []
+    handles = [
+        block.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        block.register_forward_hook(lambda *_, **__: seen.append("forward"), with_kwargs=True),
+        block.register_full_backward_hook(lambda *_: seen.append("backward")),
+        block.register_full_backward_pre_hook(lambda *_: seen.append("backward pre")),
+        block.feedforward[5].register_forward_hook(lambda *_: seen.append("inner")),
+        block.reduction.register_full_backward_hook(lambda *_: seen.append("inner backward")),
+        block.register_state_dict_pre_hook(lambda *_: seen.append("state dict pre")),
+        block.register_load_state_dict_pre_hook(lambda module, *_: loaded_into.append(module)),
+        block.register_load_state_dict_post_hook(lambda *_: seen.append("load post")),
+    ]
+    block.feedforward[5].eval()
+    block.feedforward[2].eval()
+    block.note = "mine"
+    everywhere = [block]  # a reference from outside the module tree
+    accelerate(model)
+    assert everywhere[0] is model.layers[0]
+    assert type(everywhere[0]) is wk.FusedWaveblock
+    assert block.note == "mine"
+    assert [block.training, block.feedforward[5].training, block.feedforward[2].training] == [True, False, False]
+    step(model, torch.randn(1, 3, 8, 8))
+    model.load_state_dict(model.state_dict())
+    assert set(seen) == {
+        "pre", "forward", "backward", "backward pre", "inner", "inner backward", "state dict pre", "load post"
+    }  # fmt: skip
+    assert loaded_into == [block]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    step(model, torch.randn(1, 3, 8, 8))
+    assert seen == []
+
+
+def test_twice_is_once_and_shared_modules_stay_shared(original: ModuleType) -> None:
+    block = original.Level2Waveblock()
+    model = nn.Sequential(block, nn.Sequential(block), original.Level1Waveblock())
+    report = accelerate(model)
+    assert [r.path for r in report.replaced] == ["0", "2"]
+    assert model[0] is model[1][0]
+    again = accelerate(model)
+    assert again.replaced == again.left == ()
+    assert str(again) == "accelerate: 0 replaced, 0 left"
+
+
+def test_the_model_itself_may_be_a_block(original: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    block = original.Level1Waveblock(dropout=0.0)
+    x = torch.randn(2, 16, 8, 8)
+    expected = step(copy.deepcopy(block), x)
+    report = accelerate(block, verbose=True)
+    assert report.model is block
+    assert_same_step(step(block, x), expected)
+    assert capsys.readouterr().out == (
+        "accelerate: 1 replaced, 0 left\n"
+        "  (the model itself): wavemix.Level1Waveblock -> wavemix_kernels.nn.waveblock.FusedWaveblock\n"
+    )
+
+
+def test_copies_and_pickles(original: ModuleType, wavelets: ModuleType) -> None:
+    model = nn.Sequential(original.sisr.WaveMix(**SMALL).layers[0], nn.Conv2d(8, 4, 1), wavelets.DWTForward(J=2))
+    accelerate(model)
+    model.eval()
+    x = torch.randn(1, 8, 8, 8)
+    expected = model(x)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = (
+        copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)
+    )  # fmt: skip
+    for other in copies:
+        assert type(other[0]) is wk.FusedWaveblock
+        assert type(other[2]) is our_wavelets.DWTForward
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+        other[0].reduction.weight.data.zero_()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_after_a_change_of_dtype_and_compile(original: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = original.sisr.WaveMix(**SMALL)
+    accelerate(model)
+    model.double()  # upstream cannot: its filters stay float32
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    model.eval()
+    expected = model(x)
+    assert expected.dtype == torch.float64
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-12, atol=1e-12)
+
+
+# --- Wavelet transforms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "periodization"])
+def test_wavelet_modules(wavelets: ModuleType, mode: str) -> None:
+    class RoundTrip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forth = wavelets.DWTForward(J=2, wave="haar", mode=mode)
+            self.back = wavelets.DWTInverse(wave="db1", mode=mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ll, highs = self.forth(x)
+            return self.back((ll, [3 * high for high in highs]))
+
+    torch.manual_seed(0)
+    model = RoundTrip()
+    x = torch.randn(2, 3, 8, 12)
+    expected = step(model, x)
+    state = model.state_dict()
+    buffers = {id(b) for b in model.buffers()}
+    report = accelerate(model)
+    assert [(r.path, r.now) for r in report.replaced] == [
+        ("forth", "wavemix_kernels.pytorch_wavelets.DWTForward"),
+        ("back", "wavemix_kernels.pytorch_wavelets.DWTInverse"),
+    ]
+    assert {id(b) for b in model.buffers()} == buffers
+    assert list(model.state_dict()) == list(state)
+    assert_same_step(step(model, x), expected)
+    model.load_state_dict(state, strict=True)
+    assert accelerate(model).replaced == ()
+
+
+def test_wavemixs_own_dwt(original: ModuleType) -> None:
+    dwt = original.DWTForward(J=3)
+    x = torch.randn(1, 2, 16, 16)
+    ll, highs = dwt(x)
+    accelerate(dwt)
+    assert type(dwt) is our_wavelets.DWTForward
+    torch.testing.assert_close(dwt(x), (ll, highs), rtol=1e-5, atol=1e-5)
+
+
+def test_wavelets_it_leaves(wavelets: ModuleType) -> None:
+    class DWTInverse(nn.Module):
+        pass
+
+    learned = wavelets.DWTForward(wave="haar")
+    learned.h0_col = nn.Parameter(learned.__dict__["_buffers"].pop("h0_col"))
+    replicate = wavelets.DWTForward(wave="haar", mode="zero")
+    replicate.mode = "replicate"
+    patched = wavelets.DWTInverse(wave="haar")
+    patched.forward = lambda coeffs: coeffs[0]
+    model = nn.ModuleDict(
+        {
+            "long": wavelets.DWTForward(wave="db2"),
+            "stranger": DWTInverse(),
+            "learned": learned,
+            "replicate": replicate,
+            "patched": patched,
+            "scattering": wavelets.ScatLayer(),
+        }
+    )
+    kinds = [type(m) for m in model.values()]
+    report = accelerate(model)
+    assert report.replaced == ()
+    reasons = {entry.path: entry.reason for entry in report.left}
+    assert reasons.keys() == {"long", "stranger", "learned", "replicate", "patched"}
+    assert reasons["long"] == "its filters are not Haar's"
+    assert "pytorch_wavelets" in reasons["stranger"]
+    assert "buffers" in reasons["learned"]
+    assert "replicate" in reasons["replicate"]
+    assert "instance" in reasons["patched"]
+    assert [type(m) for m in model.values()] == kinds
+    assert "long: pytorch_wavelets.dwt.transform2d.DWTForward left: its filters are not Haar's" in str(report)
+
+
+# --- Other blocks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upsample", ["deconv", "bilinear", "pixelshuffle"])
+def test_reference_blocks(upsample: str) -> None:
+    torch.manual_seed(0)
+    model = classification.WaveMix(**SMALL, level=2, num_classes=3, upsample=upsample, block=Waveblock)
+    x = torch.randn(2, 3, 16, 32)
+    expected = step(copy.deepcopy(model), x)
+    report = accelerate(model)
+    assert len(report.replaced) == 2
+    assert all(type(b) is wk.FusedWaveblock and b.upsample == upsample for b in model.layers)
+    assert_same_step(step(model, x), expected)
+
+
+def test_copies_of_upstreams_source_count_if_they_compute_the_same(original: ModuleType) -> None:
+    same = type("Level1Waveblock", (original.Level1Waveblock,), {"__module__": "someone"})
+
+    def doubled(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * original.Level1Waveblock.forward(self, x)
+
+    other = type("Level1Waveblock", (original.Level1Waveblock,), {"__module__": "someone", "forward": doubled})
+
+    def positional(self: nn.Module, dim: int) -> None:
+        original.Level1Waveblock.__init__(self, final_dim=dim)
+
+    unbuildable = type(
+        "Level1Waveblock", (original.Level1Waveblock,), {"__module__": "someone", "__init__": positional}
+    )
+    model = nn.Sequential(same(final_dim=12), other(), unbuildable(16))
+    random_state = torch.get_rng_state()
+    report = accelerate(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [r.path for r in report.replaced] == ["0"]
+    assert [entry.path for entry in report.left] == ["1", "2"]
+    assert "computes something else" in report.left[0].reason
+    assert "could not be run beside ours" in report.left[1].reason
+
+
+def spoil(block: nn.Module, how: str) -> None:
+    if how == "relu":
+        block.feedforward[1] = nn.ReLU()
+    elif how == "gelu":
+        block.feedforward[1] = nn.GELU(approximate="tanh")
+    elif how == "dilated":
+        block.feedforward[0].dilation = (2, 2)
+    elif how == "missing":
+        del block.reduction
+    elif how == "wider":
+        block.feedforward[3] = nn.Conv2d(32, 12, 1)
+    elif how == "extra":
+        block.gamma = nn.Parameter(torch.ones(16))
+    elif how == "weight_norm":
+        nn.utils.parametrizations.weight_norm(block.reduction)
+    elif how == "affineless":
+        block.feedforward[5] = nn.BatchNorm2d(16, affine=False)
+    else:
+        block.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    "how, named",
+    [
+        ("relu", "feedforward.1 is ReLU"),
+        ("gelu", "feedforward.1 is GELU"),
+        ("dilated", "feedforward.0 is Conv2d"),
+        ("missing", "reduction"),
+        ("wider", "feedforward.4 is ConvTranspose2d"),
+        ("extra", "gamma"),
+        ("weight_norm", "reduction"),
+        ("affineless", "feedforward.5.bias"),
+        ("forward", "instance"),
+    ],
+)
+def test_leaves_blocks_that_were_changed(original: ModuleType, how: str, named: str) -> None:
+    model = nn.Sequential(original.Level1Waveblock())
+    spoil(model[0], how)
+    report = accelerate(model)
+    assert report.replaced == ()
+    assert named in report.left[0].reason
+    assert type(model[0]) is original.Level1Waveblock
+
+
+def test_batch_norm_and_dropout_stay_the_models_own(original: ModuleType) -> None:
+    block = original.Level1Waveblock(dropout=0.25)
+    block.feedforward[5] = nn.BatchNorm2d(16, eps=1e-3, momentum=None)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(block, original.Level1Waveblock()))
+    model[0].feedforward[5] = nn.BatchNorm2d(16, eps=1e-3, momentum=None)
+    norm = model[0].feedforward[5]
+    assert len(accelerate(model).replaced) == 2
+    assert model[0].feedforward[5] is norm
+    assert (norm.eps, norm.momentum, model[0].feedforward[2].p) == (1e-3, None, 0.25)
+    assert isinstance(model[1].feedforward[5], nn.SyncBatchNorm)
+
+
+def test_rejects_what_is_no_module() -> None:
+    for value in (None, torch.ones(1), [nn.Linear(1, 1)]):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+            accelerate(value)  # type: ignore[arg-type]
+
+
+def test_models_without_candidates_are_untouched() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    assert accelerate(model) == Report(model, (), ())

@@ -1,0 +1,184 @@
+"""The CUDA sources through nvcc for every supported chip, without a GPU: resources of each kernel, and its machine code.
+
+`python -m tests.test_cuda_aot` prints the resource table.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import build
+
+SOURCES = build.ROOT / "csrc" / "cuda"
+TEST_SOURCES = build.ROOT / "tests" / "emulator"
+ARCHS = (80, 90, 100, 120)
+THREADS_PER_BLOCK = 128
+REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, on each of these chips
+MAX_REGISTERS = 255  # of one thread
+MAX_STATIC_SHARED = 48 * 1024
+HAAR_KERNEL = re.compile(r"(analysis|synthesis)_(rows|channels)I(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
+# The wide forms: elements in 16 bytes.
+WIDE = {"d": 2, "f": 4, "6__half": 8, "13__nv_bfloat16": 8}
+
+
+@dataclass(frozen=True)
+class Resources:
+    source: str
+    kernel: str
+    arch: int
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    def row(self) -> str:
+        return (
+            f"{self.source:20} {self.kernel:44} sm_{self.arch:<4} registers {self.registers:4} shared {self.shared:6} "
+            f"stack {self.stack:4} spills {self.spill_stores:4} / {self.spill_loads:<4}"
+        )
+
+
+def readable(mangled: str) -> str:
+    match = HAAR_KERNEL.search(mangled)
+    if match is None:
+        return mangled
+    direction, layout, dtype, per_word, levels = match.groups()
+    return f"{direction}_{layout}<{dtype.lstrip('0123456789')}, {per_word}, {levels}>"
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCES.glob("*.cu"))
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="wavemix-aot-")  # removed with the process
+
+
+@functools.cache
+def compiled(source: Path, archs: tuple[int, ...] = ARCHS) -> tuple[Path, list[Resources]]:
+    """The fat binary of one source, and what ptxas says of each kernel in it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH: install the CUDA toolkit to compile the kernels")
+    target = Path(scratch().name) / f"{source.stem}.fatbin"
+    command = [
+        *(nvcc, "-std=c++17", "-fatbin", str(source), "-o", str(target)),
+        *("-I", str(SOURCES), "-I", str(build.ROOT / "csrc" / "include")),
+        *("-Xptxas", "-v", "--threads", "2", "-Werror", "all-warnings"),
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+    return target, parse(source.name, done.stderr)
+
+
+def parse(source: str, log: str) -> list[Resources]:
+    found = []
+    for entry in re.split(r"Compiling entry function ", log)[1:]:
+        kernel, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        ).groups()
+        registers = re.search(r"Used (\d+) registers", entry)[1]
+        shared = re.search(r"(\d+) bytes smem", entry)
+        found.append(
+            Resources(
+                source, readable(kernel), int(arch), int(registers), int(shared[1]) if shared else 0,
+                int(stack), int(stores), int(loads),
+            )
+        )  # fmt: skip
+    return found
+
+
+def machine_code(binary: Path, arch: int) -> dict[str, Counter[str]]:
+    """kernel (mangled) -> how often each instruction occurs in its SASS."""
+    tool = shutil.which("cuobjdump")
+    top = build.toolkit()
+    if tool is None and top is not None and (top / "bin" / "cuobjdump").is_file():
+        tool = str(top / "bin" / "cuobjdump")
+    if tool is None and (triton := importlib.util.find_spec("triton")) is not None:
+        place = Path(next(iter(triton.submodule_search_locations))) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        tool = str(place) if place.is_file() else None
+    if tool is None:
+        pytest.skip("cuobjdump is neither on PATH, nor in the toolkit, nor in a triton package")
+    command = [tool, "-sass", "-arch", f"sm_{arch}", str(binary)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n\s*Function : (\S+)\n", sass)[1:]
+    return {
+        name: Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body))
+        for name, body in zip(functions[::2], functions[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda path: path.name)
+def test_resources_stay_within_the_chips(source: Path) -> None:
+    """No kernel spills or keeps local memory: an array that the compiler could not hold in registers shows here."""
+    _, kernels = compiled(source)
+    assert {kernel.arch for kernel in kernels} == set(ARCHS)
+    wrong = [
+        kernel.row()
+        for kernel in kernels
+        if kernel.stack or kernel.spill_stores or kernel.spill_loads
+        or kernel.registers > MAX_REGISTERS
+        or kernel.registers * THREADS_PER_BLOCK > REGISTER_FILE
+        or kernel.shared > MAX_STATIC_SHARED
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong) + "\n\nall kernels:\n" + "\n".join(kernel.row() for kernel in kernels)
+
+
+def test_haar_kernels_use_no_shared_memory() -> None:
+    for source in (SOURCES / "haar_analysis.cu", SOURCES / "haar_synthesis.cu"):
+        assert not [kernel.row() for kernel in compiled(source)[1] if kernel.shared]
+
+
+@pytest.mark.parametrize("direction", ("analysis", "synthesis"))
+def test_wide_haar_kernels_move_16_bytes_at_a_time(direction: str) -> None:
+    binary, _ = compiled(SOURCES / f"haar_{direction}.cu")
+    seen = set()
+    for name, instructions in machine_code(binary, 90).items():
+        match = HAAR_KERNEL.search(name)
+        assert match is not None, name
+        _, layout, dtype, per_word, _ = match.groups()
+        if int(per_word) != WIDE[dtype]:
+            continue
+        seen.add((layout, dtype))
+        wide = {
+            access: sum(count for op, count in instructions.items() if op.startswith(f"{access}.E.128"))
+            for access in ("LDG", "STG")
+        }
+        assert all(wide.values()), f"{readable(name)}: {wide}\n{instructions}"
+        assert not any(op.startswith(("LDL", "STL", "BAR")) for op in instructions), readable(name)
+    assert seen == {(layout, dtype) for layout in ("rows", "channels") for dtype in WIDE}
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+def test_mma_wrappers_become_tensor_core_instructions(arch: int) -> None:
+    """The same kernels that test the emulated forms, in PTX."""
+    binary, _ = compiled(TEST_SOURCES / "mma_kernels.cu", (80, 90))
+    code = machine_code(binary, arch)
+    expected = {
+        "matmul_16_bitI6__half": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"),
+        "matmul_16_bitI13__nv_bfloat16": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"),
+        "matmul_tf32_kernel": ("HMMA.1688.F32.TF32",),
+    }
+    for part, instructions in expected.items():
+        (found,) = (counts for name, counts in code.items() if part in name)
+        for instruction in instructions:
+            assert any(op.startswith(instruction) for op in found), f"{part}: no {instruction} in {sorted(found)}"
+
+
+if __name__ == "__main__":
+    for path in sources():
+        print("\n".join(kernel.row() for kernel in compiled(path)[1]))

@@ -1,0 +1,223 @@
+"""The Waveblock, reference and fused: upstream's values, its state dict, and torch's own machinery around it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import wavemix_kernels as wk
+from tests.golden_models import FOLDER, assert_reproduces
+from tests.tolerances import UNIT_ROUNDOFF
+from wavemix_kernels import wavemix
+from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.reference.waveblock import UPSAMPLES
+
+BLOCKS = {"reference": Waveblock, "fused": wk.FusedWaveblock}
+both = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+each_level = pytest.mark.parametrize("level", [1, 2, 3, 4])
+
+
+def small(block: type[nn.Module], level: int = 2, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return block(**{"level": level, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0} | options)
+
+
+@both
+@each_level
+def test_reproduces_upstream(block: type[nn.Module], level: int) -> None:
+    assert_reproduces(f"waveblock_level{level}", block)
+
+
+@each_level
+def test_drop_in_reproduces_upstream(level: int) -> None:
+    def build(*, level: int, **arguments: Any) -> nn.Module:
+        return getattr(wavemix, f"Level{level}Waveblock")(**arguments)
+
+    assert_reproduces(f"waveblock_level{level}", build)
+
+
+@each_level
+def test_state_dict_is_upstreams(level: int) -> None:
+    recorded = json.loads((FOLDER / "wavemix_state_dicts.json").read_text())
+    of_level = {1: ("sisr", 144), 3: ("classification", 192), 4: ("SemSegment", 256)}
+    if level == 2:  # no model of upstream's defaults to level 2: its recorded block has the names
+        import numpy as np
+
+        with np.load(FOLDER / "waveblock_level2.npz") as arrays:
+            state = {k.removeprefix("state/"): list(arrays[k].shape) for k in arrays.files if k.startswith("state/")}
+        drop_in = wavemix.Level2Waveblock(mult=3, ff_channel=8, final_dim=8)
+    else:
+        model, width = of_level[level]
+        prefix = "layers.0."
+        state = {
+            k.removeprefix(prefix): v for k, v in recorded[f"wavemix.{model}.WaveMix"].items() if k.startswith(prefix)
+        }
+        drop_in = getattr(wavemix, f"Level{level}Waveblock")(ff_channel=width, final_dim=width)
+    # Order too: an optimizer's state refers to parameters by their position.
+    assert [(k, list(v.shape)) for k, v in drop_in.state_dict().items()] == list(state.items())
+
+
+class Analyses(TorchDispatchMode):
+    """Counts the DWT levels that run."""
+
+    levels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.wavemix_kernels.haar_analysis.default:
+            self.levels += args[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_level_4_runs_four_dwt_levels() -> None:
+    block = small(wk.FusedWaveblock, level=4)
+    with Analyses() as count:
+        block(torch.randn(1, 8, 32, 16))
+    assert count.levels == 4
+
+
+@both
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+def test_channels_last(block: type[nn.Module], upsample: str) -> None:
+    module = small(block, upsample=upsample).double()
+    x = torch.randn(2, 8, 12, 20, dtype=torch.float64)
+    plain, last = x.clone().requires_grad_(), x.to(memory_format=torch.channels_last).requires_grad_()
+    out = module(plain)
+    g = torch.randn_like(out)
+    out.backward(g)
+    got = module(last)
+    got.backward(g)
+    torch.testing.assert_close(got, out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last.grad, plain.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_keeps_channels_last() -> None:
+    block = small(wk.FusedWaveblock).to(memory_format=torch.channels_last)  # float32: oneDNN has it, float64 has not
+    out = block(torch.randn(2, 8, 12, 20).to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiles_whole_with_dynamic_shapes() -> None:
+    block = small(wk.FusedWaveblock).double()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def step(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        out.sin().sum().backward()  # not square(): its sum is the same for everything BatchNorm gives
+        assert leaf.grad is not None
+        return out.detach(), leaf.grad
+
+    for shape in ((2, 8, 12, 20), (3, 8, 16, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        expected, got = step(block, x), step(compiled, x)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@both
+@pytest.mark.parametrize("level", [1, 3])
+def test_autocast_bfloat16(block: type[nn.Module], level: int) -> None:
+    """Forward and backward. In eval mode, where rounding is not divided by a batch's own small variance."""
+    module = small(block, level=level).eval()
+    x = torch.randn(2, 8, 16, 24)
+
+    def run(enabled: bool) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = module(leaf)
+        out.float().square().sum().backward()
+        assert leaf.grad is not None
+        return out.detach(), leaf.grad
+
+    exact, exact_grad = run(False)
+    out, grad = run(True)
+    assert out.dtype == torch.bfloat16
+    assert grad.dtype == torch.float32
+    # Five roundings one after the other (reduction, bands, three convolutions), each relative to its values; what comes
+    # up from coarser levels is rounded as often and adds at most as much again. The backward pass doubles the chain.
+    bound = 2 * 5 * UNIT_ROUNDOFF[torch.bfloat16]
+    assert (out.float() - exact).norm() <= bound * exact.norm()
+    assert (grad - exact_grad).norm() <= 2 * bound * exact_grad.norm()
+    module.train()
+    run(True)
+
+
+@both
+def test_dropout_acts_in_training_only(block: type[nn.Module]) -> None:
+    module = small(block, dropout=0.5)
+    x = torch.randn(1, 8, 8, 8)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("level", [1, 3])
+def test_upsamplings_agree_between_blocks(upsample: str, level: int) -> None:
+    reference = small(Waveblock, level=level, upsample=upsample).double()
+    fused = small(wk.FusedWaveblock, level=level, upsample=upsample).double()
+    fused.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 8, 16, 8, dtype=torch.float64)
+    expected = reference(x)
+    assert expected.shape == x.shape
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
+    # BatchNorm ends every form, at the same index, so that running statistics keep their names.
+    name = "feedforward.5" if level == 1 else "feedforward1.5"
+    assert isinstance(fused.get_submodule(name), nn.BatchNorm2d)
+
+
+def test_upsamplings_compute_what_they_say() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(1, 8, 5, 6)
+
+    def upsampling(upsample: str) -> nn.Module:
+        return small(Waveblock, level=1, upsample=upsample).get_submodule("feedforward.4")
+
+    nearest = upsampling("nearest")(z)
+    torch.testing.assert_close(nearest, z.repeat_interleave(2, 2).repeat_interleave(2, 3), rtol=0, atol=0)
+    # Bilinear by two, centres aligned: 3/4 and 1/4 of the neighbours, replicated at the border.
+    padded = nn.functional.pad(z, (1, 1, 1, 1), mode="replicate")
+    even = 0.75 * z + 0.25 * padded[:, :, :-2, 1:-1]
+    even_padded = 0.75 * padded[:, :, 1:-1] + 0.25 * padded[:, :, :-2]
+    even_even = 0.75 * even + 0.25 * even_padded[..., :-2]
+    torch.testing.assert_close(upsampling("bilinear")(z)[:, :, ::2, ::2], even_even, rtol=1e-5, atol=1e-6)
+    shuffle = upsampling("pixelshuffle")
+    n, c, h, w = z.shape
+    interleaved = z.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+    convolution = shuffle[1]
+    expected = nn.functional.conv2d(interleaved, convolution.weight, convolution.bias, padding=1)
+    torch.testing.assert_close(shuffle(z), expected, rtol=0, atol=0)
+    assert not list(upsampling("nearest").parameters()) + list(upsampling("bilinear").parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"level": 5}, "level=5"),
+        ({"level": 2.0}, "level=2.0"),
+        ({"final_dim": 6}, "4 or 8"),
+        ({"upsample": "cubic"}, "'deconv', 'bilinear', 'nearest', 'pixelshuffle'"),
+        ({"upsample": "pixelshuffle", "ff_channel": 6}, "ff_channel=6"),
+        ({"dropout": 1.5}, "dropout=1.5"),
+        ({"mult": 0}, "mult"),
+    ],
+)
+@both
+def test_rejects_arguments(block: type[nn.Module], arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        block(**arguments)
+
+
+@both
+def test_rejects_inputs(block: type[nn.Module]) -> None:
+    module = small(block, level=3)
+    with pytest.raises(ValueError, match=r"H=28.*24 or 32"):
+        module(torch.randn(1, 8, 28, 32))
+    with pytest.raises(ValueError, match="8 channels"):
+        module(torch.randn(1, 4, 32, 32))
+    with pytest.raises(ValueError, match="4 dimensions"):
+        module(torch.randn(8, 32, 32))

@@ -1,0 +1,362 @@
+"""``pointwise_mlp``: conv1x1 -> GELU -> Dropout -> conv1x1 whose hidden layer never stays in memory.
+
+Backward makes the hidden layer again from the inputs, and its dropout mask from the counter (Philox), so neither
+is saved. The same kernel is the Waveblock's feed-forward part and Wave-MLP's channel MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import layout
+from wavemix_kernels.ops.autograd import differentiable
+from wavemix_kernels.reference import fused as reference
+
+_ARGUMENTS = (
+    "Tensor x, Tensor? second, Tensor? scale, Tensor? shift, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "float p, Tensor? seed"
+)
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define(f"pointwise_mlp({_ARGUMENTS}, str backend) -> Tensor")
+_library.define(f"pointwise_mlp_backward(Tensor grad, {_ARGUMENTS}, bool want_output, str backend) -> Tensor[]")
+
+#: Elements of the hidden layer at work at a time on the CPU: with its gradient it stays within the L2 cache.
+CHUNK = 1 << 18
+
+
+class Gradients(NamedTuple):
+    """What backward makes; ``second`` is the gradient of ``second * scale + shift``. Absent ones are None."""
+
+    x: Tensor
+    second: Tensor | None
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    output: Tensor | None
+
+
+def draw_seed(device: torch.device, count: int = 1) -> Tensor:
+    """Seeds for counter-based dropout from torch's own generator of ``device``: they follow ``torch.manual_seed``,
+    activation checkpointing restores them, and a CUDA graph draws new ones at each replay."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def pointwise_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    second: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``conv1x1(Dropout(GELU(conv1x1([x | second * scale + shift]))))``, GELU in its exact (erf) form.
+
+    Under autocast x, second and the weights take the autocast dtype, as a convolution's do.
+
+    Args:
+        x: (N, A, H, W), float64, float32, float16 or bfloat16. channels_last is read in place; any other order is
+            converted once.
+        w1: (K, A + B), first weight; b1: (K) or None.
+        w2: (O, K), second weight; b2: (O) or None.
+        second: (N, B, H, W), joined to x's channels without a concatenation, or None.
+        scale, shift: (B), an affine map applied to ``second`` as it is read (a folded BatchNorm), or None.
+        dropout: probability of dropping a hidden activation; 0 for inference.
+        seed: (1) int64 on x's device; default: drawn from torch's generator there.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`.
+
+    Returns:
+        (N, O, H, W), channels_last.
+
+    Raises:
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+
+    Backward is not differentiable again, except on backend ``"reference"``.
+    """
+    checks.check_tensor("x", x, 4, "(N, A, H, W)")
+    checks.check_probability("dropout", dropout)
+    x, second, w1, b1, w2, b2 = checks.autocast(x, second, w1, b1, w2, b2)
+    b = 0
+    if second is not None:
+        checks.check_tensor("second", second, 4, "(N, B, H, W)")
+        b = second.shape[1]
+        if second.shape[0] != x.shape[0] or second.shape[2:] != x.shape[2:]:
+            raise ValueError(f"second: expected (N, B, H, W) to go with x {tuple(x.shape)}, got {tuple(second.shape)}")
+    elif scale is not None or shift is not None:
+        raise ValueError("scale and shift belong to second, which is None")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift: give both or neither")
+    shapes = {
+        "w1": (w1, (w1.shape[0], x.shape[1] + b)),
+        "b1": (b1, (w1.shape[0],)),
+        "w2": (w2, (w2.shape[0], w1.shape[0])),
+        "b2": (b2, (w2.shape[0],)),
+        "scale": (scale, (b,)),
+        "shift": (shift, (b,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}: expected shape {shape} to go with the other arguments, got {tuple(tensor.shape)}"
+            )
+        checks.check_same_device(name, tensor, "x", x)
+        if name not in ("scale", "shift"):
+            checks.check_same_dtype(name, tensor, "x", x)
+    if dropout > 0 and seed is None:
+        seed = draw_seed(x.device)
+    chosen = backends.requested(backend)
+    if chosen == "reference":
+        number = 0 if seed is None or dropout == 0 else int(seed)
+        return reference.pointwise_mlp(
+            x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=dropout, seed=number
+        )
+    return fused(x, second, scale, shift, w1, b1, w2, b2, dropout, seed, chosen)
+
+
+# --- CPU: GEMMs by torch, chunk by chunk; the hidden layer's passes by the compiled core -------------------
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """Pixels by channels; a view where ``t`` is channels_last."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _image(matrix: Tensor, like: Tensor) -> Tensor:
+    n, _, h, w = like.shape
+    return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
+
+
+def _empty_image(like: Tensor, channels: int) -> Tensor:
+    n, _, h, w = like.shape
+    return layout.empty(like, [n, channels, h, w], True)
+
+
+def _chunks(rows: int, cols: int) -> Iterator[tuple[int, slice]]:
+    step = max(64, CHUNK // cols)
+    for start in range(0, rows, step):
+        yield start, slice(start, min(start + step, rows))
+
+
+class _Folded:
+    """Both inputs as matrices and the first layer with ``second``'s affine map folded into its weight."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        second: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        w1: Tensor,
+        b1: Tensor | None,
+    ) -> None:
+        a = x.shape[1]
+        self.x, self.wx = _matrix(x), w1[:, :a]
+        self.s = None if second is None else _matrix(second)
+        self.ws = w1[:, a:]
+        self.folded = self.ws
+        wide = w1.dtype if scale is None else torch.promote_types(w1.dtype, scale.dtype)
+        bias = w1.new_zeros(w1.shape[0], dtype=wide) if b1 is None else b1.to(wide)
+        if scale is not None and shift is not None:
+            self.folded = (self.ws.to(wide) * scale).to(w1.dtype)
+            bias = bias + self.ws.to(wide) @ shift.to(wide)
+        self.bias = bias.to(w1.dtype)
+
+    def hidden(self, rows: slice, out: Tensor) -> Tensor:
+        torch.addmm(self.bias, self.x[rows], self.wx.t(), out=out)
+        if self.s is not None:
+            out.addmm_(self.s[rows], self.folded.t())
+        return out
+
+
+def _seed_value(p: float, seed: Tensor | None) -> int:
+    return 0 if p == 0 or seed is None else int(seed) % 2**64
+
+
+def _cpu_forward(
+    x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    inputs = _Folded(x, second, scale, shift, w1, b1)
+    out = _empty_image(x, w2.shape[0])
+    u, key, k = _matrix(out), _seed_value(p, seed), w1.shape[0]
+    buffer = x.new_empty(max(64, CHUNK // k), k)
+    for start, rows in _chunks(u.shape[0], k):
+        hidden = inputs.hidden(rows, buffer[: rows.stop - start])
+        _gelu_dropout(hidden, p, key, start)
+        if b2 is None:
+            torch.mm(hidden, w2.t(), out=u[rows])
+        else:
+            torch.addmm(b2, hidden, w2.t(), out=u[rows])
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor, x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor,
+    b1: Tensor | None, w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, want_output: bool,
+) -> Gradients:  # fmt: skip
+    inputs = _Folded(x, second, scale, shift, w1, b1)
+    g, key, k = _matrix(grad), _seed_value(p, seed), w1.shape[0]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gx = _empty_image(x, x.shape[1])
+    gs = None if second is None else _empty_image(x, second.shape[1])
+    output = _empty_image(x, w2.shape[0]) if want_output else None
+    # Sums over chunks are kept in fp32 for the half types.
+    dwx = x.new_zeros(k, x.shape[1], dtype=wide)
+    dws = None if second is None else x.new_zeros(k, second.shape[1], dtype=wide)
+    dw2, db1 = x.new_zeros(w2.shape, dtype=wide), x.new_zeros(k, dtype=wide)
+    hidden_buffer, grad_buffer = x.new_empty(2, max(64, CHUNK // k), k)
+    for start, rows in _chunks(g.shape[0], k):
+        n = rows.stop - start
+        hidden = inputs.hidden(rows, hidden_buffer[:n])
+        g_hidden = torch.mm(g[rows], w2, out=grad_buffer[:n])
+        _gelu_dropout_backward(hidden, g_hidden, p, key, start)
+        if output is not None:
+            u = _matrix(output)[rows]
+            torch.mm(hidden, w2.t(), out=u)
+            if b2 is not None:
+                u += b2
+        dw2 += torch.mm(g[rows].t(), hidden)
+        dwx += torch.mm(g_hidden.t(), inputs.x[rows])
+        db1 += g_hidden.sum(0, dtype=wide)
+        torch.mm(g_hidden, inputs.wx, out=_matrix(gx)[rows])
+        if gs is not None and dws is not None and inputs.s is not None:
+            dws += torch.mm(g_hidden.t(), inputs.s[rows])
+            torch.mm(g_hidden, inputs.ws, out=_matrix(gs)[rows])
+    dw1 = dwx
+    if dws is not None:
+        if scale is not None and shift is not None:
+            dws = dws * scale + torch.outer(db1, shift.to(wide))
+        dw1 = torch.cat((dwx, dws), 1)
+    return Gradients(
+        gx,
+        gs,
+        dw1.to(w1.dtype),
+        None if b1 is None else db1.to(b1.dtype),
+        dw2.to(w2.dtype),
+        None if b2 is None else g.sum(0, dtype=wide).to(b2.dtype),
+        output,
+    )
+
+
+def _gelu_dropout(hidden: Tensor, p: float, seed: int, first_row: int) -> None:
+    rows, cols = hidden.shape
+    _native.core.gelu_dropout_forward_cpu(  # type: ignore[union-attr]
+        _native.DTYPES[hidden.dtype], rows, cols, _native.address(hidden), _native.address(hidden), p, seed, first_row,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gelu_dropout_backward(hidden: Tensor, grad: Tensor, p: float, seed: int, first_row: int) -> None:
+    """From the pre-activations and the gradient of the hidden layer, in place: the hidden layer and their gradient."""
+    rows, cols = hidden.shape
+    _native.core.gelu_dropout_backward_cpu(  # type: ignore[union-attr]
+        _native.DTYPES[hidden.dtype], rows, cols, _native.address(hidden), _native.address(grad), p, seed, first_row,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
+    "reference": backends.Backend(backends.reference_why_not, {}),
+}
+
+
+# --- The operators ---------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    chosen = backends.select("pointwise_mlp", BACKENDS, backend, x, w1)
+    if not chosen.functions:
+        number = 0 if seed is None or p == 0 else int(seed)
+        out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
+        return layout.laid_out(out, True)
+    return chosen.functions["forward"](x, second, scale, shift, w1, b1, w2, b2, p, seed)
+
+
+def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
+    x, second, scale, shift, w1, b1, w2, b2, p, seed, want_output = arguments
+    if second is not None and scale is not None:
+        second = (second * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+    inputs = [x, second, w1, b1, w2, b2]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    lx, ls, lw1, lb1, lw2, lb2 = cast(Any, leaves)
+    with torch.enable_grad():
+        number = 0 if seed is None or p == 0 else int(seed)
+        out = reference.pointwise_mlp(lx, lw1, lb1, lw2, lb2, second=ls, p=p, seed=number)
+        grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
+    gx, gs, *weights = (None if t is None else next(grads) for t in leaves)
+    images = (None if t is None else layout.laid_out(t, True) for t in (gx, gs, out.detach() if want_output else None))
+    gx, gs, output = images
+    return Gradients(*cast(Any, (gx, gs, *weights, output)))
+
+
+def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *inputs, want_output, backend = arguments
+    chosen = backends.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
+    function = chosen.functions["backward"] if chosen.functions else _reference_backward
+    out = function(grad, *inputs, want_output)
+    return [grad.new_empty(0) if t is None else t for t in out]
+
+
+def _forward_fake(x: Tensor, *rest: Any) -> Tensor:
+    return _empty_image(x, rest[5].shape[0])
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    x, second, _, _, w1, b1, w2, b2, _, _, want_output, _ = arguments
+    images = [_empty_image(x, x.shape[1]), None if second is None else _empty_image(x, second.shape[1])]
+    weights = [None if t is None else torch.empty_like(t) for t in (w1, b1, w2, b2)]
+    out = [*images, *weights, _empty_image(x, w2.shape[0]) if want_output else None]
+    return [grad.new_empty(0) if t is None else t for t in out]
+
+
+_library.impl("pointwise_mlp", _forward, "CompositeExplicitAutograd")
+_library.impl("pointwise_mlp_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::pointwise_mlp", _forward_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::pointwise_mlp_backward", _backward_fake, lib=_library)
+
+
+def backward(grad: Tensor, *arguments: Any) -> Gradients:
+    """All gradients of :data:`fused` (its arguments after ``grad``, then ``want_output``, ``backend``), and the
+    output itself made again where ``want_output`` is set (a convolution's weight gradient wants it)."""
+    x, second, _, _, w1, b1, w2, b2, _, _, want_output, _ = arguments
+    out = torch.ops.wavemix_kernels.pointwise_mlp_backward(grad, *arguments)
+    present = (x, second, w1, b1, w2, b2, x if want_output else None)
+    return Gradients(*cast(Any, (None if p is None else t for t, p in zip(out, present, strict=True))))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.p, seed, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *tensors, seed = ctx.saved_tensors
+    second, scale = tensors[1], tensors[2]
+    out = backward(grad, *tensors, ctx.p, seed, False, ctx.backend)
+    gs, dscale, dshift = out.second, None, None
+    if gs is not None and scale is not None:
+        wide = gs.to(scale.dtype)
+        dscale, dshift = (wide * second).sum((0, 2, 3)), wide.sum((0, 2, 3))
+        gs = (wide * scale[:, None, None]).to(second.dtype)
+    return out.x, gs, dscale, dshift, out.w1, out.b1, out.w2, out.b2, None, None, None
+
+
+#: (x, second, scale, shift, w1, b1, w2, b2, p, seed, backend) -> output, with its gradient.
+fused = differentiable(_library, "pointwise_mlp", _setup, _backward, once=True)

@@ -1,0 +1,127 @@
+"""``reduce_haar``: a Waveblock's 1x1 convolution and all its Haar levels, straight into the block's channel order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import haar, haar_pyramid, layout
+from wavemix_kernels.ops.autograd import differentiable
+from wavemix_kernels.reference import fused as reference
+
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define(
+    "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
+)
+
+
+def reduce_haar(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    levels: int = 1,
+    *,
+    channels_last: bool | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """1x1 convolution + bias, then every Haar level: ``Z_l = [LL_l | LH_l, HL_l, HH_l of each channel]``.
+
+    Reads x once; the reduced image itself never reaches memory on the fused backends. Under autocast x and the
+    weights take the autocast dtype, as a convolution's do.
+
+    Args:
+        x: (N, C, H, W), H and W multiples of ``2**levels``; float64, float32, float16 or bfloat16, any strides.
+        weight: (O, C, 1, 1), same dtype and device.
+        bias: (O) or None.
+        levels: 1 to 5.
+        channels_last: memory format of the results; default: x's own.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`.
+
+    Returns:
+        Z_1 … Z_levels, Z_l of shape (N, 4O, H/2^l, W/2^l).
+
+    Raises:
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+
+    Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
+    """
+    checks.check_tensor("x", x, 4, "(N, C, H, W)")
+    checks.check_tensor("weight", weight, 4, "(O, C, 1, 1)")
+    checks.check_positive_int("levels", levels)
+    if levels > haar.MAX_LEVELS:
+        raise ValueError(f"levels={levels}: expected 1 to {haar.MAX_LEVELS}")
+    if tuple(weight.shape[1:]) != (x.shape[1], 1, 1):
+        raise ValueError(f"weight: expected shape (O, {x.shape[1]}, 1, 1) to go with x, got {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
+        checks.check_multiple(f"x: {axis}", size, 2**levels)
+    x, weight, bias = checks.autocast(x, weight, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.check_same_device(name, tensor, "x", x)
+            checks.check_same_dtype(name, tensor, "x", x)
+    order = layout.is_channels_last(x) if channels_last is None else channels_last
+    return fused(x, weight, bias, levels, order, backends.requested(backend))
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    # The GEMM is oneDNN's; the reduced image is a quarter of x, and the pyramid reads it once.
+    r = F.conv2d(x, weight, bias)
+    if channels_last:
+        r = r.contiguous(memory_format=torch.channels_last)
+    return haar_pyramid.pyramid(r, levels, channels_last, "cpu")
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu}),
+    "reference": backends.Backend(backends.reference_why_not, {}),
+}
+
+
+def _reduce_haar(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    chosen = backends.select("reduce_haar", BACKENDS, backend, x, weight)
+    if not chosen.functions:
+        return [layout.laid_out(z, channels_last) for z in reference.reduce_haar(x, weight, bias, levels)]
+    return chosen.functions["forward"](x, weight, bias, levels, channels_last)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    return haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+
+
+_library.impl("reduce_haar", _reduce_haar, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::reduce_haar", _fake, lib=_library)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, bias, _, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], backend: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias (those that ``mask`` asks for)."""
+    reduced = haar_pyramid.adjoint(grads, layout.is_channels_last(x), backend)
+    return torch.ops.aten.convolution_backward(
+        reduced, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    return (*backward(list(grads), x, weight, (True, True, ctx.has_bias), ctx.backend), None, None, None)
+
+
+#: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.
+fused = differentiable(_library, "reduce_haar", _setup, _backward)

@@ -1,0 +1,49 @@
+"""The four ways a Waveblock doubles the size, with the halves of their gradients that its backward pass asks for.
+
+Library kernels throughout (cuDNN, oneDNN): the transposed convolution runs at matrix-multiply speed already.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(N, F, h, w) -> (N, O, 2h, 2w) by ``"deconv"``, ``"pixelshuffle"``, ``"bilinear"`` or ``"nearest"``."""
+    if kind == "deconv":
+        assert weight is not None
+        return F.conv_transpose2d(u, weight, bias, stride=2, padding=1)
+    if kind == "pixelshuffle":
+        assert weight is not None
+        return F.conv2d(F.pixel_shuffle(u, 2), weight, bias, padding=1)
+    return F.interpolate(u, scale_factor=2, mode=kind)
+
+
+def input_grad(kind: str, dy: Tensor, weight: Tensor | None) -> Tensor:
+    """Gradient of ``u``; ``u`` itself is not needed."""
+    if kind == "deconv":
+        assert weight is not None
+        return F.conv2d(dy, weight, stride=2, padding=1)
+    if kind == "pixelshuffle":
+        assert weight is not None
+        return F.pixel_unshuffle(F.conv_transpose2d(dy, weight, padding=1), 2)
+    n, c, h, w = dy.shape
+    if kind == "bilinear":
+        return torch.ops.aten.upsample_bilinear2d_backward(dy, [h, w], [n, c, h // 2, w // 2], False, 2.0, 2.0)
+    return torch.ops.aten.upsample_nearest2d_backward(dy, [h, w], [n, c, h // 2, w // 2], 2.0, 2.0)
+
+
+def weight_grads(
+    kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, has_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias."""
+    if weight is None:
+        return None, None
+    transposed = kind == "deconv"
+    _, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, u if transposed else F.pixel_shuffle(u, 2), weight, [dy.shape[1]], [2, 2] if transposed else [1, 1],
+        [1, 1], [1, 1], transposed, [0, 0], 1, [False, True, has_bias],
+    )  # fmt: skip
+    return dweight, dbias

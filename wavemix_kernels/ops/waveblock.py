@@ -1,0 +1,200 @@
+"""``waveblock``: a whole Waveblock as one differentiable function that saves what recomputing would cost too much.
+
+Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``recompute="mlp"`` keeps x and the output of
+each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
+``recompute="all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wavemix_kernels.ops import batch_norm, layout, pointwise_mlp, reduce_haar, upsample
+
+RECOMPUTE = ("mlp", "all")
+
+
+class Level(NamedTuple):
+    """Tensors of one feed-forward part; ``mean`` and ``invstd`` None: the batch's own statistics."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    up_weight: Tensor | None
+    up_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    mean: Tensor | None
+    invstd: Tensor | None
+
+
+_FIELDS = len(Level._fields)
+
+
+def waveblock(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    levels: Sequence[Level],
+    *,
+    dropout: Sequence[float],
+    eps: Sequence[float],
+    seeds: Tensor | None,
+    kind: str,
+    recompute: str,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The Waveblock of checked arguments: output, and per level the (mean, biased variance) of its batch.
+
+    Args:
+        x: (N, C, H, W); the output takes its memory format.
+        weight, bias: the reduction, (C/4, C, 1, 1) and (C/4).
+        levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype.
+        dropout, eps: per level.
+        seeds: (levels) int64, where any dropout is above 0.
+        kind: the upsampling (:mod:`wavemix_kernels.ops.upsample`).
+        recompute: ``"mlp"`` or ``"all"``.
+        residual: add x to the output, in the pass that normalises.
+    """
+    flat = [t for level in levels for t in level]
+    out, *stats = _Waveblock.apply(
+        len(levels), tuple(dropout), tuple(eps), kind, recompute, residual, backend, x, weight, bias, seeds, *flat
+    )
+    return out, list(zip(stats[::2], stats[1::2], strict=True))
+
+
+def _levels(flat: Sequence[Any]) -> list[Level]:
+    return [Level(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+
+
+def _seed(seeds: Tensor | None, level: int) -> Tensor | None:
+    return None if seeds is None else seeds[level : level + 1]
+
+
+def _mlp_arguments(
+    level: Level,
+    z: Tensor,
+    second: Tensor | None,
+    second_affine: batch_norm.Affine | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Any, ...]:
+    scale, shift = second_affine or (None, None)
+    return z, second, scale, shift, level.w1, level.b1, level.w2, level.b2, p, seed
+
+
+class _Waveblock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, count: int, dropout: tuple[float, ...], eps: tuple[float, ...], kind: str, recompute: str,
+        residual: bool, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        levels = _levels(flat)
+        zs = reduce_haar.fused(x, weight, bias, count, True, backend)
+        ys: list[Any] = [None] * count
+        stats: list[Any] = [None] * count
+        second, second_affine = None, None
+        for i in range(count - 1, -1, -1):
+            level = levels[i]
+            u = pointwise_mlp.fused(
+                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)), backend
+            )
+            zs[i] = None
+            ys[i] = second = upsample.forward(kind, u, level.up_weight, level.up_bias)
+            del u
+            if level.mean is None or level.invstd is None:
+                mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, backend)
+                invstd = torch.rsqrt(var + eps[i])
+            else:
+                mean, invstd = level.mean, level.invstd
+                var = mean
+            stats[i] = (mean, var, invstd)
+            second_affine = batch_norm.affine(mean, invstd, level.bn_weight, level.bn_bias)
+        assert second_affine is not None
+        out = torch.ops.wavemix_kernels.batch_norm_apply(
+            ys[0],
+            second_affine.scale,
+            second_affine.shift,
+            x if residual else None,
+            layout.is_channels_last(x),
+            backend,
+        )
+        ctx.options = count, dropout, kind, recompute, residual, backend
+        ctx.save_for_backward(
+            x,
+            weight,
+            bias,
+            seeds,
+            *flat,
+            *(ys if recompute == "mlp" else []),
+            *(s[0] for s in stats),
+            *(s[2] for s in stats),
+        )
+        batch = [t.detach().clone() if levels[i].mean is not None else t for i, s in enumerate(stats) for t in s[:2]]
+        ctx.mark_non_differentiable(*batch)
+        return (out, *batch)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        count, dropout, kind, recompute, residual, backend = ctx.options
+        x, weight, bias, seeds, *rest = ctx.saved_tensors
+        flat, rest = rest[: count * _FIELDS], rest[count * _FIELDS :]
+        levels = _levels(flat)
+        means, invstds = rest[-2 * count : -count], rest[-count:]
+        affines = [
+            batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
+            for m, s, level in zip(means, invstds, levels, strict=True)
+        ]
+        zs = reduce_haar.fused(x, weight, bias, count, True, backend)
+        us: list[Any] = [None] * count
+        if recompute == "mlp":
+            ys = list(rest[:count])
+        else:
+            ys = [None] * count
+            for i in range(count - 1, -1, -1):
+                second, second_affine = (ys[i + 1], affines[i + 1]) if i + 1 < count else (None, None)
+                us[i] = pointwise_mlp.fused(
+                    *_mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i)), backend
+                )
+                ys[i] = upsample.forward(kind, us[i], levels[i].up_weight, levels[i].up_bias)
+
+        flat_grads: list[Any] = []
+        z_grads: list[Tensor] = []
+        upper: Tensor | None = grad
+        for i, level in enumerate(levels):
+            assert upper is not None
+            dy, dbn_weight, dbn_bias = batch_norm.backward(
+                upper, ys[i], means[i], invstds[i], level.bn_weight, level.mean is None, True, backend
+            )
+            ys[i] = None
+            du = upsample.input_grad(kind, dy, level.up_weight)
+            second, second_affine = (ys[i + 1], affines[i + 1]) if i + 1 < count else (None, None)
+            mlp = pointwise_mlp.backward(
+                du,
+                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)),
+                us[i] is None,
+                backend,
+            )
+            u = us[i] if mlp.output is None else mlp.output
+            us[i] = zs[i] = None
+            dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, level.up_bias is not None)
+            z_grads.append(mlp.x)
+            upper = mlp.second
+            flat_grads += [
+                mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
+                None if level.bn_weight is None else dbn_weight.to(level.bn_weight.dtype),
+                None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
+                None, None,
+            ]  # fmt: skip
+        need_x, need_weight = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
+        dx, dw, db = reduce_haar.backward(z_grads, x, weight, (need_x, need_weight, bias is not None), backend)
+        if residual and dx is not None:
+            dx += grad
+        return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

@@ -1,0 +1,71 @@
+"""Drop-in for ``wavemix.SemSegment``: the WaveMix model for semantic segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from wavemix_kernels import checks
+from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
+
+__all__ = ["WaveMix"]
+
+
+class WaveMix(Backbone):
+    """Semantic segmentation: (N, 3, H, W) -> a logit per class and pixel (N, num_classes, H, W).
+
+    Args:
+        num_classes: number of classes.
+        depth: number of Waveblocks.
+        mult, ff_channel, final_dim, dropout, level, upsample: each block's, see
+            :class:`wavemix_kernels.FusedWaveblock`.
+        stride: of each of the stem's two convolutions. The head always enlarges four times, which undoes stride 2;
+            with stride 1 the output is four times the image's size, as upstream has it.
+        block: the block class; :class:`wavemix_kernels.reference.Waveblock` makes the reference model.
+
+    H and W have to reach the blocks as multiples of ``2**level``; multiples of ``stride**2 * 2**level`` do.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, or an image that does not fit (the message names the
+            nearest sizes that do).
+
+    Source: arXiv:2205.14375; package ``wavemix`` 0.2.4, whose parameter names and checkpoints these are.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 20,
+        depth: int = 16,
+        mult: int = 2,
+        ff_channel: int = 256,
+        final_dim: int = 256,
+        dropout: float = 0.0,
+        level: int = 4,
+        stride: int = 2,
+        upsample: str = "deconv",
+        block: Callable[..., nn.Module] = FusedWaveblock,
+    ) -> None:
+        super().__init__(
+            depth=depth,
+            mult=mult,
+            ff_channel=ff_channel,
+            final_dim=final_dim,
+            dropout=dropout,
+            level=level,
+            upsample=upsample,
+            block=block,
+        )
+        checks.check_positive_int("num_classes", num_classes)
+        self.expand = nn.Sequential(
+            nn.ConvTranspose2d(final_dim, final_dim // 2, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(final_dim // 2, final_dim // 4, 4, stride=2, padding=1),
+            nn.Conv2d(final_dim // 4, num_classes, 1),
+        )
+        self.conv = strided_stem(3, final_dim, stride)
+
+    def forward(self, img: Tensor) -> Tensor:
+        self.check_image(img)
+        return self.expand(self.mix(self.conv(img)))

@@ -1,0 +1,112 @@
+"""What the three WaveMix models share: the checks of their arguments, the stack of Waveblocks and its residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from wavemix_kernels import checks
+
+
+class Backbone(nn.Module):
+    """``depth`` Waveblocks with residuals, between a stem ``conv`` and a head that the models add.
+
+    The models build blocks, then head, then stem, as upstream does: the same seed gives the same initial weights.
+
+    Args:
+        depth: number of blocks, at least 1.
+        mult, ff_channel, final_dim, dropout, level, upsample: each block's, see
+            :class:`wavemix_kernels.FusedWaveblock`.
+        block: the block class, called with those six as keywords.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+
+    conv: nn.Module
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        mult: int,
+        ff_channel: int,
+        final_dim: int,
+        dropout: float,
+        level: int,
+        upsample: str,
+        block: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.level = level
+        self.layers = nn.ModuleList(
+            block(
+                level=level, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample=upsample
+            )
+            for _ in range(checks.check_positive_int("depth", depth))
+        )
+
+    def mix(self, x: Tensor) -> Tensor:
+        """x (N, final_dim, h, w) through all blocks, each with its residual; the same shape."""
+        for block in self.layers:
+            x = block(x) + x
+        return x
+
+    def check_image(self, img: Tensor) -> None:
+        """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.
+
+        A stem that someone put in place of the model's own is followed only while it is made of the same kinds of
+        layers; the blocks check what they get in any case.
+        """
+        stem = list(self.conv) if isinstance(self.conv, nn.Sequential) else [self.conv]
+        convolutions = [layer for layer in stem if isinstance(layer, nn.Conv2d)]
+        if (
+            not convolutions
+            or not all(isinstance(layer, (nn.Conv2d, nn.GELU, nn.BatchNorm2d)) for layer in stem)
+            or any(isinstance(layer.padding, str) for layer in convolutions)
+        ):
+            return
+        channels = convolutions[0].in_channels
+        checks.check_tensor("img", img, 4, f"(N, {channels}, H, W)")
+        if img.shape[1] != channels:
+            raise ValueError(f"img: expected {channels} channels, got shape {tuple(img.shape)}")
+        unit = 2**self.level
+        for axis, name in ((0, "H"), (1, "W")):
+            size = img.shape[axis + 2]
+            there = _size_after(convolutions, size, axis)
+            if there < unit or there % unit:
+                raise ValueError(
+                    f"img: {name}={size} arrives at layers.0 as {there}, where a level-{self.level} Waveblock needs a "
+                    f"multiple of {unit}; the nearest image sizes that work: {_nearest(convolutions, size, axis, unit)}"
+                )
+
+
+def _size_after(convolutions: list[nn.Conv2d], size: int, axis: int) -> int:
+    for layer in convolutions:
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        size = max(0, (size + 2 * int(layer.padding[axis]) - reach - 1) // layer.stride[axis] + 1)
+    return size
+
+
+def _nearest(convolutions: list[nn.Conv2d], size: int, axis: int, unit: int) -> str:
+    """The next smaller and larger image sizes that reach the blocks as a positive multiple of ``unit``."""
+
+    def works(n: int) -> bool:
+        there = _size_after(convolutions, n, axis)
+        return there >= unit and there % unit == 0
+
+    above = size + 1
+    while not works(above):
+        above += 1
+    below = next((n for n in range(size - 1, 0, -1) if works(n)), None)
+    return str(above) if below is None else f"{below} or {above}"
+
+
+def strided_stem(in_channels: int, final_dim: int, stride: int) -> nn.Sequential:
+    """Two 3x3 convolutions with nothing between them: (N, in_channels, H, W) -> final_dim channels."""
+    checks.check_positive_int("stride", stride)
+    return nn.Sequential(
+        nn.Conv2d(checks.check_positive_int("in_channels", in_channels), final_dim // 2, 3, stride, 1),
+        nn.Conv2d(final_dim // 2, final_dim, 3, stride, 1),
+    )
