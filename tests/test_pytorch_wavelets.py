@@ -484,7 +484,7 @@ def test_compiles_to_one_graph(wave, levels, mode):
     dwt, idwt = DWTForward(levels, wave, mode), DWTInverse(wave, mode)
     for module in (dwt, idwt):
         module.compile(fullgraph=True, backend="aot_eager")
-    for size in ((16, 12), (20, 14), (13, 18)):
+    for size in ((16, 12), (13, 18)):  # the second compiles again, with dynamic sizes
         x = image(2, 3, *size).requires_grad_()
         low, highs = dwt(x)
         y = idwt((low, [None, *highs[1:]]))

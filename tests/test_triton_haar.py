@@ -92,7 +92,7 @@ class Case:
 @pytest.mark.parametrize("memory", ["rows", "channels", "strided", "cropped"])
 @pytest.mark.parametrize(
     "shape, levels, edge",
-    [((2, 8, 16, 32), 1, 0), ((1, 3, 13, 7), 3, 1), ((3, 12, 9, 18), 2, -1), ((1, 2, 37, 31), 5, 1), ((2, 4, 16, 16), 4, 0)],
+    [((1, 8, 16, 16), 1, 0), ((1, 3, 13, 7), 3, 1), ((2, 12, 9, 6), 2, -1), ((1, 1, 37, 31), 5, 1), ((1, 4, 16, 16), 4, 0)],
 )  # fmt: skip
 def test_against_reference(
     shape: tuple[int, int, int, int], levels: int, edge: int, memory: str, dtype: torch.dtype, device: str
@@ -106,36 +106,22 @@ def test_against_reference(
 @pytest.mark.parametrize("edge", [0, 1, -1])
 @pytest.mark.parametrize("memory", ["rows", "channels"])
 def test_thin_images(shape: tuple[int, int, int, int], edge: int, memory: str, device: str) -> None:
-    for levels in (1, 3):
-        case = Case(shape, levels, torch.float64, device, memory, edge)
-        case.check_analysis()
-        case.check_synthesis()
-
-
-def search_points() -> list[tuple[str, int]]:
-    return [(layout, levels) for layout in ("rows", "channels") for levels in range(1, tiles.MAX_LEVELS + 1)]
-
-
-@pytest.mark.parametrize("layout, levels", search_points())
-def test_every_tile_gives_the_same(layout: str, levels: int, device: str) -> None:
-    # Smaller and larger than a tile at once: 12 channels straddle images, 40 columns end inside a tile.
-    case = Case((2, 12, 34, 40), levels, torch.float16, device, layout, edge=1)
-    configs = {(c.rows, c.cols, c.planes): c for c in tiles.search_space(layout, levels, 2)}  # warps: tests/test_triton_aot
-    assert configs, f"no tile to try for {layout}, {levels} levels"
+    case = Case(shape, 2, torch.float64, device, memory, edge)
     case.check_analysis()
     case.check_synthesis()
-    ll, highs, out = self_copies(case)
-    for config in configs.values():
-        for tensor in (case.ll, *case.highs, case.out):
-            tensor.fill_(float("nan"))
-        haar.analysis(case.x, case.ll, case.highs, levels=levels, edge=1, config=config)
-        haar.synthesis(case.out, case.ll_in, case.highs_in, levels=levels, edge=1, config=config)
-        for got, expected in zip([case.ll, *case.highs, case.out], [ll, *highs, out], strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=lambda m, c=config: f"{c}: {m}")
 
 
-def self_copies(case: Case) -> tuple[Tensor, list[Tensor], Tensor]:
-    return case.ll.clone(), [high.clone() for high in case.highs], case.out.clone()
+@pytest.mark.parametrize("levels", range(1, tiles.MAX_LEVELS + 1))
+@pytest.mark.parametrize("layout", ["rows", "channels"])
+def test_every_tile(layout: str, levels: int, device: str) -> None:
+    configs = {(c.rows, c.cols, c.planes): c for c in tiles.search_space(layout, levels, 2)}
+    assert configs, f"no tile to try for {layout}, {levels} levels"
+    for rows, cols, planes in configs:
+        # Ends inside the tile in rows, just past it in columns or planes: two programs, and planes straddle images.
+        shape = (2, planes // 2 + 1, rows - 1, cols - 2) if planes > 1 else (1, 1, rows - 1, cols + 4)
+        case = Case(shape, levels, torch.float16, device, layout, edge=1)
+        case.check_analysis(configs[rows, cols, planes])
+        case.check_synthesis(configs[rows, cols, planes])
 
 
 @pytest.mark.parametrize("memory", ["rows", "channels"])

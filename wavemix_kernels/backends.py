@@ -106,15 +106,23 @@ def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor) -
         ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
     """
     if name != "auto":
+        if name not in table:
+            raise RuntimeError(f"{op}: backend={name!r} has no kernels for it; it has {', '.join(map(repr, table))}")
         if (missing := table[name].why_not()) is not None:
             raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
         if (reason := table[name].why_not(*tensors)) is not None:
             raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
         return table[name]
     for candidate in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
-        if table[candidate].why_not(*tensors) is None:
+        if candidate in table and table[candidate].why_not(*tensors) is None:
             return table[candidate]
     raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
+
+
+def for_part(name: str, table: Mapping[str, Backend]) -> str:
+    """The backend for one op of a composite that was asked to run on ``name``: the same where the op has it at all,
+    else ``"auto"`` (not every op has kernels of every kind)."""
+    return name if name in table else "auto"
 
 
 def _describe(tensor: Tensor) -> str:

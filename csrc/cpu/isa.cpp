@@ -12,9 +12,13 @@
 namespace wavemix {
 namespace {
 
+#define WAVEMIX_KERNELS_OF(isa) &isa::kernels, &isa::mlp_kernels, &isa::batch_norm_kernels
+
 struct Variant {
   const char* name;
-  const CpuKernels* kernels;
+  const CpuKernels* haar;
+  const MlpKernels* mlp;
+  const BatchNormKernels* batch_norm;
   bool supported;
 };
 
@@ -23,14 +27,14 @@ const Variant& pick() {
 #if WAVEMIX_X86_VARIANTS
     __builtin_cpu_init();
     const Variant variants[] = {
-        {"avx512", &avx512::kernels,
+        {"avx512", WAVEMIX_KERNELS_OF(avx512),
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
-        {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-        {"baseline", &baseline::kernels, true},
+        {"avx2", WAVEMIX_KERNELS_OF(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"baseline", WAVEMIX_KERNELS_OF(baseline), true},
     };
 #else
-    const Variant variants[] = {{"baseline", &baseline::kernels, true}};
+    const Variant variants[] = {{"baseline", WAVEMIX_KERNELS_OF(baseline), true}};
 #endif
     const char* asked = std::getenv("WAVEMIX_KERNELS_CPU_ISA");
     std::string names;
@@ -46,7 +50,6 @@ const Variant& pick() {
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *pick().kernels; }
 const char* cpu_isa_name() { return pick().name; }
 
 void advise_huge_pages(void* data, int64_t bytes) {
@@ -63,7 +66,33 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-void haar_analysis_cpu(const HaarArgs& args, int threads) { cpu_kernels().haar_analysis(args, threads); }
-void haar_synthesis_cpu(const HaarArgs& args, int threads) { cpu_kernels().haar_synthesis(args, threads); }
+void haar_analysis_cpu(const HaarArgs& args, int threads) { pick().haar->haar_analysis(args, threads); }
+void haar_synthesis_cpu(const HaarArgs& args, int threads) { pick().haar->haar_synthesis(args, threads); }
+
+void gelu_dropout_forward_cpu(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& hidden, int threads) {
+  pick().mlp->gelu_dropout_forward(args, pre, hidden, threads);
+}
+void gelu_dropout_backward_cpu(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& grad, int threads) {
+  pick().mlp->gelu_dropout_backward(args, pre, grad, threads);
+}
+void philox4x32_cpu(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
+  pick().mlp->philox4x32(counter, key, words);
+}
+
+void batch_norm_stats_cpu(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {
+  pick().batch_norm->stats(shape, y, mean, var, threads);
+}
+void batch_norm_apply_cpu(const BatchNormShape& shape, const Plane& y, const void* scale, const void* shift,
+                          const Plane& residual, const Plane& out, int threads) {
+  pick().batch_norm->apply(shape, y, scale, shift, residual, out, threads);
+}
+void batch_norm_backward_reduce_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
+                                    const void* invstd, void* sum_g, void* sum_gx, int threads) {
+  pick().batch_norm->backward_reduce(shape, g, y, mean, invstd, sum_g, sum_gx, threads);
+}
+void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
+                                   const void* b, const void* d, const Plane& out, int threads) {
+  pick().batch_norm->backward_apply(shape, g, y, a, b, d, out, threads);
+}
 
 }  // namespace wavemix

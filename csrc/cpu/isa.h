@@ -6,7 +6,9 @@
 // linker would keep one copy for all, perhaps the one with instructions this CPU lacks.
 #pragma once
 
+#include "wavemix/batch_norm.h"
 #include "wavemix/haar.h"
+#include "wavemix/mlp.h"
 
 namespace wavemix {
 
@@ -15,9 +17,27 @@ struct CpuKernels {
   void (*haar_synthesis)(const HaarArgs& args, int threads);
 };
 
-#define WAVEMIX_DECLARE_ISA(isa)   \
-  namespace isa {                  \
-  extern const CpuKernels kernels; \
+struct MlpKernels {
+  void (*gelu_dropout_forward)(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& hidden, int threads);
+  void (*gelu_dropout_backward)(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& grad, int threads);
+  void (*philox4x32)(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]);
+};
+
+struct BatchNormKernels {
+  void (*stats)(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads);
+  void (*apply)(const BatchNormShape& shape, const Plane& y, const void* scale, const void* shift,
+                const Plane& residual, const Plane& out, int threads);
+  void (*backward_reduce)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
+                          const void* invstd, void* sum_g, void* sum_gx, int threads);
+  void (*backward_apply)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a, const void* b,
+                         const void* d, const Plane& out, int threads);
+};
+
+#define WAVEMIX_DECLARE_ISA(isa)                    \
+  namespace isa {                                   \
+  extern const CpuKernels kernels;                  \
+  extern const MlpKernels mlp_kernels;              \
+  extern const BatchNormKernels batch_norm_kernels; \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)
@@ -25,7 +45,6 @@ WAVEMIX_DECLARE_ISA(avx512)
 #undef WAVEMIX_DECLARE_ISA
 
 // The best variant this CPU runs, unless the variable WAVEMIX_KERNELS_CPU_ISA names a lower one.
-const CpuKernels& cpu_kernels();
 const char* cpu_isa_name();
 
 // Asks for huge pages behind a large output that is about to be written for the first time: page faults

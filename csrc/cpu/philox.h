@@ -16,6 +16,8 @@
 
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace wavemix {
 namespace WAVEMIX_ISA {
 

@@ -38,17 +38,20 @@ def cuda_include() -> Path | None:
         candidates += [top / "include", *sorted(top.glob("targets/*/include"))]
     for package, folder in (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include")):
         spec = importlib.util.find_spec(package)  # finds it without importing it
-        candidates += [Path(place) / folder for place in (spec.submodule_search_locations or [] if spec else [])]
+        places = spec.submodule_search_locations if spec else None
+        candidates += [Path(place) / folder for place in places or []]
     needed = ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h")
     return next((path for path in candidates if all((path / name).is_file() for name in needed)), None)
 
 
 @functools.cache
 def build(sanitize: str = "none") -> Path:
-    """The folder with modules `_emulated` and `_emulator_tests`; skips, with the reason, where it cannot be built."""
+    """The folder with modules `_emulated` and `_emulator_tests`; skips, with the reason, where that cannot be."""
     include = cuda_include()
     if include is None:
-        pytest.skip("emulator: no CUDA headers; install the toolkit, triton, or nvidia-cuda-runtime and nvidia-cuda-crt")
+        pytest.skip(
+            "emulator: no CUDA headers; the toolkit, triton or nvidia-cuda-runtime + nvidia-cuda-crt have them"
+        )
     for tool in ("cmake", "ninja", "g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"emulator: {tool} is not on PATH")

@@ -1,7 +1,7 @@
 """The CUDA Haar kernels on host memory against a float64 reference: one case per call, numpy only.
 
-Shared by the tests in this process and by the sanitized run, which must not import torch (its libraries are not built
-for AddressSanitizer):  python haar_cases.py <path of _emulated*.so>
+Shared by the tests in this process and by the sanitized run, which must not import torch (its libraries are not
+built for AddressSanitizer):  python haar_cases.py <path of _emulated*.so>
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 Array = np.ndarray
 
-# dtype -> (code in haar.h, storage, unit roundoff of the storage, its smallest subnormal, unit roundoff of the sums)
+# dtype -> (code in haar.h, storage, its unit roundoff, its smallest subnormal, unit roundoff of the sums)
 DTYPES = {
     "float64": (0, np.dtype(np.float64), 2.0**-53, 2.0**-1074, 2.0**-53),
     "float32": (1, np.dtype(np.float32), 2.0**-24, 2.0**-149, 2.0**-24),
@@ -85,10 +85,10 @@ def synthesis(ll: Array, highs: list[Array], size: tuple[int, int], edge: float,
 
 
 def allocate(shape: tuple[int, ...], layout: str, storage: np.dtype) -> tuple[Array, Array]:
-    """(whole, view): `view` has `shape` and lies in `whole` as `layout` says; every byte is 0xff, a NaN in each type.
+    """(whole, view): `view` has `shape` and lies in `whole` as `layout` says; all bytes 0xff, which is NaN.
 
-    `shape` is (n, c, h, w), or (n, c, 3, h, w) for high bands. Whole and view are the same size where the layout allows
-    it, so that AddressSanitizer sees one element too far.
+    `shape` is (n, c, h, w), or (n, c, 3, h, w) for high bands. Whole and view are of one size where the layout
+    allows it, so that AddressSanitizer sees one element too far.
     """
     n, c, *bands, h, w = shape
     misaligned = layout.endswith("misaligned")
@@ -169,7 +169,7 @@ class Case:
 
 
 def assert_close(name: str, got: Array, expected: Array, bound: Array, steps: int, dtype: str) -> None:
-    """|got - expected| within what `steps` roundings of sums below `bound` and one of the result can add up to."""
+    """|got - expected| is within `steps` roundings of sums below `bound` and one rounding of the result."""
     _, _, storage_unit, subnormal, sum_unit = DTYPES[dtype]
     sums = steps * sum_unit * bound * (1 + 2.0**-8)  # the factor covers the second-order terms
     error, allowed = np.abs(got - expected), sums + storage_unit * (np.abs(expected) + sums) + subnormal
@@ -182,7 +182,7 @@ def assert_close(name: str, got: Array, expected: Array, bound: Array, steps: in
         )
 
 
-# Per level and output: two sums along the columns, two along the rows, and the reference's own, all once per level.
+# Per level: two sums along the columns, two along the rows, and the reference's own two.
 STEPS_PER_LEVEL = 6
 
 
@@ -218,10 +218,14 @@ def check_synthesis(core: ModuleType, case: Case, device: int = 0) -> Array:
         absent = level in case.null
         highs.append(None if absent else view)
         high_values.append(np.zeros_like(values) if absent else values)
-    add, add_values = place(case.random(n, c, h, w, 1)[..., 0], case.add, case.dtype) if case.add else (None, 0.0)
+    add: Array | None = None
+    add_values: Array | float = 0.0
+    if case.add:
+        add, add_values = place(case.random(n, c, h, w, 1)[..., 0], case.add, case.dtype)
     image = Poisoned(case.shape, case.image, case.dtype)
+    code = DTYPES[case.dtype][0]
     core.haar_synthesis_cuda(
-        DTYPES[case.dtype][0], case.levels, case.shape, case.edge, argument(image.view), argument(add), argument(ll),
+        code, case.levels, case.shape, case.edge, argument(image.view), argument(add), argument(ll),
         [argument(high) for high in highs], device, 0,
     )  # fmt: skip
     got = image.take()
@@ -242,9 +246,11 @@ def cases(dtype: str, levels: int, *, thorough: bool = True) -> Iterator[Case]:
     for layout in LAYOUTS:
         for edge in (0.0, 1.0, -1.0) if thorough else (-1.0,):
             yield Case(dtype, levels, (1, 3, 29, 31), edge, layout, layout)
-    for image, bands in (("sliced", "nhwc"), ("nhwc", "nchw"), ("nchw", "misaligned"), ("nhwc", "nhwc_misaligned")):
+    mixed = (("sliced", "nhwc"), ("nhwc", "nchw"), ("nchw", "misaligned"), ("nhwc", "nhwc_misaligned"))
+    for image, bands in mixed:
         yield Case(dtype, levels, (2, 8, 16, 32), 1.0, image, bands)
-    for shape in ((1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 1, 67), (1, 2, 67, 1), (2, 16, 5, 7), (0, 3, 4, 4), (3, 1, 33, 2)):
+    thin = ((1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 1, 67), (1, 2, 67, 1), (3, 1, 33, 2))
+    for shape in (*thin, (2, 16, 5, 7), (0, 3, 4, 4)):
         for layout in ("nchw", "nhwc"):
             for edge in (0.0, 1.0, -1.0) if thorough else (1.0,):
                 yield Case(dtype, levels, shape, edge, layout, layout)

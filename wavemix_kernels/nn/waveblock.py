@@ -66,7 +66,7 @@ class FusedWaveblock(Waveblock):
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output; with ``residual`` plus x, added in the pass that normalises."""
         backend = backends.requested()
-        if backend == "reference" or not self._is_plain():
+        if backend == "reference" or not self._parts_are_plain():
             out = super().forward(x)
             return x + out if residual else out
         self.check_input(x)
@@ -103,7 +103,11 @@ class FusedWaveblock(Waveblock):
                 _update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
         return x + out if residual and cast_x is not x else out
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether calling with ``residual`` can stand for ``block(x) + x``: no hook anywhere would notice."""
+        return _untouched(self) and self._parts_are_plain()
+
+    def _parts_are_plain(self) -> bool:
         if type(self.reduction) is not nn.Conv2d or not _untouched(self.reduction):
             return False
         kinds = list(_PLAIN)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wavemix_kernels.ops import batch_norm, layout, pointwise_mlp, reduce_haar, upsample
+from wavemix_kernels import backends
+from wavemix_kernels.ops import batch_norm, haar_pyramid, layout, pointwise_mlp, reduce_haar, upsample
 
 RECOMPUTE = ("mlp", "all")
 
@@ -34,6 +35,20 @@ class Level(NamedTuple):
 
 
 _FIELDS = len(Level._fields)
+
+
+class _Parts(NamedTuple):
+    """The backend of each op of the block."""
+
+    reduce: str
+    pyramid: str
+    mlp: str
+    norm: str
+
+    @classmethod
+    def of(cls, backend: str) -> _Parts:
+        tables = (reduce_haar.BACKENDS, haar_pyramid.BACKENDS, pointwise_mlp.BACKENDS, batch_norm.BACKENDS)
+        return cls(*(backends.for_part(backend, table) for table in tables))
 
 
 def waveblock(
@@ -95,21 +110,21 @@ class _Waveblock(torch.autograd.Function):
         ctx: Any, count: int, dropout: tuple[float, ...], eps: tuple[float, ...], kind: str, recompute: str,
         residual: bool, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        levels = _levels(flat)
-        zs = reduce_haar.fused(x, weight, bias, count, True, backend)
+        levels, part = _levels(flat), _Parts.of(backend)
+        zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
         ys: list[Any] = [None] * count
         stats: list[Any] = [None] * count
         second, second_affine = None, None
         for i in range(count - 1, -1, -1):
             level = levels[i]
             u = pointwise_mlp.fused(
-                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)), backend
+                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
             )
             zs[i] = None
             ys[i] = second = upsample.forward(kind, u, level.up_weight, level.up_bias)
             del u
             if level.mean is None or level.invstd is None:
-                mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, backend)
+                mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
                 invstd = torch.rsqrt(var + eps[i])
             else:
                 mean, invstd = level.mean, level.invstd
@@ -123,7 +138,7 @@ class _Waveblock(torch.autograd.Function):
             second_affine.shift,
             x if residual else None,
             layout.is_channels_last(x),
-            backend,
+            part.norm,
         )
         ctx.options = count, dropout, kind, recompute, residual, backend
         ctx.save_for_backward(
@@ -146,13 +161,13 @@ class _Waveblock(torch.autograd.Function):
         count, dropout, kind, recompute, residual, backend = ctx.options
         x, weight, bias, seeds, *rest = ctx.saved_tensors
         flat, rest = rest[: count * _FIELDS], rest[count * _FIELDS :]
-        levels = _levels(flat)
+        levels, part = _levels(flat), _Parts.of(backend)
         means, invstds = rest[-2 * count : -count], rest[-count:]
         affines = [
             batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
             for m, s, level in zip(means, invstds, levels, strict=True)
         ]
-        zs = reduce_haar.fused(x, weight, bias, count, True, backend)
+        zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
         us: list[Any] = [None] * count
         if recompute == "mlp":
             ys = list(rest[:count])
@@ -161,7 +176,7 @@ class _Waveblock(torch.autograd.Function):
             for i in range(count - 1, -1, -1):
                 second, second_affine = (ys[i + 1], affines[i + 1]) if i + 1 < count else (None, None)
                 us[i] = pointwise_mlp.fused(
-                    *_mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i)), backend
+                    *_mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
                 )
                 ys[i] = upsample.forward(kind, us[i], levels[i].up_weight, levels[i].up_bias)
 
@@ -171,7 +186,7 @@ class _Waveblock(torch.autograd.Function):
         for i, level in enumerate(levels):
             assert upper is not None
             dy, dbn_weight, dbn_bias = batch_norm.backward(
-                upper, ys[i], means[i], invstds[i], level.bn_weight, level.mean is None, True, backend
+                upper, ys[i], means[i], invstds[i], level.bn_weight, level.mean is None, True, part.norm
             )
             ys[i] = None
             du = upsample.input_grad(kind, dy, level.up_weight)
@@ -180,7 +195,7 @@ class _Waveblock(torch.autograd.Function):
                 du,
                 *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)),
                 us[i] is None,
-                backend,
+                part.mlp,
             )
             u = us[i] if mlp.output is None else mlp.output
             us[i] = zs[i] = None
@@ -194,7 +209,7 @@ class _Waveblock(torch.autograd.Function):
                 None, None,
             ]  # fmt: skip
         need_x, need_weight = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
-        dx, dw, db = reduce_haar.backward(z_grads, x, weight, (need_x, need_weight, bias is not None), backend)
+        dx, dw, db = reduce_haar.backward(z_grads, x, weight, (need_x, need_weight, bias is not None), part.pyramid)
         if residual and dx is not None:
             dx += grad
         return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

@@ -46,29 +46,28 @@ def why_invalid(config: TileConfig, levels: int, itemsize: int) -> str | None:
 
 
 def is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: int) -> bool:
-    """Whether a tuner should spend time on a legal tile: full sectors, and enough bytes in flight per thread."""
+    """Whether a tuner should spend time on a tile: it is legal and touches whole sectors."""
     if why_invalid(config, levels, itemsize) is not None:
         return False
-    run = config.planes if layout == "channels" else config.cols
-    # A deep channels-last tile must be 2**levels wide and high; there half a sector per pixel is accepted,
-    # since the neighbouring program, running at the same time, takes the other half out of L2.
-    sector = _SECTOR // 2 if layout == "channels" and levels == MAX_LEVELS else _SECTOR
-    # Each thread wants at least two 16-byte loads under way: latency times bandwidth needs some 15 KB per SM.
-    return run * itemsize >= sector and config.samples * itemsize >= config.num_warps * 32 * 32
+    if layout != "channels":
+        return config.cols * itemsize >= _LINE
+    # A deep channels-last tile is 2**levels wide and high, which leaves room for few channels. Half a sector per
+    # pixel is accepted there: the program next to it, running at the same time, finds the other half in L2.
+    shortest = {4: _SECTOR, 5: _SECTOR // 2}.get(levels, 2 * _SECTOR)
+    return config.planes * itemsize >= shortest
 
 
 def search_space(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
-    """All tiles worth timing for a layout ('rows': W innermost, 'channels': C innermost), largest run first."""
+    """All tiles worth timing: runs of one or two cache lines ("channels": shorter ones too), 64 or 128 bytes a thread."""
     block = 1 << levels
-    if layout == "channels":
-        sides = sorted({(block, block), (block, max(block, 8)), (max(block, 8), max(block, 8))})
-        tiles = [(rows, cols, _LINE * 2 // itemsize >> k) for k in range(5) for rows, cols in sides]
-    else:
-        widths = sorted({max(block, _LINE * 2 // itemsize >> k) for k in range(3)}, reverse=True)
-        heights = sorted({block, max(block, 8), max(block, 16)})
-        tiles = [(rows, cols, planes) for cols in widths for rows in heights for planes in (1, 4)]
-    for (rows, cols, planes), num_warps in itertools.product(tiles, (4, 8)):
-        config = TileConfig(rows, cols, planes, num_warps)
+    runs = (_LINE, _LINE // 2, _LINE // 4, _LINE // 8) if layout == "channels" else (2 * _LINE, _LINE)
+    for run_bytes, (tile_bytes, num_warps) in itertools.product(runs, ((8192, 4), (16384, 4), (32768, 8))):
+        run, samples = run_bytes // itemsize, tile_bytes // itemsize
+        if layout == "channels":
+            config = TileConfig(block, samples // (run * block), run, num_warps)
+        else:
+            cols = max(run, block)
+            config = TileConfig(samples // cols, cols, 1, num_warps)
         if is_worthwhile(config, layout, levels, itemsize):
             yield config
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks
+from wavemix_kernels.nn.waveblock import FusedWaveblock
 
 
 class Backbone(nn.Module):
@@ -48,9 +50,16 @@ class Backbone(nn.Module):
         )
 
     def mix(self, x: Tensor) -> Tensor:
-        """x (N, final_dim, h, w) through all blocks, each with its residual; the same shape."""
-        for block in self.layers:
-            x = block(x) + x
+        """x (N, final_dim, h, w) through all blocks, each with its residual; the same shape and memory format."""
+        fused = [isinstance(block, FusedWaveblock) and block.is_plain() for block in self.layers]
+        given = x
+        if all(fused) and x.device.type == "cpu":
+            # The blocks work channels_last inside: one conversion here saves two in every block.
+            x = x.contiguous(memory_format=torch.channels_last)
+        for block, plain in zip(self.layers, fused, strict=True):
+            x = block(x, residual=True) if plain else block(x) + x
+        if given.is_contiguous() and not x.is_contiguous():
+            x = x.contiguous()
         return x
 
     def check_image(self, img: Tensor) -> None:

@@ -1,0 +1,146 @@
+"""Bad input to every public function: the error's type, and that it names the argument, the value and what works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import wavemix_kernels as wk
+from wavemix_kernels.ops.batch_norm import batch_norm_residual
+from wavemix_kernels.ops.haar_pyramid import haar_pyramid
+from wavemix_kernels.ops.pointwise_mlp import pointwise_mlp
+from wavemix_kernels.ops.reduce_haar import reduce_haar
+from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.wavemix import Level2Waveblock
+
+X = torch.zeros(2, 8, 8, 12)
+W = torch.zeros(2, 8, 1, 1)
+LL, HIGHS = wk.haar_dwt2d(X, 2)
+
+# (what is called, the exception, what the message must say)
+CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    # haar_dwt2d
+    (lambda: wk.haar_dwt2d([1.0]), TypeError, r"x: expected a tensor \(N, C, H, W\), got \[1.0\] \(list\)"),
+    (lambda: wk.haar_dwt2d(X[0]), ValueError, r"x: expected 4 dimensions \(N, C, H, W\), got shape \(8, 8, 12\)"),
+    (lambda: wk.haar_dwt2d(X.int()), TypeError, r"x: expected float64.*got int32\(2, 8, 8, 12\).*\.float\(\)"),
+    (lambda: wk.haar_dwt2d(X.to(torch.complex64)), TypeError, r"x: .*got complex64"),
+    (lambda: wk.haar_dwt2d(X.bool()), TypeError, r"x: .*got bool"),
+    (lambda: wk.haar_dwt2d(X.to_sparse()), TypeError, r"x: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda: wk.haar_dwt2d(X[..., :0]), ValueError, r"x: expected at least one row and column, got shape \(2, 8, 8, 0\)"),
+    (lambda: wk.haar_dwt2d(X, 0), ValueError, r"levels: expected a positive int, got 0"),
+    (lambda: wk.haar_dwt2d(X, 1.5), TypeError, r"levels: expected a positive int, got 1.5 \(float\)"),
+    (lambda: wk.haar_dwt2d(X, True), TypeError, r"levels: .*got True \(bool\)"),
+    (lambda: wk.haar_dwt2d(X, mode="mirror"), ValueError, r"mode='mirror': expected one of 'zero', 'constant'"),
+    (lambda: wk.haar_dwt2d(X, backend="gpu"), ValueError, r"backend='gpu': expected one of 'auto', 'cuda'"),
+    (lambda: wk.haar_dwt2d(X[:, :, :2], 2, mode="reflect"), ValueError, r"mode='reflect': level 2 meets a single sample"),
+    # haar_idwt2d
+    (lambda: wk.haar_idwt2d(LL, HIGHS[0]), TypeError, r"highs: expected a list with one tensor"),
+    (lambda: wk.haar_idwt2d(LL, []), TypeError, r"highs: expected a list with one tensor .* got \[\] \(list\)"),
+    (lambda: wk.haar_idwt2d(LL, HIGHS[::-1]), ValueError, r"highs\[1\]: expected 1x2, half of highs\[0\]'s 2x3.*finest first"),
+    (lambda: wk.haar_idwt2d(LL[:1], HIGHS), ValueError, r"highs\[0\]: expected shape \(1, 8, 3, h, w\)"),
+    (lambda: wk.haar_idwt2d(X, HIGHS), ValueError, r"ll: expected the coarsest level's 2x3, got 8x12"),
+    (lambda: wk.haar_idwt2d(LL.double(), HIGHS), TypeError, r"highs\[0\]: expected the dtype of ll, torch.float64, got torch.float32"),
+    (lambda: wk.haar_idwt2d(LL.to("meta"), HIGHS), ValueError, r"highs\[0\]: expected on the device of ll, meta, got cpu"),
+    (lambda: wk.haar_idwt2d(LL, HIGHS, size=(9, 12)), ValueError, r"size: expected 7 or 8 rows and 11 or 12 columns.*got 9x12"),
+    (lambda: wk.haar_idwt2d(LL, HIGHS, size=8), TypeError, r"size: expected \(H, W\), got 8 \(int\)"),
+    (lambda: wk.haar_idwt2d(LL, HIGHS, add=X[:, :4]), ValueError, r"add: expected shape \(2, 8, 8, 12\), got \(2, 4, 8, 12\)"),
+    (lambda: wk.haar_idwt2d(LL, HIGHS, add=X[..., :4]), ValueError, r"size of add: .*got 8x4"),
+    # backends
+    (lambda: wk.backend("fastest"), ValueError, r"backend='fastest': expected one of 'auto'"),
+    # haar_pyramid, reduce_haar
+    (lambda: haar_pyramid(X, 3), ValueError, r"x: W=12: expected a multiple of 8; the nearest that work: 8 or 16"),
+    (lambda: haar_pyramid(X, 6), ValueError, r"levels=6: expected 1 to 5"),
+    (lambda: reduce_haar(X, W, levels=3), ValueError, r"x: W=12: expected a multiple of 8"),
+    (lambda: reduce_haar(X, W[:, :4]), ValueError, r"weight: expected shape \(O, 8, 1, 1\) to go with x, got \(2, 4, 1, 1\)"),
+    (lambda: reduce_haar(X, W, torch.zeros(3)), ValueError, r"bias: expected shape \(2,\), got \(3,\)"),
+    (lambda: reduce_haar(X, W.double()), TypeError, r"weight: expected the dtype of x, torch.float32, got torch.float64"),
+    (lambda: reduce_haar(X, W.to("meta")), ValueError, r"weight: expected on the device of x, cpu, got meta"),
+    # pointwise_mlp
+    (lambda: pointwise_mlp(X, W[0], None, W, None), ValueError, r"w1: expected shape \(8, 8\).*got \(8, 1, 1\)"),
+    (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :, 0, 0], None), ValueError, r"w2: expected shape \(2, 2\).*got \(2, 8\)"),
+    (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, dropout=1.5), ValueError, r"dropout=1.5: expected a probability"),
+    (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, scale=X), ValueError, r"scale and shift belong to second"),
+    (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, second=X[:1]), ValueError, r"second: expected \(N, B, H, W\)"),
+    # batch_norm_residual
+    (lambda: batch_norm_residual(X, torch.zeros(4), torch.zeros(4)), ValueError, r"running_mean: expected shape \(8,\)"),
+    (lambda: batch_norm_residual(X, residual=X[:1]), ValueError, r"residual: expected x's shape \(2, 8, 8, 12\), got \(1, 8"),
+    (lambda: batch_norm_residual(X[:1, :, :1, :1], training=True), ValueError, r"more than one value per channel in training"),
+    # modules
+    (lambda: wk.FusedWaveblock(level=5), ValueError, r"level=5: expected 1, 2, 3 or 4"),
+    (lambda: wk.FusedWaveblock(final_dim=30), ValueError, r"final_dim=30: expected a multiple of 4; the nearest that work: 28 or 32"),
+    (lambda: wk.FusedWaveblock(final_dim="64"), TypeError, r"final_dim: expected a positive int, got '64' \(str\)"),
+    (lambda: wk.FusedWaveblock(mult=0), ValueError, r"mult: expected a positive int, got 0"),
+    (lambda: wk.FusedWaveblock(dropout=2), ValueError, r"dropout=2: expected a probability from 0 to 1"),
+    (lambda: wk.FusedWaveblock(dropout="half"), TypeError, r"dropout: expected a probability from 0 to 1, got 'half'"),
+    (lambda: wk.FusedWaveblock(upsample="cubic"), ValueError, r"upsample='cubic': expected one of 'deconv'"),
+    (lambda: wk.FusedWaveblock(recompute="some"), ValueError, r"recompute='some': expected one of 'mlp', 'all'"),
+    (lambda: wk.FusedWaveblock(level=3, final_dim=8)(X), ValueError, r"x: W=12: expected a multiple of 8; the nearest that work: 8 or 16"),
+    (lambda: Waveblock(level=2, final_dim=8)(X[..., :6]), ValueError, r"x: W=6: expected a multiple of 4"),
+    (lambda: Level2Waveblock(final_dim=16)(X), ValueError, r"x: expected 16 channels \(final_dim\), got shape \(2, 8"),
+    (lambda: Level2Waveblock(final_dim=8)(X.long()), TypeError, r"x: expected float64.*got int64"),
+    (lambda: Level2Waveblock(final_dim=8)(X.double()), TypeError, r"x: expected the dtype of the block's weights, torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_error_names_argument_value_and_remedy(case: int) -> None:
+    call, kind, message = CASES[case]
+    with pytest.raises(kind, match=message) as caught:
+        call()
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    "function", [lambda: wk.haar_dwt2d(X, backend="cuda"), lambda: wk.haar_dwt2d(X, backend="triton")]
+)
+def test_a_backend_that_cannot_serve_says_why(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match=r"haar_dwt2d: backend='(cuda|triton)' (is not available|cannot serve this call): \w+",
+    ):
+        function()
+
+
+def test_cpu_backend_on_another_device_says_what_it_got() -> None:
+    from wavemix_kernels import backends
+    from wavemix_kernels.ops import haar
+
+    meta = X.to("meta")
+    with pytest.raises(
+        ValueError,
+        match=r"backend='cpu' cannot serve this call: it takes CPU tensors, got float32\(2, 8, 8, 12\) on meta",
+    ):
+        backends.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
+    assert backends.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
+
+
+def test_an_unknown_backend_in_the_environment_fails_at_import() -> None:
+    import os
+    import subprocess
+    import sys
+
+    env = {**os.environ, "WAVEMIX_KERNELS_BACKEND": "gpu"}
+    run = subprocess.run([sys.executable, "-c", "import wavemix_kernels"], env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "WAVEMIX_KERNELS_BACKEND='gpu': expected one of 'auto'" in run.stderr
+
+
+def test_backend_nests_decorates_and_survives_exceptions() -> None:
+    from wavemix_kernels import backends
+
+    @wk.backend("reference")
+    def inside() -> str:
+        return backends.requested()
+
+    assert backends.requested() == "auto"
+    assert inside() == "reference"
+    with wk.backend("cpu"):
+        assert inside() == "reference"
+        with pytest.raises(KeyError), wk.backend("triton"):
+            raise KeyError
+        assert backends.requested() == "cpu"
+    assert backends.requested() == "auto"

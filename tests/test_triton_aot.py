@@ -1,0 +1,243 @@
+"""Ahead-of-time proof of the Triton Haar kernels: compiled for real chips without one, and read back from the cubin.
+
+Run as a script (`python -m tests.test_triton_aot`) it prints the table as JSON. The test runs it as a process of
+its own: kernels defined under TRITON_INTERPRET=1, which the CPU test session sets, do not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wavemix_kernels.triton_kernels.config import MAX_LEVELS, TileConfig, search_space
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Shared memory one block may have, bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+MAX_REGISTERS = 255
+BIG = (64, 192, 64, 64)  # dense, every size and stride a multiple of a vector at all levels
+ODD = (3, 35, 55, 57)
+
+
+@dataclass(frozen=True)
+class Point:
+    arch: int
+    dtype: str
+    layout: str
+    levels: int
+    synthesis: bool
+    config: TileConfig | None = None  # None: the default of the shape
+    shape: tuple[int, int, int, int] = BIG
+    edge: int = 0
+    add: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        return self.shape == BIG and self.layout != "strided"
+
+
+def points() -> list[Point]:
+    """The whole search space on sm_90 in fp16; the default tiles of the other chips, dtypes and cases."""
+    both = (False, True)
+    dense = ("rows", "channels")
+    found = [
+        Point(90, "float16", layout, levels, synthesis, config)
+        for layout in dense
+        for levels in range(1, MAX_LEVELS + 1)
+        for config in search_space(layout, levels, 2)
+        for synthesis in both
+    ]
+    found += [
+        Point(arch, "bfloat16", layout, levels, synthesis)
+        for arch in (80, 100, 120)
+        for layout in dense
+        for levels in (1, 4)
+        for synthesis in both
+    ]
+    found += [
+        Point(90, dtype, layout, levels, synthesis)
+        for dtype in ("float32", "float64")
+        for layout in dense
+        for levels in (1, 3)
+        for synthesis in both
+    ]
+    found += [Point(90, "float32", layout, 2, s, shape=ODD, edge=1) for layout in (*dense, "strided") for s in both]
+    found += [Point(90, "float16", layout, 1, True, add=True) for layout in dense]
+    return found
+
+
+# ------------------------------------------------------------------------------------------ the child process
+
+
+def allocate(shape: tuple[int, ...], point: Point) -> Any:
+    """A tensor without storage; its null address counts as 16-byte aligned, as an allocator's does."""
+    import torch
+
+    dtype = getattr(torch, point.dtype)
+    if point.layout == "strided":
+        return torch.empty((*shape[:-1], 2 * shape[-1]), dtype=dtype, device="meta")[..., ::2]
+    if point.layout == "rows":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    order = (0, 3, 4, 1, 2) if len(shape) == 5 else (0, 2, 3, 1)
+    dense = torch.empty([shape[axis] for axis in order], dtype=dtype, device="meta")
+    return dense.permute([order.index(axis) for axis in range(len(shape))])
+
+
+def compile_point(point: Point) -> dict[str, Any]:
+    """Compiles one launch exactly as JITFunction specialises it, and reads the cubin's resources and SASS."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from wavemix_kernels.triton_kernels import haar
+
+    class Target:
+        """The part of a driver that compiling asks for; "device" numbers are architectures."""
+
+        def get_current_device(self) -> int:
+            return point.arch
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", point.arch, 32)
+
+    driver.set_active(Target())
+    bands = [haar.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
+    image, ll = allocate(point.shape, point), allocate((*point.shape[:2], *bands[-1][3:]), point)
+    kernel, grid, args, constants = haar.prepare(
+        image, ll, [allocate(band, point) for band in bands], levels=point.levels, edge=point.edge,
+        add=allocate(point.shape, point) if point.add else None, synthesis=point.synthesis, config=point.config,
+    )  # fmt: skip
+    start = time.perf_counter()
+    compiled = kernel.warmup(*args, grid=grid, **constants)  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - start
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            done = subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True)
+            return done.stdout + done.stderr
+
+        usage, sass = dump("-res-usage"), dump("-sass")
+    registers, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "LOCAL"))  # type: ignore[index]
+    return {
+        **asdict(point),
+        "aligned": point.aligned,
+        "constants": constants,
+        "registers": registers,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "accesses": dict(Counter(re.findall(r"\b((?:LD|ST)[GLS]\.[.\w]+|BAR\.SYNC)", sass))),
+        "seconds": round(seconds, 2),
+    }
+
+
+def main() -> None:
+    # Two processes: a compilation is one thread of Python, LLVM and ptxas.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        json.dump(list(pool.map(compile_point, points(), chunksize=4)), sys.stdout)
+
+
+# ------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")  # a second run compiles only what changed
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_triton_aot"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
+    rows = json.loads(done.stdout)
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(f"\n{len(rows)} Triton kernels compiled in {time.perf_counter() - start:.0f} s")
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    c, direction = row["constants"], "synthesis" if row["synthesis"] else "analysis"
+    return (
+        f"sm_{row['arch']} {row['dtype']} {row['layout']} L{row['levels']} {direction} "
+        f"{c['ROWS']}x{c['COLS']}x{c['PLANES']}/{c['num_warps']}w: {row['registers']} registers, {row['local']} B local, "
+        f"{row['shared']} B shared, {row['accesses']}, {row['seconds']} s"
+    )
+
+
+def fail_on(bad: list[dict[str, Any]], table: list[dict[str, Any]], what: str) -> None:
+    if bad:
+        pytest.fail(
+            f"{len(bad)} of {len(table)} kernels {what}:\n" + "\n".join(map(line, bad))
+            + "\n\nall:\n" + "\n".join(map(line, table)), pytrace=False,
+        )  # fmt: skip
+
+
+def test_every_point_compiles(table: list[dict[str, Any]]) -> None:
+    assert len(table) == len(points())
+    assert {row["arch"] for row in table} == set(SHARED_LIMIT)
+
+
+def test_no_spills(table: list[dict[str, Any]]) -> None:
+    spilled = [
+        row
+        for row in table
+        if row["local"] or row["registers"] > MAX_REGISTERS or any(a[:3] in ("LDL", "STL") for a in row["accesses"])
+    ]
+    fail_on(spilled, table, "spill registers")
+
+
+def test_shared_memory_within_limits(table: list[dict[str, Any]]) -> None:
+    fail_on([row for row in table if row["shared"] > SHARED_LIMIT[row["arch"]]], table, "want too much shared memory")
+
+
+def global_accesses(row: dict[str, Any]) -> dict[str, int]:
+    return {name: count for name, count in row["accesses"].items() if name[:3] in ("LDG", "STG")}
+
+
+def test_aligned_images_move_in_16_byte_accesses(table: list[dict[str, Any]]) -> None:
+    """All of level 1; of deeper transforms the finest level at least, whose share is three quarters."""
+    aligned = [row for row in table if row["aligned"]]
+    assert aligned
+
+    def narrow(row: dict[str, Any]) -> bool:
+        names = global_accesses(row)
+        wide = {kind for kind in ("LDG", "STG") if any(n.startswith(kind) and ".128" in n for n in names)}
+        return wide != {"LDG", "STG"} or (row["levels"] == 1 and any(".128" not in n for n in names))
+
+    fail_on([row for row in aligned if narrow(row)], table, "use narrower accesses")
+
+
+def test_level_one_is_thread_local(table: list[dict[str, Any]]) -> None:
+    """No exchange at all, but for the row-major synthesis, which stores whole rows through shared memory."""
+    local = [
+        row
+        for row in table
+        if row["aligned"] and row["levels"] == 1 and not (row["layout"] == "rows" and row["synthesis"])
+    ]
+    assert local
+    fail_on([row for row in local if row["shared"] or "BAR.SYNC" in row["accesses"]], table, "exchange between threads")
+
+
+if __name__ == "__main__":
+    main()
