@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "wavemix/batch_norm.h"
 #include "wavemix/haar.h"
+#include "wavemix/mlp.h"
 
 #if WAVEMIX_WITH_CPU
 #include "cpu/isa.h"
@@ -33,16 +35,20 @@ View view(const Ints& ints, const char* name) {
   return out;
 }
 
+wavemix::DType dtype_of(int code) {
+  if (code < 0 || code > static_cast<int>(wavemix::DType::bf16))
+    throw py::value_error("dtype: unknown code " + std::to_string(code));
+  return static_cast<wavemix::DType>(code);
+}
+
 wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add,
                             const Ints& ll, const std::vector<Ints>& highs, const std::vector<Ints>& lows) {
   if (levels < 1 || levels > wavemix::kMaxHaarLevels || highs.size() != static_cast<size_t>(levels))
     throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(highs.size()) +
                           " high bands; one launch takes 1 to " + std::to_string(wavemix::kMaxHaarLevels));
   if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
-  if (dtype < 0 || dtype > static_cast<int>(wavemix::DType::bf16))
-    throw py::value_error("dtype: unknown code " + std::to_string(dtype));
   wavemix::HaarArgs args;
-  args.dtype = static_cast<wavemix::DType>(dtype);
+  args.dtype = dtype_of(dtype);
   args.levels = levels;
   args.n = shape[0];
   args.c = shape[1];
@@ -58,7 +64,47 @@ wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edg
   return args;
 }
 
+#if WAVEMIX_WITH_CPU
+void check_threads(int threads) {
+  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
+}
+
+wavemix::Matrix matrix(const Ints& ints, const char* name) {
+  if (ints.size() != 2)
+    throw py::value_error(std::string(name) + ": expected an address and a row stride, got " +
+                          std::to_string(ints.size()) + " integers");
+  return {reinterpret_cast<void*>(static_cast<uintptr_t>(ints[0])), ints[1]};
+}
+
+wavemix::GeluDropoutArgs gelu_dropout_args(int dtype, const Ints& shape, double p, uint64_t seed, int64_t first_row,
+                                           int threads) {
+  if (shape.size() != 2) throw py::value_error("shape: expected (rows, cols)");
+  if (!(p >= 0.0 && p <= 1.0)) throw py::value_error("p: expected a probability, 0 to 1, got " + std::to_string(p));
+  check_threads(threads);
+  wavemix::GeluDropoutArgs args;
+  args.dtype = dtype_of(dtype);
+  args.rows = shape[0];
+  args.cols = shape[1];
+  args.first_row = first_row;
+  args.p = p;
+  args.seed = seed;
+  return args;
+}
+
+wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads) {
+  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
+  check_threads(threads);
+  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+#endif
+
 }  // namespace
+
+#if WAVEMIX_WITH_CPU
+void bind_patm(py::module_& m);  // bindings_patm.cpp
+#endif
 
 PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";
@@ -91,6 +137,86 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("add"),
       py::arg("ll"), py::arg("highs"), py::arg("threads"), no_lows);
+  // Matrices are (address, row stride), images (address, strides); arrays by channel are plain addresses.
+  m.def(
+      "gelu_dropout_forward_cpu",
+      [](int dtype, const Ints& shape, const Ints& pre, const Ints& hidden, double p, uint64_t seed, int64_t first_row,
+         int threads) {
+        const auto args = gelu_dropout_args(dtype, shape, p, seed, first_row, threads);
+        const auto from = matrix(pre, "pre"), to = matrix(hidden, "hidden");
+        py::gil_scoped_release unlocked;
+        wavemix::gelu_dropout_forward_cpu(args, from, to, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("pre"), py::arg("hidden"), py::arg("p"), py::arg("seed"),
+      py::arg("first_row"), py::arg("threads"));
+  m.def(
+      "gelu_dropout_backward_cpu",
+      [](int dtype, const Ints& shape, const Ints& pre, const Ints& grad, double p, uint64_t seed, int64_t first_row,
+         int threads) {
+        const auto args = gelu_dropout_args(dtype, shape, p, seed, first_row, threads);
+        const auto x = matrix(pre, "pre"), g = matrix(grad, "grad");
+        py::gil_scoped_release unlocked;
+        wavemix::gelu_dropout_backward_cpu(args, x, g, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("pre"), py::arg("grad"), py::arg("p"), py::arg("seed"),
+      py::arg("first_row"), py::arg("threads"));
+  m.def(
+      "philox4x32_cpu",
+      [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+        if (counter.size() != 4 || key.size() != 2)
+          throw py::value_error("philox4x32_cpu: expected 4 counter and 2 key words, got " +
+                                std::to_string(counter.size()) + " and " + std::to_string(key.size()));
+        uint32_t words[4];
+        wavemix::philox4x32_cpu({counter[0], counter[1], counter[2], counter[3]}, {key[0], key[1]}, words);
+        return std::vector<uint32_t>(words, words + 4);
+      },
+      py::arg("counter"), py::arg("key"));
+  m.def(
+      "batch_norm_stats_cpu",
+      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
+        const auto image = view<wavemix::Plane>(y, "y");
+        py::gil_scoped_release unlocked;
+        wavemix::batch_norm_stats_cpu(size, image, pointer(mean), pointer(var), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"));
+  m.def(
+      "batch_norm_apply_cpu",
+      [](int dtype, const Ints& shape, const Ints& y, uintptr_t scale, uintptr_t shift, const Ints& residual,
+         const Ints& out, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
+        const auto from = view<wavemix::Plane>(y, "y"), added = view<wavemix::Plane>(residual, "residual"),
+                   to = view<wavemix::Plane>(out, "out");
+        py::gil_scoped_release unlocked;
+        wavemix::batch_norm_apply_cpu(size, from, pointer(scale), pointer(shift), added, to, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("scale"), py::arg("shift"), py::arg("residual"),
+      py::arg("out"), py::arg("threads"));
+  m.def(
+      "batch_norm_backward_reduce_cpu",
+      [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t mean, uintptr_t invstd, uintptr_t sum_g,
+         uintptr_t sum_gx, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
+        const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y");
+        py::gil_scoped_release unlocked;
+        wavemix::batch_norm_backward_reduce_cpu(size, gradient, image, pointer(mean), pointer(invstd), pointer(sum_g),
+                                                pointer(sum_gx), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("mean"), py::arg("invstd"),
+      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"));
+  m.def(
+      "batch_norm_backward_apply_cpu",
+      [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t a, uintptr_t b, uintptr_t d,
+         const Ints& out, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
+        const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y"),
+                   to = view<wavemix::Plane>(out, "out");
+        py::gil_scoped_release unlocked;
+        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), to, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("d"),
+      py::arg("out"), py::arg("threads"));
+  bind_patm(m);
 #endif
 
 #if WAVEMIX_WITH_CUDA

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MAX_REGISTERS = 255
 BIG = (64, 192, 64, 64)  # dense, every size and stride a multiple of a vector at all levels
 ODD = (3, 35, 55, 57)
+
+pytestmark = pytest.mark.timeout(1800)  # a minute and a half on two idle cores
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,19 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")  # a second run compiles only what changed
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_triton_aot"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
-    rows = json.loads(done.stdout)
+    command = [sys.executable, "-m", "tests.test_triton_aot"]
+    # A session of its own, so that a timeout takes the compiling processes along.
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"compiling failed:\n{errors[-4000:]}"
+    rows = json.loads(output)
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(f"\n{len(rows)} Triton kernels compiled in {time.perf_counter() - start:.0f} s")
@@ -180,8 +191,8 @@ def line(row: dict[str, Any]) -> str:
     c, direction = row["constants"], "synthesis" if row["synthesis"] else "analysis"
     return (
         f"sm_{row['arch']} {row['dtype']} {row['layout']} L{row['levels']} {direction} "
-        f"{c['ROWS']}x{c['COLS']}x{c['PLANES']}/{c['num_warps']}w: {row['registers']} registers, {row['local']} B local, "
-        f"{row['shared']} B shared, {row['accesses']}, {row['seconds']} s"
+        f"{c['ROWS']}x{c['COLS']}x{c['PLANES']}, {c['num_warps']} warps: {row['registers']} registers, "
+        f"{row['local']} B local, {row['shared']} B shared, {row['accesses']}, {row['seconds']} s"
     )
 
 

@@ -23,7 +23,7 @@ ORDERS = {"rows": ((0, 1, 2, 3), (0, 1, 2, 3, 4)), "channels": ((0, 2, 3, 1), (0
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: str, memory: str) -> Tensor:
-    """A NaN-filled tensor: dense in `rows` or `channels` order, or `strided`: a view with gaps in both directions."""
+    """A NaN-filled tensor: dense in `rows` or `channels` order, or a view, `strided` or `cropped`."""
     nan = float("nan")
     if memory == "strided":
         *outer, h, w = shape
@@ -76,9 +76,7 @@ class Case:
     ) -> None:
         given = [None if i in without else high for i, high in enumerate(self.highs_in)]
         extra = self.add if add else None
-        haar.synthesis(
-            self.out, self.ll_in, given, levels=self.levels, edge=self.edge, add=extra, config=config
-        )
+        haar.synthesis(self.out, self.ll_in, given, levels=self.levels, edge=self.edge, add=extra, config=config)
         zeroed = [high.double() if i not in without else torch.zeros_like(high, dtype=torch.float64)
                   for i, high in enumerate(self.highs_in)]  # fmt: skip
         exact = reference.synthesis(
@@ -92,8 +90,14 @@ class Case:
 @pytest.mark.parametrize("memory", ["rows", "channels", "strided", "cropped"])
 @pytest.mark.parametrize(
     "shape, levels, edge",
-    [((1, 8, 16, 16), 1, 0), ((1, 3, 13, 7), 3, 1), ((2, 12, 9, 6), 2, -1), ((1, 1, 37, 31), 5, 1), ((1, 4, 16, 16), 4, 0)],
-)  # fmt: skip
+    [
+        ((1, 8, 16, 16), 1, 0),
+        ((1, 3, 13, 7), 3, 1),
+        ((2, 12, 9, 6), 2, -1),
+        ((1, 1, 37, 31), 5, 1),
+        ((1, 4, 16, 16), 4, 0),
+    ],
+)
 def test_against_reference(
     shape: tuple[int, int, int, int], levels: int, edge: int, memory: str, dtype: torch.dtype, device: str
 ) -> None:
@@ -223,7 +227,7 @@ def test_alignment_follows_from_sizes_and_strides() -> None:
 
 def test_tuning_refuses_to_time_the_cpu() -> None:
     case = Case((1, 1, 4, 4), 1, torch.float32, "cpu", "rows")
-    with pytest.raises(RuntimeError, match="image.device=cpu"):
+    with pytest.raises(RuntimeError, match=r"image\.device=cpu"):
         haar.tune(haar.analysis, case.x, case.ll, case.highs, levels=1)
 
 

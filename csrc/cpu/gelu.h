@@ -44,7 +44,7 @@ static inline Gaussian gaussian(float t) {
   const float shifted = kRound - 1.44269504f * high;
   const float n = shifted - kRound;
   // ln 2 = 45426/65536 + the rest: n times the first is exact, and so is its difference to `high`.
-  const float r = ((-high - n * 0.693145751953125f) - n * 1.42860682e-6f) - low;
+  const float r = (-high - n * 0.693145751953125f) - (n * 1.42860682e-6f + low);
   float q = 0.00139510015f;
   q = q * r + 0.00837198645f;
   q = q * r + 0.0416661985f;

@@ -12,13 +12,14 @@
 namespace wavemix {
 namespace {
 
-#define WAVEMIX_KERNELS_OF(isa) &isa::kernels, &isa::mlp_kernels, &isa::batch_norm_kernels
+#define WAVEMIX_KERNELS_OF(isa) &isa::kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::patm_kernels
 
 struct Variant {
   const char* name;
   const CpuKernels* haar;
   const MlpKernels* mlp;
   const BatchNormKernels* batch_norm;
+  const PatmKernels* patm;
   bool supported;
 };
 
@@ -93,6 +94,19 @@ void batch_norm_backward_reduce_cpu(const BatchNormShape& shape, const Plane& g,
 void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
                                    const void* b, const void* d, const Plane& out, int threads) {
   pick().batch_norm->backward_apply(shape, g, y, a, b, d, out, threads);
+}
+
+void phase_forward_cpu(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {
+  pick().patm->phase_forward(args, out, also, sums, threads);
+}
+void phase_backward_cpu(const PhaseArgs& args, const PhaseGradArgs& grads, int threads) {
+  pick().patm->phase_backward(args, grads, threads);
+}
+void branch_sum_cpu(const BranchArgs& args, const Plane& out, int threads) {
+  pick().patm->branch_sum(args, out, threads);
+}
+void branch_sum_backward_cpu(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads) {
+  pick().patm->branch_sum_backward(args, grad, out, d_a, threads);
 }
 
 }  // namespace wavemix

@@ -9,6 +9,7 @@
 #include "wavemix/batch_norm.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
+#include "wavemix/patm.h"
 
 namespace wavemix {
 
@@ -33,11 +34,19 @@ struct BatchNormKernels {
                          const void* d, const Plane& out, int threads);
 };
 
+struct PatmKernels {
+  void (*phase_forward)(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads);
+  void (*phase_backward)(const PhaseArgs& args, const PhaseGradArgs& grads, int threads);
+  void (*branch_sum)(const BranchArgs& args, const Plane& out, int threads);
+  void (*branch_sum_backward)(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
+};
+
 #define WAVEMIX_DECLARE_ISA(isa)                    \
   namespace isa {                                   \
   extern const CpuKernels kernels;                  \
   extern const MlpKernels mlp_kernels;              \
   extern const BatchNormKernels batch_norm_kernels; \
+  extern const PatmKernels patm_kernels;            \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)

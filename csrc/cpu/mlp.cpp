@@ -15,8 +15,9 @@ namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-// Elements at a time, a multiple of four: buffers of a chunk stay in L1 and its sixteen-group Philox batches are full.
+// Elements at a time: a chunk's buffers stay in L1, and whole vectors of Philox groups fit its words.
 constexpr int64_t kChunk = 512;
+static_assert(kChunk % (4 * kPhiloxLanes) == 0, "philox_words writes whole vectors");
 
 constexpr uint64_t kKeepAll = uint64_t{1} << 32;
 uint64_t keep_threshold(double p) { return static_cast<uint64_t>(::nearbyint((1.0 - p) * 4294967296.0)); }
@@ -134,8 +135,10 @@ void dispatch(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& othe
 }
 
 void philox(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
-  const PhiloxWords w = philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
-  for (int i = 0; i < 4; ++i) words[i] = w.word[i];
+  PhiloxLanes c[4] = {};
+  for (int i = 0; i < 4; ++i) c[i] += uint64_t{counter[i]};
+  philox4x32(c, key[0], key[1]);
+  for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(c[i][kPhiloxLanes - 1]);
 }
 
 }  // namespace

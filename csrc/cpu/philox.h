@@ -15,43 +15,75 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-#include "parallel.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
 
-struct PhiloxWords {
-  uint32_t word[4];
-};
+// Vectors of 64-bit lanes, each with a 32-bit word in its low half: then a round is two multiplications, two shifts
+// and two three-way exclusive-ors, and what a product leaves in the high half need not even be cleared, because
+// the next multiplication does not look there. (With 32-bit lanes every product has to be taken apart.)
+#if defined(__AVX512F__)
+typedef uint64_t PhiloxLanes __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+typedef uint64_t PhiloxLanes __attribute__((vector_size(32)));
+#else
+typedef uint64_t PhiloxLanes __attribute__((vector_size(16)));
+#endif
+constexpr int kPhiloxLanes = sizeof(PhiloxLanes) / sizeof(uint64_t);
+#if defined(__BYTE_ORDER__)
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "philox_words stores two 32-bit words as one of 64 bits");
+#endif
 
-static inline PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10  // unrolled so that a loop over counters around this one vectorises
+static inline PhiloxLanes multiply_low_halves(PhiloxLanes a, uint32_t b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<PhiloxLanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<PhiloxLanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<PhiloxLanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffffu) * uint64_t{b};
+#endif
+}
+
+// The counters' words in, the random words out, in the lanes' low halves.
+static inline void philox4x32(PhiloxLanes (&c)[4], uint32_t k0, uint32_t k1) {
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p = uint64_t{0xD2511F53u} * c0, q = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(q >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(q);
-    c3 = static_cast<uint32_t>(p);
+    const PhiloxLanes p = multiply_low_halves(c[0], 0xD2511F53u), q = multiply_low_halves(c[2], 0xCD9E8D57u);
+    c[0] = (q >> 32) ^ c[1] ^ uint64_t { k0 };
+    c[2] = (p >> 32) ^ c[3] ^ uint64_t { k1 };
+    c[1] = q;
+    c[3] = p;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
 }
 
-// The words of groups first .. first + groups - 1, in the order of the columns. Sixteen groups fill AVX-512's lanes.
-static inline void philox_words(uint64_t seed, uint64_t first, int64_t groups, uint32_t* __restrict words) {
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-  const uint32_t n = static_cast<uint32_t>(groups);
-  WAVEMIX_SIMD
-  for (uint32_t i = 0; i < n; ++i) {
-    const uint32_t c0 = low + i;  // 32-bit lanes: the carry goes by hand
-    const PhiloxWords w = philox4x32(c0, high + (c0 < low ? 1u : 0u), 0, 0, k0, k1);
-    words[4 * i] = w.word[0];
-    words[4 * i + 1] = w.word[1];
-    words[4 * i + 2] = w.word[2];
-    words[4 * i + 3] = w.word[3];
+// The words of groups first, first + 1, ... in the order of the columns. `groups` is rounded up to kPhiloxLanes.
+static inline void philox_words(uint64_t seed, uint64_t first, int64_t groups, uint32_t* words) {
+  PhiloxLanes step;
+  for (int k = 0; k < kPhiloxLanes; ++k) step[k] = static_cast<uint64_t>(k);
+  for (int64_t i = 0; i < groups; i += kPhiloxLanes) {
+    const PhiloxLanes group = step + (first + static_cast<uint64_t>(i));
+    PhiloxLanes c[4] = {group, group >> 32, step ^ step, step ^ step};
+    philox4x32(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    // Two 64-bit halves of each group's 16 bytes, then the groups one after the other.
+    const PhiloxLanes a = (c[0] & 0xffffffffu) | (c[1] << 32), b = (c[2] & 0xffffffffu) | (c[3] << 32);
+#if defined(__AVX512F__)
+    const PhiloxLanes out[2] = {__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
+                                __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)};
+#elif defined(__AVX2__)
+    const PhiloxLanes out[2] = {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7)};
+#else
+    const PhiloxLanes out[2] = {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
+#endif
+    std::memcpy(words + 4 * i, out, sizeof out);
   }
 }
 

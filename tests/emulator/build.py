@@ -46,7 +46,7 @@ def cuda_include() -> Path | None:
 
 @functools.cache
 def build(sanitize: str = "none") -> Path:
-    """The folder with modules `_emulated` and `_emulator_tests`; skips, with the reason, where that cannot be."""
+    """The folder with modules `_emulated` and `_emulator_tests`; skips with the reason where that cannot be."""
     include = cuda_include()
     if include is None:
         pytest.skip(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import layout
+from wavemix_kernels.ops import layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
@@ -345,3 +346,17 @@ class _Frozen(torch.autograd.Function):
 def frozen(*arguments: Any) -> Tensor:
     """(x, residual, mean, invstd, weight, bias, channels_last, backend) -> output."""
     return _Frozen.apply(*arguments)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """Training form with a residual and all gradients: (error, bound)."""
+    p = selftest.pattern
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> list[Tensor]:
+        return [batch_norm_residual(x, None, None, weight, bias, training=True, residual=residual, backend=backend)]
+
+    def exact(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> list[Tensor]:
+        return [F.batch_norm(x, None, None, weight, bias, True) + residual]
+
+    error = selftest.against_reference(run, exact, [p(3, 8, 7, 5) + 2, p(8), p(8), p(3, 8, 7, 5)], device)
+    return error, selftest.rounding_bound(3 * 7 * 5)

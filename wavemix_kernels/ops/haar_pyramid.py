@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.ops import haar, layout
+from wavemix_kernels.ops import haar, layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 
@@ -123,3 +123,14 @@ def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 #: (grads, channels_last, backend) -> gradient of x.
 pyramid = differentiable(_library, "haar_pyramid", _pyramid_setup, _pyramid_backward)
 adjoint = differentiable(_library, "haar_pyramid_adjoint", _adjoint_setup, _adjoint_backward)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """A three-level pyramid and its gradient: (error, bound)."""
+    error = selftest.against_reference(
+        lambda x: haar_pyramid(x, 3, backend=backend),
+        lambda x: reference.haar_pyramid(x, 3),
+        [selftest.pattern(2, 4, 16, 24)],
+        device,
+    )
+    return error, selftest.rounding_bound(4**3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import layout
+from wavemix_kernels.ops import layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 
@@ -251,19 +251,21 @@ def _cpu_backward(
     )
 
 
+def _rows(matrix: Tensor) -> tuple[int, int]:
+    return matrix.data_ptr(), matrix.stride(0)
+
+
 def _gelu_dropout(hidden: Tensor, p: float, seed: int, first_row: int) -> None:
-    rows, cols = hidden.shape
     _native.core.gelu_dropout_forward_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[hidden.dtype], rows, cols, _native.address(hidden), _native.address(hidden), p, seed, first_row,
+        _native.DTYPES[hidden.dtype], hidden.shape, _rows(hidden), _rows(hidden), p, seed, first_row,
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _gelu_dropout_backward(hidden: Tensor, grad: Tensor, p: float, seed: int, first_row: int) -> None:
     """From the pre-activations and the gradient of the hidden layer, in place: the hidden layer and their gradient."""
-    rows, cols = hidden.shape
     _native.core.gelu_dropout_backward_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[hidden.dtype], rows, cols, _native.address(hidden), _native.address(grad), p, seed, first_row,
+        _native.DTYPES[hidden.dtype], hidden.shape, _rows(hidden), _rows(grad), p, seed, first_row,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -360,3 +362,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 #: (x, second, scale, shift, w1, b1, w2, b2, p, seed, backend) -> output, with its gradient.
 fused = differentiable(_library, "pointwise_mlp", _setup, _backward, once=True)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """Two inputs, dropout and all gradients: (error, bound)."""
+    seed = 12345
+    p = selftest.pattern
+    tensors = [p(2, 8, 6, 10), p(24, 12), p(24), p(8, 24), p(8), p(2, 4, 6, 10), p(4), p(4)]
+
+    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Tensor) -> list[Tensor]:
+        second, scale, shift = rest
+        key = torch.tensor([seed], device=x.device)
+        return [
+            pointwise_mlp(
+                x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, dropout=0.25, seed=key, backend=backend
+            )
+        ]
+
+    def exact(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Tensor) -> list[Tensor]:
+        second, scale, shift = rest
+        return [reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=0.25, seed=seed)]
+
+    return selftest.against_reference(run, exact, tensors, device), selftest.rounding_bound(2 * 6 * 10 + 24)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.ops import haar, haar_pyramid, layout
+from wavemix_kernels.ops import haar, haar_pyramid, layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 
@@ -125,3 +125,14 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 #: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.
 fused = differentiable(_library, "reduce_haar", _setup, _backward)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """Two levels on 16 channels and all gradients: (error, bound)."""
+    error = selftest.against_reference(
+        lambda x, w, b: reduce_haar(x, w, b, 2, backend=backend),
+        lambda x, w, b: reference.reduce_haar(x, w, b, 2),
+        [selftest.pattern(2, 16, 8, 12), selftest.pattern(4, 16, 1, 1), selftest.pattern(4)],
+        device,
+    )
+    return error, selftest.rounding_bound(2 * 8 * 12)

@@ -120,9 +120,8 @@ def cropped(x: Tensor, size: tuple[int, int]) -> Tensor:
 def extend(x: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
     """x with `left` and `right` samples more along `dim` (-1 or -2), as `mode` extrapolates.
 
-    `mode` is a key of `haar.MODES` other than 'per' and 'periodization', which shifts the filters as well.
-    Borders longer than the signal are right too. Only borders are gathered, so the gradient scatters nothing
-    else.
+    `mode` is a key of `haar.MODES` other than 'per'. Borders longer than the signal are right too. Only
+    borders are gathered, so the gradient scatters nothing else.
     """
     if mode == "zero":
         return F.pad(x, (left, right) if dim == -1 else (0, 0, left, right))
@@ -155,6 +154,8 @@ def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
         return torch.where(before, first, last) + along(distance).to(x.dtype) * slope
     if mode == "periodic":
         return take(at % n)
+    if mode == "periodization":  # an odd end is repeated once before all repeats
+        return take((at % (n + n % 2)).clamp(max=n - 1))
     if mode in ("symmetric", "antisymmetric"):
         phase = at % (2 * n)  # forwards, then backwards, both end samples twice
         backwards = phase >= n
@@ -181,9 +182,7 @@ def _split(x: Tensor, low: Tensor, high: Tensor, dim: int, mode: str) -> Tensor:
     """One level of analysis along `dim`: x (N, C, H, W) to (N, 2C, h, w), low and high by turns."""
     n, taps = x.shape[dim], low.numel()
     if mode == "periodization":
-        if n % 2:
-            x = torch.cat((x, x.narrow(dim, n - 1, 1)), dim)
-        x = extend(x, dim, taps - 1 - taps // 2, taps // 2 - 1, "periodic")
+        x = extend(x, dim, taps - 1 - taps // 2, taps // 2 - 1 + n % 2, mode)
     else:
         # Coefficient k reads the samples 2k + 2 - taps ... 2k + 1.
         x = extend(x, dim, taps - 2, 2 * coefficient_size(n, taps, mode) - n, mode)

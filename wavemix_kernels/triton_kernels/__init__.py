@@ -1,1 +1,1 @@
-"""Triton kernels, one file per family. Importing a kernel module imports triton; this package alone does not."""
+"""Triton kernels, a file per family. Only importing a kernel module imports triton."""

@@ -3,7 +3,6 @@
 Free of triton, so that a configuration can be inspected, stored or pruned anywhere.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +40,7 @@ def why_invalid(config: TileConfig, levels: int, itemsize: int) -> str | None:
     # Half of a thread's 255 registers for samples in the arithmetic's width leaves room for addresses.
     per_thread = config.samples * max(4, itemsize) // (config.num_warps * 32)
     if per_thread > 512:
-        return f"{config} keeps {per_thread} bytes of samples per thread, more than 512: more warps or a smaller tile"
+        return f"{config} keeps {per_thread} bytes of samples a thread, over 512: more warps or a smaller tile"
     return None
 
 
@@ -58,18 +57,24 @@ def is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: int
 
 
 def search_space(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
-    """All tiles worth timing: runs of one or two cache lines ("channels": shorter ones too), 64 or 128 bytes a thread."""
+    """All tiles worth timing: innermost runs about a cache line long, 64 or 128 bytes of samples a thread.
+
+    Eight warps only where a block of that many channels does not fit four.
+    """
     block = 1 << levels
     runs = (_LINE, _LINE // 2, _LINE // 4, _LINE // 8) if layout == "channels" else (2 * _LINE, _LINE)
-    for run_bytes, (tile_bytes, num_warps) in itertools.product(runs, ((8192, 4), (16384, 4), (32768, 8))):
-        run, samples = run_bytes // itemsize, tile_bytes // itemsize
-        if layout == "channels":
-            config = TileConfig(block, samples // (run * block), run, num_warps)
-        else:
-            cols = max(run, block)
-            config = TileConfig(samples // cols, cols, 1, num_warps)
-        if is_worthwhile(config, layout, levels, itemsize):
-            yield config
+    for run_bytes in runs:
+        run = run_bytes // itemsize
+        is_large = layout == "channels" and block * block * run_bytes > 16384
+        for tile_bytes, num_warps in ((32768, 8),) if is_large else ((16384, 4), (8192, 4)):
+            samples = tile_bytes // itemsize
+            if layout == "channels":
+                config = TileConfig(block, samples // (run * block), run, num_warps)
+            else:
+                cols = max(run, block)
+                config = TileConfig(samples // cols, cols, 1, num_warps)
+            if is_worthwhile(config, layout, levels, itemsize):
+                yield config
 
 
 def _pow2_at_least(value: int) -> int:
@@ -84,9 +89,7 @@ def _padded(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def config_for(
-    layout: Layout, levels: int, itemsize: int, shape: tuple[int, int, int, int]
-) -> TileConfig:
+def config_for(layout: Layout, levels: int, itemsize: int, shape: tuple[int, int, int, int]) -> TileConfig:
     """The default tile for an image of `shape` (n, c, h, w): a deterministic function of its arguments.
 
     Takes 16 KB, 128 bytes a thread of four warps (eight 16-byte loads: addresses cost the less the more samples

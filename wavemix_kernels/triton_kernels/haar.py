@@ -6,11 +6,14 @@ registers; only the coarser levels, a quarter of the samples at most, change han
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef"
+# (Triton's functions are traced, not called: their arguments have no Python types.)
 import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -74,9 +77,9 @@ def _tile_origin(
 
 @triton.jit
 def _split_planes(first, planes, channels, COUNT: tl.constexpr, GROUP: tl.constexpr):
-    """Batch index, channel and validity of planes first, first + 1, ..., each of its group of GROUP's first plane.
+    """Batch index, channel and validity of planes first, first + 1, ..., or rather of the first in each GROUP.
 
-    A tile may straddle images, a group cannot.
+    A tile may straddle images; a group cannot.
     """
     batch = first // channels
     lane = tl.arange(0, COUNT) // GROUP * GROUP
@@ -102,14 +105,8 @@ def _samples(
     """Pointers and mask of a tile; in "channels" `channel` is the offset along c."""
     batch, channel, valid = plane
     s_n, s_c, s_h, s_w = strides
-    if LAYOUT == "channels":
-        start = batch * s_n * UNITS + channel
-    else:
-        start = batch * s_n * UNITS + channel * s_c * UNITS
-    if LAYOUT == "rows":
-        along = col
-    else:
-        along = col * s_w * UNITS
+    start = batch * s_n * UNITS + (channel if LAYOUT == "channels" else channel * s_c * UNITS)
+    along = col if LAYOUT == "rows" else col * s_w * UNITS
     down, along, start = _on_axes(row * s_h * UNITS, along, start, LAYOUT)
     in_rows, in_cols, in_planes = _on_axes(row < height, col < width, valid, LAYOUT)
     return base + (start + down + along), in_planes & in_rows & in_cols
@@ -311,7 +308,7 @@ def _store_pairs(
     image, even, odd, plane, row, x0, height, width, strides,
     COLS: tl.constexpr, ALIGN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Counterpart of _load_pairs; in "rows" whole rows, since half sectors cost more to write than to read."""
+    """Counterpart of _load_pairs; in "rows" whole rows, since no L1 would gather half sectors on their way out."""
     even = even.to(image.dtype.element_ty)
     odd = odd.to(image.dtype.element_ty)
     if LAYOUT == "channels":
@@ -424,7 +421,7 @@ def _analysis_kernel(
         if level > 1:
             row = (y0 >> level) + tl.arange(0, ROWS >> level)
             col = (x0 >> level) + tl.arange(0, COLS >> level)
-            a, b, c, d = _split_quads(low, LAYOUT)
+            a, b, c, d = _split_quads(low, LAYOUT)  # noqa: F821 (the loop is unrolled)
         a, b, c, d = _extend_quads(
             a, b, c, d, plane, row, col,
             _size_at(height, 1, level - 1), _size_at(width, ALIGN_W, level - 1), EDGE, LAYOUT,
@@ -483,7 +480,7 @@ def _synthesis_kernel(
     low = tl.load(at, mask=mask, other=0.0).to(REAL)
     for level in tl.static_range(LEVELS, 0, -1):
         if level < LEVELS:
-            low = _join_quads(a, b, c, d, LAYOUT)
+            low = _join_quads(a, b, c, d, LAYOUT)  # noqa: F821 (the loop is unrolled)
             row = (y0 >> level) + tl.arange(0, ROWS >> level)
             col = (x0 >> level) + tl.arange(0, COLS >> level)
         if (HIGHS >> (level - 1)) & 1:
@@ -527,7 +524,7 @@ class Plan:
     config: TileConfig
     grid: tuple[int]
     scalars: tuple[int, ...]  # the kernel's runtime integers, in its order
-    constants: dict[str, int | str]
+    constants: dict[str, Any]
 
 
 def band_shape(shape: Sequence[int], level: int) -> tuple[int, int, int, int, int]:
@@ -568,18 +565,16 @@ def plan(
     add = normal(add_strides, shape) if add_strides is not None else None
     *_, h_ll, w_ll = band_shape(shape, levels)
     ll = normal(ll_strides, (n, c, h_ll, w_ll))
-    highs = [normal(s, band_shape(shape, l)) if s is not None else None for l, s in enumerate(high_strides, 1)]
-    by_level = [(0, image), (levels, ll), *((l, s) for l, s in enumerate(highs, 1) if s is not None)]
+    highs = [normal(s, band_shape(shape, i)) if s is not None else None for i, s in enumerate(high_strides, 1)]
+    by_level = [(0, image), (levels, ll), *((i, s) for i, s in enumerate(highs, 1) if s is not None)]
     by_level += [(0, add)] if add is not None else []
-    layout = _layout_of(
-        w, [s for _, s in by_level if len(s) == 4], [s for _, s in by_level if len(s) == 5]
-    )
+    layout = _layout_of(w, [s for _, s in by_level if len(s) == 4], [s for _, s in by_level if len(s) == 5])
 
     align = 1
     if layout == "rows":
         # Level l is read and written in vectors too, so the image's alignment may count for 2**l of them.
         most = vector << levels
-        align = min(math.gcd(w, most), *(math.gcd(most, *s[:-1]) << l for l, s in by_level))
+        align = min(math.gcd(w, most), *(math.gcd(most, *s[:-1]) << level for level, s in by_level))
     elif layout == "channels":
         align = math.gcd(vector, c, *(stride for _, s in by_level for stride in (s[0], *s[-2:])))
 
@@ -604,13 +599,14 @@ def plan(
 
     run = min(vector, align, config.planes if layout == "channels" else config.cols // 2)
     has_odd_size = (h | w) % (1 << levels) != 0
-    constants: dict[str, int | str] = dict(
-        LEVELS=levels, EDGE=edge if has_odd_size else 0, LAYOUT=layout, ALIGN=align,
-        VECTOR=run, DOUBLINGS=run.bit_length() - 1 if layout == "channels" else 0,
-        ROWS=config.rows, COLS=config.cols, PLANES=config.planes, num_warps=config.num_warps,
-    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "LEVELS": levels, "EDGE": edge if has_odd_size else 0, "LAYOUT": layout, "ALIGN": align,
+        "VECTOR": run, "DOUBLINGS": run.bit_length() - 1 if layout == "channels" else 0,
+        "ROWS": config.rows, "COLS": config.cols, "PLANES": config.planes, "num_warps": config.num_warps,
+        "enable_fp_fusion": False,  # nothing here to fuse; Triton 3.9 warns if left to choose
+    }  # fmt: skip
     if synthesis:
-        constants["HIGHS"] = sum(1 << l for l, s in enumerate(highs) if s is not None)
+        constants["HIGHS"] = sum(1 << i for i, s in enumerate(highs) if s is not None)
         constants["ADD"] = int(add is not None)
     return Plan(layout, align, config, (math.prod(tiles),), tuple(scalars), constants)
 
@@ -637,10 +633,11 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name}.shape={tuple(tensor.shape)}: must be {shape} for image {tuple(image.shape)}")
+            given, whole = tuple(tensor.shape), tuple(image.shape)
+            raise ValueError(f"{name}.shape={given}: must be {shape} for image.shape={whole}")
         if tensor.dtype != image.dtype or tensor.device != image.device:
             raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device}: must be as image, {image.dtype} on {image.device}"
+                f"{name} is {tensor.dtype} on {tensor.device}: must match image, {image.dtype} on {image.device}"
             )
 
 
@@ -654,7 +651,7 @@ def prepare(
     add: Tensor | None = None,
     synthesis: bool = False,
     config: TileConfig | None = None,
-) -> tuple[Callable[..., object], tuple[int], tuple[object, ...], dict[str, int | str]]:
+) -> tuple[Any, tuple[int], tuple[object, ...], dict[str, Any]]:
     """(kernel, grid, args, constants) of a launch: ``kernel[grid](*args, **constants)`` runs it."""
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), add.stride() if add is not None else None, ll.stride(),
@@ -747,9 +744,9 @@ def tune(
     if not image.is_cuda:
         raise RuntimeError(f"image.device={image.device}: tuning times kernels on a GPU")
     _, _, _, constants = prepare(image, ll, highs, levels=levels, edge=edge, synthesis=transform is synthesis)
-    layout = str(constants["LAYOUT"])
-    candidates = {config_for(layout, levels, image.dtype.itemsize, tuple(image.shape))}
-    candidates.update(search_space(layout, levels, image.dtype.itemsize))
+    n, c, h, w = image.shape
+    layout, itemsize = constants["LAYOUT"], image.dtype.itemsize
+    candidates = {config_for(layout, levels, itemsize, (n, c, h, w)), *search_space(layout, levels, itemsize)}
     times = []
     for config in candidates:
         run = functools.partial(transform, image, ll, highs, levels=levels, edge=edge, config=config, **options)

@@ -1,0 +1,133 @@
+// The Python face of the PATM kernels on the CPU: tensors are (address, four strides), the rest plain addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "wavemix/patm.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+wavemix::Plane plane(const Ints& ints, const char* name, const Ints& shape) {
+  wavemix::Plane out;
+  if (ints.empty()) return out;
+  if (ints.size() != 5)
+    throw py::value_error(std::string(name) + ": expected an address and 4 strides, got " +
+                          std::to_string(ints.size()) + " integers");
+  if (shape[1] > 1 && ints[2] != 1)
+    throw py::value_error(std::string(name) + ": expected contiguous channels, got a channel stride of " +
+                          std::to_string(ints[2]));
+  out.data = reinterpret_cast<void*>(static_cast<uintptr_t>(ints[0]));
+  for (size_t i = 0; i < 4; ++i) out.stride[i] = ints[i + 1];
+  return out;
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Common to both argument structs: type and shape.
+template <class Args>
+Args shaped(int dtype, const Ints& shape, int threads) {
+  if (dtype < 0 || dtype > static_cast<int>(wavemix::DType::bf16))
+    throw py::value_error("dtype: unknown code " + std::to_string(dtype));
+  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
+  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
+  Args args;
+  args.dtype = static_cast<wavemix::DType>(dtype);
+  args.n = shape[0];
+  args.c = shape[1];
+  args.h = shape[2];
+  args.w = shape[3];
+  return args;
+}
+
+wavemix::PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta,
+                              uintptr_t scale, uintptr_t shift, uintptr_t taps, int threads) {
+  auto args = shaped<wavemix::PhaseArgs>(dtype, shape, threads);
+  if (shape[1] % 2 != 0)
+    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(shape[1]));
+  args.along_h = along_h;
+  args.z = plane(z, "z", shape);
+  args.theta = plane(theta, "theta", shape);
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.taps = pointer(taps);
+  return args;
+}
+
+wavemix::BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a,
+                                int threads) {
+  auto args = shaped<wavemix::BranchArgs>(dtype, shape, threads);
+  if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
+  for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
+  args.a = pointer(a);
+  return args;
+}
+
+}  // namespace
+
+void bind_patm(py::module_& m) {
+  m.def(
+      "phase_forward_cpu",
+      [](int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta, uintptr_t scale, uintptr_t shift,
+         uintptr_t taps, const Ints& out, const Ints& also, uintptr_t sums, int threads) {
+        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps, threads);
+        const auto to = plane(out, "out", shape), third = plane(also, "also", shape);
+        py::gil_scoped_release unlocked;
+        wavemix::phase_forward_cpu(args, to, third, pointer(sums), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("z"), py::arg("theta"), py::arg("scale"),
+      py::arg("shift"), py::arg("taps"), py::arg("out"), py::arg("also"), py::arg("sums"), py::arg("threads"));
+  m.def(
+      "phase_backward_cpu",
+      [](int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta, uintptr_t scale, uintptr_t shift,
+         uintptr_t taps, const Ints& grad, uintptr_t a, uintptr_t b, uintptr_t a_c, uintptr_t center, const Ints& d_z,
+         const Ints& d_theta, const Ints& d_c, uintptr_t d_taps, uintptr_t sum_pre, uintptr_t sum_pre_theta,
+         int threads) {
+        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps, threads);
+        wavemix::PhaseGradArgs grads;
+        grads.grad = plane(grad, "grad", shape);
+        grads.a = pointer(a);
+        grads.b = pointer(b);
+        grads.a_c = pointer(a_c);
+        grads.center = pointer(center);
+        grads.d_z = plane(d_z, "d_z", shape);
+        grads.d_theta = plane(d_theta, "d_theta", shape);
+        grads.d_c = plane(d_c, "d_c", shape);
+        if (grads.d_c.data != nullptr && (grads.a_c == nullptr || grads.b == nullptr))
+          throw py::value_error("d_c: needs a_c and b");
+        grads.d_taps = pointer(d_taps);
+        grads.sum_pre = pointer(sum_pre);
+        grads.sum_pre_theta = pointer(sum_pre_theta);
+        py::gil_scoped_release unlocked;
+        wavemix::phase_backward_cpu(args, grads, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("z"), py::arg("theta"), py::arg("scale"),
+      py::arg("shift"), py::arg("taps"), py::arg("grad"), py::arg("a"), py::arg("b"), py::arg("a_c"), py::arg("center"),
+      py::arg("d_z"), py::arg("d_theta"), py::arg("d_c"), py::arg("d_taps"), py::arg("sum_pre"),
+      py::arg("sum_pre_theta"), py::arg("threads"));
+  m.def(
+      "branch_sum_cpu",
+      [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& out, int threads) {
+        const auto args = branch_args(dtype, shape, branches, a, threads);
+        const auto to = plane(out, "out", shape);
+        py::gil_scoped_release unlocked;
+        wavemix::branch_sum_cpu(args, to, threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("out"), py::arg("threads"));
+  m.def(
+      "branch_sum_backward_cpu",
+      [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& grad,
+         const Ints& out, uintptr_t d_a, int threads) {
+        const auto args = branch_args(dtype, shape, branches, a, threads);
+        const auto from = plane(grad, "grad", shape), to = plane(out, "out", shape);
+        py::gil_scoped_release unlocked;
+        wavemix::branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
+      py::arg("d_a"), py::arg("threads"));
+}

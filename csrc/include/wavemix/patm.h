@@ -1,0 +1,59 @@
+// Phase-aware token mixing (PATM): what stands between its projections and its output projection.
+#pragma once
+
+#include <cstdint>
+
+#include "wavemix/haar.h"  // DType, Plane
+
+namespace wavemix {
+
+constexpr int kPhaseTaps = 7;
+
+// One branch. With phase = relu(theta * scale + shift) and, per pair of channels 2g, 2g+1,
+//     out[g]       = 7 taps over z cos(phase) of both channels
+//     out[c/2 + g] = 7 taps over z sin(phase) of both channels
+// along W, or along H with `along_h`; zero outside the image. c is even, and channels are contiguous (stride[1] = 1)
+// in every Plane here. Vectors of channels and sums are contiguous, in the arithmetic type: double for f64, otherwise
+// float. The phase has no upper bound; it is reduced exactly.
+struct PhaseArgs {
+  DType dtype = DType::f32;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  bool along_h = false;
+  Plane z, theta;
+  const void* scale = nullptr;  // (c)
+  const void* shift = nullptr;  // (c)
+  const void* taps = nullptr;   // (c, 2, 7), of output channel, channel of the pair, tap
+};
+
+// sums (n, c): over the image, of out before it is rounded, and of `also` where there is one.
+void phase_forward_cpu(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads);
+
+// The gradient of out is d = grad * a + b.
+struct PhaseGradArgs {
+  Plane grad;
+  const void* a = nullptr;       // (n, c), null for ones
+  const void* b = nullptr;       // (n, c), null for zeros
+  const void* a_c = nullptr;     // (n, c), with d_c only
+  const void* center = nullptr;  // (c), null for zeros
+  // Written:
+  Plane d_z, d_theta;             // d_theta is scale times the gradient of the phase before relu, here "d_pre"
+  Plane d_c;                      // optional: grad * a_c + b, the gradient of PATM's third branch
+  void* d_taps = nullptr;         // (c, 2, 7)
+  void* sum_pre = nullptr;        // (c): sum of d_pre
+  void* sum_pre_theta = nullptr;  // (c): sum of d_pre * (theta - center)
+};
+void phase_backward_cpu(const PhaseArgs& args, const PhaseGradArgs& grads, int threads);
+
+// The three branches and their weights a (3, n, c), in the arithmetic type.
+struct BranchArgs {
+  DType dtype = DType::f32;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  Plane branch[3];
+  const void* a = nullptr;
+};
+// out = sum of branch[i] * a[i].
+void branch_sum_cpu(const BranchArgs& args, const Plane& out, int threads);
+// The same again, and d_a (3, n, c): sums over the image of grad * branch[i].
+void branch_sum_backward_cpu(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
+
+}  // namespace wavemix
