@@ -1,8 +1,9 @@
 """Haar analysis and synthesis in Triton: all levels in one pass over the image, any strides.
 
 One program owns a tile of rows x cols samples in some (n, c) planes. Level 1, three quarters of the
-traffic, is thread-local: samples of a quad come from separate loads that share one register layout. LL stays in
-registers; only the coarser levels, a quarter of the samples at most, change hands through shared memory.
+traffic, is thread-local: samples of a quad come from separate loads that share one register layout (row-major
+synthesis alone regroups its rows before storing them). LL stays in registers; the coarser levels, a quarter of
+the samples at most, change hands through shared memory.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
