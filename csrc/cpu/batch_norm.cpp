@@ -15,18 +15,19 @@ namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-// Elements of a tile's row: a converted row stays in L1, and a sum of this many floats by lanes stays accurate.
-constexpr int64_t kRow = 1024;
+// Elements of a tile's row: a converted row stays in L1. And rows of channels: sums down a tile's columns, or along its
+// rows by lanes of four or more, are then chains of at most 256 floats before they go on in double.
+constexpr int64_t kRow = 1024, kColumn = 256;
 // A tile in which something is transposed: 64 x 64 floats are 16 KB, and 64 elements are whole cache lines either way.
 constexpr int64_t kSquare = 64;
-// Elements of a tile otherwise: enough to hide the cost of starting one (and, in reductions, of leaving float for
-// double after it), few enough that a column adds up no more than 128 floats.
+// Elements of a tile otherwise: enough to hide the cost of starting one and, in reductions, of leaving float for
+// double.
 constexpr int64_t kTile = 1 << 14, kReductionTile = 1 << 17;
 constexpr int kMaxOperands = 3;
 
 // --- The shape as all operands see it -------------------------------------------------------------------
 
-// Pixels form runs; `stride` is that of a pixel within a run. NCHW: a run is a plane; channels_last: everything.
+// Strides. Pixels form runs, `pixel` apart; in NCHW a run is a plane, in channels_last all pixels are one run.
 struct Operand {
   char* data = nullptr;
   int64_t outer[2] = {0, 0}, channel = 0, pixel = 0;
@@ -78,6 +79,7 @@ struct Geometry {
     const int64_t all_major = by_channel ? (run + fold - 1) / fold : c;
     minor = min(all_minor, square ? kSquare : kRow);
     major = min(all_major, square ? kSquare : (tile_elements + minor - 1) / minor);
+    if (by_channel) major = min(major, kColumn);
     minors = (all_minor + minor - 1) / minor;
     majors = (all_major + major - 1) / major;
     tiles = outer[0] * outer[1] * majors * minors;

@@ -11,9 +11,9 @@
 // no cancellation, and for large t the error of M cancels in the quotient. N and M are a weighted minimax fit on
 // [0, 14.5], refitted while the coefficients were rounded to float one by one; R's relative error is 2^-29.9.
 //
-// |error| <= 4 * 2^-24 * max(|gelu(x)|, 2^-126), and for the derivative <= 4 * 2^-24 * (Phi + |x| phi) (every float
-// was tried, with and without FMA). The floor 2^-126, where results become subnormal, stands for two roundings
-// to multiples of 2^-149. gelu(-inf) = 0, gelu(inf) = inf, a NaN stays one.
+// |error| <= 4.25 * 2^-24 * max(|gelu(x)|, 2^-126) (4.1 with FMA), and <= 4.5 * 2^-24 * (Phi + |x| phi) for the
+// derivative: every float was tried. The floor 2^-126, where results become subnormal, stands for two roundings to
+// multiples of 2^-149. gelu(-inf) = 0, gelu(inf) = inf, a NaN stays one.
 #pragma once
 
 #include <math.h>

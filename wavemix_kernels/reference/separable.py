@@ -154,7 +154,7 @@ def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
         return torch.where(before, first, last) + along(distance).to(x.dtype) * slope
     if mode == "periodic":
         return take(at % n)
-    if mode == "periodization":  # an odd end is repeated once before all repeats
+    if mode == "periodization":  # of the signal whose odd end is repeated; by index, as Inductor errs on a cat
         return take((at % (n + n % 2)).clamp(max=n - 1))
     if mode in ("symmetric", "antisymmetric"):
         phase = at % (2 * n)  # forwards, then backwards, both end samples twice

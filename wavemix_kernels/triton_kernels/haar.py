@@ -533,10 +533,20 @@ def band_shape(shape: Sequence[int], level: int) -> tuple[int, int, int, int, in
     return n, c, 3, -(-h >> level), -(-w >> level)
 
 
-def _layout_of(width: int, samples: Sequence[_Strides], bands: Sequence[_Strides]) -> Layout:
-    """The innermost dimension that all tensors agree on; a stride of 0 belongs to a dimension of size 1."""
-    rows = all(s[-1] <= 1 for s in (*samples, *bands))
-    channels = all(s[1] <= 1 for s in samples) and all(s[1] in (0, 3) and s[2] == 1 for s in bands)
+def _layout_of(width: int, tensors: Sequence[tuple[_Strides, Sequence[int]]]) -> Layout:
+    """The innermost dimension that all tensors, given as (strides, sizes), agree on. A dimension of size 1 fits
+    anything; one that is broadcast (stride 0) does not."""
+
+    def has(strides: _Strides, sizes: Sequence[int], axis: int, stride: int) -> bool:
+        return sizes[axis] == 1 or strides[axis] == stride
+
+    def channels_inner(strides: _Strides, sizes: Sequence[int]) -> bool:
+        if len(sizes) == 4:
+            return has(strides, sizes, 1, 1)
+        return has(strides, sizes, 1, 3) and strides[2] == 1
+
+    rows = all(has(strides, sizes, -1, 1) for strides, sizes in tensors)
+    channels = all(channels_inner(strides, sizes) for strides, sizes in tensors)
     if rows and (width > 1 or not channels):
         return "rows"
     return "channels" if channels else "strided"
@@ -569,7 +579,8 @@ def plan(
     highs = [normal(s, band_shape(shape, i)) if s is not None else None for i, s in enumerate(high_strides, 1)]
     by_level = [(0, image), (levels, ll), *((i, s) for i, s in enumerate(highs, 1) if s is not None)]
     by_level += [(0, add)] if add is not None else []
-    layout = _layout_of(w, [s for _, s in by_level if len(s) == 4], [s for _, s in by_level if len(s) == 5])
+    sizes = {4: lambda level: (n, c, *band_shape(shape, level)[3:]), 5: lambda level: band_shape(shape, level)}
+    layout = _layout_of(w, [(s, sizes[len(s)](level)) for level, s in by_level])
 
     align = 1
     if layout == "rows":
