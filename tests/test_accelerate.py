@@ -47,9 +47,13 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def assert_same_step(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
     assert actual[1].keys() == expected[1].keys()
-    # A transposed convolution's bias stands before a BatchNorm: its gradient is rounding and nothing else.
     scale = max(g.abs().max().item() for g in expected[1].values())
     for name, gradient in expected[1].items():
+        if "feedforward" in name and name.endswith(".4.bias"):
+            # A transposed convolution's bias stands before a BatchNorm: its gradient is a sum over all pixels that
+            # cancels to rounding, in either implementation to another value.
+            assert max(gradient.abs().max(), actual[1][name].abs().max()) <= 1e-4 * scale, name
+            continue
         torch.testing.assert_close(
             actual[1][name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -68,8 +68,10 @@ class Analyses(TorchDispatchMode):
     levels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.wavemix_kernels.haar_analysis.default:
-            self.levels += args[1]
+        ops = torch.ops.wavemix_kernels
+        where = {ops.haar_analysis.default: 1, ops.haar_pyramid.default: 1, ops.reduce_haar.default: 3}
+        if func in where:
+            self.levels += args[where[func]]
         return func(*args, **(kwargs or {}))
 
 
@@ -221,3 +223,68 @@ def test_rejects_inputs(block: type[nn.Module]) -> None:
         module(torch.randn(1, 4, 32, 32))
     with pytest.raises(ValueError, match="4 dimensions"):
         module(torch.randn(8, 32, 32))
+
+
+@pytest.mark.parametrize("recompute, share", [("mlp", 0.52), ("all", 0.27)])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_saves_half_or_a_quarter_of_what_upstream_saves(level: int, recompute: str, share: float) -> None:
+    pytest.importorskip("pytorch_wavelets", reason="upstream's transform is not installed", exc_type=ImportError)
+    from benchmarks.memory import saved_bytes
+    from benchmarks.rivals import UpstreamWaveblock
+
+    config = {"level": level, "final_dim": 16, "ff_channel": 16, "mult": 2, "dropout": 0.5}
+    x = torch.randn(2, 16, 32, 32, requires_grad=True)
+    before = x * 1  # the block's input is an activation that it decides to keep, not a leaf that lives anyway
+
+    def saved(block: nn.Module) -> int:
+        return saved_bytes(lambda: block(before), [*block.parameters(), *block.buffers()])
+
+    assert saved(wk.FusedWaveblock(**config, recompute=recompute)) <= share * saved(UpstreamWaveblock(**config))
+
+
+def test_dropout_is_reproducible_and_its_mask_the_same_in_backward() -> None:
+    block = small(wk.FusedWaveblock, level=2, dropout=0.5).double()
+    x = torch.randn(2, 8, 8, 12, dtype=torch.float64, requires_grad=True)
+
+    def step(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(seed)
+        out = block(x)
+        return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+    (first, grad), (again, same), (other, _) = step(1), step(1), step(2)
+    assert torch.equal(first, again)
+    assert torch.equal(grad, same)
+    assert not torch.equal(first, other)
+
+    def function(t: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return block(t)
+
+    # A finite difference of the same masked function: a mask drawn anew in backward could not match it.
+    assert torch.autograd.gradcheck(function, x, fast_mode=True)
+    torch.manual_seed(4)
+    plain = block(x)
+    torch.manual_seed(4)
+    kept = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    g = torch.randn_like(plain)
+    (want,), (got,) = torch.autograd.grad(plain, x, g), torch.autograd.grad(kept, x, g)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_residual_frozen_statistics_and_fallbacks() -> None:
+    block, twin = small(wk.FusedWaveblock, level=2).double(), small(Waveblock, level=2).double()
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 8, 8, 12, dtype=torch.float64)
+    torch.testing.assert_close(block(x, residual=True), x + twin(x), rtol=1e-10, atol=1e-10)
+    for module in (block, twin):
+        module.feedforward1[5].eval()  # frozen while the rest trains
+        module.feedforward2[5].momentum = None
+    torch.testing.assert_close(block(x), twin(x), rtol=1e-10, atol=1e-10)
+    for (name, got), want in zip(block.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    seen = []
+    block.feedforward2[1].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(block(x), twin(x), rtol=1e-10, atol=1e-10)
+    assert seen, "a hook on a part must run: the modules themselves stand in"
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(small(wk.FusedWaveblock)).double()
+    torch.testing.assert_close(synchronised.eval()(x), small(Waveblock).double().eval()(x), rtol=1e-10, atol=1e-10)

@@ -4,28 +4,13 @@
 // work is one row of the coarsest level (2^L image rows), the LL rows in between stay in the L1 cache as
 // float, each input element is read once and each coefficient written once.
 
-#include <cstdlib>
-
 #include "convert.h"
-#include "isa.h"
-
-#if defined(_OPENMP)
-#define WAVEMIX_PRAGMA(text) _Pragma(#text)
-#define WAVEMIX_PARALLEL(threads) WAVEMIX_PRAGMA(omp parallel num_threads(threads))
-#define WAVEMIX_FOR WAVEMIX_PRAGMA(omp for schedule(static))
-#define WAVEMIX_SIMD WAVEMIX_PRAGMA(omp simd)
-#else
-#define WAVEMIX_PARALLEL(threads)
-#define WAVEMIX_FOR
-#define WAVEMIX_SIMD
-#endif
+#include "parallel.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-// Fewer elements than this finish before a second thread has woken up.
-constexpr int64_t kSerialElements = 1 << 15;
 // Channels a channels_last unit handles at a time: the scratch of five levels stays within L1.
 constexpr int64_t kChannelChunk = 256;
 
@@ -130,16 +115,6 @@ struct Pyramid {
       w[l] = half_up(w[l - 1]);
     }
   }
-};
-
-struct Scratch {
-  char* block;
-  explicit Scratch(int64_t bytes) : block(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
-    if (block == nullptr) std::abort();  // a few kilobytes; an exception may not leave a parallel region
-  }
-  ~Scratch() { std::free(block); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
 };
 
 template <class T>
@@ -543,18 +518,6 @@ void run_channels_last(const HaarArgs& args, const Pyramid& size, int threads) {
   }
 }
 
-// The span of a dense-enough output that is worth huge pages; a sparse view is left alone.
-template <int rank>
-void advise(void* data, const int64_t (&stride)[rank], const int64_t (&extent)[rank], int64_t element) {
-  int64_t span = 1, count = 1;
-  for (int i = 0; i < rank; ++i) {
-    if (stride[i] < 0) return;
-    span += (extent[i] - 1) * stride[i];
-    count *= extent[i];
-  }
-  if (span <= 2 * count) advise_huge_pages(data, span * element);
-}
-
 template <class T, Direction direction>
 void run(const HaarArgs& args, int threads) {
   if (args.n == 0 || args.c == 0 || args.h == 0 || args.w == 0) return;
@@ -600,7 +563,7 @@ void dispatch(const HaarArgs& args, int threads) {
 
 }  // namespace
 
-extern const CpuKernels kernels = {dispatch<Direction::analysis>, dispatch<Direction::synthesis>};
+extern const HaarKernels haar_kernels = {dispatch<Direction::analysis>, dispatch<Direction::synthesis>};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

@@ -12,11 +12,11 @@
 namespace wavemix {
 namespace {
 
-#define WAVEMIX_KERNELS_OF(isa) &isa::kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::patm_kernels
+#define WAVEMIX_KERNELS_OF(isa) &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::patm_kernels
 
 struct Variant {
   const char* name;
-  const CpuKernels* haar;
+  const HaarKernels* haar;
   const MlpKernels* mlp;
   const BatchNormKernels* batch_norm;
   const PatmKernels* patm;

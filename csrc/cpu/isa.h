@@ -13,7 +13,7 @@
 
 namespace wavemix {
 
-struct CpuKernels {
+struct HaarKernels {
   void (*haar_analysis)(const HaarArgs& args, int threads);
   void (*haar_synthesis)(const HaarArgs& args, int threads);
 };
@@ -43,7 +43,7 @@ struct PatmKernels {
 
 #define WAVEMIX_DECLARE_ISA(isa)                    \
   namespace isa {                                   \
-  extern const CpuKernels kernels;                  \
+  extern const HaarKernels haar_kernels;            \
   extern const MlpKernels mlp_kernels;              \
   extern const BatchNormKernels batch_norm_kernels; \
   extern const PatmKernels patm_kernels;            \

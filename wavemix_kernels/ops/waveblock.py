@@ -112,24 +112,26 @@ class _Waveblock(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         levels, part = _levels(flat), _Parts.of(backend)
         zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
-        ys: list[Any] = [None] * count
-        stats: list[Any] = [None] * count
+        # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
+        ys: list[Tensor] = []
+        stats: list[tuple[Tensor, Tensor, Tensor]] = []
         second, second_affine = None, None
         for i in range(count - 1, -1, -1):
-            level = levels[i]
+            level, z = levels[i], zs[-1]
+            zs = zs[:-1]
             u = pointwise_mlp.fused(
-                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
+                *_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
             )
-            zs[i] = None
-            ys[i] = second = upsample.forward(kind, u, level.up_weight, level.up_bias)
-            del u
+            second = upsample.forward(kind, u, level.up_weight, level.up_bias)
+            ys = [second, *ys]
+            del z, u
             if level.mean is None or level.invstd is None:
                 mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
                 invstd = torch.rsqrt(var + eps[i])
             else:
                 mean, invstd = level.mean, level.invstd
                 var = mean
-            stats[i] = (mean, var, invstd)
+            stats = [(mean, var, invstd), *stats]
             second_affine = batch_norm.affine(mean, invstd, level.bn_weight, level.bn_bias)
         assert second_affine is not None
         out = torch.ops.wavemix_kernels.batch_norm_apply(
@@ -168,41 +170,38 @@ class _Waveblock(torch.autograd.Function):
             for m, s, level in zip(means, invstds, levels, strict=True)
         ]
         zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
-        us: list[Any] = [None] * count
+        us: list[Tensor] = []
         if recompute == "mlp":
             ys = list(rest[:count])
         else:
-            ys = [None] * count
+            ys = []
             for i in range(count - 1, -1, -1):
-                second, second_affine = (ys[i + 1], affines[i + 1]) if i + 1 < count else (None, None)
-                us[i] = pointwise_mlp.fused(
-                    *_mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
-                )
-                ys[i] = upsample.forward(kind, us[i], levels[i].up_weight, levels[i].up_bias)
+                second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
+                arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
+                us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
+                ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias), *ys]
 
         flat_grads: list[Any] = []
         z_grads: list[Tensor] = []
         upper: Tensor | None = grad
         for i, level in enumerate(levels):
             assert upper is not None
+            z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
             dy, dbn_weight, dbn_bias = batch_norm.backward(
-                upper, ys[i], means[i], invstds[i], level.bn_weight, level.mean is None, True, part.norm
+                upper, y, means[i], invstds[i], level.bn_weight, level.mean is None, True, part.norm
             )
-            ys[i] = None
+            del y
             du = upsample.input_grad(kind, dy, level.up_weight)
-            second, second_affine = (ys[i + 1], affines[i + 1]) if i + 1 < count else (None, None)
-            mlp = pointwise_mlp.backward(
-                du,
-                *_mlp_arguments(level, zs[i], second, second_affine, dropout[i], _seed(seeds, i)),
-                us[i] is None,
-                part.mlp,
-            )
-            u = us[i] if mlp.output is None else mlp.output
-            us[i] = zs[i] = None
+            second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
+            arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
+            mlp = pointwise_mlp.backward(du, *arguments, not us, part.mlp)
+            u = us[0] if us else mlp.output
+            us = us[1:]
             dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, level.up_bias is not None)
-            z_grads.append(mlp.x)
+            z_grads = [*z_grads, mlp.x]
             upper = mlp.second
-            flat_grads += [
+            flat_grads = [
+                *flat_grads,
                 mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
                 None if level.bn_weight is None else dbn_weight.to(level.bn_weight.dtype),
                 None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
