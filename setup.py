@@ -2,7 +2,7 @@
 
 Environment:
     WAVEMIX_KERNELS_CUDA=0|1        leave CUDA out, or fail where it cannot be built (default: build it where nvcc is)
-    WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, for example "90" or "80;90" (default: of 80;90;100;120 those nvcc knows)
+    WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, like "90" or "80;90" (default: 80;90;100;120, if nvcc knows them)
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on PATH
     CMAKE_ARGS, MAX_JOBS            passed on
 """

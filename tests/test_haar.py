@@ -87,7 +87,8 @@ def test_synthesis_matches_reference(
     )
     # Values at most double once ((ll + 3 high) / 2 <= 2 peak); `add` is one more rounding.
     peak = 2 * max(t.abs().max().item() for t in [ll, *highs] + ([add] if with_add else []))
-    assert_within(out, exact, haar_bound(exact, dtype, levels + with_add, peak, launches(shape, levels, "zero"), backend))
+    bound = haar_bound(exact, dtype, levels + with_add, peak, launches(shape, levels, "zero"), backend)
+    assert_within(out, exact, bound)
 
 
 @pytest.mark.parametrize("mode", op.MODES)

@@ -28,7 +28,7 @@ def check_tensor(name: str, value: object, rank: int, layout: str) -> Tensor:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; call .to_dense() first")
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            f"{name}: expected float64, float32, float16 or bfloat16, got {describe(value)}; convert with .float() first"
+            f"{name}: expected float64, float32, float16 or bfloat16, got {describe(value)}; convert by .float()"
         )
     if value.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class FusedWaveblock(Waveblock):
     """A Waveblock that trains in about half (``recompute="mlp"``) or a quarter (``"all"``) of the activation memory.
 
     (N, final_dim, H, W) -> the same shape, H and W multiples of ``2**level``; parameters, buffers and results are
-    :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that cannot stand for the modules
-    (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the modules themselves run.
+    :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that cannot stand for the
+    modules (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the modules themselves run.
     Not differentiable twice, except on backend ``"reference"``.
 
     Args:
@@ -72,7 +72,8 @@ class FusedWaveblock(Waveblock):
         self.check_input(x)
         parts = [cast(nn.Sequential, getattr(self, self._feedforward_name(i + 1))) for i in range(self.level)]
         convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
-        cast_x, *flat = checks.autocast(x, *(t for m in convs for t in (m.weight, m.bias)))
+        weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]
+        cast_x, *flat = checks.autocast(x, *weights)
         checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
         tensors = iter(flat)
         weight, bias = next(tensors), next(tensors)
@@ -80,10 +81,10 @@ class FusedWaveblock(Waveblock):
         norms = [cast(nn.BatchNorm2d, part[5]) for part in parts]
         for part, norm in zip(parts, norms, strict=True):
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
-            up = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
-            levels.append(
-                waveblock.Level(w1[:, :, 0, 0], b1, w2[:, :, 0, 0], b2, *up, norm.weight, norm.bias, *_frozen(norm))
-            )
+            up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
+            mean, invstd = _frozen(norm)
+            mlp = (w1[:, :, 0, 0], b1, w2[:, :, 0, 0], b2)
+            levels.append(waveblock.Level(*mlp, up, up_bias, norm.weight, norm.bias, mean, invstd))
         dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
         out, stats = waveblock.waveblock(
             cast_x,
@@ -110,7 +111,7 @@ class FusedWaveblock(Waveblock):
     def _parts_are_plain(self) -> bool:
         if type(self.reduction) is not nn.Conv2d or not _untouched(self.reduction):
             return False
-        kinds = list(_PLAIN)
+        kinds: list[type[nn.Module] | None] = list(_PLAIN)
         kinds[4] = _UPSAMPLING[self.upsample]
         for i in range(self.level):
             part = getattr(self, self._feedforward_name(i + 1))

@@ -148,19 +148,20 @@ def _check_pyramid(ll: Tensor, highs: list[Tensor], size: tuple[int, int] | None
     for i, high in enumerate(highs):
         if high.shape[0] != n or high.shape[1] != c or high.shape[2] != 3:
             raise ValueError(
-                f"highs[{i}]: expected shape ({n}, {c}, 3, h, w) to go with ll {tuple(ll.shape)}, got {tuple(high.shape)}"
+                f"highs[{i}]: expected shape ({n}, {c}, 3, h, w) as ll {tuple(ll.shape)} has, got {tuple(high.shape)}"
             )
         if i > 0:
             finer = highs[i - 1].shape
             want = [reference.half_up(finer[-2]), reference.half_up(finer[-1])]
             if list(high.shape[-2:]) != want:
                 raise ValueError(
-                    f"highs[{i}]: expected {want[0]}x{want[1]}, half of highs[{i - 1}]'s {finer[-2]}x{finer[-1]} rounded up, "
-                    f"got {high.shape[-2]}x{high.shape[-1]}; levels go finest first"
+                    f"highs[{i}]: expected {want[0]}x{want[1]}, half of highs[{i - 1}]'s {finer[-2]}x{finer[-1]} "
+                    f"rounded up, got {high.shape[-2]}x{high.shape[-1]}; levels go finest first"
                 )
     if ll.shape[-2:] != highs[-1].shape[-2:]:
         raise ValueError(
-            f"ll: expected the coarsest level's {highs[-1].shape[-2]}x{highs[-1].shape[-1]}, got {ll.shape[-2]}x{ll.shape[-1]}"
+            f"ll: expected the coarsest level's {highs[-1].shape[-2]}x{highs[-1].shape[-1]}, "
+            f"got {ll.shape[-2]}x{ll.shape[-1]}"
         )
     h, w = highs[0].shape[-2:]
     if size is None:
@@ -169,8 +170,8 @@ def _check_pyramid(ll: Tensor, highs: list[Tensor], size: tuple[int, int] | None
         raise TypeError(f"size: expected (H, W), got {checks.describe(size)}")
     if reference.half_up(size[0]) != h or reference.half_up(size[1]) != w:
         raise ValueError(
-            f"{'size' if add is None else 'size of add'}: expected {2 * h - 1} or {2 * h} rows and {2 * w - 1} or {2 * w} "
-            f"columns for the {h}x{w} bands of highs[0], got {size[0]}x{size[1]}"
+            f"{'size' if add is None else 'size of add'}: expected {2 * h - 1} or {2 * h} rows and {2 * w - 1} or "
+            f"{2 * w} columns for the {h}x{w} bands of highs[0], got {size[0]}x{size[1]}"
         )
     if add is not None and list(add.shape) != [n, c, size[0], size[1]]:
         raise ValueError(f"add: expected shape ({n}, {c}, {size[0]}, {size[1]}), got {tuple(add.shape)}")

@@ -1,4 +1,4 @@
-"""What each op's ``self_test`` does: fp32 forward and gradients beside the float64 reference, in well under a second."""
+"""What each op's ``self_test`` does: fp32 forward and gradients beside the float64 reference, within a second."""
 
 from __future__ import annotations
 

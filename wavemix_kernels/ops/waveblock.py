@@ -1,14 +1,14 @@
 """``waveblock``: a whole Waveblock as one differentiable function that saves what recomputing would cost too much.
 
-Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``recompute="mlp"`` keeps x and the output of
-each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
+Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``recompute="mlp"`` keeps x and the output
+of each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
 ``recompute="all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, count: int, dropout: tuple[float, ...], eps: tuple[float, ...], kind: str, recompute: str,
-        residual: bool, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None,
+        residual: bool, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
+        *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         levels, part = _levels(flat), _Parts.of(backend)
         zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
@@ -195,7 +196,7 @@ class _Waveblock(torch.autograd.Function):
             second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
             arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
             mlp = pointwise_mlp.backward(du, *arguments, not us, part.mlp)
-            u = us[0] if us else mlp.output
+            u = cast(Tensor, us[0] if us else mlp.output)
             us = us[1:]
             dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, level.up_bias is not None)
             z_grads = [*z_grads, mlp.x]
