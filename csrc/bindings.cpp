@@ -14,6 +14,8 @@
 #endif
 #if WAVEMIX_WITH_CUDA
 #include <cuda_runtime_api.h>
+
+#include "wavemix/reduce_haar.h"
 #endif
 
 namespace py = pybind11;
@@ -98,6 +100,38 @@ wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threa
 }
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+#endif
+
+#if WAVEMIX_WITH_CUDA
+wavemix::ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x,
+                                         const Ints& weight, const Ints& bias, const std::vector<Ints>& z,
+                                         bool allow_tf32) {
+  if (levels < 1 || levels > wavemix::kMaxHaarLevels || z.size() != static_cast<size_t>(levels))
+    throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
+                          " outputs; one launch takes 1 to " + std::to_string(wavemix::kMaxHaarLevels));
+  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
+  if (weight.size() != 3) throw py::value_error("weight: expected an address and 2 strides");
+  if (!bias.empty() && bias.size() != 2) throw py::value_error("bias: expected an address and a stride, or nothing");
+  wavemix::ReduceHaarArgs args;
+  args.dtype = dtype_of(dtype);
+  args.levels = levels;
+  args.n = shape[0];
+  args.c = shape[1];
+  args.h = shape[2];
+  args.w = shape[3];
+  args.o = outputs;
+  args.x = view<wavemix::Plane>(x, "x");
+  args.weight = reinterpret_cast<const void*>(static_cast<uintptr_t>(weight[0]));
+  args.weight_stride[0] = weight[1];
+  args.weight_stride[1] = weight[2];
+  if (!bias.empty()) {
+    args.bias = reinterpret_cast<const void*>(static_cast<uintptr_t>(bias[0]));
+    args.bias_stride = bias[1];
+  }
+  for (int l = 0; l < levels; ++l) args.z[l] = view<wavemix::Plane>(z[l], "z");
+  args.allow_tf32 = allow_tf32;
+  return args;
+}
 #endif
 
 }  // namespace
@@ -242,5 +276,16 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("add"),
       py::arg("ll"), py::arg("highs"), py::arg("device"), py::arg("stream"), no_lows);
+  // `weight` is (address, two strides), `bias` (address, stride) or empty.
+  m.def(
+      "reduce_haar_cuda",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
+         const std::vector<Ints>& z, bool allow_tf32, int device, uintptr_t stream) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, allow_tf32);
+        py::gil_scoped_release unlocked;
+        wavemix::reduce_haar_cuda(args, device, reinterpret_cast<void*>(stream));
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("device"), py::arg("stream"));
 #endif
 }

@@ -26,7 +26,10 @@ THREADS_PER_BLOCK = 128
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, on each of these chips
 MAX_REGISTERS = 255  # of one thread
 MAX_STATIC_SHARED = 48 * 1024
+SHARED_OF_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KiB of one multiprocessor
+SHARED_OF_SYSTEM = 1024  # bytes of each block
 HAAR_KERNEL = re.compile(r"(analysis|synthesis)_(rows|channels)I(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
+REDUCE_KERNEL = re.compile(r"reduce_haarI(d|f|6__half|13__nv_bfloat16)Lb([01])ELi(\d+)E")
 # The wide forms: elements in 16 bytes.
 WIDE = {"d": 2, "f": 4, "6__half": 8, "13__nv_bfloat16": 8}
 
@@ -50,11 +53,13 @@ class Resources:
 
 
 def readable(mangled: str) -> str:
-    match = HAAR_KERNEL.search(mangled)
-    if match is None:
-        return mangled
-    direction, layout, dtype, per_word, levels = match.groups()
-    return f"{direction}_{layout}<{dtype.lstrip('0123456789')}, {per_word}, {levels}>"
+    if match := HAAR_KERNEL.search(mangled):
+        direction, layout, dtype, per_word, levels = match.groups()
+        return f"{direction}_{layout}<{dtype.lstrip('0123456789')}, {per_word}, {levels}>"
+    if match := REDUCE_KERNEL.search(mangled):
+        dtype, tensor_cores, tiles = match.groups()
+        return f"reduce_haar<{dtype.lstrip('0123456789')}, {('fma', 'mma')[int(tensor_cores)]}, {tiles}>"
+    return mangled
 
 
 def sources() -> list[Path]:
@@ -161,6 +166,39 @@ def test_wide_haar_kernels_move_16_bytes_at_a_time(direction: str) -> None:
         assert all(wide.values()), f"{readable(name)}: {wide}\n{instructions}"
         assert not any(op.startswith(("LDL", "STL", "BAR")) for op in instructions), readable(name)
     assert seen == {(layout, dtype) for layout in ("rows", "channels") for dtype in WIDE}
+
+
+def test_reduce_haar_fits_two_blocks_on_every_chip() -> None:
+    """One block computes while the other waits for memory."""
+    granule = 8 * THREADS_PER_BLOCK  # registers are handed out by eights to each thread
+    for kernel in compiled(SOURCES / "reduce_haar.cu")[1]:
+        by_registers = REGISTER_FILE // (-(-kernel.registers * THREADS_PER_BLOCK // granule) * granule)
+        by_shared = SHARED_OF_SM[kernel.arch] * 1024 // (kernel.shared + SHARED_OF_SYSTEM)
+        assert min(by_registers, by_shared) >= 2, kernel.row()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_reduce_haar_uses_tensor_cores_and_wide_asynchronous_copies(arch: int) -> None:
+    binary, _ = compiled(SOURCES / "reduce_haar.cu")
+    mma = {"6__half": "HMMA.16816.F32", "13__nv_bfloat16": "HMMA.16816.F32.BF16", "f": "HMMA.1688.F32.TF32"}
+    seen = set()
+    for name, instructions in machine_code(binary, arch).items():
+        match = REDUCE_KERNEL.search(name)
+        assert match is not None, name
+        dtype, tensor_cores, _ = match.groups()
+        seen.add((dtype, tensor_cores))
+        expected = ["LDGSTS.E.BYPASS", "STG.E.128"]
+        if tensor_cores == "1":
+            expected += [mma[dtype], "LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if dtype != "f" else [])]
+        else:
+            expected += ["DFMA" if dtype == "d" else "FFMA"]
+            assert not any(op.startswith(("HMMA", "DMMA")) for op in instructions), readable(name)
+        for instruction in expected:
+            assert any(op.startswith(instruction) for op in instructions), (
+                f"{readable(name)}: no {instruction}: {sorted(instructions)}"
+            )
+        assert not any(op.startswith(("LDL", "STL")) for op in instructions), readable(name)
+    assert seen == {("d", "0"), ("f", "0"), ("f", "1"), ("6__half", "1"), ("13__nv_bfloat16", "1")}
 
 
 @pytest.mark.parametrize("arch", [80, 90])

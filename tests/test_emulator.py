@@ -1,4 +1,4 @@
-"""The CUDA sources, run on the host: the real Haar kernels are right, and the emulator catches wrong ones."""
+"""The CUDA sources, run on the host: the real kernels are right, and the emulator catches wrong ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from tests.emulator import build, haar_cases
+from tests.emulator import build, haar_cases, reduce_haar_cases
 from tests.emulator.haar_cases import Case, argument, check_analysis, check_synthesis, decode, encode, launches
 
 LEVELS = range(1, 6)
@@ -90,10 +91,11 @@ def test_synthesis_is_the_adjoint_of_analysis(core: ModuleType, levels: int, lay
         ("nhwc", "nchw", (2, 1, 9, 32), "rows (wide"),  # one channel: the same memory as NCHW
     ],
 )
+@pytest.mark.parametrize("low", [False, True])
 def test_shapes_reach_the_kernel_meant_for_them(
-    core: ModuleType, dtype: str, image: str, bands: str, shape: tuple[int, int, int, int], form: str
+    core: ModuleType, dtype: str, image: str, bands: str, shape: tuple[int, int, int, int], form: str, low: bool
 ) -> None:
-    case = Case(dtype, 3, shape, 0.0, image, bands)
+    case = Case(dtype, 3, shape, 0.0, image, bands, low=bands if low else None)
     launches(core)
     check_analysis(core, case)
     check_synthesis(core, case)
@@ -108,7 +110,7 @@ def test_large_tensors_are_cut_into_several_launches(core: ModuleType) -> None:
         for layout in ("nchw", "nhwc"):
             for levels in (1, 2, 5):
                 launches(core)
-                case = Case("float32", levels, shape, -1.0, layout, layout)
+                case = Case("float32", levels, shape, -1.0, layout, layout, low=layout)
                 check_analysis(core, case)
                 assert len(launches(core)) > 1 or levels > 1, case
                 check_synthesis(core, case)
@@ -119,7 +121,7 @@ def test_large_tensors_are_cut_into_several_launches(core: ModuleType) -> None:
 def test_result_does_not_depend_on_the_order_of_threads(
     core: ModuleType, monkeypatch: pytest.MonkeyPatch, layout: str, levels: int
 ) -> None:
-    case = Case("float32", levels, (1, 8, 33, 32), 1.0, layout, layout)
+    case = Case("float32", levels, (1, 8, 33, 32), 1.0, layout, layout, low=layout)
     results = []
     for order in ORDERS:
         monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
@@ -143,18 +145,10 @@ def test_overlapping_input_is_read_in_place(core: ModuleType) -> None:
 HUGE = 2**31 + 64  # elements; a multiple of every word
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, 3])
-@pytest.mark.parametrize("side", ["image", "high", "ll", "add"])
-def test_offsets_are_64_bit(core: ModuleType, side: str, axis: int) -> None:
-    """One stride beyond 2^31 elements, on memory of which only the touched pages exist."""
-    shape = {"image": (2, 2, 2, 16), "add": (2, 2, 2, 16), "ll": (2, 2, 2, 2), "high": (2, 2, 3, 2, 2)}[side]
-    position = axis if side != "high" or axis < 2 else axis + 1
-    if side == "high" and axis == 2:
-        position = 2  # the band's own stride
+@contextmanager
+def huge_view(shape: tuple[int, ...], position: int) -> Iterator[np.ndarray]:
+    """float16 with one stride beyond 2^31 elements, in memory of which only the touched pages exist."""
     extent = shape[position]
-    if extent > 3:
-        shape = (*shape[:position], 3, *shape[position + 1 :])
-        extent = 3
     strides, step = [0] * len(shape), 1
     for i in reversed(range(len(shape))):
         if i != position:
@@ -165,9 +159,19 @@ def test_offsets_are_64_bit(core: ModuleType, side: str, axis: int) -> None:
     with mmap.mmap(-1, size, flags=reserve) as memory:
         huge = np.ndarray(shape, np.float16, memory, strides=[2 * s for s in strides])
         try:
-            check_huge(core, side, huge)
+            yield huge
         finally:
             del huge  # a mapping with a live view cannot be closed
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+@pytest.mark.parametrize("side", ["image", "high", "ll", "add"])
+def test_offsets_are_64_bit(core: ModuleType, side: str, axis: int) -> None:
+    shape = {"image": (2, 2, 2, 16), "add": (2, 2, 2, 16), "ll": (2, 2, 2, 2), "high": (2, 2, 3, 2, 2)}[side]
+    position = axis if side != "high" or axis <= 2 else axis + 1  # 2: the band's own stride
+    shape = (*shape[:position], min(shape[position], 3), *shape[position + 1 :])
+    with huge_view(shape, position) as huge:
+        check_huge(core, side, huge)
 
 
 def check_huge(core: ModuleType, side: str, huge: np.ndarray) -> None:
@@ -195,6 +199,106 @@ def check_huge(core: ModuleType, side: str, huge: np.ndarray) -> None:
     core.haar_analysis_cuda(2, 1, (n, c, h, w), 1.0, argument(image), argument(ll), [argument(high)], 0, 0)
     np.testing.assert_allclose(ll.astype(np.float64), wanted_ll, rtol=2.0**-10, atol=2.0**-10)
     np.testing.assert_allclose(high.astype(np.float64), wanted_high, rtol=2.0**-10, atol=2.0**-10)
+
+
+# --- reduce_haar ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", reduce_haar_cases.KINDS)
+def test_reduce_haar(core: ModuleType, kind: str) -> None:
+    for case in reduce_haar_cases.cases(kind):
+        try:
+            reduce_haar_cases.check(core, case)
+        except Exception as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    "kind, channels, outputs, layout, kernel",
+    [
+        ("float16", 144, 36, "nhwc", "float16, tensor cores, 5 tiles of outputs, 16 bytes along C"),
+        ("bfloat16", 192, 48, "nchw", "bfloat16, tensor cores, 6 tiles of outputs, 16 bytes along W"),
+        ("float16", 16, 64, "nhwc", "float16, tensor cores, 8 tiles of outputs, 16 bytes along C"),
+        ("float16", 20, 5, "nhwc", "float16, tensor cores, 2 tiles of outputs, 8 bytes along C"),
+        ("float16", 20, 5, "nhwc_misaligned", "float16, tensor cores, 2 tiles of outputs, 2 bytes along C"),
+        ("tf32", 16, 16, "nchw", "float32, tensor cores, 2 tiles of outputs, 16 bytes along W"),
+        ("float32", 16, 64, "nchw", "float32, fma, 4 tiles of outputs, 16 bytes along W"),
+        ("float32", 7, 36, "nhwc", "float32, fma, 5 tiles of outputs, 4 bytes along C"),
+        ("float64", 16, 36, "transposed", "float64, fma, 2 tiles of outputs, 8 bytes along C"),
+    ],
+)
+def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
+    core: ModuleType, kind: str, channels: int, outputs: int, layout: str, kernel: str
+) -> None:
+    launches(core)
+    reduce_haar_cases.check(core, reduce_haar_cases.Case(kind, 1, (1, channels, 4, 16), outputs, layout, layout))
+    assert launches(core) == [f"reduce_haar ({kernel}, 1 levels)"]
+
+
+def test_reduce_haar_cuts_large_batches_into_several_launches(core: ModuleType) -> None:
+    """The emulated core allows 8 blocks a launch instead of 2^31."""
+    for shape, outputs, expected in (((19, 4, 4, 4), 8, 3), ((2, 4, 20, 66), 8, 2), ((5, 4, 4, 4), 200, 3)):
+        launches(core)
+        reduce_haar_cases.check(core, reduce_haar_cases.Case("float16", 1, shape, outputs, "nhwc", "nhwc"))
+        assert len(launches(core)) == expected
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("kind", ["float16", "tf32", "float32"])
+def test_reduce_haar_does_not_depend_on_the_order_of_threads(
+    core: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, layout: str
+) -> None:
+    case = reduce_haar_cases.Case(kind, 5, (1, 40, 32, 32), 12, layout, layout)
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+        results.append(reduce_haar_cases.check(core, case))
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("side, axis", [*((side, axis) for side in "xz" for axis in range(4)), ("w", 0), ("w", 1)])
+def test_reduce_haar_offsets_are_64_bit(core: ModuleType, side: str, axis: int) -> None:
+    n, c, h, w, o = 2, 3, 4, 4, 2
+    shapes = {"x": (n, c, h, w), "z": (n, 4 * o, h // 2, w // 2), "w": (o, c)}
+    with huge_view(shapes[side], axis) as huge:
+        x, z, weight = (huge if name == side else np.empty(shapes[name], np.float16) for name in "xzw")
+        random = np.random.default_rng(0)
+        x[...], weight[...] = random.standard_normal(x.shape), random.standard_normal(weight.shape)
+        z[...] = np.nan
+        core.reduce_haar_cuda(2, 1, x.shape, o, argument(x), argument(weight), [], [argument(z)], False, 0, 0)
+        r = np.einsum("nchw,oc->nohw", x.astype(np.float64), weight.astype(np.float64))
+        ll, (high,) = haar_cases.analysis(r, 1, 0.0)
+        wanted = np.concatenate([ll, high.reshape(n, 3 * o, h // 2, w // 2)], 1)
+        np.testing.assert_allclose(z.astype(np.float64), wanted, rtol=2.0**-10, atol=2.0**-10)
+        del x, z, weight  # the mapping closes
+
+
+def test_reduce_haar_keeps_non_finite_values_in_their_quad(core: ModuleType) -> None:
+    """What lies beside an infinity, in the same words and fragments, stays finite; also beyond C and O."""
+    for layout in ("nchw", "nhwc"):
+        for dtype in ("float16", "float32"):
+            values = np.ones((1, 5, 8, 8))
+            values[0, 2, 3, 4] = np.inf
+            x, _ = haar_cases.place(values, layout, dtype)
+            weight, _ = haar_cases.place(np.ones((3, 5, 1, 1)), "nchw", dtype)
+            z = haar_cases.Poisoned((1, 12, 4, 4), layout, dtype)
+            core.reduce_haar_cuda(
+                haar_cases.DTYPES[dtype][0], 1, values.shape, 3, argument(x), argument(weight)[:3], [],
+                [argument(z.view)], False, 0, 0,
+            )  # fmt: skip
+            finite = np.isfinite(z.take())
+            expected = np.ones_like(finite)
+            expected[0, :, 1, 2] = False
+            np.testing.assert_array_equal(finite, expected)
+
+
+def test_reduce_haar_rejects_sizes_that_do_not_halve(core: ModuleType) -> None:
+    case = reduce_haar_cases.Case("float32", 2, (1, 4, 6, 8), 4)
+    with pytest.raises(ValueError, match="got 6 x 8 pixels; multiples of 4 would work"):
+        reduce_haar_cases.check(core, case)
+    with pytest.raises(ValueError, match="levels: got 6"):
+        reduce_haar_cases.check(core, reduce_haar_cases.Case("float32", 6, (1, 4, 64, 64), 4))
 
 
 def test_unknown_device_is_an_error_and_the_current_one_is_kept(core: ModuleType) -> None:
@@ -235,9 +339,10 @@ def sanitized() -> Path:
     return build.build("address,undefined")
 
 
-def test_haar_kernels_pass_the_sanitizers(sanitized: Path) -> None:
+@pytest.mark.parametrize("cases", [haar_cases, reduce_haar_cases], ids=["haar", "reduce_haar"])
+def test_kernels_pass_the_sanitizers(sanitized: Path, cases: ModuleType) -> None:
     (module,) = sanitized.glob("_emulated.*")
-    done = sanitized_python(str(Path(haar_cases.__file__)), str(module))
+    done = sanitized_python("-m", cases.__name__, str(module))
     assert done.returncode == 0, done.stderr[-6000:]
     assert "cases passed" in done.stdout
 
@@ -276,18 +381,14 @@ def run_kernel(kernels: ModuleType, name: str, wrong: bool) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", [*CAUGHT, *ONLY_SANITIZED, "order_dependent"])
-def test_right_kernel_passes(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str
-) -> None:
+def test_right_kernel_passes(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
     run_kernel(kernels, name, wrong=False)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CAUGHT)
-def test_wrong_kernel_is_caught(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str
-) -> None:
+def test_wrong_kernel_is_caught(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
     with pytest.raises(RuntimeError, match=CAUGHT[name]) as caught:
         run_kernel(kernels, name, wrong=True)

@@ -96,8 +96,18 @@ struct Line {
   Line(const Plane& plane, const Plan& plan, int64_t image, int64_t line, int64_t channel = 0)
       : origin(static_cast<T*>(plane.data) + image * plane.stride[0] + line * plane.stride[plan.across] + channel),
         step(plane.stride[plan.axis]) {}
+  Line(const Line& line, int64_t channel) : origin(line.origin + channel), step(line.step) {}
   T* pixel(int64_t i) const { return origin + i * step; }
 };
+
+// The channels of pixels lie apart, by lines of the image along H: hardware prefetchers give up there, and the latency
+// of memory would be most of the time.
+constexpr int64_t kAhead = 6;
+template <class T>
+static inline void prefetch(const Line<const T>& line, int64_t pixel, int64_t channels) {
+  const char* const begin = reinterpret_cast<const char*>(line.pixel(pixel));
+  for (int64_t i = 0; i < channels * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(begin + i);
+}
 
 // Channels as arithmetic values: in place where they are, otherwise a converted copy.
 template <class T, class A>
@@ -126,18 +136,21 @@ static void waves_of(const double* theta, const double* scale, const double* shi
 }
 static void waves_of(const float* __restrict theta, const float* __restrict scale, const float* __restrict shift,
                      int64_t n, float* __restrict cosine, float* __restrict sine) {
-  // Not negative, so the bits of phases compare as the phases do, and those of NaN are the largest.
-  uint32_t largest = 0;
+  // Not negative, so the bits of phases compare as the phases do, and those of NaN are the largest: the sign bit of
+  // `beyond` becomes one with the first that is too large.
+  uint32_t beyond = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float phase = relu(before_relu(theta[i], scale[i], shift[i]));
-    const uint32_t bits = float_to_bits(phase) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-    sincos_fast(phase, sine[i], cosine[i]);
+    cosine[i] = relu(before_relu(theta[i], scale[i], shift[i]));
+    beyond |= float_to_bits(kFastPhase) - (float_to_bits(cosine[i]) & 0x7fffffffu);
   }
-  if (largest <= float_to_bits(kFastPhase)) return;
-  for (int64_t i = 0; i < n; ++i) {
-    const float phase = relu(before_relu(theta[i], scale[i], shift[i]));
-    if (!(phase <= kFastPhase)) sincos_exact(phase, sine[i], cosine[i]);
+  if (beyond >> 31 == 0) {
+    WAVEMIX_SIMD
+    for (int64_t i = 0; i < n; ++i) sincos_fast(cosine[i], sine[i], cosine[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const float phase = cosine[i];
+      phase <= kFastPhase ? sincos_fast(phase, sine[i], cosine[i]) : sincos_exact(phase, sine[i], cosine[i]);
+    }
   }
 }
 
@@ -175,6 +188,8 @@ static void make_waves(const Block<A>& b, const Line<const T>& z, const Line<con
       std::memset(wave, 0, static_cast<size_t>(2 * b.width) * sizeof(A));
       continue;
     }
+    prefetch(theta, j + kAhead, channels);
+    prefetch(z, j + kAhead, channels);
     A* const cosine = keep != nullptr && j >= begin && j < end ? keep + (j - begin) * 2 * b.width : buffer;
     A* const sine = cosine + b.width;
     waves_of(fetch(theta.pixel(j), channels, buffer + 2 * b.width), scale, shift, channels, cosine, sine);
@@ -354,6 +369,7 @@ static void load_gradient(const Block<A>& block, const Line<const T>& grad, cons
     }
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t channel = half * plan.pairs + pair;
+      prefetch(Line<const T>{grad, channel}, j + kAhead, block.count);
       A* const __restrict to = row + half * block.half;
       load_row(grad.pixel(j) + channel, 1, block.count, to);
       if (a != nullptr) {
@@ -366,6 +382,13 @@ static void load_gradient(const Block<A>& block, const Line<const T>& grad, cons
       }
     }
   }
+}
+
+// An output may be some of the channels of a larger fresh one: it is the larger one that huge pages are for.
+static void advise_slice(const Plane& p, const PhaseArgs& args, int64_t element) {
+  const int64_t pitch = p.stride[3];
+  if (pitch >= args.c && pitch <= 8 * args.c && p.stride[2] == pitch * args.w && p.stride[0] == p.stride[2] * args.h)
+    advise_huge_pages(p.data, ((args.n * args.h * args.w - 1) * pitch + args.c) * element);
 }
 
 template <class A>
@@ -410,7 +433,7 @@ static void backward(const PhaseArgs& args, const PhaseGradArgs& grads, int thre
   const int64_t element = static_cast<int64_t>(sizeof(T)), elements = args.n * args.c * args.h * args.w;
   const Plane* const written[] = {&grads.d_z, &grads.d_theta, &grads.d_c};
   if (elements > 0)
-    for (const Plane* plane : written) advise<4>(plane->data, plane->stride, {args.n, args.c, args.h, args.w}, element);
+    for (const Plane* plane : written) advise_slice(*plane, args, element);
   if (elements < kSerialElements) threads = 1;
   const Block<A> widest(smaller(kPairs, plan.pairs));
   const int64_t width = widest.width;

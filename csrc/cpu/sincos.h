@@ -4,8 +4,8 @@
 // Waite): n times the first two parts has at most 24 bits for n < 2^13, and so have the differences, so only the third
 // step rounds, with or without FMA. Polynomials for r in the form of Cephes' sinf and cosf.
 //
-// |error| <= 2^-24 for |x| <= kFastPhase (every float was tried, with and without FMA). Larger ones, infinities and
-// NaN take the double functions of the C library.
+// |error| <= 1.32 * 2^-24 for |x| <= kFastPhase (every float was tried, with and without FMA). Larger ones, infinities
+// and NaN take the double functions of the C library.
 #pragma once
 
 #include <math.h>

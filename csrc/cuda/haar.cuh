@@ -34,15 +34,17 @@ constexpr int kWarp = 32;
 struct Level {
   void* high;  // synthesis: null stands for zeros
   int64_t stride[5];
+  // LL: the transform's own at the last level. Elsewhere null, or where analysis also writes it and what synthesis
+  // adds to it; level 0 is the image, to which synthesis adds `add`.
+  void* ll;
+  int64_t ll_stride[4];
   int h, w;
 };
 
 struct Params {
-  const void* add;
   void* image;
-  void* ll;
-  int64_t image_stride[4], add_stride[4], ll_stride[4];
-  Level level[kMaxHaarLevels + 1];  // level[0] holds the image's size alone
+  int64_t image_stride[4];
+  Level level[kMaxHaarLevels + 1];
   int levels;
   int c;
   float edge;
@@ -53,28 +55,29 @@ struct Params {
   Divisor inner, middle, outer;
 };
 
+// The LL of one level as the caller holds it: `add` at level 0, `ll` at the last.
+template <class Args>
+auto& ll_of(Args& args, int level) {
+  return level == 0 ? args.add : level == args.levels ? args.ll : args.low[level - 1];
+}
+
 inline Params make_params(const HaarArgs& args) {
   Params p = {};
   p.image = args.image.data;
-  p.add = args.add.data;
-  p.ll = args.ll.data;
   std::copy_n(args.image.stride, 4, p.image_stride);
-  std::copy_n(args.add.stride, 4, p.add_stride);
-  std::copy_n(args.ll.stride, 4, p.ll_stride);
   p.levels = args.levels;
   p.c = static_cast<int>(args.c);
   p.edge = args.edge;
   int64_t h = args.h, w = args.w;
-  p.level[0].h = static_cast<int>(h);
-  p.level[0].w = static_cast<int>(w);
-  for (int l = 1; l <= args.levels; ++l) {
-    h = half_up(h);
-    w = half_up(w);
+  for (int l = 0; l <= args.levels; ++l, h = half_up(h), w = half_up(w)) {
     Level& level = p.level[l];
-    level.high = args.high[l - 1].data;
-    std::copy_n(args.high[l - 1].stride, 5, level.stride);
+    level.ll = ll_of(args, l).data;
+    std::copy_n(ll_of(args, l).stride, 4, level.ll_stride);
     level.h = static_cast<int>(h);
     level.w = static_cast<int>(w);
+    if (l == 0) continue;
+    level.high = args.high[l - 1].data;
+    std::copy_n(args.high[l - 1].stride, 5, level.stride);
   }
   return p;
 }
@@ -125,17 +128,15 @@ inline HaarArgs normalised(HaarArgs args) {
   };
   int64_t h = args.h, w = args.w;
   plane(args.image, h, w);
-  plane(args.add, h, w);
-  for (int l = 0; l < args.levels; ++l) {
-    h = half_up(h);
-    w = half_up(w);
-    int64_t* stride = args.high[l].stride;
+  for (int l = 0; l <= args.levels; ++l, h = half_up(h), w = half_up(w)) {
+    plane(ll_of(args, l), h, w);
+    if (l == 0) continue;
+    int64_t* stride = args.high[l - 1].stride;
     settle(&stride[0], args.n);
     settle(&stride[1], args.c);
     settle(&stride[3], h);
     settle(&stride[4], w);
   }
-  plane(args.ll, h, w);
   return args;
 }
 
@@ -158,13 +159,14 @@ bool rows_wide(const HaarArgs& args) {
   if (args.w % (2 * V) != 0 || !plane_fits(args.image, V) || !plane_fits(args.add, V)) return false;
   for (int l = 1; l <= args.levels; ++l) {
     const int64_t per_word = std::max<int64_t>((2 * V) >> l, 1);
+    if (!plane_fits(ll_of(args, l), per_word)) return false;
     const Bands& high = args.high[l - 1];
     const int64_t* s = high.stride;
     if (high.data && per_word > 1 &&
         !(s[4] == 1 && word_aligned(high.data, sizeof(T), per_word, s[0], s[1], s[2], s[3])))
       return false;
   }
-  return plane_fits(args.ll, std::max<int64_t>((2 * V) >> args.levels, 1));
+  return true;
 }
 
 template <class T>
@@ -173,7 +175,9 @@ bool channels_wide(const HaarArgs& args) {
   auto plane_fits = [](const Plane& p) {
     return !p.data || (p.stride[1] == 1 && word_aligned(p.data, sizeof(T), V, p.stride[0], p.stride[2], p.stride[3]));
   };
-  if (args.c % V != 0 || !plane_fits(args.image) || !plane_fits(args.add) || !plane_fits(args.ll)) return false;
+  if (args.c % V != 0 || !plane_fits(args.image)) return false;
+  for (int l = 0; l <= args.levels; ++l)
+    if (!plane_fits(ll_of(args, l))) return false;
   return std::all_of(args.high, args.high + args.levels, [](const Bands& high) {
     const int64_t* s = high.stride;
     return !high.data || (s[1] == 3 && s[2] == 1 && word_aligned(high.data, sizeof(T), V, s[0], s[3], s[4]));
@@ -201,8 +205,7 @@ inline HaarArgs part(HaarArgs args, int axis, int64_t begin, int64_t count) {
     p.data = advance(p.data, (axis < 2 ? begin : begin >> level) * p.stride[axis], args.dtype);
   };
   plane(args.image, 0);
-  plane(args.add, 0);
-  plane(args.ll, args.levels);
+  for (int l = 0; l <= args.levels; ++l) plane(ll_of(args, l), l);
   for (int l = 1; l <= args.levels; ++l) {
     Bands& high = args.high[l - 1];
     const int64_t steps = axis < 2 ? begin : begin >> l;

@@ -139,9 +139,11 @@ struct RowsAnalysis {
     T* high = static_cast<T*>(out.high) + n * out.stride[0] + c * out.stride[1] + i * out.stride[3] + j * out.stride[4];
 #pragma unroll
     for (int b = 0; b < 3; ++b) store<T, N>(high + b * out.stride[2], bands[b + 1]);
-    if (level >= M && level == p.levels) {
-      const int64_t* stride = p.ll_stride;
-      store<T, N>(static_cast<T*>(p.ll) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], bands[0]);
+    if (out.ll) {
+      const int64_t* stride = out.ll_stride;
+      T* ll = static_cast<T*>(out.ll) + here(n) * stride[0] + here(c) * stride[1] + here(i) * stride[2] +
+              here(j) * stride[3];
+      store<T, N>(ll, bands[0]);
     }
   }
 };
@@ -236,9 +238,11 @@ struct ChannelsAnalysis {
 #pragma unroll
       for (int b = 0; b < 3; ++b) store<T, V>(high + b * out.stride[2], bands[b + 1]);
     }
-    if (level >= M && level == p.levels) {
-      const int64_t* stride = p.ll_stride;
-      store<T, V>(static_cast<T*>(p.ll) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], bands[0]);
+    if (out.ll) {
+      const int64_t* stride = out.ll_stride;
+      T* ll = static_cast<T*>(out.ll) + here(n) * stride[0] + here(c) * stride[1] + here(i) * stride[2] +
+              here(j) * stride[3];
+      store<T, V>(ll, bands[0]);
     }
   }
 };

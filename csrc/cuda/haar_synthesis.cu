@@ -21,18 +21,37 @@ __device__ A column_of_pair(const PairWeights<A>& columns, bool right, A low, A 
   return right ? low - high : columns.low * low + columns.high * high;
 }
 
+// x = LL at (i, j) of `level`, as the caller holds it: N columns, or N channels from c on.
+template <class T, int N>
+__device__ void load_ll(const Level& level, int64_t n, int64_t c, int64_t i, int64_t j, Arithmetic<T> (&x)[N]) {
+  const int64_t* stride = level.ll_stride;
+  load<T, N>(static_cast<const T*>(level.ll) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], x);
+}
+
+// Adds to x the LL that the caller gave for this level, if any.
+template <class T, int N>
+__device__ void add_ll(const Level& level, int64_t n, int64_t c, int i, int j, Arithmetic<T> (&x)[N]) {
+  if (!level.ll) return;
+  Arithmetic<T> addend[N];
+  load_ll<T, N>(level, here(n), here(c), here(i), here(j), addend);
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] += addend[k];
+}
+
 // The sample at (i, j) of level `level - 1`: for levels coarser than a thread's tile, where it needs one of the four.
-template <class T, int N, class LoadBands>
-__device__ void descend(const Params& p, int level, int i, int j, Arithmetic<T> (&ll)[N], const LoadBands& load_bands) {
+template <class T, int N, class Thread>
+__device__ void descend(const Thread& thread, int level, int i, int j, Arithmetic<T> (&ll)[N]) {
   using A = Arithmetic<T>;
+  const Params& p = thread.p;
   A high[3][N];
-  load_bands(level, i >> 1, j >> 1, high);
+  thread.load_bands(level, i >> 1, j >> 1, high);
   const PairWeights<A> rows((i | 1) < p.level[level - 1].h, p.edge, A(0.5));
   const PairWeights<A> columns((j | 1) < p.level[level - 1].w, p.edge, A(1));
   const RowOfQuad<A> row(rows, i & 1);
 #pragma unroll
   for (int k = 0; k < N; ++k)
     ll[k] = column_of_pair(columns, j & 1, row.low(ll[k], high[0][k]), row.high(high[1][k], high[2][k]));
+  add_ll<T>(p.level[level - 1], thread.n, thread.c, i, j, ll);
 }
 
 // --- Rows ------------------------------------------------------------------------------------------------
@@ -81,16 +100,11 @@ struct RowsSynthesis {
               finer[k] = column_of_pair(columns, (column >> (level - 1)) & 1, low, high_);
             }
           }
+          if constexpr (level > 1) add_ll<T>(p.level[level - 1], n, c, 2 * i + below, column >> (level - 1), finer);
           expand<level - 1>(2 * i + below, finer);
         }
       }
     }
-  }
-
-  template <int N>
-  __device__ void load_ll(int i, int j, A (&x)[N]) const {
-    const int64_t* stride = p.ll_stride;
-    load<T, N>(static_cast<const T*>(p.ll) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], x);
   }
 
   template <int N>
@@ -114,13 +128,7 @@ struct RowsSynthesis {
     A sum[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) sum[k] = x[k];
-    if (p.add) {
-      const int64_t* stride = p.add_stride;
-      A addend[N];
-      load<T, N>(static_cast<const T*>(p.add) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], addend);
-#pragma unroll
-      for (int k = 0; k < N; ++k) sum[k] += addend[k];
-    }
+    add_ll<T>(p.level[0], n, c, i, j, sum);
     const int64_t* stride = p.image_stride;
     store<T, N>(static_cast<T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], sum);
   }
@@ -146,13 +154,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) synthesis_rows(const __g
   const int64_t c = p.outer.take(task);
   const RowsSynthesis<T, V> thread{p, task, c, column};
   A ll[width(V, M)];
-  const int above = p.levels - M;
-  thread.load_ll(row >> above, column >> p.levels, ll);
+  load_ll<T>(p.level[p.levels], task, c, row >> (p.levels - M), column >> p.levels, ll);
   if constexpr (M == kMaxTileLevels<V>) {
     static_assert(width(V, M) == 1, "one column above the tile");
     for (int level = p.levels; level > M; --level)
-      descend<T>(p, level, row >> (level - 1 - M), column >> (level - 1), ll,
-                 [&](int l, int i, int j, A(&high)[3][1]) { thread.load_bands(l, i, j, high); });
+      descend<T>(thread, level, row >> (level - 1 - M), column >> (level - 1), ll);
   }
   thread.template expand<M>(row, ll);
 }
@@ -186,15 +192,11 @@ struct ChannelsSynthesis {
 #pragma unroll
           for (int k = 0; k < V; ++k)
             finer[k] = column_of_pair(columns, right, row.low(ll[k], high[0][k]), row.high(high[1][k], high[2][k]));
+          if constexpr (level > 1) add_ll<T>(p.level[level - 1], n, c, 2 * i + below, 2 * j + right, finer);
           expand<level - 1>(2 * i + below, 2 * j + right, finer);
         }
       }
     }
-  }
-
-  __device__ void load_ll(int i, int j, A (&x)[V]) const {
-    const int64_t* stride = p.ll_stride;
-    load<T, V>(static_cast<const T*>(p.ll) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], x);
   }
 
   __device__ void load_bands(int level, int i, int j, A (&high)[3][V]) const {
@@ -226,13 +228,7 @@ struct ChannelsSynthesis {
     A sum[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) sum[k] = x[k];
-    if (p.add) {
-      const int64_t* stride = p.add_stride;
-      A addend[V];
-      load<T, V>(static_cast<const T*>(p.add) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], addend);
-#pragma unroll
-      for (int k = 0; k < V; ++k) sum[k] += addend[k];
-    }
+    add_ll<T>(p.level[0], n, c, i, j, sum);
     const int64_t* stride = p.image_stride;
     store<T, V>(static_cast<T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], sum);
   }
@@ -250,11 +246,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) synthesis_channels(const
   const int i = static_cast<int>(p.outer.take(task));
   const ChannelsSynthesis<T, V> thread{p, task, c};
   A ll[V];
-  thread.load_ll(i >> (p.levels - M), j >> (p.levels - M), ll);
+  load_ll<T>(p.level[p.levels], task, c, i >> (p.levels - M), j >> (p.levels - M), ll);
   if constexpr (M == kMaxChannelTileLevels) {
     for (int level = p.levels; level > M; --level)
-      descend<T>(p, level, i >> (level - 1 - M), j >> (level - 1 - M), ll,
-                 [&](int l, int row, int column, A(&high)[3][V]) { thread.load_bands(l, row, column, high); });
+      descend<T>(thread, level, i >> (level - 1 - M), j >> (level - 1 - M), ll);
   }
   thread.template expand<M>(i, j, ll);
 }

@@ -71,12 +71,17 @@ __device__ inline void ldmatrix_x4(Fragment (&r)[4], const T* row) {
   }
 }
 
-// 16 bytes from global to shared memory, past the registers and the first-level cache. They are there after
-// cp_async_wait in the copying thread, and after a barrier behind it in the others.
-template <class T>
-__device__ inline void cp_async_16(T* target, const T* source) {
+// 4, 8 or 16 bytes from global to shared memory, past the registers (16: past the first-level cache too). They are
+// there after cp_async_wait in the copying thread, and after a barrier behind it in the others.
+template <int bytes, class T>
+__device__ inline void cp_async(T* target, const T* source) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "the widths the instruction has");
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(source), "n"(bytes) : "memory");
+  }
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the last `pending` groups of this thread are under way.
@@ -196,12 +201,14 @@ void ldmatrix_x4(Fragment (&r)[4], SharedSpan<T> row, WAVEMIX_SITE) {
   }
 }
 
-template <class T>
-void cp_async_16(SharedSpan<T> target, const T* source) {
-  if (target.offset() % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0)
-    emulator::fail("cp_async_16: target offset " + std::to_string(target.offset()) + " and source address " +
-                   std::to_string(reinterpret_cast<uintptr_t>(source)) + " must be multiples of 16 bytes");
-  emulator::copy_async(target.memory(), target.offset(), source, 16, sizeof(T));
+template <int bytes, class T>
+void cp_async(SharedSpan<T> target, const T* source) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "the widths the instruction has");
+  if (target.offset() % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0)
+    emulator::fail("cp_async: target offset " + std::to_string(target.offset()) + " and source address " +
+                   std::to_string(reinterpret_cast<uintptr_t>(source)) + " must be multiples of " +
+                   std::to_string(bytes) + " bytes");
+  emulator::copy_async(target.memory(), target.offset(), source, bytes, sizeof(T));
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int pending>

@@ -129,6 +129,15 @@ __device__ inline void store(T* target, const Arithmetic<T> (&x)[N]) {
   }
 }
 
+// `x`, of which the compiler knows nothing: what is computed from it stays where it is. For address arithmetic of
+// branches rarely taken, which hoisted out of loops would occupy registers for everyone.
+__device__ inline int64_t here(int64_t x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 // Division of a task number by a launch constant: a multiplication instead of the ~20 instructions of an integer
 // division (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994).
 class Divisor {

@@ -49,9 +49,7 @@ def build(sanitize: str = "none") -> Path:
     """The folder with modules `_emulated` and `_emulator_tests`; skips with the reason where that cannot be."""
     include = cuda_include()
     if include is None:
-        pytest.skip(
-            "emulator: no CUDA headers; the toolkit, triton or nvidia-cuda-runtime + nvidia-cuda-crt have them"
-        )
+        pytest.skip("emulator: no CUDA headers; the toolkit, triton or nvidia-cuda-runtime + nvidia-cuda-crt have them")
     for tool in ("cmake", "ninja", "g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"emulator: {tool} is not on PATH")

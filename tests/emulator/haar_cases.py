@@ -1,7 +1,7 @@
 """The CUDA Haar kernels on host memory against a float64 reference: one case per call, numpy only.
 
 Shared by the tests in this process and by the sanitized run, which must not import torch (its libraries are not
-built for AddressSanitizer):  python haar_cases.py <path of _emulated*.so>
+built for AddressSanitizer):  python -m tests.emulator.haar_cases <path of _emulated*.so>
 """
 
 from __future__ import annotations
@@ -62,10 +62,22 @@ def analysis(x: Array, levels: int, edge: float) -> tuple[Array, list[Array]]:
     return x, highs
 
 
-def synthesis(ll: Array, highs: list[Array], size: tuple[int, int], edge: float, signs: float = -1) -> Array:
-    """The adjoint of `analysis`; with signs=+1 and the inputs' magnitudes, a bound of its partial sums."""
+def synthesis(
+    ll: Array,
+    highs: list[Array],
+    size: tuple[int, int],
+    edge: float,
+    signs: float = -1,
+    lows: list[Array | float] | None = None,
+) -> Array:
+    """The adjoint of `analysis`; with signs=+1 and the inputs' magnitudes, a bound of its partial sums.
+
+    `lows[l - 1]` is added to the LL of level l.
+    """
     sizes = list(zip(halves(size[0], len(highs)), halves(size[1], len(highs)), strict=True))
     for level in range(len(highs) - 1, -1, -1):
+        if lows and level < len(lows):
+            ll = ll + lows[level]
         lh, hl, hh = highs[level][:, :, 0], highs[level][:, :, 1], highs[level][:, :, 2]
         n, c, h, w = ll.shape
         x = np.empty((n, c, 2 * h, 2 * w))
@@ -159,9 +171,15 @@ class Case:
     bands: str = "nchw"
     add: str | None = None
     null: tuple[int, ...] = ()  # synthesis: levels whose high bands are absent
+    low: str | None = None  # layout of the LL of the levels above the last, where it is kept
+    no_low: tuple[int, ...] = ()  # but not of these levels
 
     def sizes(self) -> list[tuple[int, int]]:
         return list(zip(halves(self.shape[2], self.levels), halves(self.shape[3], self.levels), strict=True))
+
+    def low_levels(self) -> list[int]:
+        """Levels above the last, from 1; of `no_low` only the place is kept."""
+        return list(range(1, self.levels)) if self.low else []
 
     def random(self, *shape: int) -> Array:
         seed = [self.levels, *self.shape, len(shape), *shape]
@@ -192,10 +210,16 @@ def check_analysis(core: ModuleType, case: Case, device: int = 0) -> list[Array]
     sizes = case.sizes()
     ll = Poisoned((n, c, *sizes[-1]), case.bands, case.dtype)
     highs = [Poisoned((n, c, BANDS, *size), case.bands, case.dtype) for size in sizes[1:]]
+    lows = {
+        level: Poisoned((n, c, *sizes[level]), case.low or "", case.dtype)
+        for level in case.low_levels()
+        if level not in case.no_low
+    }
     code = DTYPES[case.dtype][0]
     core.haar_analysis_cuda(
         code, case.levels, case.shape, case.edge, argument(image), argument(ll.view),
         [argument(high.view) for high in highs], device, 0,
+        [argument(lows[level].view if level in lows else None) for level in case.low_levels()],
     )  # fmt: skip
     got = [ll.take(), *(high.take() for high in highs)]
     expected_ll, expected_highs = analysis(x, case.levels, case.edge)
@@ -204,6 +228,9 @@ def check_analysis(core: ModuleType, case: Case, device: int = 0) -> list[Array]
     assert_close("ll", got[0], expected_ll, bounds[-1], steps, case.dtype)
     for level, (high, expected) in enumerate(zip(got[1:], expected_highs, strict=True), 1):
         assert_close(f"high {level}", high, expected, bounds[level - 1][:, :, None], steps, case.dtype)
+    for level, low in lows.items():
+        expected = analysis(x, level, case.edge)[0]
+        assert_close(f"low {level}", low.take(), expected, bounds[level - 1], steps, case.dtype)
     return got
 
 
@@ -222,17 +249,29 @@ def check_synthesis(core: ModuleType, case: Case, device: int = 0) -> Array:
     add_values: Array | float = 0.0
     if case.add:
         add, add_values = place(case.random(n, c, h, w, 1)[..., 0], case.add, case.dtype)
+    low_arguments: list[list[int]] = []
+    low_values: list[Array | float] = []
+    kept = []  # alive until the launch
+    for level in case.low_levels():
+        if level in case.no_low:
+            low_arguments.append(argument(None))
+            low_values.append(0.0)
+            continue
+        view, values = place(case.random(n, c, *sizes[level], 1)[..., 0], case.low or "", case.dtype)
+        kept.append(view)
+        low_arguments.append(argument(view))
+        low_values.append(values)
     image = Poisoned(case.shape, case.image, case.dtype)
     code = DTYPES[case.dtype][0]
     core.haar_synthesis_cuda(
         code, case.levels, case.shape, case.edge, argument(image.view), argument(add), argument(ll),
-        [argument(high) for high in highs], device, 0,
+        [argument(high) for high in highs], device, 0, low_arguments,
     )  # fmt: skip
     got = image.take()
-    expected = synthesis(ll_values, high_values, (h, w), case.edge) + add_values
-    magnitudes = [np.abs(values) for values in high_values]
-    bound = synthesis(np.abs(ll_values), magnitudes, (h, w), abs(case.edge), signs=1) + np.abs(add_values)
-    assert_close("image", got, expected, bound, STEPS_PER_LEVEL * case.levels + 1, case.dtype)
+    expected = synthesis(ll_values, high_values, (h, w), case.edge, lows=low_values) + add_values
+    high_sizes, low_sizes = [np.abs(values) for values in high_values], [np.abs(values) for values in low_values]
+    bound = synthesis(np.abs(ll_values), high_sizes, (h, w), abs(case.edge), 1, low_sizes) + np.abs(add_values)
+    assert_close("image", got, expected, bound, (STEPS_PER_LEVEL + 1) * case.levels + 1, case.dtype)
     return got
 
 
@@ -249,6 +288,11 @@ def cases(dtype: str, levels: int, *, thorough: bool = True) -> Iterator[Case]:
     mixed = (("sliced", "nhwc"), ("nhwc", "nchw"), ("nchw", "misaligned"), ("nhwc", "nhwc_misaligned"))
     for image, bands in mixed:
         yield Case(dtype, levels, (2, 8, 16, 32), 1.0, image, bands)
+    if levels > 1:  # the LL of every level, as a Waveblock wants it, and of all but one
+        for layout in ("nchw", "nhwc", "sliced") if thorough else ("nchw", "nhwc"):
+            yield Case(dtype, levels, (1, 8, 37, 48), 1.0, layout, layout, low=layout)
+        yield Case(dtype, levels, (1, 8, 16, 32), 0.0, "nchw", "nchw", low="misaligned")
+        yield Case(dtype, levels, (1, 8, 16, 32), 0.0, "nhwc", "nhwc", low="nhwc", no_low=(levels - 1,))
     thin = ((1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 1, 67), (1, 2, 67, 1), (3, 1, 33, 2))
     for shape in (*thin, (2, 16, 5, 7), (0, 3, 4, 4)):
         for layout in ("nchw", "nhwc"):
@@ -274,12 +318,18 @@ def launches(core: ModuleType) -> list[str]:
     return ask().decode().splitlines()
 
 
-def main(path: str) -> None:
+def load_core(path: str) -> ModuleType:
+    """The emulated core from its file, without the package (which imports torch)."""
     spec = importlib.util.spec_from_file_location("_emulated", path)
     assert spec is not None
     assert spec.loader is not None
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
+    return core
+
+
+def main(path: str) -> None:
+    core = load_core(path)
     count = 0
     for dtype, levels in itertools.product(DTYPES, range(1, core.MAX_HAAR_LEVELS + 1)):
         for check, some in ((check_analysis, cases), (check_synthesis, synthesis_cases)):

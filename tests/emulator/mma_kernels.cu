@@ -11,8 +11,8 @@ __global__ void matmul_16_bit(const T* a, const T* b, float* d) {
   WAVEMIX_SHARED(T, a_tile, kSize * kSize);
   WAVEMIX_SHARED(T, b_tile, kSize * kSize);
   const int lane = static_cast<int>(threadIdx.x);
-  cp_async_16(&a_tile[8 * lane], a + 8 * lane);
-  cp_async_16(&b_tile[8 * lane], b + 8 * lane);
+  cp_async<16>(&a_tile[8 * lane], a + 8 * lane);
+  cp_async<16>(&b_tile[8 * lane], b + 8 * lane);
   cp_async_commit();
   cp_async_wait<0>();
   __syncwarp();

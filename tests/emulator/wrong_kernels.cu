@@ -120,7 +120,7 @@ template <bool wrong>
 __global__ void missing_copy_wait(const float* input, float* output, int count) {
   WAVEMIX_SHARED(float, tile, kThreads);
   const int i = static_cast<int>(threadIdx.x);
-  if (i % 4 == 0) cp_async_16(&tile[i], input + i);
+  if (i % 4 == 0) cp_async<16>(&tile[i], input + i);
   cp_async_commit();
   if (!wrong) cp_async_wait<0>();
   __syncthreads();
@@ -133,7 +133,7 @@ __global__ void copy_wait_too_short(const float* input, float* output, int count
   WAVEMIX_SHARED(float, tile, 2 * kThreads);
   const int i = static_cast<int>(threadIdx.x);
   for (int stage = 0; stage < 2; ++stage) {
-    if (i % 4 == 0) cp_async_16(&tile[stage * kThreads + i], input + i);
+    if (i % 4 == 0) cp_async<16>(&tile[stage * kThreads + i], input + i);
     cp_async_commit();
   }
   if (wrong) {
@@ -149,7 +149,7 @@ template <bool wrong>
 __global__ void missing_copy_barrier(const float* input, float* output, int count) {
   WAVEMIX_SHARED(float, tile, kThreads);
   const int i = static_cast<int>(threadIdx.x);
-  if (i % 4 == 0) cp_async_16(&tile[i], input + i);
+  if (i % 4 == 0) cp_async<16>(&tile[i], input + i);
   cp_async_commit();
   cp_async_wait<0>();
   if (!wrong) __syncthreads();  // a thread's wait covers its own copies only

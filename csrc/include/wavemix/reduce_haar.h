@@ -1,0 +1,31 @@
+// A Waveblock's 1x1 convolution and all its Haar levels in one pass over the image.
+#pragma once
+
+#include <cstdint>
+
+#include "wavemix/haar.h"  // DType, Plane, kMaxHaarLevels
+
+namespace wavemix {
+
+// r = weight * x + bias over channels, then for each level l = 1..levels the image z[l-1] of 4 * o channels at
+// 1/2^l of the size: LL_l of the o channels, then LH_l, HL_l, HH_l of channel 0, of channel 1, and so on.
+// r itself never reaches memory. h and w are multiples of 2^levels.
+struct ReduceHaarArgs {
+  DType dtype = DType::f32;
+  int levels = 1;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  int64_t o = 0;
+  Plane x;
+  const void* weight = nullptr;  // (o, c)
+  int64_t weight_stride[2] = {0, 0};
+  const void* bias = nullptr;  // (o), null for none
+  int64_t bias_stride = 0;
+  Plane z[kMaxHaarLevels];
+  // f32 only: round x and weight to tf32 for the tensor cores. Without it f32 is exact to fp32 sums.
+  bool allow_tf32 = false;
+};
+
+// f64 sums in double, everything else in float; each output is rounded once. Launched on `stream` of `device`.
+void reduce_haar_cuda(const ReduceHaarArgs& args, int device, void* stream);
+
+}  // namespace wavemix
