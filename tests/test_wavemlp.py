@@ -164,7 +164,7 @@ class TestPATM:
             torch.testing.assert_close(s, (h + w + c).sum((2, 3)), rtol=1e-12, atol=1e-12)
             a = module.branch_weights(s[..., None, None] / (4 * 9))
             torch.testing.assert_close(a.sum(2), torch.ones_like(s), rtol=1e-12, atol=0)
-            out = patm.combine(h, w, c, a, module.proj.weight, module.proj.bias)
+            out = module.proj(patm.branch_sum(h, w, c, a))
             torch.testing.assert_close(out, module(x), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

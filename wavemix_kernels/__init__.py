@@ -4,7 +4,17 @@ from wavemix_kernels import wavemix
 from wavemix_kernels._version import __version__
 from wavemix_kernels.accelerate import accelerate
 from wavemix_kernels.backends import backend
+from wavemix_kernels.nn.patm import FusedPATM
 from wavemix_kernels.nn.waveblock import FusedWaveblock
 from wavemix_kernels.ops.haar import haar_dwt2d, haar_idwt2d
 
-__all__ = ["FusedWaveblock", "__version__", "accelerate", "backend", "haar_dwt2d", "haar_idwt2d", "wavemix"]
+__all__ = [
+    "FusedPATM",
+    "FusedWaveblock",
+    "__version__",
+    "accelerate",
+    "backend",
+    "haar_dwt2d",
+    "haar_idwt2d",
+    "wavemix",
+]

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavemix_kernels import checks
-from wavemix_kernels.reference.patm import PATM, Mlp, warn_unused
+from wavemix_kernels.nn.patm import FusedPATM as PATM
+from wavemix_kernels.reference.patm import Mlp, warn_unused
 
 __all__ = [
     "PATM",

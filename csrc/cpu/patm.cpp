@@ -543,7 +543,7 @@ static void branch_sum(const BranchArgs& args, const Plane& grad, const Plane& o
     advise<4>(out.data, out.stride, {args.n, args.c, args.h, args.w}, static_cast<int64_t>(sizeof(T)));
   if (of_a * args.h * args.w < kSerialElements) threads = 1;
   const int64_t padded = round_up(args.c, 16);
-  const Scratch partial(with_gradient ? units * 3 * padded * static_cast<int64_t>(sizeof(double)) : 0);
+  const Scratch partial(1 + (with_gradient ? units * 3 * padded * static_cast<int64_t>(sizeof(double)) : 0));
   WAVEMIX_PARALLEL(threads) {
     const Scratch scratch(padded * static_cast<int64_t>(8 * sizeof(A)));
     A* const buffers = reinterpret_cast<A*>(scratch.block);

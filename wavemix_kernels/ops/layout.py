@@ -27,3 +27,8 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     if not channels_last:
         return x.contiguous()
     return empty(x, x.shape, True).copy_(x)
+
+
+def channels_inner(x: Tensor) -> Tensor:
+    """``x`` where its channels are contiguous (channels_last, slices of it), else a channels_last copy."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else laid_out(x, True)

@@ -74,19 +74,10 @@ def phase_aggregate(
     return h.to(z_h.dtype), w.to(z_h.dtype), s
 
 
-def combine(h: Tensor, w: Tensor, c: Tensor, a: Tensor, proj_w: Tensor, proj_b: Tensor | None) -> Tensor:
-    """The output projection of the weighted branches.
-
-    Args:
-        h, w, c: the branches, (N, C, H, W), one dtype.
-        a: their weights, (N, C, 3), in the order h, w, c.
-        proj_w, proj_b: the 1x1 convolution, (C, C, 1, 1) and (C,), in the dtype of h (autocast sees to its own).
-
-    Returns:
-        (N, C, H, W). The weighted sum is rounded once to the dtype of h, before the projection.
-    """
+def branch_sum(h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    """The branches h, w, c (N, C, H, W) weighted by a (N, C, 3), in that order, rounded once to the dtype of h."""
     a_h, a_w, a_c = a.to(accumulate_dtype(h.dtype))[..., None, None].unbind(2)
-    return F.conv2d((h * a_h + w * a_w + c * a_c).to(h.dtype), proj_w, proj_b)
+    return (h * a_h + w * a_w + c * a_c).to(h.dtype)
 
 
 def warn_unused(name: str, value: object) -> None:
@@ -193,7 +184,7 @@ class PATM(nn.Module):
         w = self.tfc_w(as_wave(self.fc_w(x), self.theta_w_conv(x)))
         c = self.fc_c(x)
         a = self.branch_weights(F.adaptive_avg_pool2d(h + w + c, 1))
-        return self.proj_drop(combine(h, w, c, a, self.proj.weight, self.proj.bias))
+        return self.proj_drop(self.proj(branch_sum(h, w, c, a)))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, mode={self.mode!r}"
