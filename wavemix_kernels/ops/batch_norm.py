@@ -15,7 +15,8 @@ from wavemix_kernels.ops.autograd import differentiable
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("batch_norm_stats(Tensor x, str backend) -> (Tensor, Tensor)")
 _library.define(
-    "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) -> Tensor"
+    "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) "
+    "-> Tensor"
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, bool batch_stats, "
@@ -188,7 +189,35 @@ def _reference_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor
     out.copy_(grad * _channels(a) + x * _channels(b) + _channels(d))
 
 
+def _triton_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    from wavemix_kernels.triton_kernels import batch_norm as kernels
+
+    return kernels.stats(x)
+
+
+def _triton_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    from wavemix_kernels.triton_kernels import batch_norm as kernels
+
+    kernels.affine(out, x, scale, shift, residual)
+
+
+def _triton_reduce(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    from wavemix_kernels.triton_kernels import batch_norm as kernels
+
+    return kernels.reduce(grad, x, mean, invstd)
+
+
+def _triton_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor) -> None:
+    from wavemix_kernels.triton_kernels import batch_norm as kernels
+
+    kernels.affine(out, grad, a, d, x, b)
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(
+        backends.triton_why_not,
+        {"stats": _triton_stats, "apply": _triton_apply, "reduce": _triton_reduce, "backward": _triton_backward},
+    ),
     "cpu": backends.Backend(
         backends.cpu_why_not,
         {"stats": _cpu_stats, "apply": _cpu_apply, "reduce": _cpu_reduce, "backward": _cpu_backward},

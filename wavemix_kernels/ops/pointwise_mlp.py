@@ -270,7 +270,66 @@ def _gelu_dropout_backward(hidden: Tensor, grad: Tensor, p: float, seed: int, fi
     )  # fmt: skip
 
 
+def triton_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the Triton kernels with matrix products."""
+    if (reason := backends.triton_why_not(*tensors)) is not None:
+        return reason
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return "its matrix products accumulate in float32, got float64"
+        if t.dtype == torch.bfloat16 and backends.triton_interpreted():
+            return "Triton's interpreter multiplies the raw bits of bfloat16; a GPU or another dtype is needed"
+    return None
+
+
+def _triton_matrix(t: Tensor) -> Tensor:
+    matrix = _matrix(t)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _triton_mlp(
+    x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None,
+) -> Any:  # fmt: skip
+    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+
+    scale, shift = (None if t is None else t.float().contiguous() for t in (scale, shift))
+    b1, b2 = (None if t is None else t.contiguous() for t in (b1, b2))
+    second = None if second is None else _triton_matrix(second)
+    return kernels.Mlp(_triton_matrix(x), second, scale, shift, w1.contiguous(), b1, w2.contiguous(), b2, p, seed)
+
+
+def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
+    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+
+    mlp = _triton_mlp(x, *arguments)
+    out = _empty_image(x, mlp.w2.shape[0])
+    kernels.forward(_matrix(out), mlp)
+    return out
+
+
+def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
+    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+
+    *arguments, want_output = rest
+    mlp, g, second = _triton_mlp(x, *arguments), _triton_matrix(grad), arguments[0]
+    gx = _empty_image(x, x.shape[1])
+    gs = None if second is None else _empty_image(x, second.shape[1])
+    kernels.input_gradient(_matrix(gx), None if gs is None else _matrix(gs), g, mlp)
+    dw1, db1, dw2 = kernels.weight_gradients(g, mlp)
+    return Gradients(
+        gx,
+        gs,
+        dw1.to(x.dtype),
+        None if mlp.b1 is None else db1.to(x.dtype),
+        dw2.to(x.dtype),
+        None if mlp.b2 is None else g.sum(0, dtype=torch.float32).to(x.dtype),
+        _triton_forward(x, *arguments) if want_output else None,
+    )
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }

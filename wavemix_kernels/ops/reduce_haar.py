@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
-from wavemix_kernels.ops import haar, haar_pyramid, layout, selftest
+from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import haar, haar_pyramid, layout, pointwise_mlp, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 
@@ -77,7 +77,28 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_l
     return haar_pyramid.pyramid(r, levels, channels_last, "cpu")
 
 
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+    a = _native.address
+    _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
+        _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
+        [a(z) for z in out], torch.backends.cuda.matmul.allow_tf32, *_native.stream(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    from wavemix_kernels.triton_kernels import reduce_haar as kernels
+
+    out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+    bias = None if bias is None else bias.contiguous()
+    kernels.forward(out, x, weight[:, :, 0, 0].contiguous(), bias, channels_last)
+    return out
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(pointwise_mlp.triton_why_not, {"forward": _triton}),
+    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
@@ -112,7 +133,8 @@ def backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias (those that ``mask`` asks for)."""
-    reduced = haar_pyramid.adjoint(grads, layout.is_channels_last(x), backend)
+    pyramid = backends.for_part(backend, haar_pyramid.BACKENDS)
+    reduced = haar_pyramid.adjoint(grads, layout.is_channels_last(x), pyramid)
     return torch.ops.aten.convolution_backward(
         reduced, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
     )

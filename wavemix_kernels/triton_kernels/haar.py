@@ -113,6 +113,13 @@ def _samples(
     return base + (start + down + along), in_planes & in_rows & in_cols
 
 
+@triton.jit
+def _wide(strides):
+    """Strides that came in a tuple, where no annotation makes them int64."""
+    one = tl.full((), 1, tl.int64)
+    return strides[0] * one, strides[1] * one, strides[2] * one, strides[3] * one
+
+
 # -------------------------------------------------------------------------------------- values in registers
 
 
@@ -384,7 +391,7 @@ _HIGH = tuple(f"high{level}_{axis}" for level in range(1, MAX_LEVELS + 1) for ax
 
 @triton.jit(do_not_specialize=_SIZES + _IMAGE + _LL + _HIGH)
 def _analysis_kernel(
-    image, ll, highs,
+    image, ll, highs, lows, low_strides,
     planes: tl.int64, channels: tl.int64, height: tl.int64, width: tl.int64,
     image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
     ll_n: tl.int64, ll_c: tl.int64, ll_h: tl.int64, ll_w: tl.int64,
@@ -433,6 +440,12 @@ def _analysis_kernel(
             _size_at(height, 1, level), _size_at(width, ALIGN_W, level), high_strides[level - 1],
             DOUBLINGS, _units(ALIGN, level, LAYOUT), LAYOUT,
         )  # fmt: skip
+        if lows is not None and level < LEVELS:
+            at, mask = _samples(
+                lows[level - 1], plane, row, col, _size_at(height, 1, level), _size_at(width, ALIGN_W, level),
+                _wide(low_strides[level - 1]), _units(ALIGN, level, LAYOUT), LAYOUT,
+            )  # fmt: skip
+            tl.store(at, low.to(ll.dtype.element_ty), mask=mask)
     at, mask = _samples(
         ll, plane, row, col, _size_at(height, 1, LEVELS), _size_at(width, ALIGN_W, LEVELS),
         (ll_n, ll_c, ll_h, ll_w), _units(ALIGN, LEVELS, LAYOUT), LAYOUT,
@@ -442,7 +455,7 @@ def _analysis_kernel(
 
 @triton.jit(do_not_specialize=_SIZES + _IMAGE + _ADD + _LL + _HIGH)
 def _synthesis_kernel(
-    image, add, ll, highs,
+    image, add, ll, highs, lows, low_strides,
     planes: tl.int64, channels: tl.int64, height: tl.int64, width: tl.int64,
     image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
     add_n: tl.int64, add_c: tl.int64, add_h: tl.int64, add_w: tl.int64,
@@ -484,6 +497,12 @@ def _synthesis_kernel(
             low = _join_quads(a, b, c, d, LAYOUT)  # noqa: F821 (the loop is unrolled)
             row = (y0 >> level) + tl.arange(0, ROWS >> level)
             col = (x0 >> level) + tl.arange(0, COLS >> level)
+            if lows is not None:
+                at, mask = _samples(
+                    lows[level - 1], plane, row, col, _size_at(height, 1, level), _size_at(width, ALIGN_W, level),
+                    _wide(low_strides[level - 1]), _units(ALIGN, level, LAYOUT), LAYOUT,
+                )  # fmt: skip
+                low += tl.load(at, mask=mask, other=0.0).to(REAL)
         if (HIGHS >> (level - 1)) & 1:
             lh, hl, hh = _load_bands(
                 highs[level - 1], group, row, col,
@@ -526,6 +545,7 @@ class Plan:
     grid: tuple[int]
     scalars: tuple[int, ...]  # the kernel's runtime integers, in its order
     constants: dict[str, Any]
+    low_strides: tuple[_Strides, ...] | None
 
 
 def band_shape(shape: Sequence[int], level: int) -> tuple[int, int, int, int, int]:
@@ -563,6 +583,7 @@ def plan(
     edge: int,
     synthesis: bool,
     config: TileConfig | None = None,
+    low_strides: tuple[_Strides, ...] = (),
 ) -> Plan:
     """Layout, alignment, tile and arguments of one launch; cached, since a model launches few shapes often."""
     n, c, h, w = shape
@@ -579,6 +600,8 @@ def plan(
     highs = [normal(s, band_shape(shape, i)) if s is not None else None for i, s in enumerate(high_strides, 1)]
     by_level = [(0, image), (levels, ll), *((i, s) for i, s in enumerate(highs, 1) if s is not None)]
     by_level += [(0, add)] if add is not None else []
+    lows = [normal(s, (n, c, *band_shape(shape, i)[3:])) for i, s in enumerate(low_strides, 1)]
+    by_level += enumerate(lows, 1)
     sizes = {4: lambda level: (n, c, *band_shape(shape, level)[3:]), 5: lambda level: band_shape(shape, level)}
     layout = _layout_of(w, [(s, sizes[len(s)](level)) for level, s in by_level])
 
@@ -620,12 +643,14 @@ def plan(
     if synthesis:
         constants["HIGHS"] = sum(1 << i for i, s in enumerate(highs) if s is not None)
         constants["ADD"] = int(add is not None)
-    return Plan(layout, align, config, (math.prod(tiles),), tuple(scalars), constants)
+    scaled_lows = tuple(scaled(s, level) for level, s in enumerate(lows, 1)) or None
+    return Plan(layout, align, config, (math.prod(tiles),), tuple(scalars), constants, scaled_lows)
 
 
 def _check(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor | None], levels: int, edge: float, add: Tensor | None
-) -> None:
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor | None], levels: int, edge: float, add: Tensor | None,
+    lows: Sequence[Tensor],
+) -> None:  # fmt: skip
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels={levels}: one launch takes 1 to {MAX_LEVELS}; chain launches for more")
     if edge not in EDGES:
@@ -638,9 +663,12 @@ def _check(
         raise ValueError(f"image.shape={tuple(image.shape)}: more than {_MAX_CHANNELS} channels")
     if len(highs) != levels:
         raise ValueError(f"highs: {len(highs)} levels of bands for levels={levels}")
+    if len(lows) not in (0, levels - 1):
+        raise ValueError(f"lows: {len(lows)} for levels={levels}: must be none or the {levels - 1} above the last")
     n, c, _, *low = band_shape(image.shape, levels)
     expected = [("ll", ll, (n, c, *low)), ("add", add, tuple(image.shape))]
     expected += [(f"highs[{i}]", high, band_shape(image.shape, i + 1)) for i, high in enumerate(highs)]
+    expected += [(f"lows[{i}]", low, (n, c, *band_shape(image.shape, i + 1)[3:])) for i, low in enumerate(lows)]
     for name, tensor, shape in expected:
         if tensor is None:
             continue
@@ -663,17 +691,20 @@ def prepare(
     add: Tensor | None = None,
     synthesis: bool = False,
     config: TileConfig | None = None,
+    lows: Sequence[Tensor] = (),
 ) -> tuple[Any, tuple[int], tuple[object, ...], dict[str, Any]]:
     """(kernel, grid, args, constants) of a launch: ``kernel[grid](*args, **constants)`` runs it."""
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), add.stride() if add is not None else None, ll.stride(),
         tuple(high.stride() if high is not None else None for high in highs), int(edge), synthesis, config,
+        tuple(low.stride() for low in lows),
     )  # fmt: skip
     bands = tuple(high if high is not None else ll for high in highs)  # HIGHS keeps the kernel off the stand-in
+    kept = (tuple(lows) or None, made.low_strides)  # None is a constant: no parameter, no code
     if synthesis:
-        args = (image, add if add is not None else image, ll, bands, *made.scalars)
+        args = (image, add if add is not None else image, ll, bands, *kept, *made.scalars)
         return _synthesis_kernel, made.grid, args, made.constants
-    return _analysis_kernel, made.grid, (image, ll, bands, *made.scalars), made.constants
+    return _analysis_kernel, made.grid, (image, ll, bands, *kept, *made.scalars), made.constants
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -687,6 +718,7 @@ def analysis(
     *,
     levels: int,
     edge: float = 0,
+    lows: Sequence[Tensor] = (),
     config: TileConfig | None = None,
 ) -> None:
     """Writes the Haar pyramid of ``image`` into preallocated ``ll`` and ``highs``.
@@ -697,15 +729,16 @@ def analysis(
         highs: ``levels`` tensors (n, c, 3, h_l, w_l), finest first; bands LH, HL, HH.
         levels: 1 to 5.
         edge: 0, 1 or -1: the missing sample of an odd size is ``edge`` times the last one.
+        lows: the LL of the levels above the last, (n, c, h_l, w_l) each, finest first, to be kept as well; or empty.
         config: a tile other than :func:`~.config.config_for`'s, such as :func:`tune` finds.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit ``image``.
     """
-    _check(image, ll, highs, levels, edge, None)
+    _check(image, ll, highs, levels, edge, None, lows)
     if image.numel() == 0:
         return
-    kernel, grid, args, constants = prepare(image, ll, highs, levels=levels, edge=edge, config=config)
+    kernel, grid, args, constants = prepare(image, ll, highs, levels=levels, edge=edge, config=config, lows=lows)
     with _on_device(image):
         kernel[grid](*args, **constants)
 
@@ -718,18 +751,20 @@ def synthesis(
     levels: int,
     edge: float = 0,
     add: Tensor | None = None,
+    lows: Sequence[Tensor] = (),
     config: TileConfig | None = None,
 ) -> None:
     """Writes the adjoint of :func:`analysis` (for ``edge=0`` also its inverse), plus ``add``, into ``image``.
 
     Arguments and errors as in :func:`analysis`. ``highs`` may hold None for a level of zeros; ``add`` is shaped
     like ``image``, with any strides, and is added before the one rounding. ``add`` may be ``image`` itself.
+    ``lows`` are added to the LL that synthesis makes on its way.
     """
-    _check(image, ll, highs, levels, edge, add)
+    _check(image, ll, highs, levels, edge, add, lows)
     if image.numel() == 0:
         return
     kernel, grid, args, constants = prepare(
-        image, ll, highs, levels=levels, edge=edge, add=add, synthesis=True, config=config
+        image, ll, highs, levels=levels, edge=edge, add=add, synthesis=True, config=config, lows=lows
     )
     with _on_device(image):
         kernel[grid](*args, **constants)

@@ -1,0 +1,632 @@
+"""The Triton kernels of the Waveblock: against float64, in every configuration, and compiled for a real chip.
+
+Run as a script (`python -m tests.test_triton_waveblock`) it prints what the compiled kernels take of an H100 as JSON.
+The test runs that as a process of its own: kernels defined under TRITON_INTERPRET=1 do not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import wavemix_kernels as wk
+from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within, haar_bound
+from wavemix_kernels.ops import batch_norm, haar_pyramid, pointwise_mlp, reduce_haar
+from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.reference import fused as reference
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+
+ROOT = Path(__file__).resolve().parent.parent
+U32 = UNIT_ROUNDOFF[torch.float32]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def skip_interpreted_bfloat16(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot")
+
+
+def stored(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error of rounding a result to its dtype. Triton's interpreter truncates to bfloat16: twice a rounding."""
+    twice = 2 if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1" else 1
+    return twice * UNIT_ROUNDOFF[dtype] * exact.abs() + UNDERFLOW[dtype]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def image(values: Tensor, dtype: torch.dtype, device: str, memory: str) -> Tensor:
+    """`values` as NCHW ("rows"), channels_last ("channels") or a slice of a larger channels_last image ("slice")."""
+    values = values.to(device, dtype)
+    if memory == "rows":
+        return values.contiguous()
+    if memory == "slice":
+        larger = torch.nn.functional.pad(values, (1, 2, 1, 0, 3, 2), value=float("nan"))
+        larger = larger.contiguous(memory_format=torch.channels_last)
+        return larger[:, 3:-2, 1:, 1:-2]
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------- haar_pyramid
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("memory, levels", [("rows", 4), ("channels", 3), ("slice", 2), ("channels", 1)])
+def test_haar_pyramid(levels: int, memory: str, dtype: torch.dtype, device: str) -> None:
+    """The pyramid that keeps every level's LL, and its adjoint, which adds them."""
+    x = image(randn(2, 5, 16, 32), dtype, device, memory)
+    last = memory != "rows"
+    peak = float(x.abs().max())
+    zs = haar_pyramid.pyramid(x, levels, last, "triton")
+    for z, exact in zip(zs, reference.haar_pyramid(x.double(), levels), strict=True):
+        bound = haar_bound(exact, dtype, levels, peak) + stored(exact, dtype) - UNDERFLOW[dtype]
+        assert_within(z, exact, bound, f"{dtype} {memory}")
+    # A gradient whose parts lie in another memory order than the result has no common innermost dimension.
+    grads = [image(randn(*z.shape, seed=4), dtype, device, "channels" if levels < 4 else "rows") for z in zs]
+    got = haar_pyramid.adjoint(grads, last, "triton")
+    exact = reference.haar_pyramid_adjoint([g.double() for g in grads])
+    peak = max(float(g.abs().max()) for g in grads)
+    bound = haar_bound(exact, dtype, levels, levels * peak) + stored(exact, dtype)
+    assert_within(got, exact, bound, f"adjoint {dtype} {memory}")
+
+
+def test_lows_are_checked() -> None:
+    from wavemix_kernels.triton_kernels import haar as kernels
+
+    x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
+    highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
+    with pytest.raises(ValueError, match="lows: 2 for levels=2"):
+        kernels.analysis(x, ll, highs, levels=2, lows=[ll, ll])
+    with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
+        kernels.synthesis(x, ll, highs, levels=2, lows=[ll])
+
+
+# ------------------------------------------------------------------------------------------------ reduce_haar
+
+
+def check_reduce(
+    shape: tuple[int, int, int, int], outputs: int, levels: int, dtype: torch.dtype, device: str, memory: str,
+    run: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]],
+) -> None:  # fmt: skip
+    x = image(randn(*shape), dtype, device, memory)
+    weight = randn(outputs, shape[1], 1, 1).to(device, dtype)
+    bias = randn(outputs, seed=1).to(device, dtype)
+    got = run(x, weight, bias)
+    exact = reference.reduce_haar(x.double(), weight.double(), bias.double(), levels)
+    # A sum of C products errs by gamma_C of the sum of their absolute values; the pyramid of those absolute values
+    # (its LL) bounds a level's coefficients, and each level adds two roundings and the bias's own.
+    sums = reference.reduce_haar(x.double().abs(), weight.double().abs(), bias.double().abs(), levels)
+    for level, (z, e, s) in enumerate(zip(got, exact, sums, strict=True), 1):
+        largest = s[:, :outputs].repeat_interleave(3, 1)
+        largest = torch.cat((s[:, :outputs], largest), 1)
+        bound = (shape[1] + 2 * level + 2) * U32 * largest + stored(e, dtype)
+        assert_within(z, e, bound, f"Z_{level} {dtype} {memory}")
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape, outputs, levels, memory",
+    [
+        ((2, 20, 6, 10), 5, 1, "slice"),
+        ((1, 16, 8, 12), 36, 2, "rows"),
+        ((1, 16, 8, 12), 36, 2, "channels"),
+        ((1, 40, 16, 8), 12, 3, "rows"),
+        ((1, 8, 16, 32), 8, 4, "channels"),
+    ],
+)
+def test_reduce_haar(
+    shape: tuple[int, int, int, int], outputs: int, levels: int, memory: str, dtype: torch.dtype, device: str
+) -> None:
+    skip_interpreted_bfloat16(dtype)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        last = levels % 2 == 0 if memory == "rows" else None
+        return reduce_haar.reduce_haar(x, weight, bias, levels, channels_last=last, backend="triton")
+
+    check_reduce(shape, outputs, levels, dtype, device, memory, run)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+def test_every_reduce_configuration(levels: int, device: str) -> None:
+    from wavemix_kernels.triton_kernels import reduce_haar as kernels
+
+    configs = set(kernels.search_space(4, levels))
+    assert configs
+    for config in configs:
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor, config: Any = config) -> list[Tensor]:
+            out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, True)
+            kernels.forward(out, x, weight[:, :, 0, 0], bias, True, config)
+            return out
+
+        check_reduce((1, 6, 2**levels, 3 * 2**levels), 20, levels, torch.float32, device, "channels", run)
+
+
+def test_reduce_haar_gradients(device: str) -> None:
+    tensors = [randn(2, 12, 8, 4), randn(5, 12, 1, 1), randn(5)]
+    leaves = [t.to(device, torch.float32).requires_grad_() for t in tensors]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    got = reduce_haar.reduce_haar(*leaves, 2, backend="triton")
+    exact = reference.reduce_haar(*wide, 2)
+    cotangents = [randn(*z.shape, seed=9) for z in exact]
+    grads = torch.autograd.grad(got, leaves, [c.to(device, torch.float32) for c in cotangents])
+    truth = torch.autograd.grad(exact, wide, [c.float().double().to(device) for c in cotangents])
+    for name, grad, t in zip(("x", "weight", "bias"), grads, truth, strict=True):
+        # Sums of at most 2*8*4 terms, relative to the largest.
+        assert_within(grad, t, 2 * 64 * U32 * t.abs().max().expand_as(t), name)
+
+
+# ---------------------------------------------------------------------------------------------- pointwise_mlp
+
+
+class Mlp:
+    """Inputs of one shape, the float64 truth of everything and bounds made of the arithmetic.
+
+    With |.| on every factor the same formulas give the sum S of the absolute values of all terms. A sum of k products
+    in fp32 errs by k * u32 * S; an operand rounded to a half type (an affine input, the hidden layer, its gradient)
+    passes its relative error u on; GELU and its derivative are within 8 * u32 of their argument's scale and have slopes
+    below 1.13 and 0.8, so that the error of their argument arrives as itself at most twice.
+    """
+
+    def __init__(
+        self, rows: int, a: int, b: int, k: int, o: int, dtype: torch.dtype, device: str, memory: str, p: float,
+        affine: bool = True, bias: bool = True,
+    ) -> None:  # fmt: skip
+        n, h, w = 2, 1, rows // 2
+        self.dtype, self.p = dtype, p
+
+        def param(*shape: int) -> Tensor:
+            return randn(*shape, seed=3).to(device, dtype)
+
+        self.x = image(randn(n, a, h, w), dtype, device, memory)
+        self.second = image(randn(n, b, h, w, seed=1), dtype, device, memory) if b else None
+        self.scale = (1 + 0.3 * randn(b, seed=5)).to(device, torch.float32) if b and affine else None
+        self.shift = randn(b, seed=6).to(device, torch.float32) if b and affine else None
+        self.w1, self.w2 = param(k, a + b) / (a + b) ** 0.5, param(o, k) / k**0.5
+        self.b1, self.b2 = (param(k), param(o)) if bias else (None, None)
+        self.grad = image(randn(n, o, h, w, seed=2), dtype, device, memory)
+        self.seed = torch.tensor([-(2**62) - 12345], device=device)
+        self.keep = reference.keep_mask(rows, k, p, int(self.seed), torch.device(device)) if p else None
+
+    def matrix(self, t: Tensor) -> Tensor:
+        return t.double().permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+    def solve(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Exact results and bounds, matrices."""
+        u = UNIT_ROUNDOFF[self.dtype] if self.dtype != torch.float32 else 0.0  # of operands
+        x, g = self.matrix(self.x), self.matrix(self.grad)
+        w1, w2 = self.w1.double(), self.w2.double()
+        a = x.shape[1]
+        if self.second is not None:
+            s = self.matrix(self.second)
+            if self.scale is not None:
+                s = s * self.scale.double() + self.shift.double()
+            x = torch.cat((x, s), 1)
+        factor = 0.0 if self.p == 1 else 1 / (1 - self.p)
+        keep = torch.ones(x.shape[0], w1.shape[0], device=x.device) if self.keep is None else self.keep * factor
+        b1 = 0.0 if self.b1 is None else self.b1.double()
+        b2 = 0.0 if self.b2 is None else self.b2.double()
+        z = x @ w1.T + b1
+        cdf = torch.special.ndtr(z)
+        slope = cdf + z * torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+        hidden = z * cdf * keep
+        gh = g @ w2
+        gz = gh * keep * slope
+        exact = {
+            "out": hidden @ w2.T + b2, "gx": (gz @ w1)[:, :a], "gs": (gz @ w1)[:, a:], "w1": gz.T @ x,
+            "b1": gz.sum(0), "w2": g.T @ hidden, "b2": g.sum(0),
+        }  # fmt: skip
+        k1, k2, n = w1.shape[1], w1.shape[0], x.shape[0]
+        z_sum = x.abs() @ w1.abs().T + (abs(b1) if self.b1 is not None else 0.0)
+        z_error = ((k1 + 4) * U32 + u) * z_sum
+        hidden_error = (1.13 * z_error + 8 * U32 * z.abs()) * keep + (u + 2 * U32) * hidden.abs()
+        gh_error = (g.shape[1] + 1) * U32 * (g.abs() @ w2.abs())
+        gz_error = keep * (1.13 * gh_error + gh.abs() * (0.8 * z_error + 8 * U32 * (1 + z.abs())))
+        gz_error = gz_error + (u + 2 * U32) * gz.abs()
+        x_error = u * x.abs() + 3 * U32 * (x.abs() + (0 if self.shift is None else self.shift.double().abs().max()))
+        hidden_abs, gz_abs = hidden.abs() + hidden_error, gz.abs() + gz_error
+        sum_gx = gz_error @ w1.abs() + (k2 + 1) * U32 * (gz_abs @ w1.abs())
+        bound = {
+            "out": hidden_error @ w2.abs().T + (k2 + 2) * U32 * (hidden_abs @ w2.abs().T + abs(b2 + 0 * exact["out"])),
+            "gx": sum_gx[:, :a], "gs": sum_gx[:, a:],
+            "w1": gz_error.T @ x.abs() + gz_abs.T @ x_error + (n + 1) * U32 * (gz_abs.T @ x.abs()),
+            "b1": gz_error.sum(0) + n * U32 * gz_abs.sum(0),
+            "w2": g.abs().T @ hidden_error + (n + 1) * U32 * (g.abs().T @ hidden_abs),
+            "b2": n * U32 * g.abs().sum(0),
+        }  # fmt: skip
+        return exact, {name: value + stored(exact[name], self.dtype) for name, value in bound.items()}
+
+    def check(self, got: dict[str, Tensor | None]) -> None:
+        exact, bound = self.solve()
+        for name, value in got.items():
+            if value is not None:
+                assert_within(value, exact[name], bound[name], f"{name} {self.dtype}")
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            self.x, self.second, self.scale, self.shift, self.w1, self.b1, self.w2, self.b2, self.p,
+            self.seed if self.p else None,
+        )  # fmt: skip
+
+
+def check_mlp_op(case: Mlp) -> None:
+    arguments = case.arguments()
+    out = pointwise_mlp.fused(*arguments, "triton")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    made = pointwise_mlp.backward(case.grad, *arguments, True, "triton")
+    assert made.output is not None
+    torch.testing.assert_close(made.output, out, rtol=0, atol=0)
+    gs = None if made.second is None else case.matrix(made.second)
+    case.check({"out": case.matrix(out), "gx": case.matrix(made.x), "gs": gs, "w1": made.w1, "b1": made.b1,
+                "w2": made.w2, "b2": made.b2})  # fmt: skip
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "rows, a, b, k, o, p, affine, bias, memory",
+    [
+        (10, 8, 0, 20, 6, 0.0, False, True, "rows"),
+        (10, 8, 3, 20, 6, 0.0, True, False, "channels"),
+        (38, 20, 10, 40, 36, 0.5, True, True, "slice"),
+        (34, 48, 4, 33, 5, 0.25, False, False, "rows"),
+    ],
+)
+def test_pointwise_mlp(
+    rows: int, a: int, b: int, k: int, o: int, p: float, affine: bool, bias: bool, memory: str, dtype: torch.dtype,
+    device: str,
+) -> None:  # fmt: skip
+    """Both directions; b = 0: no second input."""
+    skip_interpreted_bfloat16(dtype)
+    check_mlp_op(Mlp(rows, a, b, k, o, dtype, device, memory, p, affine, bias))
+
+
+def test_every_mlp_configuration(device: str) -> None:
+    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+
+    case = Mlp(40, 20, 6, 36, 24, torch.float32, device, "channels", 0.5)
+    x, second, *rest = case.arguments()
+    mlp = kernels.Mlp(case.matrix(x).float(), case.matrix(second).float(), *rest)
+    grad = case.matrix(case.grad).float()
+    nan = float("nan")
+    configs = {(c.rows, c.hidden): c for c in kernels.search_space(4)}  # warps are nothing to the interpreter
+    assert configs
+    for config in configs.values():
+        out, gx, gs = (torch.full((40, c), nan, device=device) for c in (24, 20, 6))
+        kernels.forward(out, mlp, config)
+        kernels.input_gradient(gx, gs, grad, mlp, config)
+        dw1, db1, dw2 = kernels.weight_gradients(grad, mlp, config)
+        case.check({"out": out, "gx": gx, "gs": gs, "w1": dw1, "b1": db1, "w2": dw2})
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-12, 0.3, 0.5, 1.0])
+def test_dropout_mask_is_the_reference_s(p: float, device: str) -> None:
+    """Through the op: hidden units of constant activation, told apart by an identity."""
+    units = 38
+    x = torch.zeros(2, 1, 5, 7, device=device)
+    w1, b1 = torch.zeros(units, 1, device=device), torch.ones(units, device=device)
+    seed = torch.tensor([-987654321987654321], device=device)
+    w2 = torch.eye(units, device=device)
+    out = pointwise_mlp.pointwise_mlp(x, w1, b1, w2, None, dropout=p, seed=seed, backend="triton")
+    kept = out.permute(0, 2, 3, 1).reshape(70, units) != 0
+    assert torch.equal(kept, reference.keep_mask(70, units, p, int(seed), torch.device(device)))
+    if p == 1e-12:
+        assert kept.all()
+
+
+def test_dropout_counter_is_64_bits(device: str) -> None:
+    import triton
+    import triton.language as tl
+
+    from wavemix_kernels.triton_kernels.philox import keep_mask
+
+    @triton.jit
+    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.arange(0, 16).to(tl.int64) + first  # the interpreter takes no type from the annotation
+        kept = mask(tl.load(seed), row, 4, 26, threshold, 16)
+        tl.store(out + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], kept.to(tl.int8))
+
+    first, seed = 2**31 - 3, 2**63 - 5  # 7 groups a row: beyond 2^32
+    out = torch.full((16, 16), -1, dtype=torch.int8, device=device)
+    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask)
+    groups = torch.arange(first, first + 16)[:, None] * 7 + torch.arange(1, 5)
+    expected = reference.philox(groups, seed).reshape(16, 16) < 2**31
+    assert torch.equal(out.cpu().bool(), expected)
+
+
+def test_dropped_nan_is_zero(device: str) -> None:
+    w1, b1 = torch.zeros(8, 1, device=device), torch.full((8,), float("nan"), device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    out = pointwise_mlp.pointwise_mlp(
+        torch.zeros(1, 1, 2, 2, device=device), w1, b1, torch.ones(3, 8, device=device), None, dropout=1.0, seed=seed,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_empty_batch(device: str) -> None:
+    x = torch.randn(0, 8, 4, 4, device=device, requires_grad=True)
+    w1, w2 = (torch.randn(8, 8, device=device, requires_grad=True) for _ in range(2))
+    out = pointwise_mlp.pointwise_mlp(x, w1, None, w2, None, backend="triton")
+    assert out.shape == (0, 8, 4, 4)
+    out.sum().backward()
+    assert torch.equal(w1.grad, torch.zeros_like(w1))
+    assert torch.equal(w2.grad, torch.zeros_like(w2))
+    zs = reduce_haar.reduce_haar(x, w1[:, :, None, None], None, 2, backend="triton")
+    assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
+
+
+def test_refuses_float64(device: str) -> None:
+    x, weight = torch.zeros(1, 4, 2, 2, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    x, weight = x.to(device), weight.to(device)
+    with pytest.raises(ValueError, match="float64"):
+        reduce_haar.reduce_haar(x, weight[:, :, None, None], backend="triton")
+    with pytest.raises(ValueError, match="float64"):
+        pointwise_mlp.pointwise_mlp(x, weight, None, weight, None, backend="triton")
+
+
+# ------------------------------------------------------------------------------------------------- batch_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("memories", [("rows", "rows"), ("channels", "channels"), ("slice", "rows"), ("rows", "slice")])
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 35, 2, 3), (1, 1, 9, 40)])
+def test_batch_norm(
+    shape: tuple[int, int, int, int], memories: tuple[str, str], dtype: torch.dtype, device: str
+) -> None:
+    """The four functions of the table, on inputs and outputs of different layouts."""
+    functions = batch_norm.BACKENDS["triton"].functions
+    x = image(randn(*shape) + 3, dtype, device, memories[0])
+    other = image(randn(*shape, seed=1), dtype, device, memories[1])
+    real = batch_norm.statistics_dtype(dtype)
+    u, n = UNIT_ROUNDOFF[real], shape[0] * shape[2] * shape[3]
+    wide, mean_all = x.double(), x.double().mean((0, 2, 3))
+
+    def channels(t: Tensor) -> Tensor:
+        return t.double()[:, None, None]
+
+    mean, var = functions["stats"](x)
+    assert mean.dtype == var.dtype == real
+    exact_var = wide.var((0, 2, 3), correction=0)
+    assert_within(mean, mean_all, n * u * wide.abs().mean((0, 2, 3)), "mean")
+    # The mean's own error enters squared, and as that of each deviation.
+    deviation = (wide - channels(mean_all)).abs().mean((0, 2, 3))
+    bound = (n + 8) * u * exact_var + 4 * u * deviation * wide.abs().amax((0, 2, 3))
+    assert_within(var, exact_var, bound, "var")
+
+    a, b, d = (randn(shape[1], seed=i).to(device, real) for i in (11, 12, 13))
+    for residual in (None, other):
+        out = image(torch.full(shape, float("nan")), dtype, device, memories[1])
+        functions["apply"](x, a, d, residual, out)
+        terms = [wide * channels(a), channels(d).expand(shape)] + ([] if residual is None else [residual.double()])
+        exact = torch.stack(terms).sum(0)
+        assert_within(out, exact, 3 * u * torch.stack(terms).abs().sum(0) + stored(exact, dtype), "apply")
+
+    invstd = torch.rsqrt(var + 1e-5)
+    sum_g, sum_gx = functions["reduce"](other, x, mean, invstd)
+    g, xhat = other.double(), (wide - channels(mean)) * channels(invstd)
+    assert_within(sum_g, g.sum((0, 2, 3)), n * u * g.abs().sum((0, 2, 3)), "sum of grad")
+    spread = (g * xhat).abs().sum((0, 2, 3)) + (g.abs() * wide.abs() * channels(invstd)).sum((0, 2, 3))
+    assert_within(sum_gx, (g * xhat).sum((0, 2, 3)), (n + 4) * u * spread, "sum of grad * xhat")
+
+    out = image(torch.full(shape, float("nan")), dtype, device, memories[1])
+    functions["backward"](other, x, a, b, d, out)
+    terms = [g * channels(a), wide * channels(b), channels(d).expand(shape)]
+    exact = torch.stack(terms).sum(0)
+    assert_within(out, exact, 3 * u * torch.stack(terms).abs().sum(0) + stored(exact, dtype), "backward")
+
+
+def test_variance_far_from_zero(device: str) -> None:
+    """|mean| a million deviations away: a sum of squares would have nothing left."""
+    x = (randn(2, 2, 40, 40) + 2.0**20).to(device, torch.float32)
+    mean, var = batch_norm.BACKENDS["triton"].functions["stats"](x)
+    exact = x.double().var((0, 2, 3), correction=0)
+    # A tile's mean is off by half a unit in its last place, 1/32, and that error enters squared.
+    assert_within(var, exact, 2 * (2.0**20 * 2 * U32) ** 2 + 1e-3 * exact, "var")
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=4 * U32, atol=0)
+
+
+def test_every_norm_configuration(device: str) -> None:
+    from wavemix_kernels.triton_kernels import batch_norm as kernels
+
+    x, grad = (image(randn(2, 10, 5, 13, seed=i), torch.float32, device, "channels") for i in (0, 1))
+    wide, n = x.double(), 2 * 5 * 13
+    exact_mean, exact_var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+    for config in kernels.search_space():
+        mean, var = kernels.stats(x, config)
+        assert_within(mean, exact_mean, n * U32 * wide.abs().mean((0, 2, 3)), str(config))
+        assert_within(var, exact_var, 2 * n * U32 * exact_var, str(config))
+        sum_g, _ = kernels.reduce(grad, x, mean, torch.rsqrt(var), config)
+        assert_within(sum_g, grad.double().sum((0, 2, 3)), n * U32 * grad.double().abs().sum((0, 2, 3)), str(config))
+        out = torch.full_like(x, float("nan"))
+        kernels.affine(out, x, mean, var, grad, mean, config)
+        a, d = mean.double()[:, None, None], var.double()[:, None, None]
+        terms = torch.stack([wide * a, d.expand_as(x), grad.double() * a])
+        assert_within(out, terms.sum(0), 4 * U32 * terms.abs().sum(0), str(config))
+
+
+def test_sums_are_the_same_in_every_run(device: str) -> None:
+    x = torch.randn(2, 4, 30, 20, device=device)
+    stats = batch_norm.BACKENDS["triton"].functions["stats"]
+    first, second = stats(x), stats(x)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+# ------------------------------------------------------------------------------------------------ whole block
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "all"])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_block(level: int, recompute: str, device: str) -> None:
+    """Output, all gradients and running statistics, beside the float64 reference of the same parameters."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"level": level, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
+    block = wk.FusedWaveblock(**options, recompute=recompute).to(device)
+    truth = Waveblock(**options).double().to(device)
+    truth.load_state_dict(block.state_dict())
+    x = torch.randn(2, 8, 16, 16, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    grad = torch.randn(x.shape, device=device)
+    with wk.backend("triton"):
+        out = block(x, residual=True)
+    out.backward(grad)  # the choice of the forward pass holds
+    exact = truth(wide) + wide
+    exact.backward(grad.double())
+    pairs = [("output", out, exact), ("x", x.grad, wide.grad)]
+    pairs += [(name, p.grad, q.grad) for (name, p), q in zip(block.named_parameters(), truth.parameters(), strict=True)]
+    pairs += [(name, b, q) for (name, b), q in zip(block.named_buffers(), truth.buffers(), strict=True)]
+    # A chain of `level` parts, each five sums of at most 2*16*16 terms, normalised by batch statistics that a
+    # gradient passes twice. What cancels (a bias before a BatchNorm has gradient 0) is measured by the largest.
+    largest = max(float(q.double().abs().max()) for _, _, q in pairs[1:] if q.is_floating_point())
+    for name, got, want in pairs:
+        scale = float(want.detach().double().abs().max()) if name in ("output", "x") or "running" in name else largest
+        assert_within(got, want.double(), torch.full_like(want.double(), level * 5 * 512 * U32 * scale), name)
+
+
+def test_block_with_dropout_follows_torch_s_seed(device: str) -> None:
+    """The same seeds, hence masks, on two backends."""
+    torch.manual_seed(0)
+    block = wk.FusedWaveblock(level=2, mult=2, ff_channel=8, final_dim=8, dropout=0.5).to(device)
+    x = torch.randn(2, 8, 8, 12, device=device)
+    results = []
+    for name in ("triton", "auto"):
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        with wk.backend(name):
+            out = block(leaf)
+        out.square().mean().backward()
+        results.append((out.detach(), leaf.grad))
+    for got, want in zip(*results, strict=True):
+        assert float((got - want).norm()) <= 1024 * U32 * float(want.norm())
+
+
+# ------------------------------------------------------------------------------- compiled without a GPU at hand
+
+
+def compiled_launches() -> list[tuple[str, bool, Any]]:
+    """(name, whether it multiplies matrices, launch) of each kernel's default tiles, on tensors without storage."""
+    from wavemix_kernels.triton_kernels import batch_norm as norms
+    from wavemix_kernels.triton_kernels import haar
+    from wavemix_kernels.triton_kernels import pointwise_mlp as mlps
+    from wavemix_kernels.triton_kernels import reduce_haar as reductions
+    from wavemix_kernels.triton_kernels.launch import Launch
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.to(memory_format=torch.channels_last) if last else t
+
+    found: list[tuple[str, bool, Any]] = []
+    for dtype in (torch.float16, torch.float32):
+        c, levels = 192, 3
+        x, weight = meta(64, c, 64, 64, dtype=dtype, last=True), meta(c // 4, c, dtype=dtype)
+        zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
+        bias = meta(c // 4, dtype=dtype)
+        lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
+        reduced = meta(64, c // 4, 64, 64, dtype=dtype, last=True)
+        for synthesis in (False, True):
+            prepared = haar.prepare(
+                reduced, lows[-1], highs, levels=levels, synthesis=synthesis, lows=lows[:-1]
+            )  # fmt: skip
+            found.append((f"haar_pyramid {dtype} {'adjoint' if synthesis else ''}", False, Launch(*prepared)))
+        found.append((f"reduce_haar {dtype} {c} L{levels}", True, reductions.launch(zs, x, weight, bias, True)))
+        a, b, k, o, rows = 192, 96, 384, 192, 65536
+        x, second, g = (meta(rows, width, dtype=dtype) for width in (a, b, o))
+        mlp = mlps.Mlp(
+            x, second if b else None, meta(b) if b else None, meta(b) if b else None, meta(k, a + b, dtype=dtype),
+            meta(k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
+        )  # fmt: skip
+        launches = {"forward": mlps.forward_launch(g, mlp)}
+        launches["input gradient"] = mlps.input_gradient_launch(x, second if b else None, g, mlp)
+        for of in ("w2", "x", *(["second"] if b else [])):
+            launches[f"gradient of {of}"] = mlps.weight_gradient_launch(of, g, mlp)[0]
+        found += [(f"pointwise_mlp {dtype} {a}|{b} {name}", True, launch) for name, launch in launches.items()]
+        x = meta(64, 192, 64, 64, dtype=dtype, last=True)
+        plain, per_channel = meta(64, 192, 64, 64, dtype=dtype), meta(192)
+        stats, partial = norms.stats_launch(x)
+        for name, launch in {
+            "stats": stats, "combine": norms.combine_launch(partial)[0],
+            "reduce": norms.reduce_launch(x, x, per_channel, per_channel)[0],
+            "affine": norms.affine_launch(x, x, per_channel, per_channel, plain),
+        }.items():  # fmt: skip
+            found.append((f"batch_norm {dtype} {name}", False, launch))
+    return found
+
+
+def main() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Target:
+        """The part of a driver that compiling asks for."""
+
+        def get_current_device(self) -> int:
+            return 90
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(Target())
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    rows = []
+    for name, multiplies, launch in compiled_launches():
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [cuobjdump, "-res-usage", "-sass", file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        text = done.stdout + done.stderr
+        registers, local = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "LOCAL"))  # type: ignore[index]
+        rows.append({
+            "name": name, "tensor_cores": multiplies and "float16" in name, "registers": registers, "local": local,
+            "shared": compiled.metadata.shared, "warps": launch.constants["num_warps"],
+            "instructions": dict(Counter(re.findall(r"\b(H?GMMA|HMMA|LDL|STL|(?:LDG|STG|LDGSTS)[.\w]*\.128)\b", text))),
+        })  # fmt: skip
+    json.dump(rows, sys.stdout)
+
+
+def test_compiled_for_sm_90() -> None:
+    """No spills, tensor cores for the half types, 16-byte accesses; one block at least on a multiprocessor.
+
+    (64K registers and 227 KB of shared memory; config_for says why one block can be the better choice.)
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")  # a second run compiles only what changed
+    command = [sys.executable, "-m", "tests.test_triton_waveblock"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
+    table = json.loads(done.stdout)
+    assert len(table) == len(compiled_launches())
+    listing = "\n".join(map(str, table))
+    for row in table:
+        counts = row["instructions"]
+        assert row["local"] == 0, f"{row['name']} spills:\n{listing}"
+        assert not {"LDL", "STL"} & set(counts), f"{row['name']} spills:\n{listing}"
+        assert row["registers"] * row["warps"] * 32 <= 65536, f"{row['name']} does not fit:\n{listing}"
+        assert row["shared"] <= 227 * 1024, f"{row['name']} does not fit:\n{listing}"
+        if row["tensor_cores"]:
+            assert {"HGMMA", "HMMA"} & set(counts), f"{row['name']} multiplies without tensor cores:\n{listing}"
+        assert any(".128" in c for c in counts), f"{row['name']} has no 16-byte access:\n{listing}"
+
+
+if __name__ == "__main__":
+    main()

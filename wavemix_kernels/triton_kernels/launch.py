@@ -1,0 +1,59 @@
+"""What the launches of every kernel family share."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A kernel with all it takes: ``kernel[grid](*args, **constants)`` runs it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def run(self, like: Tensor) -> None:
+        """On the device of ``like``; an empty grid is nothing to do."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+            self.kernel[self.grid](*self.args, **self.constants)
+
+
+class Span(NamedTuple):
+    """How ``tl.dot`` covers the columns of a result: a power of two, and half as many more where 3 * 2^k fit better."""
+
+    width: int
+    half: bool
+
+    @property
+    def columns(self) -> int:
+        return self.width + self.width // 2 * self.half
+
+
+def span(columns: int, most: int) -> Span:
+    """The least span (at least 16, tl.dot's smallest) of ``columns``, or of equal parts of them of at most ``most``."""
+    parts = max(1, -(-columns // most))
+    wanted = -(-columns // parts)
+    width = 16
+    while True:
+        if wanted <= width:
+            return Span(width, False)
+        if width >= 32 and wanted <= width + width // 2:
+            return Span(width, True)
+        width *= 2
+
+
+def pow2_at_least(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def input_precision() -> str:
+    """How ``tl.dot`` multiplies fp32: in TF32 where torch's own setting for matrix products says so."""
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 on; reading the older flag beside it is an error there
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
