@@ -77,6 +77,10 @@ fi
 
 # A skip prints its reason: -ra.
 stage parity-haar 60 "$python" -m pytest -q -ra -p no:cacheprovider tests/test_haar.py --device cuda || parity_failed=1
+for file in test_cuda_ops test_triton_waveblock test_triton_haar; do
+  stage "parity-${file#test_}" 40 "$python" -m pytest -q -ra -p no:cacheprovider "tests/$file.py" --device cuda ||
+    parity_failed=1
+done
 
 for backend in "${backends[@]}"; do
   stage "exercise-$backend" 30 "$python" -m benchmarks.exercise "$backend" || parity_failed=1

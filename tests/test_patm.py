@@ -264,7 +264,7 @@ class TestArguments:
             ("shift_w", lambda t: t[:1], ValueError, r"shift_w: expected shape \(4,\) to go with z_h"),
             ("w_w", lambda t: t.transpose(2, 3), ValueError, r"w_w: expected shape \(4, 2, 7, 1\)"),
         ],
-        ids=str,
+        ids=["z_h", "z_w", "theta_w", "shift_w", "w_w"],
     )
     def test_rejected(self, name: str, change: Callable[[Tensor], Tensor], error: type, message: str) -> None:
         inputs = dict(zip(NAMES, arguments((1, 4, 3, 5), torch.float32), strict=True))
