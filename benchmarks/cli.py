@@ -90,7 +90,8 @@ def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[
         raise _Refused("--device cuda: torch sees no GPU here; --device cpu works")
     if arguments.limit is not None and not arguments.limit > 0:
         raise _Refused(f"--limit {arguments.limit:g}: expected a positive number of seconds")
-    providers = list(PROVIDERS)
+    # On a CPU "auto" is "cpu", and the others do not run: by default each row is measured once.
+    providers = [name for name in PROVIDERS if arguments.device != "cpu" or name == "auto" or name not in OURS]
     if arguments.providers is not None:
         asked = [name.strip() for name in arguments.providers.split(",") if name.strip()]
         unknown = [name for name in asked if name not in PROVIDERS]
