@@ -58,6 +58,7 @@ class UpstreamWaveblock(nn.Module):
         # Upstream's transforms are globals, no submodules: their filters are no part of a checkpoint.
         self._transforms = [wavelets.DWTForward(J=number, wave="db1", mode="zero") for number in range(1, level + 1)]
 
+    # Untyped as nn.Module's own, which changes between torch versions.
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         for transform in self._transforms:

@@ -376,7 +376,7 @@ def test_batch_norm_and_dropout_stay_the_models_own(original: ModuleType) -> Non
 def test_rejects_what_is_no_module() -> None:
     for value in (None, torch.ones(1), [nn.Linear(1, 1)]):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
-            accelerate(value)  # type: ignore[arg-type]
+            accelerate(value)  # type: ignore[arg-type] - the wrong type is the point
 
 
 def test_models_without_candidates_are_untouched() -> None:

@@ -125,7 +125,7 @@ def compile_point(point: Point) -> dict[str, Any]:
         add=allocate(point.shape, point) if point.add else None, synthesis=point.synthesis, config=point.config,
     )  # fmt: skip
     start = time.perf_counter()
-    compiled = kernel.warmup(*args, grid=grid, **constants)  # type: ignore[attr-defined]
+    compiled = kernel.warmup(*args, grid=grid, **constants)  # type: ignore[attr-defined] - JITFunction is untyped
     seconds = time.perf_counter() - start
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
