@@ -78,28 +78,36 @@ wavemix::Matrix matrix(const Ints& ints, const char* name) {
   return {reinterpret_cast<void*>(static_cast<uintptr_t>(ints[0])), ints[1]};
 }
 
-wavemix::GeluDropoutArgs gelu_dropout_args(int dtype, const Ints& shape, double p, uint64_t seed, int64_t first_row,
-                                           int threads) {
-  if (shape.size() != 2) throw py::value_error("shape: expected (rows, cols)");
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+wavemix::MlpArgs mlp_args(int dtype, const Ints& size, const Ints& x, const Ints& second, const Ints& tensors, double p,
+                          uint64_t seed, int64_t first_row, int threads) {
+  if (size.size() != 5) throw py::value_error("size: expected (rows, a, b, k, o)");
+  if (tensors.size() != 6) throw py::value_error("tensors: expected scale, shift, w1, b1, w2 and b2");
   if (!(p >= 0.0 && p <= 1.0)) throw py::value_error("p: expected a probability, 0 to 1, got " + std::to_string(p));
   check_threads(threads);
-  wavemix::GeluDropoutArgs args;
+  wavemix::MlpArgs args;
   args.dtype = dtype_of(dtype);
-  args.rows = shape[0];
-  args.cols = shape[1];
-  args.first_row = first_row;
+  args.rows = size[0];
+  args.a = size[1];
+  args.b = size[2];
+  args.k = size[3];
+  args.o = size[4];
+  args.x = matrix(x, "x");
+  args.second = matrix(second, "second");
+  const void** slots[] = {&args.scale, &args.shift, &args.w1, &args.b1, &args.w2, &args.b2};
+  for (size_t i = 0; i < 6; ++i) *slots[i] = reinterpret_cast<const void*>(static_cast<uintptr_t>(tensors[i]));
   args.p = p;
   args.seed = seed;
+  args.first_row = first_row;
   return args;
 }
 
-wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads) {
+wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads, bool by_image) {
   if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
   check_threads(threads);
-  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
+  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3], by_image};
 }
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 #endif
 
 #if WAVEMIX_WITH_CUDA
@@ -173,27 +181,36 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("ll"), py::arg("highs"), py::arg("threads"), no_lows);
   // Matrices are (address, row stride), images (address, strides); arrays by channel are plain addresses.
   m.def(
-      "gelu_dropout_forward_cpu",
-      [](int dtype, const Ints& shape, const Ints& pre, const Ints& hidden, double p, uint64_t seed, int64_t first_row,
-         int threads) {
-        const auto args = gelu_dropout_args(dtype, shape, p, seed, first_row, threads);
-        const auto from = matrix(pre, "pre"), to = matrix(hidden, "hidden");
+      "mlp_forward_cpu",
+      [](int dtype, const Ints& size, const Ints& x, const Ints& second, const Ints& tensors, double p, uint64_t seed,
+         int64_t first_row, const Ints& out, int threads) {
+        const auto args = mlp_args(dtype, size, x, second, tensors, p, seed, first_row, threads);
+        const auto to = matrix(out, "out");
         py::gil_scoped_release unlocked;
-        wavemix::gelu_dropout_forward_cpu(args, from, to, threads);
+        wavemix::mlp_forward_cpu(args, to, threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("pre"), py::arg("hidden"), py::arg("p"), py::arg("seed"),
-      py::arg("first_row"), py::arg("threads"));
+      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("second"), py::arg("tensors"), py::arg("p"),
+      py::arg("seed"), py::arg("first_row"), py::arg("out"), py::arg("threads"));
   m.def(
-      "gelu_dropout_backward_cpu",
-      [](int dtype, const Ints& shape, const Ints& pre, const Ints& grad, double p, uint64_t seed, int64_t first_row,
-         int threads) {
-        const auto args = gelu_dropout_args(dtype, shape, p, seed, first_row, threads);
-        const auto x = matrix(pre, "pre"), g = matrix(grad, "grad");
+      "mlp_backward_cpu",
+      [](int dtype, const Ints& size, const Ints& x, const Ints& second, const Ints& tensors, double p, uint64_t seed,
+         int64_t first_row, const Ints& grad, const Ints& d_x, const Ints& d_second, const Ints& out,
+         const Ints& d_tensors, int threads) {
+        const auto args = mlp_args(dtype, size, x, second, tensors, p, seed, first_row, threads);
+        if (d_tensors.size() != 4) throw py::value_error("d_tensors: expected those of w1, b1, w2 and b2");
+        wavemix::MlpGradArgs grads;
+        grads.grad = matrix(grad, "grad");
+        grads.d_x = matrix(d_x, "d_x");
+        grads.d_second = matrix(d_second, "d_second");
+        grads.out = matrix(out, "out");
+        void** slots[] = {&grads.d_w1, &grads.d_b1, &grads.d_w2, &grads.d_b2};
+        for (size_t i = 0; i < 4; ++i) *slots[i] = pointer(static_cast<uintptr_t>(d_tensors[i]));
         py::gil_scoped_release unlocked;
-        wavemix::gelu_dropout_backward_cpu(args, x, g, threads);
+        wavemix::mlp_backward_cpu(args, grads, threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("pre"), py::arg("grad"), py::arg("p"), py::arg("seed"),
-      py::arg("first_row"), py::arg("threads"));
+      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("second"), py::arg("tensors"), py::arg("p"),
+      py::arg("seed"), py::arg("first_row"), py::arg("grad"), py::arg("d_x"), py::arg("d_second"), py::arg("out"),
+      py::arg("d_tensors"), py::arg("threads"));
   m.def(
       "philox4x32_cpu",
       [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
@@ -207,49 +224,51 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("counter"), py::arg("key"));
   m.def(
       "batch_norm_stats_cpu",
-      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
+      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads, bool by_image) {
+        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
         const auto image = view<wavemix::Plane>(y, "y");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_stats_cpu(size, image, pointer(mean), pointer(var), threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"));
+      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"),
+      py::arg("by_image") = false);
   m.def(
       "batch_norm_apply_cpu",
       [](int dtype, const Ints& shape, const Ints& y, uintptr_t scale, uintptr_t shift, const Ints& residual,
-         const Ints& out, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
+         const Ints& out, int threads, bool by_image) {
+        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
         const auto from = view<wavemix::Plane>(y, "y"), added = view<wavemix::Plane>(residual, "residual"),
                    to = view<wavemix::Plane>(out, "out");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_apply_cpu(size, from, pointer(scale), pointer(shift), added, to, threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("scale"), py::arg("shift"), py::arg("residual"),
-      py::arg("out"), py::arg("threads"));
+      py::arg("out"), py::arg("threads"), py::arg("by_image") = false);
   m.def(
       "batch_norm_backward_reduce_cpu",
       [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t mean, uintptr_t invstd, uintptr_t sum_g,
-         uintptr_t sum_gx, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
+         uintptr_t sum_gx, int threads, bool by_image) {
+        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
         const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_backward_reduce_cpu(size, gradient, image, pointer(mean), pointer(invstd), pointer(sum_g),
                                                 pointer(sum_gx), threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("mean"), py::arg("invstd"),
-      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"));
+      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"), py::arg("by_image") = false);
   m.def(
       "batch_norm_backward_apply_cpu",
       [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t a, uintptr_t b, uintptr_t d,
-         const Ints& out, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
+         const Ints& out, int threads, bool by_image, const Ints& residual) {
+        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
         const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y"),
-                   to = view<wavemix::Plane>(out, "out");
+                   added = view<wavemix::Plane>(residual, "residual"), to = view<wavemix::Plane>(out, "out");
         py::gil_scoped_release unlocked;
-        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), to, threads);
+        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), added, to,
+                                               threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("d"),
-      py::arg("out"), py::arg("threads"));
+      py::arg("out"), py::arg("threads"), py::arg("by_image") = false, py::arg("residual") = Ints());
   bind_patm(m);
 #endif
 

@@ -1,4 +1,4 @@
-"""The CPU kernels behind the Waveblock, called as the ops call them: GELU with dropout, batch normalisation.
+"""The CPU kernels behind the Waveblock, called as the ops call them: the pointwise MLP, batch normalisation.
 
 The Haar kernels have their own file; here the compiled core is tested below its ops, against float64 torch.
 """
@@ -103,19 +103,39 @@ def matrix(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0)
 
 
+def identity_mlp(
+    pre: Tensor, p: float, seed: int, first_row: int
+) -> tuple[tuple[int, ...], dict[str, object], list[Tensor]]:
+    """Arguments of an MLP whose two products change nothing, so that its hidden layer can be seen; what they point to."""
+    rows, cols = pre.shape
+    eye = torch.eye(cols, dtype=pre.dtype)
+    weight = eye.data_ptr()
+    arguments: dict[str, object] = {
+        "dtype": _native.DTYPES[pre.dtype], "size": (rows, cols, 0, cols, cols), "x": matrix(pre), "second": (0, 0),
+        "tensors": (0, 0, weight, 0, weight, 0), "p": p, "seed": seed, "first_row": first_row,
+    }  # fmt: skip
+    return (rows, cols), arguments, [eye]
+
+
 def forward(pre: Tensor, out: Tensor, p: float = 0.0, seed: int = SEED, first_row: int = 0, threads: int = 1) -> Tensor:
-    code = _native.DTYPES[pre.dtype]
-    core.gelu_dropout_forward_cpu(code, tuple(pre.shape), matrix(pre), matrix(out), p, seed, first_row, threads)
+    """dropout(gelu(pre)) into `out`."""
+    _, arguments, _kept = identity_mlp(pre, p, seed, first_row)
+    core.mlp_forward_cpu(**arguments, out=matrix(out), threads=threads)
     return out
 
 
 def backward(
     pre: Tensor, grad: Tensor, p: float = 0.0, seed: int = SEED, first_row: int = 0, threads: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """In place: (hidden, gradient by pre)."""
-    code = _native.DTYPES[pre.dtype]
-    core.gelu_dropout_backward_cpu(code, tuple(pre.shape), matrix(pre), matrix(grad), p, seed, first_row, threads)
-    return pre, grad
+    """(hidden, gradient by pre)."""
+    (rows, cols), arguments, _kept = identity_mlp(pre, p, seed, first_row)
+    hidden, by_pre = padded(rows, cols, pre.dtype, 2), padded(rows, cols, pre.dtype, 1)
+    weights = [torch.empty(cols, cols, dtype=pre.dtype) for _ in range(2)]
+    core.mlp_backward_cpu(
+        **arguments, grad=matrix(grad), d_x=matrix(by_pre), d_second=(0, 0), out=matrix(hidden),
+        d_tensors=(weights[0].data_ptr(), 0, weights[1].data_ptr(), 0), threads=threads,
+    )  # fmt: skip
+    return hidden, by_pre
 
 
 def padded(rows: int, cols: int, dtype: torch.dtype, gap: int) -> Tensor:
@@ -186,8 +206,6 @@ def test_gelu_dropout(dtype: torch.dtype, gap: int, p: float) -> None:
         hidden = forward(pre, padded(rows, cols, dtype, gap), p)
         assert_within(hidden, scale * value, rounded(scale * value, scale * value_bound, dtype, 2), f"{what} forward")
         assert untouched(hidden)
-        in_place = pre.clone() if gap == 0 else padded(rows, cols, dtype, gap).copy_(pre)
-        assert torch.equal(forward(in_place, in_place, p), hidden)
 
         exact_grad = scale * slope * grad.double()
         bound = rounded(exact_grad, scale * slope_bound * grad.double().abs(), dtype, 3)
@@ -202,7 +220,8 @@ def test_gelu_is_accurate_everywhere() -> None:
     """Every binade, both signs, down to the subnormals: the bound csrc/cpu/gelu.h states."""
     bits = torch.arange(0, 0x41700000, 0x41700000 // (1 << 20), dtype=torch.int64).to(torch.int32)
     x = bits.view(torch.float32)
-    x = torch.cat([x, -x, torch.linspace(-15, 15, 1 << 19)])[None]
+    x = torch.cat([x, -x, torch.linspace(-15, 15, 1 << 19)])
+    x = x[: x.numel() // 16 * 16].view(-1, 16)
     value, slope, _ = exact_gelu(x)
     value_bound, slope_bound = gelu_bounds(x, torch.float32)
     assert_within(forward(x, torch.empty_like(x)), value, value_bound, "gelu")
@@ -211,15 +230,14 @@ def test_gelu_is_accurate_everywhere() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 def test_gelu_of_infinity_and_nan(dtype: torch.dtype) -> None:
-    x = torch.tensor([[math.inf, -math.inf, math.nan, 0.0, -0.0]], dtype=dtype).repeat(1, 7)
+    # A column of its own for each row: products with other columns' zeros would spread them.
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0], dtype=dtype).repeat(7)[:, None]
     value, slope = [math.inf, 0.0, math.nan, 0.0, 0.0], [1.0, 0.0, math.nan, 0.5, 0.5]
-    expected = torch.tensor([value], dtype=dtype).repeat(1, 7)
+    expected, expected_slope = (torch.tensor(v, dtype=dtype).repeat(7)[:, None] for v in (value, slope))
     torch.testing.assert_close(forward(x, torch.empty_like(x)), expected, rtol=0, atol=0, equal_nan=True)
-    gradient = backward(x.clone(), torch.ones_like(x))[1]
-    torch.testing.assert_close(
-        gradient, torch.tensor([slope], dtype=dtype).repeat(1, 7), rtol=0, atol=1e-37, equal_nan=True
-    )
-    kept = keep_mask(1, 35, 0.5, SEED)
+    gradient = backward(x, torch.ones_like(x))[1]
+    torch.testing.assert_close(gradient, expected_slope, rtol=0, atol=1e-37, equal_nan=True)
+    kept = keep_mask(35, 1, 0.5, SEED)
     dropped = forward(x, torch.empty_like(x), 0.5)[~kept]
     assert torch.equal(dropped, torch.zeros_like(dropped)), "what is dropped is 0, even where it was NaN or infinite"
 
@@ -295,13 +313,6 @@ def test_dropout_is_random(p: float) -> None:
     assert chi_square < 15 + 5 * math.sqrt(30)
 
 
-def test_gelu_dropout_of_nothing() -> None:
-    for rows, cols in ((0, 5), (5, 0), (0, 0)):
-        empty = torch.empty(rows, cols)
-        forward(empty, empty, 0.5, threads=2)
-        backward(empty, torch.empty(rows, cols), 0.5, threads=2)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -309,16 +320,117 @@ def test_gelu_dropout_of_nothing() -> None:
         ({"p": math.nan}, "p: expected a probability"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"dtype": 9}, "dtype: unknown code 9"),
-        ({"shape": (1, 2, 3)}, "shape: expected"),
-        ({"pre": (0, 1, 1)}, "pre: expected an address and a row stride, got 3 integers"),
+        ({"size": (1, 2, 3)}, "size: expected"),
+        ({"x": (0, 1, 1)}, "x: expected an address and a row stride, got 3 integers"),
+        ({"tensors": (0,)}, "tensors: expected"),
     ],
 )
-def test_gelu_dropout_errors(change: dict[str, object], message: str) -> None:
+def test_mlp_errors(change: dict[str, object], message: str) -> None:
     x = torch.zeros(2, 3)
-    call = {"dtype": 1, "shape": (2, 3), "pre": matrix(x), "p": 0.5, "seed": 0, "first_row": 0, "threads": 1}
-    for function, other in ((core.gelu_dropout_forward_cpu, "hidden"), (core.gelu_dropout_backward_cpu, "grad")):
-        with pytest.raises(ValueError, match=message):
-            function(**{**call, other: matrix(x), **change})
+    _, arguments, _kept = identity_mlp(x, 0.5, SEED, 0)
+    with pytest.raises(ValueError, match=message):
+        core.mlp_forward_cpu(**{**arguments, "out": matrix(x), "threads": 1, **change})
+
+
+# --- The whole pointwise MLP -----------------------------------------------------------------------------
+
+MLP_SIZES = [  # rows, columns of x, of second, of the hidden layer, of the output
+    (1, 1, 0, 1, 1),
+    (7, 3, 2, 5, 9),
+    (300, 12, 6, 24, 8),
+    (130, 49, 0, 67, 50),
+    (257, 64, 32, 128, 64),
+    (40, 33, 17, 516, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("size", MLP_SIZES, **ids)
+def test_mlp(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Forward and all gradients with everything present, from strided rows, against float64; one and three threads."""
+    rows, a, b, k, o = size
+    p, generator = 0.25, torch.Generator().manual_seed(rows)
+    wide = accumulation(dtype)
+
+    def made(*shape: int, gap: int = 0, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        value = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return padded(*shape, of, gap).copy_(value) if len(shape) == 2 else value.to(of)
+
+    x, second, grad = made(rows, a, gap=3), made(rows, b, gap=1), made(rows, o, gap=2)
+    scale, shift = made(b, of=wide), made(b, of=wide)
+    w1, b1 = made(k, a + b, scale=(a + b) ** -0.5), made(k)
+    w2, b2 = made(o, k, scale=k**-0.5), made(o)
+    pointers = [t.data_ptr() if t.numel() else 0 for t in (scale, shift, w1, b1, w2, b2)]
+    arguments: dict[str, object] = {
+        "dtype": _native.DTYPES[dtype], "size": size, "x": matrix(x), "second": matrix(second), "tensors": pointers,
+        "p": p, "seed": SEED, "first_row": 0,
+    }  # fmt: skip
+
+    # The same in float64, with the sizes of all sums' terms for the bounds.
+    leaves = [t.double().requires_grad_() for t in (x, second, w1, b1, w2, b2)]
+    xd, sd, w1d, b1d, w2d, b2d = leaves
+    joined = torch.cat((xd, sd * scale.double() + shift.double()), 1)
+    joined.retain_grad()
+    keep = keep_mask(rows, k, p, SEED).double() / (1 - p)
+    pre = joined @ w1d.t() + b1d
+    hidden = torch.nn.functional.gelu(pre) * keep
+    expected = hidden @ w2d.t() + b2d
+    expected.backward(grad.double())
+
+    u = UNIT_ROUNDOFF[wide]
+    with torch.no_grad():
+        # A sum of n terms is off by n u times the sum of their sizes [Higham, section 3.1]; gelu's slope is below 1.13.
+        pre_off = (a + b + 3) * u * (joined.abs() @ w1d.abs().t() + b1d.abs())
+        hidden_off = keep * (1.13 * pre_off + 6 * u * (hidden.abs() + pre.abs()))
+        out_off = hidden_off @ w2d.abs().t() + (k + 2) * u * (hidden.abs() @ w2d.abs().t() + b2d.abs())
+        g_hidden = grad.double().abs() @ w2d.abs()
+        # gelu'' is at most 0.8.
+        pre_grad = 1.13 * keep * g_hidden
+        pre_grad_off = keep * g_hidden * (0.8 * pre_off + (o + 8) * u * 1.13)
+        d_x_off = pre_grad_off @ w1d.abs() + (k + 1) * u * (pre_grad @ w1d.abs())
+        sums = rows + 4
+        d_w1_off = pre_grad_off.t() @ joined.abs() + sums * u * (pre_grad.t() @ joined.abs())
+        d_w2_off = grad.double().abs().t() @ (hidden_off + sums * u * hidden.abs())
+        d_b1_off = (pre_grad_off + sums * u * pre_grad).sum(0)
+        d_b2_off = sums * u * grad.double().abs().sum(0)
+
+    def check(got: Tensor, want: Tensor | None, off: Tensor, what: str) -> None:
+        assert want is not None
+        stored = UNIT_ROUNDOFF[dtype] * (want.abs() + off) + UNDERFLOW[dtype] if wide != dtype else 0
+        # The float64 reference errs as a float64 kernel does.
+        assert_within(got, want, (2 if dtype == torch.float64 else 1) * off + stored, f"{what} {size}")
+
+    for threads in (1, 3):
+        out = padded(rows, o, dtype, 1)
+        core.mlp_forward_cpu(**arguments, out=matrix(out), threads=threads)
+        check(out, expected.detach(), out_off, "output")
+        assert untouched(out)
+        d_x, d_second, again = padded(rows, a, dtype, 2), padded(rows, b, dtype, 1), padded(rows, o, dtype, 4)
+        weights = [torch.full(t.shape, math.nan, dtype=dtype) for t in (w1, b1, w2, b2)]
+        core.mlp_backward_cpu(
+            **arguments, grad=matrix(grad), d_x=matrix(d_x), d_second=matrix(d_second), out=matrix(again),
+            d_tensors=[t.data_ptr() for t in weights], threads=threads,
+        )  # fmt: skip
+        assert torch.equal(again, out), "backward's output differs from forward's"
+        assert joined.grad is not None
+        check(d_x, joined.grad[:, :a], d_x_off[:, :a], "gradient of x")
+        check(d_second, joined.grad[:, a:], d_x_off[:, a:], "gradient of the affine map of second")
+        offs = (d_w1_off, d_b1_off, d_w2_off, d_b2_off)
+        for name, got, leaf, off in zip(("w1", "b1", "w2", "b2"), weights, leaves[2:], offs, strict=True):
+            check(got, leaf.grad, off, f"gradient of {name}")
+        assert all(untouched(t) for t in (d_x, d_second, again))
+
+
+def test_mlp_of_nothing() -> None:
+    """No rows: nothing is written but zero gradients of the weights."""
+    x, weights = torch.empty(0, 3), [torch.full((3, 3), math.nan) for _ in range(2)]
+    _, arguments, _kept = identity_mlp(x, 0.5, SEED, 0)
+    core.mlp_forward_cpu(**arguments, out=matrix(x), threads=2)
+    core.mlp_backward_cpu(
+        **arguments, grad=matrix(x), d_x=matrix(x), d_second=(0, 0), out=(0, 0),
+        d_tensors=(weights[0].data_ptr(), 0, weights[1].data_ptr(), 0), threads=2,
+    )  # fmt: skip
+    assert all(torch.equal(t, torch.zeros(3, 3)) for t in weights)
 
 
 # --- Batch normalisation ---------------------------------------------------------------------------------

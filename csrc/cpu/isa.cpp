@@ -70,11 +70,9 @@ void advise_huge_pages(void* data, int64_t bytes) {
 void haar_analysis_cpu(const HaarArgs& args, int threads) { pick().haar->haar_analysis(args, threads); }
 void haar_synthesis_cpu(const HaarArgs& args, int threads) { pick().haar->haar_synthesis(args, threads); }
 
-void gelu_dropout_forward_cpu(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& hidden, int threads) {
-  pick().mlp->gelu_dropout_forward(args, pre, hidden, threads);
-}
-void gelu_dropout_backward_cpu(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& grad, int threads) {
-  pick().mlp->gelu_dropout_backward(args, pre, grad, threads);
+void mlp_forward_cpu(const MlpArgs& args, const Matrix& out, int threads) { pick().mlp->forward(args, out, threads); }
+void mlp_backward_cpu(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+  pick().mlp->backward(args, grads, threads);
 }
 void philox4x32_cpu(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
   pick().mlp->philox4x32(counter, key, words);
@@ -92,8 +90,8 @@ void batch_norm_backward_reduce_cpu(const BatchNormShape& shape, const Plane& g,
   pick().batch_norm->backward_reduce(shape, g, y, mean, invstd, sum_g, sum_gx, threads);
 }
 void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
-                                   const void* b, const void* d, const Plane& out, int threads) {
-  pick().batch_norm->backward_apply(shape, g, y, a, b, d, out, threads);
+                                   const void* b, const void* d, const Plane& residual, const Plane& out, int threads) {
+  pick().batch_norm->backward_apply(shape, g, y, a, b, d, residual, out, threads);
 }
 
 void phase_forward_cpu(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {

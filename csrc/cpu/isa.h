@@ -19,8 +19,8 @@ struct HaarKernels {
 };
 
 struct MlpKernels {
-  void (*gelu_dropout_forward)(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& hidden, int threads);
-  void (*gelu_dropout_backward)(const GeluDropoutArgs& args, const Matrix& pre, const Matrix& grad, int threads);
+  void (*forward)(const MlpArgs& args, const Matrix& out, int threads);
+  void (*backward)(const MlpArgs& args, const MlpGradArgs& grads, int threads);
   void (*philox4x32)(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]);
 };
 
@@ -31,7 +31,7 @@ struct BatchNormKernels {
   void (*backward_reduce)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
                           const void* invstd, void* sum_g, void* sum_gx, int threads);
   void (*backward_apply)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a, const void* b,
-                         const void* d, const Plane& out, int threads);
+                         const void* d, const Plane& residual, const Plane& out, int threads);
 };
 
 struct PatmKernels {

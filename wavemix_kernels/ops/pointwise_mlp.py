@@ -6,17 +6,16 @@ is saved. The same kernel is the Waveblock's feed-forward part and Wave-MLP's ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
+from wavemix_kernels.reference.haar import accumulate_dtype
 
 _ARGUMENTS = (
     "Tensor x, Tensor? second, Tensor? scale, Tensor? shift, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
@@ -25,9 +24,6 @@ _ARGUMENTS = (
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define(f"pointwise_mlp({_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"pointwise_mlp_backward(Tensor grad, {_ARGUMENTS}, bool want_output, str backend) -> Tensor[]")
-
-#: Elements of the hidden layer at work at a time on the CPU: with its gradient it stays within the L2 cache.
-CHUNK = 1 << 18
 
 
 class Gradients(NamedTuple):
@@ -127,7 +123,7 @@ def pointwise_mlp(
     return fused(x, second, scale, shift, w1, b1, w2, b2, dropout, seed, chosen)
 
 
-# --- CPU: products by torch, chunk by chunk; the hidden layer's passes by the compiled core ----------------
+# --- CPU -------------------------------------------------------------------------------------------------
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -135,76 +131,45 @@ def _matrix(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
-def _image(matrix: Tensor, like: Tensor) -> Tensor:
-    n, _, h, w = like.shape
-    return matrix.view(n, h, w, matrix.shape[1]).permute(0, 3, 1, 2)
-
-
 def _empty_image(like: Tensor, channels: int) -> Tensor:
     n, _, h, w = like.shape
     return layout.empty(like, [n, channels, h, w], True)
-
-
-def _chunks(rows: int, cols: int) -> Iterator[tuple[int, slice]]:
-    step = max(64, CHUNK // cols)
-    for start in range(0, rows, step):
-        yield start, slice(start, min(start + step, rows))
-
-
-class _Folded:
-    """Both inputs as matrices and the first layer with ``second``'s affine map folded into its weight."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        second: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        w1: Tensor,
-        b1: Tensor | None,
-    ) -> None:
-        a = x.shape[1]
-        self.x, self.wx = _matrix(x), w1[:, :a]
-        self.s = None if second is None else _matrix(second)
-        self.ws = w1[:, a:]
-        wide = w1.dtype if scale is None else torch.promote_types(w1.dtype, scale.dtype)
-        bias = w1.new_zeros(w1.shape[0], dtype=wide) if b1 is None else b1.to(wide)
-        self.weight = w1
-        if scale is not None and shift is not None:
-            self.weight = torch.cat((self.wx, (self.ws.to(wide) * scale).to(w1.dtype)), 1)
-            bias = bias + self.ws.to(wide) @ shift.to(wide)
-        self.bias = bias.to(w1.dtype)
-
-    def hidden(self, rows: slice) -> Tensor:
-        """Pre-activations; the two inputs meet in a chunk that stays in cache, never as a whole."""
-        joined = self.x[rows] if self.s is None else torch.cat((self.x[rows], self.s[rows]), 1)
-        return _product(joined, self.weight, self.bias)
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``rows @ weight.T + bias``, as a 1x1 convolution: that is oneDNN's, where ``torch.mm`` is MKL's (a step took
-    1.25 to 1.3 times as long with it on an AMD CPU). With one thread PyTorch leaves oneDNN aside for convolutions."""
-    if torch.get_num_threads() == 1:
-        return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    image = rows[None, :, None, :].permute(0, 3, 1, 2)
-    return F.conv2d(image, weight[:, :, None, None], bias)[0, :, :, 0].t().contiguous()
 
 
 def _seed_value(p: float, seed: Tensor | None) -> int:
     return 0 if p == 0 or seed is None else int(seed) % 2**64
 
 
-def _cpu_forward(
+def _rows(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+
+
+def _cpu_arguments(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
-    inputs = _Folded(x, second, scale, shift, w1, b1)
-    out = _empty_image(x, w2.shape[0])
-    u, key, k = _matrix(out), _seed_value(p, seed), w1.shape[0]
-    for start, rows in _chunks(u.shape[0], k):
-        hidden = inputs.hidden(rows)
-        _gelu_dropout(hidden, p, key, start)
-        u[rows] = _product(hidden, w2, b2)
+) -> tuple[list[Any], list[Tensor | None]]:  # fmt: skip
+    """Arguments that both passes take, and the tensors that must outlive the call."""
+    wide = accumulate_dtype(x.dtype)
+    matrices = [None if t is None else _unit_columns(_matrix(t)) for t in (x, second)]
+    affine = [None if t is None else t.to(wide).contiguous() for t in (scale, shift)]
+    weights = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2)]
+    kept = [*matrices, *affine, *weights]
+    (k, total), a = w1.shape, x.shape[1]
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    pointers = [0 if t is None else t.data_ptr() for t in kept[2:]]
+    size = (rows, a, total - a, k, w2.shape[0])
+    return [_native.DTYPES[x.dtype], size, *map(_rows, matrices), pointers, p, _seed_value(p, seed), 0], kept
+
+
+def _unit_columns(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _cpu_forward(x: Tensor, *rest: Any) -> Tensor:
+    core: Any = _native.core
+    arguments, _kept = _cpu_arguments(x, *rest)
+    out = _empty_image(x, arguments[1][4])
+    core.mlp_forward_cpu(*arguments, _rows(_matrix(out)), torch.get_num_threads())
     return out
 
 
@@ -212,59 +177,18 @@ def _cpu_backward(
     grad: Tensor, x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor,
     b1: Tensor | None, w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, want_output: bool,
 ) -> Gradients:  # fmt: skip
-    inputs = _Folded(x, second, scale, shift, w1, b1)
-    g, key, (k, total), a = _matrix(grad), _seed_value(p, seed), w1.shape, x.shape[1]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gx = _empty_image(x, a)
-    gs = None if second is None else _empty_image(x, second.shape[1])
+    core: Any = _native.core
+    arguments, _kept = _cpu_arguments(x, second, scale, shift, w1, b1, w2, b2, p, seed)
+    g = _unit_columns(_matrix(grad))
+    d_x = _empty_image(x, x.shape[1])
+    d_second = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, w2.shape[0]) if want_output else None
-    w1_back, w2_back = w1.t().contiguous(), w2.t().contiguous()
-    # Sums over chunks are kept in fp32 for the half types.
-    dw1, dw2, db1 = (x.new_zeros(shape, dtype=wide) for shape in ((k, total), w2.shape, (k,)))
-    for start, rows in _chunks(g.shape[0], k):
-        hidden = inputs.hidden(rows)
-        g_hidden = _product(g[rows], w2_back)
-        _gelu_dropout_backward(hidden, g_hidden, p, key, start)
-        if output is not None:
-            _matrix(output)[rows] = _product(hidden, w2, b2)
-        dw2 += torch.mm(g[rows].t(), hidden)
-        dw1[:, :a] += torch.mm(g_hidden.t(), inputs.x[rows])
-        db1 += g_hidden.sum(0, dtype=wide)
-        back = _product(g_hidden, w1_back)
-        _matrix(gx)[rows] = back[:, :a]
-        if gs is not None and inputs.s is not None:
-            dw1[:, a:] += torch.mm(g_hidden.t(), inputs.s[rows])
-            _matrix(gs)[rows] = back[:, a:]
-    if scale is not None and shift is not None:
-        dw1[:, a:] = dw1[:, a:] * scale + torch.outer(db1, shift.to(wide))
-    return Gradients(
-        gx,
-        gs,
-        dw1.to(w1.dtype),
-        None if b1 is None else db1.to(b1.dtype),
-        dw2.to(w2.dtype),
-        None if b2 is None else g.sum(0, dtype=wide).to(b2.dtype),
-        output,
-    )
-
-
-def _rows(matrix: Tensor) -> tuple[int, int]:
-    return matrix.data_ptr(), matrix.stride(0)
-
-
-def _gelu_dropout(hidden: Tensor, p: float, seed: int, first_row: int) -> None:
-    _native.core.gelu_dropout_forward_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[hidden.dtype], hidden.shape, _rows(hidden), _rows(hidden), p, seed, first_row,
-        torch.get_num_threads(),
+    weights = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (w1, b1, w2, b2)]
+    core.mlp_backward_cpu(
+        *arguments, _rows(g), *(_rows(None if t is None else _matrix(t)) for t in (d_x, d_second, output)),
+        [0 if t is None else t.data_ptr() for t in weights], torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _gelu_dropout_backward(hidden: Tensor, grad: Tensor, p: float, seed: int, first_row: int) -> None:
-    """From the pre-activations and the gradient of the hidden layer, in place: the hidden layer and their gradient."""
-    _native.core.gelu_dropout_backward_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[hidden.dtype], hidden.shape, _rows(hidden), _rows(grad), p, seed, first_row,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    return Gradients(d_x, d_second, *weights, output)  # type: ignore[arg-type]
 
 
 def triton_why_not(*tensors: Tensor) -> str | None:
