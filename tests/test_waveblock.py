@@ -288,3 +288,82 @@ def test_residual_frozen_statistics_and_fallbacks() -> None:
     assert seen, "a hook on a part must run: the modules themselves stand in"
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(small(wk.FusedWaveblock)).double()
     torch.testing.assert_close(synchronised.eval()(x), small(Waveblock).double().eval()(x), rtol=1e-10, atol=1e-10)
+
+
+# --- Inference form --------------------------------------------------------------------------------------
+
+
+def _trained(block: torch.nn.Module) -> torch.nn.Module:
+    """Statistics and affine maps that are not those of a fresh BatchNorm."""
+    generator = torch.Generator().manual_seed(5)
+    for module in block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low in ((module.running_mean, -1.0), (module.running_var, 0.5), (module.weight, 0.5)):
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * 2 + low)
+            module.bias.data.copy_(torch.randn(module.bias.shape, generator=generator))
+    return block.eval()
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_inference_form_is_the_block_in_evaluation(upsample: str, level: int, backend: str) -> None:
+    torch.manual_seed(level)
+    block = _trained(wk.FusedWaveblock(level=level, final_dim=16, ff_channel=12, upsample=upsample).double())
+    fused = block.fuse_for_inference()
+    assert not any(isinstance(m, (torch.nn.BatchNorm2d, torch.nn.Dropout)) for m in fused.modules())
+    assert not list(fused.parameters())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 16, 24, dtype=torch.float64).contiguous(memory_format=memory_format)
+        with wk.backend(backend), torch.no_grad():
+            for residual in (False, True):
+                got, want = fused(x, residual=residual), block(x, residual=residual)
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+                assert got.stride() == x.stride()
+    # Folding rounds each weight once more: single precision stays within the block's own rounding.
+    with torch.no_grad():
+        want = fused(x)
+        got = block.float().fuse_for_inference()(x.float())
+    assert (got - want).norm() <= 16 * (6 * level + 1) * 2.0**-24 * want.norm()
+
+
+def test_inference_form_of_a_model() -> None:
+    from wavemix_kernels.wavemix.classification import WaveMix
+
+    torch.manual_seed(0)
+    model = _trained(WaveMix(num_classes=5, depth=2, final_dim=16, ff_channel=16, level=2).double())
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        want = model(image)
+        model.train()
+        assert wk.fuse_for_inference(model) is model
+        assert not model.training
+        torch.testing.assert_close(model(image), want, rtol=1e-12, atol=1e-12)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(image), want, rtol=1e-12, atol=1e-12)
+    state = model.state_dict()
+    again = wk.fuse_for_inference(
+        WaveMix(num_classes=5, depth=2, final_dim=16, ff_channel=16, level=2).double()
+    )
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(again(image), model(image))
+
+
+def test_inference_form_errors() -> None:
+    block = wk.FusedWaveblock(level=1, final_dim=8)
+    block.feedforward[5] = torch.nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"feedforward\.5: track_running_stats=False"):
+        block.fuse_for_inference()
+    with pytest.raises(ValueError, match=r"0: feedforward\.5"):
+        wk.fuse_for_inference(torch.nn.Sequential(block))
+    block = wk.FusedWaveblock(level=1, final_dim=8)
+    block.feedforward[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        block.fuse_for_inference()
+    with pytest.raises(ValueError, match="accelerate"):
+        wk.fuse_for_inference(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="expected a torch"):
+        wk.fuse_for_inference(torch.nn.functional.relu)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="final_dim"):
+        wk.FusedWaveblock(level=1, final_dim=8).fuse_for_inference()(torch.zeros(1, 4, 8, 8))

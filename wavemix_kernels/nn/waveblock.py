@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.ops import batch_norm, pointwise_mlp, waveblock
+from wavemix_kernels.nn import parts
+from wavemix_kernels.nn.inference import InferenceWaveblock
+from wavemix_kernels.nn.parts import frozen, untouched, update
+from wavemix_kernels.ops import pointwise_mlp, waveblock
 from wavemix_kernels.ops.haar import haar_dwt2d
 from wavemix_kernels.reference.waveblock import Waveblock
 
@@ -82,7 +84,7 @@ class FusedWaveblock(Waveblock):
         for part, norm in zip(parts, norms, strict=True):
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
             up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
-            mean, invstd = _frozen(norm)
+            mean, invstd = frozen(norm)
             mlp = (w1[:, :, 0, 0], b1, w2[:, :, 0, 0], b2)
             levels.append(waveblock.Level(*mlp, up, up_bias, norm.weight, norm.bias, mean, invstd))
         dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
@@ -101,35 +103,41 @@ class FusedWaveblock(Waveblock):
         )
         for i, (norm, (mean, var)) in enumerate(zip(norms, stats, strict=True)):
             if norm.training and norm.track_running_stats:
-                _update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
+                update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
         return x + out if residual and cast_x is not x else out
 
     def is_plain(self) -> bool:
         """Whether calling with ``residual`` can stand for ``block(x) + x``: no hook anywhere would notice."""
-        return _untouched(self) and self._parts_are_plain()
+        return untouched(self) and self._parts_are_plain()
+
+    def fuse_for_inference(self) -> InferenceWaveblock:
+        """A new module for inference, equal to this one in evaluation up to rounding: BatchNorms folded, dropout gone.
+
+        Raises:
+            ValueError: a part has hooks, parametrizations or a class of its own; a BatchNorm has no running statistics.
+        """
+        if not self._parts_are_plain():
+            raise ValueError(
+                "fuse_for_inference: a part of this block has hooks, parametrizations or a class of its own, which "
+                "folded weights cannot stand for; remove them first"
+            )
+        return InferenceWaveblock(self)
 
     def _parts_are_plain(self) -> bool:
-        if type(self.reduction) is not nn.Conv2d or not _untouched(self.reduction):
+        if type(self.reduction) is not nn.Conv2d or not untouched(self.reduction):
             return False
         kinds: list[type[nn.Module] | None] = list(_PLAIN)
         kinds[4] = _UPSAMPLING[self.upsample]
         for i in range(self.level):
             part = getattr(self, self._feedforward_name(i + 1))
-            if len(part) != len(kinds) or not _untouched(part):
+            if len(part) != len(kinds) or not untouched(part):
                 return False
-            if any(type(m) is not kind or not _untouched(m) for m, kind in zip(part, kinds, strict=True)):
+            if any(type(m) is not kind or not untouched(m) for m, kind in zip(part, kinds, strict=True)):
                 return False
         return True
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"
-
-
-def _untouched(module: nn.Module) -> bool:
-    """No hook would be left out if the module's own forward never ran."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and not (hasattr(module, "parametrizations"))
 
 
 def _upsampling_conv(module: nn.Module) -> list[nn.Module]:
@@ -139,18 +147,5 @@ def _upsampling_conv(module: nn.Module) -> list[nn.Module]:
     return [module[1]] if isinstance(module, nn.Sequential) else []
 
 
-def _frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Running mean and inverse deviation where the norm uses them (evaluation, or frozen during training)."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        return None, None
-    return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
-
-
-def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    # momentum=None: the cumulative average of all batches.
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    batch_norm.update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)
+# Until every module imports from nn.parts.
+_untouched, _frozen, _update = parts.untouched, parts.frozen, parts.update

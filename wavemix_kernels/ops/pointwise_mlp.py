@@ -188,7 +188,7 @@ def _cpu_backward(
         *arguments, _rows(g), *(_rows(None if t is None else _matrix(t)) for t in (d_x, d_second, output)),
         [0 if t is None else t.data_ptr() for t in weights], torch.get_num_threads(),
     )  # fmt: skip
-    return Gradients(d_x, d_second, *weights, output)  # type: ignore[arg-type]
+    return Gradients(*cast(Any, (d_x, d_second, *weights, output)))
 
 
 def triton_why_not(*tensors: Tensor) -> str | None:

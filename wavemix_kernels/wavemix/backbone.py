@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks
+from wavemix_kernels.nn.inference import InferenceWaveblock
 from wavemix_kernels.nn.waveblock import FusedWaveblock
 
 
@@ -51,7 +52,7 @@ class Backbone(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """x (N, final_dim, h, w) through all blocks, each with its residual; the same shape and memory format."""
-        fused = [isinstance(block, FusedWaveblock) and block.is_plain() for block in self.layers]
+        fused = [isinstance(block, (FusedWaveblock, InferenceWaveblock)) and block.is_plain() for block in self.layers]
         given = x
         if all(fused) and x.device.type == "cpu":
             # The blocks work channels_last inside: one conversion here saves two in every block.

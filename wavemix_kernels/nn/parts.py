@@ -1,0 +1,56 @@
+"""What fused modules ask of the standard ones they are made of."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from wavemix_kernels.ops import batch_norm
+
+
+def untouched(module: nn.Module) -> bool:
+    """No hook would be left out if the module's own forward never ran."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) and not (hasattr(module, "parametrizations"))
+
+
+def affine_of(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in evaluation, in float64: rounded once, when the folded weights are.
+
+    Raises:
+        ValueError: it keeps no running statistics.
+    """
+    n = cast(nn.BatchNorm2d, norm)
+    if n.running_mean is None or n.running_var is None:
+        raise ValueError(
+            f"{name}: track_running_stats={n.track_running_stats!r} keeps no statistics to fold; inference depends on "
+            "the batch and has no folded form"
+        )
+    scale = torch.rsqrt(n.running_var.double() + n.eps)
+    if n.weight is not None:
+        scale = scale * n.weight.detach().double()
+    shift = -n.running_mean.double() * scale
+    if n.bias is not None:
+        shift = shift + n.bias.detach().double()
+    return scale, shift
+
+
+def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Running mean and inverse deviation where the norm uses them (evaluation, or frozen during training)."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return None, None
+    return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+
+
+def update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Running statistics after a batch of ``count`` values per channel with this mean and biased variance."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    # momentum=None: the cumulative average of all batches.
+    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    batch_norm.update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)
