@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "wavemix/batch_norm.h"
+#include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 
@@ -103,10 +104,30 @@ wavemix::MlpArgs mlp_args(int dtype, const Ints& size, const Ints& x, const Ints
   return args;
 }
 
-wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads, bool by_image) {
+wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight,
+                                int threads) {
+  if (size.size() != 5) throw py::value_error("size: expected (n, f, o, h, w)");
+  check_threads(threads);
+  wavemix::DeconvArgs args;
+  args.dtype = dtype_of(dtype);
+  args.n = size[0];
+  args.f = size[1];
+  args.o = size[2];
+  args.h = size[3];
+  args.w = size[4];
+  args.u = view<wavemix::Plane>(u, "u");
+  args.y = view<wavemix::Plane>(y, "y");
+  if ((args.f > 1 && args.u.stride[1] != 1) || (args.o > 1 && args.y.stride[1] != 1))
+    throw py::value_error("u, y: expected contiguous channels, got channel strides of " +
+                          std::to_string(args.u.stride[1]) + " and " + std::to_string(args.y.stride[1]));
+  args.weight = pointer(weight);
+  return args;
+}
+
+wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads) {
   if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
   check_threads(threads);
-  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3], by_image};
+  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
 }
 #endif
 
@@ -144,9 +165,7 @@ wavemix::ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shap
 
 }  // namespace
 
-#if WAVEMIX_WITH_CPU
 void bind_patm(py::module_& m);  // bindings_patm.cpp
-#endif
 
 PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";
@@ -212,6 +231,32 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("seed"), py::arg("first_row"), py::arg("grad"), py::arg("d_x"), py::arg("d_second"), py::arg("out"),
       py::arg("d_tensors"), py::arg("threads"));
   m.def(
+      "deconv_forward_cpu",
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, weight, threads);
+        py::gil_scoped_release unlocked;
+        wavemix::deconv_forward_cpu(args, pointer(bias), threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("bias"),
+      py::arg("threads"));
+  m.def(
+      "deconv_input_grad_cpu",
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, weight, threads);
+        py::gil_scoped_release unlocked;
+        wavemix::deconv_input_grad_cpu(args, threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("threads"));
+  m.def(
+      "deconv_weight_grad_cpu",
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t d_weight, uintptr_t d_bias, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, 0, threads);
+        py::gil_scoped_release unlocked;
+        wavemix::deconv_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("d_weight"), py::arg("d_bias"),
+      py::arg("threads"));
+  m.def(
       "philox4x32_cpu",
       [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
         if (counter.size() != 4 || key.size() != 2)
@@ -224,53 +269,51 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("counter"), py::arg("key"));
   m.def(
       "batch_norm_stats_cpu",
-      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads, bool by_image) {
-        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
+      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
         const auto image = view<wavemix::Plane>(y, "y");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_stats_cpu(size, image, pointer(mean), pointer(var), threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"),
-      py::arg("by_image") = false);
+      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"));
   m.def(
       "batch_norm_apply_cpu",
       [](int dtype, const Ints& shape, const Ints& y, uintptr_t scale, uintptr_t shift, const Ints& residual,
-         const Ints& out, int threads, bool by_image) {
-        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
+         const Ints& out, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
         const auto from = view<wavemix::Plane>(y, "y"), added = view<wavemix::Plane>(residual, "residual"),
                    to = view<wavemix::Plane>(out, "out");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_apply_cpu(size, from, pointer(scale), pointer(shift), added, to, threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("scale"), py::arg("shift"), py::arg("residual"),
-      py::arg("out"), py::arg("threads"), py::arg("by_image") = false);
+      py::arg("out"), py::arg("threads"));
   m.def(
       "batch_norm_backward_reduce_cpu",
       [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t mean, uintptr_t invstd, uintptr_t sum_g,
-         uintptr_t sum_gx, int threads, bool by_image) {
-        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
+         uintptr_t sum_gx, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
         const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y");
         py::gil_scoped_release unlocked;
         wavemix::batch_norm_backward_reduce_cpu(size, gradient, image, pointer(mean), pointer(invstd), pointer(sum_g),
                                                 pointer(sum_gx), threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("mean"), py::arg("invstd"),
-      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"), py::arg("by_image") = false);
+      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"));
   m.def(
       "batch_norm_backward_apply_cpu",
       [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t a, uintptr_t b, uintptr_t d,
-         const Ints& out, int threads, bool by_image, const Ints& residual) {
-        const auto size = batch_norm_shape(dtype, shape, threads, by_image);
+         const Ints& out, int threads) {
+        const auto size = batch_norm_shape(dtype, shape, threads);
         const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y"),
-                   added = view<wavemix::Plane>(residual, "residual"), to = view<wavemix::Plane>(out, "out");
+                   to = view<wavemix::Plane>(out, "out");
         py::gil_scoped_release unlocked;
-        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), added, to,
-                                               threads);
+        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), to, threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("d"),
-      py::arg("out"), py::arg("threads"), py::arg("by_image") = false, py::arg("residual") = Ints());
-  bind_patm(m);
+      py::arg("out"), py::arg("threads"));
 #endif
+  bind_patm(m);
 
 #if WAVEMIX_WITH_CUDA
   m.attr("CUDA_VERSION") = CUDART_VERSION;

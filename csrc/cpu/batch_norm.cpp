@@ -23,7 +23,7 @@ constexpr int64_t kSquare = 64;
 // Elements of a tile otherwise: enough to hide the cost of starting one and, in reductions, of leaving float for
 // double.
 constexpr int64_t kTile = 1 << 14, kReductionTile = 1 << 17;
-constexpr int kMaxOperands = 4;
+constexpr int kMaxOperands = 3;
 
 // --- The shape as all operands see it -------------------------------------------------------------------
 
@@ -239,36 +239,31 @@ enum class Pass {
   affine,           // x * a + d
   affine_residual,  // x * a + d + z
   combine,          // x * a + z * b + d
-  combine_residual  // x * a + z * b + d + r
 };
 
 // The parameters are those of each column, or one for the row.
 template <Pass pass, bool per_column, class A>
-void elementwise_row(const A* x, const A* z, const A* r, const A* a, const A* b, const A* d, A* out, int64_t n) {
+void elementwise_row(const A* x, const A* z, const A* a, const A* b, const A* d, A* out, int64_t n) {
   WAVEMIX_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const int64_t k = per_column ? i : 0;
     A sum = d[k];
-    if (pass == Pass::combine || pass == Pass::combine_residual) sum += z[i] * b[k];
+    if (pass == Pass::combine) sum += z[i] * b[k];
     sum += x[i] * a[k];
     if (pass == Pass::affine_residual) sum += z[i];
-    if (pass == Pass::combine_residual) sum += r[i];
     out[i] = sum;
   }
 }
 
 template <class T, Pass pass>
-void elementwise(const BatchNormShape& shape, const Plane& x, const Plane* z, const Plane* r, const void* a,
-                 const void* b, const void* d, const Plane& out, int threads) {
+void elementwise(const BatchNormShape& shape, const Plane& x, const Plane* z, const void* a, const void* b,
+                 const void* d, const Plane& out, int threads) {
   using A = typename Arithmetic<T>::type;
-  constexpr bool combines = pass == Pass::combine || pass == Pass::combine_residual;
-  constexpr int inputs = pass == Pass::affine ? 1 : pass == Pass::combine_residual ? 3 : 2;
-  constexpr int parameters = combines ? 3 : 2;
-  const Plane* const planes[4] = {&out, &x, z, r};
+  constexpr int inputs = pass == Pass::affine ? 1 : 2, parameters = pass == Pass::combine ? 3 : 2;
+  const Plane* const planes[3] = {&out, &x, z};
   const Geometry g(shape, planes, 1 + inputs, 0, kTile);
-  bool fresh = true;
-  for (int k = 1; k <= inputs; ++k) fresh = fresh && out.data != planes[k]->data;
-  if (fresh) advise<4>(out.data, out.stride, {shape.n, shape.c, shape.h, shape.w}, static_cast<int64_t>(sizeof(T)));
+  if (out.data != x.data && (inputs == 1 || out.data != z->data))
+    advise<4>(out.data, out.stride, {shape.n, shape.c, shape.h, shape.w}, static_cast<int64_t>(sizeof(T)));
   const void* const arrays[3] = {a, d, b};
   Scratch repeated(3 * kRow * static_cast<int64_t>(sizeof(A)));
   const A* parameter[3] = {};
@@ -280,28 +275,25 @@ void elementwise(const BatchNormShape& shape, const Plane& x, const Plane* z, co
     A* const memory = reinterpret_cast<A*>(scratch.block);
     Writer<T> writer(memory);
     Reader<T> first(memory + Writer<T>::scratch_elements);
-    Reader<T> second(first.buffer + (inputs > 1) * Reader<T>::scratch_elements);
-    Reader<T> third(first.buffer + (inputs - 1) * Reader<T>::scratch_elements);
+    Reader<T> second(first.buffer + (inputs - 1) * Reader<T>::scratch_elements);
     WAVEMIX_FOR
     for (int64_t unit = 0; unit < g.tiles; ++unit) {
       const Tile tile(g, unit);
       writer.open(g, 0, tile);
       first.open(g, 1, tile);
-      if (inputs > 1) second.open(g, 2, tile);
-      if (inputs > 2) third.open(g, 3, tile);
+      if (inputs == 2) second.open(g, 2, tile);
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t n = tile.width(i), offset = tile.channel + (g.by_channel ? 0 : i);
         const A* const rx = first.row(i, n);
-        const A* const rz = inputs > 1 ? second.row(i, n) : nullptr;
-        const A* const rr = inputs > 2 ? third.row(i, n) : nullptr;
+        const A* const rz = inputs == 2 ? second.row(i, n) : nullptr;
         const A* const pa = parameter[0] + offset;
         const A* const pd = parameter[1] + offset;
-        const A* const pb = combines ? parameter[2] + offset : nullptr;
+        const A* const pb = parameters == 3 ? parameter[2] + offset : nullptr;
         A* const ro = writer.row(i);
         if (g.by_channel) {
-          elementwise_row<pass, true>(rx, rz, rr, pa, pb, pd, ro, n);
+          elementwise_row<pass, true>(rx, rz, pa, pb, pd, ro, n);
         } else {
-          elementwise_row<pass, false>(rx, rz, rr, pa, pb, pd, ro, n);
+          elementwise_row<pass, false>(rx, rz, pa, pb, pd, ro, n);
         }
         writer.close(i, n, ro);
       }
@@ -570,105 +562,41 @@ void fill(void* array, int64_t c, double value) {
   for (int64_t i = 0; i < c; ++i) static_cast<A*>(array)[i] = static_cast<A>(value);
 }
 
-// Calls `use(shape, rows, threads)`: for the batch, or for each image with `rows` counting the rows of c values before
-// its own. Images go side by side where there are enough for all threads, else each is shared out.
-template <class Use>
-void for_groups(const BatchNormShape& shape, int threads, Use use) {
-  threads = useful(shape, threads);
-  if (!shape.by_image) return use(shape, int64_t{0}, threads);
-  BatchNormShape image = shape;
-  image.n = 1;
-  if (shape.n < threads) {
-    for (int64_t i = 0; i < shape.n; ++i) use(image, i, useful(image, threads));
-    return;
-  }
-  WAVEMIX_PARALLEL(threads) {
-    WAVEMIX_FOR
-    for (int64_t i = 0; i < shape.n; ++i) use(image, i, 1);
-  }
-}
-
-template <class T>
-Plane from_image(const Plane& plane, int64_t image) {
-  Plane out = plane;
-  if (out.data != nullptr) out.data = static_cast<T*>(out.data) + image * plane.stride[0];
-  return out;
-}
-template <class T>
-void* from_row(void* array, int64_t row, int64_t c) {
-  return static_cast<typename Arithmetic<T>::type*>(array) + row * c;
-}
-template <class T>
-const void* from_row(const void* array, int64_t row, int64_t c) {
-  return static_cast<const typename Arithmetic<T>::type*>(array) + row * c;
-}
-
 void stats_of(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {
   with_type(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t c = shape.c;
-    if (empty(shape)) {
-      fill<T>(mean, shape.by_image ? shape.n * c : c, NAN);
-      fill<T>(var, shape.by_image ? shape.n * c : c, NAN);
-      return;
-    }
-    for_groups(shape, threads, [&](const BatchNormShape& part, int64_t i, int count) {
-      stats<T>(part, from_image<T>(y, i), from_row<T>(mean, i, c), from_row<T>(var, i, c), count);
-    });
+    if (!empty(shape)) return stats<T>(shape, y, mean, var, useful(shape, threads));
+    fill<T>(mean, shape.c, NAN);
+    fill<T>(var, shape.c, NAN);
   });
 }
 void apply(const BatchNormShape& shape, const Plane& y, const void* scale, const void* shift, const Plane& residual,
            const Plane& out, int threads) {
   if (empty(shape)) return;
+  threads = useful(shape, threads);
   with_type(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t c = shape.c;
-    for_groups(shape, threads, [&](const BatchNormShape& part, int64_t i, int count) {
-      const Plane from = from_image<T>(y, i), added = from_image<T>(residual, i), to = from_image<T>(out, i);
-      const void* const a = from_row<T>(scale, i, c);
-      const void* const d = from_row<T>(shift, i, c);
-      if (added.data == nullptr) {
-        elementwise<T, Pass::affine>(part, from, nullptr, nullptr, a, nullptr, d, to, count);
-      } else {
-        elementwise<T, Pass::affine_residual>(part, from, &added, nullptr, a, nullptr, d, to, count);
-      }
-    });
+    if (residual.data == nullptr) {
+      elementwise<T, Pass::affine>(shape, y, nullptr, scale, nullptr, shift, out, threads);
+    } else {
+      elementwise<T, Pass::affine_residual>(shape, y, &residual, scale, nullptr, shift, out, threads);
+    }
   });
 }
 void backward_reduce_of(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
                         const void* invstd, void* sum_g, void* sum_gx, int threads) {
   with_type(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t c = shape.c;
-    if (empty(shape)) {
-      fill<T>(sum_g, shape.by_image ? shape.n * c : c, 0.0);
-      fill<T>(sum_gx, shape.by_image ? shape.n * c : c, 0.0);
-      return;
-    }
-    for_groups(shape, threads, [&](const BatchNormShape& part, int64_t i, int count) {
-      backward_reduce<T>(part, from_image<T>(g, i), from_image<T>(y, i), from_row<T>(mean, i, c),
-                         from_row<T>(invstd, i, c), from_row<T>(sum_g, i, c), from_row<T>(sum_gx, i, c), count);
-    });
+    if (!empty(shape)) return backward_reduce<T>(shape, g, y, mean, invstd, sum_g, sum_gx, useful(shape, threads));
+    fill<T>(sum_g, shape.c, 0.0);
+    fill<T>(sum_gx, shape.c, 0.0);
   });
 }
 void backward_apply(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a, const void* b,
-                    const void* d, const Plane& residual, const Plane& out, int threads) {
+                    const void* d, const Plane& out, int threads) {
   if (empty(shape)) return;
   with_type(shape.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t c = shape.c;
-    for_groups(shape, threads, [&](const BatchNormShape& part, int64_t i, int count) {
-      const Plane gradient = from_image<T>(g, i), from = from_image<T>(y, i), added = from_image<T>(residual, i),
-                  to = from_image<T>(out, i);
-      const void* const ai = from_row<T>(a, i, c);
-      const void* const bi = from_row<T>(b, i, c);
-      const void* const di = from_row<T>(d, i, c);
-      if (added.data == nullptr) {
-        elementwise<T, Pass::combine>(part, gradient, &from, nullptr, ai, bi, di, to, count);
-      } else {
-        elementwise<T, Pass::combine_residual>(part, gradient, &from, &added, ai, bi, di, to, count);
-      }
-    });
+    elementwise<decltype(zero), Pass::combine>(shape, g, &y, a, b, d, out, useful(shape, threads));
   });
 }
 

@@ -12,13 +12,15 @@
 namespace wavemix {
 namespace {
 
-#define WAVEMIX_KERNELS_OF(isa) &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::patm_kernels
+#define WAVEMIX_KERNELS_OF(isa) \
+  &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::patm_kernels
 
 struct Variant {
   const char* name;
   const HaarKernels* haar;
   const MlpKernels* mlp;
   const BatchNormKernels* batch_norm;
+  const DeconvKernels* deconv;
   const PatmKernels* patm;
   bool supported;
 };
@@ -78,6 +80,14 @@ void philox4x32_cpu(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint
   pick().mlp->philox4x32(counter, key, words);
 }
 
+void deconv_forward_cpu(const DeconvArgs& args, const void* bias, int threads) {
+  pick().deconv->forward(args, bias, threads);
+}
+void deconv_input_grad_cpu(const DeconvArgs& args, int threads) { pick().deconv->input_grad(args, threads); }
+void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads) {
+  pick().deconv->weight_grad(args, d_weight, d_bias, threads);
+}
+
 void batch_norm_stats_cpu(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {
   pick().batch_norm->stats(shape, y, mean, var, threads);
 }
@@ -90,8 +100,8 @@ void batch_norm_backward_reduce_cpu(const BatchNormShape& shape, const Plane& g,
   pick().batch_norm->backward_reduce(shape, g, y, mean, invstd, sum_g, sum_gx, threads);
 }
 void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
-                                   const void* b, const void* d, const Plane& residual, const Plane& out, int threads) {
-  pick().batch_norm->backward_apply(shape, g, y, a, b, d, residual, out, threads);
+                                   const void* b, const void* d, const Plane& out, int threads) {
+  pick().batch_norm->backward_apply(shape, g, y, a, b, d, out, threads);
 }
 
 void phase_forward_cpu(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {

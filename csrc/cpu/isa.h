@@ -7,6 +7,7 @@
 #pragma once
 
 #include "wavemix/batch_norm.h"
+#include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/patm.h"
@@ -31,7 +32,13 @@ struct BatchNormKernels {
   void (*backward_reduce)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
                           const void* invstd, void* sum_g, void* sum_gx, int threads);
   void (*backward_apply)(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a, const void* b,
-                         const void* d, const Plane& residual, const Plane& out, int threads);
+                         const void* d, const Plane& out, int threads);
+};
+
+struct DeconvKernels {
+  void (*forward)(const DeconvArgs& args, const void* bias, int threads);
+  void (*input_grad)(const DeconvArgs& args, int threads);
+  void (*weight_grad)(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
 };
 
 struct PatmKernels {
@@ -46,6 +53,7 @@ struct PatmKernels {
   extern const HaarKernels haar_kernels;            \
   extern const MlpKernels mlp_kernels;              \
   extern const BatchNormKernels batch_norm_kernels; \
+  extern const DeconvKernels deconv_kernels;        \
   extern const PatmKernels patm_kernels;            \
   }
 WAVEMIX_DECLARE_ISA(baseline)

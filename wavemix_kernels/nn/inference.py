@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.parts import affine_of, untouched
-from wavemix_kernels.ops import layout, pointwise_mlp, reduce_haar, upsample
+from wavemix_kernels.ops import batch_norm, deconv, layout, pointwise_mlp, reduce_haar, upsample
 from wavemix_kernels.reference import fused as reference
 
 
@@ -71,15 +71,25 @@ class InferenceWaveblock(nn.Module):
             w1, b1, w2, b2, up_weight, up_bias = flat[6 * i : 6 * i + 6]
             if backend == "reference":
                 u = reference.pointwise_mlp(zs[i], w1, b1, w2, b2, second=out)
+                out = upsample.standard(self.upsample, u, up_weight, up_bias)
             else:
                 part = backends.for_part(backend, pointwise_mlp.BACKENDS)
                 u = pointwise_mlp.fused(zs[i], out, None, None, w1, b1, w2, b2, 0.0, None, part)
-            out = upsample.forward(self.upsample, u, up_weight, up_bias)
+                part = backends.for_part(backend, deconv.BACKENDS)
+                out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
         assert out is not None
-        if residual:
-            out = x + out
-        wanted = torch.channels_last if layout.is_channels_last(x) else torch.contiguous_format
-        return out.contiguous(memory_format=wanted)
+        order = layout.is_channels_last(x)
+        if backend == "reference":
+            return layout.laid_out(x + out if residual else out, order)
+        if (order and not residual) or torch.is_grad_enabled() or cast_x is not x:
+            out = x + out if residual else out
+            return out.contiguous(memory_format=torch.channels_last if order else torch.contiguous_format)
+        # The pass that normalises also adds and reorders, at the speed of memory; there is nothing left to normalise.
+        part = backends.for_part(backend, batch_norm.BACKENDS)
+        one = torch.ones(out.shape[1], dtype=batch_norm.statistics_dtype(out.dtype), device=out.device)
+        return torch.ops.wavemix_kernels.batch_norm_apply(
+            out, one, torch.zeros_like(one), x if residual else None, order, part
+        )
 
     def extra_repr(self) -> str:
         return f"final_dim={self.final_dim}, level={self.level}, upsample={self.upsample!r}"

@@ -1,6 +1,6 @@
 """The four ways a Waveblock doubles the size, with the halves of their gradients that its backward pass asks for.
 
-Library kernels throughout (cuDNN, oneDNN): the transposed convolution runs at matrix-multiply speed already.
+The transposed convolution is an op of its own (:mod:`wavemix_kernels.ops.deconv`); the others are the library's.
 """
 
 from __future__ import annotations
@@ -9,23 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels.ops import deconv
 
-def forward(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(N, F, h, w) -> (N, O, 2h, 2w) by ``"deconv"``, ``"pixelshuffle"``, ``"bilinear"`` or ``"nearest"``."""
+
+def forward(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+    """(N, F, h, w) -> (N, O, 2h, 2w) by ``"deconv"`` (on ``backend``), ``"pixelshuffle"``, ``"bilinear"`` or
+    ``"nearest"``."""
     if kind == "deconv":
         assert weight is not None
-        return F.conv_transpose2d(u, weight, bias, stride=2, padding=1)
+        return deconv.fused(u, weight, bias, backend)
+    return standard(kind, u, weight, bias)
+
+
+def standard(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The same by standard operators only."""
+    if kind == "deconv":
+        assert weight is not None
+        return F.conv_transpose2d(u, weight, bias, deconv.STRIDE, deconv.PADDING)
     if kind == "pixelshuffle":
         assert weight is not None
         return F.conv2d(F.pixel_shuffle(u, 2), weight, bias, padding=1)
     return F.interpolate(u, scale_factor=2, mode=kind)
 
 
-def input_grad(kind: str, dy: Tensor, weight: Tensor | None) -> Tensor:
+def input_grad(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     """Gradient of ``u``; ``u`` itself is not needed."""
     if kind == "deconv":
         assert weight is not None
-        return F.conv2d(dy, weight, stride=2, padding=1)
+        return deconv.input_grad(dy, weight, backend)
     if kind == "pixelshuffle":
         assert weight is not None
         return F.pixel_unshuffle(F.conv_transpose2d(dy, weight, padding=1), 2)
@@ -36,14 +47,15 @@ def input_grad(kind: str, dy: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def weight_grads(
-    kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, has_bias: bool
+    kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, has_bias: bool, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias."""
     if weight is None:
         return None, None
-    transposed = kind == "deconv"
+    if kind == "deconv":
+        return deconv.weight_grad(dy, u, has_bias, backend)
     _, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, u if transposed else F.pixel_shuffle(u, 2), weight, [dy.shape[1]], [2, 2] if transposed else [1, 1],
-        [1, 1], [1, 1], transposed, [0, 0], 1, [False, True, has_bias],
+        dy, F.pixel_shuffle(u, 2), weight, [dy.shape[1]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        [False, True, has_bias],
     )  # fmt: skip
     return dweight, dbias

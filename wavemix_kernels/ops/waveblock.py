@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends
-from wavemix_kernels.ops import batch_norm, haar_pyramid, layout, pointwise_mlp, reduce_haar, upsample
+from wavemix_kernels.ops import batch_norm, deconv, haar_pyramid, layout, pointwise_mlp, reduce_haar, upsample
 
 RECOMPUTE = ("mlp", "all")
 
@@ -43,12 +43,13 @@ class _Parts(NamedTuple):
     reduce: str
     pyramid: str
     mlp: str
+    upsample: str
     norm: str
 
     @classmethod
     def of(cls, backend: str) -> _Parts:
-        tables = (reduce_haar.BACKENDS, haar_pyramid.BACKENDS, pointwise_mlp.BACKENDS, batch_norm.BACKENDS)
-        return cls(*(backends.for_part(backend, table) for table in tables))
+        ops = (reduce_haar, haar_pyramid, pointwise_mlp, deconv, batch_norm)
+        return cls(*(backends.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
 
 
 def waveblock(
@@ -123,7 +124,7 @@ class _Waveblock(torch.autograd.Function):
             u = pointwise_mlp.fused(
                 *_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
             )
-            second = upsample.forward(kind, u, level.up_weight, level.up_bias)
+            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
             ys = [second, *ys]
             del z, u
             if level.mean is None or level.invstd is None:
@@ -180,7 +181,7 @@ class _Waveblock(torch.autograd.Function):
                 second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
                 arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
                 us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
-                ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias), *ys]
+                ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
 
         flat_grads: list[Any] = []
         z_grads: list[Tensor] = []
@@ -192,13 +193,15 @@ class _Waveblock(torch.autograd.Function):
                 upper, y, means[i], invstds[i], level.bn_weight, level.mean is None, True, part.norm
             )
             del y
-            du = upsample.input_grad(kind, dy, level.up_weight)
+            du = upsample.input_grad(kind, dy, level.up_weight, part.upsample)
             second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
             arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
             mlp = pointwise_mlp.backward(du, *arguments, not us, part.mlp)
             u = cast(Tensor, us[0] if us else mlp.output)
             us = us[1:]
-            dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, level.up_bias is not None)
+            dweight, dbias = upsample.weight_grads(
+                kind, dy, u, level.up_weight, level.up_bias is not None, part.upsample
+            )
             z_grads = [*z_grads, mlp.x]
             upper = mlp.second
             flat_grads = [

@@ -1,0 +1,25 @@
+// The Waveblock's transposed convolution: 4x4 taps, stride 2, padding 1, so (n, f, h, w) becomes (n, o, 2h, 2w).
+#pragma once
+
+#include <cstdint>
+
+#include "wavemix/haar.h"  // DType, Plane
+
+namespace wavemix {
+
+// Channels of both images are contiguous (stride[1] = 1). f64 computes in double, everything else in float.
+struct DeconvArgs {
+  DType dtype = DType::f32;
+  int64_t n = 0, f = 0, o = 0, h = 0, w = 0;
+  Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w), or their gradients
+  const void* weight = nullptr;  // (f, o, 4, 4), contiguous, in the images' dtype
+};
+
+// y from u; bias (o), in the images' dtype, may be null.
+void deconv_forward_cpu(const DeconvArgs& args, const void* bias, int threads);
+// The gradient of u from that of y.
+void deconv_input_grad_cpu(const DeconvArgs& args, int threads);
+// The gradients of weight and, where d_bias is not null, of bias from u and the gradient of y; in the images' dtype.
+void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
+
+}  // namespace wavemix
