@@ -1,8 +1,10 @@
-// The Python face of the PATM kernels on the CPU: tensors are (address, four strides), the rest plain addresses.
+// The Python face of the PATM kernels: tensors are (address, four strides), the rest plain addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "wavemix/patm.h"
@@ -31,11 +33,10 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // Common to both argument structs: type and shape.
 template <class Args>
-Args shaped(int dtype, const Ints& shape, int threads) {
+Args shaped(int dtype, const Ints& shape) {
   if (dtype < 0 || dtype > static_cast<int>(wavemix::DType::bf16))
     throw py::value_error("dtype: unknown code " + std::to_string(dtype));
   if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
-  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
   Args args;
   args.dtype = static_cast<wavemix::DType>(dtype);
   args.n = shape[0];
@@ -46,8 +47,8 @@ Args shaped(int dtype, const Ints& shape, int threads) {
 }
 
 wavemix::PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta,
-                              uintptr_t scale, uintptr_t shift, uintptr_t taps, int threads) {
-  auto args = shaped<wavemix::PhaseArgs>(dtype, shape, threads);
+                              uintptr_t scale, uintptr_t shift, uintptr_t taps) {
+  auto args = shaped<wavemix::PhaseArgs>(dtype, shape);
   if (shape[1] % 2 != 0)
     throw py::value_error("shape: expected an even number of channels, got " + std::to_string(shape[1]));
   args.along_h = along_h;
@@ -59,23 +60,64 @@ wavemix::PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const 
   return args;
 }
 
-wavemix::BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a,
-                                int threads) {
-  auto args = shaped<wavemix::BranchArgs>(dtype, shape, threads);
+#if WAVEMIX_WITH_CPU
+void check_threads(int threads) {
+  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
+}
+
+wavemix::BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a) {
+  auto args = shaped<wavemix::BranchArgs>(dtype, shape);
   if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
   for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
   args.a = pointer(a);
   return args;
 }
+#endif
+
+#if WAVEMIX_WITH_CUDA
+// z, theta, scale, shift, taps; of the gradients grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta.
+using Branch = std::tuple<Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
+using Gradient = std::tuple<Ints, uintptr_t, uintptr_t, uintptr_t, Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
+
+struct Branches {
+  wavemix::PhaseArgs of[2];  // along W, along H
+};
+
+Branches both(int dtype, const Ints& shape, const std::array<Branch, 2>& branches) {
+  Branches out;
+  for (size_t i = 0; i < 2; ++i) {
+    const auto& [z, theta, scale, shift, taps] = branches[i];
+    out.of[i] = phase_args(dtype, shape, i == 1, z, theta, scale, shift, taps);
+  }
+  return out;
+}
+
+wavemix::PhaseGradArgs gradient(const Ints& shape, const Gradient& ints) {
+  const auto& [grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta] = ints;
+  wavemix::PhaseGradArgs out;
+  out.grad = plane(grad, "grad", shape);
+  out.a = pointer(a);
+  out.b = pointer(b);
+  out.center = pointer(center);
+  out.d_z = plane(d_z, "d_z", shape);
+  out.d_theta = plane(d_theta, "d_theta", shape);
+  out.d_taps = pointer(d_taps);
+  out.sum_pre = pointer(sum_pre);
+  out.sum_pre_theta = pointer(sum_pre_theta);
+  return out;
+}
+#endif
 
 }  // namespace
 
 void bind_patm(py::module_& m) {
+#if WAVEMIX_WITH_CPU
   m.def(
       "phase_forward_cpu",
       [](int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta, uintptr_t scale, uintptr_t shift,
          uintptr_t taps, const Ints& out, const Ints& also, uintptr_t sums, int threads) {
-        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps, threads);
+        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps);
+        check_threads(threads);
         const auto to = plane(out, "out", shape), third = plane(also, "also", shape);
         py::gil_scoped_release unlocked;
         wavemix::phase_forward_cpu(args, to, third, pointer(sums), threads);
@@ -88,7 +130,8 @@ void bind_patm(py::module_& m) {
          uintptr_t taps, const Ints& grad, uintptr_t a, uintptr_t b, uintptr_t a_c, uintptr_t center, const Ints& d_z,
          const Ints& d_theta, const Ints& d_c, uintptr_t d_taps, uintptr_t sum_pre, uintptr_t sum_pre_theta,
          int threads) {
-        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps, threads);
+        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps);
+        check_threads(threads);
         wavemix::PhaseGradArgs grads;
         grads.grad = plane(grad, "grad", shape);
         grads.a = pointer(a);
@@ -113,7 +156,8 @@ void bind_patm(py::module_& m) {
   m.def(
       "branch_sum_cpu",
       [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& out, int threads) {
-        const auto args = branch_args(dtype, shape, branches, a, threads);
+        check_threads(threads);
+        const auto args = branch_args(dtype, shape, branches, a);
         const auto to = plane(out, "out", shape);
         py::gil_scoped_release unlocked;
         wavemix::branch_sum_cpu(args, to, threads);
@@ -123,11 +167,63 @@ void bind_patm(py::module_& m) {
       "branch_sum_backward_cpu",
       [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& grad,
          const Ints& out, uintptr_t d_a, int threads) {
-        const auto args = branch_args(dtype, shape, branches, a, threads);
+        check_threads(threads);
+        const auto args = branch_args(dtype, shape, branches, a);
         const auto from = plane(grad, "grad", shape), to = plane(out, "out", shape);
         py::gil_scoped_release unlocked;
         wavemix::branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
       py::arg("d_a"), py::arg("threads"));
+#endif
+
+#if WAVEMIX_WITH_CUDA
+  m.def(
+      "phase_workspace_cuda",
+      [](const Ints& shape, bool backward) {
+        const auto args = shaped<wavemix::PhaseArgs>(0, shape);
+        return wavemix::phase_workspace_cuda(args.n, args.c, args.h, args.w, backward);
+      },
+      py::arg("shape"), py::arg("backward"));
+  m.def(
+      "phase_forward_cuda",
+      [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& out,
+         const Ints& also, uintptr_t sums, uintptr_t workspace, int device, uintptr_t stream) {
+        const Branches args = both(dtype, shape, branches);
+        const wavemix::Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
+        const auto third = plane(also, "also", shape);
+        py::gil_scoped_release unlocked;
+        wavemix::phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), device, pointer(stream));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("out"), py::arg("also"), py::arg("sums"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "phase_backward_cuda",
+      [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Gradient, 2>& gradients,
+         uintptr_t a_c, const Ints& d_c, uintptr_t workspace, int device, uintptr_t stream) {
+        const Branches args = both(dtype, shape, branches);
+        wavemix::PhaseGradArgs grads[2] = {gradient(shape, gradients[0]), gradient(shape, gradients[1])};
+        grads[0].a_c = pointer(a_c);
+        grads[0].d_c = plane(d_c, "d_c", shape);
+        if (grads[0].d_c.data != nullptr && (grads[0].a_c == nullptr || grads[0].b == nullptr))
+          throw py::value_error("d_c: needs a_c and b");
+        py::gil_scoped_release unlocked;
+        wavemix::phase_backward_cuda(args.of, grads, pointer(workspace), device, pointer(stream));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("gradients"), py::arg("a_c"), py::arg("d_c"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "phase_statistics_cuda",
+      [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
+         const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int device, uintptr_t stream) {
+        const Branches args = both(dtype, shape, branches);
+        const wavemix::Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
+        const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
+        const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
+        py::gil_scoped_release unlocked;
+        wavemix::phase_statistics_cuda(args.of, to, slope, constant, device, pointer(stream));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("d_theta"), py::arg("rise"), py::arg("offset"),
+      py::arg("device"), py::arg("stream"));
+#endif
 }

@@ -30,6 +30,7 @@ SHARED_OF_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KiB of one multiprocess
 SHARED_OF_SYSTEM = 1024  # bytes of each block
 HAAR_KERNEL = re.compile(r"(analysis|synthesis)_(rows|channels)I(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
 REDUCE_KERNEL = re.compile(r"reduce_haarI(d|f|6__half|13__nv_bfloat16)Lb([01])ELi(\d+)E")
+PHASE_KERNEL = re.compile(r"(phase_[a-z_]+)I(d|f|6__half|13__nv_bfloat16)(?:Li(\d+)E)?(?:Lb([01])E)?E")
 # The wide forms: elements in 16 bytes.
 WIDE = {"d": 2, "f": 4, "6__half": 8, "13__nv_bfloat16": 8}
 
@@ -59,6 +60,10 @@ def readable(mangled: str) -> str:
     if match := REDUCE_KERNEL.search(mangled):
         dtype, tensor_cores, tiles = match.groups()
         return f"reduce_haar<{dtype.lstrip('0123456789')}, {('fma', 'mma')[int(tensor_cores)]}, {tiles}>"
+    if match := PHASE_KERNEL.search(mangled):
+        kernel, dtype, pairs, wide = match.groups()
+        form = [*([pairs] if pairs else []), *([("narrow", "wide")[int(wide)]] if wide else [])]
+        return f"{kernel}<{', '.join([dtype.lstrip('0123456789'), *form])}>"
     return mangled
 
 
@@ -168,13 +173,66 @@ def test_wide_haar_kernels_move_16_bytes_at_a_time(direction: str) -> None:
     assert seen == {(layout, dtype) for layout in ("rows", "channels") for dtype in WIDE}
 
 
-def test_reduce_haar_fits_two_blocks_on_every_chip() -> None:
-    """One block computes while the other waits for memory."""
+def blocks_of_sm(kernel: Resources) -> int:
     granule = 8 * THREADS_PER_BLOCK  # registers are handed out by eights to each thread
-    for kernel in compiled(SOURCES / "reduce_haar.cu")[1]:
-        by_registers = REGISTER_FILE // (-(-kernel.registers * THREADS_PER_BLOCK // granule) * granule)
-        by_shared = SHARED_OF_SM[kernel.arch] * 1024 // (kernel.shared + SHARED_OF_SYSTEM)
-        assert min(by_registers, by_shared) >= 2, kernel.row()
+    by_registers = REGISTER_FILE // (-(-kernel.registers * THREADS_PER_BLOCK // granule) * granule)
+    return min(by_registers, SHARED_OF_SM[kernel.arch] * 1024 // (kernel.shared + SHARED_OF_SYSTEM))
+
+
+@pytest.mark.parametrize("source", ["reduce_haar", "phase_aggregate", "phase_aggregate_backward"])
+def test_two_blocks_fit_on_every_chip(source: str) -> None:
+    """One block computes while the other waits for memory."""
+    for kernel in compiled(SOURCES / f"{source}.cu")[1]:
+        assert blocks_of_sm(kernel) >= 2, kernel.row()
+
+
+@pytest.mark.parametrize("source", ["phase_aggregate", "phase_aggregate_backward"])
+def test_three_blocks_of_the_phase_kernels_fit_below_float64(source: str) -> None:
+    for kernel in compiled(SOURCES / f"{source}.cu")[1]:
+        assert blocks_of_sm(kernel) >= 3 or "<d" in kernel.kernel, kernel.row()
+
+
+# Bits of a wide form's loads and stores: whole pairs of channels, as many as the registers hold, and of outputs half of
+# that (16-bit elements one by one). The pass for batch statistics is limited by memory alone.
+PHASE_ACCESSES = {
+    "phase_forward<float, wide>": ("LDG.E.128", "STG.E.64"),
+    "phase_forward<half, wide>": ("LDG.E.64", "STG.E"),
+    "phase_forward<double, wide>": ("LDG.E.128", "STG.E.64"),
+    "phase_backward<float, wide>": ("LDG.E.64", "STG.E.64"),
+    "phase_backward<half, wide>": ("LDG.E", "STG.E"),
+    "phase_backward<double, wide>": ("LDG.E.128", "STG.E.128"),
+    "phase_statistics<float, wide>": ("LDG.E.128", "STG.E.128"),
+    "phase_statistics<half, wide>": ("LDG.E.128", "STG.E.128"),
+    "phase_statistics<double, wide>": ("LDG.E.128", "STG.E.128"),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_wide_phase_kernels_move_whole_words(arch: int) -> None:
+    kinds = {"d": "double", "f": "float", "6__half": "half", "13__nv_bfloat16": "half"}
+    seen = set()
+    for source in ("phase_aggregate", "phase_aggregate_backward"):
+        for name, instructions in machine_code(compiled(SOURCES / f"{source}.cu")[0], arch).items():
+            match = PHASE_KERNEL.search(name)
+            assert match is not None, name
+            kernel, dtype, _, wide = match.groups()
+            assert not any(op.startswith(("LDL", "STL")) for op in instructions), readable(name)
+            if wide != "1":
+                continue
+            key = f"{kernel}<{kinds[dtype]}, wide>"
+            seen.add(key)
+            found = {re.sub(r"\.(CONSTANT|STRONG\.\w+)", "", op) for op in instructions}
+            assert found >= set(PHASE_ACCESSES[key]), f"{readable(name)}: {sorted(instructions)}"
+            if kernel != "phase_backward":
+                assert not found & {"LDG.E.U16", "STG.E.U16"}, f"{readable(name)}: {sorted(instructions)}"
+    assert seen == set(PHASE_ACCESSES)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sines_are_not_the_approximate_ones(arch: int) -> None:
+    for source in ("phase_aggregate", "phase_aggregate_backward"):
+        for name, instructions in machine_code(compiled(SOURCES / f"{source}.cu")[0], arch).items():
+            assert not any(op.startswith(("MUFU.SIN", "MUFU.COS", "RRO")) for op in instructions), readable(name)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,4 +1,5 @@
-"""Ahead-of-time proof of the Triton Haar kernels: compiled for real chips without one, and read back from the cubin.
+"""Ahead-of-time proof of the Triton kernels of Haar and PATM: compiled for real chips without one, and read back from
+the cubin.
 
 Run as a script (`python -m tests.test_triton_aot`) it prints the table as JSON. The test runs it as a process of
 its own: kernels defined under TRITON_INTERPRET=1, which the CPU test session sets, do not compile.
@@ -80,6 +81,49 @@ def points() -> list[Point]:
     return found
 
 
+@dataclass(frozen=True)
+class PatmPoint:
+    """A default tile on the channels of a projection to five images: slices, 16-byte vectors aligned."""
+
+    arch: int
+    dtype: str
+    kernel: str  # "forward", "backward" of phase_aggregate; "sum", "sum backward" of branch_sum
+
+    def launch(self) -> Any:
+        import torch
+
+        from wavemix_kernels.triton_kernels import branch_sum, phase_aggregate
+
+        dtype = getattr(torch, self.dtype)
+        n, c, h, w = 64, 64, 56, 56
+        last = torch.channels_last
+        z, theta, third, d_z, d_theta = (
+            torch.empty(n, 5 * c, h, w, dtype=dtype, device="meta").to(memory_format=last).chunk(5, 1)
+        )
+        image = torch.empty(n, c, h, w, dtype=dtype, device="meta").to(memory_format=last)
+        if self.kernel.startswith("sum"):
+            grad = image if "backward" in self.kernel else None
+            a = torch.empty(3, n, c, device="meta")
+            return branch_sum.launch(image, (image, image, third), a, grad)[0]
+        vector, taps = (torch.empty(*size, device="meta") for size in ((c,), (c, 2, 1, 7)))
+        branch = phase_aggregate.Branch(z, theta, vector, vector, taps)
+        if self.kernel == "forward":
+            return phase_aggregate.forward_launch(image, branch, third)[0]
+        weights = torch.empty(n, c, device="meta")
+        cotangent = phase_aggregate.Cotangent(image, weights, weights, weights, vector)
+        return phase_aggregate.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
+
+
+def patm_points() -> list[PatmPoint]:
+    """What models run: fp64 is there for checks, and spills."""
+    both = ("forward", "backward")
+    found = [PatmPoint(90, dtype, kernel) for dtype in ("float32", "float16", "bfloat16") for kernel in both]
+    found += [PatmPoint(arch, "float16", kernel) for arch in (80, 100, 120) for kernel in both]
+    return found + [
+        PatmPoint(90, dtype, kernel) for dtype in ("float32", "bfloat16") for kernel in ("sum", "sum backward")
+    ]
+
+
 # ------------------------------------------------------------------------------------------ the child process
 
 
@@ -97,35 +141,27 @@ def allocate(shape: tuple[int, ...], point: Point) -> Any:
     return dense.permute([order.index(axis) for axis in range(len(shape))])
 
 
-def compile_point(point: Point) -> dict[str, Any]:
+def compile_launch(arch: int, launch: Any) -> dict[str, Any]:
     """Compiles one launch exactly as JITFunction specialises it, and reads the cubin's resources and SASS."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from wavemix_kernels.triton_kernels import haar
-
     class Target:
         """The part of a driver that compiling asks for; "device" numbers are architectures."""
 
         def get_current_device(self) -> int:
-            return point.arch
+            return arch
 
         def get_current_stream(self, device: int) -> int:
             return 0
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", point.arch, 32)
+            return GPUTarget("cuda", arch, 32)
 
     driver.set_active(Target())
-    bands = [haar.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
-    image, ll = allocate(point.shape, point), allocate((*point.shape[:2], *bands[-1][3:]), point)
-    kernel, grid, args, constants = haar.prepare(
-        image, ll, [allocate(band, point) for band in bands], levels=point.levels, edge=point.edge,
-        add=allocate(point.shape, point) if point.add else None, synthesis=point.synthesis, config=point.config,
-    )  # fmt: skip
     start = time.perf_counter()
-    compiled = kernel.warmup(*args, grid=grid, **constants)  # type: ignore[attr-defined] - JITFunction is untyped
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
     seconds = time.perf_counter() - start
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -139,29 +175,48 @@ def compile_point(point: Point) -> dict[str, Any]:
 
         usage, sass = dump("-res-usage"), dump("-sass")
     registers, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "LOCAL"))  # type: ignore[index]
+    constants = {name: str(value) if name == "REAL" else value for name, value in launch.constants.items()}
     return {
-        **asdict(point),
-        "aligned": point.aligned,
         "constants": constants,
         "registers": registers,
         "local": local,
         "shared": compiled.metadata.shared,
-        "accesses": dict(Counter(re.findall(r"\b((?:LD|ST)[GLS]\.[.\w]+|BAR\.SYNC)", sass))),
+        "accesses": dict(
+            Counter(re.findall(r"\b((?:LD|ST)[GLS]\.[.\w]+|LDL|STL|BAR\.SYNC|MUFU\.(?:SIN|COS))\b", sass))
+        ),
         "seconds": round(seconds, 2),
     }
+
+
+def compile_point(point: Point) -> dict[str, Any]:
+    from wavemix_kernels.triton_kernels import haar
+    from wavemix_kernels.triton_kernels.launch import Launch
+
+    bands = [haar.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
+    image, ll = allocate(point.shape, point), allocate((*point.shape[:2], *bands[-1][3:]), point)
+    launch = Launch(*haar.prepare(
+        image, ll, [allocate(band, point) for band in bands], levels=point.levels, edge=point.edge,
+        add=allocate(point.shape, point) if point.add else None, synthesis=point.synthesis, config=point.config,
+    ))  # fmt: skip
+    return {**asdict(point), "aligned": point.aligned, **compile_launch(point.arch, launch)}
+
+
+def compile_patm_point(point: PatmPoint) -> dict[str, Any]:
+    return {**asdict(point), **compile_launch(point.arch, point.launch())}
 
 
 def main() -> None:
     # Two processes: a compilation is one thread of Python, LLVM and ptxas.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        json.dump(list(pool.map(compile_point, points(), chunksize=4)), sys.stdout)
+        haar, patm = pool.map(compile_point, points(), chunksize=4), pool.map(compile_patm_point, patm_points())
+        json.dump({"haar": list(haar), "patm": list(patm)}, sys.stdout)
 
 
 # ------------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def tables(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
     pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")  # a second run compiles only what changed
@@ -178,10 +233,15 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, f"compiling failed:\n{errors[-4000:]}"
-    rows = json.loads(output)
+    found = json.loads(output)
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{len(rows)} Triton kernels compiled in {time.perf_counter() - start:.0f} s")
-    return rows
+        print(f"\n{sum(map(len, found.values()))} Triton kernels compiled in {time.perf_counter() - start:.0f} s")
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return tables["haar"]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -245,6 +305,35 @@ def test_level_one_is_thread_local(table: list[dict[str, Any]]) -> None:
     ]
     assert local
     fail_on([row for row in local if row["shared"] or "BAR.SYNC" in row["accesses"]], table, "exchange between threads")
+
+
+def test_patm_kernels_leave_room(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """No spills; ten warps fit a multiprocessor's 64K registers, in two blocks at least; no approximate sines."""
+    table = tables["patm"]
+    assert len(table) == len(patm_points())
+    listing = "\n".join(map(str, table))
+    for row in table:
+        warps = row["constants"]["num_warps"]
+        blocks = 65536 // (-(-row["registers"] // 8) * 8 * 32 * warps)
+        assert row["local"] == 0, f"{row} spills, of\n{listing}"
+        assert not {"LDL", "STL"} & {name[:3] for name in row["accesses"]}, f"{row} spills, of\n{listing}"
+        assert blocks >= 2, f"{row} leaves no room for two blocks, of\n{listing}"
+        assert blocks * warps >= 10, f"{row} leaves room for {blocks * warps} warps, of\n{listing}"
+        assert row["shared"] * blocks <= SHARED_LIMIT[row["arch"]], f"{row} wants much shared memory, of\n{listing}"
+        assert not any(name.startswith("MUFU") for name in row["accesses"]), f"{row} approximates, of\n{listing}"
+
+
+def test_patm_kernels_move_vectors(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """A thread's channels in one access: of branch_sum 16 bytes; of phase_aggregate four channels forward and two
+    backward, which is what registers leave room for; outputs are half as many."""
+    bytes_of = {4: "", 8: ".64", 16: ".128"}
+    listing = "\n".join(map(str, tables["patm"]))
+    for row in tables["patm"]:
+        itemsize = 4 if row["dtype"] == "float32" else 2
+        load, store = {"forward": (4, 2), "backward": (2, 2)}.get(row["kernel"], (16 // itemsize,) * 2)
+        assert "LDG.E" + bytes_of[load * itemsize] in row["accesses"], f"{row} loads narrowly, of\n{listing}"
+        assert "STG.E" + bytes_of[store * itemsize] in row["accesses"], f"{row} stores narrowly, of\n{listing}"
+        assert "STG.E.U16" not in row["accesses"], f"{row} stores single channels, of\n{listing}"
 
 
 if __name__ == "__main__":

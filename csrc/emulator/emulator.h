@@ -215,6 +215,11 @@ void __stwb(T* target, T value) {
   *target = value;
 }
 
+// The upper half of a product.
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+
 // Blocks and threads run one at a time, so a plain read and write is atomic.
 template <class T>
 T atomicAdd(T* target, T value) {

@@ -43,6 +43,29 @@ def _cpu_backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> t
     return out, d_a
 
 
+# --- Triton ----------------------------------------------------------------------------------------------
+
+
+def _triton_forward(h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    from wavemix_kernels.triton_kernels import branch_sum as kernels
+
+    out = layout.empty(h, h.shape, True)
+    branches = [layout.channels_inner(t) for t in (h, w, c)]
+    kernels.forward(out, branches, a.to(accumulate_dtype(h.dtype)).contiguous())
+    return out
+
+
+def _triton_backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    from wavemix_kernels.triton_kernels import branch_sum as kernels
+
+    out = layout.empty(h, h.shape, True)
+    grad, *branches = (layout.channels_inner(t) for t in (grad, h, w, c))
+    return out, kernels.backward(out, branches, a.to(accumulate_dtype(h.dtype)).contiguous(), grad)
+
+
+# --- Reference -------------------------------------------------------------------------------------------
+
+
 def _reference_forward(h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> Tensor:
     return layout.laid_out(reference.branch_sum(h, w, c, a.permute(1, 2, 0)), True)
 
@@ -53,6 +76,7 @@ def _reference_backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor
 
 
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(backends.triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(
         backends.reference_why_not, {"forward": _reference_forward, "backward": _reference_backward}

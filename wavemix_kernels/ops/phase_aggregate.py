@@ -224,6 +224,171 @@ def _slots(images: list[Tensor]) -> tuple[Tensor, ...]:
     return (*images[0].chunk(3, 1), *images[1:])
 
 
+# --- CUDA ------------------------------------------------------------------------------------------------
+
+
+def cuda_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the CUDA kernels: what every one of them needs, and whole pairs of channels."""
+    if (reason := backends.cuda_why_not(*tensors)) is not None:
+        return reason
+    for t in tensors:
+        if t.shape[1] % 2:
+            return f"it takes an even number of channels, got {t.shape[1]}"
+    return None
+
+
+class _CudaBranches:
+    """Both branches as the core takes them; holds what must outlive the call."""
+
+    def __init__(self, like: Tensor, *branches: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+        self.images = [[layout.channels_inner(t) for t in branch[:2]] for branch in branches]
+        self.vectors = [[_wide(t, like) for t in branch[2:]] for branch in branches]
+        self.arguments = (
+            _native.DTYPES[like.dtype],
+            like.shape,
+            [
+                (*map(_native.address, images), *(t.data_ptr() for t in vectors))
+                for images, vectors in zip(self.images, self.vectors, strict=True)
+            ],
+        )
+        self.where = _native.stream(like.device)
+
+
+def _cuda_workspace(like: Tensor, backward: bool) -> Tensor:
+    core: Any = _native.cuda_core
+    return like.new_empty(core.phase_workspace_cuda(like.shape, backward), dtype=accumulate_dtype(like.dtype))
+
+
+def _cuda_forward(
+    z_h: Tensor, z_w: Tensor, c: Tensor, theta_h: Tensor, theta_w: Tensor, scale_h: Tensor, shift_h: Tensor,
+    scale_w: Tensor, shift_w: Tensor, w_h: Tensor, w_w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    core: Any = _native.cuda_core
+    branches = _CudaBranches(z_h, (z_h, theta_h, scale_h, shift_h, w_h), (z_w, theta_w, scale_w, shift_w, w_w))
+    c = layout.channels_inner(c)
+    h, w = (layout.empty(z_h, z_h.shape, True) for _ in range(2))
+    sums = z_h.new_empty(z_h.shape[:2], dtype=accumulate_dtype(z_h.dtype))
+    workspace = _cuda_workspace(z_h, False)
+    core.phase_forward_cuda(
+        *branches.arguments, [_native.address(h), _native.address(w)], _native.address(c), sums.data_ptr(),
+        workspace.data_ptr(), *branches.where,
+    )  # fmt: skip
+    return h, w, sums
+
+
+def _cuda_backward(
+    grad_h: Tensor, grad_w: Tensor, grad_s: Tensor, a: Tensor | None, z_h: Tensor, z_w: Tensor, theta_h: Tensor,
+    theta_w: Tensor, scale_h: Tensor, shift_h: Tensor, scale_w: Tensor, shift_w: Tensor, w_h: Tensor, w_w: Tensor,
+    mean: Tensor | None, invstd: Tensor | None, joined: bool,
+) -> Gradients:  # fmt: skip
+    core: Any = _native.cuda_core
+    images = _empty_images(z_h, joined)
+    d_z_h, d_z_w, d_c, d_theta_h, d_theta_w = _slots(images)
+    wide = accumulate_dtype(z_h.dtype)
+    sums = z_h.new_empty((2, 2, z_h.shape[1]), dtype=wide)
+    taps = [torch.empty_like(w, dtype=wide, memory_format=torch.contiguous_format) for w in (w_h, w_w)]
+    branches = _CudaBranches(z_h, (z_h, theta_h, scale_h, shift_h, w_h), (z_w, theta_w, scale_w, shift_w, w_w))
+    grads = [layout.channels_inner(t) for t in (grad_h, grad_w)]
+    grad_s = _wide(grad_s, z_h)
+    weights = None if a is None else _wide(a, z_h)
+    center = None if mean is None else _wide(mean, z_h)
+    if weights is None:
+        d_c.copy_(grad_s[:, :, None, None].expand(d_c.shape))
+
+    def pointer(t: Tensor | None, index: int) -> int:
+        return 0 if t is None else t[index].data_ptr()
+
+    workspace = _cuda_workspace(z_h, True)
+    gradients = [
+        (
+            _native.address(grads[i]), pointer(weights, i), grad_s.data_ptr(), pointer(center, i),
+            _native.address(d_z), _native.address(d_theta), taps[i].data_ptr(), sums[i, 0].data_ptr(),
+            sums[i, 1].data_ptr(),
+        )
+        for i, (d_z, d_theta) in enumerate(((d_z_h, d_theta_h), (d_z_w, d_theta_w)))
+    ]  # fmt: skip
+    core.phase_backward_cuda(
+        *branches.arguments, gradients, pointer(weights, 2), _native.address(None if weights is None else d_c),
+        workspace.data_ptr(), *branches.where,
+    )  # fmt: skip
+    if center is not None and invstd is not None:
+        scales = torch.stack([vectors[0] for vectors in branches.vectors])
+        lines = _through_statistics(z_h, sums.transpose(0, 1), scales, center, _wide(invstd, z_h))
+        core.phase_statistics_cuda(
+            *branches.arguments, [_native.address(d_theta_h), _native.address(d_theta_w)],
+            *([pointer(line, i) for i in range(2)] for line in lines), *branches.where,
+        )  # fmt: skip
+    return Gradients(images, sums, *(d.to(w.dtype) for d, w in zip(taps, (w_h, w_w), strict=True)))
+
+
+# --- Triton ----------------------------------------------------------------------------------------------
+
+
+def triton_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the Triton kernels: what every one of them needs, and whole pairs of channels."""
+    if (reason := backends.triton_why_not(*tensors)) is not None:
+        return reason
+    for t in tensors:
+        if t.shape[1] % 2:
+            return f"it takes an even number of channels, got {t.shape[1]}"
+    return None
+
+
+def _triton_branch(z: Tensor, theta: Tensor, scale: Tensor, shift: Tensor, taps: Tensor) -> Any:
+    from wavemix_kernels.triton_kernels.phase_aggregate import Branch
+
+    images = layout.channels_inner(z), layout.channels_inner(theta)
+    return Branch(*images, *(_wide(t, z) for t in (scale, shift, taps)))
+
+
+def _triton_forward(
+    z_h: Tensor, z_w: Tensor, c: Tensor, theta_h: Tensor, theta_w: Tensor, scale_h: Tensor, shift_h: Tensor,
+    scale_w: Tensor, shift_w: Tensor, w_h: Tensor, w_w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from wavemix_kernels.triton_kernels import phase_aggregate as kernels
+
+    h, w = (layout.empty(z_h, z_h.shape, True) for _ in range(2))
+    branch_h = _triton_branch(z_h, theta_h, scale_h, shift_h, w_h)
+    branch_w = _triton_branch(z_w, theta_w, scale_w, shift_w, w_w)
+    partial = kernels.forward(h, branch_h, layout.channels_inner(c)), kernels.forward(w, branch_w)
+    return h, w, torch.cat(partial).sum(0)
+
+
+def _triton_backward(
+    grad_h: Tensor, grad_w: Tensor, grad_s: Tensor, a: Tensor | None, z_h: Tensor, z_w: Tensor, theta_h: Tensor,
+    theta_w: Tensor, scale_h: Tensor, shift_h: Tensor, scale_w: Tensor, shift_w: Tensor, w_h: Tensor, w_w: Tensor,
+    mean: Tensor | None, invstd: Tensor | None, joined: bool,
+) -> Gradients:  # fmt: skip
+    from wavemix_kernels.triton_kernels import phase_aggregate as kernels
+
+    images = _empty_images(z_h, joined)
+    d_z_h, d_z_w, d_c, d_theta_h, d_theta_w = _slots(images)
+    grad_s = _wide(grad_s, z_h)
+    weights = [None] * 3 if a is None else _wide(a, z_h).unbind(0)
+    centers = [None] * 2 if mean is None else _wide(mean, z_h).unbind(0)
+    if a is None:
+        d_c.copy_(grad_s[:, :, None, None].expand(d_c.shape))
+    sums, taps = [], []
+    branches = (
+        (grad_h, z_h, theta_h, scale_h, shift_h, w_h, d_z_h, d_theta_h),
+        (grad_w, z_w, theta_w, scale_w, shift_w, w_w, d_z_w, d_theta_w),
+    )
+    for i, (grad, *inputs, d_z, d_theta) in enumerate(branches):
+        branch = _triton_branch(*inputs)
+        third = i == 0 and a is not None
+        cotangent = kernels.Cotangent(
+            layout.channels_inner(grad), weights[i], grad_s, weights[2] if third else None, centers[i]
+        )
+        d_taps, of_branch = kernels.backward(d_z, d_theta, d_c if third else None, cotangent, branch)
+        if mean is not None and invstd is not None:
+            rise, offset = _through_statistics(branch.z, of_branch, branch.scale, mean[i], invstd[i])
+            one = torch.ones_like(rise)
+            batch_norm.BACKENDS["triton"].functions["backward"](d_theta, branch.theta, one, rise, offset, d_theta)
+        sums.append(of_branch)
+        taps.append(d_taps.to(inputs[-1].dtype))
+    return Gradients(images, torch.stack(sums), taps[0], taps[1])
+
+
 # --- Reference -------------------------------------------------------------------------------------------
 
 
@@ -284,6 +449,8 @@ def _reference_backward(
 
 
 BACKENDS: dict[str, backends.Backend] = {
+    "cuda": backends.Backend(cuda_why_not, {"forward": _cuda_forward, "backward": _cuda_backward}),
+    "triton": backends.Backend(triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
     "cpu": backends.Backend(cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(
         backends.reference_why_not, {"forward": _reference_forward, "backward": _reference_backward}
