@@ -9,6 +9,7 @@
 #include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
+#include "wavemix/pointwise.h"
 
 #if WAVEMIX_WITH_CPU
 #include "cpu/isa.h"
@@ -120,6 +121,30 @@ wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, cons
   if ((args.f > 1 && args.u.stride[1] != 1) || (args.o > 1 && args.y.stride[1] != 1))
     throw py::value_error("u, y: expected contiguous channels, got channel strides of " +
                           std::to_string(args.u.stride[1]) + " and " + std::to_string(args.y.stride[1]));
+  args.weight = pointer(weight);
+  return args;
+}
+
+wavemix::PointwiseArgs pointwise_args(int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight,
+                                      int threads) {
+  if (size.size() != 5) throw py::value_error("size: expected (n, c, o, h, w)");
+  check_threads(threads);
+  wavemix::PointwiseArgs args;
+  args.dtype = dtype_of(dtype);
+  args.n = size[0];
+  args.c = size[1];
+  args.o = size[2];
+  args.h = size[3];
+  args.w = size[4];
+  args.x = view<wavemix::Plane>(x, "x");
+  args.r = view<wavemix::Plane>(r, "r");
+  if ((args.o > 1 && args.r.stride[1] != 1) || (args.c > 1 && args.x.stride[1] != 1 && args.x.stride[3] != 1))
+    throw py::value_error("x, r: expected contiguous channels (of x pixels would do), got strides of " +
+                          std::to_string(args.x.stride[1]) + " and " + std::to_string(args.r.stride[1]));
+  for (const wavemix::Plane* image : {&args.x, &args.r})
+    if (args.h > 1 && image->stride[2] != args.w * image->stride[3])
+      throw py::value_error("x, r: expected pixels evenly apart, got row strides of " +
+                            std::to_string(args.x.stride[2]) + " and " + std::to_string(args.r.stride[2]));
   args.weight = pointer(weight);
   return args;
 }
@@ -255,6 +280,34 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
         wavemix::deconv_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("d_weight"), py::arg("d_bias"),
+      py::arg("threads"));
+  m.def(
+      "pointwise_forward_cpu",
+      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight, uintptr_t bias, int threads) {
+        const auto args = pointwise_args(dtype, size, x, r, weight, threads);
+        py::gil_scoped_release unlocked;
+        wavemix::pointwise_forward_cpu(args, pointer(bias), threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("weight"), py::arg("bias"),
+      py::arg("threads"));
+  m.def(
+      "pointwise_input_grad_cpu",
+      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight, const Ints& add, int threads) {
+        const auto args = pointwise_args(dtype, size, x, r, weight, threads);
+        const auto also = view<wavemix::Plane>(add, "add");
+        py::gil_scoped_release unlocked;
+        wavemix::pointwise_input_grad_cpu(args, also, threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("weight"), py::arg("add"),
+      py::arg("threads"));
+  m.def(
+      "pointwise_weight_grad_cpu",
+      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t d_weight, uintptr_t d_bias, int threads) {
+        const auto args = pointwise_args(dtype, size, x, r, 0, threads);
+        py::gil_scoped_release unlocked;
+        wavemix::pointwise_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("d_weight"), py::arg("d_bias"),
       py::arg("threads"));
   m.def(
       "philox4x32_cpu",

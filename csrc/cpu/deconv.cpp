@@ -20,11 +20,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include <cstring>
-
-#include "convert.h"
-#include "gemm.h"
-#include "parallel.h"
+#include "operands.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -257,15 +253,6 @@ struct Square {
 
 // --- Products ----------------------------------------------------------------------------------------------
 
-template <class A>
-struct Buffer {
-  Scratch memory;
-  A* data;
-  explicit Buffer(int64_t count)
-      : memory((count + 1) * static_cast<int64_t>(sizeof(A))), data(reinterpret_cast<A*>(memory.block)) {}
-  void clear(int64_t count) const { std::memset(data, 0, static_cast<size_t>(count) * sizeof(A)); }
-};
-
 // The forms of the weight, packed, one after the other: (f x o), or (o x f) for the gradient of the input.
 template <class Form, class T, class A>
 void pack_weights(const DeconvArgs& args, bool transposed, A* out, int threads) {
@@ -483,20 +470,6 @@ void weight_grad(const DeconvArgs& args, void* d_weight, void* d_bias, int threa
   if (d_bias == nullptr) return;
   for (int64_t j = 0; j < args.o; ++j)
     store(static_cast<T*>(d_bias)[j], bias.data[j] + bias.data[o + j] + bias.data[2 * o + j] + bias.data[3 * o + j]);
-}
-
-template <class Run>
-void dispatch(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
 }
 
 void forward_any(const DeconvArgs& args, const void* bias, int threads) {

@@ -12,8 +12,9 @@
 namespace wavemix {
 namespace {
 
-#define WAVEMIX_KERNELS_OF(isa) \
-  &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::patm_kernels
+#define WAVEMIX_KERNELS_OF(isa)                                                                                   \
+  &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::pointwise_kernels, \
+      &isa::patm_kernels
 
 struct Variant {
   const char* name;
@@ -21,6 +22,7 @@ struct Variant {
   const MlpKernels* mlp;
   const BatchNormKernels* batch_norm;
   const DeconvKernels* deconv;
+  const PointwiseKernels* pointwise;
   const PatmKernels* patm;
   bool supported;
 };
@@ -86,6 +88,16 @@ void deconv_forward_cpu(const DeconvArgs& args, const void* bias, int threads) {
 void deconv_input_grad_cpu(const DeconvArgs& args, int threads) { pick().deconv->input_grad(args, threads); }
 void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads) {
   pick().deconv->weight_grad(args, d_weight, d_bias, threads);
+}
+
+void pointwise_forward_cpu(const PointwiseArgs& args, const void* bias, int threads) {
+  pick().pointwise->forward(args, bias, threads);
+}
+void pointwise_input_grad_cpu(const PointwiseArgs& args, const Plane& add, int threads) {
+  pick().pointwise->input_grad(args, add, threads);
+}
+void pointwise_weight_grad_cpu(const PointwiseArgs& args, void* d_weight, void* d_bias, int threads) {
+  pick().pointwise->weight_grad(args, d_weight, d_bias, threads);
 }
 
 void batch_norm_stats_cpu(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {

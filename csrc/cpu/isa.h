@@ -11,6 +11,7 @@
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/patm.h"
+#include "wavemix/pointwise.h"
 
 namespace wavemix {
 
@@ -41,6 +42,12 @@ struct DeconvKernels {
   void (*weight_grad)(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
 };
 
+struct PointwiseKernels {
+  void (*forward)(const PointwiseArgs& args, const void* bias, int threads);
+  void (*input_grad)(const PointwiseArgs& args, const Plane& add, int threads);
+  void (*weight_grad)(const PointwiseArgs& args, void* d_weight, void* d_bias, int threads);
+};
+
 struct PatmKernels {
   void (*phase_forward)(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads);
   void (*phase_backward)(const PhaseArgs& args, const PhaseGradArgs& grads, int threads);
@@ -54,6 +61,7 @@ struct PatmKernels {
   extern const MlpKernels mlp_kernels;              \
   extern const BatchNormKernels batch_norm_kernels; \
   extern const DeconvKernels deconv_kernels;        \
+  extern const PointwiseKernels pointwise_kernels;  \
   extern const PatmKernels patm_kernels;            \
   }
 WAVEMIX_DECLARE_ISA(baseline)

@@ -8,12 +8,8 @@
 
 #include <math.h>
 
-#include <cstring>
-
-#include "convert.h"
 #include "gelu.h"
-#include "gemm.h"
-#include "parallel.h"
+#include "operands.h"
 #include "philox.h"
 
 namespace wavemix {
@@ -96,35 +92,9 @@ void activate(const Dropout<A>& dropout, int64_t first, int64_t rows, int64_t co
 
 // --- Operands ----------------------------------------------------------------------------------------------
 
-// Zeroed memory of the arithmetic type.
-template <class A>
-struct Buffer {
-  Scratch memory;
-  A* data;
-  explicit Buffer(int64_t count)
-      : memory((count + 1) * static_cast<int64_t>(sizeof(A))), data(reinterpret_cast<A*>(memory.block)) {
-    std::memset(data, 0, static_cast<size_t>(count) * sizeof(A));
-  }
-};
-
-// Some rows of a matrix, as products want them.
-template <class A>
-struct Block {
-  int64_t columns, stride;
-  Buffer<A> buffer;
-  A* data;
-  Block(int64_t rows, int64_t c) : columns(c), stride(padded<A>(c)), buffer(rows * stride), data(buffer.data) {}
-};
-
-template <class T, class A>
-void load_rows(const Matrix& from, int64_t first, int64_t rows, const Block<A>& to) {
-  for (int64_t i = 0; i < rows; ++i)
-    load_row(static_cast<const T*>(from.data) + (first + i) * from.stride, 1, to.columns, to.data + i * to.stride);
-}
-template <class T, class A>
-void store_rows(const Block<A>& from, int64_t offset, int64_t columns, int64_t first, int64_t rows, const Matrix& to) {
-  for (int64_t i = 0; i < rows; ++i)
-    store_row(from.data + i * from.stride + offset, static_cast<T*>(to.data) + (first + i) * to.stride, 1, columns);
+template <class T>
+T* row_of(const Matrix& m, int64_t row) {
+  return static_cast<T*>(m.data) + row * m.stride;
 }
 
 // [x | second * scale + shift] for some rows.
@@ -134,10 +104,10 @@ void join(const MlpArgs& args, int64_t first, int64_t rows, const Block<A>& out)
   const A* shift = static_cast<const A*>(args.shift);
   for (int64_t i = 0; i < rows; ++i) {
     A* row = out.data + i * out.stride;
-    load_row(static_cast<const T*>(args.x.data) + (first + i) * args.x.stride, 1, args.a, row);
+    load_row(row_of<const T>(args.x, first + i), 1, args.a, row);
     if (args.b == 0) continue;
     row += args.a;
-    load_row(static_cast<const T*>(args.second.data) + (first + i) * args.second.stride, 1, args.b, row);
+    load_row(row_of<const T>(args.second, first + i), 1, args.b, row);
     if (scale != nullptr)
       for (int64_t j = 0; j < args.b; ++j) row[j] = row[j] * scale[j] + shift[j];
   }
@@ -161,7 +131,8 @@ struct Cut {
 template <class T, class A>
 struct Weights {
   int64_t inputs;
-  Buffer<A> b1, b2, w1, w2;
+  ZeroBuffer<A> b1, b2;
+  Buffer<A> w1, w2;
   explicit Weights(const MlpArgs& args)
       : inputs(args.a + args.b),
         b1(padded<A>(args.k)),
@@ -209,34 +180,12 @@ void forward(const MlpArgs& args, const Matrix& out, int threads) {
       product(whole, args.k, weights.inputs, x.data, x.stride, weights.w1.data, weights.b1.data, h.data, h.stride);
       activate<A>(dropout, args.first_row + first, rows, args.k, h.data, nullptr, h.stride);
       product(whole, args.o, args.k, h.data, h.stride, weights.w2.data, weights.b2.data, u.data, u.stride);
-      store_rows<T>(u, 0, args.o, first, rows, out);
+      store_rows(u, 0, args.o, rows, row_of<T>(out, first), out.stride);
     }
   }
 }
 
 // --- Backward ----------------------------------------------------------------------------------------------
-
-// Column sums of some rows, added to `sum`.
-template <class A>
-void add_rows(const Block<A>& from, int64_t rows, A* sum) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < from.columns; ++j) sum[j] += from.data[i * from.stride + j];
-}
-
-// The threads' sums, `size` apart, one by one: a fixed order, so the same number of threads gives the same bits.
-template <class T, class A>
-void finish(const A* sums, int64_t size, int threads, int64_t rows, int64_t columns, int64_t stride, void* out) {
-  if (out == nullptr) return;
-  WAVEMIX_PARALLEL(rows > 1 ? threads : 1) {
-    WAVEMIX_FOR
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        A sum = 0;
-        for (int t = 0; t < threads; ++t) sum += sums[t * size + i * stride + j];
-        store(static_cast<T*>(out)[i * columns + j], sum);
-      }
-  }
-}
 
 template <class T>
 void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
@@ -249,7 +198,8 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
   const Dropout<A> dropout(args.p, args.seed);
   const int64_t inputs = weights.inputs, k = args.k, o = args.o;
   // The same weights for the products with their transposes.
-  const Buffer<A> w1(k * padded<A>(inputs)), w2(o * padded<A>(k)), zero(padded<A>(inputs + k));
+  const Buffer<A> w1(k * padded<A>(inputs)), w2(o * padded<A>(k));
+  const ZeroBuffer<A> zero(padded<A>(inputs + k));
   const T* u = static_cast<const T*>(args.w1);
   const T* v = static_cast<const T*>(args.w2);
   pack(k, inputs, w1.data, [=](int64_t i, int64_t j) { return load(u[i * inputs + j]); });
@@ -271,41 +221,27 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
       const int64_t first = i * cut.rows, rows = args.rows - first < cut.rows ? args.rows - first : cut.rows;
       const int64_t whole = round_up(rows, kGemmRows);
       join<T>(args, first, rows, x);
-      load_rows<T>(grads.grad, first, rows, g);
+      load_rows(row_of<T>(grads.grad, first), grads.grad.stride, rows, g);
       product(whole, k, inputs, x.data, x.stride, weights.w1.data, weights.b1.data, h.data, h.stride);
       product(whole, k, o, g.data, g.stride, w2.data, zero.data, g_h.data, g_h.stride);
       activate<A>(dropout, args.first_row + first, rows, k, h.data, g_h.data, h.stride);
       if (grads.out.data != nullptr) {
         product(whole, o, k, h.data, h.stride, weights.w2.data, weights.b2.data, out.data, out.stride);
-        store_rows<T>(out, 0, o, first, rows, grads.out);
+        store_rows(out, 0, o, rows, row_of<T>(grads.out, first), grads.out.stride);
       }
       add_product_of_transpose(padded<A>(o), k, rows, g.data, g.stride, h.data, h.stride, sum + at_w2, h.stride);
       add_product_of_transpose(padded<A>(k), inputs, rows, g_h.data, g_h.stride, x.data, x.stride, sum, x.stride);
       add_rows(g_h, rows, sum + at_b1);
       add_rows(g, rows, sum + at_b2);
       product(whole, inputs, k, g_h.data, g_h.stride, w1.data, zero.data, g_x.data, g_x.stride);
-      store_rows<T>(g_x, 0, args.a, first, rows, grads.d_x);
-      if (args.b > 0) store_rows<T>(g_x, args.a, args.b, first, rows, grads.d_second);
+      store_rows(g_x, 0, args.a, rows, row_of<T>(grads.d_x, first), grads.d_x.stride);
+      if (args.b > 0) store_rows(g_x, args.a, args.b, rows, row_of<T>(grads.d_second, first), grads.d_second.stride);
     }
   }
-  finish<T>(sums, size, threads, k, inputs, padded<A>(inputs), grads.d_w1);
-  finish<T>(sums + at_w2, size, threads, o, k, padded<A>(k), grads.d_w2);
-  finish<T>(sums + at_b1, size, threads, 1, k, k, grads.d_b1);
-  finish<T>(sums + at_b2, size, threads, 1, o, o, grads.d_b2);
-}
-
-template <class Run>
-void dispatch(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
+  finish_sums<T>(sums, size, threads, k, inputs, padded<A>(inputs), 1, grads.d_w1);
+  finish_sums<T>(sums + at_w2, size, threads, o, k, padded<A>(k), 1, grads.d_w2);
+  finish_sums<T>(sums + at_b1, size, threads, 1, k, k, 1, grads.d_b1);
+  finish_sums<T>(sums + at_b2, size, threads, 1, o, o, 1, grads.d_b2);
 }
 
 void forward_any(const MlpArgs& args, const Matrix& out, int threads) {

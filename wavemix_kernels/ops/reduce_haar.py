@@ -17,6 +17,9 @@ _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define(
     "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
 )
+_library.define(
+    "reduce_haar_gradients(Tensor reduced, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) -> Tensor[]"
+)
 
 
 def reduce_haar(
@@ -69,12 +72,46 @@ def reduce_haar(
     return fused(x, weight, bias, levels, order, backends.requested(backend))
 
 
+def _even(x: Tensor) -> Tensor:
+    """``x`` where its pixels are evenly apart and channels or pixels contiguous, else a copy."""
+    evenly = x.shape[2] <= 1 or x.stride(2) == x.shape[3] * x.stride(3)
+    return x if evenly and (x.stride(1) == 1 or x.stride(3) == 1) else layout.laid_out(x, layout.is_channels_last(x))
+
+
+def _size(x: Tensor, outputs: int) -> tuple[int, ...]:
+    n, c, h, w = x.shape
+    return n, c, outputs, h, w
+
+
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
-    # The GEMM is oneDNN's; the reduced image is a quarter of x, and the pyramid reads it once.
-    r = F.conv2d(x, weight, bias)
-    if channels_last:
-        r = r.contiguous(memory_format=torch.channels_last)
-    return haar_pyramid.pyramid(r, levels, channels_last, "cpu")
+    if not channels_last:
+        # The kernels' products give channels_last alone; the library's convolution keeps this order.
+        return haar_pyramid.pyramid(F.conv2d(x.contiguous(), weight, bias), levels, False, "cpu")
+    core: Any = _native.core
+    x, weight = _even(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    # The reduced image is a quarter of x, and the pyramid reads it once.
+    r = layout.empty(x, [x.shape[0], weight.shape[0], x.shape[2], x.shape[3]], True)
+    core.pointwise_forward_cpu(
+        _native.DTYPES[x.dtype], _size(x, weight.shape[0]), _native.address(x), _native.address(r), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return haar_pyramid.pyramid(r, levels, True, "cpu")
+
+
+def _cpu_gradients(reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+    core: Any = _native.core
+    order = layout.is_channels_last(x)
+    out = _empty_gradients(reduced, x, weight, add, has_bias)
+    x, weight, reduced = _even(x), weight.contiguous(), layout.channels_inner(reduced)
+    add = None if add is None else layout.laid_out(add, order)
+    code, size, threads = _native.DTYPES[x.dtype], _size(x, weight.shape[0]), torch.get_num_threads()
+    a = _native.address
+    core.pointwise_input_grad_cpu(code, size, a(out[0]), a(reduced), weight.data_ptr(), a(add), threads)
+    core.pointwise_weight_grad_cpu(
+        code, size, a(x), a(reduced), out[1].data_ptr(), out[2].data_ptr() if has_bias else 0, threads
+    )
+    return out
 
 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
@@ -99,7 +136,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channel
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(pointwise_mlp.triton_why_not, {"forward": _triton}),
     "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu}),
+    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "gradients": _cpu_gradients}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
@@ -119,6 +156,30 @@ def _fake(
     return haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
 
 
+def _empty_gradients(
+    reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str = ""
+) -> list[Tensor]:
+    bias = [weight.new_empty(weight.shape[0])] if has_bias else []
+    return [layout.empty(x, x.shape, layout.is_channels_last(x)), weight.new_empty(weight.shape), *bias]
+
+
+def _gradients(
+    reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
+) -> list[Tensor]:
+    chosen = backends.select("reduce_haar_gradients", BACKENDS, backend, x, weight)
+    if "gradients" in chosen.functions:
+        return chosen.functions["gradients"](reduced, x, weight, add, has_bias)
+    dx, dw, *db = _library_gradients(reduced, x, weight, (True, True, has_bias))
+    dx = dx if add is None else dx + add
+    wanted = layout.empty(x.new_empty(0), x.shape, layout.is_channels_last(x)).stride()
+    return [
+        dx if dx.stride() == wanted else layout.laid_out(dx, layout.is_channels_last(x)),
+        dw.contiguous(), *(db if has_bias else []),
+    ]  # fmt: skip
+
+
+_library.impl("reduce_haar_gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::reduce_haar_gradients", _empty_gradients, lib=_library)
 _library.impl("reduce_haar", _reduce_haar, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::reduce_haar", _fake, lib=_library)
 
@@ -129,20 +190,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.has_bias = bias is not None
 
 
-def backward(
-    grads: list[Tensor], x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], backend: str
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias (those that ``mask`` asks for)."""
-    pyramid = backends.for_part(backend, haar_pyramid.BACKENDS)
-    reduced = haar_pyramid.adjoint(grads, layout.is_channels_last(x), pyramid)
+def _library_gradients(reduced: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
     return torch.ops.aten.convolution_backward(
         reduced, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
     )
 
 
+def gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, has_bias: bool, add: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x (with ``add`` added, in x's memory format), weight and bias, not differentiable again."""
+    # On a CPU products want the reduced gradient channels_last, whatever the order of x.
+    order = layout.is_channels_last(x) or x.device.type == "cpu"
+    reduced = haar_pyramid.adjoint(grads, order, backends.for_part(backend, haar_pyramid.BACKENDS))
+    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_gradients(reduced, x, weight, add, has_bias, backend)
+    return dx, dw, db[0] if has_bias else None
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    return (*backward(list(grads), x, weight, (True, True, ctx.has_bias), ctx.backend), None, None, None)
+    pyramid = backends.for_part(ctx.backend, haar_pyramid.BACKENDS)
+    reduced = haar_pyramid.adjoint(list(grads), layout.is_channels_last(x), pyramid)
+    return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
 
 
 #: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.

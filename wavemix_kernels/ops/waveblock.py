@@ -211,8 +211,7 @@ class _Waveblock(torch.autograd.Function):
                 None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
                 None, None,
             ]  # fmt: skip
-        need_x, need_weight = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
-        dx, dw, db = reduce_haar.backward(z_grads, x, weight, (need_x, need_weight, bias is not None), part.pyramid)
-        if residual and dx is not None:
-            dx += grad
+        dx, dw, db = reduce_haar.gradients(
+            z_grads, x, weight, bias is not None, grad if residual else None, part.reduce
+        )
         return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

@@ -1,9 +1,8 @@
 // Batch normalisation of an image (n, c, h, w), by channel, in passes that each read and write memory once.
 //
 // Per-channel arrays hold `c` contiguous values of the accumulation type: double for f64 images, float for the others.
-// With `by_image` every image is normalised by itself: arrays then hold n rows of c values. Sums are carried in double.
-// Every tensor has its own strides: any are right; rows of pixels (NCHW) and rows of channels (channels_last) are fast,
-// mixtures of the two included.
+// Sums are carried in double. Every tensor has its own strides: any are right; rows of pixels (NCHW) and rows of
+// channels (channels_last) are fast, mixtures of the two included.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,6 @@ namespace wavemix {
 struct BatchNormShape {
   DType dtype = DType::f32;
   int64_t n = 0, c = 0, h = 0, w = 0;
-  bool by_image = false;
 };
 
 // Mean and biased variance over (n, h, w); NaN where there is nothing to average. The variance is accurate for
@@ -30,9 +28,8 @@ void batch_norm_apply_cpu(const BatchNormShape& shape, const Plane& y, const voi
 void batch_norm_backward_reduce_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
                                     const void* invstd, void* sum_g, void* sum_gx, int threads);
 
-// out = a * g + b * y + d (+ residual, unless its data is null), which the caller makes the gradient by y. out may be
-// one of the images read (the same view).
+// out = a * g + b * y + d, which the caller makes the gradient by y. out may be g or y (the same view).
 void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
-                                   const void* b, const void* d, const Plane& residual, const Plane& out, int threads);
+                                   const void* b, const void* d, const Plane& out, int threads);
 
 }  // namespace wavemix
