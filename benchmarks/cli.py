@@ -14,7 +14,9 @@ from typing import NoReturn
 
 import torch
 
-from .cases import Case, registry
+from . import traffic
+from .case import Case
+from .cases import registry
 from .clock import Effort
 from .machine import copy_bandwidth, environment
 from .measure import Meter, Row
@@ -26,7 +28,7 @@ DEFAULT_OUT = "bench-results"
 
 # Seconds of rounds per case, and of wall time for the run; past the latter no compilation and no case is begun.
 FULL, QUICK = Effort(seconds=3.0, fewest=5, most=200), Effort(seconds=1.0, fewest=3, most=50)
-FULL_LIMIT_S, QUICK_LIMIT_S = 330.0, 65.0
+FULL_LIMIT_S, QUICK_LIMIT_S, ALL_LIMIT_S = 330.0, 65.0, 2400.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +54,10 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
-        chosen, providers = _select(arguments, registry() if cases is None else cases)
+        if arguments.command == "traffic":
+            print(traffic.report())
+            return 0
+        chosen, left_out, providers = _select(arguments, registry() if cases is None else cases)
         if arguments.list:
             _list(chosen)
             return 0
@@ -65,7 +70,11 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         return 2
     except SystemExit as ended:
         return int(ended.code or 0)
-    return _run(arguments, chosen, providers)
+    status = _run(arguments, chosen, providers)
+    if left_out and arguments.cases is None:
+        groups = ", ".join(dict.fromkeys(case.group for case in left_out))
+        print(f"left out of this run: {len(left_out)} of {groups}; --list names them, --all or --cases runs them")
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,8 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="benchmarks",
         description="Times every implementation side by side in one run, each checked against float64 first.",
     )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("traffic",),
+        help="count each operator's memory traffic, time nothing",
+    )
     parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
     parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")
+    parser.add_argument("--all", action="store_true", help="whole models and more sizes too (more than half an hour)")
     parser.add_argument("--providers", metavar="A,B", help=f"only these of {', '.join(PROVIDERS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
@@ -83,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[Case], list[Case], list[str]]:
+    """Cases to run, cases of the device that are not run, and providers."""
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -100,24 +117,27 @@ def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[
         providers = [name for name in PROVIDERS if name in asked]
     here = [case for case in cases if arguments.device in case.devices]
     if arguments.cases is None:
-        usual = [case for case in here if case.quick or not arguments.quick]
-        if not usual:
+        if arguments.quick and not arguments.all:
+            chosen = [case for case in here if case.quick]
+        else:
+            chosen = [case for case in here if arguments.all or arguments.list or not case.extra]
+        if not chosen:
             raise _Refused(f"no {'quick ' if arguments.quick else ''}case runs on {arguments.device}")
-        return usual, providers
+        return chosen, [case for case in here if case not in chosen], providers
     patterns = [pattern.strip() for pattern in arguments.cases.split(",") if pattern.strip()]
     for pattern in patterns or [arguments.cases]:
         if not any(fnmatch.fnmatchcase(case.name, pattern) for case in here):
             names = ", ".join(case.name for case in here)
             raise _Refused(f"--cases {pattern!r}: no case on {arguments.device} matches; there are {names}")
-    # Named cases run whether or not they are part of --quick, which then only means fewer rounds.
-    matching = [case for case in here if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
-    return matching, providers
+    # Named cases run whether or not they are part of --quick or --all; the former then only means fewer rounds.
+    chosen = [case for case in here if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    return chosen, [case for case in here if case not in chosen], providers
 
 
 def _list(cases: Sequence[Case]) -> None:
     width = max(len(case.name) for case in cases)
     for case in cases:
-        print(f"{case.name:<{width}}  {'quick' if case.quick else ''}".rstrip())
+        print(f"{case.name:<{width}}  {'quick' if case.quick else 'extra' if case.extra else ''}".rstrip())
     print("\nproviders")
     for name, meaning in PROVIDERS.items():
         print(f"  {name:<10} {meaning}")
@@ -143,7 +163,8 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     effort = QUICK if arguments.quick else FULL
-    limit = arguments.limit or (QUICK_LIMIT_S if arguments.quick else FULL_LIMIT_S)
+    usual_limit = ALL_LIMIT_S if arguments.all else QUICK_LIMIT_S if arguments.quick else FULL_LIMIT_S
+    limit = arguments.limit or usual_limit
     results = Results(
         path=arguments.out / "results.json",
         environment=environment(device),

@@ -1,11 +1,13 @@
 """The correctness gate: what a provider computed, against float64, before any clock is started.
 
-Two kinds of limits, both derived from the arithmetic and the same for every provider:
+Three kinds of limits, the same for every provider:
 
 - `elementwise`: for linear transforms. A computed sum is off by at most (number of roundings) x (unit roundoff) x
   (the same sum over absolute values), element by element [Higham, Accuracy and Stability, section 3.1].
 - `root_mean_square`: for whole blocks, where normalisation amplifies single elements: the error's root mean square
   against that of the tensor.
+- `calibrated`: for whole networks, whose hundreds of layers amplify rounding by a factor that nobody can derive: the
+  reference in the same arithmetic measures it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import torch
 
 # Allowed error of one tensor: a tensor bounds each element, a number bounds the error's root mean square.
 Limit = torch.Tensor | float
+
+# Permitted over typical error: one roundoff a layer, where roundings are independent.
+_ALLOWANCE = 16
 
 # Spacing of float16's subnormals, where rounding is absolute; nothing beside values of order one.
 _SMALLEST = 2.0**-24
@@ -46,14 +51,41 @@ def elementwise(magnitudes: Sequence[torch.Tensor], roundings: Sequence[int], u:
     return [count * u * size + _SMALLEST for size, count in zip(magnitudes, roundings, strict=True)]
 
 
-def root_mean_square(expected: Sequence[torch.Tensor], terms: Sequence[float], depth: int, u: float) -> list[Limit]:
-    """Limits of a block of `depth` rounded layers with unit roundoff `u`.
+def root_mean_square(expected: Sequence[torch.Tensor], terms: Sequence[float], depth: float, u: float) -> list[float]:
+    """Limits of a block of `depth` rounded layers with unit roundoff `u`."""
+    return [_ALLOWANCE * depth * u * size for size in magnitudes(expected, terms)]
+
+
+def magnitudes(expected: Sequence[torch.Tensor], terms: Sequence[float]) -> list[float]:
+    """What a tensor's error is relative to: its root mean square.
 
     A sum that cancels is held to the size that its terms would add up to with random signs: the gradient of a bias
     before a normalisation is zero in exact arithmetic, and rounding noise in every other.
     """
-    sizes = (max(_rms(tensor), size) for tensor, size in zip(expected, terms, strict=True))
-    return [16 * depth * u * size for size in sizes]
+    return [max(rms(tensor), size) for tensor, size in zip(expected, terms, strict=True)]
+
+
+def summation(count: int) -> float:
+    """Roundoffs of a sum of `count` terms with random signs that are added up one by one, in the result.
+
+    Partial sums grow as a random walk does: the k-th has about the size sqrt(k), and the squares of all their roundings
+    add up to count^2 / 6, against a result of sqrt(count).
+    """
+    return math.sqrt(count / 6)
+
+
+def calibrated(
+    expected: Sequence[torch.Tensor], terms: Sequence[float], rounding: Sequence[float], count: int, u: float
+) -> list[float]:
+    """Limits of a deep network from `rounding`, the reference's root mean square errors in the same arithmetic.
+
+    A provider rounds in other places: it gets the same factor over a typical error as in `root_mean_square`, and no
+    less than one layer's limit. And in other orders: the reference adds up blocks, compiled code the `count` pixels of
+    a batch one by one, always in float32; what normalisation makes of a mean's error grows in the same proportion.
+    """
+    factor = _ALLOWANCE + summation(count) * unit_roundoff(torch.float32) / u
+    least = root_mean_square(expected, terms, 1, u)
+    return [max(factor * error, one) for error, one in zip(rounding, least, strict=True)]
 
 
 def judge(
@@ -70,7 +102,7 @@ def judge(
         if isinstance(limit, torch.Tensor):
             error = float((difference.abs() / limit).max()) if difference.numel() else 0.0
         else:
-            error = _rms(difference) / limit if limit > 0 else (0.0 if _rms(difference) == 0 else math.inf)
+            error = rms(difference) / limit if limit > 0 else (0.0 if rms(difference) == 0 else math.inf)
         if error > worst.error:
             wrong = f"{name} is off by {error:.3g} times what rounding explains" if error > 1 else None
             worst = Verdict(error, wrong)
@@ -79,5 +111,6 @@ def judge(
     return worst
 
 
-def _rms(tensor: torch.Tensor) -> float:
+def rms(tensor: torch.Tensor) -> float:
+    """Root mean square of the elements; 0 of none."""
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0

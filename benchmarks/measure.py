@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import memory
-from .cases import Case, Gradients, Setting
+from .case import Case, Expectation, Setting
 from .clock import Clock, Effort, clock_for, interleave, quantile
-from .gate import Verdict, judge
+from .gate import Verdict, judge, rms
 from .machine import matmul_rate
 from .providers import Subject, make, oracle
 from .rivals import Unavailable
@@ -32,10 +35,12 @@ class Row:
         error: largest error in units of the permitted one.
         speedup: median of the baseline over this median, both from the same rounds.
         baseline: the provider that speed-ups refer to: upstream, or the reference where upstream cannot run.
-        gbps: bytes an ideal implementation moves, over the median, in GB/s.
+        gbps: bytes an ideal implementation moves, over the median, in GB/s; for operations and blocks.
         roofline_share: time of the roof (a copy of as many bytes in the same rounds; for matrix products also
             their arithmetic at this machine's measured rate) over the median.
-        peak_bytes: held at most above inputs and parameters, by the allocator's own account; the result included.
+        frames_per_second: images over the median, for whole models.
+        peak_bytes: held at most above inputs, parameters and their gradients, by the allocator's own account; the
+            result included.
         tracked_peak_bytes: the same counted from operators' results, device-independent; None for compiled code.
         saved_bytes: kept for backward, beside inputs and parameters.
     """
@@ -57,6 +62,7 @@ class Row:
     roofline_ms: float | None = None
     gbps: float | None = None
     roofline_share: float | None = None
+    frames_per_second: float | None = None
     peak_bytes: int | None = None
     tracked_peak_bytes: int | None = None
     saved_bytes: int | None = None
@@ -91,7 +97,7 @@ class Meter:
         self.announce("inputs and float64 reference")
         rows = {name: Row(case.name, case.group, name, "failed") for name in providers}
         try:
-            truth = _Truth.of(case, self.device)
+            task = _Task.of(case, self.device)
         except Exception as error:  # noqa: BLE001 - without the truth nobody can be timed here; other cases go on
             for row in rows.values():
                 row.reason = f"the float64 reference: {_one_line(error)}"
@@ -106,7 +112,7 @@ class Meter:
             self.announce(f"{name}: check and memory")
             begin = time.perf_counter()
             try:
-                steps[name] = self._admit(case, name, truth, row)
+                steps[name] = self._admit(case, name, task, row)
             except Unavailable as reason:
                 row.status, row.reason = "unavailable", str(reason)
             except _Wrong as wrong:
@@ -125,38 +131,42 @@ class Meter:
         interrupted: KeyboardInterrupt | None = None
         try:
             self._clock = self._clock or clock_for(self.device)
-            interleave({**steps, _COPY: _copy(truth.ideal_bytes, self.device)}, self._clock, self.effort, samples)
+            effort = self.effort
+            if case.image:  # steps of seconds, whose noise is smaller
+                effort = dataclasses.replace(effort, fewest=min(effort.fewest, 3))
+            interleave({**steps, _COPY: _copy(task.ideal_bytes, self.device)}, self._clock, effort, samples)
         except KeyboardInterrupt as interrupt:
             interrupted = interrupt
-        self._evaluate(case, truth, rows, steps, samples)
+        self._evaluate(case, task, rows, steps, samples)
         yield from (row for row in rows.values() if interrupted is None or row.status != "failed" or row.reason)
         if interrupted is not None:
             raise interrupted
 
-    def _admit(self, case: Case, name: str, truth: _Truth, row: Row) -> Callable[[], object]:
+    def _admit(self, case: Case, name: str, task: _Task, row: Row) -> Callable[[], object]:
         """Check `name`, take its memory and return its step."""
-        exact = make(case, name, Setting(self.device, case.dtype, exact=True), truth.inputs)
-        verdict = truth.judge(case, exact)
+        exact = make(case, name, Setting(self.device, case.dtype, exact=True), task.inputs)
+        verdict = task.judge(case, exact)
         row.error = verdict.error
         if verdict.reason is not None:
             raise _Wrong(verdict.reason)
         timed = exact
         if case.stochastic:
-            timed = make(case, name, Setting(self.device, case.dtype), truth.inputs)
-        inputs = truth.inputs
+            timed = make(case, name, Setting(self.device, case.dtype), task.inputs)
+        inputs = task.inputs
+        cotangents: list[Tensor] = []
         if case.backward:
             with timed.scope(), torch.enable_grad():
                 shaped = timed.forward(*inputs)
-            cotangents = _laid_out_as(truth.cotangents, shaped)
+            cotangents = _laid_out_as([_cotangent(out, seed) for seed, out in enumerate(shaped)], shaped)
             del shaped
-        else:
-            cotangents = []
         step = _step(case, timed, inputs, cotangents)
         step()  # lazy set-up (workspaces, autotuning, compilation) is no part of a step's memory
-        known = [*inputs, *timed.standing, *cotangents]
-        row.peak_bytes = memory.peak_bytes(step, self.device)
-        if name != "compile":  # torch.compile refuses to run under a dispatch mode
-            row.tracked_peak_bytes = memory.tracked_peak_bytes(step, known)
+        with _standing_gradients(timed.parameters.values()) as gradients:
+            update = _update(case, timed, inputs, cotangents) if case.backward else step
+            known = [*inputs, *timed.standing, *cotangents, *gradients]
+            row.peak_bytes = memory.peak_bytes(update, self.device)
+            if name != "compile":  # torch.compile refuses to run under a dispatch mode
+                row.tracked_peak_bytes = memory.tracked_peak_bytes(update, known)
         if case.backward:
             with timed.scope():
                 row.saved_bytes = memory.saved_bytes(lambda: timed.forward(*inputs), known)
@@ -165,7 +175,7 @@ class Meter:
     def _evaluate(
         self,
         case: Case,
-        truth: _Truth,
+        task: _Task,
         rows: dict[str, Row],
         steps: dict[str, Callable[[], object]],
         samples: dict[str, list[float]],
@@ -175,7 +185,7 @@ class Meter:
         baseline = next((name for name in ("upstream", "reference") if name in medians), None)
         roof = medians.get(_COPY)
         if case.tensor_cores and roof is not None:
-            roof = max(roof, truth.flops / self._rate(case))
+            roof = max(roof, task.flops / self._rate(case))
         for name in steps:
             if name not in timed:
                 continue
@@ -185,9 +195,12 @@ class Meter:
             row.median_ms = medians[name] * 1e3
             row.p20_ms = quantile(timed[name], 0.2) * 1e3
             row.p80_ms = quantile(timed[name], 0.8) * 1e3
-            row.ideal_bytes = truth.ideal_bytes
-            row.flops = truth.flops if case.tensor_cores else None
-            row.gbps = truth.ideal_bytes / medians[name] / 1e9
+            row.ideal_bytes = task.ideal_bytes
+            row.flops = task.flops if case.tensor_cores else None
+            if case.image:  # its ideal bytes are those of the image and the weights, which say nothing about its time
+                row.frames_per_second = len(task.inputs[0]) / medians[name]
+            else:
+                row.gbps = task.ideal_bytes / medians[name] / 1e9
             if baseline is not None:
                 row.baseline, row.speedup = baseline, medians[baseline] / medians[name]
             if roof is not None:
@@ -209,22 +222,34 @@ class _Wrong(Exception):
 
 
 @dataclass
-class _Truth:
-    """What a case's providers are given and held to."""
+class _Task:
+    """What a case's providers are given and held to.
+
+    Attributes:
+        inputs: of the step that is timed.
+        judged: those of the step that the gate compares: `inputs`, or their first images.
+        cotangents, expected, names, limits: the latter's, in float64.
+    """
 
     inputs: list[Tensor]
+    judged: list[Tensor]
     cotangents: list[Tensor]
     expected: list[Tensor]
     names: list[str]
-    limits: list[Any]
+    limits: Sequence[Any]
     ideal_bytes: int
     flops: int
 
     @classmethod
-    def of(cls, case: Case, device: torch.device) -> _Truth:
-        inputs = [x.to(device, case.dtype).requires_grad_(case.backward) for x in case.inputs()]
-        wide = [x.detach().double().requires_grad_(case.backward) for x in inputs]
+    def of(cls, case: Case, device: torch.device) -> _Task:
+        differentiated = case.backward and not case.image
+        inputs = [x.to(device, case.dtype).requires_grad_(differentiated) for x in case.inputs()]
+        judged = inputs
+        if case.judged is not None:
+            judged = [x.detach()[: case.judged].requires_grad_(differentiated) for x in inputs]
+        wide = [x.detach().double().requires_grad_(differentiated) for x in judged]
         judge_by = oracle(case, device)
+        flops = _flops(case, judge_by.module, inputs) if case.tensor_cores and judge_by.module is not None else 0
         bias_terms = _bias_terms(judge_by.module) if case.backward and judge_by.module is not None else {}
         with torch.set_grad_enabled(case.backward):
             outputs = judge_by.forward(*wide)
@@ -233,34 +258,59 @@ class _Truth:
         parameters = judge_by.parameters
         if case.backward:
             cotangents = [_cotangent(output, seed) for seed, output in enumerate(outputs)]
-            expected += torch.autograd.grad(outputs, [*wide, *parameters.values()], cotangents)
-            names += [f"gradient of input {number}" for number in range(len(wide))]
+            names += [f"gradient of input {number}" for number in range(len(wide))] if differentiated else []
             names += [f"gradient of {name}" for name in parameters]
-        size = torch.empty(0, dtype=case.dtype).element_size()
-        # Read inputs and parameters, write outputs; backward reads cotangents and writes gradients.
-        moved = sum(x.numel() for x in (*wide, *parameters.values(), *expected, *cotangents))
-        flops = 0
-        if case.tensor_cores:
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(case.backward):
-                outputs = judge_by.forward(*wide)
-                if case.backward:  # its module hooks know backward() alone, not autograd.grad()
-                    torch.autograd.backward(outputs, cotangents)
-            flops = counter.get_total_flops()
+            expected += torch.autograd.grad(outputs, _leaves(case, wide, judge_by), cotangents)
         with torch.no_grad():
             terms = [bias_terms.get(name.removeprefix("gradient of "), 0.0) for name in names]
-            gradients = Gradients([x.detach() for x in wide], cotangents, expected, terms)
-            limits = case.limits(gradients, case.roundoff(device))
-        return cls(inputs, cotangents, expected, names, limits, moved * size, flops)
+            exact = Expectation(
+                [x.detach() for x in wide], cotangents, expected, terms, parameters=len(parameters) * case.backward
+            )
+        # Read inputs and parameters, write outputs; backward reads cotangents and writes gradients.
+        passes = 2 if case.backward else 1
+        images = sum(x.numel() for x in inputs) * (2 if differentiated else 1)
+        weights = sum(p.numel() for p in parameters.values()) * passes
+        results = sum(out.numel() // len(wide[0]) for out in outputs) * len(inputs[0]) * passes
+        moved = (images + weights + results) * torch.empty(0, dtype=case.dtype).element_size()
+        task = cls(inputs, judged, cotangents, expected, names, [], moved, flops)
+        if case.deep:
+            rounded = task.results(case, make(case, "reference", Setting(device, case.dtype, exact=True), judged))
+            errors = [rms(ours.to(true) - true) for ours, true in zip(rounded, expected, strict=True)]
+            exact = dataclasses.replace(exact, rounding=errors)
+        with torch.no_grad():
+            task.limits = case.limits(exact, case.roundoff(device))
+        return task
 
-    def judge(self, case: Case, subject: Subject) -> Verdict:
+    def results(self, case: Case, subject: Subject) -> list[Tensor]:
+        """Outputs, and gradients where the outputs have the right shapes to have some."""
         with subject.scope():
             with torch.set_grad_enabled(case.backward):
-                outputs = subject.forward(*self.inputs)
+                outputs = subject.forward(*self.judged)
             actual = [output.detach() for output in outputs]
             if case.backward and [x.shape for x in outputs] == [x.shape for x in self.cotangents]:
-                leaves = [*self.inputs, *subject.parameters.values()]
+                leaves = _leaves(case, self.judged, subject)
                 actual += torch.autograd.grad(outputs, leaves, _laid_out_as(self.cotangents, outputs))
-        return judge(self.names, actual, self.expected, self.limits)
+        return actual
+
+    def judge(self, case: Case, subject: Subject) -> Verdict:
+        return judge(self.names, self.results(case, subject), self.expected, self.limits)
+
+
+def _leaves(case: Case, inputs: Sequence[Tensor], subject: Subject) -> list[Tensor]:
+    """What gradients are asked for."""
+    return [*([] if case.image else inputs), *subject.parameters.values()]
+
+
+def _flops(case: Case, module: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Of a step's matrix products and convolutions; they follow from shapes."""
+    twin = copy.deepcopy(module).to("meta")
+    shapes = [torch.empty_like(x, device="meta", dtype=torch.float64) for x in inputs]
+    shapes = [x.requires_grad_(case.backward and not case.image) for x in shapes]
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(case.backward):
+        outputs = tree_leaves(twin(*shapes))
+        if case.backward:  # its module hooks know backward() alone, not autograd.grad()
+            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+    return counter.get_total_flops()
 
 
 def _bias_terms(module: nn.Module) -> dict[str, float]:
@@ -305,13 +355,43 @@ def _step(case: Case, subject: Subject, inputs: Sequence[Tensor], cotangents: Se
                 return subject.forward(*inputs)
 
         return forward
-    leaves = [*inputs, *subject.parameters.values()]
+    leaves = _leaves(case, inputs, subject)
 
     def forward_backward() -> object:
         with subject.scope():
             return torch.autograd.grad(subject.forward(*inputs), leaves, cotangents)
 
     return forward_backward
+
+
+@contextlib.contextmanager
+def _standing_gradients(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients that are there already, as in every step of a training but the first."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield [parameter.grad for parameter in parameters if parameter.grad is not None]
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _update(
+    case: Case, subject: Subject, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Callable[[], object]:
+    """The step whose memory is taken: parameters' gradients are added to those that stand, an input's is a result."""
+    leaves = _leaves(case, inputs, subject)
+
+    def update() -> object:
+        with subject.scope():
+            torch.autograd.backward(subject.forward(*inputs), cotangents, inputs=leaves)
+        results = [x.grad for x in inputs]
+        for x in inputs:
+            x.grad = None
+        return results
+
+    return update
 
 
 def _copy(ideal_bytes: int, device: torch.device) -> Callable[[], object]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .cases import Case, Forward, Setting
+from .case import Case, Forward, Setting
 from .rivals import Unavailable
 
 # Name -> what it is, in the order of tables and plots.

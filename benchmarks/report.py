@@ -10,7 +10,7 @@ from typing import Any
 
 from .providers import OURS, PROVIDERS
 from .results import Results
-from .text import COLUMNS, refusal
+from .text import columns, refusal
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ _METHOD = """
 <li>Inputs are crops of real photographs (scikit-image's), through one fixed random 3x3 convolution where an
 operation takes feature maps. Everything is seeded.</li>
 <li>Every provider is compared with the same computation in float64 before it is timed, gradients included; a wrong
-one gets no number. <b>error</b> is the largest deviation in units of what rounding explains: above 1 is refused.
-Blocks with dropout are compared with it off and timed with it on.</li>
+one gets no number. <b>error</b> is the largest deviation in units of what rounding explains: above 1 is refused. For
+whole models that follows from what the reference is off by in the same arithmetic. Dropout is off when compared and
+on when timed.</li>
 <li>All providers of a case are timed in interleaved rounds, each round in another order. Shown are the median and
 the 20% and 80% quantiles; <b>speed-up</b> is the ratio of two medians from the same rounds. Forward runs without
 autograd; forward+backward is <code>torch.autograd.grad</code> with fixed cotangents, the same for all.</li>
@@ -59,7 +60,8 @@ autograd; forward+backward is <code>torch.autograd.grad</code> with fixed cotang
 and gradients written once. <b>roofline</b> is the time of the roof over the median; the roof is a copy of as many
 bytes, in the same rounds, into memory that exists already, and for blocks of convolutions also their arithmetic
 at the rate of a large matrix product on this machine. Small inputs live in caches, and so does their copy.</li>
-<li><b>peak</b> is what the allocator handed out at most above inputs and parameters, the result included.
+<li><b>peak</b> is what the allocator handed out at most above inputs, parameters and their gradients (to which a step
+adds, as every step of a training but the first), the result included; an input's gradient is a result.
 <b>saved</b> is what autograd keeps for the backward beside them. results.json has a second, device-independent
 count of the peak, made from operators' results.</li>
 </ul>
@@ -135,18 +137,19 @@ def _picture(picture: Picture) -> str:
 def _case(results: Results, case: str) -> str:
     rows = [row for row in results.rows if row.case == case]
     best = max((row.speedup or 0.0 for row in rows), default=0.0)
+    shown = columns(rows)
     lines = []
     for row in rows:
         kinds = ["ours"] if row.provider in OURS else []
         if row.status != "ok":
             kinds += ["bad"] if row.status in ("wrong", "failed") else []
-            span = f"<td class='why' colspan='{len(COLUMNS) - 1}'>{escape(refusal(row))}</td>"
+            span = f"<td class='why' colspan='{max(1, len(shown) - 1)}'>{escape(refusal(row))}</td>"
             lines.append(f"<tr class='{' '.join(kinds)}'><td>{row.provider}</td>{span}</tr>")
             continue
         kinds += ["best"] if row.speedup == best else []
-        cells = "".join(f"<td>{escape(cell(row))}</td>" for _, cell in COLUMNS)
+        cells = "".join(f"<td>{escape(cell(row))}</td>" for _, cell in shown)
         lines.append(f"<tr class='{' '.join(kinds)}'>{cells}</tr>")
-    head = "".join(f"<th>{escape(heading)}</th>" for heading, _ in COLUMNS)
+    head = "".join(f"<th>{escape(heading)}</th>" for heading, _ in shown)
     return f"<h3>{escape(case)}</h3><div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 

@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -38,8 +39,12 @@ class UpstreamWaveblock(nn.Module):
     4 would do. Parameter names are upstream's.
     """
 
-    def __init__(self, level: int, *, mult: int, ff_channel: int, final_dim: int, dropout: float) -> None:
+    def __init__(
+        self, level: int, *, mult: int, ff_channel: int, final_dim: int, dropout: float, upsample: str = "deconv"
+    ) -> None:
         super().__init__()
+        if upsample != "deconv":
+            raise ValueError(f"upsample={upsample!r}: wavemix 0.2.4 has 'deconv' alone")
         wavelets = upstream_wavelets()
         self.level = level
         self.reduction = nn.Conv2d(final_dim, final_dim // 4, 1)
@@ -78,3 +83,39 @@ class UpstreamWaveblock(nn.Module):
             joined = torch.cat((pyramid[number - 1], out), dim=1)
             out = self.get_submodule(f"feedforward{number}")(joined)
         return out
+
+
+class UpstreamPATM(nn.Module):
+    """PATM in the order of operations of Efficient-AI-Backbones' ``wavemlp.py``, with its parameter names."""
+
+    def __init__(self, dim: int, qkv_bias: bool = False, *, mode: str = "fc", **_: object) -> None:
+        super().__init__()
+        self.fc_h = nn.Conv2d(dim, dim, 1, bias=qkv_bias)
+        self.fc_w = nn.Conv2d(dim, dim, 1, bias=qkv_bias)
+        self.fc_c = nn.Conv2d(dim, dim, 1, bias=qkv_bias)
+        self.tfc_h = nn.Conv2d(2 * dim, dim, (1, 7), padding=(0, 3), groups=dim, bias=False)
+        self.tfc_w = nn.Conv2d(2 * dim, dim, (7, 1), padding=(3, 0), groups=dim, bias=False)
+        self.reweight = nn.Sequential()
+        self.reweight.add_module("fc1", nn.Conv2d(dim, dim // 4, 1))
+        self.reweight.add_module("act", nn.GELU())
+        self.reweight.add_module("fc2", nn.Conv2d(dim // 4, dim * 3, 1))
+        self.proj = nn.Conv2d(dim, dim, 1)
+        self.theta_h_conv, self.theta_w_conv = (
+            nn.Sequential(
+                nn.Conv2d(dim, dim, 1) if mode == "fc" else nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
+                nn.BatchNorm2d(dim),
+                nn.ReLU(),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, _, _ = x.shape
+        theta_h, theta_w = self.theta_h_conv(x), self.theta_w_conv(x)
+        x_h, x_w = self.fc_h(x), self.fc_w(x)
+        h = self.tfc_h(torch.cat((x_h * torch.cos(theta_h), x_h * torch.sin(theta_h)), dim=1))
+        w = self.tfc_w(torch.cat((x_w * torch.cos(theta_w), x_w * torch.sin(theta_w)), dim=1))
+        channel = self.fc_c(x)
+        a = self.reweight(F.adaptive_avg_pool2d(h + w + channel, 1))
+        a = a.reshape(n, c, 3).permute(2, 0, 1).softmax(0)[..., None, None]
+        return self.proj(h * a[0] + w * a[1] + channel * a[2])

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .measure import Row
 from .providers import OURS
-from .text import COLUMNS, refusal
+from .text import columns, refusal
 
 
 def progress(console: Console) -> Progress:
@@ -29,7 +29,8 @@ def progress(console: Console) -> Progress:
 def show(console: Console, case: str, rows: Sequence[Row]) -> None:
     """Print one case."""
     table = Table(title=case, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for heading, _ in COLUMNS:
+    shown = columns(rows)
+    for heading, _ in shown:
         table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
     refused = []
     fastest = max((row.speedup or 0.0 for row in rows), default=0.0)
@@ -38,7 +39,7 @@ def show(console: Console, case: str, rows: Sequence[Row]) -> None:
             refused.append(row)
             continue
         style = "cyan" if row.provider in OURS else ""
-        table.add_row(*(cell(row) for _, cell in COLUMNS), style=f"bold {style}" if row.speedup == fastest else style)
+        table.add_row(*(cell(row) for _, cell in shown), style=f"bold {style}" if row.speedup == fastest else style)
     if len(refused) < len(rows):
         console.print(table)
     else:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # `benchmarks` lies beside `tests`; last, so that an installed package stays first
 
-from benchmarks import cases, cli, clock, gate, machine, measure, memory, photographs, providers  # noqa: E402
+from benchmarks import (  # noqa: E402
+    case,
+    cases,
+    cases_haar,
+    cases_wavemix,
+    cases_wavemlp,
+    cli,
+    clock,
+    gate,
+    machine,
+    measure,
+    memory,
+    photographs,
+    providers,
+    rivals,
+    traffic,
+)
 
 SIZE = (2, 4, 16, 16)
 MIB = 2**20
@@ -37,8 +57,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "copy_bandwidth", lambda device: {"reused": 1.0, "fresh": 1.0})
 
 
-def tiny(backward: bool = True) -> cases.Case:
-    return cases.haar_case(1, torch.float32, "nchw", SIZE, backward, quick=True)
+def tiny(backward: bool = True) -> case.Case:
+    return cases_haar.haar_case(1, torch.float32, "nchw", SIZE, backward, quick=True)
 
 
 # --- Command line --------------------------------------------------------------------------------------------
@@ -83,7 +103,8 @@ def test_list_names_every_case_of_the_device_once(capsys):
     assert cli.main(["--list", "--device", "cpu"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.partition("\nproviders")[0].splitlines() if line]
     assert listed == [case.name for case in cases.registry() if "cpu" in case.devices]
-    assert len(set(listed)) == len(listed)
+    names = [case.name for case in cases.registry()]
+    assert len(set(names)) == len(names)
 
 
 def test_missing_extra_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -102,7 +123,7 @@ def test_missing_extra_says_what_to_install(monkeypatch, tmp_path, capsys):
 def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
     status = cli.main(
         ["--device", "cpu", "--quick", "--providers", "reference,auto,triton", "--out", str(tmp_path)],
-        [tiny(False), tiny(True), cases.waveblock_case(1, "nchw", (2, 8, 16, 16), True, quick=True)],
+        [tiny(False), tiny(True), cases_wavemix.waveblock_case(1, "nchw", (2, 8, 16, 16), True, quick=True)],
     )
     assert status == 0, capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
@@ -147,8 +168,27 @@ def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
 
 
 @needs_extras
+def test_extra_cases_run_by_all_or_by_name_and_are_named_as_left_out(tmp_path, brief, capsys):
+    extra = dataclasses.replace(tiny(), name="haar/extra/forward+backward", quick=False, extra=True)
+    given = [tiny(False), extra]
+    arguments = ["--device", "cpu", "--providers", "auto", "--limit", "1e-9", "--out", str(tmp_path)]
+
+    def ran(*more: str) -> list[str]:
+        assert cli.main([*arguments, *more], given) == 0
+        return [row["case"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
+
+    assert ran() == [tiny(False).name]
+    assert "left out of this run: 1 of haar; --list names them, --all or --cases runs them" in capsys.readouterr().out
+    assert ran("--quick") == [tiny(False).name]
+    assert ran("--all") == ran("--cases", "haar/*") == ran("--quick", "--all") == [tiny(False).name, extra.name]
+    capsys.readouterr()
+    assert ran("--cases", extra.name) == [extra.name]
+    assert "left out" not in capsys.readouterr().out
+
+
+@needs_extras
 def test_wrong_provider_gets_no_number(tmp_path, brief, capsys):
-    def swapped(setting: cases.Setting) -> cases.Forward:
+    def swapped(setting: case.Setting) -> case.Forward:
         right = tiny().makers["reference"](setting)
 
         def forward(x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -157,7 +197,7 @@ def test_wrong_provider_gets_no_number(tmp_path, brief, capsys):
 
         return forward
 
-    def broken(setting: cases.Setting) -> cases.Forward:
+    def broken(setting: case.Setting) -> case.Forward:
         def forward(x: Tensor) -> None:
             raise NotImplementedError("no kernel for\nthis")
 
@@ -208,6 +248,89 @@ def test_interrupt_keeps_what_was_measured(tmp_path, brief, monkeypatch, capsys)
     assert "interrupted" in capsys.readouterr().out
 
 
+def tiny_model(training: bool, **options: Any) -> case.Case:
+    def model(**arguments: Any) -> nn.Module:
+        from wavemix_kernels.wavemix.classification import WaveMixLite
+
+        return WaveMixLite(final_dim=8, depth=2, upsample="deconv", **arguments)
+
+    return cases_wavemix.model_case("tiny", model, True, (6, 3, 16, 16), training, **options)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        tiny_model(True),
+        tiny_model(False),
+        tiny_model(True, autocast=torch.bfloat16, judged=4),
+        cases_wavemlp.patm_case("fc", (2, 8, 5, 9), True),
+        cases_wavemlp.patm_case("depthwise", (2, 8, 5, 9), True),
+        cases_wavemlp.patm_case("fc", (4, 8, 5, 9), True, autocast=torch.bfloat16, judged=2),
+        cases_wavemlp.model_case("wavemlp", "T_dw", (2, 3, 64, 64), True),
+        cases_wavemlp.model_case("wavemlp", "S", (1, 3, 32, 32), False),
+    ],
+    ids=lambda of: of.name,
+)
+@needs_extras
+def test_blocks_and_models_pass_their_gate(of):
+    meter = measure.Meter(torch.device("cpu"), clock.Effort(0.0, 1, 1))
+    names = ["upstream", "reference", "auto"]
+    if of.group == "wavemix" and of.autocast is not None:
+        names.remove("upstream")  # the backward of pytorch_wavelets' transforms fails under autocast
+    for row in meter.measure(of, names):
+        assert row.status == "ok", (row.provider, row.reason)
+        assert 0 < row.error <= 1
+        assert row.flops > 0
+        assert (row.saved_bytes is None) != of.backward
+        if of.image:
+            assert row.gbps is None
+            assert row.frames_per_second == pytest.approx(of.inputs()[0].shape[0] / row.median_ms * 1e3)
+        else:
+            assert row.frames_per_second is None
+
+
+@needs_extras
+def test_a_gate_of_the_first_images_says_the_same_of_the_step():
+    whole = cases_wavemlp.patm_case("fc", (4, 8, 5, 9), True)
+    tasks = [measure._Task.of(dataclasses.replace(whole, judged=n), torch.device("cpu")) for n in (None, 2)]
+    assert [task.judged[0].shape[0] for task in tasks] == [4, 2]
+    assert [task.inputs[0].shape[0] for task in tasks] == [4, 4]
+    assert tasks[0].flops == tasks[1].flops > 0
+    assert tasks[0].ideal_bytes == tasks[1].ideal_bytes > 0
+
+
+def test_wrong_parameters_of_a_model_are_refused():
+    right = tiny_model(True)
+
+    def unscaled(setting: case.Setting) -> case.Forward:
+        model = right.makers["ours"](setting)
+        with torch.no_grad():
+            model.layers[0].feedforward[5].weight.mul_(1.001)
+        return model
+
+    wrong = dataclasses.replace(right, makers=right.makers | {"ours": unscaled})
+    meter = measure.Meter(torch.device("cpu"), clock.Effort(0.0, 1, 1))
+    (row,) = meter.measure(wrong, ["auto"])
+    assert row.status == "wrong"
+
+
+@pytest.mark.parametrize("mode", ["fc", "depthwise"])
+def test_upstream_patm_is_the_reference(mode):
+    from wavemix_kernels.reference import PATM
+
+    torch.manual_seed(0)
+    reference, upstream = PATM(8, True, mode=mode).double(), rivals.UpstreamPATM(8, True, mode=mode).double()
+    upstream.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 8, 5, 9, dtype=torch.float64)
+    expected, actual = ([module(x), *module.parameters()] for module in (reference, upstream))
+    (expected[0] ** 2).sum().backward()
+    (actual[0] ** 2).sum().backward()
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+    for name, parameter in reference.named_parameters():
+        other = upstream.get_parameter(name)
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-10, atol=1e-10)
+
+
 def test_past_the_limit_nothing_is_compiled():
     meter = measure.Meter(torch.device("cpu"), clock.Effort(0.0, 1, 1), may_compile=lambda seconds: False)
     rows = {row.provider: row for row in meter.measure(tiny(False), ["reference", "compile"])}
@@ -248,6 +371,26 @@ def test_gate_refuses_shapes_counts_and_nan():
 def test_root_mean_square_limit_of_a_cancelling_sum_is_that_of_its_terms():
     zero, other = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     assert gate.root_mean_square([zero, other], [2.0, 0.0], depth=1, u=2.0**-24) == [32 * 2.0**-24, 16 * 2.0**-24]
+
+
+def test_calibrated_limit_follows_the_reference_and_the_order_of_sums():
+    values, fp32, bf16 = [torch.ones(4, dtype=torch.float64)] * 2, 2.0**-24, 2.0**-8
+    assert gate.calibrated(values, [0.0, 0.0], [1e-3, 0.0], 0, fp32) == [16e-3, 16 * fp32]
+    assert gate.calibrated(values, [0.0, 0.0], [1e-3, 0.0], 600, fp32) == pytest.approx([26e-3, 16 * fp32])
+    # Half types are summed in float32: nothing to speak of beside their own rounding.
+    assert gate.calibrated(values[:1], [0.0], [1.0], 600, bf16) == pytest.approx([16.0], rel=1e-4)
+
+
+def test_a_sum_one_by_one_rounds_as_derived():
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(600, 2000, generator=generator)
+    total = torch.zeros(2000)
+    for row in terms:
+        total += row
+    exact = terms.double().sum(0)
+    roundoffs = gate.rms(total - exact) / gate.rms(exact) / gate.unit_roundoff(torch.float32)
+    # A rounding is less than half a unit in the last place: a third of it on the average of a number's binade.
+    assert 0.2 < roundoffs / gate.summation(600) < 1
 
 
 # --- Memory --------------------------------------------------------------------------------------------------
@@ -312,6 +455,135 @@ def test_saved_bytes_leave_out_inputs_and_parameters():
     rows = torch.zeros(256, 256, requires_grad=True)
     known = [rows, *linear.parameters()]
     assert memory.saved_bytes(lambda: linear(rows).relu(), known) == 256 * 1024 * 4
+
+
+class Scales(nn.Module):
+    """Two parameters of one MiB, whose gradients are all that its backward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(mebibyte())
+        self.b = nn.Parameter(mebibyte())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.a).sum() + (x * self.b).sum()
+
+
+def test_peak_leaves_out_standing_gradients_of_parameters():
+    module, x, cotangent = Scales(), torch.ones(1), [torch.ones(())]
+    of = dataclasses.replace(tiny(), image=True)
+    given = providers.subject(module, of, torch.device("cpu"), contextlib.nullcontext)
+    alone = memory.tracked_peak_bytes(measure._step(of, given, [x], cotangent), [x, *given.standing])
+    with measure._standing_gradients(given.parameters.values()) as gradients:
+        update = measure._update(of, given, [x], cotangent)
+        beside = memory.tracked_peak_bytes(update, [x, *given.standing, *gradients])
+        assert module.a.grad.sum() == MIB // 4
+    assert module.a.grad is None
+    assert 2 * MIB <= alone < 2.1 * MIB  # both gradients are results
+    assert MIB <= beside < 1.1 * MIB  # each is added to the one that stands, then freed
+
+
+# --- Traffic -------------------------------------------------------------------------------------------------
+
+
+def moved(function: Callable[..., object], *tensors: Tensor) -> int:
+    counted: dict[str, int] = {}
+    with traffic.Counter(counted):
+        function(*tensors)
+    return sum(counted.values())
+
+
+def test_traffic_of_known_operators():
+    x, y = mebibyte(), mebibyte()
+    assert moved(torch.add, x, y) == 3 * MIB
+    assert moved(lambda x: x.add_(1), x) == 2 * MIB
+    assert moved(lambda x, y: x.copy_(y), x, y) == 2 * MIB
+    assert moved(lambda x: x.zero_(), x) == MIB
+    assert moved(lambda x: x.view(2, -1)[:, ::2].t().detach(), x) == 0
+    assert moved(torch.empty_like, x) == 0
+    assert moved(torch.zeros_like, x) == MIB
+    assert moved(lambda x: x.expand(8, -1).clone(), x) == 9 * MIB  # a broadcast reads what there is
+    assert moved(lambda x: x.sum(), x) == MIB + 4
+    assert moved(lambda x, y: torch.cat([x, y]), x, y) == 4 * MIB
+    assert moved(lambda x: x.chunk(4)[0] * 2, x) == MIB // 2
+
+
+@pytest.mark.parametrize("mask", [(True, True, False), (True, False, False), (False, True, True)], ids=str)
+def test_traffic_of_a_convolutions_backward_follows_what_is_asked_for(mask):
+    x, weight, grad = torch.zeros(2, 8, 16, 16), torch.zeros(4, 8, 1, 1), torch.zeros(2, 4, 16, 16)
+
+    def backward() -> object:
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, [4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(mask)
+        )
+
+    need_x, need_weight, need_bias = mask
+    read = grad.nbytes + need_x * weight.nbytes + need_weight * x.nbytes
+    assert moved(backward) == read + need_x * x.nbytes + need_weight * weight.nbytes + need_bias * 16
+
+
+def test_traffic_of_our_operators_is_that_of_their_kernels():
+    from wavemix_kernels.ops import batch_norm, pointwise_mlp
+
+    with FakeTensorMode():
+        x, second, grad, mean = (torch.zeros(shape) for shape in ((2, 8, 4, 4), (2, 4, 4, 4), (2, 8, 4, 4), (8,)))
+        image, half = traffic.footprint(x), traffic.footprint(second)
+        norm = moved(lambda: batch_norm.backward(grad, x, mean, mean, None, True, False, "auto"))
+        assert norm == 5 * image + 4 * 32  # two passes over grad and x, dx, four vectors
+        w1, b1, w2, b2 = (torch.zeros(shape) for shape in ((16, 12), (16,), (8, 16), (8,)))
+        weights = 4 * (16 * 12 + 16 + 8 * 16 + 8)
+        arguments = grad, x, second, None, None, w1, b1, w2, b2, 0.0, None
+        # Four kernels read grad, x and second, b2's sum grad; written are the gradients of x, second and the weights.
+        mlp = 4 * (image + image + half) + image + weights + image + half + weights
+        assert moved(lambda: pointwise_mlp.backward(*arguments, False, "auto")) == mlp
+        again = image + half + image  # x and second once more, and the output
+        assert moved(lambda: pointwise_mlp.backward(*arguments, True, "auto")) == mlp + again
+
+
+# Hand counts of upstream's operations, in sizes of the input.
+@pytest.mark.parametrize(
+    "name, forward, backward",
+    [
+        ("Waveblock L1, C=192", 13.5, 17.0),
+        ("Waveblock L3, C=192", 21.4, 29.4),
+        ("Waveblock L4, C=192", 23.6, 34.5),
+        ("PATM fc, C=64", 73, 143),
+    ],
+)
+@needs_extras
+def test_upstreams_traffic_is_that_of_a_hand_count(name, forward, backward):
+    assert traffic.count(name, ours=False).totals == pytest.approx((forward, backward), rel=0.07)
+
+
+def over(name: str, at: int, reason: str) -> Any:
+    return pytest.param(name, at, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize(
+    "name, at",
+    [
+        over("Waveblock L1, C=192", 0, "7.02: the statistics' own pass over the upsampling's output"),
+        over("Waveblock L1, C=192", 1, "17.04: 5.3 reduction and residual, 5.0 batch norm, 2.5 MLP"),
+        over("Waveblock L3, C=192", 0, "7.82: as level 1"),
+        over("Waveblock L3, C=192", 1, "20.86: 5.8 batch norm, 5.3 reduction and residual, 4.9 MLP"),
+        over("Waveblock L4, C=192", 0, "7.86: as level 1"),
+        over("Waveblock L4, C=192", 1, "21.08: 5.8 batch norm, 5.3 reduction and residual, 5.0 MLP"),
+        over("PATM fc, C=64", 0, "22.02: 9 convolutions, 7 phase_aggregate, 4 branch_sum, 2 statistics"),
+        over("PATM fc, C=64", 1, "50.06: 20 convolutions, 17 phase_aggregate_backward, 7 phases made again"),
+    ],
+)
+def test_traffic_stays_within_the_budget(name, at):
+    budget = traffic.BUDGETS[name]
+    assert traffic.count(name, ours=True).totals[at] <= (budget.forward, budget.backward)[at]
+
+
+def test_traffic_prints_a_table(capsys):
+    assert cli.main(["traffic"]) == 0
+    printed = capsys.readouterr().out
+    for name in traffic.BUDGETS:
+        assert name in printed
+    for operator in ("wavemix_kernels::pointwise_mlp_backward", "aten::convolution", "budget", "upstream"):
+        assert operator in printed
 
 
 # --- Inputs and clocks ---------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""The Haar transform on feature maps, against pytorch_wavelets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .case import CPU, GPU, Case, Expectation, Forward, Setting, arithmetic, case_name, feature_maps
+from .gate import Limit, elementwise
+from .rivals import upstream_wavelets
+
+
+def haar_case(
+    levels: int, dtype: torch.dtype, layout: str, size: tuple[int, int, int, int], backward: bool, **options: Any
+) -> Case:
+    """Analysis of feature maps, zero mode."""
+
+    def upstream(setting: Setting) -> Forward:
+        transform = upstream_wavelets().DWTForward(J=levels, wave="haar", mode="zero")
+        return transform.to(setting.device, setting.dtype)
+
+    def reference(setting: Setting) -> Forward:
+        from wavemix_kernels.reference.haar import analysis
+
+        return lambda x: analysis(x, levels)  # strided slices: the form torch.compile fuses best
+
+    def ours(setting: Setting) -> Forward:
+        from wavemix_kernels import haar_dwt2d
+
+        return lambda x: haar_dwt2d(x, levels)
+
+    passes = "forward+backward" if backward else "forward"
+    return Case(
+        name=case_name("haar", f"J{levels}", arithmetic(dtype), layout, size, passes),
+        group="haar",
+        dtype=dtype,
+        backward=backward,
+        inputs=feature_maps(size, layout),
+        makers={"upstream": upstream, "reference": reference, "ours": ours},
+        limits=lambda exact, u: _limits(levels, exact, u),
+        **options,
+    )
+
+
+def _limits(levels: int, exact: Expectation, u: float) -> list[Limit]:
+    """Six roundings a level: two passes (rows, columns) of a rounded filter, a product and a sum.
+
+    Absolute values go through the same butterfly with plus signs only: every band of a level is bounded by the LL
+    of |x|, and a gradient by half the sum of its four |cotangents|.
+    """
+    from wavemix_kernels.reference.haar import analysis
+
+    magnitude = exact.inputs[0].abs()
+    sizes, bands = [], []
+    for _ in range(levels):
+        sizes.append(magnitude.shape[-2:])
+        magnitude = analysis(magnitude)[0]
+        bands.append(magnitude.unsqueeze(2))
+    magnitudes = [magnitude, *bands]
+    roundings = [6 * levels + 2, *(6 * level + 2 for level in range(1, levels + 1))]
+    if exact.cotangents:
+        back, *highs = (cotangent.abs() for cotangent in exact.cotangents)
+        for high, (rows, columns) in zip(reversed(highs), reversed(sizes), strict=True):
+            quad = (back + high.sum(2)) / 2
+            back = quad.repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :rows, :columns]
+        magnitudes.append(back)
+        roundings.append(6 * levels + 2)
+    return elementwise(magnitudes, roundings, u)
+
+
+def haar_cases() -> list[Case]:
+    headline, small, odd = (4, 64, 256, 256), (64, 16, 32, 32), (8, 64, 57, 57)
+    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    everywhere = CPU + GPU
+    plan = [
+        (1, fp32, "nchw", headline, everywhere),
+        (4, fp32, "nchw", headline, everywhere),
+        (1, fp32, "channels_last", headline, everywhere),
+        (4, fp32, "channels_last", headline, everywhere),
+        (1, bf16, "nchw", headline, everywhere),
+        (4, bf16, "nchw", headline, everywhere),
+        (1, bf16, "channels_last", headline, GPU),
+        (4, bf16, "channels_last", headline, GPU),
+        (1, fp16, "nchw", headline, everywhere),
+        (4, fp16, "nchw", headline, GPU),
+        (1, fp32, "nchw", small, everywhere),
+        (2, fp32, "nchw", odd, everywhere),
+    ]
+    return [
+        haar_case(*what, backward, devices=devices, quick=tuple(what[1:]) == (fp32, "nchw", headline))
+        for *what, devices in plan
+        for backward in (False, True)
+    ]
