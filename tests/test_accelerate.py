@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import wavemix_kernels as wk
+from tests import vendored_wavemlp as vendored
 from tests.upstream import original_wavemix
 from wavemix_kernels import pytorch_wavelets as our_wavelets
+from wavemix_kernels import wavemlp
 from wavemix_kernels.accelerate import Report, accelerate
 from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.reference import patm as reference_patm
 from wavemix_kernels.wavemix import classification
 
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
@@ -382,3 +385,115 @@ def test_rejects_what_is_no_module() -> None:
 def test_models_without_candidates_are_untouched() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     assert accelerate(model) == Report(model, (), ())
+
+
+# --- Wave-MLP --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fc", "depthwise"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda dim: nn.GroupNorm(1, dim)], ids=["batch", "group"])
+def test_vendored_wave_mlp(norm: Any, mode: str) -> None:
+    torch.manual_seed(0)
+    blocks = [vendored.WaveBlock(8, drop_path=rate, norm_layer=norm, mode=mode) for rate in (0.0, 0.5)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, vendored.PATM(8, qkv_bias=True, proj_drop=0.5, mode=mode))
+    x = torch.randn(4, 3, 9, 8)
+
+    def seeded(module: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(1)
+        return step(module, x)
+
+    untouched = copy.deepcopy(model)
+    expected = seeded(untouched)
+    tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    report = accelerate(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert report.left == ()
+    assert {r.path: r.now.rpartition(".")[2] for r in report.replaced if r.path.startswith(("2", "3"))} == {
+        "2": "FusedWaveBlock", "2.attn": "FusedPATM", "2.attn.reweight": "FusedMlp", "2.mlp": "FusedMlp",
+        "3": "FusedPATM", "3.reweight": "FusedMlp",
+    }  # fmt: skip
+    assert {id(t) for t in [*model.parameters(), *model.buffers()]} == tensors
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    # One function for each residual branch, with the drop path of the model's own.
+    assert type(model[2].drop_path) is vendored.DropPath
+    assert model[2].attn.is_plain()
+    assert model[2].mlp.is_plain()
+    actual = seeded(model)
+    for name, gradient in actual[1].items():
+        if name.endswith("_conv.0.bias"):  # in front of batch statistics: 0, and the modules have its rounding errors
+            scale = expected[1]["x"].abs().sum()
+            assert max(gradient.abs().max(), expected[1].pop(name).abs().max()) <= 1e-4 * scale
+    assert_same_step((actual[0], {k: v for k, v in actual[1].items() if k in expected[1]}), expected)
+    for (name, ours), theirs in zip(model.named_buffers(), untouched.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert accelerate(model).replaced == accelerate(model).left == ()
+    torch.testing.assert_close(wk.fuse_for_inference(model)(x), untouched.eval()(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_of_a_wave_block_stay() -> None:
+    block = vendored.WaveBlock(8)
+    seen: list[str] = []
+    block.register_forward_hook(lambda *_: seen.append("block"))
+    handle = block.attn.fc_h.register_forward_hook(lambda *_: seen.append("part"))
+    block.norm2.eval()
+    accelerate(block)
+    assert [block.training, block.norm2.training] == [True, False]
+    block(torch.randn(2, 8, 4, 4))
+    assert seen == ["part", "block"]
+    handle.remove()
+    block(torch.randn(2, 8, 4, 4))
+    assert seen == ["part", "block", "block"]
+
+
+def test_wave_mlp_modules_it_leaves() -> None:
+    def doubled(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * vendored.PATM.forward(self, x)
+
+    def post_norm(self: nn.Module, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.norm1(self.attn(x)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+    class TransformerMlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    TransformerMlp.__name__ = "Mlp"
+    other = type("PATM", (vendored.PATM,), {"forward": doubled})
+    block = type("WaveBlock", (vendored.WaveBlock,), {"forward": post_norm})
+    wide = vendored.PATM(8)
+    wide.tfc_h = nn.Conv2d(16, 8, (1, 9), padding=(0, 4), groups=8, bias=False)
+    patched = vendored.Mlp(4)
+    patched.forward = lambda x: x
+    droppy = vendored.WaveBlock(8)
+    droppy.drop_path = nn.Dropout(0.5)
+    model = nn.ModuleDict(
+        {
+            "other": other(8), "block": block(8), "wide": wide, "relu": vendored.Mlp(4, act_layer=nn.ReLU),
+            "patched": patched, "droppy": droppy, "transformer": TransformerMlp(),
+        }
+    )  # fmt: skip
+    report = accelerate(model)
+    reasons = {entry.path: entry.reason for entry in report.left}
+    assert reasons.keys() == {"other", "block", "wide", "relu", "patched", "droppy"}
+    assert "computes something else" in reasons["other"]
+    assert "computes something else" in reasons["block"]
+    assert "tfc_h is Conv2d(16, 8, kernel_size=(1, 9)" in reasons["wide"]
+    assert "act is ReLU()" in reasons["relu"]
+    assert "instance" in reasons["patched"]
+    assert "drop_path is Dropout" in reasons["droppy"]
+    assert {type(model[name]) for name in reasons} == {type(m) for n, m in model.items() if n != "transformer"}
+
+
+def test_reference_wave_mlp() -> None:
+    torch.manual_seed(0)
+    kwargs: Any = {"layers": [1, 1], "embed_dims": [4, 6], "mlp_ratios": [2, 2], "num_classes": 3}
+    model = wavemlp.WaveNet(**kwargs, token_mixer=reference_patm.PATM)
+    x = torch.randn(2, 3, 24, 24)
+    expected = model.eval()(x)
+    report = accelerate(model)
+    assert report.left == ()
+    assert sum(r.now.endswith("FusedWaveBlock") for r in report.replaced) == 2
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from wavemix_kernels.benchmarks import memory
 
+import wavemix_kernels as wk
 from tests import golden_models
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import wavemlp
+from wavemix_kernels.ops import channel_mlp, layout, products
+from wavemix_kernels.ops import patm as patm_op
 from wavemix_kernels.reference import patm
+from wavemix_kernels.reference.wave_block import WaveBlock as ReferenceBlock
 from wavemix_kernels.wavemlp import PATM, MyNorm, WaveBlock, WaveNet
 
 RECORDED = (
@@ -534,3 +540,356 @@ class TestPyTorch:
 
         dropping = torch.compile(WaveNet(**kwargs, drop_path_rate=0.5).train(), fullgraph=True, backend="aot_eager")
         assert dropping(x.float().cpu()).shape == (2, 3)
+
+
+def step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a seeded step."""
+    torch.manual_seed(5)
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = module(leaf)
+    out.backward(normal(*out.shape, seed=3).to(out.dtype))
+    values = {"out": out.detach(), "x": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
+    return values | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def assert_same_step(actual: nn.Module, expected: nn.Module, x: Tensor, rtol: float = 1e-10) -> None:
+    """A tensor is off by at most ``rtol`` of its largest value."""
+    got, want = step(actual, x), step(expected, x.contiguous())
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].shape == value.shape, name
+        # What stands before batch statistics has a gradient of 0, and the reference has its rounding errors.
+        in_front = name.endswith("_conv.0.bias")
+        scale = want["x"].abs().sum().item() if in_front else value.abs().max().item()
+        assert (got[name] - value).abs().max().item() <= rtol * scale, name
+
+
+def blocks(dim: int = 8, recompute: str = "amplitudes", **kwargs: object) -> tuple[WaveBlock, ReferenceBlock]:
+    exact = randomised(ReferenceBlock(dim, **kwargs).double())
+    fused = WaveBlock(dim, **kwargs, recompute=recompute).double()
+    fused.load_state_dict(exact.state_dict(), strict=True)
+    return fused, exact
+
+
+norms = pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, MyNorm])
+modes = pytest.mark.parametrize("mode", patm.MODES)
+
+
+class TestFusedBlock:
+    @norms
+    @modes
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("recompute", patm_op.RECOMPUTE)
+    @pytest.mark.parametrize("size", [(6, 5), (2, 1)], ids=str)  # more pixels than hidden channels, and fewer
+    def test_matches_reference(
+        self, size: tuple[int, int], recompute: str, training: bool, mode: str, norm_layer: object
+    ) -> None:
+        fused, exact = blocks(mode=mode, norm_layer=norm_layer, drop_path=0.5, recompute=recompute, qkv_bias=True)
+        x = normal(4, 8, *size)
+        assert_same_step(fused.train(training), exact.train(training), x)
+
+    @norms
+    def test_far_from_zero_mean(self, norm_layer: object) -> None:
+        """Statistics in fp32 do not cancel: a mean of 1000 deviations costs 1000 roundings, not their square."""
+        fused, exact = blocks(norm_layer=norm_layer)
+        x = 1000 + normal(2, 8, 6, 5)
+        out = fused.float()(x.float()) - x.float()
+        want = exact(x) - x
+        # The norm reads an x that is off by u |x|, and the sum is rounded at the size of x; ten layers follow.
+        assert (out - want).abs().max() <= 20 * 1000 * UNIT_ROUNDOFF[torch.float32] * want.abs().max()
+
+    @norms
+    def test_keeps_the_memory_format(self, norm_layer: object) -> None:
+        fused, exact = blocks(norm_layer=norm_layer)
+        wide = normal(4, 17, 9, 12)
+        for x in (wide[:, :8], wide[:, 1::2, ::2].contiguous(memory_format=torch.channels_last)):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            out = fused(leaf)
+            out.sum().backward()
+            for value in (out, leaf.grad):
+                assert layout.is_channels_last(value) == layout.is_channels_last(x)
+        for module in (fused, exact):
+            module.zero_grad()
+        fused.load_state_dict(exact.state_dict())
+        assert_same_step(fused, exact, wide[1:, 1::2, 2:-1, ::3])
+
+    def test_frozen_and_untracked_norms(self) -> None:
+        fused, exact = blocks()
+        for module in (fused, exact):
+            module.norm1.eval()
+            module.norm2 = nn.BatchNorm2d(8, affine=False, track_running_stats=False).double()
+        assert_same_step(fused, exact, normal(2, 8, 5, 4))
+        for module in (fused, exact):
+            module.zero_grad()
+        assert_same_step(fused.eval(), exact.eval(), normal(2, 8, 5, 4))
+
+    def test_stochastic_depth_draws_as_the_modules_do(self) -> None:
+        fused, exact = blocks(drop_path=0.5)
+        x = normal(16, 8, 3, 3)
+        for seed in range(3):
+            results = []
+            for module in (fused, exact):
+                torch.manual_seed(seed)
+                results.append((module(x), torch.rand(1)))
+            torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+    def test_gradients(self) -> None:
+        fused, _ = blocks(4, norm_layer=MyNorm)
+        names = [name for name, _ in fused.named_parameters()]
+
+        def function(x: Tensor, *parameters: Tensor) -> Tensor:
+            return torch.func.functional_call(fused, dict(zip(names, parameters, strict=True)), x)
+
+        inputs = (normal(2, 4, 2, 3).requires_grad_(), *(p.detach().requires_grad_() for p in fused.parameters()))
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_autocast_keeps_the_sum_in_the_inputs_dtype(self, dtype: torch.dtype) -> None:
+        fused, _ = blocks(norm_layer=MyNorm)
+        fused.float()
+        leaf = normal(2, 8, 6, 5).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fused(leaf)
+        assert out.dtype == dtype
+        out.float().sum().backward()
+        assert leaf.grad.dtype == dtype
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in fused.parameters())
+
+    def test_dtypes_must_agree(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"x: expected the dtype of the weights, torch\.float32, got torch\.float64"
+        ):
+            WaveBlock(8)(normal(2, 8, 3, 3))
+        with pytest.raises(ValueError, match="recompute='none': expected one of 'amplitudes', 'all'"):
+            WaveBlock(8, recompute="none")
+
+    @pytest.mark.parametrize(
+        "part, branches",
+        [
+            ("norm1", "channels"), ("attn", "channels"), ("attn.proj_drop", "channels"), ("attn.fc_c", "channels"),
+            ("norm2", "tokens"), ("mlp", "tokens"), ("mlp.act", "tokens"), ("drop_path", ""), ("", "tokens channels"),
+        ],
+    )  # fmt: skip
+    def test_hooks_send_their_branch_to_the_modules(
+        self, part: str, branches: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fused, exact = blocks(drop_path=0.5)
+        seen: list[nn.Module] = []
+        fused.get_submodule(part).register_forward_hook(lambda module, *_: seen.append(module))
+        ran: list[str] = []
+        for name, owner, function in (("tokens", patm_op._PATM, "apply"), ("channels", channel_mlp._Branch, "apply")):
+            original = getattr(owner, function)
+
+            def noted(*args: object, name: str = name, original: object = original) -> object:
+                # PATM by itself, in a branch of modules, has no norm.
+                if name == "channels" or args[0].kind is not None:
+                    ran.append(name)
+                return original(*args)
+
+            monkeypatch.setattr(owner, function, noted)
+        assert_same_step(fused, exact, normal(4, 8, 5, 4))
+        assert seen
+        assert ran == branches.split()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda block: setattr(block, "norm2", nn.GroupNorm(2, 8).double()),
+            lambda block: setattr(block, "norm1", nn.InstanceNorm2d(8).double()),
+            lambda block: setattr(block.mlp, "act", nn.GELU(approximate="tanh")),
+            lambda block: setattr(block.mlp, "act", nn.ReLU()),
+            lambda block: setattr(block, "attn", nn.Conv2d(8, 8, 3, padding=1).double()),
+        ],
+        ids=["two groups", "instance norm", "tanh", "relu", "convolution"],
+    )
+    def test_other_parts_run_themselves(self, change: Callable[[nn.Module], None]) -> None:
+        fused, exact = blocks()
+        for module in (fused, exact):
+            torch.manual_seed(0)
+            change(module)
+        assert_same_step(fused, exact, normal(2, 8, 5, 4))
+
+    @norms
+    @modes
+    @pytest.mark.parametrize("recompute, images", [("amplitudes", 4.2), ("all", 2.2)])
+    def test_images_kept_for_backward(self, recompute: str, images: float, mode: str, norm_layer: object) -> None:
+        x = torch.randn(2, 32, 28, 28).contiguous(memory_format=torch.channels_last)
+        fused = WaveBlock(32, mode=mode, norm_layer=norm_layer, recompute=recompute)
+        exact = ReferenceBlock(32, mode=mode, norm_layer=norm_layer)
+
+        def kept(module: nn.Module) -> float:
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            known = [*module.parameters(), *module.buffers()]
+            return memory.saved_bytes(lambda: module(leaf), known) / (x.numel() * x.element_size())
+
+        assert kept(fused) <= images
+        assert kept(exact) > 30
+
+    def test_peak_of_a_training_step(self) -> None:
+        """Live bytes above parameters and gradients, against upstream's order of operations."""
+        x = torch.randn(2, 3, 128, 128)
+        sizes = {"layers": [2, 2, 3, 2], "embed_dims": [32, 48, 64, 64], "mlp_ratios": [4, 4, 4, 4], "num_classes": 10}
+
+        def peak(model: nn.Module) -> int:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            known = [x, *model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+            return memory.tracked_peak_bytes(lambda: model(x).square().mean().backward(), known)
+
+        upstream = peak(WaveNet(**sizes, norm_layer=MyNorm, block=ReferenceBlock, token_mixer=patm.PATM))
+        assert peak(WaveNet(**sizes, norm_layer=MyNorm)) <= 0.45 * upstream
+
+    def test_models_choose_their_block(self) -> None:
+        def kinds(**kwargs: object) -> set[type]:
+            return {type(m) for m in WaveNet(**TINY, **kwargs).modules() if isinstance(m, ReferenceBlock)}
+
+        assert kinds() == {WaveBlock}
+        assert kinds(token_mixer=patm.PATM) == {ReferenceBlock}  # upstream's order of operations throughout
+        assert kinds(token_mixer=patm.PATM, block=WaveBlock) == {WaveBlock}
+
+    def test_works_in_channels_last(self) -> None:
+        """One conversion, at the stem; feature maps come back in the image's own format."""
+        model = WaveNet(**TINY, fork_feat=True).eval()
+        between: list[bool] = []
+        for stage in model.network:
+            stage.register_forward_hook(lambda _, inputs, out: between.append(layout.is_channels_last(out)))
+        x = normal(2, 3, 96, 80, dtype=torch.float32)
+        assert not any(layout.is_channels_last(out) for out in model(x))
+        assert all(layout.is_channels_last(out) for out in model(x.contiguous(memory_format=torch.channels_last)))
+        assert len(between) == 2 * 7
+        assert all(between)
+
+    def test_compiles_with_group_norm_and_depthwise_phases(self) -> None:
+        torch._dynamo.reset()
+        fused, exact = blocks(4, mode="depthwise", norm_layer=MyNorm, recompute="all")
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        x = normal(2, 4, 6, 5)
+        got, want = [], []
+        for module, results in ((compiled, got), (exact, want)):
+            leaf = x.clone().requires_grad_()
+            module(leaf).sin().sum().backward()
+            results += [leaf.grad, *(p.grad for p in (fused if module is compiled else exact).parameters())]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class TestChannelMlp:
+    @pytest.mark.parametrize("name", ["cpu", "reference", "triton"])
+    def test_self_test(self, name: str) -> None:
+        if (reason := channel_mlp.BACKENDS[name].why_not()) is not None:
+            pytest.skip(f"{name}: {reason}")
+        error, bound = channel_mlp.self_test(name, torch.device("cpu"))
+        assert error <= bound
+
+    @pytest.mark.parametrize("size", [(2, 1), (9, 8)], ids=str)
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_module_matches_reference(self, channels_last: bool, size: tuple[int, int]) -> None:
+        exact = randomised(patm.Mlp(6, 20, 10).double())
+        fused = wavemlp.Mlp(6, 20, 10).double()
+        fused.load_state_dict(exact.state_dict(), strict=True)
+        x = normal(2, 6, *size)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        assert_same_step(fused, exact, x)
+        assert layout.is_channels_last(fused(x)) == channels_last
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused.float()(x.float()).dtype == torch.bfloat16
+
+    def test_dropout_runs_the_modules(self) -> None:
+        mlp = wavemlp.Mlp(4, 6, drop=1.0)
+        assert torch.equal(mlp(torch.ones(1, 4, 3, 3)), torch.zeros(1, 4, 3, 3))
+        assert mlp.eval()(torch.ones(1, 4, 3, 3)).any()
+
+    def test_wrong_input(self) -> None:
+        with pytest.raises(ValueError, match=r"x: expected 4 channels \(in_features\), got shape \(1, 5, 3, 3\)"):
+            wavemlp.Mlp(4, 6)(torch.zeros(1, 5, 3, 3))
+
+    def test_opcheck(self) -> None:
+        x = normal(2, 4, 3, 5, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        weights = [t.detach() for t in wavemlp.Mlp(4, 8).parameters()]
+        inputs = [t.requires_grad_() for t in (x, *weights)]
+        torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp, (*inputs, "cpu"))
+        plain = [t.detach() for t in inputs]
+        torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp_backward, (plain[0], *plain, "cpu"))
+
+    # More pixels than channels, and fewer: the library's convolution and its plain product.
+    @pytest.mark.parametrize("pixels", [3, 40])
+    def test_products(self, pixels: int) -> None:
+        image, grad = normal(1, 12, 1, pixels), normal(1, 20, 1, pixels, seed=2)
+        weight, bias = normal(20, 12, 1, 1, seed=3), normal(20, seed=4)
+
+        def all_of(*tensors: Tensor) -> list[Tensor]:
+            image, grad, weight, bias = (
+                t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors
+            )
+            return [
+                products.project(image, weight, bias),
+                products.input_gradient(grad, image, weight),
+                products.weight_gradient(grad, image, weight),
+                products.bias_gradient(grad),
+            ]
+
+        tensors = (image, grad, weight, bias)
+        got = all_of(*(t.float() for t in tensors))
+        tensors = tuple(t.float().double() for t in tensors)
+        size = all_of(*(t.abs() for t in tensors))
+        # Products of n terms err by (n + 1) u of the sum of their absolute values; no sum here has more than 40.
+        for value, want, bound in zip(got, all_of(*tensors), size, strict=True):
+            assert_within(value, want, 41 * UNIT_ROUNDOFF[torch.float32] * bound)
+
+
+class TestInference:
+    @norms
+    @modes
+    @pytest.mark.parametrize("fork_feat", [False, True])
+    def test_models(self, fork_feat: bool, mode: str, norm_layer: object) -> None:
+        kwargs = {"mode": mode, "norm_layer": norm_layer, "fork_feat": fork_feat, "drop_path_rate": 0.5}
+        model = randomised(WaveNet(**TINY, num_classes=3, **kwargs).double()).eval()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        fused = model.fuse_for_inference()
+        x = normal(2, 3, 40, 33)
+        for actual, expected in zip(fused(x), model(x), strict=True):
+            torch.testing.assert_close(actual, expected.detach(), rtol=1e-10, atol=1e-10)
+            assert not actual.requires_grad
+        # What cannot fold: norms of feature maps, and norms in front of a convolution with zeros around.
+        left = 0 if norm_layer is MyNorm else 4 * fork_feat + sum(TINY["layers"]) * (mode == "depthwise")
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == left
+        assert not any(p.requires_grad for p in fused.parameters())
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_the_function_for_any_model(self) -> None:
+        model = nn.Sequential(randomised(WaveBlock(8).double()), randomised(PATM(8).double())).eval()
+        x = normal(2, 8, 5, 6)
+        expected = model(x).detach()
+        assert wk.fuse_for_inference(model) is model
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+        out = model(x.contiguous(memory_format=torch.channels_last))
+        assert layout.is_channels_last(out)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+    def test_moves_and_converts(self) -> None:
+        block = WaveBlock(8).eval().fuse_for_inference()
+        x = normal(2, 8, 5, 6, dtype=torch.float32)
+        exact = block(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == torch.float32  # the sum, as everywhere
+        got = block.bfloat16()(x.bfloat16())
+        assert got.dtype == torch.bfloat16
+        # Ten roundings in a row at most.
+        assert (got - exact).norm() <= 10 * UNIT_ROUNDOFF[torch.bfloat16] * exact.norm()
+
+    def test_what_has_no_inference_form(self) -> None:
+        hooked, other, untracked = WaveBlock(8), WaveBlock(8, token_mixer=patm.PATM), WaveBlock(8)
+        hooked.mlp.fc1.register_forward_hook(lambda *_: None)
+        untracked.attn.theta_h_conv[1] = nn.BatchNorm2d(8, track_running_stats=False)
+        for block, message in (
+            (hooked, "a part of this block's MLP has hooks"),
+            (other, "attn is a PATM, expected FusedPATM"),
+            (untracked, r"theta_h_conv\.1: track_running_stats=False"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                block.fuse_for_inference()
+        model = WaveNet(**TINY)
+        model.network[2][1].attn.fc_h.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=r"network\.2\.1: .* part of this PATM has hooks"):
+            model.fuse_for_inference()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,12 @@ import torch
 from torch import nn
 
 from wavemix_kernels import pytorch_wavelets
+from wavemix_kernels.nn.channel_mlp import FusedMlp
+from wavemix_kernels.nn.patm import FusedPATM
+from wavemix_kernels.nn.wave_block import FusedWaveBlock
 from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.reference.patm import PATM, Mlp
+from wavemix_kernels.reference.wave_block import WaveBlock
 from wavemix_kernels.reference.waveblock import LEVELS, Waveblock
 
 __all__ = ["Left", "Replaced", "Report", "accelerate"]
@@ -54,7 +60,8 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
 
     Replaced are the package ``wavemix``'s Waveblocks (found by class name, parameter names and layers, so copies of
     its source count, if they compute the same), ``pytorch_wavelets``' ``DWTForward`` and ``DWTInverse`` (also
-    ``wavemix``'s own copy) with Haar filters, and :class:`wavemix_kernels.reference.Waveblock`.
+    ``wavemix``'s own copy) with Haar filters, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock`` (copies of its public
+    source), and this package's own reference modules.
 
     Each stays the object it was and only changes class, as ``torch.nn.utils.parametrize`` and FSDP2 do: parameters,
     buffers, submodules, hooks and their handles, training mode and whoever holds a reference stay valid, so
@@ -108,11 +115,13 @@ def _counterpart(module: nn.Module) -> _Counterpart | None:
     """How to replace a module that goes by the name of one we know; None for any other and for ours."""
     kind = type(module)
     if kind.__module__.split(".")[0] == __package__:
-        return _fused_from_reference if kind is Waveblock else None
+        return _OF_REFERENCE.get(kind)
     if kind.__name__ in _UPSTREAM_BLOCKS:
         return _fused_from_upstream
     if kind.__name__ in ("DWTForward", "DWTInverse"):
         return _dwt
+    if kind.__name__ in _WAVE_MLP and all(isinstance(getattr(module, n, None), k) for n, k in _SIGNS[kind.__name__]):
+        return _fused_from_wave_mlp
     return None
 
 
@@ -127,8 +136,8 @@ def _become(module: nn.Module, ours: nn.Module) -> None:
 
 
 def _fused_from_reference(module: nn.Module) -> nn.Module:
-    assert isinstance(module, Waveblock)
-    return _checked_block(module, module.level, module.upsample)
+    block: Any = module
+    return _checked_block(block, block.level, block.upsample)
 
 
 def _fused_from_upstream(module: nn.Module) -> nn.Module:
@@ -193,6 +202,101 @@ def _check_forward(kind: type[nn.Module], level: int) -> None:
         raise _CannotReplace(f"could not be run beside ours to compare: {type(error).__name__}: {error}") from error
     if not same:
         raise _CannotReplace("shares the names of wavemix's block but computes something else")
+
+
+# --- Wave-MLP --------------------------------------------------------------------------------------------
+
+
+#: What tells these modules from others of the same name, as every transformer has an Mlp.
+_SIGNS: dict[str, tuple[tuple[str, type[nn.Module]], ...]] = {
+    "PATM": (),
+    "Mlp": (("fc1", nn.Conv2d), ("fc2", nn.Conv2d)),
+    "WaveBlock": (("norm1", nn.Module), ("attn", nn.Module), ("norm2", nn.Module), ("mlp", nn.Module)),
+}
+
+
+def _wave_mlp_form(module: nn.Module) -> nn.Module:
+    """Our module (on the meta device) with the layers that ``module`` has, one by one."""
+    if "forward" in module.__dict__:
+        raise _CannotReplace("its forward is overridden on the instance")
+    name = type(module).__name__
+    theirs: Any = module
+    ours: nn.Module
+    try:
+        with torch.device("meta"):
+            if name in ("WaveBlock", "FusedWaveBlock"):
+                # Its parts are replaced, or not, each by itself; at every call it asks which ones it can fuse.
+                return FusedWaveBlock(4)
+            if name == "Mlp":
+                ours = FusedMlp(theirs.fc1.in_channels, theirs.fc1.out_channels, theirs.fc2.out_channels)
+            else:
+                mode = "fc" if theirs.theta_h_conv[0].groups == 1 else "depthwise"
+                ours = FusedPATM(theirs.fc_h.in_channels, qkv_bias=theirs.fc_h.bias is not None, mode=mode)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise _CannotReplace(f"its layers are not a {name}'s: {error}") from error
+    modules, expected = dict(module.named_modules()), dict(ours.named_modules())
+    for path in sorted(modules.keys() | expected.keys()):
+        if path and _wave_mlp_layer(modules.get(path)) != _wave_mlp_layer(expected.get(path)):
+            raise _CannotReplace(f"{path} is {modules.get(path)!r}, expected {expected.get(path)!r}")
+    tensors = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
+    if extra := tensors ^ ({n for n, _ in ours.named_parameters()} | {n for n, _ in ours.named_buffers()}):
+        raise _CannotReplace(f"its parameters and buffers are not a {name}'s: {', '.join(sorted(extra))}")
+    return ours
+
+
+def _wave_mlp_layer(module: nn.Module | None) -> tuple[object, ...]:
+    # The MLP inside a PATM is of its author's own class; its layers are compared like all others.
+    return ("Mlp",) if type(module).__name__ in ("Mlp", "FusedMlp") else _layer(module)
+
+
+def _fused_from_wave_mlp(module: nn.Module) -> nn.Module:
+    ours = _wave_mlp_form(module)
+    if type(module) not in _OF_REFERENCE:
+        _check_wave_mlp(module)
+    return ours
+
+
+def _check_wave_mlp(module: nn.Module) -> None:
+    """A stranger's class is run once, on a small module of its own, beside the same module with our classes: in
+    training, where stochastic depth and batch statistics show, and in evaluation."""
+    kind: Any = type(module)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            if kind.__name__ == "Mlp":
+                theirs = kind(8, 16, 8)
+            elif kind.__name__ == "PATM":
+                theirs = kind(8, mode="fc" if module.theta_h_conv[0].groups == 1 else "depthwise")  # type: ignore
+            else:
+                theirs = kind(8, drop_path=0.5)
+            ours = copy.deepcopy(theirs)
+            for part in list(ours.modules()):
+                if type(part).__name__ in _WAVE_MLP:
+                    _become(part, _wave_mlp_form(part))
+            x = torch.randn(4, 8, 6, 9)
+            same = True
+            for training in (True, False):
+                results = []
+                for run in (theirs, ours):
+                    torch.manual_seed(0)
+                    results.append(run.train(training)(x))
+                same = same and torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-4)
+    # Whatever a stranger's code raises, the answer is the same: this class cannot be vouched for.
+    except Exception as error:
+        raise _CannotReplace(f"could not be run beside ours to compare: {type(error).__name__}: {error}") from error
+    if not same:
+        raise _CannotReplace(f"shares the names of Wave-MLP's {kind.__name__} but computes something else")
+    dropping = getattr(module, "drop_path", None)
+    if dropping is not None and type(dropping) not in (nn.Identity, type(theirs.drop_path)):
+        raise _CannotReplace(f"drop_path is {dropping!r}, expected what its class puts there")
+
+
+_WAVE_MLP = tuple(_SIGNS)
+_OF_REFERENCE: dict[type[nn.Module], _Counterpart] = {
+    Waveblock: _fused_from_reference,
+    PATM: _fused_from_wave_mlp,
+    Mlp: _fused_from_wave_mlp,
+    WaveBlock: _fused_from_wave_mlp,
+}
 
 
 # --- Wavelet transforms ----------------------------------------------------------------------------------

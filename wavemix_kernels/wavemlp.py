@@ -2,12 +2,14 @@
 arguments and checkpoints (Tang et al., "An Image Patch is a Wave: Phase-Aware Vision MLP", arXiv:2111.12294).
 
 Four stages of :class:`WaveBlock`, each a residual token mixer (:class:`PATM`) and a residual channel MLP, at 1/4, 1/8,
-1/16 and 1/32 of the image. Every class takes its token mixer by the keyword ``token_mixer``.
+1/16 and 1/32 of the image. Blocks take their token mixer by the keyword ``token_mixer``, models their block by
+``block``: the reference model is this one with :class:`wavemix_kernels.reference.wave_block.WaveBlock`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,10 +17,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wavemix_kernels import checks
+from wavemix_kernels import backends, checks
+from wavemix_kernels.nn.channel_mlp import FusedMlp as Mlp
+from wavemix_kernels.nn.parts import affine_of, untouched
 from wavemix_kernels.nn.patm import FusedPATM as PATM
-from wavemix_kernels.reference.patm import Mlp, warn_unused
+from wavemix_kernels.nn.wave_block import FusedWaveBlock as WaveBlock
+from wavemix_kernels.nn.wave_inference import InferenceWaveBlock
+from wavemix_kernels.ops import layout
+from wavemix_kernels.reference.patm import warn_unused
+from wavemix_kernels.reference.wave_block import DropPath, NormLayer, TokenMixer
+from wavemix_kernels.reference.wave_block import WaveBlock as ReferenceBlock
 
 __all__ = [
     "PATM",
@@ -36,77 +46,12 @@ __all__ = [
     "WaveNet",
 ]
 
-NormLayer = Callable[[int], nn.Module]
-#: Called as ``token_mixer(dim, qkv_bias=..., qk_scale=..., attn_drop=..., mode=...)``; maps (N, dim, H, W) to itself.
-TokenMixer = Callable[..., nn.Module]
-
 STEM_PATCH, STEM_STRIDE, STEM_PADDING = 7, 4, 2
 
 
 def MyNorm(dim: int) -> nn.GroupNorm:
     """The norm layer of WaveMLP_S, _M and _B: one group, so statistics over C, H and W of each image."""
     return nn.GroupNorm(1, dim)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, each sample of the batch is zeroed with probability ``drop_prob``, the others are
-    scaled by ``1 / (1 - drop_prob)``."""
-
-    def __init__(self, drop_prob: float = 0.0) -> None:
-        super().__init__()
-        self.drop_prob = checks.check_probability("drop_prob", drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
-            return x
-        keep = 1 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask / keep if keep > 0 else mask)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3g}"
-
-
-class WaveBlock(nn.Module):
-    """``x + PATM(norm1(x))``, then ``x + MLP(norm2(x))``: (N, dim, H, W) -> the same shape.
-
-    Args:
-        dim: channels, at least 4.
-        mlp_ratio: hidden channels of the MLP as a multiple of ``dim``.
-        qkv_bias, mode: as :class:`PATM` takes them.
-        qk_scale, drop, attn_drop: unused, as upstream; other than None and 0 they warn.
-        drop_path: probability of :class:`DropPath` in both branches.
-        act_layer: activation of the MLP.
-        norm_layer: called with ``dim`` for each norm.
-        token_mixer: what takes PATM's place.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: NormLayer = nn.BatchNorm2d,
-        mode: str = "fc",
-        *,
-        token_mixer: TokenMixer = PATM,
-    ) -> None:
-        super().__init__()
-        warn_unused("drop", drop)
-        self.norm1 = norm_layer(dim)
-        self.attn = token_mixer(dim, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, mode=mode)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbedOverlapping(nn.Module):
@@ -199,6 +144,8 @@ class WaveNet(nn.Module):
             The environment variable ``FORK_LAST3`` leaves the first one without norm, as upstream.
         ds_use_norm: whether the stem and each :class:`Downsample` end with a norm.
         token_mixer: what takes PATM's place in each block.
+        block: what takes WaveBlock's place, called as that is. None: :class:`WaveBlock` around PATM, and the plain
+            modules around any other ``token_mixer``.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an image that does not fit them.
@@ -226,8 +173,11 @@ class WaveNet(nn.Module):
         args: object = None,
         *,
         token_mixer: TokenMixer = PATM,
+        block: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        if block is None:
+            block = WaveBlock if token_mixer is PATM else ReferenceBlock
         stages = len(layers)
         dims = _per_stage("embed_dims", embed_dims, stages)
         ratios = _per_stage("mlp_ratios", mlp_ratios, stages)
@@ -257,18 +207,18 @@ class WaveNet(nn.Module):
             network.append(
                 nn.Sequential(
                     *(
-                        WaveBlock(
+                        block(
                             dim,
                             ratio,
                             qkv_bias,
                             qk_scale,
                             attn_drop=attn_drop_rate,
-                            drop_path=drop_path_rate * block / last,
+                            drop_path=drop_path_rate * number / last,
                             norm_layer=norm_layer,
                             mode=mode,
                             token_mixer=token_mixer,
                         )
-                        for block in range(first, first + depth)
+                        for number in range(first, first + depth)
                     )
                 )
             )
@@ -328,6 +278,36 @@ class WaveNet(nn.Module):
             state = own | state
         self.load_state_dict(state)
 
+    def fuse_for_inference(self) -> WaveNet:
+        """A new model for inference, equal to this one in evaluation up to rounding: every block in its inference form,
+        the BatchNorms of the stem and between stages folded into their convolutions, the last one into the head.
+
+        Raises:
+            ValueError: a block that has no inference form; the message says which and why.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        for name, stage in model.network.named_children():
+            if isinstance(stage, Downsample):
+                _fold_norm(stage)
+                continue
+            for index, block in stage.named_children():
+                if isinstance(block, WaveBlock):
+                    try:
+                        setattr(stage, index, block.fuse_for_inference())
+                    except ValueError as error:
+                        raise ValueError(f"network.{name}.{index}: {error}") from error
+        _fold_norm(model.patch_embed)
+        if not self.fork_feat and _is_tracked(model.norm) and type(model.head) is nn.Linear and untouched(model.head):
+            # The mean over pixels keeps an affine map by channel.
+            scale, shift = affine_of(model.norm, "norm")
+            head, dtype = model.head, model.head.weight.dtype
+            wide = head.weight.double()
+            with torch.no_grad():
+                head.bias.copy_((head.bias.double() + wide @ shift).to(dtype))
+                head.weight.copy_((wide * scale).to(dtype))
+            model.norm = nn.Identity()
+        return model
+
     def _check_classifier(self, call: str) -> None:
         if self.fork_feat:
             raise ValueError(
@@ -352,7 +332,15 @@ class WaveNet(nn.Module):
 
     def forward_embeddings(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to the first stage's tokens, about a quarter of the size."""
+        if isinstance(x, Tensor) and x.dim() == 4 and self._is_fused():
+            # The order that the blocks work in: they, and the convolutions between them, then never convert.
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.patch_embed(x)
+
+    def _is_fused(self) -> bool:
+        return backends.requested() != "reference" and any(
+            isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules()
+        )
 
     def forward_tokens(self, x: Tensor) -> Tensor | list[Tensor]:
         """Tokens of the first stage to those of the last; with ``fork_feat`` to the list of every stage's, normed."""
@@ -366,8 +354,19 @@ class WaveNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         tokens = self.forward_tokens(self.forward_embeddings(x))
         if isinstance(tokens, list):
-            return tokens
+            return tokens if layout.is_channels_last(x) else [t.contiguous() for t in tokens]
         return self.head(F.adaptive_avg_pool2d(self.norm(tokens), 1).flatten(1))
+
+
+def _is_tracked(norm: nn.Module) -> bool:
+    return type(norm) is nn.BatchNorm2d and untouched(norm) and norm.running_mean is not None
+
+
+def _fold_norm(part: PatchEmbedOverlapping | Downsample) -> None:
+    """The BatchNorm behind a convolution into it."""
+    if _is_tracked(part.norm) and type(part.proj) is nn.Conv2d and untouched(part.proj):
+        part.proj = fuse_conv_bn_eval(part.proj, part.norm)  # type: ignore[arg-type]
+        part.norm = nn.Identity()
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

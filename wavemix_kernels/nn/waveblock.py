@@ -7,7 +7,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.nn import parts
 from wavemix_kernels.nn.inference import InferenceWaveblock
 from wavemix_kernels.nn.parts import frozen, untouched, update
 from wavemix_kernels.ops import pointwise_mlp, waveblock
@@ -145,7 +144,3 @@ def _upsampling_conv(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ConvTranspose2d):
         return [module]
     return [module[1]] if isinstance(module, nn.Sequential) else []
-
-
-# Until every module imports from nn.parts.
-_untouched, _frozen, _update = parts.untouched, parts.frozen, parts.update

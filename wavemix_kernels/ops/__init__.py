@@ -5,4 +5,14 @@ that returns the relative error and the bound it must keep.
 """
 
 #: The one list of operators, by module name.
-OPS = ("haar", "haar_pyramid", "reduce_haar", "pointwise_mlp", "deconv", "batch_norm", "phase_aggregate", "branch_sum")
+OPS = (
+    "haar",
+    "haar_pyramid",
+    "reduce_haar",
+    "pointwise_mlp",
+    "deconv",
+    "batch_norm",
+    "phase_aggregate",
+    "branch_sum",
+    "channel_mlp",
+)

@@ -1,7 +1,9 @@
-"""``patm``: phase-aware token mixing as one differentiable function that saves its input and little else.
+"""``patm``: phase-aware token mixing as one differentiable function that saves its input and little else; by itself or
+as the residual branch of a block, with the norm in front and the sum behind.
 
 Upstream's autograd keeps some 19 tensors of the input's size. Here ``recompute="amplitudes"`` keeps x and the phases
-before their BatchNorms, ``recompute="all"`` x alone; statistics, and what hangs on single images, are small.
+before their BatchNorms, ``recompute="all"`` x alone; statistics, and what hangs on single images, are small. The
+normalised image is no more than an affine map of x: backward makes it again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import backends
-from wavemix_kernels.ops import batch_norm, branch_sum, layout, phase_aggregate
+from wavemix_kernels.ops import batch_norm, branch_sum, layout, phase_aggregate, pre_norm, products
 
 RECOMPUTE = ("amplitudes", "all")
 
@@ -48,20 +50,35 @@ class Parameters(NamedTuple):
     proj_bias: Tensor | None
 
 
-_FIELDS, _PHASE_FIELDS = len(Parameters._fields), len(Phase._fields)
+_NORM_FIELDS, _FIELDS, _PHASE_FIELDS = len(pre_norm.Norm._fields), len(Parameters._fields), len(Phase._fields)
+_NO_NORM = pre_norm.Norm(None, None, None, None)
 
 
 class Options(NamedTuple):
     eps: tuple[float, float]
     recompute: str
     backend: str
+    kind: pre_norm.Kind | None  # None: PATM by itself
+
+    def part(self, table: Any) -> str:
+        return backends.for_part(self.backend, table)
+
+
+class Output(NamedTuple):
+    """The output, and (mean, biased variance) for each phase's BatchNorm and for the branch's norm, meaningless where
+    that is frozen or absent."""
+
+    image: Tensor
+    phase_h: tuple[Tensor, Tensor]
+    phase_w: tuple[Tensor, Tensor]
+    norm: tuple[Tensor, Tensor]
 
 
 def patm(
     x: Tensor, parameters: Parameters, phase_h: Phase, phase_w: Phase, *, eps: tuple[float, float], recompute: str,
-    backend: str,
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
-    """PATM of checked arguments.
+    backend: str, norm: pre_norm.Norm | None = None, kind: pre_norm.Kind | None = None, path: Tensor | None = None,
+) -> Output:  # fmt: skip
+    """PATM of checked arguments, or ``x + path PATM(norm(x))``.
 
     Args:
         x: (N, C, H, W); the output takes its memory format.
@@ -70,14 +87,15 @@ def patm(
         eps: of the two BatchNorms.
         recompute: what backward makes again: ``"amplitudes"``, or ``"all"`` to keep x alone.
         backend: for the ops that have it.
-
-    Returns:
-        The output, and (mean, biased variance) of the batch for each phase's BatchNorm, meaningless where it is frozen.
+        norm, kind: the norm in front (:mod:`wavemix_kernels.ops.pre_norm`); None: PATM by itself, x in the weights'
+            dtype.
+        path: (N, 1, 1, 1), what stochastic depth multiplies each sample's branch with, or None.
     """
+    options = Options(eps, recompute, backend, kind)
     # Everything is in the dtype it is to be in; autocast would round the branch weights' little MLP, too.
     with torch.autocast(x.device.type, enabled=False):
-        out, mean, var = _PATM.apply(Options(eps, recompute, backend), x, *parameters, *phase_h, *phase_w)
-    return out, (mean[0], var[0]), (mean[1], var[1])
+        out, mean, var, *of_norm = _PATM.apply(options, x, path, *(norm or _NO_NORM), *parameters, *phase_h, *phase_w)
+    return Output(out, (mean[0], var[0]), (mean[1], var[1]), (of_norm[0], of_norm[1]))
 
 
 def _cat(*parts: Tensor | None, like: tuple[Tensor, ...]) -> Tensor | None:
@@ -95,21 +113,27 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _amplitudes(image: Tensor, p: Parameters) -> Tensor:
-    weights = p.fc_h, p.fc_w, p.fc_c
-    return F.conv2d(image, torch.cat(weights), _cat(p.fc_h_bias, p.fc_w_bias, p.fc_c_bias, like=weights))
+#: Up to this many channels one product makes several projections, which reads the image once. Beyond, copies of the
+#: weights cost more than that saves (2 images of 320 channels, 14x14: 0.75 of a step's 9 ms).
+JOINED = 128
+
+
+def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """1x1 convolutions of one image, as images or as slices of one."""
+    if image.shape[1] > JOINED:
+        return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
+    joined = products.project(image, torch.cat(weights), _cat(*biases, like=weights))
+    return list(joined.chunk(len(weights), 1))
+
+
+def _amplitudes(image: Tensor, p: Parameters) -> list[Tensor]:
+    return _projections(image, (p.fc_h, p.fc_w, p.fc_c), (p.fc_h_bias, p.fc_w_bias, p.fc_c_bias))
 
 
 def _thetas(image: Tensor, phases: tuple[Phase, Phase]) -> list[Tensor]:
     if _is_depthwise(phases[0]):
         return [F.conv2d(image, f.weight, f.bias, padding=1, groups=image.shape[1]) for f in phases]
-    weights = phases[0].weight, phases[1].weight
-    return [F.conv2d(image, torch.cat(weights), _cat(phases[0].bias, phases[1].bias, like=weights))]
-
-
-def _pair(thetas: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """theta_h and theta_w, of one tensor or two."""
-    return tuple(thetas) if len(thetas) == 2 else thetas[0].chunk(2, 1)
+    return _projections(image, (phases[0].weight, phases[1].weight), (phases[0].bias, phases[1].bias))
 
 
 def _statistics(
@@ -146,14 +170,6 @@ class _Weights(NamedTuple):
     hidden: Tensor
     a: Tensor
 
-    @classmethod
-    def of(cls, mean: Tensor, p: Parameters) -> _Weights:
-        wide = mean.dtype
-        pre = torch.addmm(p.fc1_bias.to(wide), mean, p.fc1.flatten(1).to(wide).t())
-        hidden = F.gelu(pre)
-        logits = torch.addmm(p.fc2_bias.to(wide), hidden, p.fc2.flatten(1).to(wide).t())
-        return cls(mean, pre, hidden, logits.reshape(mean.shape[0], mean.shape[1], 3).softmax(2))
-
     def by_branch(self) -> Tensor:
         return self.a.permute(2, 0, 1).contiguous()
 
@@ -169,110 +185,152 @@ class _Weights(NamedTuple):
         ]
 
 
-#: Up to this many input channels a plain product beats oneDNN's weight gradient of a 1x1 convolution on a CPU (64
-#: channels, fp32: 13 against 18 ms; 320 channels: 27 against 18 ms).
-NARROW = 128
-
-
-def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, depthwise: bool = False) -> Tensor:
-    return _convolution_backward(grad, x, weight, (True, False, False), depthwise)[0]
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, depthwise: bool = False) -> Tensor:
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not depthwise and x.shape[1] <= NARROW:
-        rows = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (grad, x))
-        return (next(rows).t() @ next(rows))[:, :, None, None]
-    return _convolution_backward(grad, x, weight, (False, True, False), depthwise)[1]
-
-
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], depthwise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    padding, groups = (1, x.shape[1]) if depthwise else (0, 1)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, mask
-    )
-
-
 def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Of biases beside each other in ``grad``'s channels."""
     if all(b is None for b in biases):
         return [None] * len(biases)
-    sums = grad.sum((0, 2, 3), dtype=batch_norm.statistics_dtype(grad.dtype)).to(grad.dtype).chunk(len(biases))
+    sums = products.bias_gradient(grad).chunk(len(biases))
     return [None if b is None else s for b, s in zip(biases, sums, strict=True)]
+
+
+def _branch_weights(mean: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor) -> _Weights:
+    wide = mean.dtype
+    pre = torch.addmm(fc1_bias.to(wide), mean, fc1.flatten(1).to(wide).t())
+    hidden = F.gelu(pre)
+    logits = torch.addmm(fc2_bias.to(wide), hidden, fc2.flatten(1).to(wide).t())
+    return _Weights(mean, pre, hidden, logits.reshape(mean.shape[0], mean.shape[1], 3).softmax(2))
+
+
+class Folded(NamedTuple):
+    """Constants of a PATM in evaluation. ``weight`` (3C or, with the phases' 1x1 convolutions, 5C, C, 1, 1) and its
+    bias make z_h, z_w, c (and both thetas) in one product; ``phase_h`` and ``phase_w`` are depthwise ones, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    phase_h: Tensor | None
+    phase_w: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    scale_h: Tensor
+    shift_h: Tensor
+    scale_w: Tensor
+    shift_w: Tensor
+    tfc_h: Tensor
+    tfc_w: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+
+
+def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
+    """PATM of an image (N, C, H, W) in the dtype of ``f.weight``: channels_last, without gradient."""
+    image = _channels_last(image)
+    channels = image.shape[1]
+    parts = products.project(image, f.weight, f.bias).split(channels, 1)
+    z_h, z_w, c, *thetas = parts
+    if f.phase_h is not None and f.phase_w is not None:
+        thetas = [F.conv2d(image, w, padding=1, groups=channels) for w in (f.phase_h, f.phase_w)]
+    h, w, s = phase_aggregate.fused(
+        z_h, z_w, c, *thetas, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w,
+        backends.for_part(backend, phase_aggregate.BACKENDS),
+    )  # fmt: skip
+    mean = s / (image.shape[2] * image.shape[3])
+    a = _branch_weights(mean, f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).by_branch()
+    mixed = branch_sum.branch_sum(h, w, c, a, backends.for_part(backend, branch_sum.BACKENDS))
+    return products.project(mixed, f.proj, f.proj_bias)
 
 
 class _PATM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: Options, x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        p, phases = _parameters(flat)
-        image = _channels_last(x)
-        z_h, z_w, c = _amplitudes(image, p).chunk(3, 1)
+    def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        norm, p, phases = _parameters(flat)
+        of_norm = None
+        if options.kind is None:
+            image = _channels_last(x)
+        else:
+            of_norm = pre_norm.statistics(x, norm, options.kind, options.backend)
+            image = pre_norm.normalise(x, norm, options.kind, of_norm).to(p.fc_h.dtype)
+        z_h, z_w, c = _amplitudes(image, p)
         thetas = _thetas(image, phases)
-        mean, var, invstd = _statistics(phases, _pair(thetas), options)
+        del image
+        mean, var, invstd = _statistics(phases, tuple(thetas), options)
         h, w, s = phase_aggregate.fused(
-            z_h, z_w, c, *_pair(thetas), *_affines(phases, mean, invstd), p.tfc_h, p.tfc_w,
-            backends.for_part(options.backend, phase_aggregate.BACKENDS),
+            z_h, z_w, c, *thetas, *_affines(phases, mean, invstd), p.tfc_h, p.tfc_w,
+            options.part(phase_aggregate.BACKENDS),
         )  # fmt: skip
         branch_mean = s / (x.shape[2] * x.shape[3])
-        a = _Weights.of(branch_mean, p).by_branch()
-        mixed = branch_sum.branch_sum(h, w, c, a, backends.for_part(options.backend, branch_sum.BACKENDS))
-        out = F.conv2d(mixed, p.proj, p.proj_bias)
+        a = _branch_weights(branch_mean, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias).by_branch()
+        mixed = branch_sum.branch_sum(h, w, c, a, options.part(branch_sum.BACKENDS))
+        del z_h, z_w, c, h, w
+        out = products.project(mixed, p.proj, p.proj_bias)
         ctx.options = options
         kept = thetas if options.recompute == "amplitudes" else []
-        ctx.save_for_backward(x, *flat, mean, invstd, branch_mean, *kept)
-        out = layout.laid_out(out, True) if layout.is_channels_last(x) and not layout.is_channels_last(out) else out
-        out = out if layout.is_channels_last(x) else out.contiguous()
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        of_norm = of_norm or pre_norm.Statistics(*(mean.new_empty(0) for _ in range(3)))
+        ctx.save_for_backward(x, path, *flat, *of_norm, mean, invstd, branch_mean, *kept)
+        if options.kind is not None:
+            out = pre_norm.join(x, out, path)
+        elif layout.is_channels_last(out) != layout.is_channels_last(x) or not layout.is_channels_last(x):
+            out = layout.laid_out(out, layout.is_channels_last(x))
+        ctx.mark_non_differentiable(mean, var, of_norm.mean, of_norm.var)
+        return out, mean, var, of_norm.mean, of_norm.var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         options: Options = ctx.options
-        x, *rest = ctx.saved_tensors
-        flat, (mean, invstd, branch_mean, *thetas) = (
-            rest[: _FIELDS + 2 * _PHASE_FIELDS],
-            rest[_FIELDS + 2 * _PHASE_FIELDS :],
-        )
-        p, phases = _parameters(flat)
-        image, grad = _channels_last(x), _channels_last(grad)
-        amplitudes = _amplitudes(image, p)
-        z_h, z_w, c = amplitudes.chunk(3, 1)
+        x, path, *rest = ctx.saved_tensors
+        count = _NORM_FIELDS + _FIELDS + 2 * _PHASE_FIELDS
+        flat, of_norm = rest[:count], pre_norm.Statistics(*rest[count : count + 3])
+        mean, invstd, branch_mean, *thetas = rest[count + 3 :]
+        norm, p, phases = _parameters(flat)
+        if options.kind is None:
+            image = _channels_last(x)
+        else:
+            image = pre_norm.normalise(x, norm, options.kind, of_norm).to(p.fc_h.dtype)
+        around, grad = grad, pre_norm.branch_gradient(grad, path, image)
+        z_h, z_w, c = _amplitudes(image, p)
         thetas = thetas or _thetas(image, phases)
         affines = _affines(phases, mean, invstd)
-        aggregate = backends.for_part(options.backend, phase_aggregate.BACKENDS)
-        h, w, _s = phase_aggregate.fused(z_h, z_w, c, *_pair(thetas), *affines, p.tfc_h, p.tfc_w, aggregate)
-        weights = _Weights.of(branch_mean, p)
+        aggregate = options.part(phase_aggregate.BACKENDS)
+        h, w, _s = phase_aggregate.fused(z_h, z_w, c, *thetas, *affines, p.tfc_h, p.tfc_w, aggregate)
+        weights = _branch_weights(branch_mean, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias)
         a = weights.by_branch()
 
-        d_mixed = _input_gradient(grad, h, p.proj)
-        mixed, d_a = branch_sum.backward(d_mixed, h, w, c, a, backends.for_part(options.backend, branch_sum.BACKENDS))
+        d_mixed = products.input_gradient(grad, h, p.proj)
+        mixed, d_a = branch_sum.backward(d_mixed, h, w, c, a, options.part(branch_sum.BACKENDS))
         del h, w
-        d_proj = _weight_gradient(grad, mixed, p.proj)
+        d_proj = products.weight_gradient(grad, mixed, p.proj)
         (d_proj_bias,) = _bias_gradients(grad, (p.proj_bias,))
-        del mixed
+        del mixed, grad
         d_mean, d_mlp = weights.backward(d_a.permute(1, 2, 0), p)
 
         batch_statistics = phases[0].mean is None
         depthwise = _is_depthwise(phases[0])
         out = phase_aggregate.backward(
-            d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *_pair(thetas), *affines, p.tfc_h,
+            d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *thetas, *affines, p.tfc_h,
             p.tfc_w, mean if batch_statistics else None, invstd if batch_statistics else None, not depthwise, aggregate,
         )  # fmt: skip
-        del amplitudes, z_h, z_w, c, d_mixed
+        del z_h, z_w, c, d_mixed
         convolutions = [p.fc_h, p.fc_w, p.fc_c]
         if not depthwise:
             convolutions += [phase.weight for phase in phases]
         weight = torch.cat(convolutions)
-        d_weights = list(_weight_gradient(out.images[0], image, weight).chunk(len(convolutions)))
-        dx = _input_gradient(out.images[0], image, weight) if ctx.needs_input_grad[1] else None
+        d_weights = list(products.weight_gradient(out.images[0], image, weight).chunk(len(convolutions)))
+        want_image = ctx.needs_input_grad[1] or options.kind is not None
+        d_image = products.input_gradient(out.images[0], image, weight) if want_image else None
         if depthwise:
             for phase, d_theta in zip(phases, out.images[1:], strict=True):
-                d_weights.append(_weight_gradient(d_theta, image, phase.weight, True))
-                if dx is not None:
-                    dx += _input_gradient(d_theta, image, phase.weight, True)
-        if dx is not None and not layout.is_channels_last(x):
+                through, d_weight = products.depthwise_gradients(d_theta, image, phase.weight, want_image)
+                d_weights.append(d_weight)
+                if d_image is not None and through is not None:
+                    d_image += through
+        del image
+        dx: Tensor | None = d_image
+        d_norm: list[Tensor | None] = [None, None]
+        if options.kind is not None and d_image is not None:
+            dx, *d_norm = pre_norm.backward(d_image.to(x.dtype), x, around, norm, options.kind, of_norm)
+        elif dx is not None and not layout.is_channels_last(x):
             dx = dx.contiguous()
 
         biases = p.fc_h_bias, p.fc_w_bias, p.fc_c_bias
@@ -287,9 +345,14 @@ class _PATM(torch.autograd.Function):
             d_bias = torch.zeros_like(d_pre) if batch_statistics else d_pre * affines[2 * i]
             made = (phase.bias, d_bias), (phase.norm_weight, d_pre_theta * invstd[i]), (phase.norm_bias, d_pre)
             d_phases += [d_weight, *(None if t is None else d.to(t.dtype) for t, d in made), None, None]
-        return None, dx, *d_fc, out.w_h, out.w_w, *d_mlp, d_proj, d_proj_bias, *d_phases
+        of_fc = *d_fc, out.w_h, out.w_w, *d_mlp, d_proj, d_proj_bias
+        return None, dx, None, *d_norm, None, None, *of_fc, *d_phases
 
 
-def _parameters(flat: Any) -> tuple[Parameters, tuple[Phase, Phase]]:
-    phases = flat[_FIELDS:]
-    return Parameters(*flat[:_FIELDS]), (Phase(*phases[:_PHASE_FIELDS]), Phase(*phases[_PHASE_FIELDS:]))
+def _parameters(flat: Any) -> tuple[pre_norm.Norm, Parameters, tuple[Phase, Phase]]:
+    phases = flat[_NORM_FIELDS + _FIELDS :]
+    return (
+        pre_norm.Norm(*flat[:_NORM_FIELDS]),
+        Parameters(*flat[_NORM_FIELDS : _NORM_FIELDS + _FIELDS]),
+        (Phase(*phases[:_PHASE_FIELDS]), Phase(*phases[_PHASE_FIELDS:])),
+    )
