@@ -106,7 +106,7 @@ wavemix::MlpArgs mlp_args(int dtype, const Ints& size, const Ints& x, const Ints
 }
 
 wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight,
-                                int threads) {
+                                const Ints& output, const Ints& norm, int threads) {
   if (size.size() != 5) throw py::value_error("size: expected (n, f, o, h, w)");
   check_threads(threads);
   wavemix::DeconvArgs args;
@@ -121,6 +121,11 @@ wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, cons
   if ((args.f > 1 && args.u.stride[1] != 1) || (args.o > 1 && args.y.stride[1] != 1))
     throw py::value_error("u, y: expected contiguous channels, got channel strides of " +
                           std::to_string(args.u.stride[1]) + " and " + std::to_string(args.y.stride[1]));
+  args.output = view<wavemix::Plane>(output, "output");
+  if (norm.size() != (output.empty() ? 0 : 4))
+    throw py::value_error("norm: expected a, b, mean and d to go with output");
+  const void** slots[] = {&args.a, &args.b, &args.mean, &args.d};
+  for (size_t i = 0; i < norm.size(); ++i) *slots[i] = pointer(static_cast<uintptr_t>(norm[i]));
   args.weight = pointer(weight);
   return args;
 }
@@ -257,30 +262,35 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("d_tensors"), py::arg("threads"));
   m.def(
       "deconv_forward_cpu",
-      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, weight, threads);
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, uintptr_t mean,
+         uintptr_t var, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, weight, {}, {}, threads);
         py::gil_scoped_release unlocked;
-        wavemix::deconv_forward_cpu(args, pointer(bias), threads);
+        wavemix::deconv_forward_cpu(args, pointer(bias), pointer(mean), pointer(var), threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("bias"),
-      py::arg("threads"));
+      py::arg("mean"), py::arg("var"), py::arg("threads"));
+  // `output` and `norm`: the plane and the arrays a, b, mean, d of wavemix/deconv.h, or both empty.
   m.def(
       "deconv_input_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, weight, threads);
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, const Ints& output,
+         const Ints& norm, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, weight, output, norm, threads);
         py::gil_scoped_release unlocked;
         wavemix::deconv_input_grad_cpu(args, threads);
       },
-      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("threads"));
+      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("output"),
+      py::arg("norm"), py::arg("threads"));
   m.def(
       "deconv_weight_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t d_weight, uintptr_t d_bias, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, 0, threads);
+      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t d_weight, uintptr_t d_bias,
+         const Ints& output, const Ints& norm, int threads) {
+        const auto args = deconv_args(dtype, size, u, y, 0, output, norm, threads);
         py::gil_scoped_release unlocked;
         wavemix::deconv_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("d_weight"), py::arg("d_bias"),
-      py::arg("threads"));
+      py::arg("output"), py::arg("norm"), py::arg("threads"));
   m.def(
       "pointwise_forward_cpu",
       [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight, uintptr_t bias, int threads) {

@@ -195,12 +195,51 @@ static inline void make_forms(const A* const (&pixel)[Form::in][Form::in], int64
   }
 }
 
+// What lies between the gradient of a normalised output and the output's own, per channel.
+template <class A>
+struct Norm {
+  const A *a, *b, *mean, *d;
+  explicit Norm(const DeconvArgs& args)
+      : a(static_cast<const A*>(args.a)),
+        b(static_cast<const A*>(args.b)),
+        mean(static_cast<const A*>(args.mean)),
+        d(static_cast<const A*>(args.d)) {}
+};
+
+// A patch of the gradient of the output: as it lies, or made from that of the normalised one.
+template <class T, class A, int side>
+struct GradPatch : Patch<T, A, side> {
+  GradPatch(const DeconvArgs& args, int64_t n, int64_t row, int64_t column, int64_t stride, A* scratch, A* values,
+            const A* zero)
+      : Patch<T, A, side>(args.y, n, 2 * args.h, 2 * args.w, row, column, args.o, stride, scratch, zero) {
+    if (args.output.data == nullptr) return;
+    const Norm<A> norm(args);
+    for (int i = 0; i < side; ++i)
+      for (int j = 0; j < side; ++j) {
+        if (this->pixel[i][j] == zero) continue;
+        const T* output = static_cast<const T*>(args.output.data) + n * args.output.stride[0] +
+                          (row + i) * args.output.stride[2] + (column + j) * args.output.stride[3];
+        const A* g = this->pixel[i][j];
+        A* to = scratch + (i * side + j) * stride;
+        load_row(output, 1, args.o, values);
+        for (int64_t c = 0; c < args.o; ++c)
+          to[c] = norm.a[c] * g[c] + (norm.b[c] * (values[c] - norm.mean[c]) + norm.d[c]);
+        this->pixel[i][j] = to;
+      }
+  }
+};
+
 // The other way: sums (i, j) at in[(i * sums + j) * apart + c], with `bias` (or null) added, into a patch of pixels; a
 // null pixel is left out.
+//
+// With `sums` (a value near the mean, sums of differences from it and of their squares, each an array of the padded
+// channels) the pixels are also counted into these.
 template <class Form, class T, class A>
 static inline void make_pixels(const A* in, int64_t apart, int64_t channels, const A* bias,
-                               T* const (&pixel)[Form::out][Form::out]) {
+                               T* const (&pixel)[Form::out][Form::out], A* const* sums = nullptr) {
   for (int64_t c = 0; c < channels; c += kLanes<A>) {
+    V<A> center{}, first{}, second{};
+    if (sums != nullptr) center = *reinterpret_cast<const Memory<A>*>(sums[0] + c);
     V<A> rows[Form::in][Form::out];
 #pragma GCC unroll 6
     for (int i = 0; i < Form::in; ++i) {
@@ -223,6 +262,11 @@ static inline void make_pixels(const A* in, int64_t apart, int64_t channels, con
         T* to = pixel[i][j];
         if (to == nullptr) continue;
         y[i] += offset;
+        if (sums != nullptr) {
+          const V<A> off = y[i] - center;
+          first += off;
+          second += off * off;
+        }
         if (sizeof(T) == sizeof(A) && left == kLanes<A>) {
           *reinterpret_cast<Memory<A>*>(to + c) = y[i];
         } else {
@@ -232,8 +276,49 @@ static inline void make_pixels(const A* in, int64_t apart, int64_t channels, con
         }
       }
     }
+    if (sums != nullptr) {
+      *reinterpret_cast<Memory<A>*>(sums[1] + c) += first;
+      *reinterpret_cast<Memory<A>*>(sums[2] + c) += second;
+    }
   }
 }
+
+// Mean and sum of squared differences from it, of each channel: parts are merged as Chan, Golub and LeVeque (1983) do,
+// so no large numbers are subtracted. Within a part (a block of tiles) values count by their distance to the mean of
+// the parts before. In double, which costs nothing at this rate.
+template <class A>
+struct Statistics {
+  int64_t channels, stride;
+  double count = 0;
+  ZeroBuffer<double> mean, squares;
+  ZeroBuffer<A> part;
+  A* sums[3];
+  Statistics(int64_t c, int64_t padded_c)
+      : channels(c), stride(padded_c), mean(padded_c), squares(padded_c), part(3 * padded_c) {
+    for (int i = 0; i < 3; ++i) sums[i] = part.data + i * stride;
+  }
+  void merge(double n, const double* other_mean, const double* other_squares) {
+    if (n == 0) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double off = other_mean[c] - mean.data[c];
+      mean.data[c] += off * (n / (count + n));
+      squares.data[c] += other_squares[c] + off * off * (count * n / (count + n));
+    }
+    count += n;
+  }
+  void finish_part(double n, double* scratch) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double off = static_cast<double>(sums[1][c]) / n;
+      scratch[c] = static_cast<double>(sums[0][c]) + off;
+      scratch[stride + c] = static_cast<double>(sums[2][c]) - off * off * n;
+    }
+    merge(n, scratch, scratch + stride);
+    for (int64_t c = 0; c < channels; ++c) {
+      sums[0][c] = static_cast<A>(mean.data[c]);
+      sums[1][c] = sums[2][c] = A(0);
+    }
+  }
+};
 
 // Addresses of a square of pixels; null outside of the image.
 template <class T, int side>
@@ -294,7 +379,7 @@ int threads_for(const DeconvArgs& args, int threads) {
 }
 
 template <class T>
-void forward(const DeconvArgs& args, const void* bias, int threads) {
+void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
   using A = typename Arithmetic<T>::type;
   const Tiles tiles(args);
   if (tiles.count == 0) return;
@@ -310,9 +395,14 @@ void forward(const DeconvArgs& args, const void* bias, int threads) {
   constexpr int kForms = InputForms::out * InputForms::out;
   const int64_t block = tiles_at_a_time<A>(tiles.count, kForms, f, threads);
   const Panels panels(o / kLanes<A>);
+  // Of each thread: count, then mean and squares of its pixels, merged in a fixed order at the end.
+  const int64_t line = 1 + 2 * o;
+  const ZeroBuffer<double> of_thread(mean == nullptr ? 0 : threads * line);
   WAVEMIX_PARALLEL(threads) {
     const Buffer<A> forms(kForms * block * f), products(kAll * block * kGemmVectors * kLanes<A>), scratch(16 * f);
     scratch.clear(16 * f);
+    Statistics<A> statistics(mean == nullptr ? 0 : args.o, mean == nullptr ? 0 : o);
+    const Buffer<double> part(mean == nullptr ? 0 : 2 * o);
     WAVEMIX_FOR
     for (int64_t first = 0; first < tiles.count; first += block) {
       const int64_t count = tiles.count - first < block ? tiles.count - first : block;
@@ -338,10 +428,41 @@ void forward(const DeconvArgs& args, const void* bias, int threads) {
         for (int64_t t = 0; t < count; ++t) {
           const Tile tile(tiles, first + t);
           const Square<T, 4> square(args.y, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row, 4 * tile.column, at);
-          make_pixels<OutputForms>(products.data + t * width, block * width, channels, offset.data + at, square.pixel);
+          A* const sums[3] = {statistics.sums[0] + at, statistics.sums[1] + at, statistics.sums[2] + at};
+          const A* from = products.data + t * width;
+          if (mean != nullptr && t == 0 && statistics.count == 0) {
+            // Nothing is known of the mean yet: the first pixel is near enough.
+            make_pixels<OutputForms>(from, block * width, channels, offset.data + at, square.pixel);
+            load_row(square.pixel[0][0], 1, channels, sums[0]);
+          }
+          make_pixels<OutputForms>(from, block * width, channels, offset.data + at, square.pixel,
+                                   mean == nullptr ? nullptr : sums);
         }
       }
+      if (mean == nullptr) continue;
+      int64_t pixels = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        const Tile tile(tiles, first + t);
+        pixels += 4 * (2 * tile.row + 1 < args.h ? 2 : 1) * (2 * tile.column + 1 < args.w ? 2 : 1);
+      }
+      statistics.finish_part(static_cast<double>(pixels), part.data);
     }
+    if (mean != nullptr) {
+      double* own = of_thread.data + WAVEMIX_THREAD * line;
+      own[0] = statistics.count;
+      std::memcpy(own + 1, statistics.mean.data, static_cast<size_t>(args.o) * sizeof(double));
+      std::memcpy(own + 1 + o, statistics.squares.data, static_cast<size_t>(args.o) * sizeof(double));
+    }
+  }
+  if (mean == nullptr) return;
+  Statistics<A> all(args.o, o);
+  for (int t = 0; t < threads; ++t) {
+    const double* part = of_thread.data + t * line;
+    all.merge(part[0], part + 1, part + 1 + o);
+  }
+  for (int64_t c = 0; c < args.o; ++c) {
+    static_cast<A*>(mean)[c] = static_cast<A>(all.mean.data[c]);
+    static_cast<A*>(var)[c] = static_cast<A>(all.squares.data[c] / all.count);
   }
 }
 
@@ -361,7 +482,7 @@ void input_grad(const DeconvArgs& args, int threads) {
   const int64_t block = tiles_at_a_time<A>(tiles.count, kAll, o, threads);
   const Panels panels(f / kLanes<A>);
   WAVEMIX_PARALLEL(threads) {
-    const Buffer<A> forms(kAll * block * o), sums(kSums * block * kGemmVectors * kLanes<A>), scratch(36 * o);
+    const Buffer<A> forms(kAll * block * o), sums(kSums * block * kGemmVectors * kLanes<A>), scratch(36 * o), values(o);
     scratch.clear(36 * o);
     WAVEMIX_FOR
     for (int64_t first = 0; first < tiles.count; first += block) {
@@ -369,8 +490,8 @@ void input_grad(const DeconvArgs& args, int threads) {
       const int64_t whole = round_up(count, kGemmRows);
       for (int64_t t = 0; t < count; ++t) {
         const Tile tile(tiles, first + t);
-        const Patch<T, A, 6> patch(args.y, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row - 1, 4 * tile.column - 1,
-                                   args.o, o, scratch.data, zero.data);
+        const GradPatch<T, A, 6> patch(args, tile.n, 4 * tile.row - 1, 4 * tile.column - 1, o, scratch.data,
+                                       values.data, zero.data);
         make_forms<GradForms>(patch.pixel, o, forms.data + t * o, block * o);
       }
       for (int64_t p = 0; p < panels.count; ++p) {
@@ -415,7 +536,7 @@ void weight_grad(const DeconvArgs& args, void* d_weight, void* d_bias, int threa
   zero.clear(f > o ? f : o);
   bias.clear(4 * o);
   WAVEMIX_PARALLEL(threads) {
-    const Buffer<A> scratch(16 * (f > o ? f : o));
+    const Buffer<A> scratch(16 * (f > o ? f : o)), values(o);
     WAVEMIX_FOR
     for (int product = 0; product < kAll; ++product)
       std::memset(sums.data + product * size, 0, static_cast<size_t>(size) * sizeof(A));
@@ -433,8 +554,8 @@ void weight_grad(const DeconvArgs& args, void* d_weight, void* d_bias, int threa
       WAVEMIX_FOR
       for (int64_t t = 0; t < count; ++t) {
         const Tile tile(tiles, first + t);
-        const Patch<T, A, 4> patch(args.y, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row, 4 * tile.column, args.o, o,
-                                   scratch.data, zero.data);
+        const GradPatch<T, A, 4> patch(args, tile.n, 4 * tile.row, 4 * tile.column, o, scratch.data, values.data,
+                                       zero.data);
         make_forms<OutputAdjoint>(patch.pixel, o, grads.data + t * o, block * o);
       }
       WAVEMIX_FOR
@@ -472,8 +593,8 @@ void weight_grad(const DeconvArgs& args, void* d_weight, void* d_bias, int threa
     store(static_cast<T*>(d_bias)[j], bias.data[j] + bias.data[o + j] + bias.data[2 * o + j] + bias.data[3 * o + j]);
 }
 
-void forward_any(const DeconvArgs& args, const void* bias, int threads) {
-  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, threads); });
+void forward_any(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
 }
 void input_grad_any(const DeconvArgs& args, int threads) {
   dispatch(args.dtype, [&](auto element) { input_grad<decltype(element)>(args, threads); });

@@ -82,8 +82,8 @@ void philox4x32_cpu(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint
   pick().mlp->philox4x32(counter, key, words);
 }
 
-void deconv_forward_cpu(const DeconvArgs& args, const void* bias, int threads) {
-  pick().deconv->forward(args, bias, threads);
+void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
+  pick().deconv->forward(args, bias, mean, var, threads);
 }
 void deconv_input_grad_cpu(const DeconvArgs& args, int threads) { pick().deconv->input_grad(args, threads); }
 void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads) {

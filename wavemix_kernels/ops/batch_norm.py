@@ -260,10 +260,11 @@ def _train(
     return _apply(x, scale, shift, residual, channels_last, backend), mean, var
 
 
-def _backward_op(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
-    channels_last: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward_line(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What makes the gradient of x from that of the output, ``a grad + b (x - mean) + d`` per channel: a, b, d; then
+    the gradients of weight and bias. One pass over both images, below autograd."""
     chosen = backends.select("batch_norm_backward", BACKENDS, backend, grad, x)
     wide = statistics_dtype(x.dtype)
     mean, invstd = mean.to(wide).contiguous(), invstd.to(wide).contiguous()
@@ -272,7 +273,17 @@ def _backward_op(
     # With xhat = (x - mean) * invstd: dx = a * (grad - mean(grad) - xhat * mean(grad * xhat)), a plane per channel.
     count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
     b = -a * invstd * sum_gx / count if batch_stats else torch.zeros_like(a)
-    d = -a * sum_g / count - b * mean if batch_stats else torch.zeros_like(a)
+    d = -a * sum_g / count if batch_stats else torch.zeros_like(a)
+    return a, b, d, sum_gx, sum_g
+
+
+def _backward_op(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
+    channels_last: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    chosen = backends.select("batch_norm_backward", BACKENDS, backend, grad, x)
+    a, b, offset, sum_gx, sum_g = backward_line(grad, x, mean, invstd, weight, batch_stats, backend)
+    d = offset - b * mean.to(b.dtype)
     out = layout.empty(x, x.shape, channels_last)
     chosen.functions["backward"](grad, x, a.contiguous(), b, d, out)
     return out, sum_gx, sum_g

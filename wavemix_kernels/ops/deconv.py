@@ -1,24 +1,38 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
 On a CPU by minimal filtering (csrc/cpu/deconv.cpp: 36 products where the definition has 64); elsewhere the library's.
+Kernels of ours take the BatchNorm that follows along: its statistics come from the pass that writes the output, and its
+backward is made where the gradients' kernels read, so the gradient of the output itself never reaches memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import layout, selftest
+from wavemix_kernels.ops import batch_norm, layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
 _library.define("deconv_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor")
 _library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
+# The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
+# normalised output's.
+_library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "deconv_norm_input_grad(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
+    "Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "deconv_norm_weight_grad(Tensor grad, Tensor y, Tensor mean, Tensor line, Tensor dy, Tensor u, bool has_bias, "
+    "str backend) -> Tensor[]"
+)
 
 TAPS, STRIDE, PADDING = 4, 2, 1
 
@@ -64,51 +78,56 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 NARROW = 32
 
 
-def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype, gradient_of_weight: bool) -> bool:
+def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> bool:
     """Measured (AMD EPYC with AVX-512, 2 threads), this kernel's time over oneDNN's: fp32 0.67, 0.73 and 0.46 (forward,
     gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64, 0.8, 1.4 and 1.0 at 16. oneDNN multiplies
-    half types twice as fast, where this kernel widens them: 1.2, 1.35 and 0.69 at 192 channels."""
-    if dtype == torch.float64:
-        return False
-    return not gradient_of_weight and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
+    half types twice as fast, where this kernel widens them: 1.2, 1.35 and 0.69 at 192 channels. So the weight's
+    gradient is never the library's."""
+    return dtype != torch.float64 and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
 
 
 def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:
     return u.shape[0], u.shape[1], y.shape[1], u.shape[2], u.shape[3]
 
 
-def _cpu_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _library_is_faster(u.shape[1], weight.shape[1], u.dtype, False):
-        return _reference_forward(u, weight, bias)
+def _cpu_forward(u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None) -> Tensor:
     core: Any = _native.core
     u, weight, y = layout.channels_inner(u), weight.contiguous(), _empty_output(u, weight)
     bias = None if bias is None else bias.contiguous()
     core.deconv_forward_cpu(
         _native.DTYPES[u.dtype], _size(u, y), _native.address(u), _native.address(y), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), *((0, 0) if stats is None else (t.data_ptr() for t in stats)),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _cpu_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    if _library_is_faster(weight.shape[0], grad.shape[1], grad.dtype, False):
-        return _reference_input_grad(grad, weight)
+#: y, a, b, mean, d: the gradient of y is ``a grad + b (y - mean) + d``; the last four contiguous, in the arithmetic
+#: type.
+Norm = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _norm_addresses(norm: Norm | None) -> tuple[Sequence[int], list[int]]:
+    return ([], []) if norm is None else (_native.address(norm[0]), [t.data_ptr() for t in norm[1:]])
+
+
+def _cpu_input_grad(grad: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
     core: Any = _native.core
     grad, weight, u = layout.channels_inner(grad), weight.contiguous(), _empty_input(grad, weight)
     core.deconv_input_grad_cpu(
         _native.DTYPES[u.dtype], _size(u, grad), _native.address(u), _native.address(grad), weight.data_ptr(),
-        torch.get_num_threads(),
+        *_norm_addresses(norm), torch.get_num_threads(),
     )  # fmt: skip
     return u
 
 
-def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Norm | None = None) -> list[Tensor]:
     core: Any = _native.core
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
     core.deconv_weight_grad_cpu(
         _native.DTYPES[u.dtype], _size(u, grad), _native.address(u), _native.address(grad), out[0].data_ptr(),
-        out[1].data_ptr() if has_bias else 0, torch.get_num_threads(),
+        out[1].data_ptr() if has_bias else 0, *_norm_addresses(norm), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -167,12 +186,27 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
+def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> backends.Backend:
+    """What runs forward and the input's gradient; the weight's gradient is the asked-for backend's in any case."""
+    chosen = backends.select("deconv", BACKENDS, backend, like)
+    if chosen is BACKENDS["cpu"] and _library_is_faster(u_channels, y_channels, like.dtype):
+        return BACKENDS["reference"]
+    return chosen
+
+
+def _folds(backend: str, u_channels: int, grad: Tensor) -> bool:
+    """Whether the gradients' kernels begin with the normalised output's gradient, or get the output's, made before."""
+    if _chosen(backend, u_channels, grad.shape[1], grad) is BACKENDS["reference"]:
+        return False
+    return grad.shape[1] <= 1 or grad.stride(1) == 1
+
+
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return backends.select("deconv", BACKENDS, backend, u, weight).functions["forward"](u, weight, bias)
+    return _chosen(backend, weight.shape[0], weight.shape[1], u).functions["forward"](u, weight, bias)
 
 
 def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return backends.select("deconv_input_grad", BACKENDS, backend, grad, weight).functions["input_grad"](grad, weight)
+    return _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight)
 
 
 def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
@@ -180,9 +214,75 @@ def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[
     return chosen.functions["weight_grad"](grad, u, has_bias)
 
 
+def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _chosen(backend, weight.shape[0], weight.shape[1], u)
+    if chosen is BACKENDS["reference"]:
+        y = _reference_forward(u, weight, bias)
+        norm = backends.for_part(backend, batch_norm.BACKENDS)
+        return y, *torch.ops.wavemix_kernels.batch_norm_stats(y, norm)
+    mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
+    return chosen.functions["forward"](u, weight, bias, (mean, var)), mean, var
+
+
+def _norm_input_grad(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    norm = backends.for_part(backend, batch_norm.BACKENDS)
+    if _folds(backend, weight.shape[0], grad):
+        a, b, d, dw, db = batch_norm.backward_line(grad, y, mean, invstd, norm_weight, batch_stats, norm)
+        made: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
+        du = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight, made)
+        return du, dw, db, torch.stack((a, b, d)), grad.new_empty(0)
+    dy, dw, db = torch.ops.wavemix_kernels.batch_norm_backward(
+        grad, y, mean, invstd, norm_weight, batch_stats, True, norm
+    )
+    return _input_grad(dy, weight, backend), dw, db, mean.new_empty(0), dy
+
+
+def _norm_weight_grad(
+    grad: Tensor, y: Tensor, mean: Tensor, line: Tensor, dy: Tensor, u: Tensor, has_bias: bool, backend: str
+) -> list[Tensor]:
+    if not _folds(backend, u.shape[1], grad):
+        return _weight_grad(dy, u, has_bias, backend)
+    a, b, d = line.unbind(0)
+    chosen = backends.select("deconv_weight_grad", BACKENDS, backend, grad, u)
+    return chosen.functions["weight_grad"](grad, u, has_bias, (y, a, b, mean.to(a.dtype).contiguous(), d))
+
+
+def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
+    return u.new_empty(weight.shape[1], dtype=batch_norm.statistics_dtype(u.dtype))
+
+
+def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
+
+
+def _norm_input_grad_fake(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_weight, d_bias = _empty_statistics(y, weight), _empty_statistics(y, weight)
+    if _folds(backend, weight.shape[0], grad):
+        line, dy = d_weight.new_empty(3, weight.shape[1]), grad.new_empty(0)
+    else:
+        line, dy = mean.new_empty(0), layout.empty(grad, grad.shape, True)
+    return _empty_input(grad, weight), d_weight, d_bias, line, dy
+
+
 _library.impl("deconv", _forward, "CompositeExplicitAutograd")
 _library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
 _library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_input_grad", _norm_input_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_weight_grad", _norm_weight_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::deconv_norm_input_grad", _norm_input_grad_fake, lib=_library)
+torch.library.register_fake(
+    "wavemix_kernels::deconv_norm_weight_grad",
+    lambda grad, y, mean, line, dy, u, has_bias, backend: _empty_weights(grad, u, has_bias),
+    lib=_library,
+)
 torch.library.register_fake(
     "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
 )
@@ -204,6 +304,43 @@ def input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
 def weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias."""
     d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_weight_grad(grad, u, has_bias, backend)
+    return d_weight, d_bias[0] if has_bias else None
+
+
+def with_stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, its mean and biased variance per channel."""
+    return torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, backend)
+
+
+class NormGradient(NamedTuple):
+    """Gradients of u and of the BatchNorm's weight and bias; the rest is for :func:`norm_weight_grad`."""
+
+    u: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    line: Tensor
+    dy: Tensor
+
+
+def norm_input_grad(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    weight: Tensor, backend: str,
+) -> NormGradient:  # fmt: skip
+    """From the gradient of BatchNorm(y); ``batch_stats``: its statistics are y's own."""
+    return NormGradient(
+        *torch.ops.wavemix_kernels.deconv_norm_input_grad(
+            grad, y, mean, invstd, norm_weight, batch_stats, weight, backend
+        )
+    )
+
+
+def norm_weight_grad(
+    grad: Tensor, y: Tensor, mean: Tensor, made: NormGradient, u: Tensor, has_bias: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias from that of BatchNorm(y)."""
+    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_norm_weight_grad(
+        grad, y, mean, made.line, made.dy, u, has_bias, backend
+    )
     return d_weight, d_bias[0] if has_bias else None
 
 

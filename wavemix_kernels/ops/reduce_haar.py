@@ -18,7 +18,8 @@ _library.define(
     "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
 )
 _library.define(
-    "reduce_haar_gradients(Tensor reduced, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) -> Tensor[]"
+    "reduce_haar_gradients(Tensor reduced, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) "
+    "-> Tensor[]"
 )
 
 

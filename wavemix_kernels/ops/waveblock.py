@@ -124,15 +124,21 @@ class _Waveblock(torch.autograd.Function):
             u = pointwise_mlp.fused(
                 *_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
             )
-            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+            frozen = level.mean is not None and level.invstd is not None
+            if kind == "deconv" and not frozen:
+                assert level.up_weight is not None
+                second, mean, var = deconv.with_stats(u, level.up_weight, level.up_bias, part.upsample)
+            else:
+                second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
             ys = [second, *ys]
             del z, u
-            if level.mean is None or level.invstd is None:
-                mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
-                invstd = torch.rsqrt(var + eps[i])
-            else:
-                mean, invstd = level.mean, level.invstd
+            if frozen:
+                mean, invstd = cast(Tensor, level.mean), cast(Tensor, level.invstd)
                 var = mean
+            else:
+                if kind != "deconv":
+                    mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
+                invstd = torch.rsqrt(var + eps[i])
             stats = [(mean, var, invstd), *stats]
             second_affine = batch_norm.affine(mean, invstd, level.bn_weight, level.bn_bias)
         assert second_affine is not None
@@ -189,19 +195,31 @@ class _Waveblock(torch.autograd.Function):
         for i, level in enumerate(levels):
             assert upper is not None
             z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
-            dy, dbn_weight, dbn_bias = batch_norm.backward(
-                upper, y, means[i], invstds[i], level.bn_weight, level.mean is None, True, part.norm
-            )
-            del y
-            du = upsample.input_grad(kind, dy, level.up_weight, part.upsample)
+            batch_stats = level.mean is None
+            made: deconv.NormGradient | None = None
+            if kind == "deconv":
+                assert level.up_weight is not None
+                made = deconv.norm_input_grad(
+                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, level.up_weight, part.upsample
+                )
+                du, dbn_weight, dbn_bias = made.u, made.norm_weight, made.norm_bias
+            else:
+                dy, dbn_weight, dbn_bias = batch_norm.backward(
+                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
+                )
+                du = upsample.input_grad(kind, dy, level.up_weight)
             second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
             arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
             mlp = pointwise_mlp.backward(du, *arguments, not us, part.mlp)
             u = cast(Tensor, us[0] if us else mlp.output)
             us = us[1:]
-            dweight, dbias = upsample.weight_grads(
-                kind, dy, u, level.up_weight, level.up_bias is not None, part.upsample
-            )
+            has_bias = level.up_bias is not None
+            dweight: Tensor | None
+            if made is not None:
+                dweight, dbias = deconv.norm_weight_grad(upper, y, means[i], made, u, has_bias, part.upsample)
+            else:
+                dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, has_bias)
+            del made, y
             z_grads = [*z_grads, mlp.x]
             upper = mlp.second
             flat_grads = [

@@ -13,10 +13,16 @@ struct DeconvArgs {
   int64_t n = 0, f = 0, o = 0, h = 0, w = 0;
   Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w), or their gradients
   const void* weight = nullptr;  // (f, o, 4, 4), contiguous, in the images' dtype
+  // The gradients' passes only, optional: y is not the output's gradient itself but that of its normalisation, and the
+  // former is a y + b (output - mean) + d, with arrays (o) in the arithmetic type: BatchNorm's backward, made on the
+  // way.
+  Plane output;
+  const void *a = nullptr, *b = nullptr, *mean = nullptr, *d = nullptr;
 };
 
-// y from u; bias (o), in the images' dtype, may be null.
-void deconv_forward_cpu(const DeconvArgs& args, const void* bias, int threads);
+// y from u; bias (o), in the images' dtype, may be null. mean and var (o), in the arithmetic type, or both null: the
+// statistics over n, 2h, 2w of y before it is rounded to a half type; var is biased.
+void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
 // The gradient of u from that of y.
 void deconv_input_grad_cpu(const DeconvArgs& args, int threads);
 // The gradients of weight and, where d_bias is not null, of bias from u and the gradient of y; in the images' dtype.
