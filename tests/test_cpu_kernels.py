@@ -106,7 +106,7 @@ def matrix(tensor: Tensor) -> tuple[int, int]:
 def identity_mlp(
     pre: Tensor, p: float, seed: int, first_row: int
 ) -> tuple[tuple[int, ...], dict[str, object], list[Tensor]]:
-    """Arguments of an MLP whose two products change nothing, so that its hidden layer can be seen; what they point to."""
+    """Arguments of an MLP whose two products change nothing, so that its hidden layer can be seen, and their memory."""
     rows, cols = pre.shape
     eye = torch.eye(cols, dtype=pre.dtype)
     weight = eye.data_ptr()

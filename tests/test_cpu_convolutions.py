@@ -1,0 +1,265 @@
+"""The CPU's transposed convolution and 1x1 convolutions, called as the ops call them, against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
+from wavemix_kernels import _native
+from wavemix_kernels.ops import deconv
+
+if _native.core is None:
+    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+core: Any = _native.core
+ids: dict[str, Any] = {"ids": lambda value: str(value).removeprefix("torch.").replace(" ", "")}
+channels_last = torch.channels_last
+
+# --- Minimal filtering, as csrc/cpu/deconv.cpp defines it ------------------------------------------------
+
+INPUT = torch.tensor(
+    [[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0], [0, 1, -1, 0], [0, 0, 1, 0], [0, 0, 1, -1]], dtype=torch.float64
+)  # rows 2i-1 .. 2i+2 -> what each product multiplies
+WEIGHT = torch.tensor(
+    [[0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.float64
+)  # taps -> of each product
+OUTPUT = torch.tensor(
+    [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 1, -1, 0, 0, 0], [0, 0, 0, 0, 1, -1]], dtype=torch.float64
+)  # products -> rows 4t .. 4t+3
+
+
+def _both(matrix: Tensor, patch: Tensor) -> Tensor:
+    """Along both of the last two axes."""
+    return matrix @ patch @ matrix.t()
+
+
+def _tiles(image: Tensor, side: int, step: int, first: int, rows: int, columns: int) -> Tensor:
+    """Patches (N, C, rows, columns, side, side) beginning at ``step * tile + first``, zero outside."""
+    n, c, h, w = image.shape
+    whole = image.new_zeros(n, c, step * rows + 8, step * columns + 8)
+    whole[:, :, 2 : 2 + h, 2 : 2 + w] = image
+    cut = whole[:, :, 2 + first :, 2 + first :].unfold(2, side, step).unfold(3, side, step)
+    return cut[:, :, :rows, :columns]
+
+
+def _forward(u: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
+    """The algorithm in float64; with ``sizes`` of absolute values, plus signs only: what rounding errors scale with."""
+    n, _, h, w = u.shape
+    rows, columns = -(-h // 2), -(-w // 2)
+    forms, taps, out = (m.abs() if sizes else m for m in (INPUT, WEIGHT, OUTPUT))
+    u, weight = (t.abs() if sizes else t for t in (u, weight))
+    v = _both(forms, _tiles(u, 4, 2, -1, rows, columns))
+    y = _both(out, torch.einsum("nfrcij,foij->norcij", v, _both(taps, weight)))
+    return y.permute(0, 1, 2, 4, 3, 5).reshape(n, weight.shape[1], 4 * rows, 4 * columns)[:, :, : 2 * h, : 2 * w]
+
+
+def _gradient_sizes(u: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the gradients, which are the transposed maps, of absolute values: of u and of weight."""
+    u, weight = u.abs().requires_grad_(), weight.abs().requires_grad_()
+    d_u, d_weight = torch.autograd.grad(_forward(u, weight, sizes=True), (u, weight), grad.abs())
+    return d_u, d_weight
+
+
+def image(*shape: int, dtype: torch.dtype, gap: int = 0, generator: torch.Generator) -> Tensor:
+    """Channels innermost, `gap` elements between the pixels."""
+    n, c, h, w = shape
+    whole = torch.full((n, h, w, c + gap), math.nan, dtype=dtype)
+    whole[..., :c] = torch.randn(n, h, w, c, generator=generator, dtype=torch.float64)
+    return whole[..., :c].permute(0, 3, 1, 2)
+
+
+SIZES = [  # n, f, o, h, w
+    (2, 5, 3, 3, 5),
+    (1, 1, 1, 1, 1),
+    (3, 40, 36, 1, 2),
+    (2, 16, 48, 8, 8),
+    (1, 67, 33, 7, 9),
+    (2, 64, 32, 24, 22),
+]
+
+
+def test_minimal_filtering_is_the_transposed_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((2, 3, 5, 4), (3, 2, 4, 4)))
+    torch.testing.assert_close(_forward(u, weight), F.conv_transpose2d(u, weight, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("size", SIZES, **ids)
+def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Forward with statistics, and both gradients with and without the BatchNorm before them; one and three threads."""
+    n, f, o, h, w = size
+    generator, wide = torch.Generator().manual_seed(h), accumulation(dtype)
+    u = image(n, f, h, w, dtype=dtype, gap=3, generator=generator)
+    grad = image(n, o, 2 * h, 2 * w, dtype=dtype, gap=1, generator=generator)
+    weight = torch.randn(f, o, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    bias = (100 + torch.randn(o, generator=generator, dtype=torch.float64)).to(dtype)  # far from 0: hard for a variance
+    leaves = [t.double().requires_grad_() for t in (u, weight, bias)]
+    exact = F.conv_transpose2d(*leaves, stride=2, padding=1)
+    plain = torch.autograd.grad(exact, leaves, grad.double(), retain_graph=True)
+
+    r = UNIT_ROUNDOFF[wide]
+    # Forms of input and weight and the last sums: 2 additions each along both axes. In float64 the reference errs too.
+    terms = lambda depth: (depth + 12) * r * (2 if dtype == torch.float64 else 1)  # noqa: E731
+    off = terms(f) * (
+        _forward(leaves[0].detach(), leaves[1].detach(), sizes=True) + leaves[2].detach().abs()[:, None, None]
+    )
+
+    def stored(want: Tensor, off: Tensor) -> Tensor:
+        return off + (UNIT_ROUNDOFF[dtype] * (want.abs() + off) + UNDERFLOW[dtype] if wide != dtype else 0)
+
+    # The gradient of a normalised output, as BatchNorm's backward would have it.
+    y = torch.empty(n, 2 * h, 2 * w, o, dtype=dtype).permute(0, 3, 1, 2)
+    line = [torch.randn(o, generator=generator, dtype=torch.float64).to(wide) for _ in range(4)]
+    line[2] += 100  # the mean
+    code = _native.DTYPES[dtype]
+    address = _native.address
+    for threads in (1, 3):
+        mean, var = torch.full((o,), math.nan, dtype=wide), torch.full((o,), math.nan, dtype=wide)
+        y.fill_(math.nan)
+        core.deconv_forward_cpu(
+            code, size, address(u), address(y), weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), var.data_ptr(),
+            threads,
+        )  # fmt: skip
+        want = exact.detach()
+        assert_within(y, want, stored(want, off), f"output {size}")
+        count = n * 4 * h * w
+        want_var, want_mean = torch.var_mean(want, (0, 2, 3), correction=0)
+        worst = off.amax((0, 2, 3))
+        assert_within(mean, want_mean, worst + 4 * r * want_mean.abs(), f"mean {size}")
+        # Each value's square of its distance to the mean, off by both; sums of at most `count` terms within a part.
+        spread = want_var.sqrt() + worst
+        assert_within(var, want_var, 4 * worst * spread + (count + 8) * r * spread**2, f"variance {size}")
+
+        for norm in (False, True):
+            dy = grad.double()
+            if norm:
+                a, b, center, d = (t.double()[:, None, None] for t in line)
+                dy = a * dy + b * (y.double() - center) + d
+            want_u, want_weight, want_bias = (
+                torch.autograd.grad(exact, leaves, dy, retain_graph=True) if norm else plain
+            )
+            size_u, size_weight = _gradient_sizes(u.double(), weight.double(), dy)
+            if norm:  # three more roundings, of larger terms
+                slack = a.abs() * grad.double().abs() + b.abs() * (y.double().abs() + center.abs()) + d.abs()
+                more_u, more_weight = _gradient_sizes(u.double(), weight.double(), slack)
+                size_u, size_weight = size_u + more_u, size_weight + more_weight
+                size_bias = (dy.abs() + slack).sum((0, 2, 3))
+            else:
+                size_bias = dy.abs().sum((0, 2, 3))
+            extra = (address(y), [t.data_ptr() for t in line]) if norm else ([], [])
+            d_u = torch.full((n, h, w, f), math.nan, dtype=dtype).permute(0, 3, 1, 2)
+            core.deconv_input_grad_cpu(code, size, address(d_u), address(grad), weight.data_ptr(), *extra, threads)
+            assert_within(d_u, want_u, stored(want_u, terms(4 * o) * size_u), f"gradient of u {size} {norm}")
+            d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
+            core.deconv_weight_grad_cpu(
+                code, size, address(u), address(grad), d_weight.data_ptr(), d_bias.data_ptr(), *extra, threads
+            )
+            bound = stored(want_weight, terms(n * h * w) * size_weight)
+            assert_within(d_weight, want_weight, bound, f"gradient of weight {size} {norm}")
+            assert_within(
+                d_bias, want_bias, stored(want_bias, terms(4 * n * h * w) * size_bias), f"of bias {size} {norm}"
+            )
+
+
+def test_deconv_op_on_every_kind_of_image() -> None:
+    """The op and its gradients against torch's: NCHW, channels_last, a slice; wide (kernels), narrow (library)."""
+    torch.manual_seed(0)
+    for channels in (8, 48):
+        weight = torch.randn(channels, 2 * channels, 4, 4, requires_grad=True)
+        bias = torch.randn(2 * channels, requires_grad=True)
+        base = torch.randn(2, channels + 4, 5, 6)
+        for u in (
+            base[:, 2:-2],
+            base[:, 2:-2].contiguous(memory_format=channels_last),
+            base[:, :channels].contiguous(),
+        ):
+            u = u.detach().requires_grad_()
+            leaves = (u, weight, bias)
+            got, want = deconv.deconv(*leaves), F.conv_transpose2d(*leaves, stride=2, padding=1)
+            assert got.is_contiguous(memory_format=channels_last)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            cotangent = torch.randn_like(want)
+            pairs = zip(
+                torch.autograd.grad(got, leaves, cotangent), torch.autograd.grad(want, leaves, cotangent), strict=True
+            )
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_deconv_operators_describe_themselves() -> None:
+    """opcheck: schemas, fake tensors' strides, no aliases; with the BatchNorm folded (fp32, wide) and not."""
+    ops = torch.ops.wavemix_kernels
+    for channels, layout in ((40, channels_last), (40, torch.contiguous_format), (8, channels_last)):
+        u = torch.randn(2, channels, 3, 4).contiguous(memory_format=channels_last)
+        weight, bias = torch.randn(channels, 36, 4, 4), torch.randn(36)
+        y, mean, var = ops.deconv_stats(u, weight, bias, "auto")
+        grad = torch.randn(y.shape).contiguous(memory_format=layout)
+        invstd = torch.rsqrt(var + 1e-5)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
+        arguments = (grad, y, mean, invstd, bias, True, weight, "auto")
+        torch.library.opcheck(ops.deconv_norm_input_grad, arguments, test_utils=tests)
+        _, _, _, line, dy = ops.deconv_norm_input_grad(*arguments)
+        torch.library.opcheck(ops.deconv_norm_weight_grad, (grad, y, mean, line, dy, u, True, "auto"), test_utils=tests)
+
+
+def test_deconv_errors() -> None:
+    u = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"weight: expected \(4, O, 4, 4\) to go with u, got \(4, 2, 3, 3\)"):
+        deconv.deconv(u, torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"bias: expected shape \(2,\)"):
+        deconv.deconv(u, torch.zeros(4, 2, 4, 4), torch.zeros(3))
+    with pytest.raises((TypeError, ValueError), match="weight"):
+        deconv.deconv(u, torch.zeros(4, 2, 4, 4, dtype=torch.float64))
+
+
+# --- 1x1 convolutions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("by_channel", [False, True], ids=["channels_inner", "pixels_inner"])
+@pytest.mark.parametrize(
+    "size", [(2, 5, 3, 3, 5), (1, 1, 1, 1, 1), (2, 64, 16, 12, 16), (3, 36, 9, 4, 6), (1, 19, 48, 30, 30)], **ids
+)
+def test_pointwise(dtype: torch.dtype, by_channel: bool, size: tuple[int, ...]) -> None:
+    """Forward and both gradients, x in either memory order, with something added to its gradient."""
+    n, c, o, h, w = size
+    generator, wide = torch.Generator().manual_seed(c), accumulation(dtype)
+    x = image(n, c, h, w, dtype=dtype, gap=0 if by_channel else 2, generator=generator)
+    add = image(n, c, h, w, dtype=dtype, generator=generator)
+    if by_channel:
+        x, add = x.contiguous(), add.contiguous()
+    grad = image(n, o, h, w, dtype=dtype, gap=1, generator=generator)
+    weight = torch.randn(o, c, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(o, generator=generator, dtype=torch.float64).to(dtype)
+    xd, wd, gd = x.double(), weight.double(), grad.double()
+    r = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1)
+
+    def check(got: Tensor, want: Tensor, terms: int, sizes: Tensor, what: str) -> None:
+        off = (terms + 2) * r * sizes  # [Higham, section 3.1]
+        stored = UNIT_ROUNDOFF[dtype] * (want.abs() + off) + UNDERFLOW[dtype] if wide != dtype else 0
+        assert_within(got, want, off + stored, f"{what} {size}")
+
+    code, address = _native.DTYPES[dtype], _native.address
+    for threads in (1, 3):
+        out = torch.full((n, h, w, o), math.nan, dtype=dtype).permute(0, 3, 1, 2)
+        core.pointwise_forward_cpu(code, size, address(x), address(out), weight.data_ptr(), bias.data_ptr(), threads)
+        product, sizes = (torch.einsum("nchw,oc->nohw", a, b) for a, b in ((xd, wd), (xd.abs(), wd.abs())))
+        check(out, product + bias.double()[:, None, None], c, sizes + bias.double().abs()[:, None, None], "output")
+        d_x = torch.empty_strided(add.shape, add.stride(), dtype=dtype).fill_(math.nan)
+        core.pointwise_input_grad_cpu(code, size, address(d_x), address(grad), weight.data_ptr(), address(add), threads)
+        product, sizes = (torch.einsum("nohw,oc->nchw", a, b) for a, b in ((gd, wd), (gd.abs(), wd.abs())))
+        check(d_x, product + add.double(), o, sizes + add.double().abs(), "gradient of x")
+        d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
+        core.pointwise_weight_grad_cpu(
+            code, size, address(x), address(grad), d_weight.data_ptr(), d_bias.data_ptr(), threads
+        )
+        product, sizes = (torch.einsum("nohw,nchw->oc", a, b) for a, b in ((gd, xd), (gd.abs(), xd.abs())))
+        check(d_weight, product, n * h * w, sizes, "gradient of weight")
+        check(d_bias, gd.sum((0, 2, 3)), n * h * w, gd.abs().sum((0, 2, 3)), "gradient of bias")
