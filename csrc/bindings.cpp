@@ -9,15 +9,13 @@
 #include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
-#include "wavemix/pointwise.h"
+#include "wavemix/reduce_haar.h"
 
 #if WAVEMIX_WITH_CPU
 #include "cpu/isa.h"
 #endif
 #if WAVEMIX_WITH_CUDA
 #include <cuda_runtime_api.h>
-
-#include "wavemix/reduce_haar.h"
 #endif
 
 namespace py = pybind11;
@@ -65,6 +63,36 @@ wavemix::HaarArgs haar_args(int dtype, int levels, const Ints& shape, double edg
   for (int l = 0; l < levels; ++l) args.high[l] = view<wavemix::Bands>(highs[l], "highs");
   if (lows.size() >= static_cast<size_t>(levels)) throw py::value_error("lows: the last level's LL is ll itself");
   for (size_t l = 0; l < lows.size(); ++l) args.low[l] = view<wavemix::Plane>(lows[l], "lows");
+  return args;
+}
+
+wavemix::ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x,
+                                         const Ints& weight, const Ints& bias, const std::vector<Ints>& z,
+                                         bool allow_tf32) {
+  if (levels < 1 || levels > wavemix::kMaxHaarLevels || z.size() != static_cast<size_t>(levels))
+    throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
+                          " outputs; one launch takes 1 to " + std::to_string(wavemix::kMaxHaarLevels));
+  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
+  if (weight.size() != 3) throw py::value_error("weight: expected an address and 2 strides");
+  if (!bias.empty() && bias.size() != 2) throw py::value_error("bias: expected an address and a stride, or nothing");
+  wavemix::ReduceHaarArgs args;
+  args.dtype = dtype_of(dtype);
+  args.levels = levels;
+  args.n = shape[0];
+  args.c = shape[1];
+  args.h = shape[2];
+  args.w = shape[3];
+  args.o = outputs;
+  args.x = view<wavemix::Plane>(x, "x");
+  args.weight = reinterpret_cast<const void*>(static_cast<uintptr_t>(weight[0]));
+  args.weight_stride[0] = weight[1];
+  args.weight_stride[1] = weight[2];
+  if (!bias.empty()) {
+    args.bias = reinterpret_cast<const void*>(static_cast<uintptr_t>(bias[0]));
+    args.bias_stride = bias[1];
+  }
+  for (int l = 0; l < levels; ++l) args.z[l] = view<wavemix::Plane>(z[l], "z");
+  args.allow_tf32 = allow_tf32;
   return args;
 }
 
@@ -130,66 +158,20 @@ wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, cons
   return args;
 }
 
-wavemix::PointwiseArgs pointwise_args(int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight,
-                                      int threads) {
-  if (size.size() != 5) throw py::value_error("size: expected (n, c, o, h, w)");
+void check_contiguous_channels(const wavemix::ReduceHaarArgs& args, int threads) {
   check_threads(threads);
-  wavemix::PointwiseArgs args;
-  args.dtype = dtype_of(dtype);
-  args.n = size[0];
-  args.c = size[1];
-  args.o = size[2];
-  args.h = size[3];
-  args.w = size[4];
-  args.x = view<wavemix::Plane>(x, "x");
-  args.r = view<wavemix::Plane>(r, "r");
-  if ((args.o > 1 && args.r.stride[1] != 1) || (args.c > 1 && args.x.stride[1] != 1 && args.x.stride[3] != 1))
-    throw py::value_error("x, r: expected contiguous channels (of x pixels would do), got strides of " +
-                          std::to_string(args.x.stride[1]) + " and " + std::to_string(args.r.stride[1]));
-  for (const wavemix::Plane* image : {&args.x, &args.r})
-    if (args.h > 1 && image->stride[2] != args.w * image->stride[3])
-      throw py::value_error("x, r: expected pixels evenly apart, got row strides of " +
-                            std::to_string(args.x.stride[2]) + " and " + std::to_string(args.r.stride[2]));
-  args.weight = pointer(weight);
-  return args;
+  if (args.c > 1 && args.x.stride[1] != 1 && args.x.stride[3] != 1)
+    throw py::value_error("x: expected contiguous channels or pixels, got strides of " +
+                          std::to_string(args.x.stride[1]) + " and " + std::to_string(args.x.stride[3]));
+  for (int l = 0; l < args.levels; ++l)
+    if (args.z[l].stride[1] != 1)
+      throw py::value_error("zs: expected contiguous channels, got a stride of " + std::to_string(args.z[l].stride[1]));
 }
 
 wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads) {
   if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
   check_threads(threads);
   return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
-}
-#endif
-
-#if WAVEMIX_WITH_CUDA
-wavemix::ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x,
-                                         const Ints& weight, const Ints& bias, const std::vector<Ints>& z,
-                                         bool allow_tf32) {
-  if (levels < 1 || levels > wavemix::kMaxHaarLevels || z.size() != static_cast<size_t>(levels))
-    throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
-                          " outputs; one launch takes 1 to " + std::to_string(wavemix::kMaxHaarLevels));
-  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
-  if (weight.size() != 3) throw py::value_error("weight: expected an address and 2 strides");
-  if (!bias.empty() && bias.size() != 2) throw py::value_error("bias: expected an address and a stride, or nothing");
-  wavemix::ReduceHaarArgs args;
-  args.dtype = dtype_of(dtype);
-  args.levels = levels;
-  args.n = shape[0];
-  args.c = shape[1];
-  args.h = shape[2];
-  args.w = shape[3];
-  args.o = outputs;
-  args.x = view<wavemix::Plane>(x, "x");
-  args.weight = reinterpret_cast<const void*>(static_cast<uintptr_t>(weight[0]));
-  args.weight_stride[0] = weight[1];
-  args.weight_stride[1] = weight[2];
-  if (!bias.empty()) {
-    args.bias = reinterpret_cast<const void*>(static_cast<uintptr_t>(bias[0]));
-    args.bias_stride = bias[1];
-  }
-  for (int l = 0; l < levels; ++l) args.z[l] = view<wavemix::Plane>(z[l], "z");
-  args.allow_tf32 = allow_tf32;
-  return args;
 }
 #endif
 
@@ -292,33 +274,33 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("d_weight"), py::arg("d_bias"),
       py::arg("output"), py::arg("norm"), py::arg("threads"));
   m.def(
-      "pointwise_forward_cpu",
-      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight, uintptr_t bias, int threads) {
-        const auto args = pointwise_args(dtype, size, x, r, weight, threads);
+      "reduce_haar_cpu",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
+         const std::vector<Ints>& zs, int threads) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, zs, false);
+        check_contiguous_channels(args, threads);
         py::gil_scoped_release unlocked;
-        wavemix::pointwise_forward_cpu(args, pointer(bias), threads);
+        wavemix::reduce_haar_cpu(args, threads);
       },
-      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("weight"), py::arg("bias"),
-      py::arg("threads"));
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("zs"), py::arg("threads"));
   m.def(
-      "pointwise_input_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t weight, const Ints& add, int threads) {
-        const auto args = pointwise_args(dtype, size, x, r, weight, threads);
-        const auto also = view<wavemix::Plane>(add, "add");
+      "reduce_haar_backward_cpu",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+         const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
+         int threads) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
+        check_contiguous_channels(args, threads);
+        wavemix::ReduceHaarGradArgs grads;
+        grads.d_x = view<wavemix::Plane>(d_x, "d_x");
+        grads.add = view<wavemix::Plane>(add, "add");
+        grads.d_weight = pointer(d_weight);
+        grads.d_bias = pointer(d_bias);
         py::gil_scoped_release unlocked;
-        wavemix::pointwise_input_grad_cpu(args, also, threads);
+        wavemix::reduce_haar_backward_cpu(args, grads, threads);
       },
-      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("weight"), py::arg("add"),
-      py::arg("threads"));
-  m.def(
-      "pointwise_weight_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& x, const Ints& r, uintptr_t d_weight, uintptr_t d_bias, int threads) {
-        const auto args = pointwise_args(dtype, size, x, r, 0, threads);
-        py::gil_scoped_release unlocked;
-        wavemix::pointwise_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
-      },
-      py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("r"), py::arg("d_weight"), py::arg("d_bias"),
-      py::arg("threads"));
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("zs"), py::arg("d_x"), py::arg("add"), py::arg("d_weight"), py::arg("d_bias"), py::arg("threads"));
   m.def(
       "philox4x32_cpu",
       [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {

@@ -1,4 +1,4 @@
-"""The CPU's transposed convolution and 1x1 convolutions, called as the ops call them, against float64."""
+"""The CPU's transposed convolution and reduction, called as the ops call them, against float64."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native
 from wavemix_kernels.ops import deconv
+from wavemix_kernels.reference import fused as reference
 
 if _native.core is None:
     pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
@@ -219,47 +220,81 @@ def test_deconv_errors() -> None:
         deconv.deconv(u, torch.zeros(4, 2, 4, 4, dtype=torch.float64))
 
 
-# --- 1x1 convolutions ------------------------------------------------------------------------------------
+# --- The reduction and its Haar levels -------------------------------------------------------------------
+
+
+def _absolute_pyramid(r: Tensor, levels: int) -> list[Tensor]:
+    """The pyramid with plus signs only, all four bands alike: what rounding errors scale with."""
+    out = []
+    for _ in range(levels):
+        r = F.avg_pool2d(r, 2) * 2
+        out.append(torch.cat((r, r.repeat_interleave(3, 1)), 1))
+    return out
+
+
+REDUCTIONS = [  # n, c, o, h, w, levels
+    (2, 5, 3, 4, 6, 1),
+    (1, 1, 1, 2, 2, 1),
+    (2, 64, 16, 24, 32, 3),
+    (3, 36, 9, 16, 48, 4),
+    (1, 19, 48, 28, 36, 2),
+    (1, 8, 2, 8, 1032, 3),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("by_channel", [False, True], ids=["channels_inner", "pixels_inner"])
-@pytest.mark.parametrize(
-    "size", [(2, 5, 3, 3, 5), (1, 1, 1, 1, 1), (2, 64, 16, 12, 16), (3, 36, 9, 4, 6), (1, 19, 48, 30, 30)], **ids
-)
-def test_pointwise(dtype: torch.dtype, by_channel: bool, size: tuple[int, ...]) -> None:
-    """Forward and both gradients, x in either memory order, with something added to its gradient."""
-    n, c, o, h, w = size
+@pytest.mark.parametrize("size", REDUCTIONS, **ids)
+def test_reduce_haar(dtype: torch.dtype, by_channel: bool, size: tuple[int, ...]) -> None:
+    """Forward and all gradients, x in either memory order, with something added to its gradient."""
+    n, c, o, h, w, levels = size
     generator, wide = torch.Generator().manual_seed(c), accumulation(dtype)
     x = image(n, c, h, w, dtype=dtype, gap=0 if by_channel else 2, generator=generator)
     add = image(n, c, h, w, dtype=dtype, generator=generator)
     if by_channel:
         x, add = x.contiguous(), add.contiguous()
-    grad = image(n, o, h, w, dtype=dtype, gap=1, generator=generator)
-    weight = torch.randn(o, c, generator=generator, dtype=torch.float64).to(dtype)
-    bias = torch.randn(o, generator=generator, dtype=torch.float64).to(dtype)
-    xd, wd, gd = x.double(), weight.double(), grad.double()
-    r = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1)
+    weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in ((o, c), (o,)))
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    sizes = [t.detach().abs().requires_grad_() for t in leaves]
+    exact = reference.reduce_haar(leaves[0], leaves[1][:, :, None, None], leaves[2], levels)
+    size_out = _absolute_pyramid(F.conv2d(sizes[0], sizes[1][:, :, None, None], sizes[2]), levels)
+    grads = [image(*z.shape, dtype=dtype, generator=generator) for z in exact]
+    want = torch.autograd.grad(exact, leaves, [g.double() for g in grads])
+    size_grads = torch.autograd.grad(size_out, sizes, [g.double().abs() for g in grads])
+    r, half = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1), UNIT_ROUNDOFF[dtype]
+    # The half types round the reduced image between the product and the transform.
+    between = 0.0 if wide == dtype else half
 
     def check(got: Tensor, want: Tensor, terms: int, sizes: Tensor, what: str) -> None:
-        off = (terms + 2) * r * sizes  # [Higham, section 3.1]
-        stored = UNIT_ROUNDOFF[dtype] * (want.abs() + off) + UNDERFLOW[dtype] if wide != dtype else 0
-        assert_within(got, want, off + stored, f"{what} {size}")
+        off = ((terms + 4 * levels + 2) * r + between) * sizes  # [Higham, section 3.1]
+        stored = half * (want.abs() + off) + UNDERFLOW[dtype] * 4**levels if wide != dtype else 0
+        assert_within(got, want.detach(), off.detach() + stored, f"{what} {size}")
 
-    code, address = _native.DTYPES[dtype], _native.address
+    address, code, shape = _native.address, _native.DTYPES[dtype], (n, c, h, w)
     for threads in (1, 3):
-        out = torch.full((n, h, w, o), math.nan, dtype=dtype).permute(0, 3, 1, 2)
-        core.pointwise_forward_cpu(code, size, address(x), address(out), weight.data_ptr(), bias.data_ptr(), threads)
-        product, sizes = (torch.einsum("nchw,oc->nohw", a, b) for a, b in ((xd, wd), (xd.abs(), wd.abs())))
-        check(out, product + bias.double()[:, None, None], c, sizes + bias.double().abs()[:, None, None], "output")
-        d_x = torch.empty_strided(add.shape, add.stride(), dtype=dtype).fill_(math.nan)
-        core.pointwise_input_grad_cpu(code, size, address(d_x), address(grad), weight.data_ptr(), address(add), threads)
-        product, sizes = (torch.einsum("nohw,oc->nchw", a, b) for a, b in ((gd, wd), (gd.abs(), wd.abs())))
-        check(d_x, product + add.double(), o, sizes + add.double().abs(), "gradient of x")
-        d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
-        core.pointwise_weight_grad_cpu(
-            code, size, address(x), address(grad), d_weight.data_ptr(), d_bias.data_ptr(), threads
+        zs = [torch.full(z.permute(0, 2, 3, 1).shape, math.nan, dtype=dtype).permute(0, 3, 1, 2) for z in exact]
+        core.reduce_haar_cpu(
+            code, levels, shape, o, address(x), address(weight), address(bias), [address(z) for z in zs], threads
         )
-        product, sizes = (torch.einsum("nohw,nchw->oc", a, b) for a, b in ((gd, xd), (gd.abs(), xd.abs())))
-        check(d_weight, product, n * h * w, sizes, "gradient of weight")
-        check(d_bias, gd.sum((0, 2, 3)), n * h * w, gd.abs().sum((0, 2, 3)), "gradient of bias")
+        for z, want_z, size_z in zip(zs, exact, size_out, strict=True):
+            check(z, want_z, c, size_z, "output")
+        d_x = torch.empty_strided(add.shape, add.stride(), dtype=dtype).fill_(math.nan)
+        d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
+        core.reduce_haar_backward_cpu(
+            code, levels, shape, o, address(x), address(weight), [address(g) for g in grads], address(d_x), address(add),
+            d_weight.data_ptr(), d_bias.data_ptr(), threads,
+        )  # fmt: skip
+        check(d_x, want[0] + add.double(), o, size_grads[0] + add.double().abs(), "gradient of x")
+        check(d_weight, want[1], n * h * w, size_grads[1], "gradient of weight")
+        check(d_bias, want[2], n * h * w, size_grads[2], "gradient of bias")
+
+
+def test_reduce_haar_needs_contiguous_channels() -> None:
+    x, weight = torch.zeros(1, 4, 4, 8)[..., ::2], torch.zeros(2, 4)
+    z = torch.zeros(1, 8, 2, 2).contiguous(memory_format=channels_last)
+    call: list[Any] = [1, 1, x.shape, 2, _native.address(x), _native.address(weight), [], [_native.address(z)], 1]
+    with pytest.raises(ValueError, match="x: expected contiguous channels or pixels"):
+        core.reduce_haar_cpu(*call)
+    call[4], call[7] = _native.address(z[:, :4]), [_native.address(z.contiguous())]
+    with pytest.raises(ValueError, match="zs: expected contiguous channels"):
+        core.reduce_haar_cpu(*call)

@@ -732,7 +732,7 @@ def test_the_instruction_set_is_the_one_asked_for() -> None:
 @pytest.mark.skipif(bool(os.environ.get(ISA_VARIABLE)), reason=f"{ISA_VARIABLE} is set: this is one of the variants")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_instruction_set_variants(isa: str) -> None:
-    """This file again, in a process of its own, by each variant that this process did not pick."""
+    """This file and the convolutions', in a process of its own, by each variant that this process did not pick."""
     if core.cpu_isa() == isa:
         pytest.skip(f"{isa} is what this process runs")
     environment = {**os.environ, ISA_VARIABLE: isa}
@@ -742,7 +742,8 @@ def test_instruction_set_variants(isa: str) -> None:
         reason = found.stderr.strip().splitlines()[-1]
         assert ISA_VARIABLE in reason, found.stderr
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    files = [str(Path(__file__).with_name(name)) for name in (Path(__file__).name, "test_cpu_convolutions.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, check=False
     )

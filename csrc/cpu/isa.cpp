@@ -12,8 +12,8 @@
 namespace wavemix {
 namespace {
 
-#define WAVEMIX_KERNELS_OF(isa)                                                                                   \
-  &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::pointwise_kernels, \
+#define WAVEMIX_KERNELS_OF(isa)                                                                                     \
+  &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::reduce_haar_kernels, \
       &isa::patm_kernels
 
 struct Variant {
@@ -22,7 +22,7 @@ struct Variant {
   const MlpKernels* mlp;
   const BatchNormKernels* batch_norm;
   const DeconvKernels* deconv;
-  const PointwiseKernels* pointwise;
+  const ReduceHaarKernels* reduce_haar;
   const PatmKernels* patm;
   bool supported;
 };
@@ -90,14 +90,9 @@ void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias
   pick().deconv->weight_grad(args, d_weight, d_bias, threads);
 }
 
-void pointwise_forward_cpu(const PointwiseArgs& args, const void* bias, int threads) {
-  pick().pointwise->forward(args, bias, threads);
-}
-void pointwise_input_grad_cpu(const PointwiseArgs& args, const Plane& add, int threads) {
-  pick().pointwise->input_grad(args, add, threads);
-}
-void pointwise_weight_grad_cpu(const PointwiseArgs& args, void* d_weight, void* d_bias, int threads) {
-  pick().pointwise->weight_grad(args, d_weight, d_bias, threads);
+void reduce_haar_cpu(const ReduceHaarArgs& args, int threads) { pick().reduce_haar->forward(args, threads); }
+void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {
+  pick().reduce_haar->backward(args, grads, threads);
 }
 
 void batch_norm_stats_cpu(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {

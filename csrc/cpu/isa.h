@@ -11,7 +11,7 @@
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/patm.h"
-#include "wavemix/pointwise.h"
+#include "wavemix/reduce_haar.h"
 
 namespace wavemix {
 
@@ -42,10 +42,9 @@ struct DeconvKernels {
   void (*weight_grad)(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
 };
 
-struct PointwiseKernels {
-  void (*forward)(const PointwiseArgs& args, const void* bias, int threads);
-  void (*input_grad)(const PointwiseArgs& args, const Plane& add, int threads);
-  void (*weight_grad)(const PointwiseArgs& args, void* d_weight, void* d_bias, int threads);
+struct ReduceHaarKernels {
+  void (*forward)(const ReduceHaarArgs& args, int threads);
+  void (*backward)(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads);
 };
 
 struct PatmKernels {
@@ -55,14 +54,14 @@ struct PatmKernels {
   void (*branch_sum_backward)(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
 };
 
-#define WAVEMIX_DECLARE_ISA(isa)                    \
-  namespace isa {                                   \
-  extern const HaarKernels haar_kernels;            \
-  extern const MlpKernels mlp_kernels;              \
-  extern const BatchNormKernels batch_norm_kernels; \
-  extern const DeconvKernels deconv_kernels;        \
-  extern const PointwiseKernels pointwise_kernels;  \
-  extern const PatmKernels patm_kernels;            \
+#define WAVEMIX_DECLARE_ISA(isa)                      \
+  namespace isa {                                     \
+  extern const HaarKernels haar_kernels;              \
+  extern const MlpKernels mlp_kernels;                \
+  extern const BatchNormKernels batch_norm_kernels;   \
+  extern const DeconvKernels deconv_kernels;          \
+  extern const ReduceHaarKernels reduce_haar_kernels; \
+  extern const PatmKernels patm_kernels;              \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)

@@ -18,7 +18,7 @@ _library.define(
     "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
 )
 _library.define(
-    "reduce_haar_gradients(Tensor reduced, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) "
+    "reduce_haar_gradients(Tensor[] grads, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) "
     "-> Tensor[]"
 )
 
@@ -73,45 +73,45 @@ def reduce_haar(
     return fused(x, weight, bias, levels, order, backends.requested(backend))
 
 
-def _even(x: Tensor) -> Tensor:
-    """``x`` where its pixels are evenly apart and channels or pixels contiguous, else a copy."""
-    evenly = x.shape[2] <= 1 or x.stride(2) == x.shape[3] * x.stride(3)
-    return x if evenly and (x.stride(1) == 1 or x.stride(3) == 1) else layout.laid_out(x, layout.is_channels_last(x))
+def _inner(x: Tensor) -> Tensor:
+    """``x`` where its channels or its pixels are contiguous, else a copy."""
+    return x if x.stride(1) == 1 or x.stride(3) == 1 else layout.laid_out(x, layout.is_channels_last(x))
 
 
-def _size(x: Tensor, outputs: int) -> tuple[int, ...]:
-    n, c, h, w = x.shape
-    return n, c, outputs, h, w
+def _addresses(images: list[Tensor]) -> list[list[int]]:
+    """Of images whose channels are contiguous, said so where they are one and torch may say anything."""
+    out = [list(_native.address(t)) for t in images]
+    for address in out:
+        address[2] = 1
+    return out
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     if not channels_last:
-        # The kernels' products give channels_last alone; the library's convolution keeps this order.
+        # The kernel's products give channels_last alone; the library's convolution keeps this order.
         return haar_pyramid.pyramid(F.conv2d(x.contiguous(), weight, bias), levels, False, "cpu")
     core: Any = _native.core
-    x, weight = _even(x), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    # The reduced image is a quarter of x, and the pyramid reads it once.
-    r = layout.empty(x, [x.shape[0], weight.shape[0], x.shape[2], x.shape[3]], True)
-    core.pointwise_forward_cpu(
-        _native.DTYPES[x.dtype], _size(x, weight.shape[0]), _native.address(x), _native.address(r), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+    x, out = _inner(x), haar_pyramid.empty_pyramid(x, weight.shape[0], levels, True)
+    a = _native.address
+    core.reduce_haar_cpu(
+        _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
+        _addresses(out), torch.get_num_threads(),
     )  # fmt: skip
-    return haar_pyramid.pyramid(r, levels, True, "cpu")
+    return out
 
 
-def _cpu_gradients(reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+def _cpu_gradients(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
     core: Any = _native.core
     order = layout.is_channels_last(x)
-    out = _empty_gradients(reduced, x, weight, add, has_bias)
-    x, weight, reduced = _even(x), weight.contiguous(), layout.channels_inner(reduced)
-    add = None if add is None else layout.laid_out(add, order)
-    code, size, threads = _native.DTYPES[x.dtype], _size(x, weight.shape[0]), torch.get_num_threads()
+    out = _empty_gradients(grads, x, weight, add, has_bias)
+    x, grads = _inner(x), [layout.channels_inner(g) for g in grads]
+    if add is not None and add.stride() != out[0].stride():
+        add = layout.laid_out(add, order)
     a = _native.address
-    core.pointwise_input_grad_cpu(code, size, a(out[0]), a(reduced), weight.data_ptr(), a(add), threads)
-    core.pointwise_weight_grad_cpu(
-        code, size, a(x), a(reduced), out[1].data_ptr(), out[2].data_ptr() if has_bias else 0, threads
-    )
+    core.reduce_haar_backward_cpu(
+        _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), _addresses(grads),
+        a(out[0]), a(add), out[1].data_ptr(), out[2].data_ptr() if has_bias else 0, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -158,25 +158,25 @@ def _fake(
 
 
 def _empty_gradients(
-    reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str = ""
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str = ""
 ) -> list[Tensor]:
     bias = [weight.new_empty(weight.shape[0])] if has_bias else []
     return [layout.empty(x, x.shape, layout.is_channels_last(x)), weight.new_empty(weight.shape), *bias]
 
 
 def _gradients(
-    reduced: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
     chosen = backends.select("reduce_haar_gradients", BACKENDS, backend, x, weight)
     if "gradients" in chosen.functions:
-        return chosen.functions["gradients"](reduced, x, weight, add, has_bias)
+        return chosen.functions["gradients"](grads, x, weight, add, has_bias)
+    order = layout.is_channels_last(x)
+    part = backends.for_part(backend, haar_pyramid.BACKENDS)
+    reduced = torch.ops.wavemix_kernels.haar_pyramid_adjoint(grads, order, part)
     dx, dw, *db = _library_gradients(reduced, x, weight, (True, True, has_bias))
     dx = dx if add is None else dx + add
-    wanted = layout.empty(x.new_empty(0), x.shape, layout.is_channels_last(x)).stride()
-    return [
-        dx if dx.stride() == wanted else layout.laid_out(dx, layout.is_channels_last(x)),
-        dw.contiguous(), *(db if has_bias else []),
-    ]  # fmt: skip
+    wanted = layout.empty(x.new_empty(0), x.shape, order).stride()
+    return [dx if dx.stride() == wanted else layout.laid_out(dx, order), dw.contiguous(), *(db if has_bias else [])]
 
 
 _library.impl("reduce_haar_gradients", _gradients, "CompositeExplicitAutograd")
@@ -201,10 +201,7 @@ def gradients(
     grads: list[Tensor], x: Tensor, weight: Tensor, has_bias: bool, add: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x (with ``add`` added, in x's memory format), weight and bias, not differentiable again."""
-    # On a CPU products want the reduced gradient channels_last, whatever the order of x.
-    order = layout.is_channels_last(x) or x.device.type == "cpu"
-    reduced = haar_pyramid.adjoint(grads, order, backends.for_part(backend, haar_pyramid.BACKENDS))
-    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_gradients(reduced, x, weight, add, has_bias, backend)
+    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_gradients(grads, x, weight, add, has_bias, backend)
     return dx, dw, db[0] if has_bias else None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends
-from wavemix_kernels.ops import batch_norm, deconv, haar_pyramid, layout, pointwise_mlp, reduce_haar, upsample
+from wavemix_kernels.ops import batch_norm, deconv, layout, pointwise_mlp, reduce_haar, upsample
 
 RECOMPUTE = ("mlp", "all")
 
@@ -41,14 +41,13 @@ class _Parts(NamedTuple):
     """The backend of each op of the block."""
 
     reduce: str
-    pyramid: str
     mlp: str
     upsample: str
     norm: str
 
     @classmethod
     def of(cls, backend: str) -> _Parts:
-        ops = (reduce_haar, haar_pyramid, pointwise_mlp, deconv, batch_norm)
+        ops = (reduce_haar, pointwise_mlp, deconv, batch_norm)
         return cls(*(backends.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
 
 

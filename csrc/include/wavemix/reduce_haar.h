@@ -25,6 +25,18 @@ struct ReduceHaarArgs {
   bool allow_tf32 = false;
 };
 
+// On the CPU channels of x (or its pixels) and of each z are contiguous, rows of anything.
+void reduce_haar_cpu(const ReduceHaarArgs& args, int threads);
+
+// The gradients from those of z; d_x and add (optional, added to d_x) in the memory order of x.
+struct ReduceHaarGradArgs {
+  Plane d_x, add;
+  void* d_weight = nullptr;  // (o, c), contiguous, in the images' dtype
+  void* d_bias = nullptr;    // (o), or null
+};
+// `args` as in the forward pass, but z is read: the gradients of Z_1 and on.
+void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads);
+
 // f64 sums in double, everything else in float; each output is rounded once. Launched on `stream` of `device`.
 void reduce_haar_cuda(const ReduceHaarArgs& args, int device, void* stream);
 
