@@ -7,7 +7,7 @@ on fake tensors: nothing is computed, no device is needed, and the sequence is t
   what a kernel reads again while it works comes from a cache;
 - views, metadata and allocation cost nothing; a broadcast tensor costs the elements that it has; an operator in place
   reads and writes, unless it only overwrites;
-- an operator is one kernel, except for those of this package that are several: `AGAIN` says which, and why. PyTorch's
+- an operator is one kernel, except for those of this package that are several: `PLANS` says which, and why. PyTorch's
   own are one kernel each even where cuDNN makes several (batch normalisation in training reads its input twice, a
   convolution's backward the gradient up to three times), for upstream and for us alike: upstream's totals, which are
   all of such operators, are lower bounds.
@@ -42,12 +42,23 @@ def footprint(tensor: Tensor) -> int:
 Tensors = Sequence[Tensor | None]
 
 
-def _batch_norm_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensors:
+def _batch_norm_backward(result: Any, grad: Tensor, x: Tensor, *_: Any) -> Tensors:
     """The sums over the batch have to be complete before the first gradient can be written: both are read again."""
     return grad, x
 
 
-def _pointwise_mlp_backward(grad: Tensor, x: Tensor, second: Tensor | None, *rest: Any) -> Tensors:
+def _phase_aggregate_backward(result: Any, *arguments: Any) -> Tensors:
+    """Where statistics depend on theta, a second pass reads theta and its gradient so far and writes the latter."""
+    theta_h, theta_w, mean = arguments[6], arguments[7], arguments[14]
+    return () if mean is None else (theta_h, theta_w) * 3
+
+
+def _deconv_norm_input_grad(result: Any, grad: Tensor, y: Tensor, *_: Any) -> Tensors:
+    """Sums over the batch first, as above; the gradient of y, where it is made in memory, is then read."""
+    return grad, y, result[4]
+
+
+def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor | None, *rest: Any) -> Tensors:
     """Beside the kernel of the inputs' gradients one for each weight (w2, w1's columns of x, those of second) makes the
     hidden layer again, which is twice as wide as all that it is made from. b2's gradient is a sum of grad; the output,
     where it is asked for, is the forward kernel again."""
@@ -56,22 +67,50 @@ def _pointwise_mlp_backward(grad: Tensor, x: Tensor, second: Tensor | None, *res
     return [*(grad, x, second) * weights, grad if b2 is not None else None, *((x, second) if want_output else ())]
 
 
-def _phase_aggregate_backward(*arguments: Any) -> Tensors:
-    """Where statistics depend on theta, a second pass reads theta and its gradient so far and writes the latter."""
-    theta_h, theta_w, mean = arguments[6], arguments[7], arguments[14]
-    return () if mean is None else (theta_h, theta_w) * 3
+def _reduction_backward_on_a_gpu(
+    result: Any, grads: list[Tensor], x: Tensor, _: Tensor, add: Tensor | None, *__: Any
+) -> Tensors:
+    """The pyramid's adjoint, of the size of Z_1, is written and read by two library kernels, which read x once between
+    them; the gradient of x is written, and read again to be added to."""
+    return grads[0], grads[0], grads[0], *((x, x) if add is not None else ())
 
 
-def _reduce_haar_gradients(_: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, *__: Any) -> Tensors:
-    """On a GPU the library's gradient of x is written, and read again to be added to."""
-    return (x, x) if add is not None else ()
+def _deconv_stats_on_a_gpu(result: Any, *_: Any) -> Tensors:
+    """The statistics are a pass of their own over the library's output."""
+    return (result[0],)
 
 
-AGAIN: dict[str, Callable[..., Tensors]] = {
+@dataclass(frozen=True)
+class Plan:
+    """Whose kernels are counted.
+
+    Attributes:
+        dtype: of images and parameters; decides, as everywhere, which kernels serve.
+        again: by operator, from its result and arguments, the tensors that its kernels read or write once more.
+    """
+
+    dtype: torch.dtype
+    again: dict[str, Callable[..., Tensors]]
+
+
+_ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
-    "wavemix_kernels::pointwise_mlp_backward": _pointwise_mlp_backward,
-    "wavemix_kernels::reduce_haar_gradients": _reduce_haar_gradients,
+    "wavemix_kernels::deconv_norm_input_grad": _deconv_norm_input_grad,
+}
+PLANS = {
+    # The compiled kernels of the CPU: what is measured there is what is counted here.
+    "cpu": Plan(torch.float32, _ALWAYS),
+    # Half types take cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
+    "gpu": Plan(
+        torch.bfloat16,
+        _ALWAYS
+        | {
+            "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
+            "wavemix_kernels::reduce_haar_gradients": _reduction_backward_on_a_gpu,
+            "wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu,
+        },
+    ),
 }
 
 _ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
@@ -80,7 +119,7 @@ _FREE = _ALLOCATIONS | {"aten::_unsafe_view", "prim::device"}
 _OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
 
 
-def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
+def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, plan: Plan) -> int:
     """Bytes that one call of an operator reads and writes, by the rules above."""
     schema = func._schema
     made = list(result) if len(schema.returns) > 1 else [result]
@@ -101,8 +140,10 @@ def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: 
         need_input, need_weight, _ = given["output_mask"]
         moved -= (0 if need_weight else _size(given["input"])) + (0 if need_input else _size(given["weight"]))
     moved += sum(_size(value) for value, alias in zip(made, aliased, strict=True) if alias is None)
-    if schema.name in AGAIN:
-        moved += _size(AGAIN[schema.name](*args))
+    if schema.name in plan.again:
+        moved += _size(plan.again[schema.name](result, *args))
+    if schema.name == "wavemix_kernels::deconv_norm_weight_grad" and given["dy"].numel() > 0:
+        moved -= _size((given["grad"], given["y"]))  # dy was made of them before
     return moved
 
 
@@ -116,16 +157,16 @@ def _size(value: Any) -> int:
 class Counter(TorchDispatchMode):
     """Adds up `bytes_moved` by operator, where `moved` is a dictionary to add to."""
 
-    def __init__(self, moved: dict[str, int]) -> None:
+    def __init__(self, moved: dict[str, int], plan: Plan) -> None:
         super().__init__()
-        self._moved = moved
+        self._moved, self._plan = moved, plan
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        self._moved[name] = self._moved.get(name, 0) + bytes_moved(func, args, kwargs or {}, result)
+        self._moved[name] = self._moved.get(name, 0) + bytes_moved(func, args, kwargs or {}, result, self._plan)
         return result
 
 
@@ -141,22 +182,24 @@ class Traffic:
         return sum(self.forward.values()), sum(self.backward.values())
 
 
-def traffic(build: Callable[[], Callable[[Tensor], Tensor]], size: Sequence[int], *, channels_last: bool) -> Traffic:
-    """Traffic of the step of what `build` makes, on a bfloat16 input of `size`: output, and all gradients.
+def traffic(
+    build: Callable[[], Callable[[Tensor], Tensor]], size: Sequence[int], plan: Plan, *, channels_last: bool
+) -> Traffic:
+    """Traffic of the step of what `build` makes, on an input of `size`: output, and all gradients.
 
     Args:
         build: called on fake tensors; a module in training mode, or a function.
     """
     passes: list[dict[str, int]] = [{}, {}]
     order = torch.channels_last if channels_last else torch.contiguous_format
-    with FakeTensorMode(), _default_dtype(torch.bfloat16):  # made in it: a fake parameter cannot change its dtype
+    with FakeTensorMode(), _default_dtype(plan.dtype):  # made in it: a fake parameter cannot change its dtype
         step = build()
         parameters = list(step.parameters()) if isinstance(step, nn.Module) else []
         x = torch.empty(size).to(memory_format=order).requires_grad_()
-        with Counter(passes[0]):
+        with Counter(passes[0], plan):
             out = step(x)
         cotangent = torch.empty_like(out)
-        with Counter(passes[1]):
+        with Counter(passes[1], plan):
             torch.autograd.grad(out, [x, *parameters], cotangent)
         unit = footprint(x)
     forward, backward = ({name: count / unit for name, count in one.items()} for one in passes)
@@ -219,52 +262,54 @@ class Budget:
 
     Attributes:
         build: called with whether ours is wanted, or upstream's.
-        size: of its input, bfloat16. Few images would let the weights' bytes show.
+        size: of its input. Few images would let the weights' bytes show.
         forward, backward: what the fused plan is to stay within, in sizes of the input.
     """
 
     build: Callable[[bool], nn.Module]
     size: tuple[int, int, int, int]
-    channels_last: bool
     forward: float
     backward: float
 
 
 _WIDE = (64, 192, 64, 64)
 BUDGETS = {
-    "Waveblock L1, C=192": Budget(functools.partial(_waveblock, 1), _WIDE, False, 6.5, 12.0),
-    "Waveblock L3, C=192": Budget(functools.partial(_waveblock, 3), _WIDE, False, 7.5, 13.0),
-    "Waveblock L4, C=192": Budget(functools.partial(_waveblock, 4), _WIDE, False, 7.6, 13.5),
-    "PATM fc, C=64": Budget(_patm, (64, 64, 56, 56), True, 8.0, 18.0),
+    "Waveblock L1, C=192": Budget(functools.partial(_waveblock, 1), _WIDE, 6.5, 12.0),
+    "Waveblock L3, C=192": Budget(functools.partial(_waveblock, 3), _WIDE, 7.5, 13.0),
+    "Waveblock L4, C=192": Budget(functools.partial(_waveblock, 4), _WIDE, 7.6, 13.5),
+    "PATM fc, C=64": Budget(_patm, (64, 64, 56, 56), 8.0, 18.0),
 }
 
 
-def count(name: str, ours: bool) -> Traffic:
-    """Traffic of one of `BUDGETS`, ours or upstream's.
+def count(name: str, plan: str) -> Traffic:
+    """Traffic of one of `BUDGETS`: of ours by one of `PLANS`, in channels_last as the models run it, or "upstream".
 
     Raises:
         Unavailable: upstream's wavelets are not installed.
     """
     budget = BUDGETS[name]
-    if not ours:
+    if plan == "upstream":
         upstream_wavelets()  # imported outside of the fake tensors
-    return traffic(lambda: budget.build(ours), budget.size, channels_last=budget.channels_last)
+        return traffic(lambda: budget.build(False), budget.size, PLANS["gpu"], channels_last=False)
+    return traffic(lambda: budget.build(True), budget.size, PLANS[plan], channels_last=True)
 
 
 def report() -> str:
     """The table that ``benchmarks traffic`` prints: per block, every operator of ours that moves 0.01 input sizes."""
-    lines = ["bytes moved in a training step by our operators, in sizes of the block's input (bfloat16)"]
+    lines = ["bytes moved in a training step, in sizes of the block's input (cpu: float32; gpu and upstream: bfloat16)"]
     for name, budget in BUDGETS.items():
         size = "x".join(map(str, budget.size))
-        lines += ["", f"{f'{name}, {size}':<50}{'forward':>8}  {'backward':>8}"]
-        ours = count(name, True)
-        for operator in dict.fromkeys([*ours.forward, *ours.backward]):
-            forward, backward = ours.forward.get(operator, 0.0), ours.backward.get(operator, 0.0)
-            if max(forward, backward) >= 0.01:
-                lines.append(_line(operator, forward, backward))
-        lines += [_line("ours", *ours.totals), _line("budget", budget.forward, budget.backward)]
+        for plan in PLANS:
+            lines += ["", f"{f'{name}, {size}, {plan}':<50}{'forward':>8}  {'backward':>8}"]
+            ours = count(name, plan)
+            for operator in dict.fromkeys([*ours.forward, *ours.backward]):
+                forward, backward = ours.forward.get(operator, 0.0), ours.backward.get(operator, 0.0)
+                if max(forward, backward) >= 0.01:
+                    lines.append(_line(operator, forward, backward))
+            lines.append(_line("ours", *ours.totals))
+        lines.append(_line("budget", budget.forward, budget.backward))
         try:
-            lines.append(_line("upstream", *count(name, False).totals))
+            lines.append(_line("upstream", *count(name, "upstream").totals))
         except Unavailable as reason:
             lines.append(f"  upstream: {reason}")
     return "\n".join(lines)

@@ -281,8 +281,8 @@ def test_reduce_haar(dtype: torch.dtype, by_channel: bool, size: tuple[int, ...]
         d_x = torch.empty_strided(add.shape, add.stride(), dtype=dtype).fill_(math.nan)
         d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
         core.reduce_haar_backward_cpu(
-            code, levels, shape, o, address(x), address(weight), [address(g) for g in grads], address(d_x), address(add),
-            d_weight.data_ptr(), d_bias.data_ptr(), threads,
+            code, levels, shape, o, address(x), address(weight), [address(g) for g in grads], address(d_x),
+            address(add), d_weight.data_ptr(), d_bias.data_ptr(), threads,
         )  # fmt: skip
         check(d_x, want[0] + add.double(), o, size_grads[0] + add.double().abs(), "gradient of x")
         check(d_weight, want[1], n * h * w, size_grads[1], "gradient of weight")
