@@ -1,0 +1,394 @@
+"""The examples on data made here: formats and their errors, an exact continuation, Ctrl-C, pictures and scores."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # `examples` lies beside `tests`; last, so that an installed package stays first
+
+from examples import cli, curves, fashion_mnist, idx, interrupt, super_resolution  # noqa: E402
+
+needs_extras = pytest.mark.skipif(
+    any(importlib.util.find_spec(module) is None for module in cli.EXTRAS),
+    reason='the packages of wavemix-kernels[examples] are not installed: pip install "wavemix-kernels[examples]"',
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+# --- IDX -----------------------------------------------------------------------------------------------------
+
+
+def idx_bytes(array: Tensor) -> bytes:
+    return struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape) + array.numpy().tobytes()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
+def test_idx_gives_back_what_was_written(
+    pack: Callable[[bytes], bytes], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    array = torch.randint(256, shape, dtype=torch.uint8)
+    (tmp_path / "file").write_bytes(pack(idx_bytes(array)))
+    read = idx.read_idx(tmp_path / "file")
+    assert read.dtype == torch.uint8
+    assert torch.equal(read, array)
+
+
+WHOLE = idx_bytes(torch.arange(24, dtype=torch.uint8).view(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "starts with nothing"),
+        (b"\x89PNG\r\n", "starts with 89 50 4e 47, where an IDX file"),
+        (b"\x00\x00\x0d\x01" + WHOLE[4:], "starts with 00 00 0d 01"),  # floats
+        (WHOLE[:10], "ends inside its header, after 10 of 16 bytes"),
+        (WHOLE[:-1], r"39 bytes, where its header of shape \(2, 3, 4\) makes 40"),
+        (WHOLE + b"\x00", "41 bytes, where"),
+        (struct.pack(">HBBI", 0, 8, 1, 0), "holds nothing"),
+        (gzip.compress(WHOLE)[:-9], "damaged gzip file"),
+        (gzip.compress(WHOLE)[:-8] + bytes(8), "damaged gzip file"),
+    ],
+    ids=["empty", "magic", "type", "header", "truncated", "trailing", "nothing", "gzip", "checksum"],
+)
+def test_a_damaged_idx_file_is_named_with_what_is_wrong(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "train-images"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as raised:
+        idx.read_idx(path)
+    assert str(path) in str(raised.value)
+
+
+# --- Fashion-MNIST -------------------------------------------------------------------------------------------
+
+IMAGES = 256
+EPOCH = IMAGES // fashion_mnist.BATCH  # batches
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes that are easy to tell apart: a bright bar whose height names the class, in noise."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", IMAGES), ("t10k", 64)):
+        labels = torch.randint(10, (count,), generator=generator)
+        images = torch.randint(60, (count, 28, 28), generator=generator)
+        rows = torch.arange(28).view(1, 28, 1)
+        bars = (rows >= 4 + 2 * labels.view(-1, 1, 1)) & (rows < 6 + 2 * labels.view(-1, 1, 1))
+        images = images + 190 * bars
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx_bytes(labels.byte()))
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images.byte())))
+    return folder
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    return fashion_mnist.main(["train", "--data", str(data), "--epochs", "2", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs without a stop, dropout on: its masks are part of what a continuation must repeat."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert train(data, out, "--dropout", "0.1") == 0
+    return out
+
+
+def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during the batch after so many."""
+    augment = fashion_mnist.augment
+    seen = []
+
+    def counted(images: Tensor, generator: torch.Generator) -> Tensor:
+        if len(seen) == batches:
+            signal.raise_signal(signal.SIGINT)
+        seen.append(None)
+        return augment(images, generator)
+
+    monkeypatch.setattr(fashion_mnist, "augment", counted)
+
+
+def read_log(out: Path) -> list[dict[str, str]]:
+    with (out / fashion_mnist.LOG).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_extras
+def test_a_run_leaves_log_weights_curves_and_checkpoint(straight: Path) -> None:
+    rows = read_log(straight)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert tuple(rows[0]) == fashion_mnist.COLUMNS
+    assert all(float(row["seconds"]) > 0 and float(row["lr"]) > 0 for row in rows)
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert (straight / fashion_mnist.CURVES).read_bytes().startswith(PNG)
+    assert not list(straight.glob("*.part"))
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@needs_extras
+@pytest.mark.parametrize("batches", [EPOCH - 1, EPOCH], ids=["after the first epoch", "within the second"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    batches: int, data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        interrupt_after(batches, patched)
+        assert train(data, out, "--dropout", "0.1") == 130
+    printed = capsys.readouterr().out
+    assert "interrupted in epoch 2" in printed
+    assert printed.strip().endswith(f"--out {out} --dropout 0.1 --resume")
+    stopped = torch.load(out / fashion_mnist.CHECKPOINT, weights_only=True)
+    assert (stopped["epoch"], stopped["batch"]) == (1, batches + 1 - EPOCH)
+    torch.manual_seed(12345)  # a new process has another state
+    assert train(data, out, "--dropout", "0.1", "--resume") == 0
+    left, right = (torch.load(run / fashion_mnist.CHECKPOINT, weights_only=True) for run in (out, straight))
+    for state in (left, right):  # the clock is all that may differ
+        for row in state["rows"]:
+            del row["seconds"]
+    assert left.keys() == right.keys()
+    for name in left:
+        assert same(left[name], right[name]), name
+    (got, about), (want, wanted) = (read_safetensors(folder / fashion_mnist.BEST) for folder in (out, straight))
+    assert about == wanted
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        return load_file(path), file.metadata()
+
+
+@needs_extras
+def test_the_best_weights_load_into_the_model(straight: Path, data: Path) -> None:
+    tensors, about = read_safetensors(straight / fashion_mnist.BEST)
+    best = max(read_log(straight), key=lambda row: float(row["test_accuracy"]))
+    assert about == {"variant": "deconv", "epoch": best["epoch"], "test_accuracy": best["test_accuracy"]}
+    recipe = fashion_mnist.Recipe("deconv", 2, 1e-2, 0.1, None, 1, "auto", "cpu")
+    other = fashion_mnist.Training(recipe, *fashion_mnist.load(data))
+    other.model.load_state_dict(tensors, strict=True)
+    assert round(other.accuracy(), 2) == float(best["test_accuracy"])
+
+
+@needs_extras
+def test_both_backends_and_both_variants_train(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--backend", "reference", "--variant", "upsample", "--limit", "32") == 0
+    tensors, about = read_safetensors(tmp_path / fashion_mnist.BEST)
+    assert about["variant"] == "upsample"
+    assert not any(name.endswith("4.weight") for name in tensors)  # no transposed convolution
+
+
+@pytest.mark.parametrize("variant, count", [("deconv", 7_156), ("upsample", 3_566)])
+def test_variants_have_the_published_sizes(variant: str, count: int, data: Path) -> None:
+    training = fashion_mnist.Training(
+        fashion_mnist.Recipe(variant, 1, 1e-2, 0.0, None, 0, "auto", "cpu"), *fashion_mnist.load(data, 1)
+    )
+    assert sum(parameter.numel() for parameter in training.model.parameters()) == count
+
+
+def test_augmentation_shifts_and_mirrors() -> None:
+    images = torch.randint(256, (200, 28, 28), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    result = fashion_mnist.augment(images, generator)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    met = set()
+    for image, whole in zip(result, padded, strict=True):
+        found = [
+            (top, left, mirrored)
+            for top in range(5)
+            for left in range(5)
+            for mirrored in (False, True)
+            if torch.equal(image.flip(1) if mirrored else image, whole[top : top + 28, left : left + 28])
+        ]
+        assert len(found) == 1
+        met.add(found[0])
+    assert len(met) > 40  # of 50 ways; 200 draws miss 50 * 0.98**200 = 0.9 of them on average
+
+
+@needs_extras
+def test_plot_draws_two_runs_into_one_picture(straight: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / fashion_mnist.LOG).write_bytes((straight / fashion_mnist.LOG).read_bytes())
+    logs = [str(folder / fashion_mnist.LOG) for folder in (straight, other)]
+    assert fashion_mnist.main(["plot", *logs, "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(PNG)
+    assert fashion_mnist.main(["plot", logs[0], logs[0], "--out", str(tmp_path / "twice.png")]) == 2
+    assert "names must differ" in capsys.readouterr().err
+
+
+# --- Refusals ------------------------------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert fashion_mnist.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+@needs_extras
+def test_missing_data_says_where_it_was_sought_and_what_helps(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(fashion_mnist, "FOLDERS", (tmp_path / "system",))
+    message = refused(["train", "--out", str(tmp_path / "out")], capsys)
+    assert str(tmp_path / "system") in message
+    assert "apt install dataset-fashion-mnist" in message
+    assert "--data" in message
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"")
+    message = refused(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+    assert "train-images-idx3-ubyte" in message
+    assert "t10k-images" not in message
+    assert not (tmp_path / "out").exists()
+
+
+@needs_extras
+def test_bad_arguments_get_one_line(data: Path, straight: Path, tmp_path: Path, capsys) -> None:
+    usual = ["train", "--data", str(data), "--out"]
+    assert "--resume continues it" in refused([*usual, str(straight)], capsys)
+    assert "there is no" in refused([*usual, str(tmp_path / "new"), "--resume"], capsys)
+    assert "--epochs 80: the run" in refused([*usual, str(straight), "--dropout", "0.1", "--resume"], capsys)
+    assert "--dropout 1: expected" in refused([*usual, str(tmp_path / "new"), "--dropout", "1"], capsys)
+    assert "--lr 0: expected" in refused([*usual, str(tmp_path / "new"), "--lr", "0"], capsys)
+    assert "0: expected at least 1" in refused([*usual, str(tmp_path / "new"), "--epochs", "0"], capsys)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refused([*usual, str(tmp_path / "file" / "below")], capsys)
+    if not torch.cuda.is_available():
+        assert "sees no GPU" in refused([*usual, str(tmp_path / "new"), "--device", "cuda"], capsys)
+
+
+def test_missing_extra_says_what_to_install(monkeypatch, capsys) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    assert 'pip install "wavemix-kernels[examples]"' in refused(["plot", "log.csv"], capsys)
+
+
+def test_a_log_without_lines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(",".join(fashion_mnist.COLUMNS) + "\n")
+    with pytest.raises(ValueError, match="no lines"):
+        curves.read(tmp_path / "log.csv")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt.Interrupt() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- Super-resolution ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_photograph(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """(3, 128, 160), in place of every photograph, with patches that fit it."""
+    image = super_resolution.photograph("astronaut")[:, 60:188, 160:320]
+    monkeypatch.setattr(super_resolution, "photograph", lambda name: image)
+    monkeypatch.setattr(super_resolution, "TRAINING", ("astronaut",))
+    monkeypatch.setattr(super_resolution, "HELD_OUT", ("astronaut",))
+    monkeypatch.setattr(super_resolution, "PATCH", 16)
+    return image
+
+
+@needs_extras
+def test_the_model_begins_at_bicubic(small_photograph: Tensor) -> None:
+    torch.manual_seed(0)
+    model = super_resolution.OverBicubic(width=8, depth=1)
+    small = super_resolution.shrink(small_photograph[None])
+    assert small.shape == (1, 3, 64, 80)
+    assert torch.equal(super_resolution.enlarge(model, small[0]), super_resolution.bicubic(small)[0])
+
+
+@needs_extras
+def test_scores_are_those_of_their_definitions() -> None:
+    # Grey values r = g = b have Y = 16 + 219 r: a shift by 5/255 is one of 219 * 5/255 = 4.294 of 255.
+    grey = torch.full((3, 32, 32), 100 / 255)
+    found = super_resolution.score(grey + 5 / 255, grey)
+    assert found.psnr == pytest.approx(20 * np.log10(255 / (219 * 5 / 255)), abs=1e-6)
+    spoilt = grey.clone()
+    spoilt[:, :2], spoilt[:, :, -2:] = 0, 1  # only the borders that are left out
+    spoilt[:, 8, 8] += 1 / 255  # one pixel of the 28 x 28 that count, 219/255 of a grey value
+    assert super_resolution.score(spoilt, grey).psnr == pytest.approx(20 * np.log10(255 * 28 / (219 / 255)), abs=1e-6)
+
+
+@needs_extras
+def test_super_resolution_beats_bicubic_on_a_photograph_it_knows(
+    small_photograph: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--steps", "300", "--width", "16", "--depth", "1", "--out", str(tmp_path)]
+    assert super_resolution.main(arguments) == 0, capsys.readouterr().out
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert tuple(row) == super_resolution.COLUMNS
+    assert float(row["psnr_wavemix"]) > float(row["psnr_bicubic"]) + 0.5
+    assert (tmp_path / "astronaut.png").read_bytes().startswith(PNG)
+    state = torch.load(tmp_path / super_resolution.CHECKPOINT, weights_only=True)
+    assert state["steps"] == 300
+    model = super_resolution.OverBicubic(state["width"], state["depth"])
+    model.load_state_dict(state["model"], strict=True)
+    small = super_resolution.shrink(small_photograph[None])[0]
+    again = super_resolution.score(super_resolution.enlarge(model, small), small_photograph)
+    assert again.psnr == pytest.approx(float(row["psnr_wavemix"]), abs=0.01)
+
+
+@needs_extras
+@pytest.mark.parametrize("name", [*super_resolution.TRAINING, *super_resolution.HELD_OUT])
+def test_photographs_are_in_the_wheel(name: str) -> None:
+    image = super_resolution.photograph(name)
+    assert image.shape[0] == 3
+    assert image.shape[1] % 4 == image.shape[2] % 4 == 0
+    assert min(image.shape[1:]) >= super_resolution.SCALE * super_resolution.PATCH
+    assert 0 <= image.min() < image.max() <= 1
+
+
+@needs_extras
+def test_an_interrupted_super_resolution_keeps_what_it_learnt(
+    small_photograph: Tensor, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    shrink = super_resolution.shrink
+
+    def interrupting(images: Tensor) -> Tensor:
+        if len(images) > 1:  # a batch
+            signal.raise_signal(signal.SIGINT)
+        return shrink(images)
+
+    monkeypatch.setattr(super_resolution, "shrink", interrupting)
+    assert super_resolution.main(["--width", "8", "--depth", "1", "--out", str(tmp_path)]) == 130
+    assert "interrupted after 1 of" in capsys.readouterr().out
+    assert torch.load(tmp_path / super_resolution.CHECKPOINT, weights_only=True)["steps"] == 1
+
+
+@needs_extras
+def test_super_resolution_refuses_a_width_that_blocks_cannot_have(tmp_path: Path, capsys) -> None:
+    assert super_resolution.main(["--width", "30", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "super_resolution: --width 30: expected a multiple of 4\n"
