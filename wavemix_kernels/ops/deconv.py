@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import batch_norm, layout, selftest
+from wavemix_kernels.ops import batch_norm, layout, pointwise_mlp, selftest
 from wavemix_kernels.ops.autograd import differentiable
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
@@ -132,6 +132,42 @@ def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Norm | None 
     return out
 
 
+# --- Triton ----------------------------------------------------------------------------------------------
+
+
+def _triton_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    from wavemix_kernels.triton_kernels import deconv as kernels
+
+    u, y = layout.channels_inner(u), _empty_output(u, weight)
+    kernels.forward(y, u, weight, None if bias is None else bias.contiguous(), stats)
+    return y
+
+
+def _triton_norm(norm: Norm | None) -> Any:
+    from wavemix_kernels.triton_kernels import deconv as kernels
+
+    return None if norm is None else kernels.Norm(*norm)
+
+
+def _triton_input_grad(grad: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
+    from wavemix_kernels.triton_kernels import deconv as kernels
+
+    grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
+    kernels.input_grad(u, grad, _triton_norm(norm), weight)
+    return u
+
+
+def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Norm | None = None) -> list[Tensor]:
+    from wavemix_kernels.triton_kernels import deconv as kernels
+
+    grad, u = layout.channels_inner(grad), layout.channels_inner(u)
+    out = _empty_weights(grad, u, has_bias)
+    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, _triton_norm(norm), u)
+    return out
+
+
 # --- The library -----------------------------------------------------------------------------------------
 
 
@@ -157,6 +193,10 @@ def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tens
 
 
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(
+        pointwise_mlp.triton_why_not,
+        {"forward": _triton_forward, "input_grad": _triton_input_grad, "weight_grad": _triton_weight_grad},
+    ),
     "cpu": backends.Backend(
         backends.cpu_why_not,
         {"forward": _cpu_forward, "input_grad": _cpu_input_grad, "weight_grad": _cpu_weight_grad},
@@ -186,9 +226,16 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
+def _asked_for(op: str, backend: str, *tensors: Tensor) -> backends.Backend:
+    # Whether the Triton kernels beat cuDNN's, whose BatchNorm passes they save, no GPU has said yet: by name only.
+    if backend == "auto" and tensors[0].device.type == "cuda":
+        backend = "reference"
+    return backends.select(op, BACKENDS, backend, *tensors)
+
+
 def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> backends.Backend:
     """What runs forward and the input's gradient; the weight's gradient is the asked-for backend's in any case."""
-    chosen = backends.select("deconv", BACKENDS, backend, like)
+    chosen = _asked_for("deconv", backend, like)
     if chosen is BACKENDS["cpu"] and _library_is_faster(u_channels, y_channels, like.dtype):
         return BACKENDS["reference"]
     return chosen
@@ -210,7 +257,7 @@ def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
 
 
 def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
-    chosen = backends.select("deconv_weight_grad", BACKENDS, backend, grad, u)
+    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
     return chosen.functions["weight_grad"](grad, u, has_bias)
 
 
@@ -246,7 +293,7 @@ def _norm_weight_grad(
     if not _folds(backend, u.shape[1], grad):
         return _weight_grad(dy, u, has_bias, backend)
     a, b, d = line.unbind(0)
-    chosen = backends.select("deconv_weight_grad", BACKENDS, backend, grad, u)
+    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
     return chosen.functions["weight_grad"](grad, u, has_bias, (y, a, b, mean.to(a.dtype).contiguous(), d))
 
 
