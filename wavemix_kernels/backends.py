@@ -199,6 +199,18 @@ def triton_why_not(*tensors: Tensor) -> str | None:
     return None
 
 
+def triton_products_why_not(*tensors: Tensor) -> str | None:
+    """Probe of the Triton kernels with matrix products."""
+    if (reason := triton_why_not(*tensors)) is not None:
+        return reason
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return "its matrix products accumulate in float32, got float64"
+        if t.dtype == torch.bfloat16 and triton_interpreted():
+            return "Triton's interpreter multiplies the raw bits of bfloat16; a GPU or another dtype is needed"
+    return None
+
+
 def reference_why_not(*tensors: Tensor) -> str | None:
     """Probe of the reference: any device, any real floating dtype."""
     for t in tensors:

@@ -87,7 +87,7 @@ def _cpu_backward(grad: Tensor, x: Tensor, w: Weights) -> list[Tensor | None]:
 
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
-        pointwise_mlp.triton_why_not,
+        pointwise_mlp.BACKENDS["triton"].why_not,
         {
             "forward": lambda *arguments: _pointwise_forward("triton", *arguments),
             "backward": lambda *arguments: _pointwise_backward("triton", *arguments),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import batch_norm, layout, pointwise_mlp, selftest
+from wavemix_kernels.ops import batch_norm, layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
@@ -194,7 +194,7 @@ def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tens
 
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
-        pointwise_mlp.triton_why_not,
+        backends.triton_products_why_not,
         {"forward": _triton_forward, "input_grad": _triton_input_grad, "weight_grad": _triton_weight_grad},
     ),
     "cpu": backends.Backend(

@@ -6,6 +6,7 @@ phases nor waves reach memory; backward makes them again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -119,17 +120,19 @@ def phase_aggregate(
     return h, w, s
 
 
+def _pairs(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A probe of kernels, which also want whole pairs of channels."""
+
+    def probe(*tensors: Tensor) -> str | None:
+        if (reason := why_not(*tensors)) is not None:
+            return reason
+        odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
+        return None if odd is None else f"it takes an even number of channels, got {odd}"
+
+    return probe
+
+
 # --- CPU -------------------------------------------------------------------------------------------------
-
-
-def cpu_why_not(*tensors: Tensor) -> str | None:
-    """Probe of the C++ kernels: what every CPU kernel needs, and whole pairs of channels."""
-    if (reason := backends.cpu_why_not(*tensors)) is not None:
-        return reason
-    for t in tensors:
-        if t.shape[1] % 2:
-            return f"it takes an even number of channels, got {t.shape[1]}"
-    return None
 
 
 def _wide(t: Tensor, like: Tensor) -> Tensor:
@@ -227,16 +230,6 @@ def _slots(images: list[Tensor]) -> tuple[Tensor, ...]:
 # --- CUDA ------------------------------------------------------------------------------------------------
 
 
-def cuda_why_not(*tensors: Tensor) -> str | None:
-    """Probe of the CUDA kernels: what every one of them needs, and whole pairs of channels."""
-    if (reason := backends.cuda_why_not(*tensors)) is not None:
-        return reason
-    for t in tensors:
-        if t.shape[1] % 2:
-            return f"it takes an even number of channels, got {t.shape[1]}"
-    return None
-
-
 class _CudaBranches:
     """Both branches as the core takes them; holds what must outlive the call."""
 
@@ -322,16 +315,6 @@ def _cuda_backward(
 
 
 # --- Triton ----------------------------------------------------------------------------------------------
-
-
-def triton_why_not(*tensors: Tensor) -> str | None:
-    """Probe of the Triton kernels: what every one of them needs, and whole pairs of channels."""
-    if (reason := backends.triton_why_not(*tensors)) is not None:
-        return reason
-    for t in tensors:
-        if t.shape[1] % 2:
-            return f"it takes an even number of channels, got {t.shape[1]}"
-    return None
 
 
 def _triton_branch(z: Tensor, theta: Tensor, scale: Tensor, shift: Tensor, taps: Tensor) -> Any:
@@ -449,9 +432,11 @@ def _reference_backward(
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(cuda_why_not, {"forward": _cuda_forward, "backward": _cuda_backward}),
-    "triton": backends.Backend(triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
-    "cpu": backends.Backend(cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
+    "cuda": backends.Backend(_pairs(backends.cuda_why_not), {"forward": _cuda_forward, "backward": _cuda_backward}),
+    "triton": backends.Backend(
+        _pairs(backends.triton_why_not), {"forward": _triton_forward, "backward": _triton_backward}
+    ),
+    "cpu": backends.Backend(_pairs(backends.cpu_why_not), {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(
         backends.reference_why_not, {"forward": _reference_forward, "backward": _reference_backward}
     ),

@@ -16,6 +16,7 @@ from wavemix_kernels.ops import layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 from wavemix_kernels.reference.haar import accumulate_dtype
+from wavemix_kernels.triton_kernels.config import MOST_COLUMNS
 
 _ARGUMENTS = (
     "Tensor x, Tensor? second, Tensor? scale, Tensor? shift, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
@@ -191,16 +192,11 @@ def _cpu_backward(
     return Gradients(*cast(Any, (d_x, d_second, *weights, output)))
 
 
-def triton_why_not(*tensors: Tensor) -> str | None:
-    """Probe of the Triton kernels with matrix products."""
-    if (reason := backends.triton_why_not(*tensors)) is not None:
+def _triton_why_not(*tensors: Tensor) -> str | None:
+    if (reason := backends.triton_products_why_not(*tensors)) is not None:
         return reason
-    for t in tensors:
-        if t.dtype == torch.float64:
-            return "its matrix products accumulate in float32, got float64"
-        if t.dtype == torch.bfloat16 and backends.triton_interpreted():
-            return "Triton's interpreter multiplies the raw bits of bfloat16; a GPU or another dtype is needed"
-    return None
+    wide = next((t.shape[1] for t in tensors if t.shape[1] > MOST_COLUMNS), None)
+    return None if wide is None else f"it takes up to {MOST_COLUMNS} input and output channels, got {wide}"
 
 
 def _triton_matrix(t: Tensor) -> Tensor:
@@ -250,7 +246,7 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
+    "triton": backends.Backend(_triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
@@ -263,7 +259,7 @@ def _forward(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    chosen = backends.select("pointwise_mlp", BACKENDS, backend, x, w1)
+    chosen = backends.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
     if not chosen.functions:
         number = 0 if seed is None or p == 0 else int(seed)
         out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)

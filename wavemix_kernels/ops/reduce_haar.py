@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
-from wavemix_kernels.ops import haar, haar_pyramid, layout, pointwise_mlp, selftest
+from wavemix_kernels.ops import haar, haar_pyramid, layout, selftest
 from wavemix_kernels.ops.autograd import differentiable
 from wavemix_kernels.reference import fused as reference
 
@@ -135,7 +135,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channel
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(pointwise_mlp.triton_why_not, {"forward": _triton}),
+    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton}),
     "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "gradients": _cpu_gradients}),
     "reference": backends.Backend(backends.reference_why_not, {}),

@@ -1,4 +1,4 @@
-"""Tiles of the Triton Haar kernels: what is legal, what a tuner tries, what runs by default.
+"""Tiles of the Triton Haar kernels: what is legal, what a tuner tries, what runs by default; and the kernels' limits.
 
 Free of triton, so that a configuration can be inspected, stored or pruned anywhere.
 """
@@ -10,6 +10,8 @@ from typing import Literal
 Layout = Literal["rows", "channels", "strided"]
 LAYOUTS: tuple[Layout, ...] = ("rows", "channels", "strided")
 MAX_LEVELS = 5  # a 32x32 block in one tile; deeper transforms chain
+#: Input or output channels of a pointwise MLP: 16 rows of fp32 sums in half the registers of eight warps.
+MOST_COLUMNS = 2048
 
 _SECTOR = 32  # bytes: the smallest piece of a memory transaction
 _LINE = 128  # bytes: one cache line, one row of a fully used warp of 4-byte lanes

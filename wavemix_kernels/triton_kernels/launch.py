@@ -47,6 +47,16 @@ def span(columns: int, most: int) -> Span:
         width *= 2
 
 
+def cover(columns: int) -> tuple[int, int]:
+    """Widths of the two tiles that hold some columns with least padding, powers of two from 16 (``tl.dot``'s smallest)
+    on: 144 as 128 + 16. The second is 0 where one does as well; both are for no columns."""
+    if columns == 0:
+        return 0, 0
+    whole = max(16, pow2_at_least(columns))
+    rest = max(16, pow2_at_least(columns - whole // 2))
+    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+
+
 def pow2_at_least(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 

@@ -2,8 +2,9 @@
 
 Every kernel makes the chunks of hidden units it needs again from its inputs: for the 64 to 256 channels of a Waveblock
 a GEMM on tensor cores takes less time, by an H100's peak numbers, than writing and reading a layer twice as wide as
-the input. So backward is three kernels of one shape: the inputs' gradients, and each weight's as partial sums over
-blocks of rows.
+the input. Each operand is loaded once a program: in forward and in the inputs' gradients a program holds some pixels
+and goes through the hidden units, in the weights' gradients it holds some units and goes through the pixels. What it
+holds stays in shared memory, what it goes through arrives there one step ahead, for both products that use it.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -18,50 +19,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Span, input_precision, pow2_at_least, span
+from .config import MOST_COLUMNS
+from .launch import Launch, cover, input_precision
 from .philox import keep_mask
 
 Kind = Literal["forward", "input", "weight"]
-_PROGRAMS = 264  # two for each multiprocessor of an H100: what the split of a weight's gradient aims at
+_TOGETHER = 160  # columns of all weights' gradients together, 80 registers a thread of four warps
+_PROGRAMS = 264  # two for each of the multiprocessors of an H100: what the split of a weight's gradient aims at
 
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """Rows of pixels, hidden units and input channels at work at a time; `columns` of a result held in registers."""
+    """Rows of pixels and hidden units at work at a time, and input channels: 0 for all of them, held on the chip."""
 
     rows: int
     hidden: int
     channels: int
-    columns: int
     num_warps: int
     num_stages: int
 
 
-def config_for(kernel: Kind, itemsize: int, columns: int, hidden: int, channels: int) -> MlpConfig:
-    """The default for a result of `columns` columns: a deterministic function of its arguments.
+def config_for(kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, warp_groups: bool = True) -> MlpConfig:
+    """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
-    Half types fill tensor cores (64 rows are wgmma's least); fp32 multiplies on the ordinary units, where smaller
-    tiles leave the registers for the accumulators. Eight warps share a tile: a result of 192 columns then takes half
-    of a multiprocessor's registers, and one such block is better than two that make the hidden layer twice.
+    Half types: 64 rows (for a weight's gradient: units) on four warps are wgmma's own tile, and two blocks of at most
+    255 registers a thread share a multiprocessor, so that one multiplies while the other takes error functions.
+    192 accumulated columns are 96 registers of a thread, and 32 units of the hidden layer 16, twice in a gradient.
+    Where more columns leave no room, a step takes 16; above 288 (144 registers), and on chips without `warp_groups`
+    (which multiply by warps, out of registers: 8.x, 12.x), a tile of 32 on eight warps. Of weights' gradients above
+    216 input columns one block of eight warps fits a multiprocessor, as many warps as two blocks of four elsewhere.
+    fp32 multiplies on the ordinary units, whose operands are registers too: 16 x 16 tiles of the hidden layer on eight
+    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds.
+
+    Raises:
+        ValueError: more columns than the smallest tile can accumulate.
     """
-    half = itemsize == 2
-    chunk = min(64 if half else 32, max(16, pow2_at_least(hidden)))
-    depth = min(64 if half else 32, max(16, pow2_at_least(channels)))
-    # The gradients hold the hidden layer and its gradient at once beside the accumulators.
-    most = {"forward": 256, "input": 192, "weight": 192} if half else {"forward": 128, "input": 128, "weight": 64}
-    num_warps = 4 if not half and kernel != "weight" and columns <= 64 else 8
-    return MlpConfig(64 if half else 32, chunk, depth, most[kernel], num_warps, 3 if half else 2)
+    columns = a + b
+    if max(columns, o) > MOST_COLUMNS:
+        raise ValueError(
+            f"{columns} input and {o} output channels: at most {MOST_COLUMNS}; backend 'reference' takes any"
+        )
+    if itemsize == 4:
+        return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 else 16, 16, 8, 2)
+    if max(columns, o) > 512:
+        return MlpConfig(16, 16, 64, 8, 2)
+    if not warp_groups:
+        return MlpConfig(16 if kernel == "input" else 32, 16, 0, 8, 2)
+    if kernel == "forward":
+        if columns <= 288 and o <= 192:
+            return MlpConfig(64, 32, 0, 4, 2)
+        return MlpConfig(64, 16, 0, 4, 2) if columns <= 384 and o <= 256 else MlpConfig(32, 16, 0, 8, 2)
+    if kernel == "input":
+        if max(columns, o) <= 192:
+            return MlpConfig(64, 32, 0, 4, 2)
+        return MlpConfig(64, 16, 0, 4, 2) if columns <= 288 and o <= 192 else MlpConfig(32, 16, 0, 8, 2)
+    if columns + o <= _TOGETHER:
+        return MlpConfig(32, 64, 0, 4, 2)
+    if columns <= 216 and o <= 192:
+        return MlpConfig(16, 64, 0, 4, 2)
+    return MlpConfig(32, 16, 0, 8, 2)
 
 
 def search_space(itemsize: int) -> Iterator[MlpConfig]:
     """Configurations worth timing."""
-    for rows in (64, 128) if itemsize == 2 else (32, 64):
-        for hidden in (32, 64) if itemsize == 2 else (16, 32):
-            for num_warps in (4, 8):
-                yield MlpConfig(rows, hidden, 32, 256 if itemsize == 2 else 128, num_warps, 3)
+    if itemsize == 4:
+        for rows, num_warps in ((16, 4), (32, 8)):
+            yield MlpConfig(rows, 16, 16, num_warps, 2)
+        return
+    for rows, hidden, num_warps in ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4)):
+        yield MlpConfig(rows, hidden, 0, num_warps, 2)
+
+
+def _together(b: int, columns: int, config: MlpConfig) -> tuple[tuple[str, ...], ...]:
+    """Which gradients a launch accumulates: all where they fit the registers, else one, with the hidden layer made
+    again for the next."""
+    parts = ("x", "second", "w2") if b else ("x", "w2")
+    return (parts,) if columns <= _TOGETHER and config.hidden == 64 else tuple((part,) for part in parts)
 
 
 # -------------------------------------------------------------------------------------- values in registers
+#
+# The columns of x, of `second` and of the result lie in two tiles each, of X0 and X1, S0 and S1, O0 and O1 columns
+# (launch.cover); a width of 0: no tile, for which another stands in where Triton wants a value.
 
 
 @triton.jit
@@ -83,38 +122,136 @@ def _second_tile(second, stride, scale, shift, row, in_rows, col, in_cols, AFFIN
 
 
 @triton.jit
-def _pre_activation(
-    x, x_stride, a, second, second_stride, b, scale, shift, w1, b1, row, in_rows, unit, in_units,
-    SECOND: tl.constexpr, AFFINE: tl.constexpr, BIAS1: tl.constexpr, CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """WIDTH columns from FIRST on, and which of them are among COUNT; a mask known to be true costs nothing."""
+    col = FIRST + tl.arange(0, WIDTH)
+    return col, (tl.full((WIDTH,), 1, tl.int1) if FIRST + WIDTH <= COUNT else col < COUNT)
+
+
+@triton.jit
+def _units(first, HIDDEN: tl.constexpr, K: tl.constexpr):
+    unit = first + tl.arange(0, HIDDEN)
+    return unit, (tl.full((HIDDEN,), 1, tl.int1) if K % HIDDEN == 0 else unit < K)
+
+
+@triton.jit
+def _two_tiles(matrix, stride, row, in_rows, COUNT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    """Rows of a matrix of COUNT columns."""
+    col, in_cols = _columns(0, W0, COUNT)
+    first = _tile(matrix, stride, row, in_rows, col, in_cols)
+    rest = first
+    if W1:
+        col, in_cols = _columns(W0, W1, COUNT)
+        rest = _tile(matrix, stride, row, in_rows, col, in_cols)
+    return first, rest
+
+
+@triton.jit
+def _input_tiles(
+    x, x_stride, second, second_stride, scale, shift, row, in_rows,
+    A: tl.constexpr, B: tl.constexpr, AFFINE: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
 ):  # fmt: skip
-    """[x | second * scale + shift] @ w1.T + b1 for some rows and hidden units, in fp32."""
-    z = tl.zeros((row.shape[0], unit.shape[0]), tl.float32)
-    for c in range(0, a, CHANNELS):
-        col = c + tl.arange(0, CHANNELS)
-        weight = _tile(w1, a + b, unit, in_units, col, col < a)
-        z = tl.dot(_tile(x, x_stride, row, in_rows, col, col < a), tl.trans(weight), z, input_precision=PRECISION)
-    if SECOND:
-        for c in range(0, b, CHANNELS):
-            col = c + tl.arange(0, CHANNELS)
-            tile = _second_tile(second, second_stride, scale, shift, row, in_rows, col, col < b, AFFINE)
-            weight = _tile(w1 + a, a + b, unit, in_units, col, col < b)
-            z = tl.dot(tile, tl.trans(weight), z, input_precision=PRECISION)
+    """Rows of x and of second * scale + shift."""
+    x0, x1 = _two_tiles(x, x_stride, row, in_rows, A, X0, X1)
+    s0, s1 = x0, x0
+    if S0:
+        col, in_cols = _columns(0, S0, B)
+        s0 = _second_tile(second, second_stride, scale, shift, row, in_rows, col, in_cols, AFFINE)
+    if S1:
+        col, in_cols = _columns(S0, S1, B)
+        s1 = _second_tile(second, second_stride, scale, shift, row, in_rows, col, in_cols, AFFINE)
+    return x0, x1, s0, s1
+
+
+@triton.jit
+def _w1_tiles(
+    w1, unit, in_units, A: tl.constexpr, B: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+):  # fmt: skip
+    """Hidden units' weights of x and of second."""
+    x0, x1 = _two_tiles(w1, A + B, unit, in_units, A, X0, X1)
+    s0, s1 = x0, x0
+    if S0:
+        s0, s1 = _two_tiles(w1 + A, A + B, unit, in_units, B, S0, S1)
+    return x0, x1, s0, s1
+
+
+@triton.jit
+def _w2_tiles(w2, unit, in_units, K: tl.constexpr, OUT: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr):
+    """Results' weights of hidden units, (columns, units)."""
+    col, in_cols = _columns(0, O0, OUT)
+    first = _tile(w2, K, col, in_cols, unit, in_units)
+    rest = first
+    if O1:
+        col, in_cols = _columns(O0, O1, OUT)
+        rest = _tile(w2, K, col, in_cols, unit, in_units)
+    return first, rest
+
+
+@triton.jit
+def _with_bias(z, b1, unit, in_units, UNITS_FIRST: tl.constexpr, BIAS1: tl.constexpr):
     if BIAS1:
-        z += tl.load(b1 + unit, mask=in_units, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(b1 + unit, mask=in_units, other=0.0).to(tl.float32)
+        z += bias[:, None] if UNITS_FIRST else bias[None, :]
+    return z
+
+
+@triton.jit
+def _z_of_tiles(
+    x0, x1, s0, s1, w0, w1, v0, v1, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, PRECISION: tl.constexpr
+):
+    """[x0 | x1 | s0 | s1] @ [w0 | w1 | v0 | v1].T in fp32."""
+    z = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
+    if X1:
+        z = tl.dot(x1, tl.trans(w1), z, input_precision=PRECISION)
+    if S0:
+        z = tl.dot(s0, tl.trans(v0), z, input_precision=PRECISION)
+    if S1:
+        z = tl.dot(s1, tl.trans(v1), z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def _z_of_loops(
+    x, x_stride, second, second_stride, scale, shift, w1, row, in_rows, unit, in_units,
+    A: tl.constexpr, B: tl.constexpr, AFFINE: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[x | second * scale + shift] @ w1.T in fp32, CHANNELS columns at a time."""
+    z = tl.zeros((row.shape[0], unit.shape[0]), tl.float32)
+    for c in range(0, A, CHANNELS):
+        col = c + tl.arange(0, CHANNELS)
+        weight = _tile(w1, A + B, unit, in_units, col, col < A)
+        z = tl.dot(_tile(x, x_stride, row, in_rows, col, col < A), tl.trans(weight), z, input_precision=PRECISION)
+    if B:
+        for c in range(0, B, CHANNELS):
+            col = c + tl.arange(0, CHANNELS)
+            tile = _second_tile(second, second_stride, scale, shift, row, in_rows, col, col < B, AFFINE)
+            weight = _tile(w1 + A, A + B, unit, in_units, col, col < B)
+            z = tl.dot(tile, tl.trans(weight), z, input_precision=PRECISION)
     return z
 
 
 @triton.jit
 def _hidden_gradient(
-    g, g_stride, o, w2, k, row, in_rows, unit, in_units, CHANNELS: tl.constexpr, PRECISION: tl.constexpr
+    g,
+    g_stride,
+    w2,
+    row,
+    in_rows,
+    unit,
+    in_units,
+    K: tl.constexpr,
+    OUT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """grad @ w2 for some rows and hidden units, in fp32."""
     out = tl.zeros((row.shape[0], unit.shape[0]), tl.float32)
-    for c in range(0, o, CHANNELS):
+    for c in range(0, OUT, CHANNELS):
         col = c + tl.arange(0, CHANNELS)
-        weight = _tile(w2, k, col, col < o, unit, in_units)
-        out = tl.dot(_tile(g, g_stride, row, in_rows, col, col < o), weight, out, input_precision=PRECISION)
+        weight = _tile(w2, K, col, col < OUT, unit, in_units)
+        out = tl.dot(_tile(g, g_stride, row, in_rows, col, col < OUT), weight, out, input_precision=PRECISION)
     return out
 
 
@@ -124,183 +261,242 @@ def _normal_cdf(z):
 
 
 @triton.jit
-def _dropped(value, seed, row, first, k, threshold, factor, DROPOUT: tl.constexpr):
+def _dropped(
+    value, seed, row, first, threshold, factor, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
+):
     """Dropped values become exactly 0, NaN included."""
     if DROPOUT:
-        keep = keep_mask(tl.load(seed), row, first, k, threshold, value.shape[1])
+        if UNITS_FIRST:
+            keep = tl.trans(keep_mask(tl.load(seed), row, first, K, threshold, value.shape[0]))
+        else:
+            keep = keep_mask(tl.load(seed), row, first, K, threshold, value.shape[1])
         value = tl.where(keep, value * factor, 0.0)
     return value
 
 
 @triton.jit
-def _activation(z, seed, row, first, k, threshold, factor, DROPOUT: tl.constexpr):
+def _activation(
+    z, seed, row, first, threshold, factor, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
+):
     """Dropout(GELU(z))"""
-    return _dropped(z * _normal_cdf(z), seed, row, first, k, threshold, factor, DROPOUT)
+    return _dropped(z * _normal_cdf(z), seed, row, first, threshold, factor, K, UNITS_FIRST, DROPOUT)
 
 
 @triton.jit
-def _activation_gradient(z, grad, seed, row, first, k, threshold, factor, DROPOUT: tl.constexpr):
+def _activation_gradient(
+    z, grad, seed, row, first, threshold, factor, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
+):
     """Gradient of z, given that of Dropout(GELU(z))."""
     slope = _normal_cdf(z) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
-    return _dropped(grad, seed, row, first, k, threshold, factor, DROPOUT) * slope
+    return _dropped(grad, seed, row, first, threshold, factor, K, UNITS_FIRST, DROPOUT) * slope
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-#
-# A result's columns are held as WIDTH and, where HALF, WIDTH // 2 more (launch.Span).
 
 _FREE = ("rows", "threshold", "factor")  # one binary for all of them
+
+
+@triton.jit
+def _store(matrix, stride, row, in_rows, value, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    col, in_cols = _columns(FIRST, value.shape[1], COUNT)
+    at = matrix + row[:, None] * stride + col[None, :]
+    tl.store(at, value.to(matrix.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def _plus_bias(value, bias, FIRST: tl.constexpr, COUNT: tl.constexpr, BIAS: tl.constexpr):
+    if BIAS:
+        col, in_cols = _columns(FIRST, value.shape[1], COUNT)
+        value += tl.load(bias + col, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    return value
 
 
 @triton.jit(do_not_specialize=_FREE)
 def _forward_kernel(
     out, x, second, scale, shift, w1, b1, w2, b2, seed,
-    rows: tl.int64, threshold: tl.int64, factor: tl.float32, out_stride, x_stride, second_stride, a, b, k, o,
-    SECOND: tl.constexpr, AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    rows: tl.int64, threshold: tl.int64, factor: tl.float32, out_stride, x_stride, second_stride,
+    A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
+    AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    col0 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + tl.arange(0, WIDTH)
-    col1 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + WIDTH + tl.arange(0, WIDTH // 2)
-    acc0 = tl.zeros((ROWS, WIDTH), tl.float32)
-    acc1 = tl.zeros((ROWS, WIDTH // 2), tl.float32)
-    for first in range(0, k, HIDDEN):
-        unit = first + tl.arange(0, HIDDEN)
-        z = _pre_activation(
-            x, x_stride, a, second, second_stride, b, scale, shift, w1, b1, row, in_rows, unit, unit < k,
-            SECOND, AFFINE, BIAS1, CHANNELS, PRECISION,
-        )  # fmt: skip
-        hidden = _activation(z, seed, row, first, k, threshold, factor, DROPOUT).to(out.dtype.element_ty)
-        weight = tl.trans(_tile(w2, k, col0, col0 < o, unit, unit < k))
-        acc0 = tl.dot(hidden, weight, acc0, input_precision=PRECISION)
-        if HALF:
-            weight = tl.trans(_tile(w2, k, col1, col1 < o, unit, unit < k))
-            acc1 = tl.dot(hidden, weight, acc1, input_precision=PRECISION)
-    if BIAS2:
-        acc0 += tl.load(b2 + col0, mask=col0 < o, other=0.0).to(tl.float32)[None, :]
-        acc1 += tl.load(b2 + col1, mask=col1 < o, other=0.0).to(tl.float32)[None, :]
-    at = out + row[:, None] * out_stride
-    tl.store(at + col0[None, :], acc0.to(out.dtype.element_ty), mask=in_rows[:, None] & (col0 < o)[None, :])
-    if HALF:
-        tl.store(at + col1[None, :], acc1.to(out.dtype.element_ty), mask=in_rows[:, None] & (col1 < o)[None, :])
-
-
-@triton.jit
-def _store_parts(gx, gx_stride, a, gs, gs_stride, b, value, row, in_rows, col, SECOND: tl.constexpr):
-    """Columns of [x | second], each part to its own matrix."""
-    value = value.to(gx.dtype.element_ty)
-    tl.store(gx + row[:, None] * gx_stride + col[None, :], value, mask=in_rows[:, None] & (col < a)[None, :])
-    if SECOND:
-        mask = in_rows[:, None] & ((col >= a) & (col < a + b))[None, :]
-        tl.store(gs + row[:, None] * gs_stride + (col - a)[None, :], value, mask=mask)
+    if CHANNELS == 0:
+        x0, x1, s0, s1 = _input_tiles(
+            x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
+        )
+    acc0 = tl.zeros((ROWS, O0), tl.float32)
+    acc1 = tl.zeros((ROWS, O1 if O1 else 1), tl.float32)
+    for first in range(0, K, HIDDEN):
+        unit, in_units = _units(first, HIDDEN, K)
+        if CHANNELS == 0:
+            w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, X1, S0, S1)
+            z = _z_of_tiles(x0, x1, s0, s1, w0, w1_, v0, v1, X1, S0, S1, PRECISION)
+        else:
+            z = _z_of_loops(
+                x, x_stride, second, second_stride, scale, shift, w1, row, in_rows, unit, in_units,
+                A, B, AFFINE, CHANNELS, PRECISION,
+            )  # fmt: skip
+        z = _with_bias(z, b1, unit, in_units, False, BIAS1)
+        hidden = _activation(z, seed, row, first, threshold, factor, K, False, DROPOUT).to(out.dtype.element_ty)
+        u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
+        acc0 = tl.dot(hidden, tl.trans(u0), acc0, input_precision=PRECISION)
+        if O1:
+            acc1 = tl.dot(hidden, tl.trans(u1), acc1, input_precision=PRECISION)
+    _store(out, out_stride, row, in_rows, _plus_bias(acc0, b2, 0, OUT, BIAS2), 0, OUT)
+    if O1:
+        _store(out, out_stride, row, in_rows, _plus_bias(acc1, b2, O0, OUT, BIAS2), O0, OUT)
 
 
 @triton.jit(do_not_specialize=_FREE)
 def _input_gradient_kernel(
     gx, gs, g, x, second, scale, shift, w1, b1, w2, seed,
     rows: tl.int64, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, g_stride, x_stride, second_stride,
-    a, b, k, o,
-    SECOND: tl.constexpr, AFFINE: tl.constexpr, BIAS1: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
+    AFFINE: tl.constexpr, BIAS1: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    col0 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + tl.arange(0, WIDTH)
-    col1 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + WIDTH + tl.arange(0, WIDTH // 2)
-    acc0 = tl.zeros((ROWS, WIDTH), tl.float32)
-    acc1 = tl.zeros((ROWS, WIDTH // 2), tl.float32)
-    for first in range(0, k, HIDDEN):
-        unit = first + tl.arange(0, HIDDEN)
-        z = _pre_activation(
-            x, x_stride, a, second, second_stride, b, scale, shift, w1, b1, row, in_rows, unit, unit < k,
-            SECOND, AFFINE, BIAS1, CHANNELS, PRECISION,
-        )  # fmt: skip
-        grad = _hidden_gradient(g, g_stride, o, w2, k, row, in_rows, unit, unit < k, CHANNELS, PRECISION)
-        grad = _activation_gradient(z, grad, seed, row, first, k, threshold, factor, DROPOUT).to(gx.dtype.element_ty)
-        weight = _tile(w1, a + b, unit, unit < k, col0, col0 < a + b)
-        acc0 = tl.dot(grad, weight, acc0, input_precision=PRECISION)
-        if HALF:
-            weight = _tile(w1, a + b, unit, unit < k, col1, col1 < a + b)
-            acc1 = tl.dot(grad, weight, acc1, input_precision=PRECISION)
-    _store_parts(gx, gx_stride, a, gs, gs_stride, b, acc0, row, in_rows, col0, SECOND)
-    if HALF:
-        _store_parts(gx, gx_stride, a, gs, gs_stride, b, acc1, row, in_rows, col1, SECOND)
+    if CHANNELS == 0:
+        x0, x1, s0, s1 = _input_tiles(
+            x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
+        )
+        g0, g1 = _two_tiles(g, g_stride, row, in_rows, OUT, O0, O1)
+    dx0 = tl.zeros((ROWS, X0), tl.float32)
+    dx1 = tl.zeros((ROWS, X1 if X1 else 1), tl.float32)
+    ds0 = tl.zeros((ROWS, S0 if S0 else 1), tl.float32)
+    ds1 = tl.zeros((ROWS, S1 if S1 else 1), tl.float32)
+    for first in range(0, K, HIDDEN):
+        unit, in_units = _units(first, HIDDEN, K)
+        w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, X1, S0, S1)
+        if CHANNELS == 0:
+            z = _z_of_tiles(x0, x1, s0, s1, w0, w1_, v0, v1, X1, S0, S1, PRECISION)
+            u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
+            grad = tl.dot(g0, u0, input_precision=PRECISION)
+            if O1:
+                grad = tl.dot(g1, u1, grad, input_precision=PRECISION)
+        else:
+            z = _z_of_loops(
+                x, x_stride, second, second_stride, scale, shift, w1, row, in_rows, unit, in_units,
+                A, B, AFFINE, CHANNELS, PRECISION,
+            )  # fmt: skip
+            grad = _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
+        z = _with_bias(z, b1, unit, in_units, False, BIAS1)
+        grad = _activation_gradient(z, grad, seed, row, first, threshold, factor, K, False, DROPOUT).to(
+            gx.dtype.element_ty
+        )
+        dx0 = tl.dot(grad, w0, dx0, input_precision=PRECISION)
+        if X1:
+            dx1 = tl.dot(grad, w1_, dx1, input_precision=PRECISION)
+        if S0:
+            ds0 = tl.dot(grad, v0, ds0, input_precision=PRECISION)
+        if S1:
+            ds1 = tl.dot(grad, v1, ds1, input_precision=PRECISION)
+    _store(gx, gx_stride, row, in_rows, dx0, 0, A)
+    if X1:
+        _store(gx, gx_stride, row, in_rows, dx1, X0, A)
+    if S0:
+        _store(gs, gs_stride, row, in_rows, ds0, 0, B)
+    if S1:
+        _store(gs, gs_stride, row, in_rows, ds1, S0, B)
 
 
 @triton.jit
-def _right_operand(
-    g, g_stride, o, x, x_stride, a, second, second_stride, b, scale, shift, row, in_rows, col,
-    OF: tl.constexpr, AFFINE: tl.constexpr,
-):  # fmt: skip
-    if OF == "w2":
-        return _tile(g, g_stride, row, in_rows, col, col < o)
-    elif OF == "x":
-        return _tile(x, x_stride, row, in_rows, col, col < a)
-    else:
-        return _second_tile(second, second_stride, scale, shift, row, in_rows, col, col < b, AFFINE)
+def _store_transposed(matrix, unit, in_units, value, FIRST: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr):
+    """(units, columns) into a (COUNT, K) matrix."""
+    col, in_cols = _columns(FIRST, value.shape[1], COUNT)
+    tl.store(matrix + unit[:, None] + (col * K)[None, :], value, mask=in_units[:, None] & in_cols[None, :])
 
 
 @triton.jit(do_not_specialize=(*_FREE, "rows_each"))
 def _weight_gradient_kernel(
-    partial, partial_bias, g, x, second, scale, shift, w1, b1, w2, seed,
-    rows: tl.int64, rows_each, threshold: tl.int64, factor: tl.float32, partial_stride: tl.int64,
-    g_stride, x_stride, second_stride, a, b, k, o,
-    OF: tl.constexpr,  # "w2", or the columns of w1 that belong to "x" or "second"
-    SECOND: tl.constexpr, AFFINE: tl.constexpr, BIAS1: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    partial1, partial_bias, partial2, g, x, second, scale, shift, w1, b1, w2, seed,
+    rows: tl.int64, rows_each, threshold: tl.int64, factor: tl.float32, g_stride, x_stride, second_stride,
+    OF_X: tl.constexpr, OF_SECOND: tl.constexpr, OF_W2: tl.constexpr,  # what to make: w1's columns of x, of second; w2
+    A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
+    AFFINE: tl.constexpr, BIAS1: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] = hidden.T @ g (for w2, hence transposed when stored), or z's gradient.T @ [x | second]."""
-    split = tl.program_id(2).to(tl.int64)
+    """partial1[split] = z's gradient.T @ [x | second], partial2[split] = g.T @ hidden of the split's rows."""
+    split = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * HIDDEN
-    unit = first + tl.arange(0, HIDDEN)
-    in_units = unit < k
-    col0 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + tl.arange(0, WIDTH)
-    col1 = tl.program_id(1) * (WIDTH + HALF * (WIDTH // 2)) + WIDTH + tl.arange(0, WIDTH // 2)
-    acc0 = tl.zeros((HIDDEN, WIDTH), tl.float32)
-    acc1 = tl.zeros((HIDDEN, WIDTH // 2), tl.float32)
+    unit, in_units = _units(first, HIDDEN, K)
+    if CHANNELS == 0:
+        w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, X1, S0, S1)
+        if OF_X or OF_SECOND:
+            u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
+    dx0 = tl.zeros((HIDDEN, X0 if OF_X else 1), tl.float32)
+    dx1 = tl.zeros((HIDDEN, X1 if X1 and OF_X else 1), tl.float32)
+    ds0 = tl.zeros((HIDDEN, S0 if OF_SECOND else 1), tl.float32)
+    ds1 = tl.zeros((HIDDEN, S1 if S1 and OF_SECOND else 1), tl.float32)
+    do0 = tl.zeros((HIDDEN, O0 if OF_W2 else 1), tl.float32)
+    do1 = tl.zeros((HIDDEN, O1 if O1 and OF_W2 else 1), tl.float32)
     bias = tl.zeros((HIDDEN,), tl.float32)
     for start in range(0, rows_each, ROWS):
         row = split * rows_each + start + tl.arange(0, ROWS)
         in_rows = row < rows
-        z = _pre_activation(
-            x, x_stride, a, second, second_stride, b, scale, shift, w1, b1, row, in_rows, unit, in_units,
-            SECOND, AFFINE, BIAS1, CHANNELS, PRECISION,
-        )  # fmt: skip
-        if OF == "w2":
-            left = _activation(z, seed, row, first, k, threshold, factor, DROPOUT)
-        else:
-            left = _hidden_gradient(g, g_stride, o, w2, k, row, in_rows, unit, in_units, CHANNELS, PRECISION)
-            left = _activation_gradient(z, left, seed, row, first, k, threshold, factor, DROPOUT)
-            if OF == "x":
-                bias += tl.sum(left, 0)
-        left = tl.trans(left.to(g.dtype.element_ty))
-        right = _right_operand(
-            g, g_stride, o, x, x_stride, a, second, second_stride, b, scale, shift, row, in_rows, col0, OF, AFFINE
-        )
-        acc0 = tl.dot(left, right, acc0, input_precision=PRECISION)
-        if HALF:
-            right = _right_operand(
-                g, g_stride, o, x, x_stride, a, second, second_stride, b, scale, shift, row, in_rows, col1, OF, AFFINE
+        if CHANNELS == 0 or OF_X or OF_SECOND:
+            x0, x1, s0, s1 = _input_tiles(
+                x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
             )
-            acc1 = tl.dot(left, right, acc1, input_precision=PRECISION)
-    at = partial + split * partial_stride
-    if OF == "w2":
-        per_unit, per_col, count = 1, k, o
-    elif OF == "x":
-        per_unit, per_col, count = a, 1, a
-    else:
-        per_unit, per_col, count = b, 1, b
-    at += unit[:, None] * per_unit
-    tl.store(at + col0[None, :] * per_col, acc0, mask=in_units[:, None] & (col0 < count)[None, :])
-    if HALF:
-        tl.store(at + col1[None, :] * per_col, acc1, mask=in_units[:, None] & (col1 < count)[None, :])
-    if OF == "x" and BIAS1:  # noqa: SIM102 (decided when compiling, the inner one by the program)
-        if tl.program_id(1) == 0:
-            tl.store(partial_bias + split * k + unit, bias, mask=in_units)
+        if CHANNELS == 0 or OF_W2:
+            g0, g1 = _two_tiles(g, g_stride, row, in_rows, OUT, O0, O1)
+        if CHANNELS == 0:
+            z = _z_of_tiles(w0, w1_, v0, v1, x0, x1, s0, s1, X1, S0, S1, PRECISION)
+        else:
+            z = tl.trans(_z_of_loops(
+                x, x_stride, second, second_stride, scale, shift, w1, row, in_rows, unit, in_units,
+                A, B, AFFINE, CHANNELS, PRECISION,
+            ))  # fmt: skip
+        z = _with_bias(z, b1, unit, in_units, True, BIAS1)
+        if OF_W2:
+            left = _activation(z, seed, row, first, threshold, factor, K, True, DROPOUT).to(g.dtype.element_ty)
+            do0 = tl.dot(left, g0, do0, input_precision=PRECISION)
+            if O1:
+                do1 = tl.dot(left, g1, do1, input_precision=PRECISION)
+        if OF_X or OF_SECOND:
+            if CHANNELS == 0:
+                grad = tl.dot(tl.trans(u0), tl.trans(g0), input_precision=PRECISION)
+                if O1:
+                    grad = tl.dot(tl.trans(u1), tl.trans(g1), grad, input_precision=PRECISION)
+            else:
+                grad = tl.trans(
+                    _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
+                )
+            grad = _activation_gradient(z, grad, seed, row, first, threshold, factor, K, True, DROPOUT)
+            left = grad.to(g.dtype.element_ty)
+            if OF_X:
+                bias += tl.sum(grad, 1)
+                dx0 = tl.dot(left, x0, dx0, input_precision=PRECISION)
+                if X1:
+                    dx1 = tl.dot(left, x1, dx1, input_precision=PRECISION)
+            if OF_SECOND:
+                ds0 = tl.dot(left, s0, ds0, input_precision=PRECISION)
+                if S1:
+                    ds1 = tl.dot(left, s1, ds1, input_precision=PRECISION)
+    at = partial1 + split * K * (A + B)
+    if OF_X:
+        _store(at, A + B, unit, in_units, dx0, 0, A)
+        if X1:
+            _store(at, A + B, unit, in_units, dx1, X0, A)
+        if BIAS1:
+            tl.store(partial_bias + split * K + unit, bias, mask=in_units)
+    if OF_SECOND:
+        _store(at + A, A + B, unit, in_units, ds0, 0, B)
+        if S1:
+            _store(at + A, A + B, unit, in_units, ds1, S0, B)
+    if OF_W2:
+        at = partial2 + split * K * OUT
+        _store_transposed(at, unit, in_units, do0, 0, OUT, K)
+        if O1:
+            _store_transposed(at, unit, in_units, do1, O0, OUT, K)
 
 
 # --------------------------------------------------------------------------------------------------- launch
@@ -343,21 +539,21 @@ class Mlp(NamedTuple):
         return {
             "rows": self.x.shape[0], "threshold": self.threshold, "factor": 0.0 if self.p == 1 else 1 / (1 - self.p),
             "x_stride": self.x.stride(0), "second_stride": 0 if self.second is None else self.second.stride(0),
-            **self.sizes,
         }  # fmt: skip
 
-    def constants(self, config: MlpConfig, columns: int) -> tuple[Span, dict[str, Any]]:
-        chosen = span(columns, config.columns)
-        return chosen, {
-            "SECOND": self.second is not None, "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None,
-            "DROPOUT": self.threshold < 2**32, "ROWS": config.rows, "HIDDEN": config.hidden,
-            "CHANNELS": config.channels, "WIDTH": chosen.width, "HALF": chosen.half, "PRECISION": input_precision(),
-            "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+    def constants(self, config: MlpConfig) -> dict[str, Any]:
+        (x0, x1), (s0, s1), (o0, o1) = (cover(self.sizes[name]) for name in ("a", "b", "o"))
+        return {
+            "A": self.sizes["a"], "B": self.sizes["b"], "K": self.sizes["k"], "OUT": self.sizes["o"],
+            "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None, "DROPOUT": self.threshold < 2**32,
+            "ROWS": config.rows, "HIDDEN": config.hidden, "CHANNELS": config.channels, "X0": x0, "X1": x1, "S0": s0,
+            "S1": s1, "O0": o0, "O1": o1, "PRECISION": input_precision(), "num_warps": config.num_warps,
+            "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
-    def config(self, kernel: Kind, columns: int) -> MlpConfig:
-        sizes = self.sizes
-        return config_for(kernel, self.x.dtype.itemsize, columns, sizes["k"], max(sizes["a"], sizes["o"]))
+    def config(self, kernel: Kind) -> MlpConfig:
+        warp_groups = not self.x.is_cuda or torch.cuda.get_device_capability(self.x.device)[0] in (9, 10)
+        return config_for(kernel, self.x.dtype.itemsize, **self.sizes, warp_groups=warp_groups)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:
@@ -366,12 +562,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants
 
 
 def forward_launch(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> Launch:
-    columns = mlp.w2.shape[0]
-    config = config or mlp.config("forward", columns)
-    chosen, constants = mlp.constants(config, columns)
-    grid = triton.cdiv(out.shape[0], config.rows), triton.cdiv(columns, chosen.columns)
+    config = config or mlp.config("forward")
     given = {"out": out, "out_stride": out.stride(0), **mlp.pointers, **mlp.scalars}
-    return _launch(_forward_kernel, grid, given, {**constants, "BIAS2": mlp.b2 is not None})
+    constants = {**mlp.constants(config), "BIAS2": mlp.b2 is not None}
+    return _launch(_forward_kernel, (triton.cdiv(out.shape[0], config.rows),), given, constants)
 
 
 def forward(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> None:
@@ -382,14 +576,11 @@ def forward(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> None:
 def input_gradient_launch(
     gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
 ) -> Launch:
-    columns = mlp.w1.shape[1]
-    config = config or mlp.config("input", columns)
-    chosen, constants = mlp.constants(config, columns)
-    grid = triton.cdiv(grad.shape[0], config.rows), triton.cdiv(columns, chosen.columns)
+    config = config or mlp.config("input")
     given = {"gx": gx, "gs": gx if gs is None else gs, "g": grad, "gx_stride": gx.stride(0),
              "gs_stride": 0 if gs is None else gs.stride(0), "g_stride": grad.stride(0), **mlp.pointers,
              **mlp.scalars}  # fmt: skip
-    return _launch(_input_gradient_kernel, grid, given, constants)
+    return _launch(_input_gradient_kernel, (triton.cdiv(grad.shape[0], config.rows),), given, mlp.constants(config))
 
 
 def input_gradient(gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> None:
@@ -397,41 +588,43 @@ def input_gradient(gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, config
     input_gradient_launch(gx, gs, grad, mlp, config).run(grad)
 
 
-def weight_gradient_launch(
-    of: str, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
-) -> tuple[Launch, Tensor, Tensor]:
-    """A launch and the partial sums it fills: (splits, *weight's shape) and (splits, K) for the bias.
+class Partials(NamedTuple):
+    """Sums over each split's rows, fp32: (splits, K, A + B), (splits, K) and (splits, O, K)."""
 
-    ``of``: "w2", or the columns of w1 that belong to "x" or to "second".
-    """
-    sizes = mlp.sizes
-    columns = sizes[{"w2": "o", "x": "a", "second": "b"}[of]]
-    config = config or mlp.config("weight", columns)
-    chosen, constants = mlp.constants(config, columns)
-    rows, k = grad.shape[0], sizes["k"]
-    blocks = triton.cdiv(k, config.hidden), triton.cdiv(columns, chosen.columns)
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+
+
+def weight_gradient_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[list[Launch], Partials]:
+    """The launches that fill the partial sums: one, or one for each weight where the accumulators of both would not
+    fit the registers."""
+    config = config or mlp.config("weight")
+    a, b, k, o = mlp.sizes.values()
+    rows, blocks = grad.shape[0], triton.cdiv(k, config.hidden)
     # Deterministic: a function of the shapes. No fewer than four blocks of rows each, for the sums' sake.
-    splits = max(1, min(_PROGRAMS // (blocks[0] * blocks[1]), triton.cdiv(rows, 4 * config.rows)))
+    splits = max(1, min(_PROGRAMS // blocks, triton.cdiv(rows, 4 * config.rows)))
     rows_each = triton.cdiv(triton.cdiv(rows, splits), config.rows) * config.rows
-    shape = (splits, columns, k) if of == "w2" else (splits, k, columns)
-    partial = grad.new_empty(shape, dtype=torch.float32)
-    bias = grad.new_empty((splits, k), dtype=torch.float32)
+    shapes = (splits, k, a + b), (splits, k), (splits, o, k)
+    partials = Partials(*(grad.new_empty(shape, dtype=torch.float32) for shape in shapes))
     given = {
-        "partial": partial, "partial_bias": bias, "g": grad, "rows_each": rows_each,
-        "partial_stride": partial.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
+        "partial1": partials.w1, "partial_bias": partials.b1, "partial2": partials.w2, "g": grad,
+        "rows_each": rows_each, "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
-    return _launch(_weight_gradient_kernel, (*blocks, splits), given, {**constants, "OF": of}), partial, bias
+    return [
+        _launch(
+            _weight_gradient_kernel,
+            (blocks, splits),
+            given,
+            {**mlp.constants(config), "OF_X": "x" in of, "OF_SECOND": "second" in of, "OF_W2": "w2" in of},
+        )
+        for of in _together(b, a + b + o, config)
+    ], partials
 
 
 def weight_gradients(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w1, b1 (meaningless without one) and w2 in fp32, summed in a fixed order."""
-    launch, partial, bias = weight_gradient_launch("x", grad, mlp, config)
-    launch.run(grad)
-    dw1, db1 = partial.sum(0), bias.sum(0)
-    if mlp.second is not None:
-        launch, partial, _ = weight_gradient_launch("second", grad, mlp, config)
+    launches, partials = weight_gradient_launches(grad, mlp, config)
+    for launch in launches:
         launch.run(grad)
-        dw1 = torch.cat((dw1, partial.sum(0)), 1)
-    launch, partial, _ = weight_gradient_launch("w2", grad, mlp, config)
-    launch.run(grad)
-    return dw1, db1, partial.sum(0)
+    return partials.w1.sum(0), partials.b1.sum(0), partials.w2.sum(0)

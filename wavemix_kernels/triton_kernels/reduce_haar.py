@@ -76,6 +76,13 @@ def _position(first, rows, cols, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _pairs(at, mask):
+    """Neighbours along a row of contiguous pixels, in one access for both."""
+    both = at[:, :, None] + tl.arange(0, 2)[None, None, :]
+    return tl.split(tl.load(both, mask=mask[:, :, None], other=0.0))
+
+
+@triton.jit
 def _split_quads(low):
     """Values in Z-order (4q, outputs) -> the quads' corners a, b, c, d, each (q, outputs)."""
     quads = tl.reshape(low, (low.shape[0] // 4, 2, 2, low.shape[1]))
@@ -127,7 +134,7 @@ def _store_level(
 def _reduce_haar_kernel(
     zs, x, weight, bias,
     blocks: tl.int64, rows: tl.int64, cols: tl.int64, channels, o, x_n, x_c, x_h, x_w,
-    BIAS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    BIAS: tl.constexpr, LEVELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr,
     DOUBLINGS: tl.constexpr, QUADS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,10 +163,17 @@ def _reduce_haar_kernel(
                 other=0.0,
             )
         )
-        a = tl.dot(tl.load(at, mask=mask, other=0.0), taps, a, input_precision=PRECISION)
-        b = tl.dot(tl.load(at + x_w, mask=mask, other=0.0), taps, b, input_precision=PRECISION)
-        c = tl.dot(tl.load(at + x_h, mask=mask, other=0.0), taps, c, input_precision=PRECISION)
-        d = tl.dot(tl.load(at + x_h + x_w, mask=mask, other=0.0), taps, d, input_precision=PRECISION)
+        if PAIRS:
+            upper_left, upper_right = _pairs(at, mask)
+            lower_left, lower_right = _pairs(at + x_h, mask)
+        else:
+            upper_left, upper_right = tl.load(at, mask=mask, other=0.0), tl.load(at + x_w, mask=mask, other=0.0)
+            lower_left = tl.load(at + x_h, mask=mask, other=0.0)
+            lower_right = tl.load(at + x_h + x_w, mask=mask, other=0.0)
+        a = tl.dot(upper_left, taps, a, input_precision=PRECISION)
+        b = tl.dot(upper_right, taps, b, input_precision=PRECISION)
+        c = tl.dot(lower_left, taps, c, input_precision=PRECISION)
+        d = tl.dot(lower_right, taps, d, input_precision=PRECISION)
     if BIAS:
         # A constant of every pixel: LL gets twice of it, the bands nothing. Added to the corners it would round them.
         offset = tl.load(bias + out, mask=in_outputs, other=0.0).to(tl.float32)[None, :]
@@ -199,6 +213,8 @@ def launch(
     )  # fmt: skip
     constants = {
         "BIAS": bias is not None, "LEVELS": levels, "CHANNELS_LAST": channels_last, "VECTOR": vector,
+        # An asynchronous copy has 4 bytes at least: two pixels of the half types, one of fp32.
+        "PAIRS": itemsize == 2 and x.stride(3) == 1 and x.stride(1) != 1,
         "DOUBLINGS": vector.bit_length() - 1 if channels_last else 0, "QUADS": config.quads,
         "OUTPUTS": config.outputs, "CHANNELS": config.channels, "PRECISION": input_precision(),
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
