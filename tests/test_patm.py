@@ -38,7 +38,7 @@ recomputes = pytest.mark.parametrize("recompute", patm_op.RECOMPUTE)
 @pytest.fixture(autouse=True)
 def on_the_cpu(device: str) -> None:
     if device != "cpu":
-        pytest.skip("PATM's kernels so far are the CPU's")
+        pytest.skip("the CPU's part; test_cuda_patm.py and test_triton_patm.py have the GPU's")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -602,4 +602,4 @@ def test_same_bits_for_any_number_of_threads(threads: int) -> None:
 
 def test_probe_of_an_installation() -> None:
     assert backends.requested() == "auto"
-    assert op.cpu_why_not() == backends.cpu_why_not()
+    assert op.BACKENDS["cpu"].why_not() == backends.cpu_why_not()
