@@ -77,7 +77,7 @@ fi
 
 # A skip prints its reason: -ra.
 stage parity-haar 60 "$python" -m pytest -q -ra -p no:cacheprovider tests/test_haar.py --device cuda || parity_failed=1
-for file in test_cuda_ops test_cuda_patm test_triton_waveblock test_triton_haar test_triton_patm; do
+for file in test_cuda_ops test_cuda_patm test_triton_waveblock test_triton_deconv test_triton_haar test_triton_patm; do
   stage "parity-${file#test_}" 40 "$python" -m pytest -q -ra -p no:cacheprovider "tests/$file.py" --device cuda ||
     parity_failed=1
 done

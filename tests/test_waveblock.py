@@ -342,9 +342,7 @@ def test_inference_form_of_a_model() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(image), want, rtol=1e-12, atol=1e-12)
     state = model.state_dict()
-    again = wk.fuse_for_inference(
-        WaveMix(num_classes=5, depth=2, final_dim=16, ff_channel=16, level=2).double()
-    )
+    again = wk.fuse_for_inference(WaveMix(num_classes=5, depth=2, final_dim=16, ff_channel=16, level=2).double())
     again.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(again(image), model(image))

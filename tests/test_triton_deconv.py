@@ -1,0 +1,345 @@
+"""The Triton kernels of the transposed convolution: against float64, in every configuration, compiled for a real chip.
+
+Run as a script (`python -m tests.test_triton_deconv`) it prints what the compiled kernels take of an H100 as JSON. The
+test runs that as a process of its own: kernels defined under TRITON_INTERPRET=1 do not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.test_triton_waveblock import U32, each_dtype, image, randn, skip_interpreted_bfloat16, stored
+from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+
+from wavemix_kernels.triton_kernels import deconv as kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_workspaces() -> Iterator[None]:
+    """torch then fills what `empty` returns with NaN: the kernels' workspaces too."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def transposed(u: Tensor, weight: Tensor) -> Tensor:
+    return F.conv_transpose2d(u, weight, None, 2, 1)
+
+
+def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.clone().requires_grad_()
+    return torch.autograd.grad(transposed(u, weight), weight, g)[0]
+
+
+class Case:
+    """Tensors of one shape, and float64 results with bounds made of the arithmetic (all on the CPU).
+
+    A sum of k products in fp32 errs by k * u32 of the sum S of their absolute values, in whatever order; S is the same
+    operation on absolute values. An operand that is made and rounded (the norm's gradient) passes its error on.
+    """
+
+    def __init__(
+        self, n: int, f: int, o: int, h: int, w: int, dtype: torch.dtype, device: str, memory: str, offset: float = 0
+    ) -> None:
+        self.dtype, self.device, self.memory = dtype, device, memory
+        self.u = image(randn(n, f, h, w), dtype, device, memory)
+        self.weight = (randn(f, o, 4, 4) / (4 * f) ** 0.5).to(device, dtype)
+        self.bias = (randn(o) + offset).to(device, dtype)
+        self.g = image(randn(n, o, 2 * h, 2 * w, seed=1), dtype, device, memory)
+        y = image(randn(n, o, 2 * h, 2 * w, seed=2) + 1, dtype, device, memory)
+        self.norm = kernels.Norm(y, *(randn(o, seed=s).to(device, torch.float32) for s in (3, 4, 5, 6)))
+
+    def empty(self, like: Tensor) -> Tensor:
+        return image(torch.full(like.shape, NAN), self.dtype, self.device, self.memory)
+
+    def wide(self, t: Tensor) -> Tensor:
+        return t.cpu().double()
+
+    def check_forward(self, y: Tensor, with_bias: bool) -> None:
+        u, weight, bias = self.wide(self.u), self.wide(self.weight), self.wide(self.bias) * with_bias
+        exact = transposed(u, weight) + bias[:, None, None]
+        sums = transposed(u.abs(), weight.abs()) + bias.abs()[:, None, None]
+        assert_within(y, exact, (4 * u.shape[1] + 1) * U32 * sums + stored(exact, self.dtype), f"y {self.dtype}")
+
+    def check_stats(self, y: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Those of y as it was stored. A part's mean errs by its rows' roundings of the largest value, which enters
+        the variance squared and as twice its product with the deviations, once there and once combining."""
+        wide = self.wide(y)
+        n, largest = wide[:, 0].numel(), wide.abs().amax((0, 2, 3))
+        exact, exact_mean = wide.var((0, 2, 3), correction=0), wide.mean((0, 2, 3))
+        assert_within(mean, exact_mean, (n + 2) * U32 * largest, "mean")
+        error = (min(n, 256) + 2) * U32 * largest
+        deviation = (wide - exact_mean[:, None, None]).abs().mean((0, 2, 3))
+        assert_within(var, exact, (n + 8) * U32 * exact + 2 * error * (2 * deviation + error), "var")
+
+    def gradient(self, with_norm: bool) -> tuple[Tensor, Tensor]:
+        """Of y, and the error of making it."""
+        g = self.wide(self.g)
+        if not with_norm:
+            return g, torch.zeros_like(g)
+        y = self.wide(self.norm.y)
+        a, b, mean, d = (self.wide(t)[:, None, None] for t in self.norm[1:])
+        made = a * g + b * (y - mean) + d
+        terms = (a * g).abs() + b.abs() * (y.abs() + mean.abs()) + d.abs()
+        half = self.dtype != torch.float32
+        return made, 4 * U32 * terms + (UNIT_ROUNDOFF[self.dtype] * made.abs() + UNDERFLOW[self.dtype]) * half
+
+    def check_input(self, du: Tensor, with_norm: bool) -> None:
+        g, error = self.gradient(with_norm)
+        weight = self.wide(self.weight)
+        exact, passed = F.conv2d(g, weight, None, 2, 1), F.conv2d(error, weight.abs(), None, 2, 1)
+        sums = F.conv2d(g.abs() + error, weight.abs(), None, 2, 1)
+        bound = passed + 16 * g.shape[1] * U32 * sums + stored(exact, self.dtype)
+        assert_within(du, exact, bound, f"du {self.dtype} norm={with_norm}")
+
+    def check_weight(self, dw: Tensor, db: Tensor | None, with_norm: bool) -> None:
+        g, error = self.gradient(with_norm)
+        u, weight, n = self.wide(self.u), self.wide(self.weight), self.u[:, 0].numel()
+        exact = weight_gradient(g, u, weight)
+        bound = weight_gradient(error, u.abs(), weight) + n * U32 * weight_gradient(g.abs() + error, u.abs(), weight)
+        assert_within(dw, exact, bound + stored(exact, self.dtype), f"dw {self.dtype} norm={with_norm}")
+        if db is not None:
+            exact = g.sum((0, 2, 3))
+            bound = error.sum((0, 2, 3)) + 4 * n * U32 * (g.abs() + error).sum((0, 2, 3))
+            assert_within(db, exact, bound + stored(exact, self.dtype), f"db {self.dtype} norm={with_norm}")
+
+    def forward(self, with_bias: bool, with_stats: bool, config: Any = None) -> tuple[Tensor, ...]:
+        y = self.empty(self.g)
+        stats = tuple(torch.full((y.shape[1],), NAN, device=self.device) for _ in range(2)) if with_stats else None
+        kernels.forward(y, self.u, self.weight, self.bias if with_bias else None, stats, config)
+        return (y, *(stats or ()))
+
+    def input_grad(self, with_norm: bool, config: Any = None) -> Tensor:
+        du = self.empty(self.u)
+        kernels.input_grad(du, self.g, self.norm if with_norm else None, self.weight, config)
+        return du
+
+    def weight_grad(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
+        dw, db = torch.full_like(self.weight, NAN), torch.full_like(self.bias, NAN) if with_bias else None
+        kernels.weight_grad(dw, db, self.g, self.norm if with_norm else None, self.u, config)
+        return dw, db
+
+    def check(self, config: Any = None) -> None:
+        """All of them, with and without what is optional."""
+        for with_bias, with_stats in ((True, True), (False, False)):
+            y, *stats = self.forward(with_bias, with_stats, config)
+            self.check_forward(y, with_bias)
+            if with_stats:
+                self.check_stats(y, *stats)
+        for with_norm in (False, True):
+            self.check_input(self.input_grad(with_norm, config), with_norm)
+            self.check_weight(*self.weight_grad(with_norm, not with_norm, config), with_norm)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "n, f, o, h, w, memory",
+    [
+        (1, 48, 20, 5, 7, "channels"),
+        (2, 20, 48, 7, 9, "slice"),  # two blocks of pixels, the second not full
+        (1, 8, 80, 3, 2, "slice"),  # two blocks of columns in fp32
+        (3, 5, 6, 1, 1, "slice"),
+        (1, 1, 1, 1, 3, "channels"),
+    ],
+)
+def test_deconv(n: int, f: int, o: int, h: int, w: int, memory: str, dtype: torch.dtype, device: str) -> None:
+    skip_interpreted_bfloat16(dtype)
+    Case(n, f, o, h, w, dtype, device, memory).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_configuration(dtype: torch.dtype, device: str) -> None:
+    case = Case(1, 20, 36, 2, 3, dtype, device, "channels")
+    shapes = {(c.rows, c.columns, c.depth): c for c in kernels.search_space(dtype.itemsize)}
+    assert shapes
+    # Warps and stages are nothing to the interpreter.
+    for config in shapes.values() if device == "cpu" else kernels.search_space(dtype.itemsize):
+        case.check(config)
+
+
+def test_bias_gradient_behind_a_norm(device: str) -> None:
+    """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
+    case = Case(2, 8, 48, 5, 7, torch.float32, device, "slice")
+    case.check_weight(*case.weight_grad(True, True), True)
+
+
+def test_statistics_far_from_zero(device: str) -> None:
+    """|mean| 1e4 standard deviations: 1e4^2 * u32 = 6 is what a difference of squares would err by, of 1."""
+    case = Case(2, 16, 20, 17, 23, torch.float32, device, "channels", offset=1e4)
+    y, mean, var = case.forward(True, True)
+    assert float(var.min()) > 0.3
+    case.check_stats(y, mean, var)
+    assert float((var.cpu() - case.wide(y).var((0, 2, 3), correction=0)).abs().max()) < 0.05
+
+
+def test_statistics_of_many_parts(device: str) -> None:
+    """More of them than one combination takes: 127 groups of 33, of which a tile holds 32, and a short one, whose last
+    part has half as many values. The 33rd of each group lies apart from the others."""
+    parts, each, channels = 4200, 33, 20
+    values = randn(parts, 4, channels) + 100 + 8.0 * (torch.arange(parts) % each == each - 1)[:, None, None]
+    values[-1, 2:] = values[-1, :2]  # twice the same: of mean and variance as of two
+    values = values.float()
+    counts = torch.full((parts, channels), 4.0)
+    counts[-1] = 2
+    partial = torch.stack([values.mean(1), values.var(1, correction=0) * counts, counts]).to(device)
+    launch, merged = kernels.merge_launch(partial)
+    launch.run(merged)
+    assert merged.shape == (3, 128, channels)
+    launch, out = kernels.batch_norm.combine_launch(merged)
+    launch.run(out)
+    every = values.flatten(0, 1)[:-2].double()
+    # 4 values a part, 33 parts a group and 128 groups are summed one after the other at worst.
+    roundings = 4 + each + 128 + 8
+    assert_within(out[0], every.mean(0), roundings * U32 * every.abs().amax(0), "mean")
+    exact, error = every.var(0, correction=0), roundings * U32 * every.abs().amax(0)
+    assert_within(out[1], exact, roundings * U32 * exact + 2 * error * (2 * exact.sqrt() + error), "var")
+
+
+def test_results_are_the_same_in_every_run(device: str) -> None:
+    case = Case(2, 8, 48, 9, 8, torch.float16, device, "channels")
+    runs = [
+        [
+            *case.forward(True, True),
+            case.input_grad(True),
+            *case.weight_grad(False, True),
+            *case.weight_grad(True, True),
+        ]
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert first is not None
+        assert second is not None
+        assert not first.isnan().any()
+        assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
+def test_empty_batch(device: str) -> None:
+    case = Case(0, 8, 6, 3, 4, torch.float32, device, "channels")
+    y, mean, var = case.forward(True, True)
+    assert y.shape == (0, 6, 6, 8)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert case.input_grad(True).shape == (0, 8, 3, 4)
+    for result in case.weight_grad(True, True):
+        assert result is not None
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+def far(t: Tensor, device: str) -> Tensor:
+    """The same images, more than 2^31 elements from each other: untouched pages of a CPU's memory are free."""
+    apart = 2**31 + 64
+    size = apart * (t.shape[0] - 1) + t[0].numel()
+    flat = torch.from_numpy(np.empty(size, np.float16)) if device == "cpu" else torch.zeros(
+        size, dtype=t.dtype, device=device
+    )  # fmt: skip
+    _, c, _, w = t.shape
+    return flat.as_strided(t.shape, (apart, 1, w * c, c)).copy_(t)
+
+
+def test_offsets_beyond_32_bits(device: str) -> None:
+    case = Case(2, 8, 16, 2, 3, torch.float16, device, "channels")
+    near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True)
+    case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
+    y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
+    kernels.forward(y, case.u, case.weight, case.bias, None)
+    kernels.input_grad(du, case.g, case.norm, case.weight)
+    assert torch.equal(y, near[0][0])
+    assert torch.equal(du, near[1])
+    for got, expected in zip(case.weight_grad(True, True), near[2], strict=True):
+        assert got is not None
+        assert expected is not None
+        assert torch.equal(got, expected)
+
+
+def test_refuses_an_image_that_32_bits_do_not_count() -> None:
+    u, y = (torch.empty(1, 1, 2**k, 2**k, device="meta") for k in (15, 16))
+    with pytest.raises(ValueError, match=r"32768 x 32768 pixels.*fewer than 2\*\*30"):
+        kernels.forward_launch(y, u, torch.empty(1, 1, 4, 4, device="meta"), None, False)
+
+
+# ------------------------------------------------------------------------------- compiled without a GPU at hand
+
+
+def compiled_launches() -> list[tuple[str, int, Any]]:
+    """(name, architecture, launch) of default tiles, on tensors without storage."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.to(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+    found: list[tuple[str, int, Any]] = []
+    points = [(90, torch.float16, 192), (90, torch.float32, 96)]
+    points += [(arch, torch.float16, 192) for arch in (80, 100, 120)]
+    for arch, dtype, c in points:
+        by_warps = arch in (80, 120)
+        u, y = meta(64, c, 32, 32, dtype=dtype), meta(64, c, 64, 64, dtype=dtype)
+        weight, norm = torch.empty(c, c, 4, 4, dtype=dtype, device="meta"), kernels.Norm(y, *(meta(c),) * 4)
+        pixels = u[:, 0].numel()
+        rows = {"forward": pixels, "input": pixels, "weight": 4 * c}
+        configs = {
+            kind: kernels.config_for(kind, dtype.itemsize, c, pixels if kind == "weight" else c, rows[kind], by_warps)
+            for kind in ("forward", "input", "weight")
+        }
+        launches = {
+            "forward": kernels.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
+            "input": kernels.input_grad_launch(u, y, norm, weight, configs["input"]),
+            "weight": kernels.weight_grad_launch(y, norm, u, True, configs["weight"])[0],
+        }
+        found += [(f"{name} {dtype} {c}", arch, launch) for name, launch in launches.items()]
+    found += [("merge", 90, kernels.merge_launch(meta(3, 2048, 192))[0])]
+    found += [("reduce", 90, kernels.reduce_launch(weight, meta(11, 4, 4, 192, 192)))]
+    return found
+
+
+def main() -> None:
+    from tests.test_triton_aot import compile_launch
+
+    rows = []
+    for name, arch, launch in compiled_launches():
+        row = compile_launch(arch, launch)
+        ptx = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants).asm["ptx"]
+        instructions = [i for i in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if i in ptx]
+        rows.append({"name": name, "arch": arch, **row, "tensor_cores": instructions})
+    json.dump(rows, sys.stdout)
+
+
+def test_compiled_for_real_chips() -> None:
+    """No spills, one block at least in every chip's shared memory, 16-byte accesses, each chip's matrix instruction."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")  # a second run compiles only what changed
+    command = [sys.executable, "-m", "tests.test_triton_deconv"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
+    table = json.loads(done.stdout)
+    assert len(table) == len(compiled_launches())
+    listing = "\n".join(map(str, table))
+    matrices = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    for row in table:
+        assert not {"LDL", "STL"} & set(row["accesses"]), f"{row['name']} spills:\n{listing}"
+        assert row["registers"] * row["constants"]["num_warps"] * 32 <= 65536, f"{row['name']} does not fit:\n{listing}"
+        assert row["shared"] <= 99 * 1024, f"{row['name']} does not fit every chip:\n{listing}"
+        assert any(".128" in name for name in row["accesses"]), f"{row['name']} has no 16-byte access:\n{listing}"
+        if "float16" in row["name"]:
+            assert row["tensor_cores"] == [matrices[row["arch"]]], f"{row['name']} multiplies otherwise:\n{listing}"
+
+
+if __name__ == "__main__":
+    main()

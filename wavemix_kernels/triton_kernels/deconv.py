@@ -1,0 +1,587 @@
+"""The Waveblock's transposed convolution (4x4 taps, stride 2, padding 1) in Triton, as implicit matrix products.
+
+Along one axis output 2i + p is made of inputs i + p - 1 + t with taps 3 - p - 2t, t = 0, 1: four sub-pixel
+convolutions of 2x2 taps, one for each parity (p, q) of an output pixel. Forward, a program makes one parity of a run
+of pixels; the four parities of a run are neighbours in the grid, so what they read of the input comes from L2 after
+the first touch. The gradients read y's gradient, or make it in registers from that of a BatchNorm behind it.
+Statistics and weights' gradients are partial results of fixed parts combined in a fixed order: the same in every run.
+"""
+
+# No `from __future__ import annotations` here: Triton reads its kernels' annotations.
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef"
+# (Triton's functions are traced, not called: their arguments have no Python types.)
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import batch_norm
+from .launch import Launch, cover, input_precision, pow2_at_least
+
+Kind = Literal["forward", "input", "weight"]
+_MULTIPROCESSORS = 132  # of an H100
+_GROUPS = 128  # of partial statistics, which batch_norm's combination takes
+_REDUCED = 64  # weights of all 16 taps that a program adds up
+
+
+@dataclass(frozen=True)
+class DeconvConfig:
+    """Rows of a result by `depth` of the products' inner dimension at a time; `columns`: the most held in registers.
+
+    Rows are pixels, or for the weight's gradient pairs of a tap and an input channel; depth is in channels, or there
+    in pixels.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def _widths(columns: int, most: int) -> tuple[int, int]:
+    """Of the tiles of equal parts of `columns`, of `most` or fewer."""
+    return cover(triton.cdiv(columns, triton.cdiv(columns, most)))
+
+
+def config_for(
+    kernel: Kind, itemsize: int, columns: int, inner: int, rows: int, by_warps: bool = False
+) -> DeconvConfig:
+    """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
+
+    Half types: 128 x 192 results on eight warps take 174 (forward) to 228 registers of a thread, so an SM has one such
+    block, which its stages keep busy. At the 2048 products a clock of an H100's tensor cores it reads 4096 * (1 / 128 +
+    1 / 192) = 53 bytes a clock from L2, of which L2 gives each SM some 32; the 64 x 192 of which an SM has two would
+    read 85. Twice the rows would read 37, and spill, as would weights' gradients 256 wide and, with four warps to a
+    block and two of them to an SM, the input's 96 or 128 wide.
+    `by_warps`: the chip's matrix instructions take both operands from registers, beside which a gradient that is made
+    there leaves less room.
+    fp32 multiplies on the ordinary units, 16 times slower: small tiles, whose operands take the registers.
+    """
+    depth = min(32 if itemsize == 2 else 16, max(16, pow2_at_least(inner)))
+    if itemsize == 4:
+        return DeconvConfig(64, 64, depth, 4, 2)
+    tall, widest, stages = 128, 256, 3
+    if kernel == "weight":
+        tall, widest = min(tall, max(64, pow2_at_least(rows))), 96 if by_warps else 192
+    elif triton.cdiv(rows, tall) * (4 if kernel == "forward" else 1) < _MULTIPROCESSORS:
+        tall = 64
+    if kernel == "input" and by_warps:
+        depth, stages = 16, 4
+    return DeconvConfig(tall, widest, depth, 4 if tall * sum(_widths(columns, widest)) <= 8192 else 8, stages)
+
+
+def search_space(itemsize: int) -> Iterator[DeconvConfig]:
+    """Configurations worth timing; those of 256 rows spill, and may be faster all the same."""
+    if itemsize == 4:
+        for rows in (32, 64):
+            for num_warps in (4, 8):
+                yield DeconvConfig(rows, 64, 16, num_warps, 2)
+        return
+    for rows, columns, num_warps in ((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)):
+        for depth, num_stages in ((32, 3), (32, 4), (64, 3)):
+            yield DeconvConfig(rows, columns, depth, num_warps, num_stages)
+
+
+class Norm(NamedTuple):
+    """BatchNorm's backward through batch statistics: y's gradient is a * g + b * (y - mean) + d, g being the output's.
+
+    y (N, O, 2H, 2W) as the convolution's, the rest fp32 (O).
+    """
+
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    mean: Tensor
+    d: Tensor
+
+
+# -------------------------------------------------------------------------------------------------- on tiles
+
+
+@triton.jit
+def _places(start, pixels, h, w, ROWS: tl.constexpr):
+    """Image, row and column of ROWS pixels from number `start` on, and which of them exist."""
+    image = start // (h * w)  # the one 64-bit division: within the image 32 bits do
+    number = (start - image * (h * w)).to(tl.int32) + tl.arange(0, ROWS)
+    inside = number % (h * w)
+    row = inside // w
+    return image + (number // (h * w)).to(tl.int64), row, inside - row * w, start + tl.arange(0, ROWS) < pixels
+
+
+@triton.jit
+def _matrix(at, step, row, rows, col, cols):
+    """A tile of a row-major matrix, zero outside."""
+    return tl.load(
+        at + row[:, None] * step + col[None, :], mask=(row < rows)[:, None] & (col < cols)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _gradient(g, y, a, b, mean, d, in_image, channel, in_channels, NORM: tl.constexpr, ZERO: tl.constexpr):
+    """A tile of y's gradient, at addresses of g and of y; where made from a norm, rounded once to g's dtype.
+
+    The tile's pixels vary along one axis, its channels along the other. ZERO: pixels that are not in the image are
+    zero (else they are what the norm makes of zeros).
+    """
+    value = tl.load(g, mask=in_image & in_channels, other=0.0)
+    if NORM:
+        centred = tl.load(y, mask=in_image & in_channels, other=0.0).to(tl.float32)
+        centred -= tl.load(mean + channel, mask=in_channels, other=0.0)
+        made = centred * tl.load(b + channel, mask=in_channels, other=0.0)
+        made += tl.load(d + channel, mask=in_channels, other=0.0)
+        made += value.to(tl.float32) * tl.load(a + channel, mask=in_channels, other=0.0)
+        if ZERO:
+            made = tl.where(in_image, made, 0.0)
+        value = made.to(value.dtype)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------- forward
+#
+# A result's columns are held in two tiles, of W0 and W1 (launch.cover); a width of 0: no tile, and what Triton wants a
+# value for is never used.
+
+_FREE = ("pixels", "h", "w")  # one binary for all of them
+
+
+@triton.jit
+def _finish(
+    acc, at, bias, mean, m2, count, valid, col, o, BIAS: tl.constexpr, STATS: tl.constexpr
+):  # fmt: skip
+    """Stores rows of y; and of each channel's rounded values, as a BatchNorm sees them, the mean, the sum of squared
+    deviations from it and the count."""
+    if BIAS:
+        acc += tl.load(bias + col, mask=col < o, other=0.0).to(tl.float32)[None, :]
+    value = acc.to(at.dtype.element_ty)
+    tl.store(at + col[None, :], value, mask=valid[:, None] & (col < o)[None, :])
+    if STATS:
+        seen = tl.where(valid[:, None], value.to(tl.float32), 0.0)
+        here = tl.sum(valid.to(tl.float32), 0)
+        centre = tl.sum(seen, 0) / here
+        deviation = tl.where(valid[:, None], seen - centre[None, :], 0.0)
+        tl.store(mean + col, centre, mask=col < o)
+        tl.store(m2 + col, tl.sum(deviation * deviation, 0), mask=col < o)
+        tl.store(count + col, tl.zeros((col.shape[0],), tl.float32) + here, mask=col < o)
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _forward_kernel(
+    y, mean, m2, count, u, weight, bias,
+    pixels: tl.int64, h, w, f, o, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64, u_n: tl.int64, u_h: tl.int64,
+    u_w: tl.int64,
+    BIAS: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr,
+    W1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weight: (4, 4, f, o)."""
+    COLUMNS: tl.constexpr = W0 + W1
+    OTHER: tl.constexpr = W1 if W1 > 0 else 16
+    parity = tl.program_id(0) % 4
+    p, q = parity // 2, parity % 2
+    blocks = tl.cdiv(o, COLUMNS)
+    block = tl.program_id(0) // 4 // blocks
+    first = (tl.program_id(0) // 4 % blocks) * COLUMNS
+    image, row, col, valid = _places(block.to(tl.int64) * ROWS, pixels, h, w, ROWS)
+    pixel = u + image * u_n + row * u_h + col * u_w
+    out0 = first + tl.arange(0, W0)
+    out1 = first + W0 + tl.arange(0, OTHER)
+    acc0 = tl.zeros((ROWS, W0), tl.float32)
+    acc1 = tl.zeros((ROWS, OTHER), tl.float32)
+    for step in range(0, 4 * tl.cdiv(f, DEPTH)):
+        s, t = step % 4 // 2, step % 2  # a pixel's four neighbours one after the other: mostly the same cache lines
+        channel = step // 4 * DEPTH + tl.arange(0, DEPTH)
+        down, along = p - 1 + s, q - 1 + t
+        there = valid & (row + down >= 0) & (row + down < h) & (col + along >= 0) & (col + along < w)
+        at = pixel[:, None] + (down * u_h + along * u_w) + channel[None, :]
+        tile = tl.load(at, mask=there[:, None] & (channel < f)[None, :], other=0.0)
+        tap = weight + ((3 - p - 2 * s) * 4 + 3 - q - 2 * t) * f * o
+        acc0 = tl.dot(tile, _matrix(tap, o, channel, f, out0, o), acc0, input_precision=PRECISION)
+        if W1 > 0:
+            acc1 = tl.dot(tile, _matrix(tap, o, channel, f, out1, o), acc1, input_precision=PRECISION)
+    at = y + image * y_n + (2 * row + p) * y_h + (2 * col + q) * y_w
+    part = (block.to(tl.int64) * 4 + parity) * o
+    _finish(acc0, at[:, None], bias, mean + part, m2 + part, count + part, valid, out0, o, BIAS, STATS)
+    if W1 > 0:
+        _finish(acc1, at[:, None], bias, mean + part, m2 + part, count + part, valid, out1, o, BIAS, STATS)
+
+
+@triton.jit
+def _merge_kernel(
+    out_mean, out_m2, out_count, mean, m2, count, parts, channels, each, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Statistics of `each` parts from those of one by Chan's formula, as deviations from what was seen before."""
+    group = tl.program_id(1)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    centre = tl.zeros((CHANNELS,), tl.float32)
+    squares = tl.zeros((CHANNELS,), tl.float32)
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for start in range(0, each, PARTS):
+        part = group * each + start + tl.arange(0, PARTS)
+        at = part.to(tl.int64)[:, None] * channels + channel[None, :]
+        mask = ((start + tl.arange(0, PARTS) < each) & (part < parts))[:, None] & (channel < channels)[None, :]
+        weight = tl.load(count + at, mask=mask, other=0.0)
+        delta = tl.where(mask, tl.load(mean + at, mask=mask, other=0.0) - centre[None, :], 0.0)
+        here = tl.sum(weight, 0)
+        share = 1.0 / tl.maximum(here, 1.0)  # a count is 0 or at least 1
+        shift = tl.sum(delta * weight, 0) * share
+        rest = delta - shift[None, :]
+        both = tl.maximum(total + here, 1.0)
+        squares += tl.sum(tl.load(m2 + at, mask=mask, other=0.0) + rest * rest * weight, 0)
+        squares += shift * shift * (total * (here / both))
+        centre += shift * (here / both)
+        total += here
+    at = group.to(tl.int64) * channels + channel
+    tl.store(out_mean + at, centre, mask=channel < channels)
+    tl.store(out_m2 + at, squares, mask=channel < channels)
+    tl.store(out_count + at, total, mask=channel < channels)
+
+
+# --------------------------------------------------------------------------------------------------- gradients
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _input_gradient_kernel(
+    du, g, y, a, b, mean, d, weight,
+    pixels: tl.int64, h, w, f, o, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    g_w: tl.int64, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64,
+    NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A convolution of stride 2: input pixel i has output pixels 2i - 1 + k. weight: (4, 4, o, f)."""
+    COLUMNS: tl.constexpr = W0 + W1
+    OTHER: tl.constexpr = W1 if W1 > 0 else 16
+    blocks = tl.cdiv(f, COLUMNS)
+    block = tl.program_id(0) // blocks
+    first = (tl.program_id(0) % blocks) * COLUMNS
+    image, row, col, valid = _places(block.to(tl.int64) * ROWS, pixels, h, w, ROWS)
+    from_g = g + image * g_n + 2 * row * g_h + 2 * col * g_w
+    from_y = y + image * y_n + 2 * row * y_h + 2 * col * y_w
+    out0 = first + tl.arange(0, W0)
+    out1 = first + W0 + tl.arange(0, OTHER)
+    acc0 = tl.zeros((ROWS, W0), tl.float32)
+    acc1 = tl.zeros((ROWS, OTHER), tl.float32)
+    for step in range(0, 16 * tl.cdiv(o, DEPTH)):
+        down, along = step % 16 // 4 - 1, step % 4 - 1
+        channel = step // 16 * DEPTH + tl.arange(0, DEPTH)
+        there = valid & (2 * row + down >= 0) & (2 * row + down < 2 * h)
+        there = there & (2 * col + along >= 0) & (2 * col + along < 2 * w)
+        tile = _gradient(
+            from_g[:, None] + (down * g_h + along * g_w) + channel[None, :],
+            from_y[:, None] + (down * y_h + along * y_w) + channel[None, :],
+            a, b, mean, d, there[:, None], channel[None, :], (channel < o)[None, :], NORM, True,
+        )  # fmt: skip
+        tap = weight + (step % 16) * f * o
+        acc0 = tl.dot(tile, _matrix(tap, f, channel, o, out0, f), acc0, input_precision=PRECISION)
+        if W1 > 0:
+            acc1 = tl.dot(tile, _matrix(tap, f, channel, o, out1, f), acc1, input_precision=PRECISION)
+    at = du + (image * du_n + row * du_h + col * du_w)[:, None]
+    tl.store(at + out0[None, :], acc0.to(du.dtype.element_ty), mask=valid[:, None] & (out0 < f)[None, :])
+    if W1 > 0:
+        tl.store(at + out1[None, :], acc1.to(du.dtype.element_ty), mask=valid[:, None] & (out1 < f)[None, :])
+
+
+@triton.jit
+def _sums(
+    u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n, u_h, u_w,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr, W1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Over the patches `begin` to `end` of DEPTH pixels: products of the inputs at m (pairs of a tap and a channel) and
+    the gradients of outputs of parity (p, q) in columns col0 and col1; or where BIAS, the sums of the latter alone."""
+    DOWN: tl.constexpr = DEPTH // ACROSS
+    SUMMED: tl.constexpr = DEPTH if BIAS else m.shape[0]
+    acc0 = tl.zeros((col0.shape[0], SUMMED), tl.float32)
+    acc1 = tl.zeros((col1.shape[0], SUMMED), tl.float32)
+    tap = m // f
+    down, along = p - 1 + tap // 2, q - 1 + tap % 2
+    item = tl.arange(0, DEPTH)
+    r, c = item // ACROSS, item % ACROSS
+    # All that differs within a patch is the same for every patch: a step advances scalars.
+    from_u = (r * u_h + c * u_w)[:, None] + (down * u_h + along * u_w + (m - tap * f))[None, :]
+    from_g = (2 * r + p) * g_h + (2 * c + q) * g_w
+    from_y = (2 * r + p) * y_h + (2 * c + q) * y_w
+    wide, high = tl.cdiv(w, ACROSS), tl.cdiv(h, DOWN)
+    image = begin // (wide * high)
+    left = (begin - image * (wide * high)).to(tl.int32)
+    top = left // wide
+    left = left - top * wide
+    for _ in range(begin, end):
+        row, col = top * DOWN + r, left * ACROSS + c
+        valid = (row < h) & (col < w)
+        at_g = (g + image * g_n + 2 * top * DOWN * g_h + 2 * left * ACROSS * g_w + from_g)[None, :]
+        at_y = (y + image * y_n + 2 * top * DOWN * y_h + 2 * left * ACROSS * y_w + from_y)[None, :]
+        grad0 = _gradient(
+            at_g + col0[:, None], at_y + col0[:, None], a, b, mean, d, valid[None, :], col0[:, None],
+            (col0 < o)[:, None], NORM, BIAS,
+        )  # fmt: skip
+        if BIAS:
+            acc0 += grad0.to(tl.float32)
+        else:
+            there = (row[:, None] + down[None, :] >= 0) & (row[:, None] + down[None, :] < h)
+            there = there & (col[:, None] + along[None, :] >= 0) & (col[:, None] + along[None, :] < w)
+            # Zeros of pixels that are not there take what the norm makes of them out of the products.
+            start = u + image * u_n + top * DOWN * u_h + left * ACROSS * u_w
+            taken = tl.load(start + from_u, mask=there & valid[:, None] & (m < 4 * f)[None, :], other=0.0)
+            acc0 = tl.dot(grad0, taken, acc0, input_precision=PRECISION)
+        if W1 > 0:
+            grad1 = _gradient(
+                at_g + col1[:, None], at_y + col1[:, None], a, b, mean, d, valid[None, :], col1[:, None],
+                (col1 < o)[:, None], NORM, BIAS,
+            )  # fmt: skip
+            if BIAS:
+                acc1 += grad1.to(tl.float32)
+            else:
+                acc1 = tl.dot(grad1, taken, acc1, input_precision=PRECISION)
+        left += 1
+        top += left // wide
+        left = tl.where(left == wide, 0, left)
+        image += top // high
+        top = tl.where(top == high, 0, top)
+    return acc0, acc1
+
+
+@triton.jit(do_not_specialize=("patches", "each", "h", "w"))
+def _weight_gradient_kernel(
+    partial, partial_bias, u, g, y, a, b, mean, d,
+    patches: tl.int64, each: tl.int64, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64,
+    y_h: tl.int64, y_w: tl.int64, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial: (splits, 4, 4, o, f); partial_bias: (splits, 4 parities, o).
+
+    All parities, taps and channels of a split of the pixels are neighbours in the grid: their reads meet in L2. So do
+    those of the bias's own programs, without which the products' would have to spill.
+    """
+    COLUMNS: tl.constexpr = W0 + W1
+    OTHER: tl.constexpr = W1 if W1 > 0 else 16
+    parity = tl.program_id(0) % 4
+    p, q = parity // 2, parity % 2
+    index = tl.program_id(0) // 4
+    tiles, blocks = tl.cdiv(4 * f, ROWS) + BIAS, tl.cdiv(o, COLUMNS)
+    tile = index % tiles
+    first = index // tiles % blocks * COLUMNS
+    split = (index // (tiles * blocks)).to(tl.int64)
+    begin, end = split * each, tl.minimum(split * each + each, patches)
+    m = tile * ROWS + tl.arange(0, ROWS)
+    col0 = first + tl.arange(0, W0)
+    col1 = first + W0 + tl.arange(0, OTHER)
+    if tile * ROWS < 4 * f:
+        acc0, acc1 = _sums(
+            u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n,
+            u_h, u_w, NORM, False, ACROSS, DEPTH, W1, PRECISION,
+        )  # fmt: skip
+        tap = m // f
+        tap = (3 - p - tap // 2 * 2) * 4 + 3 - q - tap % 2 * 2
+        at = partial + (split * 16 + tap)[None, :] * (o * f) + (m % f)[None, :]
+        tl.store(at + col0[:, None] * f, acc0, mask=(col0 < o)[:, None] & (m < 4 * f)[None, :])
+        if W1 > 0:
+            tl.store(at + col1[:, None] * f, acc1, mask=(col1 < o)[:, None] & (m < 4 * f)[None, :])
+    elif BIAS:
+        sum0, sum1 = _sums(
+            u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n,
+            u_h, u_w, NORM, True, ACROSS, DEPTH, W1, PRECISION,
+        )  # fmt: skip
+        sums = partial_bias + (split * 4 + parity) * o
+        tl.store(sums + col0, tl.sum(sum0, 1), mask=col0 < o)
+        if W1 > 0:
+            tl.store(sums + col1, tl.sum(sum1, 1), mask=col1 < o)
+
+
+@triton.jit
+def _reduce_kernel(dw, partial, splits, o, f, WEIGHTS: tl.constexpr):
+    """dw (f, o, 16) from partial (splits, 16, o, f)."""
+    at = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
+    tap = tl.arange(0, 16)
+    total = tl.zeros((16, WEIGHTS), tl.float32)
+    for split in range(0, splits):
+        start = partial + (split * 16 + tap).to(tl.int64)[:, None] * (o * f)
+        total += tl.load(start + at[None, :], mask=(at < o * f)[None, :], other=0.0)
+    out = dw + ((at % f) * o + at // f).to(tl.int64)[:, None] * 16 + tap[None, :]
+    tl.store(out, tl.trans(total).to(dw.dtype.element_ty), mask=(at < o * f)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------- launch
+
+
+def _strides(image: Tensor) -> tuple[int, int, int]:
+    """Of n, h and w; channels are innermost."""
+    return image.stride(0), image.stride(2), image.stride(3)
+
+
+def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
+    """pixels, h, w, f, o"""
+    n, f, h, w = u.shape
+    if h * w >= 2**30:
+        raise ValueError(f"u: an image of {h} x {w} pixels; the kernels count fewer than 2**30 of them in one")
+    return n * h * w, h, w, f, o
+
+
+def _by_warps(image: Tensor) -> bool:
+    """config_for's: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100)."""
+    return image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
+
+
+def _constants(config: DeconvConfig, columns: int) -> tuple[int, dict[str, Any]]:
+    """And the blocks of columns."""
+    w0, w1 = _widths(columns, config.columns)
+    return triton.cdiv(columns, w0 + w1), {
+        "ROWS": config.rows, "DEPTH": config.depth, "W0": w0, "W1": w1,
+        "PRECISION": input_precision(), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def forward_launch(
+    y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, stats: bool, config: DeconvConfig | None = None
+) -> tuple[Launch, Tensor]:
+    """A launch and, where `stats`, the (3, parts, O) partial means, squared deviations and counts it fills."""
+    o = weight.shape[1]
+    sizes = _sizes(u, o)
+    config = config or config_for("forward", u.dtype.itemsize, o, u.shape[1], sizes[0], _by_warps(u))
+    blocks, constants = _constants(config, o)
+    runs = triton.cdiv(sizes[0], config.rows)
+    partial = u.new_empty((3, 4 * runs if stats else 0, o), dtype=torch.float32)
+    args = (
+        y, *partial.unbind(0), u, weight.permute(2, 3, 0, 1).contiguous(), weight if bias is None else bias, *sizes,
+        *_strides(y), *_strides(u),
+    )  # fmt: skip
+    grid = (4 * runs * blocks,)
+    return Launch(_forward_kernel, grid, args, {**constants, "BIAS": bias is not None, "STATS": stats}), partial
+
+
+def merge_launch(partial: Tensor) -> tuple[Launch, Tensor]:
+    """A launch and the (3, groups, O) statistics of groups of parts it fills."""
+    _, parts, channels = partial.shape
+    each = triton.cdiv(parts, _GROUPS)
+    out = partial.new_empty((3, triton.cdiv(parts, each), channels))
+    args = (*out.unbind(0), *partial.unbind(0), parts, channels, each)
+    across = 32  # a cache line
+    constants = {"PARTS": 32, "CHANNELS": across, "num_warps": 4, "enable_fp_fusion": True}
+    return Launch(_merge_kernel, (triton.cdiv(channels, across), out.shape[1]), args, constants), out
+
+
+def forward(
+    y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None,
+    config: DeconvConfig | None = None,
+) -> None:  # fmt: skip
+    """Writes conv_transpose2d(u, weight, bias, stride=2, padding=1) into y, and its batch statistics.
+
+    Args:
+        y: (N, O, 2H, 2W), u: (N, F, H, W), fp32, fp16 or bf16, channels contiguous, any other strides.
+        weight: (F, O, 4, 4), bias: (O) contiguous or None, of the same dtype.
+        stats: None, or (mean, var), fp32 (O), for the mean and the biased variance of y's (rounded) values over N, 2H
+            and 2W; NaN where there are none.
+        config: a tile other than :func:`config_for`'s.
+
+    Raises:
+        ValueError: an image has 2**30 pixels or more.
+    """
+    launch, partial = forward_launch(y, u, weight, bias, stats is not None, config)
+    launch.run(u)
+    if stats is None:
+        return
+    if partial.shape[1] > _GROUPS:
+        launch, partial = merge_launch(partial)
+        launch.run(u)
+    launch, _ = batch_norm.combine_launch(partial)
+    launch._replace(args=(*stats, *launch.args[2:])).run(u)  # into the caller's tensors
+
+
+def _norm_arguments(g: Tensor, norm: Norm | None) -> tuple[Tensor, ...]:
+    """What is absent is never read: g stands in for it."""
+    return (g,) * 5 if norm is None else norm
+
+
+def input_grad_launch(
+    du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config: DeconvConfig | None = None
+) -> Launch:
+    f, o = weight.shape[:2]
+    sizes = _sizes(du, o)
+    config = config or config_for("input", du.dtype.itemsize, f, o, sizes[0], _by_warps(du))
+    blocks, constants = _constants(config, f)
+    made = _norm_arguments(g, norm)
+    args = (
+        du, g, *made, weight.permute(2, 3, 1, 0).contiguous(), *sizes, *_strides(du), *_strides(g), *_strides(made[0]),
+    )  # fmt: skip
+    grid = (triton.cdiv(sizes[0], config.rows) * blocks,)
+    return Launch(_input_gradient_kernel, grid, args, {**constants, "NORM": norm is not None})
+
+
+def input_grad(du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config: DeconvConfig | None = None) -> None:
+    """Writes the gradient of u.
+
+    Args:
+        du: (N, F, H, W), g: (N, O, 2H, 2W), fp32, fp16 or bf16, channels contiguous, any other strides.
+        norm: None where g is y's gradient, else what makes it from g (:class:`Norm`); it is rounded to g's dtype and
+            never written to memory.
+        weight: (F, O, 4, 4), of the same dtype.
+        config: a tile other than :func:`config_for`'s.
+
+    Raises:
+        ValueError: an image has 2**30 pixels or more.
+    """
+    input_grad_launch(du, g, norm, weight, config).run(g)
+
+
+def _patch(depth: int, h: int, w: int) -> tuple[int, int]:
+    """Rows and columns of a patch of `depth` pixels: of those that cover an image with the fewest, the widest."""
+    sides = [(depth >> k, 1 << k) for k in reversed(range(depth.bit_length()))]
+    return min(sides, key=lambda side: triton.cdiv(h, side[0]) * triton.cdiv(w, side[1]))
+
+
+def weight_grad_launch(
+    g: Tensor, norm: Norm | None, u: Tensor, has_bias: bool, config: DeconvConfig | None = None
+) -> tuple[Launch, Tensor, Tensor]:
+    """A launch and the partial sums it fills: (splits, 4, 4, O, F), and (splits, 4, O) for the bias."""
+    f, o = u.shape[1], g.shape[1]
+    _, h, w, *_ = sizes = _sizes(u, o)
+    config = config or config_for("weight", u.dtype.itemsize, o, sizes[0], 4 * f, _by_warps(u))
+    blocks, constants = _constants(config, o)
+    down, across = _patch(config.depth, h, w)
+    patches = u.shape[0] * triton.cdiv(h, down) * triton.cdiv(w, across)
+    rows = triton.cdiv(4 * f, config.rows)
+    tiles = 4 * rows * blocks
+    # Deterministic: a function of the shapes. Two programs for each multiprocessor; no fewer than four patches each.
+    splits = max(1, min(2 * _MULTIPROCESSORS // tiles, triton.cdiv(patches, 4)))
+    each = triton.cdiv(patches, splits)
+    splits = max(1, triton.cdiv(patches, max(each, 1)))
+    partial = u.new_empty((splits, 4, 4, o, f), dtype=torch.float32)
+    bias = u.new_empty((splits, 4, o), dtype=torch.float32)
+    made = _norm_arguments(g, norm)
+    args = (
+        partial, bias, u, g, *made, patches, each, *sizes[1:], *_strides(g), *_strides(made[0]), *_strides(u),
+    )  # fmt: skip
+    constants |= {"NORM": norm is not None, "BIAS": has_bias, "ACROSS": across}
+    return Launch(_weight_gradient_kernel, (4 * (rows + has_bias) * blocks * splits,), args, constants), partial, bias
+
+
+def reduce_launch(dw: Tensor, partial: Tensor) -> Launch:
+    splits, _, _, o, f = partial.shape
+    constants = {"WEIGHTS": _REDUCED, "num_warps": 4, "enable_fp_fusion": True}
+    return Launch(_reduce_kernel, (triton.cdiv(f * o, _REDUCED),), (dw, partial, splits, o, f), constants)
+
+
+def weight_grad(
+    dw: Tensor, db: Tensor | None, g: Tensor, norm: Norm | None, u: Tensor, config: DeconvConfig | None = None
+) -> None:
+    """Writes the gradients of weight and bias, summed in a fixed order.
+
+    Args:
+        dw: (F, O, 4, 4), contiguous; db: (O) or None.
+        g, norm: as :func:`input_grad` takes them.
+        u: (N, F, H, W) as :func:`forward` takes it.
+        config: a tile other than :func:`config_for`'s.
+
+    Raises:
+        ValueError: an image has 2**30 pixels or more.
+    """
+    launch, partial, bias = weight_grad_launch(g, norm, u, db is not None, config)
+    launch.run(u)
+    reduce_launch(dw, partial).run(u)
+    if db is not None:
+        db.copy_(bias.sum((0, 1)))
