@@ -145,13 +145,13 @@ def _pixels(exact: Expectation) -> int:
 def module_makers(
     builds: Mapping[str, Callable[[bool], nn.Module]], *, training: bool, layout: str = "nchw"
 ) -> dict[str, Callable[[Setting], Forward]]:
-    """Makers of modules that all start from the same parameters.
+    """Makers of modules that all start from the same parameters; ours in its inference form where nothing trains.
 
     Args:
         builds: makes each provider's module, told whether the exact twin is wanted.
     """
 
-    def made(build: Callable[[bool], nn.Module]) -> Callable[[Setting], Forward]:
+    def made(provider: str, build: Callable[[bool], nn.Module]) -> Callable[[Setting], Forward]:
         def make(setting: Setting) -> Forward:
             # Drawn on the CPU and by the reference, so that devices and providers agree.
             with torch.random.fork_rng(devices=[]):
@@ -160,8 +160,13 @@ def module_makers(
             module = build(setting.exact)
             module.load_state_dict(state)
             module.to(setting.device, setting.dtype, memory_format=FORMATS[layout])
-            return module.train(training)
+            module.train(training)
+            if provider == "ours" and not training:
+                from wavemix_kernels import fuse_for_inference
+
+                return fuse_for_inference(module)  # as torch.compile's weights are frozen
+            return module
 
         return make
 
-    return {name: made(build) for name, build in builds.items()}
+    return {provider: made(provider, build) for provider, build in builds.items()}

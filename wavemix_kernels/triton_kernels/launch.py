@@ -23,30 +23,6 @@ class Launch(NamedTuple):
             self.kernel[self.grid](*self.args, **self.constants)
 
 
-class Span(NamedTuple):
-    """How ``tl.dot`` covers the columns of a result: a power of two, and half as many more where 3 * 2^k fit better."""
-
-    width: int
-    half: bool
-
-    @property
-    def columns(self) -> int:
-        return self.width + self.width // 2 * self.half
-
-
-def span(columns: int, most: int) -> Span:
-    """The least span (at least 16, tl.dot's smallest) of ``columns``, or of equal parts of them of at most ``most``."""
-    parts = max(1, -(-columns // most))
-    wanted = -(-columns // parts)
-    width = 16
-    while True:
-        if wanted <= width:
-            return Span(width, False)
-        if width >= 32 and wanted <= width + width // 2:
-            return Span(width, True)
-        width *= 2
-
-
 def cover(columns: int) -> tuple[int, int]:
     """Widths of the two tiles that hold some columns with least padding, powers of two from 16 (``tl.dot``'s smallest)
     on: 144 as 128 + 16. The second is 0 where one does as well; both are for no columns."""
