@@ -210,6 +210,18 @@ def test_deconv_operators_describe_themselves() -> None:
         torch.library.opcheck(ops.deconv_norm_weight_grad, (grad, y, mean, line, dy, u, True, "auto"), test_utils=tests)
 
 
+def test_deconv_of_nothing() -> None:
+    """Statistics of no pixels are NaN; gradients of weights that saw none are zero."""
+    ops = torch.ops.wavemix_kernels
+    u, weight, bias = torch.empty(0, 40, 3, 4), torch.randn(40, 36, 4, 4), torch.randn(36)
+    y, mean, var = ops.deconv_stats(u, weight, bias, "auto")
+    assert y.shape == (0, 36, 6, 8)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert ops.deconv_input_grad(y, weight, "auto").shape == u.shape
+    assert all(not t.any() for t in ops.deconv_weight_grad(y, u, True, "auto"))
+
+
 def test_deconv_errors() -> None:
     u = torch.zeros(1, 4, 2, 2)
     with pytest.raises(ValueError, match=r"weight: expected \(4, O, 4, 4\) to go with u, got \(4, 2, 3, 3\)"):

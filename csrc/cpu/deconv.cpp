@@ -20,6 +20,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include <math.h>
+
 #include "operands.h"
 
 namespace wavemix {
@@ -382,7 +384,12 @@ template <class T>
 void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
   using A = typename Arithmetic<T>::type;
   const Tiles tiles(args);
-  if (tiles.count == 0) return;
+  if (tiles.count == 0) {
+    // The mean of nothing is no number, and says so.
+    for (int64_t c = 0; c < args.o && mean != nullptr; ++c)
+      static_cast<A*>(mean)[c] = static_cast<A*>(var)[c] = static_cast<A>(NAN);
+    return;
+  }
   threads = threads_for(args, threads);
   advise<3>(args.y.data, {args.y.stride[0], args.y.stride[2], args.y.stride[3]}, {args.n, 2 * args.h, 2 * args.w},
             static_cast<int64_t>(sizeof(T)));
