@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # `benchmarks` lies beside `tests`; last, so that an installed package stays first
 
-from benchmarks import (  # noqa: E402
+from benchmarks import (  # noqa: E402 - after the path is set
     case,
     cases,
     cases_haar,

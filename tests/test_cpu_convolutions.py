@@ -105,8 +105,11 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
     plain = torch.autograd.grad(exact, leaves, grad.double(), retain_graph=True)
 
     r = UNIT_ROUNDOFF[wide]
-    # Forms of input and weight and the last sums: 2 additions each along both axes. In float64 the reference errs too.
-    terms = lambda depth: (depth + 12) * r * (2 if dtype == torch.float64 else 1)  # noqa: E731
+
+    def terms(depth: int) -> float:
+        # Forms of input and weight and the last sums: 2 additions each along both axes. A float64 reference errs too.
+        return (depth + 12) * r * (2 if dtype == torch.float64 else 1)
+
     off = terms(f) * (
         _forward(leaves[0].detach(), leaves[1].detach(), sizes=True) + leaves[2].detach().abs()[:, None, None]
     )

@@ -7,9 +7,10 @@
 //     y  = d0 g0 + d1 g1 = m0 + m1             m0 = (d0 - d1) g0,  m1 = d1 (g0 + g1),  m2 = (d1 - d2) g1
 //     y' = d1 g0 + d2 g1 = m1 - m2
 // So two input rows take six products instead of eight, and a tile of 2x2 pixels 36 instead of 64. The factors are sums
-// and differences of two values: the error grows by a small constant (below 4 in both axes together), unlike that of
-// larger tiles. With channels in place of single values, each of the 36 is a matrix product (gemm.h), over as many
-// tiles as keep their forms in the L2 cache. Both gradients are the same identities read the other way.
+// and differences of two values: the error grows by a small constant (fp32 beside oneDNN's direct sums, root mean
+// square: 1.5 to 2.0 times forward, 1.0 to 1.1 times in the gradients), unlike that of larger tiles. With channels in
+// place of single values, each of the 36 is a matrix product (gemm.h), over as many tiles as keep their forms in the L2
+// cache. Both gradients are the same identities read the other way.
 //
 // Each product belongs to one form of the input (a sum or difference of its rows and columns) and one of the weight.
 

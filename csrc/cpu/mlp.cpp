@@ -1,8 +1,7 @@
 // Pointwise MLP on the CPU: forward, and backward from the inputs alone. Compiled once per instruction set (see isa.h).
 //
 // A thread takes a block of rows through everything while it lies in its L2 cache, so of the hidden layer nothing
-// reaches memory; weights are packed once and shared. The products run at nine tenths of the FMA units' peak (gemm.h);
-// GELU and Philox (about equal) add a tenth at 192 channels.
+// reaches memory; weights are packed once and shared. GELU and Philox cost about the same.
 
 #include "wavemix/mlp.h"
 
