@@ -38,10 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 PUBLISHED_ACCURACY = 90.0  # percent, arXiv:2205.14375
 
-BATCH = 128
+BATCH = 64
 WARM_UP = 0.2  # of the run, to the peak learning rate; then down along a cosine
 WEIGHT_DECAY = 1e-2
-SHIFT = 2  # pixels
 CHECKPOINT, LOG, BEST, CURVES = "checkpoint.pt", "log.csv", "best.safetensors", "curves.png"
 COLUMNS = ("epoch", "seconds", "train_loss", "test_accuracy", "lr")
 
@@ -115,15 +114,9 @@ def load(folder: Path, limit: int | None = None) -> tuple[Split, Split]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to 2 pixels either way and, every other time, mirrored; one gather for all."""
-    count = len(images)
-    across = torch.arange(SIDE)
-    rows = torch.randint(2 * SHIFT + 1, (count, 1), generator=generator) + across
-    columns = torch.randint(2 * SHIFT + 1, (count, 1), generator=generator) + across
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (SHIFT,) * 4)
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    """Each image mirrored with probability one half; shifts gained nothing, for so small a model underfits."""
+    mirrored = torch.rand(len(images), 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, images.flip(2), images)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -260,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     train.add_argument("--data", metavar="DIR", type=Path, help="folder of the four IDX files, plain or .gz")
     train.add_argument("--variant", choices=tuple(VARIANTS), default="deconv", help="default: %(default)s")
-    train.add_argument("--epochs", type=cli.positive, default=80, metavar="N", help="default: %(default)s")
-    train.add_argument("--lr", type=float, default=3e-2, metavar="RATE", help="at its peak; default: %(default)s")
+    train.add_argument("--epochs", type=cli.positive, default=40, metavar="N", help="default: %(default)s")
+    train.add_argument("--lr", type=float, default=1e-2, metavar="RATE", help="at its peak; default: %(default)s")
     train.add_argument("--dropout", type=float, default=0.0, metavar="P", help="default: %(default)s")
     train.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images of each split")
     train.add_argument("--resume", action="store_true", help="continue the run in --out where it was left")

@@ -214,23 +214,13 @@ def test_variants_have_the_published_sizes(variant: str, count: int, data: Path)
     assert sum(parameter.numel() for parameter in training.model.parameters()) == count
 
 
-def test_augmentation_shifts_and_mirrors() -> None:
-    images = torch.randint(256, (200, 28, 28), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    result = fashion_mnist.augment(images, generator)
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    met = set()
-    for image, whole in zip(result, padded, strict=True):
-        found = [
-            (top, left, mirrored)
-            for top in range(5)
-            for left in range(5)
-            for mirrored in (False, True)
-            if torch.equal(image.flip(1) if mirrored else image, whole[top : top + 28, left : left + 28])
-        ]
-        assert len(found) == 1
-        met.add(found[0])
-    assert len(met) > 40  # of 50 ways; 200 draws miss 50 * 0.98**200 = 0.9 of them on average
+def test_augmentation_mirrors_half_of_the_images() -> None:
+    images = torch.randint(256, (400, 28, 28), dtype=torch.uint8)
+    result = fashion_mnist.augment(images, torch.Generator().manual_seed(0))
+    kept = (result == images).flatten(1).all(1)
+    mirrored = (result.flip(2) == images).flatten(1).all(1)
+    assert (kept ^ mirrored).all()
+    assert 140 < int(mirrored.sum()) < 260  # six standard deviations of 10 around 200
 
 
 @needs_extras
@@ -274,7 +264,9 @@ def test_bad_arguments_get_one_line(data: Path, straight: Path, tmp_path: Path, 
     usual = ["train", "--data", str(data), "--out"]
     assert "--resume continues it" in refused([*usual, str(straight)], capsys)
     assert "there is no" in refused([*usual, str(tmp_path / "new"), "--resume"], capsys)
-    assert "--epochs 80: the run" in refused([*usual, str(straight), "--dropout", "0.1", "--resume"], capsys)
+    assert "--epochs 9: the run" in refused(
+        [*usual, str(straight), "--epochs", "9", "--dropout", "0.1", "--resume"], capsys
+    )
     assert "--dropout 1: expected" in refused([*usual, str(tmp_path / "new"), "--dropout", "1"], capsys)
     assert "--lr 0: expected" in refused([*usual, str(tmp_path / "new"), "--lr", "0"], capsys)
     assert "0: expected at least 1" in refused([*usual, str(tmp_path / "new"), "--epochs", "0"], capsys)
