@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -39,6 +40,23 @@ def emulated_core() -> object:
     from tests.emulator.build import emulated_core
 
     return emulated_core()
+
+
+@pytest.fixture
+def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
+    """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU."""
+    from tests.emulator.haar_cases import launches
+    from wavemix_kernels import backends
+
+    if device == "cuda":
+        if (reason := backends.cuda_why_not()) is not None:
+            pytest.skip(f"cuda: {reason}")
+        yield None
+        return
+    core = request.getfixturevalue("emulated_core")
+    with backends.emulated_cuda(core):
+        launches(core)  # forgets those of tests before
+        yield core
 
 
 @pytest.fixture(params=("cpu", "triton", "cuda"))

@@ -12,25 +12,11 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.emulator.haar_cases import launches
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
-from wavemix_kernels import backends
 from wavemix_kernels.ops import haar_pyramid, reduce_haar
 from wavemix_kernels.reference import Waveblock, fused
 
+pytestmark = pytest.mark.usefixtures("core")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@pytest.fixture(autouse=True)
-def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
-    """The emulated core, serving CPU tensors; None on a GPU."""
-    if device == "cuda":
-        if (reason := backends.cuda_why_not()) is not None:
-            pytest.skip(f"cuda: {reason}")
-        yield None
-        return
-    core = request.getfixturevalue("emulated_core")
-    with backends.emulated_cuda(core):
-        launches(core)
-        yield core
 
 
 def ran(core: ModuleType | None, *kernels: str) -> None:

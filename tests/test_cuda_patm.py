@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +19,10 @@ from tests.emulator.haar_cases import launches
 from tests.test_emulator import ORDERS, huge_view, sanitized_python
 from tests.test_patm import NAMES, Bounds, arguments, pair
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
-from wavemix_kernels import backends
 from wavemix_kernels.ops import phase_aggregate as op
 from wavemix_kernels.reference import patm as reference
+
+pytestmark = pytest.mark.usefixtures("core")
 
 # (N, C, H, W): thinner and longer than the taps reach; whole words and none; several blocks across, images and turns
 # of a block (the emulated core counts 8 blocks as many), segments of a line; no images.
@@ -34,20 +34,6 @@ SHAPES = [
 BACKWARD = {"plain": (False, False, False), "weighted": (True, False, True), "statistics": (True, True, True)}
 # Roundoffs by which sine and cosine of a phase may err (csrc/cuda/sincos.cuh).
 SINE = {torch.float32: 1.33, torch.float64: 2.5}
-
-
-@pytest.fixture(autouse=True)
-def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
-    """The emulated core, serving CPU tensors; None on a GPU."""
-    if device == "cuda":
-        if (reason := backends.cuda_why_not()) is not None:
-            pytest.skip(f"cuda: {reason}")
-        yield None
-        return
-    core = request.getfixturevalue("emulated_core")
-    with backends.emulated_cuda(core):
-        launches(core)
-        yield core
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import wavemix_kernels as wk
+from wavemix_kernels import backends
 from wavemix_kernels.ops.batch_norm import batch_norm_residual
 from wavemix_kernels.ops.haar_pyramid import haar_pyramid
 from wavemix_kernels.ops.pointwise_mlp import pointwise_mlp
@@ -106,7 +107,6 @@ def test_a_backend_that_cannot_serve_says_why(function: Callable[[], Any], monke
 
 
 def test_cpu_backend_on_another_device_says_what_it_got() -> None:
-    from wavemix_kernels import backends
     from wavemix_kernels.ops import haar
 
     meta = X.to("meta")
@@ -116,6 +116,22 @@ def test_cpu_backend_on_another_device_says_what_it_got() -> None:
     ):
         backends.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
     assert backends.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
+
+
+@pytest.mark.parametrize(
+    "arch, runs, runs_not",
+    [
+        ("80", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),
+        ("90a", [(9, 0)], [(10, 0), (8, 0)]),
+        ("100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
+        ("120-real", [(12, 0), (12, 1)], [(10, 0)]),
+    ],
+)
+def test_which_devices_a_build_serves(arch: str, runs: list[tuple[int, int]], runs_not: list[tuple[int, int]]) -> None:
+    assert [backends.runs_on(arch, device) for device in runs] == [True] * len(runs)
+    assert [backends.runs_on(arch, device) for device in runs_not] == [False] * len(runs_not)
 
 
 def test_an_unknown_backend_in_the_environment_fails_at_import() -> None:
@@ -130,8 +146,6 @@ def test_an_unknown_backend_in_the_environment_fails_at_import() -> None:
 
 
 def test_backend_nests_decorates_and_survives_exceptions() -> None:
-    from wavemix_kernels import backends
-
     @wk.backend("reference")
     def inside() -> str:
         return backends.requested()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,11 +161,24 @@ def cuda_why_not(*tensors: Tensor) -> str | None:
 
 @functools.cache
 def _has_code_for(device: torch.device) -> bool:
-    # Machine code runs on its own major version from its minor upwards; every build carries PTX as well, which
-    # the driver compiles for anything newer.
+    archs: str = _native.cuda_core.CUDA_ARCHS  # type: ignore[union-attr]
     capability = torch.cuda.get_device_capability(device)
-    archs = [int("".join(filter(str.isdigit, a))) for a in _native.cuda_core.CUDA_ARCHS.split()]  # type: ignore[union-attr]
-    return any(divmod(a, 10) <= capability for a in archs)
+    return any(runs_on(arch, capability) for arch in archs.split())
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture as CMake names them (90, 90-real, 90-virtual, 90a, 100f) runs on a device.
+
+    Machine code runs on its own major version from its minor upwards, PTX on anything as new, since the driver compiles
+    it; without a suffix both are built. What "a" allows runs on that device alone, what "f" allows within its family.
+    """
+    number, kind = re.fullmatch(r"(\d+[af]?)(-real|-virtual)?", arch).groups()  # type: ignore[union-attr]
+    built_for = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return built_for == capability
+    if number.endswith("f") or kind == "-real":
+        return built_for[0] == capability[0] and built_for <= capability
+    return built_for <= capability
 
 
 @functools.cache
