@@ -120,7 +120,10 @@ def feature_maps(size: Sequence[int], layout: str) -> Callable[[], list[Tensor]]
 
 
 def images(size: Sequence[int]) -> Callable[[], list[Tensor]]:
-    n, _, h, w = size
+    """Crops of photographs in colour, or grey for one channel."""
+    n, channels, h, w = size
+    if channels == 1:
+        return lambda: [photographs.crops(n, h, w).mean(1, keepdim=True)]
     return lambda: [photographs.crops(n, h, w)]
 
 

@@ -91,10 +91,10 @@ def _classification(**arguments: Any) -> nn.Module:
     return WaveMix(**arguments)  # 192/16, level 3, patches of 4: blocks at a quarter of the image
 
 
-def _lite(**arguments: Any) -> nn.Module:
+def _lite(dim: int, depth: int, channels: int, **arguments: Any) -> nn.Module:
     from wavemix_kernels.wavemix.classification import WaveMixLite
 
-    return WaveMixLite(final_dim=64, depth=6, upsample="deconv", **arguments)
+    return WaveMixLite(final_dim=dim, depth=depth, in_channels=channels, upsample="deconv", **arguments)
 
 
 def _segmentation(**arguments: Any) -> nn.Module:
@@ -111,7 +111,8 @@ def _super_resolution(**arguments: Any) -> nn.Module:
 
 # Name, model, whether its published form trains with dropout, and sizes on a CPU and on a GPU.
 MODELS: tuple[tuple[str, Callable[..., nn.Module], bool, Size, Size], ...] = (
-    ("lite-64-6", _lite, True, (16, 3, 32, 32), (256, 3, 32, 32)),
+    ("lite-8-5", functools.partial(_lite, 8, 5, 1), True, (64, 1, 28, 28), (1024, 1, 28, 28)),  # Fashion-MNIST's
+    ("lite-64-6", functools.partial(_lite, 64, 6, 3), True, (16, 3, 32, 32), (256, 3, 32, 32)),
     ("classification-192-16-L3", _classification, True, (2, 3, 224, 224), (64, 3, 224, 224)),
     ("segmentation-256-16-L4", _segmentation, False, (1, 3, 256, 512), (1, 3, 512, 1024)),
     ("super-resolution-144-4-L1", _super_resolution, False, (4, 3, 64, 64), (32, 3, 64, 64)),
