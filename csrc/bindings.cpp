@@ -146,7 +146,7 @@ wavemix::DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, cons
   args.w = size[4];
   args.u = view<wavemix::Plane>(u, "u");
   args.y = view<wavemix::Plane>(y, "y");
-  if ((args.f > 1 && args.u.stride[1] != 1) || (args.o > 1 && args.y.stride[1] != 1))
+  if ((args.f > 1 && !u.empty() && args.u.stride[1] != 1) || (args.o > 1 && args.y.stride[1] != 1))
     throw py::value_error("u, y: expected contiguous channels, got channel strides of " +
                           std::to_string(args.u.stride[1]) + " and " + std::to_string(args.y.stride[1]));
   args.output = view<wavemix::Plane>(output, "output");
@@ -252,27 +252,24 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("bias"),
       py::arg("mean"), py::arg("var"), py::arg("threads"));
-  // `output` and `norm`: the plane and the arrays a, b, mean, d of wavemix/deconv.h, or both empty.
+  // `output` and `norm`: the plane and the arrays a, b, mean, d of wavemix/deconv.h, or both empty. `u` is needed for
+  // the gradient of the weight alone, `weight` for that of u alone; a gradient not wanted is empty, or 0.
   m.def(
-      "deconv_input_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, const Ints& output,
-         const Ints& norm, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, weight, output, norm, threads);
+      "deconv_gradients_cpu",
+      [](int dtype, const Ints& size, const Ints& u, const Ints& grad, uintptr_t weight, const Ints& output,
+         const Ints& norm, const Ints& d_u, uintptr_t d_weight, int threads) {
+        const auto args = deconv_args(dtype, size, u, grad, weight, output, norm, threads);
+        wavemix::DeconvGradients out;
+        out.u = view<wavemix::Plane>(d_u, "d_u");
+        out.weight = pointer(d_weight);
+        if (args.f > 1 && !d_u.empty() && out.u.stride[1] != 1)
+          throw py::value_error("d_u: expected contiguous channels, got a channel stride of " +
+                                std::to_string(out.u.stride[1]));
         py::gil_scoped_release unlocked;
-        wavemix::deconv_input_grad_cpu(args, threads);
+        wavemix::deconv_gradients_cpu(args, out, threads);
       },
-      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("output"),
-      py::arg("norm"), py::arg("threads"));
-  m.def(
-      "deconv_weight_grad_cpu",
-      [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t d_weight, uintptr_t d_bias,
-         const Ints& output, const Ints& norm, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, 0, output, norm, threads);
-        py::gil_scoped_release unlocked;
-        wavemix::deconv_weight_grad_cpu(args, pointer(d_weight), pointer(d_bias), threads);
-      },
-      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("d_weight"), py::arg("d_bias"),
-      py::arg("output"), py::arg("norm"), py::arg("threads"));
+      py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("grad"), py::arg("weight"), py::arg("output"),
+      py::arg("norm"), py::arg("d_u"), py::arg("d_weight"), py::arg("threads"));
   m.def(
       "reduce_haar_cpu",
       [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,

@@ -542,24 +542,20 @@ def test_traffic_of_our_operators_is_that_of_their_kernels():
         assert moved(lambda: pointwise_mlp.backward(*arguments, True, "auto"), plan="gpu") == mlp + again
 
 
-@pytest.mark.parametrize("channels, folded", [(40, True), (8, False)], ids=["folded", "made in memory"])
-def test_traffic_of_the_upsamplings_gradients(channels, folded):
-    """With BatchNorm's backward in their prologue, or with its result written and read."""
+def test_traffic_of_the_upsamplings_gradients():
     from wavemix_kernels.ops import deconv
 
     def last(*shape: int) -> Tensor:
         return torch.zeros(shape).to(memory_format=torch.channels_last)
 
     with FakeTensorMode():
-        u, y, grad = last(64, channels, 8, 8), last(64, 36, 16, 16), last(64, 36, 16, 16)
-        weight, mean = torch.zeros(channels, 36, 4, 4), torch.zeros(36)
-        small = 40 * traffic.footprint(mean) + 4 * traffic.footprint(weight)
-        made = deconv.norm_input_grad(grad, y, mean, mean, None, True, weight, "auto")
-        input_grad = moved(lambda: deconv.norm_input_grad(grad, y, mean, mean, None, True, weight, "auto"))
-        weight_grad = moved(lambda: deconv.norm_weight_grad(grad, y, mean, made, u, False, "auto"))
+        u, y, grad = last(64, 40, 8, 8), last(64, 36, 16, 16), last(64, 36, 16, 16)
+        weight, mean = torch.zeros(40, 36, 4, 4), torch.zeros(36)
+        gradients = moved(lambda: deconv.norm_gradients(grad, y, mean, mean, None, True, u, weight, "auto"))
         wide, narrow = traffic.footprint(y), traffic.footprint(u)
-        assert 0 <= input_grad - (4 * wide + narrow + (0 if folded else 2 * wide)) < small
-        assert 0 <= weight_grad - ((2 if folded else 1) * wide + narrow) < small
+        small = 20 * traffic.footprint(mean) + 2 * traffic.footprint(weight)
+        # grad and y for BatchNorm's sums and again for both gradients; u, and its own.
+        assert 0 <= gradients - (4 * wide + 2 * narrow) < small
 
 
 # Hand counts of upstream's operations, in sizes of the input.
@@ -585,11 +581,11 @@ def over(plan: str, name: str, at: int, reason: str) -> Any:
     "plan, name, at",
     [
         ("cpu", "Waveblock L1, C=192", 0),
-        over("cpu", "Waveblock L1, C=192", 1, "12.04, of which weights 0.04"),
+        ("cpu", "Waveblock L1, C=192", 1),
         ("cpu", "Waveblock L3, C=192", 0),
-        over("cpu", "Waveblock L3, C=192", 1, "13.98: grad and y are read three times: sums, and each convolution"),
+        ("cpu", "Waveblock L3, C=192", 1),
         ("cpu", "Waveblock L4, C=192", 0),
-        over("cpu", "Waveblock L4, C=192", 1, "14.11: as level 3"),
+        ("cpu", "Waveblock L4, C=192", 1),
         over("gpu", "Waveblock L1, C=192", 0, "7.02: the statistics' own pass over the upsampling's output"),
         over("gpu", "Waveblock L1, C=192", 1, "17.29: batch norm and reduction in passes of their own, MLP four times"),
         over("gpu", "Waveblock L3, C=192", 0, "7.82: as level 1"),

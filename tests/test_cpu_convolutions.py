@@ -21,7 +21,7 @@ core: Any = _native.core
 ids: dict[str, Any] = {"ids": lambda value: str(value).removeprefix("torch.").replace(" ", "")}
 channels_last = torch.channels_last
 
-# --- Minimal filtering, as csrc/cpu/deconv.cpp defines it ------------------------------------------------
+# --- Minimal filtering, as csrc/cpu/deconv.cpp and deconv_gradients.cpp define it -------------------------
 
 INPUT = torch.tensor(
     [[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0], [0, 1, -1, 0], [0, 0, 1, 0], [0, 0, 1, -1]], dtype=torch.float64
@@ -32,6 +32,21 @@ WEIGHT = torch.tensor(
 OUTPUT = torch.tensor(
     [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 1, -1, 0, 0, 0], [0, 0, 0, 0, 1, -1]], dtype=torch.float64
 )  # products -> rows 4t .. 4t+3
+GRAD = torch.tensor(
+    [
+        [1, 0, -1, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 0, -1, 0],
+        [0, 1, 0, -1, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0, -1],
+    ],
+    dtype=torch.float64,
+)  # rows 4t-1 .. 4t+4 of the gradient -> what each product of its pass multiplies
+GRAD_WEIGHT = torch.tensor(
+    [[1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]], dtype=torch.float64
+)  # taps -> of each product
+SUMS = torch.tensor([[1, 1, 0], [0, 1, -1]], dtype=torch.float64)  # sums of two products -> rows 2t, 2t+1
 
 
 def _both(matrix: Tensor, patch: Tensor) -> Tensor:
@@ -59,11 +74,24 @@ def _forward(u: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
     return y.permute(0, 1, 2, 4, 3, 5).reshape(n, weight.shape[1], 4 * rows, 4 * columns)[:, :, : 2 * h, : 2 * w]
 
 
+def _input_gradient(grad: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
+    """The gradient of u, likewise."""
+    h, w = grad.shape[2] // 2, grad.shape[3] // 2
+    rows, columns = -(-h // 2), -(-w // 2)
+    sums = SUMS.abs() if sizes else SUMS
+    forms, taps = (m.abs() if sizes else m for m in (GRAD, GRAD_WEIGHT))
+    grad, weight = (t.abs() if sizes else t for t in (grad, weight))
+    v = _both(forms, _tiles(grad, 6, 4, -1, rows, columns))
+    products = torch.einsum("norcij,foij->nfrcij", v, _both(taps, weight))
+    u = _both(torch.cat((sums, sums), 1), products)  # both halves of the products go into the same sums
+    return u.permute(0, 1, 2, 4, 3, 5).reshape(grad.shape[0], weight.shape[0], 2 * rows, 2 * columns)[:, :, :h, :w]
+
+
 def _gradient_sizes(u: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for the gradients, which are the transposed maps, of absolute values: of u and of weight."""
-    u, weight = u.abs().requires_grad_(), weight.abs().requires_grad_()
-    d_u, d_weight = torch.autograd.grad(_forward(u, weight, sizes=True), (u, weight), grad.abs())
-    return d_u, d_weight
+    """The same for both gradients, of absolute values: that of weight is the transposed map."""
+    weight = weight.abs().requires_grad_()
+    d_u = _input_gradient(grad, weight, sizes=True)
+    return d_u.detach(), torch.autograd.grad(d_u, weight, u.abs())[0]
 
 
 def image(*shape: int, dtype: torch.dtype, gap: int = 0, generator: torch.Generator) -> Tensor:
@@ -88,20 +116,23 @@ def test_minimal_filtering_is_the_transposed_convolution() -> None:
     generator = torch.Generator().manual_seed(0)
     u, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((2, 3, 5, 4), (3, 2, 4, 4)))
     torch.testing.assert_close(_forward(u, weight), F.conv_transpose2d(u, weight, stride=2, padding=1))
+    grad = torch.randn(2, 2, 10, 8, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(_input_gradient(grad, weight), F.conv2d(grad, weight, stride=2, padding=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("size", SIZES, **ids)
 def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    """Forward with statistics, and both gradients with and without the BatchNorm before them; one and three threads."""
+    """Forward with statistics, and both gradients, together and alone, with and without the BatchNorm before them; one
+    and three threads."""
     n, f, o, h, w = size
     generator, wide = torch.Generator().manual_seed(h), accumulation(dtype)
     u = image(n, f, h, w, dtype=dtype, gap=3, generator=generator)
     grad = image(n, o, 2 * h, 2 * w, dtype=dtype, gap=1, generator=generator)
     weight = torch.randn(f, o, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
     bias = (100 + torch.randn(o, generator=generator, dtype=torch.float64)).to(dtype)  # far from 0: hard for a variance
-    leaves = [t.double().requires_grad_() for t in (u, weight, bias)]
-    exact = F.conv_transpose2d(*leaves, stride=2, padding=1)
+    leaves = [t.double().requires_grad_() for t in (u, weight)]
+    exact = F.conv_transpose2d(*leaves, bias.double(), stride=2, padding=1)
     plain = torch.autograd.grad(exact, leaves, grad.double(), retain_graph=True)
 
     r = UNIT_ROUNDOFF[wide]
@@ -110,9 +141,7 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
         # Forms of input and weight and the last sums: 2 additions each along both axes. A float64 reference errs too.
         return (depth + 12) * r * (2 if dtype == torch.float64 else 1)
 
-    off = terms(f) * (
-        _forward(leaves[0].detach(), leaves[1].detach(), sizes=True) + leaves[2].detach().abs()[:, None, None]
-    )
+    off = terms(f) * (_forward(leaves[0].detach(), leaves[1].detach(), sizes=True) + bias.double().abs()[:, None, None])
 
     def stored(want: Tensor, off: Tensor) -> Tensor:
         return off + (UNIT_ROUNDOFF[dtype] * (want.abs() + off) + UNDERFLOW[dtype] if wide != dtype else 0)
@@ -145,30 +174,27 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
             if norm:
                 a, b, center, d = (t.double()[:, None, None] for t in line)
                 dy = a * dy + b * (y.double() - center) + d
-            want_u, want_weight, want_bias = (
-                torch.autograd.grad(exact, leaves, dy, retain_graph=True) if norm else plain
-            )
+            want_u, want_weight = torch.autograd.grad(exact, leaves, dy, retain_graph=True) if norm else plain
             size_u, size_weight = _gradient_sizes(u.double(), weight.double(), dy)
             if norm:  # three more roundings, of larger terms
                 slack = a.abs() * grad.double().abs() + b.abs() * (y.double().abs() + center.abs()) + d.abs()
                 more_u, more_weight = _gradient_sizes(u.double(), weight.double(), slack)
                 size_u, size_weight = size_u + more_u, size_weight + more_weight
-                size_bias = (dy.abs() + slack).sum((0, 2, 3))
-            else:
-                size_bias = dy.abs().sum((0, 2, 3))
             extra = (address(y), [t.data_ptr() for t in line]) if norm else ([], [])
             d_u = torch.full((n, h, w, f), math.nan, dtype=dtype).permute(0, 3, 1, 2)
-            core.deconv_input_grad_cpu(code, size, address(d_u), address(grad), weight.data_ptr(), *extra, threads)
+            d_weight = torch.full_like(weight, math.nan)
+            arguments = code, size, address(u), address(grad), weight.data_ptr(), *extra
+            core.deconv_gradients_cpu(*arguments, address(d_u), d_weight.data_ptr(), threads)
             assert_within(d_u, want_u, stored(want_u, terms(4 * o) * size_u), f"gradient of u {size} {norm}")
-            d_weight, d_bias = torch.full_like(weight, math.nan), torch.full_like(bias, math.nan)
-            core.deconv_weight_grad_cpu(
-                code, size, address(u), address(grad), d_weight.data_ptr(), d_bias.data_ptr(), *extra, threads
-            )
             bound = stored(want_weight, terms(n * h * w) * size_weight)
             assert_within(d_weight, want_weight, bound, f"gradient of weight {size} {norm}")
-            assert_within(
-                d_bias, want_bias, stored(want_bias, terms(4 * n * h * w) * size_bias), f"of bias {size} {norm}"
-            )
+            # Each alone, without what it does not need: the same sums in the same order.
+            both = d_u.clone(), d_weight.clone()
+            d_u.fill_(math.nan), d_weight.fill_(math.nan)
+            core.deconv_gradients_cpu(code, size, [], *arguments[3:], address(d_u), 0, threads)
+            core.deconv_gradients_cpu(*arguments[:4], 0, *extra, [], d_weight.data_ptr(), threads)
+            assert torch.equal(d_u, both[0])
+            assert torch.equal(d_weight, both[1])
 
 
 def test_deconv_op_on_every_kind_of_image() -> None:
@@ -207,10 +233,11 @@ def test_deconv_operators_describe_themselves() -> None:
         invstd = torch.rsqrt(var + 1e-5)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
-        arguments = (grad, y, mean, invstd, bias, True, weight, "auto")
-        torch.library.opcheck(ops.deconv_norm_input_grad, arguments, test_utils=tests)
-        _, _, _, line, dy = ops.deconv_norm_input_grad(*arguments)
-        torch.library.opcheck(ops.deconv_norm_weight_grad, (grad, y, mean, line, dy, u, True, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_input_grad, (grad, weight, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_weight_grad, (grad, u, True, "auto"), test_utils=tests)
+        if deconv.folds("auto", channels, grad):
+            arguments = (grad, y, mean, invstd, bias, True, u, weight, "auto")
+            torch.library.opcheck(ops.deconv_norm_gradients, arguments, test_utils=tests)
 
 
 def test_deconv_of_nothing() -> None:

@@ -94,6 +94,11 @@ static void gemm_panel(int64_t vectors, int64_t rows, const A* a, int64_t lda, c
                        const A* bias, A* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; i += kGemmRows) {
     const A* first = a + (transposed ? i : i * lda);
+    // Sums come from beyond the L2 cache, rows apart, where no hardware prefetcher looks: the next ones while this tile
+    // is computed.
+    if (bias == nullptr && i + kGemmRows < rows)
+      for (int64_t row = i + kGemmRows; row < i + 2 * kGemmRows; ++row)
+        for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(c + row * ldc + j * kLanes<A>, 1);
     switch (vectors) {
       case 1:
         gemm_tile<A, 1, transposed>(first, lda, b, ldb, depth, bias, c + i * ldc, ldc);

@@ -85,9 +85,8 @@ void philox4x32_cpu(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint
 void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
   pick().deconv->forward(args, bias, mean, var, threads);
 }
-void deconv_input_grad_cpu(const DeconvArgs& args, int threads) { pick().deconv->input_grad(args, threads); }
-void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads) {
-  pick().deconv->weight_grad(args, d_weight, d_bias, threads);
+void deconv_gradients_cpu(const DeconvArgs& args, const DeconvGradients& out, int threads) {
+  pick().deconv->gradients(args, out, threads);
 }
 
 void reduce_haar_cpu(const ReduceHaarArgs& args, int threads) { pick().reduce_haar->forward(args, threads); }

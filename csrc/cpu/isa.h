@@ -38,8 +38,7 @@ struct BatchNormKernels {
 
 struct DeconvKernels {
   void (*forward)(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
-  void (*input_grad)(const DeconvArgs& args, int threads);
-  void (*weight_grad)(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
+  void (*gradients)(const DeconvArgs& args, const DeconvGradients& out, int threads);
 };
 
 struct ReduceHaarKernels {

@@ -1,14 +1,15 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
-On a CPU by minimal filtering (csrc/cpu/deconv.cpp: 36 products where the definition has 64); elsewhere the library's.
-Kernels of ours take the BatchNorm that follows along: its statistics come from the pass that writes the output, and its
-backward is made where the gradients' kernels read, so the gradient of the output itself never reaches memory.
+On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64); elsewhere the
+library's. Kernels of ours take the BatchNorm that follows along: its statistics come from the pass that writes the
+output, and its backward is made where the gradients' kernels read, so the gradient of the output itself never reaches
+memory. On a CPU one such read makes both gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,8 @@ _library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str ba
 # normalised output's.
 _library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "deconv_norm_input_grad(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
-    "Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "deconv_norm_weight_grad(Tensor grad, Tensor y, Tensor mean, Tensor line, Tensor dy, Tensor u, bool has_bias, "
-    "str backend) -> Tensor[]"
+    "deconv_norm_gradients(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
+    "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 TAPS, STRIDE, PADDING = 4, 2, 1
@@ -111,25 +108,39 @@ def _norm_addresses(norm: Norm | None) -> tuple[Sequence[int], list[int]]:
     return ([], []) if norm is None else (_native.address(norm[0]), [t.data_ptr() for t in norm[1:]])
 
 
-def _cpu_input_grad(grad: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
+def _cpu_gradients(
+    grad: Tensor, u: Tensor | None, weight: Tensor | None, d_u: Tensor | None, d_weight: Tensor | None,
+    norm: Norm | None = None,
+) -> None:  # fmt: skip
+    """Writes ``d_u``, which takes ``weight``, ``d_weight``, which takes ``u``, or from one read of ``grad`` both."""
     core: Any = _native.core
-    grad, weight, u = layout.channels_inner(grad), weight.contiguous(), _empty_input(grad, weight)
-    core.deconv_input_grad_cpu(
-        _native.DTYPES[u.dtype], _size(u, grad), _native.address(u), _native.address(grad), weight.data_ptr(),
-        *_norm_addresses(norm), torch.get_num_threads(),
+    grad, u = layout.channels_inner(grad), None if u is None else layout.channels_inner(u)
+    weight = None if weight is None else weight.contiguous()
+    f = cast(Tensor, d_weight if weight is None else weight).shape[0]
+    n, o, h, w = grad.shape
+    core.deconv_gradients_cpu(
+        _native.DTYPES[grad.dtype], (n, f, o, h // 2, w // 2), _native.address(u), _native.address(grad),
+        0 if weight is None else weight.data_ptr(), *_norm_addresses(norm), _native.address(d_u),
+        0 if d_weight is None else d_weight.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return u
 
 
-def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Norm | None = None) -> list[Tensor]:
-    core: Any = _native.core
-    grad, u = layout.channels_inner(grad), layout.channels_inner(u)
-    out = _empty_weights(grad, u, has_bias)
-    core.deconv_weight_grad_cpu(
-        _native.DTYPES[u.dtype], _size(u, grad), _native.address(u), _native.address(grad), out[0].data_ptr(),
-        out[1].data_ptr() if has_bias else 0, *_norm_addresses(norm), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+def _cpu_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    d_u = _empty_input(grad, weight)
+    _cpu_gradients(grad, None, weight, d_u, None)
+    return d_u
+
+
+def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+    d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
+    _cpu_gradients(grad, u, None, None, d_weight)
+    return [d_weight, *([grad.sum((0, 2, 3))] if has_bias else [])]
+
+
+def _cpu_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    d_u, d_weight = _empty_input(grad, weight), torch.empty(weight.shape, dtype=weight.dtype)
+    _cpu_gradients(grad, u, weight, d_u, d_weight, norm)
+    return d_u, d_weight
 
 
 # --- Triton ----------------------------------------------------------------------------------------------
@@ -145,27 +156,28 @@ def _triton_forward(
     return y
 
 
-def _triton_norm(norm: Norm | None) -> Any:
-    from wavemix_kernels.triton_kernels import deconv as kernels
-
-    return None if norm is None else kernels.Norm(*norm)
-
-
-def _triton_input_grad(grad: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
+def _triton_input_grad(grad: Tensor, weight: Tensor, norm: Any = None) -> Tensor:
     from wavemix_kernels.triton_kernels import deconv as kernels
 
     grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
-    kernels.input_grad(u, grad, _triton_norm(norm), weight)
+    kernels.input_grad(u, grad, norm, weight)
     return u
 
 
-def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Norm | None = None) -> list[Tensor]:
+def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Any = None) -> list[Tensor]:
     from wavemix_kernels.triton_kernels import deconv as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
-    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, _triton_norm(norm), u)
+    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, norm, u)
     return out
+
+
+def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    from wavemix_kernels.triton_kernels import deconv as kernels
+
+    made = kernels.Norm(*norm)
+    return _triton_input_grad(grad, weight, made), _triton_weight_grad(grad, u, False, made)[0]
 
 
 # --- The library -----------------------------------------------------------------------------------------
@@ -195,11 +207,21 @@ def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tens
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
         backends.triton_products_why_not,
-        {"forward": _triton_forward, "input_grad": _triton_input_grad, "weight_grad": _triton_weight_grad},
+        {
+            "forward": _triton_forward,
+            "input_grad": _triton_input_grad,
+            "weight_grad": _triton_weight_grad,
+            "norm_gradients": _triton_norm_gradients,
+        },
     ),
     "cpu": backends.Backend(
         backends.cpu_why_not,
-        {"forward": _cpu_forward, "input_grad": _cpu_input_grad, "weight_grad": _cpu_weight_grad},
+        {
+            "forward": _cpu_forward,
+            "input_grad": _cpu_input_grad,
+            "weight_grad": _cpu_weight_grad,
+            "norm_gradients": _cpu_norm_gradients,
+        },
     ),
     "reference": backends.Backend(
         backends.reference_why_not,
@@ -241,11 +263,10 @@ def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> bac
     return chosen
 
 
-def _folds(backend: str, u_channels: int, grad: Tensor) -> bool:
-    """Whether the gradients' kernels begin with the normalised output's gradient, or get the output's, made before."""
-    if _chosen(backend, u_channels, grad.shape[1], grad) is BACKENDS["reference"]:
-        return False
-    return grad.shape[1] <= 1 or grad.stride(1) == 1
+def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
+    """Whether :func:`norm_gradients` serves: it begins with the gradient of a normalised output. Where it does not,
+    the library's kernels get the gradient of the output itself, made before."""
+    return _chosen(backend, u_channels, grad.shape[1], grad) is not BACKENDS["reference"]
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -271,30 +292,17 @@ def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tupl
     return chosen.functions["forward"](u, weight, bias, (mean, var)), mean, var
 
 
-def _norm_input_grad(
+def _norm_gradients(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
-    weight: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    norm = backends.for_part(backend, batch_norm.BACKENDS)
-    if _folds(backend, weight.shape[0], grad):
-        a, b, d, dw, db = batch_norm.backward_line(grad, y, mean, invstd, norm_weight, batch_stats, norm)
-        made: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
-        du = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight, made)
-        return du, dw, db, torch.stack((a, b, d)), grad.new_empty(0)
-    dy, dw, db = torch.ops.wavemix_kernels.batch_norm_backward(
-        grad, y, mean, invstd, norm_weight, batch_stats, True, norm
+    u: Tensor, weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    norm, grad = backends.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
+    a, b, d, d_norm_weight, d_norm_bias = batch_norm.backward_line(
+        grad, y, mean, invstd, norm_weight, batch_stats, norm
     )
-    return _input_grad(dy, weight, backend), dw, db, mean.new_empty(0), dy
-
-
-def _norm_weight_grad(
-    grad: Tensor, y: Tensor, mean: Tensor, line: Tensor, dy: Tensor, u: Tensor, has_bias: bool, backend: str
-) -> list[Tensor]:
-    if not _folds(backend, u.shape[1], grad):
-        return _weight_grad(dy, u, has_bias, backend)
-    a, b, d = line.unbind(0)
-    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
-    return chosen.functions["weight_grad"](grad, u, has_bias, (y, a, b, mean.to(a.dtype).contiguous(), d))
+    line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
+    functions = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions
+    return *functions["norm_gradients"](grad, u, weight, line), d_norm_weight, d_norm_bias
 
 
 def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
@@ -305,31 +313,21 @@ def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
 
 
-def _norm_input_grad_fake(
+def _norm_gradients_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
-    weight: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d_weight, d_bias = _empty_statistics(y, weight), _empty_statistics(y, weight)
-    if _folds(backend, weight.shape[0], grad):
-        line, dy = d_weight.new_empty(3, weight.shape[1]), grad.new_empty(0)
-    else:
-        line, dy = mean.new_empty(0), layout.empty(grad, grad.shape, True)
-    return _empty_input(grad, weight), d_weight, d_bias, line, dy
+    u: Tensor, weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_norm_weight, d_norm_bias = _empty_statistics(y, weight), _empty_statistics(y, weight)
+    return _empty_input(grad, weight), weight.new_empty(weight.shape), d_norm_weight, d_norm_bias
 
 
 _library.impl("deconv", _forward, "CompositeExplicitAutograd")
 _library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
 _library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
 _library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_input_grad", _norm_input_grad, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_weight_grad", _norm_weight_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_gradients", _norm_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::deconv_norm_input_grad", _norm_input_grad_fake, lib=_library)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_norm_weight_grad",
-    lambda grad, y, mean, line, dy, u, has_bias, backend: _empty_weights(grad, u, has_bias),
-    lib=_library,
-)
+torch.library.register_fake("wavemix_kernels::deconv_norm_gradients", _norm_gradients_fake, lib=_library)
 torch.library.register_fake(
     "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
 )
@@ -359,36 +357,26 @@ def with_stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> 
     return torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, backend)
 
 
-class NormGradient(NamedTuple):
-    """Gradients of u and of the BatchNorm's weight and bias; the rest is for :func:`norm_weight_grad`."""
+class NormGradients(NamedTuple):
+    """Gradients of u, of the weight and of the BatchNorm's weight and bias. The convolution's own bias has none that
+    kernels would be needed for: BatchNorm takes a batch's mean away, or passes its bias' gradient on."""
 
     u: Tensor
+    weight: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
-    line: Tensor
-    dy: Tensor
 
 
-def norm_input_grad(
+def norm_gradients(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
-    weight: Tensor, backend: str,
-) -> NormGradient:  # fmt: skip
-    """From the gradient of BatchNorm(y); ``batch_stats``: its statistics are y's own."""
-    return NormGradient(
-        *torch.ops.wavemix_kernels.deconv_norm_input_grad(
-            grad, y, mean, invstd, norm_weight, batch_stats, weight, backend
+    u: Tensor, weight: Tensor, backend: str,
+) -> NormGradients:  # fmt: skip
+    """From the gradient of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
+    return NormGradients(
+        *torch.ops.wavemix_kernels.deconv_norm_gradients(
+            grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend
         )
     )
-
-
-def norm_weight_grad(
-    grad: Tensor, y: Tensor, mean: Tensor, made: NormGradient, u: Tensor, has_bias: bool, backend: str
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias from that of BatchNorm(y)."""
-    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_norm_weight_grad(
-        grad, y, mean, made.line, made.dy, u, has_bias, backend
-    )
-    return d_weight, d_bias[0] if has_bias else None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,7 +1,6 @@
 """The four ways a Waveblock doubles the size, with the halves of their gradients that its backward pass asks for.
 
-The transposed convolution is an op of its own, with its gradients (:mod:`wavemix_kernels.ops.deconv`); the others are
-the library's.
+The transposed convolution is an op of its own (:mod:`wavemix_kernels.ops.deconv`); the others are the library's.
 """
 
 from __future__ import annotations
@@ -33,8 +32,11 @@ def standard(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -
     return F.interpolate(u, scale_factor=2, mode=kind)
 
 
-def input_grad(kind: str, dy: Tensor, weight: Tensor | None) -> Tensor:
-    """Gradient of ``u``, which itself is not needed; of all but ``"deconv"``."""
+def input_grad(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Tensor:
+    """Gradient of ``u``, which itself is not needed."""
+    if kind == "deconv":
+        assert weight is not None
+        return deconv.input_grad(dy, weight, backend)
     if kind == "pixelshuffle":
         assert weight is not None
         return F.pixel_unshuffle(F.conv_transpose2d(dy, weight, padding=1), 2)
@@ -44,14 +46,12 @@ def input_grad(kind: str, dy: Tensor, weight: Tensor | None) -> Tensor:
     return torch.ops.aten.upsample_nearest2d_backward(dy, [h, w], [n, c, h // 2, w // 2], 2.0, 2.0)
 
 
-def weight_grads(
-    kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, has_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, of all but ``"deconv"``."""
+def weight_grad(kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, backend: str) -> Tensor | None:
+    """Gradient of the weight, None where there is none."""
     if weight is None:
-        return None, None
-    _, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, F.pixel_shuffle(u, 2), weight, [dy.shape[1]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-        [False, True, has_bias],
-    )  # fmt: skip
-    return dweight, dbias
+        return None
+    if kind == "deconv":
+        return deconv.weight_grad(dy, u, False, backend)[0]
+    return torch.ops.aten.convolution_backward(
+        dy, F.pixel_shuffle(u, 2), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]

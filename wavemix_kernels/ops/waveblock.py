@@ -198,30 +198,37 @@ class _Waveblock(torch.autograd.Function):
             assert upper is not None
             z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
             batch_stats = level.mean is None
-            made: deconv.NormGradient | None = None
-            if kind == "deconv":
-                assert level.up_weight is not None
-                made = deconv.norm_input_grad(
-                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, level.up_weight, part.upsample
-                )
-                du, dbn_weight, dbn_bias = made.u, made.norm_weight, made.norm_bias
+            second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
+            arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
+            u, us = us[0] if us else None, us[1:]
+            dweight: Tensor | None
+            if kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper):
+                # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
+                # gradients.
+                u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
+                du, dweight, dbn_weight, dbn_bias = deconv.norm_gradients(
+                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
+                    part.upsample,
+                )  # fmt: skip
+                del u, y
+                mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
             else:
                 dy, dbn_weight, dbn_bias = batch_norm.backward(
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
                 )
-                du = upsample.input_grad(kind, dy, level.up_weight)
-            second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
-            arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
-            mlp = pointwise_mlp.backward(du, *arguments, not us, part.mlp)
-            u = cast(Tensor, us[0] if us else mlp.output)
-            us = us[1:]
-            has_bias = level.up_bias is not None
-            dweight: Tensor | None
-            if made is not None:
-                dweight, dbias = deconv.norm_weight_grad(upper, y, means[i], made, u, has_bias, part.upsample)
-            else:
-                dweight, dbias = upsample.weight_grads(kind, dy, u, level.up_weight, has_bias)
-            del made, y
+                del y
+                du = upsample.input_grad(kind, dy, level.up_weight, part.upsample)
+                mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
+                dweight = upsample.weight_grad(
+                    kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
+                )
+                del dy, u
+            # A batch's mean takes the bias before it away; given statistics pass BatchNorm's gradient on.
+            dbias = None
+            if level.up_bias is not None:
+                dbias = dbn_bias.new_zeros(dbn_bias.shape) if batch_stats else dbn_bias * affines[i].scale
+                dbias = dbias.to(level.up_bias.dtype)
+            del du, arguments
             z_grads = [*z_grads, mlp.x]
             upper = mlp.second
             flat_grads = [

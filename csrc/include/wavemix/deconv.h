@@ -11,9 +11,9 @@ namespace wavemix {
 struct DeconvArgs {
   DType dtype = DType::f32;
   int64_t n = 0, f = 0, o = 0, h = 0, w = 0;
-  Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w), or their gradients
+  Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w); of the gradients' pass, y's gradient
   const void* weight = nullptr;  // (f, o, 4, 4), contiguous, in the images' dtype
-  // The gradients' passes only, optional: y is not the output's gradient itself but that of its normalisation, and the
+  // The gradients' pass only, optional: y is not the output's gradient itself but that of its normalisation, and the
   // former is a y + b (output - mean) + d, with arrays (o) in the arithmetic type: BatchNorm's backward, made on the
   // way.
   Plane output;
@@ -23,9 +23,12 @@ struct DeconvArgs {
 // y from u; bias (o), in the images' dtype, may be null. mean and var (o), in the arithmetic type, or both null: the
 // statistics over n, 2h, 2w of y before it is rounded to a half type; var is biased.
 void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
-// The gradient of u from that of y.
-void deconv_input_grad_cpu(const DeconvArgs& args, int threads);
-// The gradients of weight and, where d_bias is not null, of bias from u and the gradient of y; in the images' dtype.
-void deconv_weight_grad_cpu(const DeconvArgs& args, void* d_weight, void* d_bias, int threads);
+// What to make from the gradient of y, in the images' dtype; either may be absent. u's channels are contiguous.
+struct DeconvGradients {
+  Plane u;                 // takes the weight
+  void* weight = nullptr;  // takes u; (f, o, 4, 4), contiguous
+};
+// One pass over the gradient of y (and over the output, where there is one) makes both.
+void deconv_gradients_cpu(const DeconvArgs& args, const DeconvGradients& out, int threads);
 
 }  // namespace wavemix
