@@ -89,7 +89,7 @@ def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> 
     if dtype == torch.float64:
         return False
     core: Any = _native.core
-    few = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
+    few: int = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
     return u_channels * y_channels > few and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
 
 
