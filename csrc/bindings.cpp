@@ -182,6 +182,7 @@ void bind_patm(py::module_& m);  // bindings_patm.cpp
 PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";
   m.attr("MAX_HAAR_LEVELS") = wavemix::kMaxHaarLevels;
+  m.attr("DECONV_NARROW") = wavemix::kDeconvNarrow;
   m.attr("HAS_CPU") = static_cast<bool>(WAVEMIX_WITH_CPU);
   m.attr("HAS_CUDA") = static_cast<bool>(WAVEMIX_WITH_CUDA);
   m.attr("BUILD_NOTE") = WAVEMIX_BUILD_NOTE;

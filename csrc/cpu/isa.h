@@ -53,14 +53,16 @@ struct PatmKernels {
   void (*branch_sum_backward)(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
 };
 
-#define WAVEMIX_DECLARE_ISA(isa)                      \
-  namespace isa {                                     \
-  extern const HaarKernels haar_kernels;              \
-  extern const MlpKernels mlp_kernels;                \
-  extern const BatchNormKernels batch_norm_kernels;   \
-  extern const DeconvKernels deconv_kernels;          \
-  extern const ReduceHaarKernels reduce_haar_kernels; \
-  extern const PatmKernels patm_kernels;              \
+#define WAVEMIX_DECLARE_ISA(isa)                             \
+  namespace isa {                                            \
+  extern const HaarKernels haar_kernels;                     \
+  extern const MlpKernels mlp_kernels;                       \
+  extern const BatchNormKernels batch_norm_kernels;          \
+  extern const DeconvKernels deconv_kernels;                 \
+  extern const DeconvKernels deconv_narrow_kernels;          \
+  extern const ReduceHaarKernels reduce_haar_kernels;        \
+  extern const ReduceHaarKernels reduce_haar_narrow_kernels; \
+  extern const PatmKernels patm_kernels;                     \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)

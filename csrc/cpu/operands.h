@@ -34,15 +34,47 @@ struct Block {
   Block(int64_t rows, int64_t c) : columns(c), stride(padded<A>(c)), buffer(rows * stride), data(buffer.data) {}
 };
 
+// load_row and store_row for contiguous runs of a vector or so: where nothing is converted, whole or half vectors that
+// may overlap, since a loop's entry and exit would cost more than the run.
+template <class A>
+static inline void copy_run(const A* from, A* to, int64_t n) {
+  constexpr int64_t whole = kLanes<A>, half = whole / 2;
+  if (n >= whole) {
+    for (int64_t i = 0; i + whole <= n; i += whole) std::memcpy(to + i, from + i, whole * sizeof(A));
+    std::memcpy(to + n - whole, from + n - whole, whole * sizeof(A));
+  } else if (n >= half) {
+    std::memcpy(to, from, half * sizeof(A));
+    std::memcpy(to + n - half, from + n - half, half * sizeof(A));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+template <class T, class A>
+static inline void load_run(const T* from, int64_t n, A* to) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    copy_run(reinterpret_cast<const A*>(from), to, n);
+  } else {
+    load_row(from, 1, n, to);
+  }
+}
+template <class T, class A>
+static inline void store_run(const A* from, T* to, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    copy_run(from, reinterpret_cast<A*>(to), n);
+  } else {
+    store_row(from, to, 1, n);
+  }
+}
+
 // Rows `apart` elements from each other.
 template <class T, class A>
 static inline void load_rows(const T* from, int64_t apart, int64_t rows, const Block<A>& to) {
-  for (int64_t i = 0; i < rows; ++i) load_row(from + i * apart, 1, to.columns, to.data + i * to.stride);
+  for (int64_t i = 0; i < rows; ++i) load_run(from + i * apart, to.columns, to.data + i * to.stride);
 }
 template <class T, class A>
 static inline void store_rows(const Block<A>& from, int64_t offset, int64_t columns, int64_t rows, T* to,
                               int64_t apart) {
-  for (int64_t i = 0; i < rows; ++i) store_row(from.data + i * from.stride + offset, to + i * apart, 1, columns);
+  for (int64_t i = 0; i < rows; ++i) store_run(from.data + i * from.stride + offset, to + i * apart, columns);
 }
 
 // Column sums of some rows, added to `sum` (padded): two steps of additions err less than one long one.

@@ -1,9 +1,9 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
-On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64); elsewhere the
-library's. Kernels of ours take the BatchNorm that follows along: its statistics come from the pass that writes the
-output, and its backward is made where the gradients' kernels read, so the gradient of the output itself never reaches
-memory. On a CPU one such read makes both gradients.
+On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64), for few channels
+by its definition (csrc/cpu/deconv_narrow.cpp); elsewhere the library's. Kernels of ours take the BatchNorm that follows
+along: its statistics come from the pass that writes the output, and its backward is made where the gradients' kernels
+read, so the gradient of the output itself never reaches memory. On a CPU one such read makes both gradients.
 """
 
 from __future__ import annotations
@@ -71,16 +71,22 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 # --- CPU -------------------------------------------------------------------------------------------------
 
-#: Below so many channels on either side the sums around the products cost more than they save.
+#: Between this many channels on one side and few on both, minimal filtering costs more around its products than it
+#: saves.
 NARROW = 32
 
 
 def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> bool:
-    """Measured (AMD EPYC with AVX-512, 2 threads), this kernel's time over oneDNN's: fp32 0.67, 0.73 and 0.46 (forward,
-    gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64, 0.8, 1.4 and 1.0 at 16. oneDNN multiplies
-    half types twice as fast, where this kernel widens them: 1.2, 1.35 and 0.69 at 192 channels. So the weight's
-    gradient is never the library's."""
-    return dtype != torch.float64 and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
+    """Measured (AMD EPYC with AVX-512, 2 threads), these kernels' time over oneDNN's: fp32 0.67, 0.73 and 0.46
+    (forward, gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64; those for few channels 0.44,
+    0.89 and 0.47 at 32, 0.2, 0.75 and 0.5 at 8. oneDNN multiplies half types twice as fast, where these kernels widen
+    them: 1.2, 1.35 and 0.69 at 192 channels, 1.1, 2.0 and 0.46 at 32, 0.51, 2.1 and 0.29 at 16, 0.3, 1.4 and 0.17 at 8,
+    where BatchNorm's passes saved are worth more than is lost. So the weight's gradient is never the library's."""
+    if dtype == torch.float64:
+        return False
+    core: Any = _native.core
+    few: int = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
+    return u_channels * y_channels > few and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
 
 
 def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:

@@ -20,6 +20,10 @@ struct DeconvArgs {
   const void *a = nullptr, *b = nullptr, *mean = nullptr, *d = nullptr;
 };
 
+// Up to so many f * o the CPU's kernels multiply as the definition says (deconv_narrow.cpp): minimal filtering pays
+// later.
+constexpr int64_t kDeconvNarrow = 32 * 32;
+
 // y from u; bias (o), in the images' dtype, may be null. mean and var (o), in the arithmetic type, or both null: the
 // statistics over n, 2h, 2w of y before it is rounded to a half type; var is biased.
 void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
