@@ -224,7 +224,7 @@ def _weight_gradient_kernel(
     out = first + tl.arange(0, OUTPUTS)
     at = partial + split * count * channels + out[:, None] * channels + channel[None, :]
     tl.store(at, acc, mask=(out < count)[:, None] & in_channels[None, :])
-    if BIAS:
+    if BIAS:  # noqa: SIM102 (known when compiled, unlike the other)
         if tile == 0:
             tl.store(partial_bias + split * count + out, 2.0 * tl.sum(halves, 0), mask=out < count)
 
