@@ -7,6 +7,7 @@ on fake tensors: nothing is computed, no device is needed, and the sequence is t
   what a kernel reads again while it works comes from a cache;
 - views, metadata and allocation cost nothing; a broadcast tensor costs the elements that it has; an operator in place
   reads and writes, unless it only overwrites;
+- partial sums, 25 MB at most, stay in L2 between the kernel that makes them and the one that adds them up;
 - an operator is one kernel, except for those of this package that are several: `PLANS` says which, and why. PyTorch's
   own are one kernel each even where cuDNN makes several (batch normalisation in training reads its input twice, a
   convolution's backward the gradient up to three times), for upstream and for us alike: upstream's totals, which are
@@ -58,21 +59,19 @@ def _deconv_norm_gradients(result: Any, grad: Tensor, y: Tensor, *_: Any) -> Ten
     return grad, y
 
 
-def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor | None, *rest: Any) -> Tensors:
-    """Beside the kernel of the inputs' gradients one for each weight (w2, w1's columns of x, those of second) makes the
-    hidden layer again, which is twice as wide as all that it is made from. b2's gradient is a sum of grad; the output,
-    where it is asked for, is the forward kernel again."""
-    _, _, _, _, _, b2, _, _, want_output, _ = rest
-    weights = 2 if second is None else 3
-    return [*(grad, x, second) * weights, grad if b2 is not None else None, *((x, second) if want_output else ())]
+def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor | None, *_: Any) -> Tensors:
+    """One kernel makes the inputs' gradients, and the output where it is asked for; another all weights' gradients."""
+    return grad, x, second
 
 
-def _reduction_backward_on_a_gpu(
-    result: Any, grads: list[Tensor], x: Tensor, _: Tensor, add: Tensor | None, *__: Any
-) -> Tensors:
-    """The pyramid's adjoint, of the size of Z_1, is written and read by two library kernels, which read x once between
-    them; the gradient of x is written, and read again to be added to."""
-    return grads[0], grads[0], grads[0], *((x, x) if add is not None else ())
+def _deconv_norm_gradients_by_two_kernels(result: Any, grad: Tensor, y: Tensor, *_: Any) -> Tensors:
+    """After the sums a kernel for each gradient."""
+    return (grad, y) * 2
+
+
+def _reduction_backward_on_a_gpu(result: Any, grads: list[Tensor], *_: Any) -> Tensors:
+    """One kernel makes x's gradient and adds to it, another the weight's."""
+    return grads
 
 
 def _deconv_stats_on_a_gpu(result: Any, *_: Any) -> Tensors:
@@ -87,10 +86,12 @@ class Plan:
     Attributes:
         dtype: of images and parameters; decides, as everywhere, which kernels serve.
         again: by operator, from its result and arguments, the tensors that its kernels read or write once more.
+        blocks: how the names of the blocks begin for which the plan differs from the others.
     """
 
     dtype: torch.dtype
     again: dict[str, Callable[..., Tensors]]
+    blocks: str = ""
 
 
 _ALWAYS: dict[str, Callable[..., Tensors]] = {
@@ -98,18 +99,21 @@ _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
     "wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients,
 }
+_TRITON = _ALWAYS | {
+    "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
+    "wavemix_kernels::reduce_haar_gradients": _reduction_backward_on_a_gpu,
+}
 PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.
     "cpu": Plan(torch.float32, _ALWAYS),
-    # Half types take cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
-    "gpu": Plan(
-        torch.bfloat16,
-        _ALWAYS
-        | {
-            "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
-            "wavemix_kernels::reduce_haar_gradients": _reduction_backward_on_a_gpu,
-            "wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu,
-        },
+    # What `auto` takes: half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
+    "gpu": Plan(torch.bfloat16, _TRITON | {"wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu}),
+    # Every op in Triton, by name. The operators are those of the CPU in float32, whose kernels also make BatchNorm's
+    # statistics as they write y and its backward as they read; the sizes in bfloat16 are half of everything.
+    "triton": Plan(
+        torch.float32,
+        _TRITON | {"wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients_by_two_kernels},
+        "Waveblock",
     ),
 }
 
@@ -294,10 +298,10 @@ def count(name: str, plan: str) -> Traffic:
 
 def report() -> str:
     """The table that ``benchmarks traffic`` prints: per block, every operator of ours that moves 0.01 input sizes."""
-    lines = ["bytes moved in a training step, in sizes of the block's input (cpu: float32; gpu and upstream: bfloat16)"]
+    lines = ["bytes moved in a training step, in sizes of the block's input (cpu: float32; others: bfloat16)"]
     for name, budget in BUDGETS.items():
         size = "x".join(map(str, budget.size))
-        for plan in PLANS:
+        for plan in (plan for plan in PLANS if name.startswith(PLANS[plan].blocks)):
             lines += ["", f"{f'{name}, {size}, {plan}':<50}{'forward':>8}  {'backward':>8}"]
             ours = count(name, plan)
             for operator in dict.fromkeys([*ours.forward, *ours.backward]):

@@ -159,18 +159,101 @@ def test_every_reduce_configuration(levels: int, device: str) -> None:
         check_reduce((1, 6, 2**levels, 3 * 2**levels), 20, levels, torch.float32, device, "channels", run)
 
 
-def test_reduce_haar_gradients(device: str) -> None:
-    tensors = [randn(2, 12, 8, 4), randn(5, 12, 1, 1), randn(5)]
-    leaves = [t.to(device, torch.float32).requires_grad_() for t in tensors]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    got = reduce_haar.reduce_haar(*leaves, 2, backend="triton")
-    exact = reference.reduce_haar(*wide, 2)
-    cotangents = [randn(*z.shape, seed=9) for z in exact]
-    grads = torch.autograd.grad(got, leaves, [c.to(device, torch.float32) for c in cotangents])
-    truth = torch.autograd.grad(exact, wide, [c.float().double().to(device) for c in cotangents])
-    for name, grad, t in zip(("x", "weight", "bias"), grads, truth, strict=True):
-        # Sums of at most 2*8*4 terms, relative to the largest.
-        assert_within(grad, t, 2 * 64 * U32 * t.abs().max().expand_as(t), name)
+def reduced_gradients(
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of x, weight and bias in float64, and bounds.
+
+    The pyramid's adjoint adds the parts of L levels, each with two roundings; it is rounded to a half type once, as an
+    operand. A product sums O terms for x and one for each of n pixels for the weight, whose sums S of absolute values
+    are those of the adjoint of absolute values: it adds and subtracts the same terms with other signs.
+    """
+    dtype, levels, n = x.dtype, len(grads), x[:, 0].numel()
+    wide_x, w = x.double(), weight.double()[:, :, 0, 0]
+    made = reference.haar_pyramid_adjoint([g.double() for g in grads])
+    largest = torch.zeros_like(made[:, :, :1, :1]).expand(made.shape)
+    for level, g in enumerate(grads, 1):
+        parts = g.double().abs()
+        low, bands = parts[:, : weight.shape[0]], parts[:, weight.shape[0] :].unflatten(1, (-1, 3)).sum(2)
+        largest = largest + ((low + bands) / 2**level).repeat_interleave(2**level, 2).repeat_interleave(2**level, 3)
+    error = 2 * (levels + 1) * U32 * largest + (UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0) * made.abs()
+    exact = [torch.einsum("nohw,oc->nchw", made, w), torch.einsum("nohw,nchw->oc", made, wide_x), made.sum((0, 2, 3))]
+    bound = [
+        torch.einsum("nohw,oc->nchw", error + (w.shape[0] + 1) * U32 * (largest + error), w.abs()),
+        torch.einsum("nohw,nchw->oc", error + (n + 1) * U32 * (largest + error), wide_x.abs()),
+        (2 * (levels + 1) * U32 * largest + n * U32 * largest).sum((0, 2, 3)),
+    ]
+    if add is not None:
+        exact[0] = exact[0] + add.double()
+        bound[0] = bound[0] + U32 * (exact[0].abs() + add.double().abs())
+    exact[1], bound[1] = exact[1][:, :, None, None], bound[1][:, :, None, None]
+    return exact, [b + stored(e, dtype) for b, e in zip(bound, exact, strict=True)]
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape, outputs, levels, memory, order",
+    [
+        ((2, 20, 6, 10), 5, 1, "slice", "channels"),
+        ((1, 16, 8, 12), 36, 2, "rows", "rows"),
+        ((3, 70, 4, 4), 36, 2, "channels", "channels"),
+        ((1, 40, 16, 8), 12, 3, "rows", "channels"),
+        ((1, 8, 16, 32), 8, 4, "channels", "rows"),
+        ((1, 6, 32, 32), 3, 5, "channels", "channels"),
+    ],
+)
+def test_reduce_haar_gradients(
+    shape: tuple[int, int, int, int], outputs: int, levels: int, memory: str, order: str, dtype: torch.dtype,
+    device: str,
+) -> None:  # fmt: skip
+    """With and without a bias and something to add; the bands' gradients in x's order and in the other."""
+    skip_interpreted_bfloat16(dtype)
+    x = image(randn(*shape), dtype, device, memory)
+    weight = randn(outputs, shape[1], 1, 1).to(device, dtype)
+    n, _, h, w = shape
+    grads = [image(randn(n, 4 * outputs, h >> i, w >> i, seed=i), dtype, device, order) for i in range(1, levels + 1)]
+    for add in (None, image(randn(*shape, seed=9), dtype, device, "rows")):
+        dx, dw, db = reduce_haar.gradients(grads, x, weight, add is None, add, "triton")
+        assert dx.stride() == reduce_haar.layout.empty(x, x.shape, memory != "rows").stride()
+        exact, bound = reduced_gradients(grads, x, weight, add)
+        assert_within(dx, exact[0], bound[0], f"dx {dtype}")
+        assert_within(dw, exact[1], bound[1], f"dw {dtype}")
+        if db is not None:
+            assert_within(db, exact[2], bound[2], f"db {dtype}")
+
+
+@pytest.mark.parametrize("levels", [1, 3, 4])
+def test_every_configuration_of_reduce_haar_gradients(levels: int, device: str) -> None:
+    """More outputs and channels than a tile has, and more blocks than a program."""
+    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+
+    n, c, o, size = 3, 70, 20, 2**levels
+    x = image(randn(n, c, size, 3 * size), torch.float32, device, "channels")
+    weight, add = randn(o, c).to(device, torch.float32), randn(*x.shape, seed=1).to(device, torch.float32)
+    grads = [
+        image(randn(n, 4 * o, size >> i, 3 * size >> i, seed=i), torch.float32, device, "channels")
+        for i in range(1, levels + 1)
+    ]
+    exact, bound = reduced_gradients(grads, x, weight[:, :, None, None], add)
+    configs = {c.quads * c.outputs * c.channels: c for c in kernels.search_space(4, levels)}
+    assert configs
+    for config in configs.values():
+        dx = torch.full_like(x, float("nan"))
+        kernels.input_gradient(dx, grads, weight, add, config)
+        dw, db = kernels.weight_gradient(grads, x, True, config)
+        assert_within(dx, exact[0], bound[0], str(config))
+        assert_within(dw, exact[1][:, :, 0, 0], bound[1][:, :, 0, 0], str(config))
+        assert_within(db, exact[2], bound[2], str(config))
+
+
+def test_weight_gradients_are_the_same_in_every_run(device: str) -> None:
+    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+
+    x = image(randn(2, 12, 8, 8), torch.float16, device, "channels")
+    grads = [image(randn(2, 20, 4, 4), torch.float16, device, "channels")]
+    first, second = (kernels.weight_gradient(grads, x, True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
 
 
 # ---------------------------------------------------------------------------------------------- pointwise_mlp
@@ -270,12 +353,13 @@ def check_mlp_op(case: Mlp) -> None:
     arguments = case.arguments()
     out = pointwise_mlp.fused(*arguments, "triton")
     assert out.is_contiguous(memory_format=torch.channels_last)
-    made = pointwise_mlp.backward(case.grad, *arguments, True, "triton")
-    assert made.output is not None
-    torch.testing.assert_close(made.output, out, rtol=0, atol=0)
-    gs = None if made.second is None else case.matrix(made.second)
-    case.check({"out": case.matrix(out), "gx": case.matrix(made.x), "gs": gs, "w1": made.w1, "b1": made.b1,
-                "w2": made.w2, "b2": made.b2})  # fmt: skip
+    case.check({"out": case.matrix(out)})
+    for want_output in (True, False):
+        made = pointwise_mlp.backward(case.grad, *arguments, want_output, "triton")
+        images = {"gx": made.x, "gs": made.second, "out": made.output}
+        assert (made.output is not None) == want_output
+        case.check({name: None if t is None else case.matrix(t) for name, t in images.items()})
+        case.check({"w1": made.w1, "b1": made.b1, "w2": made.w2, "b2": made.b2})
 
 
 @each_dtype
@@ -286,7 +370,9 @@ def check_mlp_op(case: Mlp) -> None:
         (10, 8, 3, 20, 6, 0.0, True, False, "channels"),
         (38, 20, 10, 40, 36, 0.5, True, True, "slice"),
         (34, 48, 4, 33, 5, 0.25, False, False, "rows"),
-        (34, 130, 40, 66, 20, 0.5, True, True, "channels"),  # too wide for all weights' gradients in one launch
+        (34, 130, 40, 66, 20, 0.5, True, True, "channels"),
+        (18, 520, 16, 16, 20, 0.5, True, True, "channels"),  # no room for the output beside the inputs' gradients
+        (18, 1040, 0, 16, 280, 0.0, False, True, "channels"),  # nor for all weights' gradients in one launch
     ],
 )
 def test_pointwise_mlp(
@@ -299,21 +385,26 @@ def test_pointwise_mlp(
 
 
 def test_every_mlp_configuration(device: str) -> None:
-    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+    from wavemix_kernels.triton_kernels import pointwise_mlp as forward
+    from wavemix_kernels.triton_kernels import pointwise_mlp_backward as backward
+    from wavemix_kernels.triton_kernels.pointwise_mlp_config import search_space
 
-    case = Mlp(40, 20, 6, 36, 24, torch.float32, device, "channels", 0.5)
-    x, second, *rest = case.arguments()
-    mlp = kernels.Mlp(case.matrix(x).float(), case.matrix(second).float(), *rest)
-    grad = case.matrix(case.grad).float()
-    nan = float("nan")
-    configs = {(c.rows, c.hidden): c for c in kernels.search_space(4)}  # warps are nothing to the interpreter
-    assert configs
-    for config in configs.values():
-        out, gx, gs = (torch.full((40, c), nan, device=device) for c in (24, 20, 6))
-        kernels.forward(out, mlp, config)
-        kernels.input_gradient(gx, gs, grad, mlp, config)
-        dw1, db1, dw2 = kernels.weight_gradients(grad, mlp, config)
-        case.check({"out": out, "gx": gx, "gs": gs, "w1": dw1, "b1": db1, "w2": dw2})
+    for dtype in (torch.float32, torch.float16):
+        case = Mlp(40, 20, 6, 36, 24, dtype, device, "channels", 0.5)
+        x, second, *rest = case.arguments()
+        mlp = forward.Mlp(case.matrix(x).to(dtype), case.matrix(second).to(dtype), *rest)
+        grad = case.matrix(case.grad).to(dtype)
+        configs = {(c.rows, c.hidden): c for c in search_space(dtype.itemsize)}  # warps are nothing to the interpreter
+        assert configs
+        for config in configs.values():
+            out, again, gx, gs = (
+                torch.full((40, c), float("nan"), dtype=dtype, device=device) for c in (24, 24, 20, 6)
+            )
+            forward.forward(out, mlp, config)
+            db2 = backward.input_gradient(gx, gs, again, grad, mlp, config)
+            dw1, db1, dw2 = backward.weight_gradients(grad, mlp, config)
+            case.check({"out": out, "gx": gx, "gs": gs, "w1": dw1, "b1": db1, "w2": dw2, "b2": db2})
+            case.check({"out": again})
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-12, 0.3, 0.5, 1.0])
@@ -371,6 +462,11 @@ def test_empty_batch(device: str) -> None:
     assert torch.equal(w2.grad, torch.zeros_like(w2))
     zs = reduce_haar.reduce_haar(x, w1[:, :, None, None], None, 2, backend="triton")
     assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
+    dx, dw, db = reduce_haar.gradients(zs, x, w1[:, :, None, None], True, x, "triton")
+    assert dx.shape == x.shape
+    assert db is not None
+    assert torch.equal(dw[:, :, 0, 0], torch.zeros_like(w1))
+    assert torch.equal(db, torch.zeros(8, device=device))
 
 
 def test_refuses_float64(device: str) -> None:
@@ -526,24 +622,32 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) ->
     return t.to(memory_format=torch.channels_last) if last else t
 
 
-def mlp_launches(dtype: torch.dtype, warp_groups: bool) -> Iterator[tuple[str, Any]]:
-    """The kernels of a Waveblock's middle level, with the tiles of chips with wgmma or tcgen05, or of those without."""
-    from wavemix_kernels.triton_kernels import pointwise_mlp as mlps
+def mlp_launches(
+    dtype: torch.dtype, products: str, a: int = 192, b: int = 96, k: int = 384, o: int = 192
+) -> Iterator[tuple[str, Any]]:
+    """The kernels of a Waveblock's middle level, with the tiles of chips that multiply matrices so."""
+    from wavemix_kernels.triton_kernels import pointwise_mlp as forward
+    from wavemix_kernels.triton_kernels import pointwise_mlp_backward as backward
+    from wavemix_kernels.triton_kernels.pointwise_mlp_config import Kind, MlpConfig, config_for
 
-    a, b, k, o, rows = 192, 96, 384, 192, 65536
+    rows = 65536
     x, second, g = (meta(rows, width, dtype=dtype) for width in (a, b, o))
-    mlp = mlps.Mlp(
-        x, second, meta(b), meta(b), meta(k, a + b, dtype=dtype), meta(k, dtype=dtype), meta(o, k, dtype=dtype),
-        meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
+    mlp = forward.Mlp(
+        x, second if b else None, *((meta(b), meta(b)) if b else (None, None)), meta(k, a + b, dtype=dtype),
+        meta(k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
     )  # fmt: skip
 
-    def config(kernel: mlps.Kind) -> mlps.MlpConfig:
-        return mlps.config_for(kernel, dtype.itemsize, a, b, k, o, warp_groups)
+    def config(kernel: Kind) -> MlpConfig:
+        return config_for(kernel, dtype.itemsize, a, b, k, o, products)  # type: ignore[arg-type]
 
-    yield "forward", mlps.forward_launch(g, mlp, config("forward"))
-    yield "input gradient", mlps.input_gradient_launch(x, second, g, mlp, config("input"))
-    for number, launch in enumerate(mlps.weight_gradient_launches(g, mlp, config("weight"))[0]):
-        yield f"weights' gradient {number}", launch
+    gs, name = second if b else None, f"pointwise_mlp {dtype} {a}|{b}"
+    yield f"{name} forward", forward.forward_launch(g, mlp, config("forward"))
+    yield f"{name} input gradient", backward.input_gradient_launch(x, gs, None, g, mlp, config("input"))[0]
+    again = backward.input_gradient_launch(x, gs, g, g, mlp, config("input and output"))[0]
+    yield f"{name} input gradient and output", again
+    launches, _ = backward.weight_gradient_launches(g, mlp, config("weight"))
+    assert len(launches) == 1
+    yield f"{name} weights' gradients", launches[0]
 
 
 def compiled_launches() -> list[tuple[int, str, bool, Any]]:
@@ -555,8 +659,10 @@ def compiled_launches() -> list[tuple[int, str, bool, Any]]:
 
     found: list[tuple[int, str, bool, Any]] = []
     for arch in (80, 100, 120):
-        of_chip = mlp_launches(torch.float16, arch == 100)
-        found += [(arch, f"pointwise_mlp torch.float16 {name}", True, launch) for name, launch in of_chip]
+        of_chip = mlp_launches(torch.float16, "tcgen05" if arch == 100 else "mma")
+        found += [(arch, name, True, launch) for name, launch in of_chip]
+    # Widths that are no powers of two, where tiles that are too narrow for the layouts spill.
+    found += [(120, name, True, launch) for name, launch in mlp_launches(torch.float16, "mma", 144, 72, 288, 144)]
     for dtype in (torch.float16, torch.float32):
         c, levels = 192, 3
         x, weight = meta(64, c, 64, 64, dtype=dtype, last=True), meta(c // 4, c, dtype=dtype)
@@ -574,7 +680,7 @@ def compiled_launches() -> list[tuple[int, str, bool, Any]]:
         found.append(
             (90, f"reduce_haar {dtype} {c} L{levels} of rows", True, reductions.launch(zs, rows, weight, bias, True))
         )
-        found += [(90, f"pointwise_mlp {dtype} {name}", True, launch) for name, launch in mlp_launches(dtype, True)]
+        found += [(90, name, True, launch) for name, launch in mlp_launches(dtype, "wgmma")]
         x = meta(64, 192, 64, 64, dtype=dtype, last=True)
         plain, per_channel = meta(64, 192, 64, 64, dtype=dtype), meta(192)
         stats, partial = norms.stats_launch(x)

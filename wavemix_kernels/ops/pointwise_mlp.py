@@ -226,13 +226,15 @@ def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    from wavemix_kernels.triton_kernels import pointwise_mlp as kernels
+    from wavemix_kernels.triton_kernels import pointwise_mlp_backward as kernels
 
     *arguments, want_output = rest
     mlp, g, second = _triton_mlp(x, *arguments), _triton_matrix(grad), arguments[0]
     gx = _empty_image(x, x.shape[1])
     gs = None if second is None else _empty_image(x, second.shape[1])
-    kernels.input_gradient(_matrix(gx), None if gs is None else _matrix(gs), g, mlp)
+    output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
+    of_second, again = (None if t is None else _matrix(t) for t in (gs, output))
+    db2 = kernels.input_gradient(_matrix(gx), of_second, again, g, mlp)
     dw1, db1, dw2 = kernels.weight_gradients(g, mlp)
     return Gradients(
         gx,
@@ -240,8 +242,8 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
         dw1.to(x.dtype),
         None if mlp.b1 is None else db1.to(x.dtype),
         dw2.to(x.dtype),
-        None if mlp.b2 is None else g.sum(0, dtype=torch.float32).to(x.dtype),
-        _triton_forward(x, *arguments) if want_output else None,
+        None if mlp.b2 is None else db2.to(x.dtype),
+        output,
     )
 
 

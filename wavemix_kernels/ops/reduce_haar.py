@@ -134,8 +134,22 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channel
     return out
 
 
+def _triton_gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool
+) -> list[Tensor]:
+    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+
+    out = _empty_gradients(grads, x, weight, add, has_bias)
+    # As the MLP's gradient, a Waveblock's, comes; bands in another order are a third of x's size at most.
+    grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
+    kernels.input_gradient(out[0], grads, weight[:, :, 0, 0].contiguous(), add)
+    dw, db = kernels.weight_gradient(grads, x, has_bias)
+    out[1][:, :, 0, 0] = dw
+    return [*out[:2], *([db.to(weight.dtype)] if has_bias else [])]
+
+
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton}),
+    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "gradients": _triton_gradients}),
     "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "gradients": _cpu_gradients}),
     "reference": backends.Backend(backends.reference_why_not, {}),
@@ -167,7 +181,9 @@ def _empty_gradients(
 def _gradients(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
-    chosen = backends.select("reduce_haar_gradients", BACKENDS, backend, x, weight)
+    # auto: of those that have kernels for it, none of which beats another on record.
+    table = BACKENDS if backend != "auto" else {n: b for n, b in BACKENDS.items() if "gradients" in b.functions}
+    chosen = backends.select("reduce_haar_gradients", table | {"reference": BACKENDS["reference"]}, backend, x, weight)
     if "gradients" in chosen.functions:
         return chosen.functions["gradients"](grads, x, weight, add, has_bias)
     order = layout.is_channels_last(x)

@@ -23,13 +23,13 @@ class Launch(NamedTuple):
             self.kernel[self.grid](*self.args, **self.constants)
 
 
-def cover(columns: int) -> tuple[int, int]:
-    """Widths of the two tiles that hold some columns with least padding, powers of two from 16 (``tl.dot``'s smallest)
-    on: 144 as 128 + 16. The second is 0 where one does as well; both are for no columns."""
+def cover(columns: int, least: int = 16) -> tuple[int, int]:
+    """Widths of the two tiles that hold some columns with least padding, powers of two from `least` on (16 is
+    ``tl.dot``'s smallest): 144 as 128 + 16. The second is 0 where one does as well; both are for no columns."""
     if columns == 0:
         return 0, 0
-    whole = max(16, pow2_at_least(columns))
-    rest = max(16, pow2_at_least(columns - whole // 2))
+    whole = max(least, pow2_at_least(columns))
+    rest = max(least, pow2_at_least(columns - whole // 2))
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
