@@ -96,6 +96,7 @@ class Plan:
 _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
+    "wavemix_kernels::pre_norm_backward": _batch_norm_backward,
     "wavemix_kernels::deconv_norm_input_grad": _deconv_norm_input_grad,
 }
 PLANS = {
@@ -248,6 +249,16 @@ def _waveblock(level: int, ours: bool) -> nn.Module:
     if ours:
         return _Residual(FusedWaveblock(**config), True)
     return _as_on_a_gpu(_Residual(UpstreamWaveblock(**config), False))
+
+
+def _wave_block(ours: bool) -> nn.Module:
+    from wavemix_kernels.wavemlp import MyNorm, WaveBlock
+
+    if ours:
+        return WaveBlock(64, norm_layer=MyNorm)
+    from wavemix_kernels.reference.wave_block import WaveBlock as Block
+
+    return _as_on_a_gpu(Block(64, norm_layer=MyNorm, token_mixer=UpstreamPATM))
 
 
 def _patm(ours: bool) -> nn.Module:

@@ -134,7 +134,7 @@ def test_matches_the_formulas(
     assert_within(dx, want, direct + through + rounded(want, types[0]), "x")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(str(t).removeprefix("torch.") for t in types))
 def test_sum_and_branch_gradient(
     types: tuple[torch.dtype, torch.dtype], shape: tuple[int, int, int, int], backend: str, device: str
