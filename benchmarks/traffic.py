@@ -251,16 +251,6 @@ def _waveblock(level: int, ours: bool) -> nn.Module:
     return _as_on_a_gpu(_Residual(UpstreamWaveblock(**config), False))
 
 
-def _wave_block(ours: bool) -> nn.Module:
-    from wavemix_kernels.wavemlp import MyNorm, WaveBlock
-
-    if ours:
-        return WaveBlock(64, norm_layer=MyNorm)
-    from wavemix_kernels.reference.wave_block import WaveBlock as Block
-
-    return _as_on_a_gpu(Block(64, norm_layer=MyNorm, token_mixer=UpstreamPATM))
-
-
 def _patm(ours: bool) -> nn.Module:
     from wavemix_kernels import FusedPATM
 
