@@ -97,6 +97,7 @@ class Plan:
 _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
+    "wavemix_kernels::pre_norm_backward": _batch_norm_backward,
     "wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients,
 }
 _TRITON = _ALWAYS | {

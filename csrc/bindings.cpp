@@ -5,11 +5,11 @@
 #include <string>
 #include <vector>
 
-#include "wavemix/batch_norm.h"
 #include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/reduce_haar.h"
+#include "wavemix/weight_grad.h"
 
 #if WAVEMIX_WITH_CPU
 #include "cpu/isa.h"
@@ -167,17 +167,12 @@ void check_contiguous_channels(const wavemix::ReduceHaarArgs& args, int threads)
     if (args.z[l].stride[1] != 1)
       throw py::value_error("zs: expected contiguous channels, got a stride of " + std::to_string(args.z[l].stride[1]));
 }
-
-wavemix::BatchNormShape batch_norm_shape(int dtype, const Ints& shape, int threads) {
-  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
-  check_threads(threads);
-  return {dtype_of(dtype), shape[0], shape[1], shape[2], shape[3]};
-}
 #endif
 
 }  // namespace
 
 void bind_patm(py::module_& m);  // bindings_patm.cpp
+void bind_norm(py::module_& m);  // bindings_norm.cpp
 
 PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";
@@ -243,6 +238,23 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
       py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("second"), py::arg("tensors"), py::arg("p"),
       py::arg("seed"), py::arg("first_row"), py::arg("grad"), py::arg("d_x"), py::arg("d_second"), py::arg("out"),
       py::arg("d_tensors"), py::arg("threads"));
+  m.def(
+      "weight_grad_cpu",
+      [](int dtype, const Ints& size, const Ints& grad, const Ints& image, uintptr_t out, int threads) {
+        if (size.size() != 3) throw py::value_error("size: expected (rows, o, c)");
+        check_threads(threads);
+        wavemix::WeightGradArgs args;
+        args.dtype = dtype_of(dtype);
+        args.rows = size[0];
+        args.o = size[1];
+        args.c = size[2];
+        args.grad = matrix(grad, "grad");
+        args.image = matrix(image, "image");
+        args.out = pointer(out);
+        py::gil_scoped_release unlocked;
+        wavemix::weight_grad_cpu(args, threads);
+      },
+      py::arg("dtype"), py::arg("size"), py::arg("grad"), py::arg("image"), py::arg("out"), py::arg("threads"));
   m.def(
       "deconv_forward_cpu",
       [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, uintptr_t mean,
@@ -310,53 +322,11 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
         return std::vector<uint32_t>(words, words + 4);
       },
       py::arg("counter"), py::arg("key"));
-  m.def(
-      "batch_norm_stats_cpu",
-      [](int dtype, const Ints& shape, const Ints& y, uintptr_t mean, uintptr_t var, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
-        const auto image = view<wavemix::Plane>(y, "y");
-        py::gil_scoped_release unlocked;
-        wavemix::batch_norm_stats_cpu(size, image, pointer(mean), pointer(var), threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("threads"));
-  m.def(
-      "batch_norm_apply_cpu",
-      [](int dtype, const Ints& shape, const Ints& y, uintptr_t scale, uintptr_t shift, const Ints& residual,
-         const Ints& out, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
-        const auto from = view<wavemix::Plane>(y, "y"), added = view<wavemix::Plane>(residual, "residual"),
-                   to = view<wavemix::Plane>(out, "out");
-        py::gil_scoped_release unlocked;
-        wavemix::batch_norm_apply_cpu(size, from, pointer(scale), pointer(shift), added, to, threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("y"), py::arg("scale"), py::arg("shift"), py::arg("residual"),
-      py::arg("out"), py::arg("threads"));
-  m.def(
-      "batch_norm_backward_reduce_cpu",
-      [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t mean, uintptr_t invstd, uintptr_t sum_g,
-         uintptr_t sum_gx, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
-        const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y");
-        py::gil_scoped_release unlocked;
-        wavemix::batch_norm_backward_reduce_cpu(size, gradient, image, pointer(mean), pointer(invstd), pointer(sum_g),
-                                                pointer(sum_gx), threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("mean"), py::arg("invstd"),
-      py::arg("sum_g"), py::arg("sum_gx"), py::arg("threads"));
-  m.def(
-      "batch_norm_backward_apply_cpu",
-      [](int dtype, const Ints& shape, const Ints& g, const Ints& y, uintptr_t a, uintptr_t b, uintptr_t d,
-         const Ints& out, int threads) {
-        const auto size = batch_norm_shape(dtype, shape, threads);
-        const auto gradient = view<wavemix::Plane>(g, "g"), image = view<wavemix::Plane>(y, "y"),
-                   to = view<wavemix::Plane>(out, "out");
-        py::gil_scoped_release unlocked;
-        wavemix::batch_norm_backward_apply_cpu(size, gradient, image, pointer(a), pointer(b), pointer(d), to, threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("g"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("d"),
-      py::arg("out"), py::arg("threads"));
 #endif
   bind_patm(m);
+#if WAVEMIX_WITH_CPU
+  bind_norm(m);
+#endif
 
 #if WAVEMIX_WITH_CUDA
   m.attr("CUDA_VERSION") = CUDART_VERSION;

@@ -611,6 +611,22 @@ def test_traffic_stays_within_the_budget(plan, name, at):
     assert traffic.count(name, plan).totals[at] <= (budget.forward, budget.backward)[at]
 
 
+def test_traffic_around_the_mixers_of_a_wave_block():
+    """Each branch: x read for statistics; read and normalised, twice; x, branch and sum; and the norm's gradient, which
+    reads two images for its sums, then three, and writes one."""
+    from wavemix_kernels.wavemlp import MyNorm, WaveBlock
+
+    made = traffic.traffic(
+        lambda: WaveBlock(64, norm_layer=MyNorm), (32, 64, 28, 28), traffic.PLANS["cpu"], channels_last=True
+    )
+    forward, backward = (
+        {name.removeprefix("wavemix_kernels::pre_norm_"): count for name, count in one.items() if "pre_norm" in name}
+        for one in (made.forward, made.backward)
+    )
+    assert forward == pytest.approx({"stats": 2 * 1, "apply": 2 * 2, "join": 2 * 3}, rel=0.01)
+    assert backward == pytest.approx({"apply": 2 * 2, "backward": 2 * 6}, rel=0.01)
+
+
 def test_traffic_prints_a_table(capsys):
     assert cli.main(["traffic"]) == 0
     printed = capsys.readouterr().out

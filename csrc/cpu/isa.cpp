@@ -14,7 +14,8 @@ namespace {
 
 #define WAVEMIX_KERNELS_OF(isa)                                                                                       \
   &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::deconv_narrow_kernels, \
-      &isa::reduce_haar_kernels, &isa::reduce_haar_narrow_kernels, &isa::patm_kernels
+      &isa::reduce_haar_kernels, &isa::reduce_haar_narrow_kernels, &isa::patm_kernels, &isa::pre_norm_kernels,        \
+      &isa::weight_grad_kernels
 
 struct Variant {
   const char* name;
@@ -26,6 +27,8 @@ struct Variant {
   const ReduceHaarKernels* reduce_haar;
   const ReduceHaarKernels* reduce_haar_narrow;
   const PatmKernels* patm;
+  const PreNormKernels* pre_norm;
+  const WeightGradKernels* weight_grad;
   bool supported;
 };
 
@@ -124,6 +127,20 @@ void batch_norm_backward_apply_cpu(const BatchNormShape& shape, const Plane& g, 
                                    const void* b, const void* d, const Plane& out, int threads) {
   pick().batch_norm->backward_apply(shape, g, y, a, b, d, out, threads);
 }
+
+void pre_norm_apply_cpu(const PreNormArgs& args, const Plane& x, const Plane& out, int threads) {
+  pick().pre_norm->apply(args, x, out, threads);
+}
+void pre_norm_backward_cpu(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
+                           const Plane& out, void* d_weight, void* d_bias, int threads) {
+  pick().pre_norm->backward(args, own, grad, x, around, out, d_weight, d_bias, threads);
+}
+void pre_norm_join_cpu(const PreNormShape& shape, const Plane& x, const Plane& branch, const void* path,
+                       const Plane& out, int threads) {
+  pick().pre_norm->join(shape, x, branch, path, out, threads);
+}
+
+void weight_grad_cpu(const WeightGradArgs& args, int threads) { pick().weight_grad->weight_grad(args, threads); }
 
 void phase_forward_cpu(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {
   pick().patm->phase_forward(args, out, also, sums, threads);

@@ -11,7 +11,9 @@
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/patm.h"
+#include "wavemix/pre_norm.h"
 #include "wavemix/reduce_haar.h"
+#include "wavemix/weight_grad.h"
 
 namespace wavemix {
 
@@ -53,6 +55,18 @@ struct PatmKernels {
   void (*branch_sum_backward)(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
 };
 
+struct PreNormKernels {
+  void (*apply)(const PreNormArgs& args, const Plane& x, const Plane& out, int threads);
+  void (*backward)(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
+                   const Plane& out, void* d_weight, void* d_bias, int threads);
+  void (*join)(const PreNormShape& shape, const Plane& x, const Plane& branch, const void* path, const Plane& out,
+               int threads);
+};
+
+struct WeightGradKernels {
+  void (*weight_grad)(const WeightGradArgs& args, int threads);
+};
+
 #define WAVEMIX_DECLARE_ISA(isa)                             \
   namespace isa {                                            \
   extern const HaarKernels haar_kernels;                     \
@@ -63,6 +77,8 @@ struct PatmKernels {
   extern const ReduceHaarKernels reduce_haar_kernels;        \
   extern const ReduceHaarKernels reduce_haar_narrow_kernels; \
   extern const PatmKernels patm_kernels;                     \
+  extern const PreNormKernels pre_norm_kernels;              \
+  extern const WeightGradKernels weight_grad_kernels;        \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)

@@ -10,6 +10,7 @@
 #include "gelu.h"
 #include "operands.h"
 #include "philox.h"
+#include "wide_mlp.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -249,9 +250,11 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
 }
 
 void forward_any(const MlpArgs& args, const Matrix& out, int threads) {
+  if (is_wide(args)) return wide_mlp_forward(args, out, threads);
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, threads); });
 }
 void backward_any(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+  if (is_wide(args) && grads.out.data == nullptr) return wide_mlp_backward(args, grads, threads);
   dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
 

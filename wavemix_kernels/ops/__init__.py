@@ -14,5 +14,6 @@ OPS = (
     "batch_norm",
     "phase_aggregate",
     "branch_sum",
+    "pre_norm",
     "channel_mlp",
 )

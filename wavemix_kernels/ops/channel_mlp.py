@@ -1,8 +1,8 @@
 """``channel_mlp``: Wave-MLP's channel MLP (1x1 convolution, GELU, 1x1 convolution) that keeps its input alone, and the
 residual branch around it.
 
-It is :mod:`wavemix_kernels.ops.pointwise_mlp`, except for images of few pixels on a CPU. There the weights outweigh the
-hidden layer, which lies in memory between products of the library.
+The MLP is :mod:`wavemix_kernels.ops.pointwise_mlp` without its second input and dropout, except for some images in
+bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -34,14 +34,6 @@ class Weights(NamedTuple):
 
 
 # --- Backends --------------------------------------------------------------------------------------------
-
-
-def _has_few_pixels(x: Tensor, w: Weights) -> bool:
-    """Fewer than hidden channels. There the kernel's threads share too little of the batch, and go through all of the
-    weights for it (forward and backward, 2 images, AMD EPYC, 2 threads, products against kernel: 512 channels, 7x7:
-    6.2 and 31 ms; 320, 14x14: 8.2 and 10; above: 8 images of 320, 14x14: 28.7 and 28.2; 128, 28x28: 21 and 16;
-    64, 56x56: 36 and 17)."""
-    return x.shape[0] * x.shape[2] * x.shape[3] < w.w1.shape[0]
 
 
 def _products_forward(x: Tensor, w: Weights) -> Tensor:
@@ -77,12 +69,30 @@ def _pointwise_backward(name: str, grad: Tensor, x: Tensor, w: Weights) -> list[
     return [out.x, out.w1[:, :, None, None], out.b1, out.w2[:, :, None, None], out.b2]
 
 
+def _multiplies_bfloat16() -> bool:
+    probe: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return probe is not None and probe()
+
+
+_BFLOAT16_PRODUCTS = _multiplies_bfloat16()
+
+
+def _belongs_to_the_library(x: Tensor, w: Weights) -> bool:
+    """Where the processor multiplies bfloat16 itself the library's products, which the kernel makes in fp32, are worth
+    the hidden layer in memory: between too few pixels to fill them and more than hidden channels (AMD EPYC, 2 threads,
+    forward and backward, products against kernel: 512 channels, 98 pixels: 5.7 and 4.4 ms; 320, 196: 2.4 and 2.9;
+    320, 392: 3.9 and 5.4; 512, 392: 12.4 and 14.3)."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return x.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS and 128 <= pixels < w.w1.shape[0]
+
+
 def _cpu_forward(x: Tensor, w: Weights) -> Tensor:
-    return _products_forward(x, w) if _has_few_pixels(x, w) else _pointwise_forward("cpu", x, w)
+    return _products_forward(x, w) if _belongs_to_the_library(x, w) else _pointwise_forward("cpu", x, w)
 
 
 def _cpu_backward(grad: Tensor, x: Tensor, w: Weights) -> list[Tensor | None]:
-    return _products_backward(grad, x, w) if _has_few_pixels(x, w) else _pointwise_backward("cpu", grad, x, w)
+    of_products = _belongs_to_the_library(x, w)
+    return _products_backward(grad, x, w) if of_products else _pointwise_backward("cpu", grad, x, w)
 
 
 BACKENDS: dict[str, backends.Backend] = {
@@ -167,12 +177,13 @@ class _Branch(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         norm, weights = _parameters(flat)
         stats = pre_norm.statistics(x, norm, kind, backend)
-        image = pre_norm.normalise(x, norm, kind, stats).to(weights.w1.dtype)
+        image = pre_norm.normalise(x, norm, kind, stats, backend, weights.w1.dtype)
         out = torch.ops.wavemix_kernels.channel_mlp(image, *weights, backends.for_part(backend, BACKENDS))
+        del image
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(x, path, *flat, *stats)
         ctx.mark_non_differentiable(stats.mean, stats.var)
-        return pre_norm.join(x, out, path), stats.mean, stats.var
+        return pre_norm.join(x, out, path, backend), stats.mean, stats.var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -180,11 +191,11 @@ class _Branch(torch.autograd.Function):
         x, path, *rest = ctx.saved_tensors
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)
-        image = pre_norm.normalise(x, norm, ctx.kind, stats).to(weights.w1.dtype)
-        of_branch = pre_norm.branch_gradient(grad, path, image)
+        image = pre_norm.normalise(x, norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
+        of_branch = pre_norm.branch_gradient(grad, path, image, ctx.backend)
         d_image, d_weights = backward(of_branch, image, weights, backends.for_part(ctx.backend, BACKENDS))
         del image, of_branch
-        dx, *d_norm = pre_norm.backward(d_image.to(x.dtype), x, grad, norm, ctx.kind, stats)
+        dx, *d_norm = pre_norm.backward(d_image, x, grad, norm, ctx.kind, stats, ctx.backend)
         return None, None, dx, None, *d_norm, None, None, *d_weights
 
 

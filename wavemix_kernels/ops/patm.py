@@ -250,7 +250,7 @@ class _PATM(torch.autograd.Function):
             image = _channels_last(x)
         else:
             of_norm = pre_norm.statistics(x, norm, options.kind, options.backend)
-            image = pre_norm.normalise(x, norm, options.kind, of_norm).to(p.fc_h.dtype)
+            image = pre_norm.normalise(x, norm, options.kind, of_norm, options.backend, p.fc_h.dtype)
         z_h, z_w, c = _amplitudes(image, p)
         thetas = _thetas(image, phases)
         del image
@@ -269,7 +269,7 @@ class _PATM(torch.autograd.Function):
         of_norm = of_norm or pre_norm.Statistics(*(mean.new_empty(0) for _ in range(3)))
         ctx.save_for_backward(x, path, *flat, *of_norm, mean, invstd, branch_mean, *kept)
         if options.kind is not None:
-            out = pre_norm.join(x, out, path)
+            out = pre_norm.join(x, out, path, options.backend)
         elif layout.is_channels_last(out) != layout.is_channels_last(x) or not layout.is_channels_last(x):
             out = layout.laid_out(out, layout.is_channels_last(x))
         ctx.mark_non_differentiable(mean, var, of_norm.mean, of_norm.var)
@@ -287,8 +287,8 @@ class _PATM(torch.autograd.Function):
         if options.kind is None:
             image = _channels_last(x)
         else:
-            image = pre_norm.normalise(x, norm, options.kind, of_norm).to(p.fc_h.dtype)
-        around, grad = grad, pre_norm.branch_gradient(grad, path, image)
+            image = pre_norm.normalise(x, norm, options.kind, of_norm, options.backend, p.fc_h.dtype)
+        around, grad = grad, pre_norm.branch_gradient(grad, path, image, options.backend)
         z_h, z_w, c = _amplitudes(image, p)
         thetas = thetas or _thetas(image, phases)
         affines = _affines(phases, mean, invstd)
@@ -329,7 +329,7 @@ class _PATM(torch.autograd.Function):
         dx: Tensor | None = d_image
         d_norm: list[Tensor | None] = [None, None]
         if options.kind is not None and d_image is not None:
-            dx, *d_norm = pre_norm.backward(d_image.to(x.dtype), x, around, norm, options.kind, of_norm)
+            dx, *d_norm = pre_norm.backward(d_image, x, around, norm, options.kind, of_norm, options.backend)
         elif dx is not None and not layout.is_channels_last(x):
             dx = dx.contiguous()
 

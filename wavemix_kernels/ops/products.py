@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels import _native
+
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define("weight_gradient(Tensor grad, Tensor image) -> Tensor")
+
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -64,12 +69,38 @@ def input_gradient(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """Gradient of ``weight`` in :func:`project`."""
-    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    # With more pixels than channels the product transposes more than it multiplies (2 images, 64 to 320 channels,
-    # 56x56: 98 against 271 GFLOP/s); below, the convolution has too little to share out (512 to 2048, 7x7: 351 to 37).
-    if pixels <= min(grad.shape[1], image.shape[1]) and _by_onednn(grad):
-        return _product(matrix(grad).t(), matrix(image).t()).reshape(weight.shape)
+    if _by_core(grad):
+        return torch.ops.wavemix_kernels.weight_gradient(grad, image).reshape(weight.shape)
     return _convolution_backward(grad, image, weight, (False, True, False))[1]
+
+
+def _by_core(x: Tensor) -> bool:
+    """Half types stay with the library, whose processors may have products of their own for them."""
+    return (
+        _native.core is not None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _weight_gradient(grad: Tensor, image: Tensor) -> Tensor:
+    core: Any = _native.core
+    rows, of_image = matrix(grad), matrix(image)
+    out = grad.new_empty((rows.shape[1], of_image.shape[1]))
+    core.weight_grad_cpu(
+        _native.DTYPES[grad.dtype], (rows.shape[0], *out.shape), (rows.data_ptr(), rows.stride(0)),
+        (of_image.data_ptr(), of_image.stride(0)), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_library.impl("weight_gradient", _weight_gradient, "CPU")
+torch.library.register_fake(
+    "wavemix_kernels::weight_gradient",
+    lambda grad, image: grad.new_empty((grad.shape[1], image.shape[1])),
+    lib=_library,
+)
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
