@@ -14,5 +14,6 @@ OPS = (
     "batch_norm",
     "phase_aggregate",
     "branch_sum",
+    "patm_whole",
     "channel_mlp",
 )

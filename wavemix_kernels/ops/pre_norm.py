@@ -63,11 +63,19 @@ def statistics(x: Tensor, norm: Norm, kind: Kind, backend: str) -> Statistics:
 def normalise(x: Tensor, norm: Norm, kind: Kind, stats: Statistics) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` of an image of any strides: channels_last, rounded once."""
     image = _channels_last(x)
-    mean, invstd = (t[:, None] if kind.by_image else t for t in (stats.mean, stats.invstd))
+    scale, shift = affine(norm, kind, stats, x.shape[1])
+    out = torch.addcmul(shift[..., None, None], image.to(shift.dtype), scale[..., None, None])
+    return _channels_last(out.to(x.dtype))
+
+
+def affine(norm: Norm, kind: Kind, stats: Statistics, channels: int) -> tuple[Tensor, Tensor]:
+    """:func:`normalise` as ``x * scale + shift``: (C), by image (N, C)."""
+    mean, invstd = stats.mean, stats.invstd
+    if kind.by_image:
+        mean, invstd = (t[:, None].expand(-1, channels) for t in (mean, invstd))
     scale = invstd if norm.weight is None else invstd * norm.weight
     shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    out = torch.addcmul(shift[..., None, None], image.to(mean.dtype), scale.to(mean.dtype)[..., None, None])
-    return _channels_last(out.to(x.dtype))
+    return scale.to(mean.dtype), shift.to(mean.dtype)
 
 
 def backward(
