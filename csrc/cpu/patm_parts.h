@@ -23,37 +23,45 @@ constexpr int64_t kStepPixels = 64;
 // All places of one pixel: branch along W, branch along H, third branch.
 template <class A>
 struct Places {
+  struct Source {
+    const A *weight, *bias;  // a row of c; null in the padding, bias also where there is none
+    int64_t which, channel;  // 0, 1: z, theta along W; 2, 3: along H; 4: the third branch
+  };
   const PatmArgs& args;
   Pairs<A> b;
   int64_t branch, all;  // 2 width, 5 width
-  explicit Places(const PatmArgs& of) : args(of), b(of.c / 2), branch(2 * b.width), all(5 * b.width) {}
+  Buffer<int64_t> outputs, paireds;
+  Buffer<Source> sources;
 
+  explicit Places(const PatmArgs& of)
+      : args(of), b(of.c / 2), branch(2 * b.width), all(5 * b.width), outputs(b.width), paireds(b.width), sources(all) {
+    for (int64_t place = 0; place < b.width; ++place) {
+      const int64_t g = place % b.half, part = place / b.half;
+      outputs.data[place] = g < b.count ? part * b.count + g : -1;
+      paireds.data[place] = g < b.count ? 2 * g + part : -1;
+    }
+    for (int64_t place = 0; place < all; ++place) {
+      const int64_t i = place / branch, at = place % branch;
+      if (i == 2) {
+        sources.data[place] = row(args.channel, args.channel_bias, 4, output(at));
+      } else if (at / b.half % 2 == 0) {
+        sources.data[place] = row(args.branch[i].z, args.branch[i].z_bias, 2 * i, channel_of(at));
+      } else {
+        sources.data[place] = row(args.branch[i].theta, args.branch[i].theta_bias, 2 * i + 1, channel_of(at));
+      }
+    }
+  }
   // The channel at a place of the outputs, and of one quantity of a branch ([half | half]); -1 in the padding.
-  int64_t output(int64_t place) const {
-    const int64_t g = place % b.half;
-    return g < b.count ? place / b.half * b.count + g : -1;
-  }
-  int64_t paired(int64_t place) const {
-    const int64_t g = place % b.half;
-    return g < b.count ? 2 * g + place / b.half : -1;
-  }
-  struct Source {
-    const A *weight, *bias;  // a row of c; both null in the padding, bias where there is none
-    int which;               // 0, 1: z, theta along W; 2, 3: along H; 4: the third branch
-    int64_t channel;
-  };
-  Source source(int64_t place) const {
-    const auto row = [&](const void* weight, const void* bias, int which, int64_t channel) {
-      if (channel < 0) return Source{nullptr, nullptr, which, channel};
-      return Source{static_cast<const A*>(weight) + channel * args.c,
-                    bias == nullptr ? nullptr : static_cast<const A*>(bias) + channel, which, channel};
-    };
-    if (place >= 2 * branch) return row(args.channel, args.channel_bias, 4, output(place - 2 * branch));
-    const int i = place < branch ? 0 : 1;
-    const PatmBranch& of = args.branch[i];
-    const int64_t at = place % branch, theta = at / b.half % 2;
-    const int64_t channel = paired(at / branch * b.width + at / b.width * b.half + at % b.half);
-    return theta != 0 ? row(of.theta, of.theta_bias, 2 * i + 1, channel) : row(of.z, of.z_bias, 2 * i, channel);
+  int64_t output(int64_t place) const { return outputs.data[place]; }
+  int64_t paired(int64_t place) const { return paireds.data[place]; }
+  const Source& source(int64_t place) const { return sources.data[place]; }
+
+ private:
+  int64_t channel_of(int64_t at) const { return paired(at / b.width * b.half + at % b.half); }
+  Source row(const void* weight, const void* bias, int64_t which, int64_t channel) const {
+    if (channel < 0) return {nullptr, nullptr, which, channel};
+    return {static_cast<const A*>(weight) + channel * args.c,
+            bias == nullptr ? nullptr : static_cast<const A*>(bias) + channel, which, channel};
   }
 };
 
@@ -107,7 +115,7 @@ struct BranchWeights {
         return weight == nullptr ? A(0) : weight[k];
       });
     for (int64_t j = 0; j < p.all; ++j) {
-      const auto source = p.source(j);
+      const auto& source = p.source(j);
       if (source.bias != nullptr) bias.data[j] = *source.bias;
     }
     for (int i = 0; i < 2; ++i) {

@@ -95,7 +95,7 @@ void scatter(const Places<A>& p, const Sums<A>& at, const double* sums, const Pa
                             grads.channel};
   void* const biases[5] = {grads.branch[0].z_bias, nullptr, grads.branch[1].z_bias, nullptr, grads.channel_bias};
   for (int64_t j = 0; j < p.all; ++j) {
-    const auto source = p.source(j);
+    const auto& source = p.source(j);
     if (source.channel < 0) continue;
     A* const row = static_cast<A*>(weights[source.which]) + source.channel * c;
     for (int64_t i = 0; i < c; ++i) row[i] = static_cast<A>(sums[at.projections + j * stride + i]);

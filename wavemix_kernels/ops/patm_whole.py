@@ -330,14 +330,16 @@ def _through_statistics(
     the image's gradient ``matrix image + vector``.
     """
     count = max(image.x.shape[0] * image.x.shape[2] * image.x.shape[3], 1)
-    scale = torch.stack((w.scale_h, w.scale_w)).double()
-    rise = -scale * batch.invstd.double().square() * sums[:, 1].double() / count
-    offset = -scale * sums[:, 0].double() / count
-    theta = torch.stack((w.theta_h, w.theta_w)).double().flatten(2)
+    wide = sums.dtype
+    scale = torch.stack((w.scale_h, w.scale_w)).to(wide)
+    rise = -scale * batch.invstd.to(wide).square() * sums[:, 1] / count
+    offset = -scale * sums[:, 0] / count
+    theta = torch.stack((w.theta_h, w.theta_w)).to(wide).flatten(2)
+    image_mean, covariance = batch.image_mean.to(wide), batch.covariance.to(wide)
     tilted = rise[..., None] * theta
-    d_theta = count * (tilted @ batch.covariance + offset[..., None] * batch.image_mean)
-    matrix = (theta.transpose(1, 2) @ tilted).sum(0)
-    vector = (offset[:, None] @ theta).sum((0, 1)) - matrix @ batch.image_mean
+    d_theta = count * (tilted @ covariance + offset[..., None] * image_mean)
+    matrix = theta.flatten(0, 1).t() @ tilted.flatten(0, 1)
+    vector = offset.flatten() @ theta.flatten(0, 1) - matrix @ image_mean
     return d_theta, matrix, vector
 
 
