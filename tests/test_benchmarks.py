@@ -590,6 +590,8 @@ def over(plan: str, name: str, at: int, reason: str) -> Any:
         over("cpu", "Waveblock L3, C=192", 1, "13.98: grad and y are read three times: sums, and each convolution"),
         ("cpu", "Waveblock L4, C=192", 0),
         over("cpu", "Waveblock L4, C=192", 1, "14.11: as level 3"),
+        ("cpu", "PATM fc, C=64", 0),
+        ("cpu", "PATM fc, C=64", 1),
         over("gpu", "Waveblock L1, C=192", 0, "7.02: the statistics' own pass over the upsampling's output"),
         over("gpu", "Waveblock L1, C=192", 1, "17.29: batch norm and reduction in passes of their own, MLP four times"),
         over("gpu", "Waveblock L3, C=192", 0, "7.82: as level 1"),

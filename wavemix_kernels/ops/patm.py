@@ -95,7 +95,9 @@ def patm(
     function: Any = _WholePATM if _runs_whole(x, backend, _is_depthwise(phase_h)) else _PATM
     # Everything is in the dtype it is to be in; autocast would round the branch weights' little MLP, too.
     with torch.autocast(x.device.type, enabled=False):
-        out, mean, var, *of_norm = function.apply(options, x, path, *(norm or _NO_NORM), *parameters, *phase_h, *phase_w)
+        out, mean, var, *of_norm = function.apply(
+            options, x, path, *(norm or _NO_NORM), *parameters, *phase_h, *phase_w
+        )
     return Output(out, (mean[0], var[0]), (mean[1], var[1]), (of_norm[0], of_norm[1]))
 
 
@@ -239,8 +241,16 @@ class Folded(NamedTuple):
 
 def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
     """PATM of an image (N, C, H, W) in the dtype of ``f.weight``: channels_last, without gradient."""
-    image = _channels_last(image)
     channels = image.shape[1]
+    if _runs_whole(image, backend, f.phase_h is not None):
+        z_h, z_w, c, theta_h, theta_w = f.weight.chunk(5)
+        biases = (None,) * 5 if f.bias is None else f.bias.chunk(5)
+        weights = patm_whole.Weights(
+            z_h, biases[0], theta_h, biases[3], f.scale_h, f.shift_h, f.tfc_h, z_w, biases[1], theta_w, biases[4],
+            f.scale_w, f.shift_w, f.tfc_w, c, biases[2], f.fc1, f.fc1_bias, f.fc2, f.fc2_bias, f.proj, f.proj_bias,
+        )  # fmt: skip
+        return patm_whole.forward(patm_whole.Image(image, None, None), None, False, weights, "cpu")[0]
+    image = _channels_last(image)
     parts = products.project(image, f.weight, f.bias).split(channels, 1)
     z_h, z_w, c, *thetas = parts
     if f.phase_h is not None and f.phase_w is not None:
@@ -397,7 +407,9 @@ class _WholePATM(torch.autograd.Function):
             dx = layout.laid_out(dx, False)
         d_phases: list[Any] = []
         for i, (phase, d_weight) in enumerate(zip(phases, (out.theta_h, out.theta_w), strict=True)):
-            d_phases += _phase_gradients(phase, d_weight, out.sums[i], mean[i], invstd[i], affines[2 * i], bool(moments))
+            d_phases += _phase_gradients(
+                phase, d_weight, out.sums[i], mean[i], invstd[i], affines[2 * i], bool(moments)
+            )
         of_parameters = (None if t is None else getattr(out, name) for t, name in zip(p, _OF_WHOLE, strict=True))
         return None, dx, None, *d_norm, None, None, *of_parameters, *d_phases
 

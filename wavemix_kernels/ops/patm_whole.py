@@ -311,7 +311,9 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     image = Image(x, scale, shift)
     functions = backends.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
     batch = None if given[0] is None else Batch(*given)
-    out: Gradients = functions["backward"](grad, branch_mean, None if batch is None else batch.mean, image, path, weights)
+    out: Gradients = functions["backward"](
+        grad, branch_mean, None if batch is None else batch.mean, image, path, weights
+    )
     if batch is not None:
         d_theta, matrix, vector = _through_statistics(out.sums, image, weights, batch)
         for gradient, more in zip((out.theta_h, out.theta_w), d_theta, strict=True):
@@ -321,9 +323,7 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     return [out.image, *(t.to(dtype) for t, dtype in zip(out[1:-1], dtypes, strict=True)), out.sums]
 
 
-def _through_statistics(
-    sums: Tensor, image: Image, w: Weights, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
+def _through_statistics(sums: Tensor, image: Image, w: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Batch statistics depend on theta, too: to its gradient come ``rise (theta - mean) + offset``, a line per channel.
 
     Theta is a convolution of the image, so to its weights' gradient comes a product with the image's covariance and to
@@ -383,9 +383,7 @@ def moments(image: Image, backend: str) -> tuple[Tensor, Tensor]:
     return torch.ops.wavemix_kernels.patm_moments(*image, backend)
 
 
-def forward(
-    image: Image, path: Tensor | None, residual: bool, weights: Weights, backend: str
-) -> tuple[Tensor, Tensor]:
+def forward(image: Image, path: Tensor | None, residual: bool, weights: Weights, backend: str) -> tuple[Tensor, Tensor]:
     """PATM of the image, or with ``residual`` ``x + path PATM(image)``, path (N) or None.
 
     Returns:
