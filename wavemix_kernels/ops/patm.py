@@ -3,7 +3,8 @@ as the residual branch of a block, with the norm in front and the sum behind.
 
 Upstream's autograd keeps some 19 tensors of the input's size. Here ``recompute="amplitudes"`` keeps x and the phases
 before their BatchNorms, ``recompute="all"`` x alone; statistics, and what hangs on single images, are small. The
-normalised image is no more than an affine map of x: backward makes it again.
+normalised image is no more than an affine map of x: backward makes it again. Where a CPU takes images from end to end
+(:data:`WHOLE`), x alone is kept in either case.
 """
 
 from __future__ import annotations
@@ -481,7 +482,7 @@ def _weights(p: Parameters, phases: tuple[Phase, Phase], affines: list[Tensor]) 
 def _phase_gradients(
     phase: Phase, d_weight: Tensor, sums: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, of_batch: bool
 ) -> list[Tensor | None]:
-    """Of a :class:`Phase`, from that of its weight and the sums of d and ``d (theta - mean)``, mean 0 for frozen ones."""
+    """Of a :class:`Phase`, from its weight's and the sums of d and ``d (theta - mean)``, mean 0 for frozen ones."""
     d_pre, d_pre_theta = sums
     if not of_batch:
         d_pre_theta = d_pre_theta - mean * d_pre

@@ -397,7 +397,7 @@ def backward(
     grad: Tensor, branch_mean: Tensor, batch: Batch | None, image: Image, path: Tensor | None, weights: Weights,
     backend: str,
 ) -> Gradients:  # fmt: skip
-    """All gradients of :func:`forward` but what goes around the branch; ``batch`` None: scale and shift are constants."""
+    """All gradients of :func:`forward`, less what goes around the branch; ``batch`` None: scale and shift are given."""
     given = batch or (None,) * len(Batch._fields)
     return Gradients(
         *torch.ops.wavemix_kernels.patm_whole_backward(grad, branch_mean, *given, *image, path, *weights, backend)
