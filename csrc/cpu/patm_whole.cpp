@@ -4,8 +4,8 @@
 // as the image and stays in a cache; what one pixel needs of others comes of a ring of the last rows. The branch
 // weights want all of the image before any of the output, so the two convolved branches wait for them.
 //
-// Memory is read twice and written once; a tenth of the time of reading and writing every projection goes to arithmetic
-// that is done again.
+// Memory is read twice and written once. Only the third branch waits for nobody and is made where it is mixed;
+// statistics come of the image itself (moments), so that no product is made twice.
 
 // GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -401,7 +401,8 @@ class _WholePATM(torch.autograd.Function):
         affines = _affines(phases, mean, invstd)
         batch = patm_whole.Batch(mean, invstd, *moments) if moments else None
         out = patm_whole.backward(grad, branch_mean, batch, image, path, _weights(p, phases, affines), "cpu")
-        dx, d_norm = out.image, [None, None]
+        dx = out.image
+        d_norm: list[Tensor | None] = [None, None]
         if options.kind is not None:
             dx, *d_norm = pre_norm.backward(dx, x, grad, norm, options.kind, of_norm)
         elif not layout.is_channels_last(x):
