@@ -458,7 +458,7 @@ def _phase_statistics(
     phases: tuple[Phase, Phase], moments: tuple[Tensor, ...], options: Options, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_statistics`, of an image with these moments."""
-    means, variances, invstds = [], [], []
+    out: tuple[list[Tensor], ...] = ([], [], [])
     for phase, eps in zip(phases, options.eps, strict=True):
         if phase.mean is not None and phase.invstd is not None:
             mean, var, invstd = phase.mean, phase.mean, phase.invstd
@@ -467,16 +467,17 @@ def _phase_statistics(
             mean = weight @ moments[0] if phase.bias is None else torch.addmv(phase.bias.double(), weight, moments[0])
             var = (weight @ moments[1] * weight).sum(1).clamp_min_(0.0)
             invstd = torch.rsqrt(var + eps)
-        for values, value in zip((means, variances, invstds), (mean, var, invstd), strict=True):
+        for values, value in zip(out, (mean, var, invstd), strict=True):
             values.append(value.to(dtype))
-    return torch.stack(means), torch.stack(variances), torch.stack(invstds)
+    means, variances, invstds = map(torch.stack, out)
+    return means, variances, invstds
 
 
 def _weights(p: Parameters, phases: tuple[Phase, Phase], affines: list[Tensor]) -> patm_whole.Weights:
-    h, w = phases
+    (h, w), (scale_h, shift_h, scale_w, shift_w) = phases, affines
     return patm_whole.Weights(
-        p.fc_h, p.fc_h_bias, h.weight, h.bias, *affines[:2], p.tfc_h, p.fc_w, p.fc_w_bias, w.weight, w.bias,
-        *affines[2:], p.tfc_w, p.fc_c, p.fc_c_bias, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias, p.proj, p.proj_bias,
+        p.fc_h, p.fc_h_bias, h.weight, h.bias, scale_h, shift_h, p.tfc_h, p.fc_w, p.fc_w_bias, w.weight, w.bias,
+        scale_w, shift_w, p.tfc_w, p.fc_c, p.fc_c_bias, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias, p.proj, p.proj_bias,
     )  # fmt: skip
 
 
