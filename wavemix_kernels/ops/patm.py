@@ -113,9 +113,9 @@ def _is_depthwise(phase: Phase) -> bool:
     return phase.weight.shape[2] == 3
 
 
-#: Up to this many channels a CPU takes an image from end to end (:mod:`wavemix_kernels.ops.patm_whole`): 1.1 to 2.4 times
-#: as fast as kernels of parts at 64 and 128 channels, 0.85 at 320, whose weights are larger than the L2 cache (a training
-#: step of 8 images, AMD EPYC, 2 threads).
+#: Up to this many channels a CPU takes an image from end to end (:mod:`wavemix_kernels.ops.patm_whole`). Beside kernels
+#: of parts a training step is 1.1 to 2.4 times as fast at 64 and 128 channels (8, 2 and 1 images, AMD EPYC, 2 threads),
+#: 0.85 times at 320, whose weights are larger than the L2 cache.
 WHOLE = 128
 
 
