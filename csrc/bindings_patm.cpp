@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "wavemix/patm.h"
+#include "wavemix/patm_whole.h"
 
 namespace py = pybind11;
 
@@ -70,6 +71,63 @@ wavemix::BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<
   if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
   for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
   args.a = pointer(a);
+  return args;
+}
+
+// dtype, shape, x, scale, shift, by_image: what the whole PATM reads.
+using ImageInts = std::tuple<int, Ints, Ints, uintptr_t, uintptr_t, bool>;
+
+wavemix::PatmArgs image_args(const ImageInts& ints) {
+  const auto& [dtype, shape, x, scale, shift, by_image] = ints;
+  auto args = shaped<wavemix::PatmArgs>(dtype, shape);
+  if (shape[1] % 2 != 0)
+    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(shape[1]));
+  if ((scale == 0) != (shift == 0)) throw py::value_error("scale, shift: expected both or neither");
+  args.x = plane(x, "x", shape);
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.by_image = by_image;
+  return args;
+}
+
+constexpr size_t kPatmAddresses = 22;
+void check_addresses(const std::vector<uintptr_t>& addresses, const char* name) {
+  if (addresses.size() != kPatmAddresses)
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(kPatmAddresses) + " addresses, got " +
+                          std::to_string(addresses.size()));
+}
+
+// Weights in the order of the structs.
+wavemix::PatmArgs whole_args(const ImageInts& ints, const std::vector<uintptr_t>& weights, int64_t hidden,
+                             bool residual, uintptr_t path) {
+  auto args = image_args(ints);
+  check_addresses(weights, "weights");
+  const void** const fields[kPatmAddresses] = {&args.branch[0].z,
+                                               &args.branch[0].z_bias,
+                                               &args.branch[0].theta,
+                                               &args.branch[0].theta_bias,
+                                               &args.branch[0].scale,
+                                               &args.branch[0].shift,
+                                               &args.branch[0].taps,
+                                               &args.branch[1].z,
+                                               &args.branch[1].z_bias,
+                                               &args.branch[1].theta,
+                                               &args.branch[1].theta_bias,
+                                               &args.branch[1].scale,
+                                               &args.branch[1].shift,
+                                               &args.branch[1].taps,
+                                               &args.channel,
+                                               &args.channel_bias,
+                                               &args.fc1,
+                                               &args.fc1_bias,
+                                               &args.fc2,
+                                               &args.fc2_bias,
+                                               &args.proj,
+                                               &args.proj_bias};
+  for (size_t i = 0; i < kPatmAddresses; ++i) *fields[i] = pointer(weights[i]);
+  args.hidden = hidden;
+  args.residual = residual;
+  args.path = pointer(path);
   return args;
 }
 #endif
@@ -175,6 +233,68 @@ void bind_patm(py::module_& m) {
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
       py::arg("d_a"), py::arg("threads"));
+  m.def(
+      "patm_moments_cpu",
+      [](const ImageInts& image, uintptr_t mean, uintptr_t covariance, int threads) {
+        check_threads(threads);
+        const auto args = image_args(image);
+        py::gil_scoped_release unlocked;
+        wavemix::patm_moments_cpu(args, static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(covariance)),
+                                  threads);
+      },
+      py::arg("image"), py::arg("mean"), py::arg("covariance"), py::arg("threads"));
+  m.def(
+      "patm_forward_cpu",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual, uintptr_t path,
+         const Ints& out, uintptr_t branch_mean, int threads) {
+        check_threads(threads);
+        const auto args = whole_args(image, weights, hidden, residual, path);
+        const auto to = plane(out, "out", std::get<1>(image));
+        py::gil_scoped_release unlocked;
+        wavemix::patm_forward_cpu(args, to, pointer(branch_mean), threads);
+      },
+      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("residual"), py::arg("path"), py::arg("out"),
+      py::arg("branch_mean"), py::arg("threads"));
+  m.def(
+      "patm_backward_cpu",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
+         const Ints& grad, uintptr_t branch_mean, const Ints& d_image, bool wide,
+         const std::vector<uintptr_t>& gradients, int threads) {
+        check_threads(threads);
+        const auto args = whole_args(image, weights, hidden, false, path);
+        check_addresses(gradients, "gradients");
+        wavemix::PatmGradArgs grads;
+        grads.grad = plane(grad, "grad", std::get<1>(image));
+        grads.branch_mean = pointer(branch_mean);
+        grads.d_image = plane(d_image, "d_image", std::get<1>(image));
+        grads.wide = wide;
+        for (size_t i = 0; i < 2; ++i) {
+          wavemix::PatmBranchGrads& branch = grads.branch[i];
+          void** const fields[] = {&branch.z,    &branch.z_bias,  &branch.theta,
+                                   &branch.taps, &branch.sum_pre, &branch.sum_pre_theta};
+          branch.center = pointer(gradients[7 * i]);
+          for (size_t k = 0; k < 6; ++k) *fields[k] = pointer(gradients[7 * i + 1 + k]);
+        }
+        void** const fields[] = {&grads.channel, &grads.channel_bias, &grads.fc1,  &grads.fc1_bias,
+                                 &grads.fc2,     &grads.fc2_bias,     &grads.proj, &grads.proj_bias};
+        for (size_t k = 0; k < 8; ++k) *fields[k] = pointer(gradients[14 + k]);
+        py::gil_scoped_release unlocked;
+        wavemix::patm_backward_cpu(args, grads, threads);
+      },
+      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("branch_mean"),
+      py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
+  m.def(
+      "patm_add_linear_cpu",
+      [](const ImageInts& image, const Ints& partial, uintptr_t matrix, uintptr_t vector, const Ints& out,
+         int threads) {
+        check_threads(threads);
+        const auto args = image_args(image);
+        const auto& shape = std::get<1>(image);
+        const auto from = plane(partial, "partial", shape), to = plane(out, "out", shape);
+        py::gil_scoped_release unlocked;
+        wavemix::patm_add_linear_cpu(args, from, pointer(matrix), pointer(vector), to, threads);
+      },
+      py::arg("image"), py::arg("partial"), py::arg("matrix"), py::arg("vector"), py::arg("out"), py::arg("threads"));
 #endif
 
 #if WAVEMIX_WITH_CUDA

@@ -585,6 +585,8 @@ def over(plan: str, name: str, at: int, reason: str) -> Any:
         ("cpu", "Waveblock L3, C=192", 1),
         ("cpu", "Waveblock L4, C=192", 0),
         ("cpu", "Waveblock L4, C=192", 1),
+        ("cpu", "PATM fc, C=64", 0),
+        ("cpu", "PATM fc, C=64", 1),
         over("gpu", "Waveblock L1, C=192", 0, "the statistics' own pass over the upsampling's output"),
         over("gpu", "Waveblock L1, C=192", 1, "batch norm in passes of its own, bands and MLP read twice"),
         over("gpu", "Waveblock L3, C=192", 0, "as level 1"),

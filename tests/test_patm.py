@@ -41,6 +41,12 @@ def on_the_cpu(device: str) -> None:
         pytest.skip("the CPU's part; test_cuda_patm.py and test_triton_patm.py have the GPU's")
 
 
+@pytest.fixture(autouse=True)
+def in_kernels_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide images run; test_patm_whole.py has the kernel from end to end."""
+    monkeypatch.setattr(patm_op, "WHOLE", 0)
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; slices as a projection to several tensors leaves them."""
     if layout == "channels_last":

@@ -153,7 +153,10 @@ class TestFusedBlock:
         seen: list[nn.Module] = []
         fused.get_submodule(part).register_forward_hook(lambda module, *_: seen.append(module))
         ran: list[str] = []
-        for name, owner, function in (("tokens", patm_op._PATM, "apply"), ("channels", channel_mlp._Branch, "apply")):
+        for name, owner, function in (
+            ("tokens", patm_op._WholePATM, "apply"),
+            ("channels", channel_mlp._Branch, "apply"),
+        ):
             original = getattr(owner, function)
 
             def noted(*args: object, name: str = name, original: object = original) -> object:

@@ -15,7 +15,7 @@ namespace {
 #define WAVEMIX_KERNELS_OF(isa)                                                                                       \
   &isa::haar_kernels, &isa::mlp_kernels, &isa::batch_norm_kernels, &isa::deconv_kernels, &isa::deconv_narrow_kernels, \
       &isa::reduce_haar_kernels, &isa::reduce_haar_narrow_kernels, &isa::patm_kernels, &isa::pre_norm_kernels,        \
-      &isa::weight_grad_kernels
+      &isa::weight_grad_kernels, &isa::whole_patm_kernels, &isa::whole_patm_backward_kernels
 
 struct Variant {
   const char* name;
@@ -29,6 +29,8 @@ struct Variant {
   const PatmKernels* patm;
   const PreNormKernels* pre_norm;
   const WeightGradKernels* weight_grad;
+  const WholePatmKernels* whole_patm;
+  const WholePatmBackwardKernels* whole_patm_backward;
   bool supported;
 };
 
@@ -153,6 +155,20 @@ void branch_sum_cpu(const BranchArgs& args, const Plane& out, int threads) {
 }
 void branch_sum_backward_cpu(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads) {
   pick().patm->branch_sum_backward(args, grad, out, d_a, threads);
+}
+
+void patm_moments_cpu(const PatmArgs& args, double* mean, double* covariance, int threads) {
+  pick().whole_patm->moments(args, mean, covariance, threads);
+}
+void patm_forward_cpu(const PatmArgs& args, const Plane& out, void* branch_mean, int threads) {
+  pick().whole_patm->forward(args, out, branch_mean, threads);
+}
+void patm_backward_cpu(const PatmArgs& args, const PatmGradArgs& grads, int threads) {
+  pick().whole_patm_backward->backward(args, grads, threads);
+}
+void patm_add_linear_cpu(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
+                         const Plane& out, int threads) {
+  pick().whole_patm->add_linear(args, partial, matrix, vector, out, threads);
 }
 
 }  // namespace wavemix

@@ -11,6 +11,7 @@
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/patm.h"
+#include "wavemix/patm_whole.h"
 #include "wavemix/pre_norm.h"
 #include "wavemix/reduce_haar.h"
 #include "wavemix/weight_grad.h"
@@ -55,6 +56,16 @@ struct PatmKernels {
   void (*branch_sum_backward)(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads);
 };
 
+struct WholePatmKernels {
+  void (*moments)(const PatmArgs& args, double* mean, double* covariance, int threads);
+  void (*forward)(const PatmArgs& args, const Plane& out, void* branch_mean, int threads);
+  void (*add_linear)(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
+                     const Plane& out, int threads);
+};
+struct WholePatmBackwardKernels {
+  void (*backward)(const PatmArgs& args, const PatmGradArgs& grads, int threads);
+};
+
 struct PreNormKernels {
   void (*apply)(const PreNormArgs& args, const Plane& x, const Plane& out, int threads);
   void (*backward)(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
@@ -67,18 +78,20 @@ struct WeightGradKernels {
   void (*weight_grad)(const WeightGradArgs& args, int threads);
 };
 
-#define WAVEMIX_DECLARE_ISA(isa)                             \
-  namespace isa {                                            \
-  extern const HaarKernels haar_kernels;                     \
-  extern const MlpKernels mlp_kernels;                       \
-  extern const BatchNormKernels batch_norm_kernels;          \
-  extern const DeconvKernels deconv_kernels;                 \
-  extern const DeconvKernels deconv_narrow_kernels;          \
-  extern const ReduceHaarKernels reduce_haar_kernels;        \
-  extern const ReduceHaarKernels reduce_haar_narrow_kernels; \
-  extern const PatmKernels patm_kernels;                     \
-  extern const PreNormKernels pre_norm_kernels;              \
-  extern const WeightGradKernels weight_grad_kernels;        \
+#define WAVEMIX_DECLARE_ISA(isa)                                     \
+  namespace isa {                                                    \
+  extern const HaarKernels haar_kernels;                             \
+  extern const MlpKernels mlp_kernels;                               \
+  extern const BatchNormKernels batch_norm_kernels;                  \
+  extern const DeconvKernels deconv_kernels;                         \
+  extern const DeconvKernels deconv_narrow_kernels;                  \
+  extern const ReduceHaarKernels reduce_haar_kernels;                \
+  extern const ReduceHaarKernels reduce_haar_narrow_kernels;         \
+  extern const PatmKernels patm_kernels;                             \
+  extern const PreNormKernels pre_norm_kernels;                      \
+  extern const WeightGradKernels weight_grad_kernels;                \
+  extern const WholePatmKernels whole_patm_kernels;                  \
+  extern const WholePatmBackwardKernels whole_patm_backward_kernels; \
   }
 WAVEMIX_DECLARE_ISA(baseline)
 WAVEMIX_DECLARE_ISA(avx2)

@@ -13,46 +13,18 @@
 
 #include <cstring>
 
-#include "convert.h"
-#include "parallel.h"
-// This one uses the above.
-#include "sincos.h"
+#include "waves.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(kVectorBytes), may_alias));
-  static constexpr int64_t lanes = kVectorBytes / static_cast<int64_t>(sizeof(A));
-};
-template <class A>
-static inline typename Vector<A>::type& vec(A* p) {
-  return *reinterpret_cast<typename Vector<A>::type*>(p);
-}
-template <class A>
-static inline const typename Vector<A>::type& vec(const A* p) {
-  return *reinterpret_cast<const typename Vector<A>::type*>(p);
-}
-
-constexpr int64_t kReach = kPhaseTaps / 2;
 // Pixels and channel pairs at work at a time: the waves of a segment stay within the L2 cache (some 130 KB of float),
 // the six pixels beyond its ends cost a twentieth.
 constexpr int64_t kSegment = 128;
 constexpr int64_t kPairs = 64;
 // Lines of one image that go to one thread in a piece.
 constexpr int64_t kLines = 8;
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 // How one pass is cut: into units of an image, a block of channel pairs and some neighbouring lines.
 struct Plan {
@@ -121,49 +93,7 @@ static inline const A* fetch(const A* p, int64_t, A*) {
 }
 
 template <class A>
-static inline A before_relu(A theta, A scale, A shift) {
-  return theta * scale + shift;
-}
-// As torch has it: a NaN stays one.
-template <class A>
-static inline A relu(A value) {
-  return value < A(0) ? A(0) : value;
-}
-
-static void waves_of(const double* theta, const double* scale, const double* shift, int64_t n, double* cosine,
-                     double* sine) {
-  for (int64_t i = 0; i < n; ++i) sincos_exact(relu(before_relu(theta[i], scale[i], shift[i])), sine[i], cosine[i]);
-}
-static void waves_of(const float* __restrict theta, const float* __restrict scale, const float* __restrict shift,
-                     int64_t n, float* __restrict cosine, float* __restrict sine) {
-  // Not negative, so the bits of phases compare as the phases do, and those of NaN are the largest: the sign bit of
-  // `beyond` becomes one with the first that is too large.
-  uint32_t beyond = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    cosine[i] = relu(before_relu(theta[i], scale[i], shift[i]));
-    beyond |= float_to_bits(kFastPhase) - (float_to_bits(cosine[i]) & 0x7fffffffu);
-  }
-  if (beyond >> 31 == 0) {
-    WAVEMIX_SIMD
-    for (int64_t i = 0; i < n; ++i) sincos_fast(cosine[i], sine[i], cosine[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const float phase = cosine[i];
-      phase <= kFastPhase ? sincos_fast(phase, sine[i], cosine[i]) : sincos_exact(phase, sine[i], cosine[i]);
-    }
-  }
-}
-
-// Waves lie as [pixel][channel of the pair][cos parts | sin parts of the pairs], each half padded with zeros to whole
-// vectors: what one output vector reads is contiguous, cos for the first half of the outputs and sin for the second.
-template <class A>
-struct Block {
-  int64_t count, half, width;  // pairs, pairs padded, outputs padded
-  explicit Block(int64_t pairs) : count(pairs), half(round_up(pairs, Vector<A>::lanes)), width(2 * half) {}
-};
-
-template <class A>
-static void deinterleave(const Block<A>& b, const A* __restrict z, const A* __restrict cosine, const A* __restrict sine,
+static void deinterleave(const Pairs<A>& b, const A* __restrict z, const A* __restrict cosine, const A* __restrict sine,
                          A* __restrict wave) {
   A* const even = wave;
   A* const odd = wave + b.width;
@@ -179,7 +109,7 @@ static void deinterleave(const Block<A>& b, const A* __restrict z, const A* __re
 // The waves of pixels [begin - kReach, end + kReach) of a line. With `keep` the cosines and sines of [begin, end) stay
 // there, as [pixel][cos | sin][channel].
 template <class T, class A>
-static void make_waves(const Block<A>& b, const Line<const T>& z, const Line<const T>& theta, int64_t begin,
+static void make_waves(const Pairs<A>& b, const Line<const T>& z, const Line<const T>& theta, int64_t begin,
                        int64_t end, int64_t length, const A* scale, const A* shift, A* waves, A* keep, A* buffer) {
   const int64_t channels = 2 * b.count;
   for (int64_t j = begin - kReach; j < end + kReach; ++j) {
@@ -197,85 +127,6 @@ static void make_waves(const Block<A>& b, const Line<const T>& z, const Line<con
   }
 }
 
-// Weights as [tap][channel of the pair][output of the block], from (c, 2, 7).
-template <class A>
-static void lay_out_taps(const Block<A>& b, const A* taps, const Plan& plan, int64_t pair, A* out) {
-  std::memset(out, 0, static_cast<size_t>(2 * kPhaseTaps * b.width) * sizeof(A));
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t g = 0; g < b.count; ++g)
-      for (int64_t k = 0; k < 2; ++k)
-        for (int64_t t = 0; t < kPhaseTaps; ++t)
-          out[(t * 2 + k) * b.width + half * b.half + g] =
-              taps[((half * plan.pairs + pair + g) * 2 + k) * kPhaseTaps + t];
-}
-
-// out[pixel][output] of `count` pixels, and their sums.
-template <class A>
-static void convolve(const Block<A>& b, const A* waves, const A* taps, int64_t count, A* out, A* sums) {
-  using V = typename Vector<A>::type;
-  for (int64_t o = 0; o < b.width; o += Vector<A>::lanes) {
-    V weight[2 * kPhaseTaps];
-    for (int i = 0; i < 2 * kPhaseTaps; ++i) weight[i] = vec(taps + i * b.width + o);
-    V total = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const A* const wave = waves + j * 2 * b.width + o;
-      // Two chains: one addition's latency hides behind the other's.
-      V even = weight[0] * vec(wave), odd = weight[1] * vec(wave + b.width);
-      for (int i = 2; i < 2 * kPhaseTaps; i += 2) {
-        even += weight[i] * vec(wave + i * b.width);
-        odd += weight[i + 1] * vec(wave + (i + 1) * b.width);
-      }
-      even += odd;
-      total += even;
-      vec(out + j * b.width + o) = even;
-    }
-    vec(sums + o) = total;
-  }
-}
-
-// Gradient of the waves of `count` pixels from that of the outputs, whose pixel 0 is kReach before the first.
-template <class A>
-static void convolve_transposed(const Block<A>& b, const A* d, const A* taps, int64_t count, A* d_waves) {
-  using V = typename Vector<A>::type;
-  for (int64_t o = 0; o < b.width; o += Vector<A>::lanes) {
-    V weight[2 * kPhaseTaps];
-    for (int i = 0; i < 2 * kPhaseTaps; ++i) weight[i] = vec(taps + i * b.width + o);
-    for (int64_t j = 0; j < count; ++j) {
-      V even = {}, odd = {};
-      for (int t = 0; t < kPhaseTaps; ++t) {
-        const V& g = vec(d + (j + 2 * kReach - t) * b.width + o);
-        even += weight[2 * t] * g;
-        odd += weight[2 * t + 1] * g;
-      }
-      vec(d_waves + j * 2 * b.width + o) = even;
-      vec(d_waves + (j * 2 + 1) * b.width + o) = odd;
-    }
-  }
-}
-
-// Adds the gradient of the weights, [tap][channel of the pair][output], over `count` pixels. Sums over a segment are
-// in the arithmetic type, those over segments in double: a segment is short, an image is not.
-template <class A>
-static void taps_gradient(const Block<A>& b, const A* d, const A* waves, int64_t count, double* d_taps) {
-  using V = typename Vector<A>::type;
-  for (int64_t o = 0; o < b.width; o += Vector<A>::lanes) {
-    V sum[2 * kPhaseTaps] = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const V& g = vec(d + (j + kReach) * b.width + o);
-      const A* const wave = waves + j * 2 * b.width + o;
-      for (int i = 0; i < 2 * kPhaseTaps; ++i) sum[i] += g * vec(wave + i * b.width);
-    }
-    for (int i = 0; i < 2 * kPhaseTaps; ++i)
-      for (int64_t l = 0; l < Vector<A>::lanes; ++l) d_taps[i * b.width + o + l] += static_cast<double>(sum[i][l]);
-  }
-}
-
-template <class A>
-static void add_to(double* __restrict sums, const A* __restrict values, int64_t n) {
-  WAVEMIX_SIMD
-  for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(values[i]);
-}
-
 template <class T>
 static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums_, int threads) {
   using A = typename Arithmetic<T>::type;
@@ -285,7 +136,7 @@ static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, 
   const Plan plan(args);
   advise<4>(out.data, out.stride, {args.n, args.c, args.h, args.w}, static_cast<int64_t>(sizeof(T)));
   if (args.n * args.c * args.h * args.w < kSerialElements) threads = 1;
-  const Block<A> widest(smaller(kPairs, plan.pairs));
+  const Pairs<A> widest(smaller(kPairs, plan.pairs));
   const int64_t width = widest.width;
   // Sums of each unit, of out and then of `also`: added up afterwards, in an order that no thread changes.
   const Scratch partial(plan.units() * 2 * width * static_cast<int64_t>(sizeof(double)));
@@ -305,10 +156,10 @@ static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, 
     WAVEMIX_FOR
     for (int64_t index = 0; index < plan.units(); ++index) {
       const Unit unit(plan, index);
-      const Block<A> b(unit.count);
+      const Pairs<A> b(unit.count);
       const int64_t channel = 2 * unit.pair, channels = 2 * unit.count;
       if (laid_out != unit.block) {
-        lay_out_taps(b, static_cast<const A*>(args.taps), plan, unit.pair, taps);
+        lay_out_taps(b, static_cast<const A*>(args.taps), plan.pairs, unit.pair, taps);
         std::memset(waves, 0, static_cast<size_t>(2 * reach * width) * sizeof(A));
         laid_out = unit.block;
       }
@@ -321,7 +172,9 @@ static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, 
           const int64_t end = smaller(begin + plan.segment, plan.length);
           make_waves<T, A>(b, z, theta, begin, end, plan.length, static_cast<const A*>(args.scale) + channel,
                            static_cast<const A*>(args.shift) + channel, waves, nullptr, buffer);
-          convolve(b, waves, taps, end - begin, result, segment_sums);
+          const A* at[kPhaseTaps];
+          for (int t = 0; t < kPhaseTaps; ++t) at[t] = waves + t * 2 * b.width;
+          convolve(b, at, taps, end - begin, result, segment_sums);
           add_to(unit_sums, segment_sums, b.width);
           for (int64_t j = begin; j < end; ++j) {
             const A* const row = result + (j - begin) * b.width;
@@ -346,7 +199,7 @@ static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, 
       double* const first = partials + (image * plan.blocks + block) * plan.groups * 2 * width;
       for (int64_t group = 1; group < plan.groups; ++group)
         for (int64_t i = 0; i < 2 * width; ++i) first[i] += first[group * 2 * width + i];
-      const Block<A> b(smaller(kPairs, plan.pairs - block * kPairs));
+      const Pairs<A> b(smaller(kPairs, plan.pairs - block * kPairs));
       A* const to = sums + image * plan.c;
       // Outputs g and c/2 + g come from the pair 2g, 2g+1; channels of `also` are their own.
       for (int64_t g = 0; g < b.count; ++g) {
@@ -359,7 +212,7 @@ static void forward(const PhaseArgs& args, const Plane& out, const Plane& also, 
 
 // d = grad * a + b of pixels [begin - kReach, end + kReach), as [pixel][output].
 template <class T, class A>
-static void load_gradient(const Block<A>& block, const Line<const T>& grad, const Plan& plan, int64_t pair,
+static void load_gradient(const Pairs<A>& block, const Line<const T>& grad, const Plan& plan, int64_t pair,
                           int64_t begin, int64_t end, const A* a, const A* b, A* d) {
   for (int64_t j = begin - kReach; j < end + kReach; ++j) {
     A* const row = d + (j - begin + kReach) * block.width;
@@ -392,12 +245,7 @@ static void advise_slice(const Plane& p, const PhaseArgs& args, int64_t element)
 }
 
 template <class A>
-struct Channels {  // of one block, natural order
-  const A *scale, *shift, *center;
-};
-
-template <class A>
-static void interleave(const Block<A>& b, const A* __restrict d_wave, A* __restrict d_real, A* __restrict d_imaginary) {
+static void interleave(const Pairs<A>& b, const A* __restrict d_wave, A* __restrict d_real, A* __restrict d_imaginary) {
   const A* const even = d_wave;
   const A* const odd = d_wave + b.width;
   WAVEMIX_SIMD
@@ -406,23 +254,6 @@ static void interleave(const Block<A>& b, const A* __restrict d_wave, A* __restr
     d_real[2 * g + 1] = odd[g];
     d_imaginary[2 * g] = even[b.half + g];
     d_imaginary[2 * g + 1] = odd[b.half + g];
-  }
-}
-
-// One pixel's channels: d_real and d_imaginary, the gradients of z cos and z sin, become those of z and theta.
-template <class A>
-static void wave_gradient(int64_t n, const Channels<A>& of, const A* __restrict z, const A* __restrict theta,
-                          const A* __restrict cosine, const A* __restrict sine, A* __restrict d_real,
-                          A* __restrict d_imaginary, A* __restrict sum_pre, A* __restrict sum_pre_theta) {
-  WAVEMIX_SIMD
-  for (int64_t i = 0; i < n; ++i) {
-    const A re = d_real[i], im = d_imaginary[i];
-    const A turn = z[i] * (im * cosine[i] - re * sine[i]);
-    const A d_pre = before_relu(theta[i], of.scale[i], of.shift[i]) <= A(0) ? A(0) : turn;
-    sum_pre[i] += d_pre;
-    sum_pre_theta[i] += d_pre * (theta[i] - of.center[i]);
-    d_real[i] = re * cosine[i] + im * sine[i];
-    d_imaginary[i] = d_pre * of.scale[i];
   }
 }
 
@@ -435,7 +266,7 @@ static void backward(const PhaseArgs& args, const PhaseGradArgs& grads, int thre
   if (elements > 0)
     for (const Plane* plane : written) advise_slice(*plane, args, element);
   if (elements < kSerialElements) threads = 1;
-  const Block<A> widest(smaller(kPairs, plan.pairs));
+  const Pairs<A> widest(smaller(kPairs, plan.pairs));
   const int64_t width = widest.width;
   // Sums of each thread: [block][weights | sum_pre | sum_pre_theta].
   const int64_t per_block = (2 * kPhaseTaps + 2) * width, per_thread = plan.blocks * per_block;
@@ -460,10 +291,10 @@ static void backward(const PhaseArgs& args, const PhaseGradArgs& grads, int thre
     WAVEMIX_FOR
     for (int64_t index = 0; index < plan.units(); ++index) {
       const Unit unit(plan, index);
-      const Block<A> b(unit.count);
+      const Pairs<A> b(unit.count);
       const int64_t channel = 2 * unit.pair, channels = 2 * unit.count;
       if (laid_out != unit.block) {
-        lay_out_taps(b, static_cast<const A*>(args.taps), plan, unit.pair, taps);
+        lay_out_taps(b, static_cast<const A*>(args.taps), plan.pairs, unit.pair, taps);
         // The padding of each half is multiplied (by zero) but never written.
         std::memset(waves, 0, static_cast<size_t>(3 * reach * width) * sizeof(A));
         laid_out = unit.block;
@@ -486,8 +317,10 @@ static void backward(const PhaseArgs& args, const PhaseGradArgs& grads, int thre
           const int64_t end = smaller(begin + plan.segment, plan.length);
           make_waves<T, A>(b, z, theta, begin, end, plan.length, of.scale, of.shift, waves, kept, buffer);
           load_gradient<T, A>(b, grad, plan, unit.pair, begin, end, a, add, d);
-          taps_gradient(b, d, waves, end - begin, block_sums);
-          convolve_transposed(b, d, taps, end - begin, d_waves);
+          const A* at[kPhaseTaps];
+          for (int t = 0; t < kPhaseTaps; ++t) at[t] = d + (2 * kReach - t) * b.width;
+          taps_gradient(b, at, waves + kReach * 2 * b.width, end - begin, block_sums);
+          convolve_transposed(b, at, taps, end - begin, d_waves, 2 * b.width);
           for (int64_t j = begin; j < end; ++j) {
             const A* const cosine = kept + (j - begin) * 2 * b.width;
             A *const d_real = buffer, *const d_imaginary = buffer + width;
@@ -517,15 +350,9 @@ static void backward(const PhaseArgs& args, const PhaseGradArgs& grads, int thre
     for (int64_t i = 0; i < per_thread; ++i) totals[i] += totals[t * per_thread + i];
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t pair = block * kPairs;
-    const Block<A> b(smaller(kPairs, plan.pairs - pair));
+    const Pairs<A> b(smaller(kPairs, plan.pairs - pair));
     const double* const sums = totals + block * per_block;
-    A* const d_taps = static_cast<A*>(grads.d_taps);
-    for (int64_t half = 0; half < 2; ++half)
-      for (int64_t g = 0; g < b.count; ++g)
-        for (int64_t k = 0; k < 2; ++k)
-          for (int64_t t = 0; t < kPhaseTaps; ++t)
-            d_taps[((half * plan.pairs + pair + g) * 2 + k) * kPhaseTaps + t] =
-                static_cast<A>(sums[(t * 2 + k) * b.width + half * b.half + g]);
+    gather_taps(b, sums, plan.pairs, pair, static_cast<A*>(grads.d_taps));
     for (int64_t i = 0; i < 2 * b.count; ++i) {
       static_cast<A*>(grads.sum_pre)[2 * pair + i] = static_cast<A>(sums[2 * kPhaseTaps * width + i]);
       static_cast<A*>(grads.sum_pre_theta)[2 * pair + i] = static_cast<A>(sums[(2 * kPhaseTaps + 1) * width + i]);

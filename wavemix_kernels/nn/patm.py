@@ -27,7 +27,7 @@ class FusedPATM(PATM):
     Args:
         dim, qkv_bias, qk_scale, attn_drop, proj_drop, mode: as PATM takes them.
         recompute: what backward makes again: ``"amplitudes"``, z_h, z_w and c with all that follows, or ``"all"`` to
-            keep x alone.
+            keep x alone, as a CPU does in either case up to :data:`wavemix_kernels.ops.patm.WHOLE` channels.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.

@@ -15,5 +15,6 @@ OPS = (
     "phase_aggregate",
     "branch_sum",
     "pre_norm",
+    "patm_whole",
     "channel_mlp",
 )

@@ -306,6 +306,16 @@ def normalise(
     )  # fmt: skip
 
 
+def affine(norm: Norm, kind: Kind, stats: Statistics, channels: int) -> tuple[Tensor, Tensor]:
+    """:func:`normalise` as ``x * scale + shift``: (C), by image (N, C)."""
+    mean, invstd = stats.mean, stats.invstd
+    if kind.by_image:
+        mean, invstd = (t[:, None].expand(-1, channels) for t in (mean, invstd))
+    scale = invstd if norm.weight is None else invstd * norm.weight
+    shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    return scale.to(mean.dtype), shift.to(mean.dtype)
+
+
 def backward(
     grad: Tensor, x: Tensor, around: Tensor, norm: Norm, kind: Kind, stats: Statistics, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
