@@ -346,7 +346,11 @@ class _PATM(torch.autograd.Function):
             made = (phase.bias, d_bias), (phase.norm_weight, d_pre_theta * invstd[i]), (phase.norm_bias, d_pre)
             d_phases += [d_weight, *(None if t is None else d.to(t.dtype) for t, d in made), None, None]
         of_fc = *d_fc, out.w_h, out.w_w, *d_mlp, d_proj, d_proj_bias
-        return None, dx, None, *d_norm, None, None, *of_fc, *d_phases
+        gradients = (
+            None if g is None or t is None else layout.like_weight(g, t)
+            for g, t in zip((*of_fc, *d_phases), (*p, *phases[0], *phases[1]), strict=True)
+        )
+        return None, dx, None, *d_norm, None, None, *gradients
 
 
 def _parameters(flat: Any) -> tuple[pre_norm.Norm, Parameters, tuple[Phase, Phase]]:
