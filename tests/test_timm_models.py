@@ -154,7 +154,7 @@ def test_weights_from_a_file_as_upstream_saves_them(tmp_path: Path) -> None:
     same = create("wavemlp_t_dw", pretrained=True, pretrained_cfg_overlay=overlay).eval()
     assert torch.equal(same(x), original(x))
     other = create("wavemlp_t_dw", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1).eval()
-    assert torch.equal(other.network[3][1].mlp.fc1.weight, original.network[3][1].mlp.fc1.weight)
+    assert torch.equal(other.network[4][1].mlp.fc1.weight, original.network[4][1].mlp.fc1.weight)
     # timm adapts the stem to fewer channels by summing over those it has.
     weight = original.patch_embed.proj.weight
     torch.testing.assert_close(other.patch_embed.proj.weight, weight.sum(1, keepdim=True))
