@@ -263,24 +263,8 @@ def test_without_timm_the_program_says_so(folder: Path, tmp_path: Path, capsys) 
 
 # --- The whole program, with timm ----------------------------------------------------------------------------
 
-USUAL = [
-    "--model",
-    "tiny",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--img-size",
-    "16",
-    "--warm-up",
-    "1",
-    "--cool-down",
-    "0",
-    "--workers",
-    "1",
-    "--lr",
-    "1e-3",
-]
+USUAL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--img-size", "16", "--warm-up", "1"]
+USUAL += ["--cool-down", "0", "--workers", "1", "--lr", "1e-3"]
 #: Without what one process draws for the whole batch and two for its halves.
 ALIKE = ["--mixup", "0", "--cutmix", "0", "--erase", "0", "--drop-path", "0"]
 
