@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -67,7 +65,9 @@ def require_timm() -> None:
         Refused: timm is there but does not import, or its RandAugment fails on this Pillow; the message says why.
     """
     try:
+        import PIL
         import timm.data  # noqa: F401
+        from PIL import Image, ImageOps
     except (ImportError, RuntimeError) as error:
         raise cli.Refused(
             f"timm does not import ({error}); torchvision must be the build for torch {torch.__version__}"
