@@ -348,6 +348,7 @@ def _run(training: Training, out: Path, given: Sequence[str]) -> int:
         start = "python" if processes.control is None else f"torchrun --nproc_per_node {processes.world}"
         console.print(f"interrupted in epoch {training.epoch + 1}, nothing is lost; it goes on with")
         console.print(f"  {start} -m examples.train_imagenet {again}")
+        processes.any(True)  # torchrun ends all after the first end: none before rank 0 has saved and said so
         return 130
     best = training.best()
     console.print(f"after the last epoch {training.rows[-1]['ema_accuracy']:.2f} % of the validation images are right")
