@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,21 +22,31 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """Errors of one line; none where ``silent``, as all but one of many processes with the same arguments are."""
+
+    silent = False
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, None if self.silent else f"{self.prog}: {message}\n")
 
 
-def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, run the command that the parser's defaults name, and turn refusals into status 2."""
+def run(parser: Parser, argv: Sequence[str] | None, extras: Mapping[str, str] = EXTRAS, extra: str = "examples") -> int:
+    """Parse, run the command that the parser's defaults name, and turn refusals into status 2.
+
+    Args:
+        extras: packages that the command needs, by module.
+        extra: the optional dependencies of this package that bring them.
+    """
     try:
         arguments = parser.parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
-        missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+        missing = [package for module, package in extras.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[examples]"')
+            raise Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[{extra}]"')
         return command(arguments)
     except Refused as refused:
-        print(f"{parser.prog}: {refused}", file=sys.stderr)
+        if not parser.silent:
+            print(f"{parser.prog}: {refused}", file=sys.stderr)
         return 2
     except SystemExit as ended:
         return int(ended.code or 0)

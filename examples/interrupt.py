@@ -7,12 +7,17 @@ from types import FrameType, TracebackType
 
 
 class Interrupt:
-    """While the context lasts, the first SIGINT or SIGTERM only sets ``asked``; a second SIGINT raises at once."""
+    """While the context lasts, the first SIGINT or SIGTERM only sets ``asked``; a second SIGINT raises at once.
+
+    Args:
+        patient: no SIGINT raises: torchrun sends its processes the one again that the terminal has sent them.
+    """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.asked = False
+        self.patient = patient
 
     def __enter__(self) -> Interrupt:
         self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
@@ -25,6 +30,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
         self.asked = True

@@ -12,7 +12,7 @@ import argparse
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -269,8 +269,7 @@ class WaveNet(nn.Module):
                 f"pretrained={os.fspath(pretrained)!r}: expected a file with a state dict, or with a dict that has one "
                 f"as 'state_dict' or 'model'"
             )
-        state = {name.removeprefix("module."): value for name, value in content.items()}
-        state = {name: value for name, value in state.items() if not name.endswith(("total_ops", "total_params"))}
+        state = own_names(content)
         if self.fork_feat:
             state = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
             outputs = tuple(f"norm{index}." for index in self.out_indices)
@@ -369,6 +368,12 @@ def _fold_norm(part: PatchEmbedOverlapping | Downsample) -> None:
         part.norm = nn.Identity()
 
 
+def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of upstream's training as the model names it: without what DistributedDataParallel and thop add."""
+    kept = {name: value for name, value in state.items() if not name.endswith(("total_ops", "total_params"))}
+    return {name.removeprefix("module."): value for name, value in kept.items()}
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
@@ -385,11 +390,13 @@ def _wave_mlp(
     embed_dims: Sequence[int],
     mlp_ratios: Sequence[float],
     crop_pct: float,
+    *,
+    kind: type[WaveNet] = WaveNet,
     **kwargs: object,
 ) -> WaveNet:
     if pretrained is True:
         raise ValueError("pretrained=True: no weights come with this package; expected the path of a checkpoint file")
-    model = WaveNet(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)  # type: ignore[arg-type]
+    model = kind(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)  # type: ignore[arg-type]
     # What timm's data pipeline asks a model for.
     model.default_cfg = {  # type: ignore[assignment]
         "url": "",

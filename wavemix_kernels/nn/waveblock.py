@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.inference import InferenceWaveblock
 from wavemix_kernels.nn.parts import frozen, untouched, update
-from wavemix_kernels.ops import pointwise_mlp, waveblock
+from wavemix_kernels.ops import layout, pointwise_mlp, waveblock
 from wavemix_kernels.ops.haar import haar_dwt2d
 from wavemix_kernels.reference.waveblock import Waveblock
 
@@ -84,7 +84,7 @@ class FusedWaveblock(Waveblock):
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
             up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
             mean, invstd = frozen(norm)
-            mlp = (w1[:, :, 0, 0], b1, w2[:, :, 0, 0], b2)
+            mlp = (layout.matrix(w1), b1, layout.matrix(w2), b2)
             levels.append(waveblock.Level(*mlp, up, up_bias, norm.weight, norm.bias, mean, invstd))
         dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
         out, stats = waveblock.waveblock(

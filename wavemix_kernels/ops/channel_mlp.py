@@ -149,7 +149,7 @@ torch.library.register_fake("wavemix_kernels::channel_mlp_backward", _backward_f
 def backward(grad: Tensor, x: Tensor, weights: Weights, backend: str) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of x and of the weights."""
     d_x, *d_weights = torch.ops.wavemix_kernels.channel_mlp_backward(grad, x, *weights, backend)
-    return d_x, [None if t is None else d for t, d in zip(weights, d_weights, strict=True)]
+    return d_x, [None if t is None else layout.like_weight(d, t) for t, d in zip(weights, d_weights, strict=True)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

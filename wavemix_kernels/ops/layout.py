@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +34,36 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
 def channels_inner(x: Tensor) -> Tensor:
     """``x`` where its channels are contiguous (channels_last, slices of it), else a channels_last copy."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else laid_out(x, True)
+
+
+def like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient`` with the strides of ``weight``, where they are of the same memory order.
+
+    Strides along axes of length 1 mean nothing, but a channels_last 1x1 weight has other ones than a fresh tensor, and
+    DistributedDataParallel compares them all: it warns, and copies into its buckets element by element.
+    """
+    axes = zip(gradient.shape, gradient.stride(), weight.stride(), strict=True)
+    if gradient.stride() != weight.stride() and all(size == 1 or ours == its for size, ours, its in axes):
+        return gradient.as_strided(gradient.shape, weight.stride())
+    return gradient
+
+
+class _Matrix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return like_weight(gradient.reshape(weight.shape), weight)
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """(O, I) of a 1x1 convolution's weight (O, I, 1, 1); its gradient comes back as :func:`like_weight` makes it.
+
+    Indexing would do, but its backward pass fills and copies the whole weight twice.
+    """
+    result: Tensor = _Matrix.apply(weight)
+    return result

@@ -369,7 +369,11 @@ class _PATM(torch.autograd.Function):
                 phase, d_weight, out.sums[i], mean[i], invstd[i], affines[2 * i], batch_statistics
             )
         of_fc = *d_fc, out.w_h, out.w_w, *d_mlp, d_proj, d_proj_bias
-        return None, dx, None, *d_norm, None, None, *of_fc, *d_phases
+        gradients = (
+            None if g is None or t is None else layout.like_weight(g, t)
+            for g, t in zip((*of_fc, *d_phases), (*p, *phases[0], *phases[1]), strict=True)
+        )
+        return None, dx, None, *d_norm, None, None, *gradients
 
 
 class _WholePATM(torch.autograd.Function):

@@ -241,4 +241,5 @@ class _Waveblock(torch.autograd.Function):
         dx, dw, db = reduce_haar.gradients(
             z_grads, x, weight, bias is not None, grad if residual else None, part.reduce
         )
+        dw = layout.like_weight(dw, weight)
         return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

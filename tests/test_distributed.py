@@ -1,0 +1,293 @@
+"""Fused models under DistributedDataParallel: two gloo processes on half of a batch each against one on the whole."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from tests.tolerances import GOLDEN, UNIT_ROUNDOFF
+from tests.two_processes import WORLD, TwoProcesses
+from wavemix_kernels.nn.patm import FusedPATM
+from wavemix_kernels.nn.pre_norm import is_plain
+from wavemix_kernels.nn.wave_block import FusedWaveBlock
+from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.wavemix.classification import WaveMix, WaveMixLite
+from wavemix_kernels.wavemlp import MyNorm, WaveNet
+
+BATCH, CLASSES = 4, 10
+_TINY: dict[str, Any] = {"layers": (1, 1), "embed_dims": (8, 12), "mlp_ratios": (2, 2), "num_classes": CLASSES}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "wavemix-lite deconv": lambda: WaveMixLite(final_dim=8, depth=2, upsample="deconv", dropout=0.0),
+    "wavemix-lite bilinear": lambda: WaveMixLite(final_dim=8, depth=2, dropout=0.0),
+    "wavemix level 2": lambda: WaveMix(
+        num_classes=CLASSES, depth=1, ff_channel=8, final_dim=8, dropout=0.0, level=2, patch_size=2
+    ),
+    "wave-mlp": lambda: WaveNet(**_TINY),
+    "wave-mlp depthwise": lambda: WaveNet(**_TINY, mode="depthwise"),
+    "wave-mlp one block": lambda: WaveNet((1,), embed_dims=(8,), mlp_ratios=(2,), num_classes=CLASSES),
+    "wave-mlp group norm": lambda: WaveNet(**_TINY, norm_layer=MyNorm, qkv_bias=True),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    processes = TwoProcesses(tmp_path_factory.mktemp("gloo"))
+    yield processes
+    processes.close()
+
+
+def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
+    return images.contiguous(memory_format=torch.channels_last), torch.arange(BATCH) % CLASSES
+
+
+def made(name: str, dtype: torch.dtype, frozen: bool) -> nn.Module:
+    """The same model wherever it is called; with ``frozen`` BatchNorms use running statistics of their own."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            module.train(not frozen)
+    return model
+
+
+def half(values: Tensor) -> Tensor:
+    return values.chunk(WORLD)[dist.get_rank()]
+
+
+def distributed_steps(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int = 2
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """Loss of the whole batch, gradients and warnings of the last of some steps without an update. DDP raises in the
+    second one where a parameter got no gradient in the first."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ddp = DistributedDataParallel(model)
+        for _ in range(steps):
+            model.zero_grad()
+            loss = F.cross_entropy(ddp(half(images)), half(labels))
+            loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return total / WORLD, gradients, [str(warning.message) for warning in caught]
+
+
+def on_halves(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    return distributed_steps(made(name, dtype, frozen=True), *data(dtype))
+
+
+def on_whole(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def distance(left: dict[str, Tensor], right: dict[str, Tensor], name: str) -> float:
+    return float((left[name].double() - right[name].double()).norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_halves_give_the_gradients_of_the_whole(name: str, two: TwoProcesses) -> None:
+    """BatchNorm is frozen: its batch statistics differ between halves by definition (SyncBatchNorm is below). In
+    float64 the two agree to its rounding; in float32 both err, and halves by no more than twice what the whole does,
+    plus one rounding of the average."""
+    exact_loss, exact = on_whole(made(name, torch.float64, frozen=True), *data(torch.float64))
+    for loss, gradients, _ in two.run(on_halves, name, torch.float64):
+        assert abs(loss - exact_loss) <= GOLDEN * exact_loss
+        for parameter, gradient in exact.items():
+            assert distance(gradients, exact, parameter) <= GOLDEN * gradient.norm(), parameter
+    one_loss, one = on_whole(made(name, torch.float32, frozen=True), *data(torch.float32))
+    unit = UNIT_ROUNDOFF[torch.float32]
+    for loss, gradients, warned in two.run(on_halves, name, torch.float32):
+        assert abs(loss - exact_loss) <= 2 * abs(one_loss - exact_loss) + 4 * unit * exact_loss
+        for parameter, gradient in exact.items():
+            bound = 2 * distance(one, exact, parameter) + 2 * unit * gradient.norm()
+            assert distance(gradients, exact, parameter) <= bound, parameter
+        assert not warned
+
+
+@pytest.mark.parametrize("name", ["wavemix-lite deconv", "wave-mlp depthwise"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_have_the_strides_of_their_weights(name: str, memory_format: torch.memory_format) -> None:
+    """What DDP compares with its buckets; along axes of length 1, too, where channels_last weights are peculiar."""
+    model = MODELS[name]().to(memory_format=memory_format)
+    on_whole(model, *data(torch.float32))
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None
+        assert value.grad.stride() == value.stride(), parameter
+
+
+# --- Dropout, stochastic depth, checkpointing, compilation ---------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A block, made again in backward or not; models then add the residual themselves, to the last bit alike."""
+
+    def __init__(self, block: nn.Module, again: bool) -> None:
+        super().__init__()
+        self.block, self.again = block, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x)
+
+
+def wrapped(model: nn.Module, again: bool) -> nn.Module:
+    for blocks in [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]:
+        for i, block in enumerate(blocks):
+            if isinstance(block, (FusedWaveblock, FusedWaveBlock)):
+                blocks[i] = Wrapped(block, again)
+    assert any(isinstance(module, Wrapped) for module in model.modules())
+    return model
+
+
+def dropping() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "wavemix-lite": WaveMixLite(final_dim=8, depth=2, dropout=0.5),
+        "wave-mlp": WaveNet(**_TINY, norm_layer=MyNorm, drop_path_rate=0.5),
+    }
+
+
+def checkpointed_and_not(seeded_by_rank: bool) -> dict[str, Tensor]:
+    """Per model, the outputs of this rank for the same image; checkpointing must not change a bit of a gradient."""
+    images, labels = data(torch.float32)
+    outputs = {}
+    for name, model in dropping().items():
+        pair = [wrapped(copy.deepcopy(model), again) for again in (False, True)]
+        found = []
+        for each in pair:
+            torch.manual_seed(7 + seeded_by_rank * dist.get_rank())
+            found.append(distributed_steps(each, images, labels)[1])
+        assert all(torch.equal(found[0][k], found[1][k]) for k in found[0]), name
+        torch.manual_seed(7 + seeded_by_rank * dist.get_rank())
+        outputs[name] = model(images).detach()
+    return outputs
+
+
+def test_checkpointing_repeats_the_masks_and_each_rank_draws_its_own(two: TwoProcesses) -> None:
+    first, second = two.run(checkpointed_and_not, True)
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+    first, second = two.run(checkpointed_and_not, False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def compiled_and_not(name: str) -> tuple[float, float, int]:
+    """The largest relative distance of a gradient, the bound on it, and how many graphs were made."""
+    images, labels = data(torch.float64)
+    _, eager, _ = distributed_steps(made(name, torch.float64, frozen=True), images, labels)
+    model = made(name, torch.float64, frozen=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(DistributedDataParallel(model), backend=counter)
+    F.cross_entropy(compiled(half(images)), half(labels)).backward()
+    gradients = {k: p.grad for k, p in model.named_parameters()}
+    worst = max(distance(gradients, eager, k) / float(eager[k].norm()) for k in eager)
+    return worst, GOLDEN, counter.frame_count
+
+
+@pytest.mark.parametrize("name", ["wavemix-lite bilinear", "wave-mlp one block"])
+def test_compiled_ddp_gives_the_same_gradients(name: str, two: TwoProcesses) -> None:
+    for worst, bound, graphs in two.run(compiled_and_not, name):
+        assert worst <= bound
+        assert graphs >= 1
+
+
+# --- SyncBatchNorm -------------------------------------------------------------------------------------------
+
+
+def norms(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("name", ["wavemix-lite deconv", "wavemix level 2", "wave-mlp", "wave-mlp depthwise"])
+@pytest.mark.parametrize("training", [True, False])
+def test_converted_models_fall_back_to_their_modules(name: str, training: bool) -> None:
+    """Without a process group SyncBatchNorm is BatchNorm, on any device: results, gradients and statistics stay."""
+    exact = made(name, torch.float64, frozen=False).train(training)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(exact))
+    assert len(norms(converted, nn.SyncBatchNorm)) == len(norms(exact, nn.BatchNorm2d))
+    assert converted.state_dict().keys() == exact.state_dict().keys()
+    for module in converted.modules():
+        if isinstance(module, (FusedWaveblock, FusedPATM)):
+            assert not module._parts_are_plain()
+        if isinstance(module, nn.SyncBatchNorm):
+            assert not is_plain(module)
+    loss, gradients = on_whole(exact, *data(torch.float64))
+    its_loss, its_gradients = on_whole(converted, *data(torch.float64))
+    assert abs(loss - its_loss) <= GOLDEN * loss
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for parameter in gradients:  # those that BatchNorm makes zero are rounding errors on both sides
+        assert distance(gradients, its_gradients, parameter) <= GOLDEN * largest, parameter
+    for buffer, value in exact.named_buffers():
+        torch.testing.assert_close(converted.get_buffer(buffer), value, rtol=GOLDEN, atol=GOLDEN)
+
+
+def synchronised(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    """SyncBatchNorm in training by collectives that gloo has: the module's own takes CUDA tensors alone."""
+    from torch.distributed.nn.functional import all_reduce
+
+    count = x.shape[0] * x.shape[2] * x.shape[3] * WORLD
+    mean = all_reduce(x.sum((0, 2, 3))) / count
+    centred = x - mean.view(1, -1, 1, 1)
+    var = all_reduce(centred.square().sum((0, 2, 3))) / count
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return centred * torch.rsqrt(var + norm.eps).view(1, -1, 1, 1) * norm.weight.view(1, -1, 1, 1) + norm.bias.view(
+        1, -1, 1, 1
+    )
+
+
+def converted_on_halves(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], str]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(made(name, torch.float64, frozen=False))
+    try:
+        model(half(data(torch.float64)[0]))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(nn.SyncBatchNorm, "forward", synchronised)
+    try:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(made(name, torch.float64, frozen=False))
+        loss, gradients = on_whole(model, *map(half, data(torch.float64)))
+    finally:
+        patch.undo()
+    for value in (loss, *gradients.values()):  # as DDP would, whose constructor refuses the class on a CPU, too
+        dist.all_reduce(value)
+        value /= WORLD
+    return loss, gradients, dict(model.named_buffers()), refusal
+
+
+@pytest.mark.parametrize("name", ["wavemix-lite deconv", "wavemix level 2", "wave-mlp depthwise"])
+def test_synchronised_batch_norm_gives_the_gradients_of_the_whole_batch(name: str, two: TwoProcesses) -> None:
+    """In training, statistics included. PyTorch's own SyncBatchNorm refuses CPU tensors, so a stand-in sums here; what
+    is proved is all around it: the fall-back, and that nothing else depends on how the batch is split."""
+    model = made(name, torch.float64, frozen=False)
+    exact_loss, exact = on_whole(model, *data(torch.float64))
+    largest = max(gradient.norm() for gradient in exact.values())
+    for loss, gradients, buffers, refusal in two.run(converted_on_halves, name):
+        assert "expected input tensor to be on GPU" in refusal
+        assert abs(loss - exact_loss) <= GOLDEN * exact_loss
+        for parameter in exact:
+            assert distance(gradients, exact, parameter) <= GOLDEN * largest, parameter
+        for buffer, value in model.named_buffers():
+            torch.testing.assert_close(buffers[buffer], value, rtol=GOLDEN, atol=GOLDEN)

@@ -1,0 +1,339 @@
+"""The ImageNet program: its order of images, training on one and two processes, interruption, a killed rank, refusals.
+
+Without timm the loop runs on loaders made here; with timm the whole program runs under torchrun on images made here.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from tests.imagenet_runner import tiny
+from tests.timm_or_not import needs_timm, reason
+from tests.tolerances import UNIT_ROUNDOFF
+from tests.two_processes import WORLD, TwoProcesses
+
+from examples import image_folder, imagenet_recipe, processes, train_imagenet  # isort: skip - the runner sets the path
+
+RUNNER = Path(__file__).with_name("imagenet_runner.py")
+IMAGES, BATCH, CLASSES = 64, 16, 4
+
+
+# --- The order of images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ranks_share_the_batches_of_one_process(repeats: int) -> None:
+    def order(batch: int, rank: int, world: int) -> list[tuple[int, int, int]]:
+        made = image_folder.Order(IMAGES + 5, batch, rank, world, repeats, seed=3)
+        made.begin(2)
+        return list(made)
+
+    whole = order(BATCH, 0, 1)
+    halves = [order(BATCH // 2, rank, 2) for rank in range(2)]
+    assert len(whole) == IMAGES // BATCH * BATCH
+    for k in range(len(whole) // BATCH):
+        together = [e for half in halves for e in half[k * BATCH // 2 : (k + 1) * BATCH // 2]]
+        assert sorted(together) == sorted(whole[k * BATCH : (k + 1) * BATCH])
+    counts = np.bincount([image for image, _, _ in whole])
+    assert counts.max() == repeats
+
+
+def test_order_goes_on_from_any_batch_and_changes_with_epoch_and_seed() -> None:
+    order = image_folder.Order(IMAGES, BATCH)
+    whole = list(order)
+    order.begin(0, 2)
+    assert list(order) == whole[2 * BATCH :]
+    assert len(order) == len(whole) - 2 * BATCH
+    order.begin(1)
+    images = [image for image, _, _ in whole]
+    assert [image for image, _, _ in order] != images
+    assert [image for image, _, _ in image_folder.Order(IMAGES, BATCH, seed=1)] != images
+
+
+class Drawing:
+    """A data set whose item is a number drawn by each generator that augmentation uses."""
+
+    def __getitem__(self, index: int) -> tuple[float, int]:
+        import random
+
+        return random.random() + 10 * np.random.rand() + 100 * float(torch.rand(())), index
+
+
+def test_augmentation_follows_from_seed_epoch_and_position() -> None:
+    augmented = image_folder.Augmented(Drawing(), seed=0)  # type: ignore[arg-type]
+    assert augmented[5, 0, 7] == augmented[5, 0, 7]
+    drawn = {augmented[5, epoch, position][0] for epoch in range(3) for position in range(3)}
+    drawn.add(image_folder.Augmented(Drawing(), seed=1)[5, 0, 0][0])  # type: ignore[arg-type]
+    assert len(drawn) == 10
+
+
+# --- The loop, without timm ----------------------------------------------------------------------------------
+
+
+class Schedule:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, epoch: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 / (1 + epoch)
+
+
+class Ema:
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for mine, its in zip(self.module.parameters(), model.parameters(), strict=True):
+            mine.lerp_(its, 0.1)
+
+
+def plain(images: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    return images.float() / 255 - 0.5, labels
+
+
+def made(them: processes.Processes, drop_path: float = 0.0) -> train_imagenet.Training:
+    recipe = imagenet_recipe.Recipe("tiny", batch=BATCH, epochs=2, cool_down=0, amp="off", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (IMAGES, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(IMAGES) % CLASSES
+    dataset = TensorDataset(images, labels)
+    each = BATCH // them.world
+    order = image_folder.Order(IMAGES, each, them.rank, them.world, repeats=2)
+    data = imagenet_recipe.Data(
+        DataLoader(image_folder.Augmented(dataset, 0), each, sampler=order),  # type: ignore[arg-type]
+        order,
+        DataLoader(Subset(dataset, range(them.rank, 30, them.world)), each),  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    model = tiny(CLASSES, drop_path)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return train_imagenet.Training(
+        recipe, model, data, plain, optimizer, Schedule(optimizer), Ema(model), them
+    )  # fmt: skip
+
+
+ALONE = processes.Processes(0, 1, torch.device("cpu"), None)
+
+
+def trained(training: train_imagenet.Training) -> dict[str, Any]:
+    while training.epoch < training.epochs:
+        for _ in training.steps():
+            pass
+        training.end_epoch()
+    return training.state_dict()
+
+
+def one_epoch_together() -> tuple[list[float], float, list[float]]:
+    them = processes.Processes(dist.get_rank(), WORLD, torch.device("cpu"), dist.group.WORLD)
+    training = made(them)
+    losses = [them.sums(float(loss))[0] / WORLD for loss in training.steps()]
+    assert [them.any(rank == them.rank) for rank in (0, 1, 2)] == [True, True, False]
+    row = training.end_epoch()
+    return losses, row["train_loss"], [row["test_accuracy"], row["ema_accuracy"]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    them = TwoProcesses(tmp_path_factory.mktemp("gloo"))
+    yield them
+    them.close()
+
+
+def test_two_processes_train_as_one(two: TwoProcesses) -> None:
+    """The first loss within its rounding: a sum over 16 images of a network of some 10 layers, each of some hundred
+    terms, in two orders. Later ones have AdamW's first steps in between, which are signs of gradients: where a gradient
+    is 0 but for rounding, a weight moves by twice the rate, 1e-3 relative to weights of size 0.02 to 0.5."""
+    training = made(ALONE)
+    losses = [float(loss) for loss in training.steps()]
+    row = training.end_epoch()
+    for its_losses, mean, accuracies in two.run(one_epoch_together):
+        assert abs(its_losses[0] - losses[0]) <= 1000 * UNIT_ROUNDOFF[torch.float32] * losses[0]
+        assert its_losses == pytest.approx(losses, rel=1e-3)
+        assert mean == pytest.approx(row["train_loss"], rel=1e-3)
+        assert all(
+            abs(a - row[k]) <= 100 / 30 for a, k in zip(accuracies, ("test_accuracy", "ema_accuracy"), strict=True)
+        )
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_run_put_back_goes_on_bit_for_bit(batches: int) -> None:
+    """Stochastic depth included, whose generator is no part of the state."""
+    whole = trained(made(ALONE, 0.5))
+    stopped = made(ALONE, 0.5)
+    for _ in stopped.steps():
+        if stopped.batch == batches:
+            break
+    state = copy.deepcopy(stopped.state_dict())
+    torch.manual_seed(99)
+    again = made(ALONE, 0.5)
+    again.load_state_dict(state)
+    assert (again.epoch, again.batch) == (0, batches)
+    found = trained(again)
+    for key in ("model", "ema"):
+        assert all(torch.equal(found[key][name], value) for name, value in whole[key].items())
+    for rows in (found["rows"], whole["rows"]):
+        for line in rows:
+            del line["seconds"]
+    assert found["rows"] == whole["rows"]
+
+
+def test_a_loss_that_is_no_number_ends_training() -> None:
+    training = made(ALONE)
+    with torch.no_grad():
+        next(training.model.parameters()).fill_(float("nan"))
+    for _ in training.steps():
+        pass
+    with pytest.raises(train_imagenet.Diverged, match="epoch 1 is nan"):
+        training.end_epoch()
+
+
+# --- Refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of noise in colours of their own."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", IMAGES // CLASSES), ("val", 5)):
+        for number in range(CLASSES):
+            place = root / split / f"class{number}"
+            place.mkdir(parents=True)
+            tint = 150 * (number == np.arange(3))
+            for i in range(count):
+                pixels = (generator.integers(0, 100, (20, 24, 3)) + tint).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return root
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert train_imagenet.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def test_refusals_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(train_imagenet, "EXTRAS", {"rich": "rich"})
+    out = ["--out", str(tmp_path / "out")]
+    assert "no folder train there; expected the layout" in refused([str(tmp_path), *out], capsys)
+    (tmp_path / "train").mkdir()
+    assert "no folders of classes there" in refused([str(tmp_path), *out], capsys)
+    for place in ("train/a", "train/b", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+    assert "class a is in train, not in val" in refused([str(tmp_path), *out], capsys)
+    usual = [str(folder), *out]
+    assert "WaveMix has no stochastic depth" in refused([*usual, "--model", "WaveMix", "--drop-path", "0.1"], capsys)
+    assert "on GPUs alone" in refused([*usual, "--device", "cpu", "--sync-bn"], capsys)
+    assert "--mixup -1: expected 0 or more" in refused([*usual, "--mixup", "-1"], capsys)
+    assert "--ema 1: expected" in refused([*usual, "--ema", "1"], capsys)
+    assert "invalid choice" in refused([*usual, "--model", "resnet50"], capsys)
+    monkeypatch.setattr(train_imagenet, "EXTRAS", {"no_such_module": "timm"})
+    assert 'timm missing: pip install "wavemix-kernels[train]"' in refused(usual, capsys)
+
+
+def test_what_is_no_torchrun_is_named() -> None:
+    with pytest.raises(train_imagenet.cli.Refused, match="LOCAL_RANK=None: expected the numbers that torchrun"):
+        processes.joined("cpu", {"RANK": "0", "WORLD_SIZE": "2"}).__enter__()
+
+
+@pytest.mark.skipif(reason() is None, reason="timm is here, so nothing has to say that it is not")
+def test_without_timm_the_program_says_so(folder: Path, tmp_path: Path, capsys) -> None:
+    message = refused([str(folder), "--device", "cpu", "--out", str(tmp_path / "out")], capsys)
+    assert "timm" in message
+
+
+# --- The whole program, with timm ----------------------------------------------------------------------------
+
+USUAL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--img-size", "16", "--warm-up", "1"]
+USUAL += ["--cool-down", "0", "--workers", "1", "--lr", "1e-3"]
+#: Without what one process draws for the whole batch and two for its halves.
+ALIKE = ["--mixup", "0", "--cutmix", "0", "--erase", "0", "--drop-path", "0"]
+
+
+def run(processes: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *start, str(RUNNER), *arguments]
+    paths = os.pathsep.join(filter(None, [str(RUNNER.parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    with (out / train_imagenet.LOG).open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@needs_timm
+def test_torchrun_trains_as_one_process(folder: Path, tmp_path: Path) -> None:
+    usual = [str(folder), *USUAL, *ALIKE, "--batch", str(BATCH), "--epochs", "2"]
+    one = run(0, [*usual, "--out", str(tmp_path / "one")])
+    assert one.returncode == 0, one.stderr
+    two = run(2, [*usual, "--out", str(tmp_path / "two")])
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("epoch 1  ") == 1  # only rank 0 prints
+    left, right = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [row["epoch"] for row in left] == [row["epoch"] for row in right] == [1, 2]
+    # The first epoch's rate is the warm-up's, 1e-6, so its losses differ by rounding alone.
+    assert left[0]["train_loss"] == pytest.approx(right[0]["train_loss"], rel=1e-5)
+    assert left[1]["train_loss"] == pytest.approx(right[1]["train_loss"], rel=1e-2)
+
+
+@needs_timm
+def test_an_interrupted_run_of_two_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    """With everything drawn that the recipe draws; only one of the ranks is asked to stop."""
+    usual = [str(folder), *USUAL, "--batch", str(BATCH), "--epochs", "2"]
+    assert run(2, [*usual, "--out", str(tmp_path / "whole")]).returncode == 0
+    out = ["--out", str(tmp_path / "stopped")]
+    stopped = run(2, [*usual, *out], INTERRUPT_AT="1:5")
+    assert stopped.returncode != 0
+    assert "interrupted in epoch 2, nothing is lost" in stopped.stdout
+    assert "--resume" in stopped.stdout
+    resumed = run(2, [*usual, *out, "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    left, right = (
+        torch.load(tmp_path / n / train_imagenet.CHECKPOINT, weights_only=True) for n in ("whole", "stopped")
+    )
+    for key in ("model", "ema"):
+        assert all(torch.equal(right[key][name], value) for name, value in left[key].items())
+
+
+@needs_timm
+def test_a_killed_rank_ends_the_job_and_it_can_go_on(folder: Path, tmp_path: Path) -> None:
+    usual = [str(folder), *USUAL, "--batch", str(BATCH), "--epochs", "2", "--out", str(tmp_path / "out")]
+    begin = time.monotonic()
+    killed = run(2, usual, DIE_AT="1:5")  # in the second epoch of four batches
+    assert time.monotonic() - begin < 90
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr  # torchrun's summary, which names the rank
+    assert "rank      : 1" in killed.stderr
+    assert "lost another process" in killed.stderr
+    assert len(log(tmp_path / "out")) == 1
+    resumed = run(2, [*usual, "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["epoch"] for row in log(tmp_path / "out")] == [1, 2]
+
+
+@needs_timm
+def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, tmp_path: Path) -> None:
+    done = run(2, [str(folder), *USUAL, "--batch", "18", "--out", str(tmp_path)])
+    assert done.returncode != 0
+    assert done.stderr.count("--batch 18: expected a multiple of 2 processes") == 1
