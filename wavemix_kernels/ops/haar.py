@@ -67,7 +67,8 @@ def haar_dwt2d(
     checks.check_choice("mode", mode, MODES)
     if mode in reference.NEEDS_TWO:
         _check_extendable(mode, levels, x.shape[-2:])
-    out = analysis(x, levels, mode, backends.requested(backend))
+    chosen = backends.requested(backend)
+    out = (_analysis if _inlined(chosen) else analysis)(x, levels, mode, chosen)
     return out[0], out[1:]
 
 
@@ -113,7 +114,13 @@ def haar_idwt2d(
     ll, highs, add = _one_dtype(ll, list(highs), add)
     full = _check_pyramid(ll, highs, size, add)
     channels_last = layout.is_channels_last(highs[0][:, :, 0])
-    return synthesis(ll, highs, full, "zero", add, channels_last, backends.requested(backend))
+    chosen = backends.requested(backend)
+    return (_synthesis if _inlined(chosen) else synthesis)(ll, highs, full, "zero", add, channels_last, chosen)
+
+
+def _inlined(backend: str) -> bool:
+    """Whether a graph is being made that is to consist of standard operators."""
+    return backend == "reference" and (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 # --- Checks ----------------------------------------------------------------------------------------------
