@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,14 +26,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, run the command that the parser's defaults name, and turn refusals into status 2."""
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    needed: Mapping[str, str] = EXTRAS,
+    extra: str = "examples",
+) -> int:
+    """Parse, run the command that the parser's defaults name, and turn refusals into status 2.
+
+    Args:
+        needed: module -> package, what the command cannot do without.
+        extra: which of this package's extras brings them.
+    """
     try:
         arguments = parser.parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
-        missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+        missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[examples]"')
+            raise Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[{extra}]"')
         return command(arguments)
     except Refused as refused:
         print(f"{parser.prog}: {refused}", file=sys.stderr)
