@@ -68,7 +68,7 @@ def haar_dwt2d(
     if mode in reference.NEEDS_TWO:
         _check_extendable(mode, levels, x.shape[-2:])
     chosen = backends.requested(backend)
-    out = (_analysis if _inlined(chosen) else analysis)(x, levels, mode, chosen)
+    out = (_analysis if inlined(chosen) else analysis)(x, levels, mode, chosen)
     return out[0], out[1:]
 
 
@@ -115,10 +115,10 @@ def haar_idwt2d(
     full = _check_pyramid(ll, highs, size, add)
     channels_last = layout.is_channels_last(highs[0][:, :, 0])
     chosen = backends.requested(backend)
-    return (_synthesis if _inlined(chosen) else synthesis)(ll, highs, full, "zero", add, channels_last, chosen)
+    return (_synthesis if inlined(chosen) else synthesis)(ll, highs, full, "zero", add, channels_last, chosen)
 
 
-def _inlined(backend: str) -> bool:
+def inlined(backend: str) -> bool:
     """Whether a graph is being made that is to consist of standard operators."""
     return backend == "reference" and (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
