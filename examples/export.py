@@ -1,6 +1,6 @@
 """Writes a model as an ONNX or torch.export file that runs without this package, and checks the file on photographs.
 
-    python -m examples.export --model wavemix_192_16 --weights weights.safetensors --out model.onnx --size 224
+python -m examples.export --model wavemix_192_16 --weights weights.safetensors --out model.onnx --size 224
 """
 
 from __future__ import annotations

@@ -62,9 +62,7 @@ class WTConv2d(nn.Module):
         self.iwt_filter = nn.Parameter(synthesis, requires_grad=False)
         self.wt_function = partial(wavelet_transform, filters=self.wt_filter)
         self.iwt_function = partial(inverse_wavelet_transform, filters=self.iwt_filter)
-        self.base_conv = nn.Conv2d(
-            in_channels, in_channels, kernel_size, padding="same", groups=in_channels, bias=bias
-        )
+        self.base_conv = nn.Conv2d(in_channels, in_channels, kernel_size, padding="same", groups=in_channels, bias=bias)
         self.base_scale = ScaleModule([1, in_channels, 1, 1])
         wide = 4 * in_channels
         self.wavelet_convs = nn.ModuleList(

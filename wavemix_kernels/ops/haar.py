@@ -412,13 +412,13 @@ synthesis = differentiable(_library, "haar_synthesis", _synthesis_setup, _synthe
 # --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------
 
 
-def _into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
+def into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return t.flatten(0, 1)
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[list[Tensor], list[int]]:
-    out = torch.ops.wavemix_kernels.haar_analysis(_into_batch(x, in_dims[0], info.batch_size), *rest)
+    out = torch.ops.wavemix_kernels.haar_analysis(into_batch(x, in_dims[0], info.batch_size), *rest)
     return [t.unflatten(0, (info.batch_size, -1)) for t in out], [0] * len(out)
 
 
@@ -433,9 +433,9 @@ def _synthesis_vmap(
     *rest: Any,
 ) -> tuple[Tensor, int]:
     n = info.batch_size
-    highs = [_into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
-    add = None if add is None else _into_batch(add, in_dims[4], n)
-    ll = _into_batch(ll, in_dims[0], n)
+    highs = [into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
+    add = None if add is None else into_batch(add, in_dims[4], n)
+    ll = into_batch(ll, in_dims[0], n)
     out = torch.ops.wavemix_kernels.haar_synthesis(ll, highs, size, mode, add, *rest)
     return out.unflatten(0, (n, -1)), 0
 

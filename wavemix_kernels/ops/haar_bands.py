@@ -119,6 +119,23 @@ analysis = differentiable(_library, "haar_bands", _analysis_setup, _analysis_bac
 synthesis = differentiable(_library, "haar_from_bands", _synthesis_setup, _synthesis_backward)
 
 
+def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, backend: str) -> tuple[Tensor, int]:
+    bands = torch.ops.wavemix_kernels.haar_bands(haar.into_batch(x, in_dims[0], info.batch_size), backend)
+    return bands.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _synthesis_vmap(
+    info: Any, in_dims: tuple[Any, ...], bands: Tensor, channels_last: bool, backend: str
+) -> tuple[Tensor, int]:
+    joined = haar.into_batch(bands, in_dims[0], info.batch_size)
+    image = torch.ops.wavemix_kernels.haar_from_bands(joined, channels_last, backend)
+    return image.unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap("wavemix_kernels::haar_bands", _analysis_vmap, lib=_library)
+torch.library.register_vmap("wavemix_kernels::haar_from_bands", _synthesis_vmap, lib=_library)
+
+
 def self_test(backend: str, device: torch.device) -> tuple[float, float]:
     """There and back with the bands scaled, and the gradient of that: (error, bound)."""
     scale = selftest.pattern(4, 1, 1)
