@@ -22,7 +22,7 @@ from wavemix_kernels import wavemlp
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
 #: module -> package, of the extra "export".
-EXTRAS = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
+EXTRAS = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime", "skimage": "scikit-image"}
 #: Of the largest output; fp16 keeps 11 bits through some 50 layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

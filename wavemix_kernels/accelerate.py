@@ -338,7 +338,9 @@ def _dwt(module: nn.Module) -> nn.Module:
 
 
 def _with_haar_functions(module: nn.Module) -> nn.Module:
-    if (reason := wtconv.why_not(module)) is not None:
-        raise _CannotReplace(reason)
+    try:
+        wtconv.check(module)
+    except wtconv.Unsuitable as reason:
+        raise _CannotReplace(str(reason)) from reason
     wtconv.install(module)
     return module

@@ -93,17 +93,21 @@ def has_wavelet_functions(module: nn.Module) -> bool:
     )
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why the functions of ``module`` cannot be replaced, or None."""
+class Unsuitable(Exception):
+    """Why the functions of a module cannot be replaced."""
+
+
+def check(module: nn.Module) -> None:
+    """Raises Unsuitable unless ours can stand for both functions of ``module``."""
     theirs: Any = module
     for name, filters in NAMES:
         if (reason := why_not_haar(getattr(theirs, filters))) is not None:
-            return f"its {filters} {reason}"
+            raise Unsuitable(f"its {filters} {reason}")
         if name not in module.__dict__:
-            return f"its {name} is a method or module of its class, not an attribute that can be replaced"
-    channels = [getattr(theirs, filters).shape[0] // 4 for _, filters in NAMES]
+            raise Unsuitable(f"its {name} is a method or module of its class, not an attribute that can be replaced")
+    channels = theirs.wt_filter.shape[0] // 4
     # Small integers: their quarter sums are exact in every dtype and in TF32, so only a wrong sign or order differs.
-    pattern = (torch.arange(channels[0] * 24) * 5 % 9 - 4).reshape(1, channels[0], 4, 6).to(theirs.wt_filter)
+    pattern = (torch.arange(channels * 24) * 5 % 9 - 4).reshape(1, channels, 4, 6).to(theirs.wt_filter)
     try:
         with torch.no_grad():
             bands, ours = theirs.wt_function(pattern), haar_bands(pattern)
@@ -112,8 +116,11 @@ def why_not(module: nn.Module) -> str | None:
             same = same and image.shape == pattern.shape and torch.allclose(image, pattern, atol=1e-2, rtol=0)
     # Whatever a stranger's code raises, the answer is the same: these functions cannot be vouched for.
     except Exception as error:
-        return f"its functions could not be run beside ours to compare: {type(error).__name__}: {error}"
-    return None if same else "its functions compute something else than WTConv's"
+        raise Unsuitable(
+            f"its functions could not be run beside ours to compare: {type(error).__name__}: {error}"
+        ) from error
+    if not same:
+        raise Unsuitable("its functions compute something else than WTConv's")
 
 
 def install(module: nn.Module) -> None:
