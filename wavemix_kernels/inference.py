@@ -45,8 +45,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 def export_form(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in its inference form that runs on standard PyTorch operators only.
 
-    For ``torch.export``, ONNX, AOTInductor and ``torch.jit.trace``: whoever loads what these make of it needs no part of
-    this package.
+    For ``torch.export``, ONNX, AOTInductor and ``torch.jit.trace``: whoever loads what these make of it needs no part
+    of this package.
 
     Blocks take their inference form (:func:`fuse_for_inference`), and every call runs on backend ``"reference"``
     whatever :class:`wavemix_kernels.backend` says: Haar is strided slices and sums, GELU the exact one. Names of
