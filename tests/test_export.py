@@ -202,6 +202,16 @@ def test_the_form_is_a_copy() -> None:
     assert "conv.0.weight" in form.state_dict()
 
 
+@pytest.mark.parametrize("name", ["classification", "wavemlp-dw"])
+def test_of_a_model_that_is_fused_already(name: str) -> None:
+    model, size = built(name), MODELS[name][1]
+    form = wk.export_form(wk.fuse_for_inference(built(name)))
+    x = torch.rand(2, 3, size, size)
+    assert_same(form, model, x)
+    exported = torch.export.export(form, (x,))
+    assert not [t for t in targets(exported.graph_module) if "wavemix_kernels" in t]
+
+
 def test_a_block_is_a_model() -> None:
     block = wk.FusedWaveblock(final_dim=8, ff_channel=8, level=2).eval()
     assert_same(wk.export_form(block), block, torch.rand(1, 8, 8, 8))
