@@ -31,9 +31,12 @@ PHOTOGRAPHS = 5
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a model for ``classes`` (None: as many as it has by default).
+    """One that the program knows.
 
     Attributes:
+        build, arguments: what makes it.
+        classes: the argument that says how many classes there are, if there are classes.
+        size: usual H and W.
         unit: H and W are multiples of it.
         least: smallest H and W of an exported graph with dynamic sizes. Below, the coarsest map has one pixel, a case
             that graphs treat apart.
@@ -123,12 +126,14 @@ def read(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
     return run, f"ONNX, opset {opset}, {len(stored.graph.node)} nodes, {argument.name} {argument.shape}"
 
 
-def largest_error(run: Callable[[Tensor], Tensor], model: nn.Module, images: Sequence[Tensor]) -> float:
-    """Of the file against the model, as a part of the model's largest output."""
+def largest_error(
+    run: Callable[[Tensor], Tensor], dtype: torch.dtype, model: nn.Module, images: Sequence[Tensor]
+) -> float:
+    """Of the file, which takes images in ``dtype``, against the float32 model, as a part of its largest output."""
     worst = 0.0
     with torch.no_grad():
         for image in images:
-            true, got = model(image).float(), run(image.to(next(model.parameters()).dtype)).float()
+            true, got = model(image), run(image.to(dtype)).float()
             worst = max(worst, float((got - true).abs().max() / true.abs().max()))
     return worst
 
@@ -155,7 +160,7 @@ def export(arguments: argparse.Namespace) -> int:
     run, what = read(out)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {what}")
     batches = list(images.split(2)) if arguments.dynamic != "none" else [images[:2], images[2:4]]
-    error = largest_error(lambda image: run(image.to(dtype)), model, batches)
+    error = largest_error(run, dtype, model, batches)
     bound = TOLERANCE[dtype]
     print(f"largest error on {PHOTOGRAPHS} photographs: {error:.1e} of the output's range, {bound:g} allowed")
     return 0 if error <= bound else 1

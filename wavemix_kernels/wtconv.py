@@ -53,12 +53,12 @@ class HaarFunction:
         self._look()
 
     def _look(self) -> None:
-        self._seen = self.filters._version
+        self._seen = _version(self.filters)
         self._why_not = why_not_haar(self.filters)
 
     def __call__(self, x: Tensor) -> Tensor:
         # A compiled graph keeps what it was traced with; in eager mode a checkpoint may bring other filters.
-        if not torch.compiler.is_compiling() and self._seen != self.filters._version:
+        if not torch.compiler.is_compiling() and self._seen != _version(self.filters):
             self._look()
         if self._why_not is not None or self.filters.requires_grad:
             return self.original(x)
@@ -66,6 +66,11 @@ class HaarFunction:
 
     def __repr__(self) -> str:
         return f"HaarFunction({self.original!r})"
+
+
+def _version(filters: Tensor) -> int | None:
+    """Counts writes to ``filters``; tensors made in inference mode do not."""
+    return None if filters.is_inference() else filters._version
 
 
 def why_not_haar(filters: Tensor) -> str | None:
