@@ -250,8 +250,9 @@ def _evaluate_standard(image: Tensor, f: Folded) -> Tensor:
     z_h, z_w, c, *thetas = F.conv2d(image, f.weight, f.bias).split(channels, 1)
     if f.phase_h is not None and f.phase_w is not None:
         thetas = [F.conv2d(image, w, padding=1, groups=channels) for w in (f.phase_h, f.phase_w)]
+    theta_h, theta_w = thetas
     h, w, s = reference.phase_aggregate(
-        z_h, z_w, c, *thetas, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w
+        z_h, z_w, c, theta_h, theta_w, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w
     )
     a = _branch_weights(s / (image.shape[2] * image.shape[3]), f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).a
     return F.conv2d(reference.branch_sum(h, w, c, a), f.proj, f.proj_bias)
