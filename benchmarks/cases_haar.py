@@ -1,4 +1,4 @@
-"""The Haar transform on feature maps, against pytorch_wavelets."""
+"""The Haar transform on feature maps, against pytorch_wavelets, and as WTConv calls it, against its convolution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .case import CPU, GPU, Case, Expectation, Forward, Setting, arithmetic, case_name, feature_maps
 from .gate import Limit, elementwise
-from .rivals import upstream_wavelets
+from .rivals import upstream_wavelets, wtconv_transform
 
 
 def haar_case(
@@ -69,6 +69,52 @@ def _limits(levels: int, exact: Expectation, u: float) -> list[Limit]:
     return elementwise(magnitudes, roundings, u)
 
 
+def wtconv_case(
+    dtype: torch.dtype, layout: str, size: tuple[int, int, int, int], backward: bool, **options: Any
+) -> Case:
+    """WTConv's ``wt_function``; its backward pass is what ``iwt_function`` computes."""
+
+    def upstream(setting: Setting) -> Forward:
+        return wtconv_transform(size[1], setting.device, setting.dtype)
+
+    def reference(setting: Setting) -> Forward:
+        from wavemix_kernels.reference.haar import analysis
+
+        def bands(x: torch.Tensor) -> torch.Tensor:
+            ll, (high,) = analysis(x)
+            return torch.cat((ll.unsqueeze(2), high), 2)
+
+        return bands
+
+    def ours(setting: Setting) -> Forward:
+        from wavemix_kernels.ops.haar_bands import haar_bands
+
+        return haar_bands
+
+    passes = "forward+backward" if backward else "forward"
+    return Case(
+        name=case_name("haar", "wtconv", arithmetic(dtype), layout, size, passes),
+        group="haar",
+        dtype=dtype,
+        backward=backward,
+        inputs=feature_maps(size, layout),
+        makers={"upstream": upstream, "reference": reference, "ours": ours},
+        limits=_bands_limits,
+        **options,
+    )
+
+
+def _bands_limits(exact: Expectation, u: float) -> list[Limit]:
+    """As :func:`_limits` of one level, its bands in one tensor."""
+    from wavemix_kernels.reference.haar import analysis
+
+    magnitudes = [analysis(exact.inputs[0].abs())[0].unsqueeze(2)]
+    if exact.cotangents:
+        quad = exact.cotangents[0].abs().sum(2) / 2
+        magnitudes.append(quad.repeat_interleave(2, -2).repeat_interleave(2, -1))
+    return elementwise(magnitudes, [8] * len(magnitudes), u)
+
+
 def haar_cases() -> list[Case]:
     headline, small, odd = (4, 64, 256, 256), (64, 16, 32, 32), (8, 64, 57, 57)
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -87,8 +133,16 @@ def haar_cases() -> list[Case]:
         (1, fp32, "nchw", small, everywhere),
         (2, fp32, "nchw", odd, everywhere),
     ]
-    return [
+    wtconv_plan = [
+        (fp32, "nchw", headline, everywhere),
+        (fp32, "channels_last", headline, everywhere),
+        (bf16, "nchw", headline, everywhere),
+    ]
+    transforms = [
         haar_case(*what, backward, devices=devices, quick=tuple(what[1:]) == (fp32, "nchw", headline))
         for *what, devices in plan
         for backward in (False, True)
+    ]
+    return transforms + [
+        wtconv_case(*what, backward, devices=devices) for *what, devices in wtconv_plan for backward in (False, True)
     ]

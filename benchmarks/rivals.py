@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -30,6 +31,18 @@ def upstream_wavelets() -> ModuleType:
         cure = ': pip install "setuptools<81"' if error.name == "pkg_resources" else ""
         raise Unavailable(f"pytorch_wavelets does not import ({error}){cure}") from error
     return pytorch_wavelets
+
+
+def wtconv_transform(channels: int, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """WTConv's ``wt_function`` with wavelet 'db1' (BGU-CS-VIL/WTConv): a grouped convolution with fixed filters."""
+    signs = torch.tensor([(1, 1, 1, 1), (1, 1, -1, -1), (1, -1, 1, -1), (1, -1, -1, 1)])
+    filters = (signs / 2).reshape(4, 1, 2, 2).repeat(channels, 1, 1, 1).to(device, dtype)
+
+    def transform(x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return F.conv2d(x, filters, stride=2, groups=c).reshape(n, c, 4, h // 2, w // 2)
+
+    return transform
 
 
 class UpstreamWaveblock(nn.Module):

@@ -4,7 +4,7 @@ from wavemix_kernels import wavemix
 from wavemix_kernels._version import __version__
 from wavemix_kernels.accelerate import accelerate
 from wavemix_kernels.backends import backend
-from wavemix_kernels.inference import fuse_for_inference
+from wavemix_kernels.inference import export_form, fuse_for_inference
 from wavemix_kernels.nn.patm import FusedPATM
 from wavemix_kernels.nn.waveblock import FusedWaveblock
 from wavemix_kernels.ops.haar import haar_dwt2d, haar_idwt2d
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backend",
+    "export_form",
     "fuse_for_inference",
     "haar_dwt2d",
     "haar_idwt2d",

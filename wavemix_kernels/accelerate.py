@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavemix_kernels import pytorch_wavelets
+from wavemix_kernels import pytorch_wavelets, wtconv
 from wavemix_kernels.nn.channel_mlp import FusedMlp
 from wavemix_kernels.nn.patm import FusedPATM
 from wavemix_kernels.nn.wave_block import FusedWaveBlock
@@ -61,7 +61,9 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     Replaced are the package ``wavemix``'s Waveblocks (found by class name, parameter names and layers, so copies of
     its source count, if they compute the same), ``pytorch_wavelets``' ``DWTForward`` and ``DWTInverse`` (also
     ``wavemix``'s own copy) with Haar filters, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock`` (copies of its public
-    source), and this package's own reference modules.
+    source), and this package's own reference modules. A module with WTConv's ``wt_filter``, ``iwt_filter``,
+    ``wt_function`` and ``iwt_function`` keeps its class and, where the filters are Haar's and frozen, gets other
+    functions (:mod:`wavemix_kernels.wtconv`).
 
     Each stays the object it was and only changes class, as ``torch.nn.utils.parametrize`` and FSDP2 do: parameters,
     buffers, submodules, hooks and their handles, training mode and whoever holds a reference stay valid, so
@@ -92,6 +94,9 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
         except _CannotReplace as reason:
             left.append(Left(path, was, str(reason)))
             continue
+        if ours is module:
+            replaced.append(Replaced(path, was, wtconv.NOW))
+            continue
         _become(module, ours)
         replaced.append(Replaced(path, was, f"{type(ours).__module__}.{type(ours).__qualname__}"))
     report = Report(model, tuple(replaced), tuple(left))
@@ -104,7 +109,8 @@ class _CannotReplace(Exception):
     """Carries the reason why a module is left as it is."""
 
 
-#: Builds the module of ours that is to take the place of a given one, or raises _CannotReplace.
+#: Builds the module of ours that is to take the place of a given one, or changes that one and returns it, or raises
+#: _CannotReplace.
 _Counterpart = Callable[[nn.Module], nn.Module]
 
 _UPSTREAM_BLOCKS = {f"Level{level}Waveblock": level for level in LEVELS}
@@ -122,6 +128,8 @@ def _counterpart(module: nn.Module) -> _Counterpart | None:
         return _dwt
     if kind.__name__ in _WAVE_MLP and all(isinstance(getattr(module, n, None), k) for n, k in _SIGNS[kind.__name__]):
         return _fused_from_wave_mlp
+    if wtconv.has_wavelet_functions(module):
+        return _with_haar_functions
     return None
 
 
@@ -327,3 +335,12 @@ def _dwt(module: nn.Module) -> nn.Module:
     if not ours._uses_haar():
         raise _CannotReplace("its filters are not Haar's")
     return ours
+
+
+def _with_haar_functions(module: nn.Module) -> nn.Module:
+    try:
+        wtconv.check(module)
+    except wtconv.Unsuitable as reason:
+        raise _CannotReplace(str(reason)) from reason
+    wtconv.install(module)
+    return module

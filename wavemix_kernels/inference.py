@@ -1,10 +1,15 @@
-"""``fuse_for_inference``: a whole model in its inference form."""
+"""``fuse_for_inference``: a whole model in its inference form; ``export_form``: that in standard operators."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import nn
 
-__all__ = ["fuse_for_inference"]
+from wavemix_kernels import backends
+
+__all__ = ["export_form", "fuse_for_inference"]
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
@@ -35,6 +40,45 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} holds no block with an inference form; call accelerate(model) first?"
         )
     return model.eval()
+
+
+def export_form(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in its inference form that runs on standard PyTorch operators only.
+
+    For ``torch.export``, ONNX, AOTInductor and ``torch.jit.trace``: whoever loads what these make of it needs no part
+    of this package.
+
+    Blocks take their inference form (:func:`fuse_for_inference`), and every call runs on backend ``"reference"``
+    whatever :class:`wavemix_kernels.backend` says: Haar is strided slices and sums, GELU the exact one. Names of
+    arguments stay the model's. For the kernels themselves in a graph, export ``fuse_for_inference(model)`` instead.
+
+    Args:
+        model: any module, in training or evaluation; it is read, not changed. Apply ``accelerate`` first only if you
+            want to: modules that are not ours are kept as they are.
+
+    Returns:
+        The copy, in evaluation and without gradient.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a block has no inference form (the message says which and why), or the model's forward is overridden
+            on the instance.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    form = copy.deepcopy(model)
+    if hasattr(form, "fuse_for_inference"):
+        form = _inference_form(form, "model")
+    else:
+        _replace(form, "")
+    form.eval().requires_grad_(False)
+    kind: Any = type(form)
+    if "forward" in form.__dict__:
+        raise ValueError(f"model: the forward of this {kind.__name__} is overridden on the instance; make it a method")
+    # A subclass, no wrapper: names of parameters and arguments, by which exporters call inputs, stay the model's.
+    standard = backends.backend("reference")(kind.forward)
+    form.__class__ = type(kind.__name__, (kind,), {"forward": standard, "__module__": kind.__module__})
+    return form
 
 
 def _replace(module: nn.Module, path: str) -> int:

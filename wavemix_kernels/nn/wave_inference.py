@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
@@ -15,7 +18,8 @@ from wavemix_kernels.reference.haar import accumulate_dtype
 
 
 class _Constants(nn.Module):
-    """Tensors as buffers: they move and convert with the module, and no optimizer sees them."""
+    """Tensors as buffers: they move and convert with the module, and no optimizer sees them. On backend ``"reference"``
+    the forward pass consists of standard operators only, for ``torch.export`` and ONNX."""
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, None if tensor is None else tensor.detach().clone())
@@ -74,7 +78,7 @@ class InferencePATM(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with _without_gradient():
             out = self.branch(x)
             order = layout.is_channels_last(x)
             return out if layout.is_channels_last(out) == order else layout.laid_out(out, order)
@@ -90,7 +94,9 @@ class InferencePATM(_Constants):
         image, *convolutions = checks.autocast(image, *tensors[:6])
         checks.check_same_dtype("x", image, "the weights", convolutions[0])
         folded = patm.Folded(*convolutions, *tensors[6:])
-        with torch.autocast(x.device.type, enabled=False):
+        # Entered only where it changes something: an exported graph would hold it as a graph within.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             return patm.evaluate(image, folded, backends.requested())
 
     def extra_repr(self) -> str:
@@ -127,14 +133,27 @@ class InferenceWaveBlock(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            x = pre_norm.join(x, self.attn.branch(x), None)
+        backend = backends.requested()
+        with _without_gradient():
+            x = _sum(x, self.attn.branch(x), backend)
             image = x if self.norm is None else self.norm(x)
             tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]
             image, *weights = checks.autocast(image, *tensors)
+            if backend == "reference":
+                w1, b1, w2, b2 = weights
+                return _sum(x, F.conv2d(F.gelu(F.conv2d(image, w1, b1)), w2, b2), backend)
             image = image.contiguous(memory_format=torch.channels_last)
-            part = backends.for_part(backends.requested(), channel_mlp.BACKENDS)
-            return pre_norm.join(x, channel_mlp.fused(image, *weights, part), None)
+            part = backends.for_part(backend, channel_mlp.BACKENDS)
+            return _sum(x, channel_mlp.fused(image, *weights, part), backend)
+
+
+def _sum(x: Tensor, branch: Tensor, backend: str) -> Tensor:
+    return x + branch if backend == "reference" else pre_norm.join(x, branch, None, backend)
+
+
+def _without_gradient() -> AbstractContextManager[Any]:
+    # An exported graph has no gradient to begin with, and would hold the region as a graph within, which ONNX refuses.
+    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad()
 
 
 def _folds(norm: nn.Module) -> bool:

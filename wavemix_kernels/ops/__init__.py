@@ -8,6 +8,7 @@ that returns the relative error and the bound it must keep.
 OPS = (
     "haar",
     "haar_pyramid",
+    "haar_bands",
     "reduce_haar",
     "pointwise_mlp",
     "deconv",

@@ -67,7 +67,8 @@ def haar_dwt2d(
     checks.check_choice("mode", mode, MODES)
     if mode in reference.NEEDS_TWO:
         _check_extendable(mode, levels, x.shape[-2:])
-    out = analysis(x, levels, mode, backends.requested(backend))
+    chosen = backends.requested(backend)
+    out = (_analysis if inlined(chosen) else analysis)(x, levels, mode, chosen)
     return out[0], out[1:]
 
 
@@ -113,7 +114,13 @@ def haar_idwt2d(
     ll, highs, add = _one_dtype(ll, list(highs), add)
     full = _check_pyramid(ll, highs, size, add)
     channels_last = layout.is_channels_last(highs[0][:, :, 0])
-    return synthesis(ll, highs, full, "zero", add, channels_last, backends.requested(backend))
+    chosen = backends.requested(backend)
+    return (_synthesis if inlined(chosen) else synthesis)(ll, highs, full, "zero", add, channels_last, chosen)
+
+
+def inlined(backend: str) -> bool:
+    """Whether a graph is being made that is to consist of standard operators."""
+    return backend == "reference" and (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 # --- Checks ----------------------------------------------------------------------------------------------
@@ -405,13 +412,13 @@ synthesis = differentiable(_library, "haar_synthesis", _synthesis_setup, _synthe
 # --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------
 
 
-def _into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
+def into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return t.flatten(0, 1)
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[list[Tensor], list[int]]:
-    out = torch.ops.wavemix_kernels.haar_analysis(_into_batch(x, in_dims[0], info.batch_size), *rest)
+    out = torch.ops.wavemix_kernels.haar_analysis(into_batch(x, in_dims[0], info.batch_size), *rest)
     return [t.unflatten(0, (info.batch_size, -1)) for t in out], [0] * len(out)
 
 
@@ -426,9 +433,9 @@ def _synthesis_vmap(
     *rest: Any,
 ) -> tuple[Tensor, int]:
     n = info.batch_size
-    highs = [_into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
-    add = None if add is None else _into_batch(add, in_dims[4], n)
-    ll = _into_batch(ll, in_dims[0], n)
+    highs = [into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
+    add = None if add is None else into_batch(add, in_dims[4], n)
+    ll = into_batch(ll, in_dims[0], n)
     out = torch.ops.wavemix_kernels.haar_synthesis(ll, highs, size, mode, add, *rest)
     return out.unflatten(0, (n, -1)), 0
 

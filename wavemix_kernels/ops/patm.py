@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wavemix_kernels import backends
 from wavemix_kernels.ops import batch_norm, branch_sum, layout, patm_whole, phase_aggregate, pre_norm, products
+from wavemix_kernels.reference import patm as reference
 
 RECOMPUTE = ("amplitudes", "all")
 
@@ -243,7 +244,10 @@ class Folded(NamedTuple):
 
 
 def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
-    """PATM of an image (N, C, H, W) in the dtype of ``f.weight``: channels_last, without gradient."""
+    """PATM of an image (N, C, H, W) in the dtype of ``f.weight``: channels_last, without gradient; on backend
+    ``"reference"`` in standard operators only."""
+    if backend == "reference":
+        return _evaluate_standard(image, f)
     channels = image.shape[1]
     if _runs_whole(image, backend, f.phase_h is not None):
         z_h, z_w, c, theta_h, theta_w = f.weight.chunk(5)
@@ -266,6 +270,19 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
     a = _branch_weights(mean, f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).by_branch()
     mixed = branch_sum.branch_sum(h, w, c, a, backends.for_part(backend, branch_sum.BACKENDS))
     return products.project(mixed, f.proj, f.proj_bias)
+
+
+def _evaluate_standard(image: Tensor, f: Folded) -> Tensor:
+    channels = image.shape[1]
+    z_h, z_w, c, *thetas = F.conv2d(image, f.weight, f.bias).split(channels, 1)
+    if f.phase_h is not None and f.phase_w is not None:
+        thetas = [F.conv2d(image, w, padding=1, groups=channels) for w in (f.phase_h, f.phase_w)]
+    theta_h, theta_w = thetas
+    h, w, s = reference.phase_aggregate(
+        z_h, z_w, c, theta_h, theta_w, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w
+    )
+    a = _branch_weights(s / (image.shape[2] * image.shape[3]), f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).a
+    return F.conv2d(reference.branch_sum(h, w, c, a), f.proj, f.proj_bias)
 
 
 class _PATM(torch.autograd.Function):
