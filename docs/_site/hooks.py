@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+LINKED = ("LICENSE", "CITATION.cff")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -17,6 +18,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         # Links are relative to the root there, and to docs/ here.
         content = re.sub(r"\]\((?:docs/)?([\w-]+\.md)", _target, (ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=content))
+    for name in LINKED:
+        files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
     return files
 
 
