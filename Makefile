@@ -9,11 +9,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv test bench lint clean
+.PHONY: help venv test bench docs lint clean
 
 help:
 	@echo "make test [ARGS=...]    set up $(VENV), build, run the tests (pytest arguments)"
 	@echo "make bench [ARGS=...]   set up $(VENV), build, run the benchmarks (--quick, --cases, --list ...)"
+	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint               ruff, clang-format, mypy"
 	@echo "make clean              remove $(VENV) and build results"
 
@@ -32,6 +33,10 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m wavemix_kernels bench $(ARGS)
 
+# Nothing is imported: the pages of public names are read from the sources.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +44,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info wavemix_kernels/_core*.so
+	rm -rf $(VENV) build dist site *.egg-info wavemix_kernels/_core*.so

@@ -12,12 +12,15 @@ def main(argv: list[str] | None = None) -> int:
         description="Fused kernels for Haar wavelets, WaveMix and Wave-MLP.",
         epilog="`python -m wavemix_kernels bench --help` lists the harness's own options.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     commands.add_parser(
         "doctor", help="what is installed, which backends work, why the others do not, a self-test of each"
     )
     commands.add_parser("bench", help="the benchmark harness", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if arguments.command == "bench":
         from wavemix_kernels.benchmarks.__main__ import main as bench
 

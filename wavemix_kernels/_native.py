@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch  # first: the core then shares torch's OpenMP runtime (same soname, one thread pool)
 from torch import Tensor
+
+
+def _why_missing(error: ImportError) -> str:
+    """In the folder of a checkout Python imports the sources, whatever is installed."""
+    here = Path(__file__).resolve().parent
+    if (here.parent / "setup.py").exists() and not list(here.glob("_core*")):
+        return (
+            f"{here} holds the sources, without the compiled core; build it there by `pip install -e {here.parent}`, "
+            "or run from another folder to import what is installed"
+        )
+    return f"the compiled core does not load ({error}); reinstall with `pip install wavemix-kernels`"
+
 
 core: ModuleType | None
 core_error: str | None
@@ -16,7 +30,8 @@ try:
     core_error = None
 except ImportError as error:
     core = None
-    core_error = f"the compiled core does not load ({error}); reinstall with `pip install wavemix-kernels`"
+    core_error = _why_missing(error)
+    warnings.warn(f"{core_error}. Until then CPU tensors run on plain PyTorch", RuntimeWarning, stacklevel=2)
 
 #: The module with the CUDA launchers and the device type they serve. The tests put the CPU emulation of the
 #: same kernels here.

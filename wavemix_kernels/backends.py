@@ -48,7 +48,8 @@ _State.requested = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
 class backend:
-    """Chooses the backend of every op called inside; a context manager and a decorator.
+    """Chooses the backend of every op called inside: ``with backend("cpu"): ...``, or the decorator
+    ``@backend("cpu")``.
 
     Args:
         name: ``"auto"`` (the fastest that serves the call), ``"cuda"``, ``"triton"``, ``"cpu"`` or
@@ -58,7 +59,8 @@ class backend:
     ``torch.backends`` flags are. The variable ``WAVEMIX_KERNELS_BACKEND`` sets the initial value.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name. Inside: for a call that the named backend cannot serve.
+        RuntimeError: inside, where the named backend is not installed. Both messages say why.
     """
 
     def __init__(self, name: str) -> None:

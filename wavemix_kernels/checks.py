@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_short = reprlib.Repr()
+_short.maxother = _short.maxstring = 120
+
 
 def describe(value: object) -> str:
-    """A value as an error message shows it."""
+    """A value as an error message shows it: in one line, arrays by their shape."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"{type(value).__name__} of shape {shape}"
+    return f"{' '.join(_short.repr(value).split())} ({type(value).__name__})"
 
 
 def check_tensor(name: str, value: object, rank: int, layout: str) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import time
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from wavemix_kernels import _native, backends
 from wavemix_kernels._version import __version__
 from wavemix_kernels.ops import OPS
+
+NO_KERNELS = "-"
 
 
 def _devices() -> list[torch.device]:
@@ -33,7 +36,7 @@ def environment() -> list[tuple[str, str]]:
     """(what, value) lines of the installation."""
     core = _native.core
     lines = [
-        ("wavemix_kernels", __version__),
+        ("wavemix_kernels", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _triton_version()),
@@ -46,35 +49,57 @@ def environment() -> list[tuple[str, str]]:
     return lines
 
 
+def _examine(op: ModuleType, backend: str, device: torch.device) -> tuple[str, str | None, str | None]:
+    """(cell of the table, why the backend does not serve, what is wrong with it)."""
+    if backend not in op.BACKENDS:
+        return NO_KERNELS, None, None
+    if (reason := op.BACKENDS[backend].why_not(torch.empty(1, 4, 2, 2, device=device))) is not None:
+        return "no", reason, None
+    try:
+        error, bound = op.self_test(backend, device)
+    except (RuntimeError, ValueError, TypeError) as failure:
+        return "BROKEN", None, f"{type(failure).__name__}: {failure}"
+    if error <= bound:
+        return f"ok {error / bound:.0%}", None, None
+    return "WRONG", None, f"error {error:.1e}, where rounding explains {bound:.1e}"
+
+
 def main() -> int:
-    """Prints the report; 0 where every device has a backend and every backend that claims to work does."""
+    """Prints the report; 0 where the compiled core is there and every backend that claims to work does."""
     for what, value in environment():
         print(f"{what:<24} {value}")
+    print(
+        "\nForward and gradients of every op against the float64 reference (ok, and its error as a share of what "
+        "rounding may do):"
+    )
+    names = [name for name in backends.NAMES if name != "auto"]
     broken: list[str] = []
-    for name in OPS:
-        op = importlib.import_module(f"wavemix_kernels.ops.{name}")
-        for device in _devices():
-            print(f"\n{name} on {device}")
-            probe = torch.empty(1, 4, 2, 2, device=device)
-            for backend, entry in op.BACKENDS.items():
-                if (reason := entry.why_not(probe)) is not None:
-                    print(f"  {backend:<10} no    {reason}")
-                    continue
-                start = time.perf_counter()
-                try:
-                    error, bound = op.self_test(backend, device)
-                except (RuntimeError, ValueError, TypeError) as failure:
-                    broken.append(f"{name}/{backend} on {device}")
-                    print(f"  {backend:<10} BROKEN {type(failure).__name__}: {failure}")
-                    continue
-                right = error <= bound
-                if not right:
-                    broken.append(f"{name}/{backend} on {device}")
-                print(
-                    f"  {backend:<10} {'works' if right else 'WRONG'} self-test error {error:.1e} (bound {bound:.1e}), "
-                    f"{time.perf_counter() - start:.2f} s"
-                )
-            served = backends.select(name, op.BACKENDS, "auto", probe)
-            print(f"  auto picks {next(k for k, v in op.BACKENDS.items() if v is served)}")
-    print(f"\n{'BROKEN: ' + ', '.join(broken) if broken else 'All backends that claim to work do.'}")
-    return 1 if broken else 0
+    absent: set[str] = set()
+    for device in _devices():
+        reasons: dict[str, list[str]] = {}
+        print(f"\n{f'on {device}':<17}" + "".join(f"{name:<11}" for name in names) + "auto takes")
+        for name in OPS:
+            op = importlib.import_module(f"wavemix_kernels.ops.{name}")
+            row = f"{name:<17}"
+            for backend in names:
+                cell, reason, fault = _examine(op, backend, device)
+                row += f"{cell:<11}"
+                if reason is not None:
+                    reasons.setdefault(f"{backend}: {reason}", []).append(name)
+                if fault is not None:
+                    broken.append(f"{name}, {backend} on {device}: {fault}")
+                absent |= {cell} & {NO_KERNELS}
+            served = backends.select(name, op.BACKENDS, "auto", torch.empty(1, 4, 2, 2, device=device))
+            print(row + next(k for k, v in op.BACKENDS.items() if v is served), flush=True)
+        for reason, ops in reasons.items():
+            print(f"  no, {reason}{'' if len(ops) > 1 else f' ({ops[0]})'}")
+    if absent:
+        print(f"  {NO_KERNELS}, there are no such kernels: the next backend that serves takes the op")
+    print()
+    for line in broken:
+        print(f"BROKEN: {line}")
+    if _native.core_error is not None:
+        print(f"MISSING: {_native.core_error}")
+    if not broken and _native.core_error is None:
+        print("Every backend that is available here computes right.")
+    return 1 if broken or _native.core_error is not None else 0

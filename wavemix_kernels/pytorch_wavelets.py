@@ -142,8 +142,9 @@ class DWTForward(_FilterBank):
     default dtype. Filters that require grad are learned: they get their gradient, and the convolutions are
     used.
 
-    Raises TypeError or ValueError for arguments that fit none of this, ImportError where a name needs
-    PyWavelets and it is missing.
+    Raises:
+        TypeError, ValueError: arguments that fit none of this.
+        ImportError: a name that needs PyWavelets, which is missing.
     """
 
     _names = ("h0_col", "h1_col", "h0_row", "h1_row")
@@ -158,11 +159,18 @@ class DWTForward(_FilterBank):
             raise ValueError(f"J: expected 0 or more levels, got {self.J}")
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (N, C, H, W), float64, float32, float16 or bfloat16, to (yl, yh) of the same dtype.
+        """Analysis. The half dtypes are computed in float32; autocast changes nothing.
 
-        yl is (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first, with bands LH, HL, HH.
-        The half dtypes are computed in float32; autocast changes nothing. Raises TypeError for another dtype,
-        ValueError for another rank, an empty H or W, or a size of 1 in mode 'reflect' or 'antireflect'.
+        Args:
+            x: (N, C, H, W), float64, float32, float16 or bfloat16.
+
+        Returns:
+            ``(yl, yh)`` of x's dtype: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first,
+            with bands LH, HL, HH.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another rank, an empty H or W, or a size of 1 in mode 'reflect' or 'antireflect'.
         """
         checks.check_tensor("x", x, 4, "(N, C, H, W)")
         mode = _checked_mode(self.mode)
@@ -177,12 +185,15 @@ class DWTInverse(_FilterBank):
     """Multi-level 2-D inverse wavelet transform, `pytorch_wavelets.DWTInverse`.
 
     Args:
-        wave: as for `DWTForward`; a tuple holds the synthesis filters, (g0, g1) or
+        wave: as for :class:`DWTForward`; a tuple holds the synthesis filters, (g0, g1) or
             (g0_col, g1_col, g0_row, g1_row).
-        mode: as for `DWTForward`; all modes but 'periodization' reconstruct in the same way.
+        mode: as for :class:`DWTForward`; all modes but 'periodization' reconstruct in the same way.
 
     Buffers g0_col, g1_col (1, 1, L, 1) and g0_row, g1_row (1, 1, 1, L) hold the filters unmirrored. Learned
-    filters and errors are as for `DWTForward`.
+    filters are as for :class:`DWTForward`.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :class:`DWTForward`.
     """
 
     _names = ("g0_col", "g1_col", "g0_row", "g1_row")
@@ -191,12 +202,18 @@ class DWTInverse(_FilterBank):
         super().__init__(_taps(wave, "rec_lo", "rec_hi"), mode)
 
     def forward(self, coeffs: tuple[Tensor, Sequence[Tensor | None]]) -> Tensor:
-        """(yl, yh) as `DWTForward` returns them to the image (N, C, H, W), of yl's dtype.
+        """Synthesis. Where the running low-pass is one row or column larger than its level's yh, that one is dropped;
+        an odd H or W itself therefore comes out one larger.
 
-        None in yh is a level of zeros. Where the running low-pass is one row or column larger than its
-        level's yh, that one is dropped; an odd H or W itself therefore comes out one larger. Raises TypeError
-        for dtypes other than DWTForward's and, outside autocast, for different dtypes in yl and yh, ValueError
-        for ranks, sizes or devices that do not fit.
+        Args:
+            coeffs: ``(yl, yh)`` as :class:`DWTForward` returns them. None in yh is a level of zeros.
+
+        Returns:
+            The image (N, C, H, W), of yl's dtype.
+
+        Raises:
+            TypeError: dtypes other than DWTForward's and, outside autocast, different ones in yl and yh.
+            ValueError: ranks, sizes or devices that do not fit.
         """
         if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
             raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")

@@ -149,6 +149,8 @@ class WaveNet(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an image that does not fit them.
+
+    Source: arXiv:2111.12294; parameter names and checkpoints are those of the authors' public code.
     """
 
     def __init__(
@@ -414,8 +416,15 @@ def _wave_mlp(
 
 
 def WaveMLP_T_dw(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
-    """Wave-MLP-T with depthwise phases, 15,286,472 parameters. ``pretrained``: the path of a checkpoint file
-    (:meth:`WaveNet.init_weights`); ``kwargs``: further arguments of :class:`WaveNet`."""
+    """Wave-MLP-T with depthwise phases, 15,286,472 parameters: (N, 3, H, W) -> logits (N, 1000).
+
+    Args:
+        pretrained: the path of a checkpoint file, see :meth:`WaveNet.init_weights`; none comes with this package.
+        kwargs: further arguments of :class:`WaveNet`.
+
+    Raises:
+        TypeError, ValueError: as :class:`WaveNet`, and for ``pretrained=True``.
+    """
     return _wave_mlp(pretrained, (2, 2, 4, 2), (64, 128, 320, 512), (4, 4, 4, 4), 0.9, mode="depthwise", **kwargs)
 
 

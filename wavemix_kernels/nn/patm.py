@@ -18,19 +18,23 @@ from wavemix_kernels.reference.patm import PATM, Mlp
 class FusedPATM(PATM):
     """A PATM that trains in a sixth (``recompute="amplitudes"``) or a nineteenth (``"all"``) of the activation memory.
 
-    (N, dim, H, W) -> the same shape and memory format, any H and W; parameters, buffers and results are
+    (N, dim, H, W) -> the same shape and memory format, any H and W, in float64, float32, float16 or bfloat16 as the
+    weights are (autocast converts both; phases stay fp32). Parameters, buffers and results are
     :class:`wavemix_kernels.reference.patm.PATM`'s. Runs as one autograd function; where that cannot stand for the
     modules (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the modules themselves run.
     Kernels take an even ``dim``; an odd one runs on the reference's operations. Not differentiable twice, except on
     backend ``"reference"``.
 
     Args:
-        dim, qkv_bias, qk_scale, attn_drop, proj_drop, mode: as PATM takes them.
+        dim: channels, at least 4.
+        qkv_bias, qk_scale, attn_drop, proj_drop, mode: as :class:`wavemix_kernels.reference.patm.PATM` takes them.
         recompute: what backward makes again: ``"amplitudes"``, z_h, z_w and c with all that follows, or ``"all"`` to
             keep x alone, as a CPU does in either case up to :data:`wavemix_kernels.ops.patm.WHOLE` channels.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2111.12294.
     """
 
     def __init__(

@@ -27,14 +27,17 @@ class FusedWaveBlock(WaveBlock):
     a part) the branch's modules themselves run. Not differentiable twice, except on backend ``"reference"``.
 
     Args:
-        dim, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path, act_layer, norm_layer, mode: as WaveBlock takes
-            them.
+        dim: channels, at least 4.
+        mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path, act_layer, norm_layer, mode: as
+            :class:`wavemix_kernels.reference.wave_block.WaveBlock` takes them.
         token_mixer, channel_mixer: what takes FusedPATM's and FusedMlp's place.
         recompute: what backward makes again: ``"amplitudes"``, all but the input of each branch and the phases of a
             FusedPATM, or ``"all"`` to keep the inputs alone. (Phases are two images and a seventh of the arithmetic.)
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2111.12294.
     """
 
     def __init__(

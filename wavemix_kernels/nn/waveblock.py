@@ -26,9 +26,11 @@ _UPSAMPLING: dict[str, type[nn.Module]] = {
 class FusedWaveblock(Waveblock):
     """A Waveblock that trains in about half (``recompute="mlp"``) or a quarter (``"all"``) of the activation memory.
 
-    (N, final_dim, H, W) -> the same shape, H and W multiples of ``2**level``; parameters, buffers and results are
-    :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that cannot stand for the
-    modules (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the modules themselves run.
+    (N, final_dim, H, W) -> the same shape and memory format, H and W multiples of ``2**level``, in float64, float32,
+    float16 or bfloat16 as the weights are (autocast converts both); the residual is the caller's to add. Parameters,
+    buffers and results are :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that
+    cannot stand for the modules (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the
+    modules themselves run.
     Not differentiable twice, except on backend ``"reference"``.
 
     Args:
@@ -42,6 +44,8 @@ class FusedWaveblock(Waveblock):
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2205.14375; ``upsample="pixelshuffle"``: arXiv:2409.10582.
     """
 
     def __init__(

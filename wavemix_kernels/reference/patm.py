@@ -128,6 +128,8 @@ class PATM(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that is no (N, dim, H, W).
+
+    Source: arXiv:2111.12294.
     """
 
     def __init__(

@@ -46,6 +46,8 @@ class WaveBlock(nn.Module):
         norm_layer: called with ``dim`` for each norm.
         token_mixer: what takes PATM's place.
         channel_mixer: what takes :class:`Mlp`'s place.
+
+    Source: arXiv:2111.12294.
     """
 
     def __init__(

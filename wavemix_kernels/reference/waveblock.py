@@ -37,6 +37,8 @@ class Waveblock(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2205.14375; package ``wavemix`` 0.2.4.
     """
 
     def __init__(

@@ -121,23 +121,24 @@ class WaveMixLite(WaveMix):
 
     The models of upstream's table of parameter efficiency, by width / depth:
 
-    ========================  ===========  ========  ==========
-    model                     in_channels  upsample  parameters
-    ========================  ===========  ========  ==========
-    8/10 (MNIST 99%)          1            bilinear       3,566
-    8/5 (Fashion-MNIST 90%)   1            deconv         7,156
-    32/7 (CIFAR-10 80%)       3            bilinear      37,058
-    64/6 (CIFAR-10 90%)       3            deconv       520,106
-    ========================  ===========  ========  ==========
+    | model                   | in_channels | upsample | parameters |
+    | ----------------------- | ----------- | -------- | ---------- |
+    | 8/10 (MNIST 99%)        | 1           | bilinear |      3,566 |
+    | 8/5 (Fashion-MNIST 90%) | 1           | deconv   |      7,156 |
+    | 32/7 (CIFAR-10 80%)     | 3           | bilinear |     37,058 |
+    | 64/6 (CIFAR-10 90%)     | 3           | deconv   |    520,106 |
 
     The table gives neither ``ff_channel`` nor the stem's width; these follow from the counts. With i input channels,
     a stem of width k and ``mult=2``, 10 classes: stem 9ik + k + 9kC + C, classifier 10C + 10; a block has
     C(C/4) + C/4 (reduction) + 2C^2 + 2C (first 1x1 convolution) + 2C (BatchNorm), and then 2C^2 + C with a weightless
-    upsampling or 2Cf + f + 16fC + C with a transposed convolution. 3,566 = 10*314 + 90 + (82k + 8) gives k = 4 = C/2,
-    and so does 37,058 = 7*4,520 + 330 + (316k + 32): k = 16. With k = C/2, 7,156 = 5(186 + 145f) + 336 + 90 gives
+    upsampling or 2Cf + f + 16fC + C with a transposed convolution. 3,566 = 10·314 + 90 + (82k + 8) gives k = 4 = C/2,
+    and so does 37,058 = 7·4,520 + 330 + (316k + 32): k = 16. With k = C/2, 7,156 = 5(186 + 145f) + 336 + 90 gives
     f = 8 = C and 520,106 = 6(9,552 + 1,153f) + 19,392 + 650 gives f = 64 = C.
 
-    Raises: as :class:`WaveMix`. Source: arXiv:2205.14375, arXiv:2203.03689.
+    Raises:
+        TypeError, ValueError: as :class:`WaveMix`.
+
+    Source: arXiv:2205.14375, arXiv:2203.03689.
     """
 
     def __init__(
