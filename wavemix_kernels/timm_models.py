@@ -310,7 +310,7 @@ for _name, _sizes, _, _ in _WAVE_MLP:
     _register(_name.lower(), f"{_name} of arXiv:2111.12294.", _wave_mlp_entry(_name.lower(), _sizes))
 for _name, _tags in _WAVEMIX.items():
     _register(_name, "WaveMix of arXiv:2205.14375.", _wavemix_entry(_name, pretrained.weights(_tags[0]).arguments))
-for _name, (_width, _depth, _upsample, _) in _LITE.items():
+for _name, (_width, _depth, _upsample, _size) in _LITE.items():
     _arguments = {"final_dim": _width, "ff_channel": _width, "depth": _depth, "upsample": _upsample, "level": 1}
     _arguments |= {"initial_conv": "strided", "stride": 1}
     _register(_name, "WaveMix-Lite of arXiv:2205.14375.", _wavemix_entry(_name, _arguments))

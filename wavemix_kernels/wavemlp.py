@@ -366,7 +366,7 @@ def _is_tracked(norm: nn.Module) -> bool:
 def _fold_norm(part: PatchEmbedOverlapping | Downsample) -> None:
     """The BatchNorm behind a convolution into it."""
     if _is_tracked(part.norm) and type(part.proj) is nn.Conv2d and untouched(part.proj):
-        part.proj = fuse_conv_bn_eval(part.proj, part.norm)  # type: ignore[arg-type]
+        part.proj = fuse_conv_bn_eval(part.proj, part.norm)
         part.norm = nn.Identity()
 
 
@@ -394,11 +394,11 @@ def _wave_mlp(
     crop_pct: float,
     *,
     kind: type[WaveNet] = WaveNet,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> WaveNet:
     if pretrained is True:
         raise ValueError("pretrained=True: no weights come with this package; expected the path of a checkpoint file")
-    model = kind(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)  # type: ignore[arg-type]
+    model = kind(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)
     # What timm's data pipeline asks a model for.
     model.default_cfg = {  # type: ignore[assignment]
         "url": "",
@@ -415,7 +415,7 @@ def _wave_mlp(
     return model
 
 
-def WaveMLP_T_dw(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
+def WaveMLP_T_dw(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-T with depthwise phases, 15,286,472 parameters: (N, 3, H, W) -> logits (N, 1000).
 
     Args:
@@ -428,17 +428,17 @@ def WaveMLP_T_dw(pretrained: bool | str | os.PathLike[str] = False, **kwargs: ob
     return _wave_mlp(pretrained, (2, 2, 4, 2), (64, 128, 320, 512), (4, 4, 4, 4), 0.9, mode="depthwise", **kwargs)
 
 
-def WaveMLP_T(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
+def WaveMLP_T(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-T, 17,193,160 parameters; arguments as :func:`WaveMLP_T_dw`."""
     return _wave_mlp(pretrained, (2, 2, 4, 2), (64, 128, 320, 512), (4, 4, 4, 4), 0.9, **kwargs)
 
 
-def WaveMLP_S(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
+def WaveMLP_S(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-S, 30,708,040 parameters; arguments as :func:`WaveMLP_T_dw`."""
     return _wave_mlp(pretrained, (2, 3, 10, 3), (64, 128, 320, 512), (4, 4, 4, 4), 0.9, norm_layer=MyNorm, **kwargs)
 
 
-def WaveMLP_M(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
+def WaveMLP_M(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-M, 44,056,632 parameters; arguments as :func:`WaveMLP_T_dw`."""
     return _wave_mlp(
         pretrained,
@@ -452,7 +452,7 @@ def WaveMLP_M(pretrained: bool | str | os.PathLike[str] = False, **kwargs: objec
     )
 
 
-def WaveMLP_B(pretrained: bool | str | os.PathLike[str] = False, **kwargs: object) -> WaveNet:
+def WaveMLP_B(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-B, 63,586,360 parameters; arguments as :func:`WaveMLP_T_dw`."""
     return _wave_mlp(
         pretrained,

@@ -86,6 +86,8 @@ static inline void store(f16& out, float value) {
 
 // Rows: n elements `stride` apart, to and from contiguous arithmetic values. The contiguous f16 case is
 // spelled out because compilers do not vectorise the conversion on their own.
+// Conversions are not inlined: they are worth a call, and their copies at every place cost whoever installs from source
+// half of the time.
 template <class T, class A>
 static inline void load_row(const T* src, int64_t stride, int64_t n, A* __restrict dst) {
   if (stride == 1) {
@@ -102,8 +104,17 @@ static inline void store_row(const A* __restrict src, T* dst, int64_t stride, in
     for (int64_t i = 0; i < n; ++i) store(dst[i * stride], src[i]);
   }
 }
+__attribute__((noinline, unused)) static void load_row(const bf16* src, int64_t stride, int64_t n,
+                                                       float* __restrict dst) {
+  load_row<bf16, float>(src, stride, n, dst);
+}
+__attribute__((noinline, unused)) static void store_row(const float* __restrict src, bf16* dst, int64_t stride,
+                                                        int64_t n) {
+  store_row<bf16, float>(src, dst, stride, n);
+}
 #if defined(__F16C__)
-static inline void load_row(const f16* src, int64_t stride, int64_t n, float* __restrict dst) {
+__attribute__((noinline, unused)) static void load_row(const f16* src, int64_t stride, int64_t n,
+                                                       float* __restrict dst) {
   int64_t i = 0;
   if (stride == 1) {
 #if defined(__AVX512F__)
@@ -115,7 +126,8 @@ static inline void load_row(const f16* src, int64_t stride, int64_t n, float* __
   }
   for (; i < n; ++i) dst[i] = load(src[i * stride]);
 }
-static inline void store_row(const float* __restrict src, f16* dst, int64_t stride, int64_t n) {
+__attribute__((noinline, unused)) static void store_row(const float* __restrict src, f16* dst, int64_t stride,
+                                                        int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
 #if defined(__AVX512F__)

@@ -89,9 +89,11 @@ static inline void gemm_tile(const A* a, int64_t lda, const A* b, int64_t ldb, i
   }
 }
 
+// Not inlined: a call costs nothing beside its work, and copies of three unrolled tiles at each of many places cost
+// whoever installs from source half a minute.
 template <class A, bool transposed>
-static void gemm_panel(int64_t vectors, int64_t rows, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth,
-                       const A* bias, A* c, int64_t ldc) {
+__attribute__((noinline)) static void gemm_panel(int64_t vectors, int64_t rows, const A* a, int64_t lda, const A* b,
+                                                 int64_t ldb, int64_t depth, const A* bias, A* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; i += kGemmRows) {
     const A* first = a + (transposed ? i : i * lda);
     // Sums come from beyond the L2 cache, rows apart, where no hardware prefetcher looks: the next ones while this tile
