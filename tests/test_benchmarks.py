@@ -619,7 +619,7 @@ def test_traffic_around_the_mixers_of_a_wave_block():
     from wavemix_kernels.wavemlp import MyNorm, WaveBlock
 
     made = traffic.traffic(
-        lambda: WaveBlock(64, norm_layer=MyNorm), (32, 64, 28, 28), traffic.PLANS["cpu"], channels_last=True
+        lambda: WaveBlock(64, norm_layer=MyNorm), (32, 64, 28, 28), traffic.PLANS["gpu"], channels_last=True
     )
     forward, backward = (
         {name.removeprefix("wavemix_kernels::pre_norm_"): count for name, count in one.items() if "pre_norm" in name}

@@ -9,6 +9,7 @@ normalised image is no more than an affine map of x: backward makes it again. Wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -386,11 +387,7 @@ class _PATM(torch.autograd.Function):
                 phase, d_weight, out.sums[i], mean[i], invstd[i], affines[2 * i], batch_statistics
             )
         of_fc = *d_fc, out.w_h, out.w_w, *d_mlp, d_proj, d_proj_bias
-        gradients = (
-            None if g is None or t is None else layout.like_weight(g, t)
-            for g, t in zip((*of_fc, *d_phases), (*p, *phases[0], *phases[1]), strict=True)
-        )
-        return None, dx, None, *d_norm, None, None, *gradients
+        return None, dx, None, *d_norm, None, None, *_like((*of_fc, *d_phases), (*p, *phases[0], *phases[1]))
 
 
 class _WholePATM(torch.autograd.Function):
@@ -435,8 +432,9 @@ class _WholePATM(torch.autograd.Function):
             d_phases += _phase_gradients(
                 phase, d_weight, out.sums[i], mean[i], invstd[i], affines[2 * i], bool(moments)
             )
-        of_parameters = (None if t is None else getattr(out, name) for t, name in zip(p, _OF_WHOLE, strict=True))
-        return None, dx, None, *d_norm, None, None, *of_parameters, *d_phases
+        of_parameters = [getattr(out, name) for name in _OF_WHOLE]
+        gradients = _like((*of_parameters, *d_phases), (*p, *phases[0], *phases[1]))
+        return None, dx, None, *d_norm, None, None, *gradients
 
 
 #: Fields of :class:`patm_whole.Gradients` in the order of :class:`Parameters`.
@@ -502,6 +500,12 @@ def _weights(p: Parameters, phases: tuple[Phase, Phase], affines: list[Tensor]) 
         p.fc_h, p.fc_h_bias, h.weight, h.bias, scale_h, shift_h, p.tfc_h, p.fc_w, p.fc_w_bias, w.weight, w.bias,
         scale_w, shift_w, p.tfc_w, p.fc_c, p.fc_c_bias, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias, p.proj, p.proj_bias,
     )  # fmt: skip
+
+
+def _like(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in their parameters' strides, None where there is no parameter."""
+    pairs = zip(gradients, parameters, strict=True)
+    return [None if g is None or t is None else layout.like_weight(g, t) for g, t in pairs]
 
 
 def _phase_gradients(
