@@ -367,7 +367,7 @@ def _is_tracked(norm: nn.Module) -> bool:
 def _fold_norm(part: PatchEmbedOverlapping | Downsample) -> None:
     """The BatchNorm behind a convolution into it."""
     if _is_tracked(part.norm) and type(part.proj) is nn.Conv2d and untouched(part.proj):
-        part.proj = fuse_conv_bn_eval(part.proj, part.norm)
+        part.proj = fuse_conv_bn_eval(part.proj, part.norm)  # type: ignore[arg-type]
         part.norm = nn.Identity()
 
 
