@@ -66,7 +66,7 @@ def require_timm() -> None:
     """
     try:
         import PIL
-        import timm.data  # noqa: F401
+        import timm.data  # noqa: F401 - imported to see whether it does
         from PIL import Image, ImageOps
     except (ImportError, RuntimeError) as error:
         raise cli.Refused(

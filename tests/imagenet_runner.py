@@ -34,7 +34,7 @@ def die_at(rank: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, images, labels)
 
-    train_imagenet.Training._step = dying  # type: ignore[method-assign]
+    train_imagenet.Training._step = dying  # type: ignore[method-assign] - a fault put in on purpose
 
 
 def interrupted_at(rank: int, step: int) -> None:
@@ -48,7 +48,7 @@ def interrupted_at(rank: int, step: int) -> None:
         seen.append(0)
         return whole(self, images, labels)
 
-    train_imagenet.Training._step = interrupting  # type: ignore[method-assign]
+    train_imagenet.Training._step = interrupting  # type: ignore[method-assign] - Ctrl-C put in on purpose
 
 
 if __name__ == "__main__":

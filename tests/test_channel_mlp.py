@@ -115,7 +115,7 @@ class TestWideMlp:
                 normal(o, seed=5),
             )
         ]  # fmt: skip
-        mlp = channel_mlp.Weights(*weights)  # type: ignore[arg-type]
+        mlp = channel_mlp.Weights(*weights)  # type: ignore[arg-type] - a bias may be None
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(threads)
@@ -123,7 +123,7 @@ class TestWideMlp:
             got = [functions["forward"](x, mlp), *functions["backward"](grad, x, mlp)]
         finally:
             torch.set_num_threads(before)
-        exact = channel_mlp.Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type]
+        exact = channel_mlp.Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type] - the same
         hidden = products.project(x.double(), exact.w1, exact.b1)
         size_of_hidden = products.project(
             x.double().abs(), exact.w1.abs(), None if exact.b1 is None else exact.b1.abs()

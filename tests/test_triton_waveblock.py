@@ -754,8 +754,8 @@ def test_compiled_for_real_chips() -> None:
         assert not {"LDL", "STL"} & set(counts), f"{row['name']} spills:\n{listing}"
         assert row["registers"] * row["warps"] * 32 <= 65536, f"{row['name']} does not fit:\n{listing}"
         assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{row['name']} does not fit:\n{listing}"
-        made_twice = ("forward", "input gradient")  # where the output is asked for as well, or weights, one is left
-        if row["arch"] == 90 and row["tensor_cores"] and "mlp" in row["name"] and row["name"].endswith(made_twice):
+        two_blocks = ("forward", "input gradient")  # where the output is asked for as well, or weights, one is left
+        if row["arch"] == 90 and row["tensor_cores"] and "mlp" in row["name"] and row["name"].endswith(two_blocks):
             assert row["registers"] * row["warps"] * 32 <= 32768, f"{row['name']} is one block:\n{listing}"
             assert row["shared"] <= 113 * 1024, f"{row['name']} is one block:\n{listing}"
             assert "HGMMA" in counts, f"{row['name']} multiplies without wgmma:\n{listing}"
