@@ -258,13 +258,16 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.def(
       "deconv_forward_cpu",
       [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, uintptr_t mean,
-         uintptr_t var, int threads) {
-        const auto args = deconv_args(dtype, size, u, y, weight, {}, {}, threads);
+         uintptr_t var, const Ints& residual, int threads) {
+        auto args = deconv_args(dtype, size, u, y, weight, {}, {}, threads);
+        args.residual = view<wavemix::Plane>(residual, "residual");
+        if (!residual.empty() && ((args.o > 1 && args.residual.stride[1] != 1) || mean != 0))
+          throw py::value_error("residual: expected contiguous channels, and no statistics beside it");
         py::gil_scoped_release unlocked;
         wavemix::deconv_forward_cpu(args, pointer(bias), pointer(mean), pointer(var), threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("bias"),
-      py::arg("mean"), py::arg("var"), py::arg("threads"));
+      py::arg("mean"), py::arg("var"), py::arg("residual"), py::arg("threads"));
   // `output` and `norm`: the plane and the arrays a, b, mean, d of wavemix/deconv.h, or both empty. `u` is needed for
   // the gradient of the weight alone, `weight` for that of u alone; a gradient not wanted is empty, or 0.
   m.def(

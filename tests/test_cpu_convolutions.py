@@ -157,10 +157,16 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
         y.fill_(math.nan)
         core.deconv_forward_cpu(
             code, size, address(u), address(y), weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), var.data_ptr(),
-            threads,
+            [], threads,
         )  # fmt: skip
         want = exact.detach()
         assert_within(y, want, stored(want, off), f"output {size}")
+        # The gradient stands in for an image to add: it has other strides than y.
+        plus, sum_of_both = torch.full_like(y, math.nan), want + grad.double()
+        core.deconv_forward_cpu(
+            code, size, address(u), address(plus), weight.data_ptr(), bias.data_ptr(), 0, 0, address(grad), threads
+        )
+        assert_within(plus, sum_of_both, stored(sum_of_both, off + r * sum_of_both.abs()), f"with residual {size}")
         count = n * 4 * h * w
         want_var, want_mean = torch.var_mean(want, (0, 2, 3), correction=0)
         worst = off.amax((0, 2, 3))
@@ -233,6 +239,7 @@ def test_deconv_operators_describe_themselves() -> None:
         invstd = torch.rsqrt(var + 1e-5)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_residual, (u, weight, bias, grad, "auto"), test_utils=tests)
         torch.library.opcheck(ops.deconv_input_grad, (grad, weight, "auto"), test_utils=tests)
         torch.library.opcheck(ops.deconv_weight_grad, (grad, u, True, "auto"), test_utils=tests)
         if deconv.folds("auto", channels, grad):

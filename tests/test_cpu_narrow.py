@@ -86,13 +86,20 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
         y.fill_(math.nan)
         core.deconv_forward_cpu(
             code, size, address(u), address(y), weight.data_ptr(), bias.data_ptr(), *(t.data_ptr() for t in stats),
-            threads,
+            [], threads,
         )  # fmt: skip
-        return [y.clone(), *stats]
+        # The gradient stands in for an image to add: it has other strides than this result.
+        plus = torch.full_like(grad, math.nan, memory_format=torch.channels_last)
+        core.deconv_forward_cpu(
+            code, size, address(u), address(plus), weight.data_ptr(), bias.data_ptr(), 0, 0, address(grad), threads
+        )
+        return [y.clone(), plus, *stats]
 
-    got, mean, var = same([forward(threads) for threads in THREADS])
+    got, plus, mean, var = same([forward(threads) for threads in THREADS])
     want, sums = exact.detach(), size_y.detach()
     assert_within(got, want, bound(4 * f + 1, sums, want, dtype), f"output {size}")
+    sum_of_both, terms = want + grad.double(), sums + grad.double().abs()
+    assert_within(plus, sum_of_both, bound(4 * f + 2, terms, sum_of_both, dtype), f"with residual {size}")
     # Each value is off by at most `worst` before it is stored; sums of `count` squares within a part.
     r, count = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1), 4 * n * h * w
     worst = ((4 * f + 1) * r * sums).amax((0, 2, 3))

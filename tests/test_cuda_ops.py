@@ -11,6 +11,7 @@ from torch import Tensor
 
 import wavemix_kernels as wk
 from tests.emulator.haar_cases import launches
+from tests.golden_models import assert_reproduces
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels.ops import haar_pyramid, reduce_haar
 from wavemix_kernels.reference import Waveblock, fused
@@ -164,6 +165,16 @@ def test_waveblock(core: ModuleType | None, device: str, level: int, layout: str
     for got, wanted in zip(results[1], results[0], strict=True):
         # Backward through `level` BatchNorms, each amplifying by the inverse of its batch's deviation.
         assert (got - wanted).norm() <= 1e-11 * max(wanted.norm(), x.norm())
+    ran(core, "reduce_haar", "haar_synthesis")
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_waveblock_reproduces_upstream(core: ModuleType | None, device: str, level: int) -> None:
+    """Upstream's recorded outputs, gradients and running statistics to 1e-10."""
+    if device != "cpu":
+        pytest.skip("compares on the CPU: test_waveblock above runs on the device")
+    with wk.backend("cuda"):
+        assert_reproduces(f"waveblock_level{level}", wk.FusedWaveblock)
     ran(core, "reduce_haar", "haar_synthesis")
 
 

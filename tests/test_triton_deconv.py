@@ -136,6 +136,11 @@ class Case:
         kernels.weight_grad(dw, db, self.g, self.norm if with_norm else None, self.u, config)
         return dw, db
 
+    def norm_gradients(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
+        du, dw = self.empty(self.u), torch.full_like(self.weight, NAN)
+        kernels.norm_gradients(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
+        return du, dw
+
     def check(self, config: Any = None) -> None:
         """All of them, with and without what is optional."""
         for with_bias, with_stats in ((True, True), (False, False)):
@@ -146,6 +151,9 @@ class Case:
         for with_norm in (False, True):
             self.check_input(self.input_grad(with_norm, config), with_norm)
             self.check_weight(*self.weight_grad(with_norm, not with_norm, config), with_norm)
+        du, dw = self.norm_gradients((config, config))
+        self.check_input(du, True)
+        self.check_weight(dw, None, True)
 
 
 @each_dtype
@@ -178,6 +186,60 @@ def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
     case = Case(2, 8, 48, 5, 7, torch.float32, device, "slice")
     case.check_weight(*case.weight_grad(True, True), True)
+
+
+# Input pixels in runs of 16 (or 64) by blocks of 16 (or 32) channels, the weight's patches of 2 x 8.
+SMALL, WIDE = kernels.DeconvConfig(16, 16, 16, 4, 2), kernels.DeconvConfig(64, 64, 16, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "config, least, splits",
+    [
+        (SMALL, 5, 5),  # of 2, 2, 2, 2 and 1 patches, and 3, 3, 3, 3 and 2 of the input's programs
+        (WIDE, 1, 3),
+        (WIDE, 100, 9),  # most without a program of the input's
+    ],
+)
+def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: str) -> None:
+    """Bit for bit those of two, in tiles of the input's own."""
+    case = Case(3, 20, 12, 5, 7, torch.float32, device, "slice")
+    launch, partial, _ = kernels.weight_grad_launch(case.g, case.norm, case.u, False, WIDE, least)
+    launch.run(case.u)
+    assert partial.shape[0] == splits
+    dw = torch.full_like(case.weight, NAN)
+    kernels.reduce_launch(dw, partial).run(case.u)
+    du, dw_beside = case.norm_gradients((config, WIDE), least)
+    case.check_input(du, True)
+    case.check_weight(dw_beside, None, True)
+    assert torch.equal(du, case.input_grad(True, config))
+    assert torch.equal(dw_beside, dw)
+
+
+def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
+    """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
+    case = Case(5, 8, 12, 4, 8, torch.float32, device, "channels")
+    du = case.empty(case.u)
+    launch, partial = kernels.norm_gradients_launch(du, case.g, case.norm, case.u, case.weight, (SMALL, SMALL), 4)
+    assert partial.shape[0] == 4
+    for splits in (1, 3, 4):
+        du.fill_(NAN)
+        partial.fill_(NAN)
+        launch._replace(grid=(launch.grid[0] // 4 * splits,)).run(du)
+        there = torch.arange(5 * 4 * 8, device=device) < 3 * 16 * splits
+        assert torch.equal(~du.isnan(), there.view(5, 1, 4, 8).expand_as(du))
+        assert not partial[:splits].isnan().any()
+        assert partial[splits:].isnan().all()
+
+
+@pytest.mark.parametrize("n, splits", [(64, 11), (256, 32)])
+def test_splits_stay_in_the_cache(n: int, splits: int) -> None:
+    u, g = (torch.empty(n, 192, s, s, dtype=torch.float16, device="meta") for s in (32, 64))
+    u, g = (t.to(memory_format=torch.channels_last) for t in (u, g))
+    weight = torch.empty(192, 192, 4, 4, dtype=torch.float16, device="meta")
+    norm = kernels.Norm(g, *(torch.empty(192, device="meta"),) * 4)
+    _, partial = kernels.norm_gradients_launch(u, g, norm, u, weight)
+    assert partial.shape == (splits, 4, 4, 192, 192)
+    assert 2 * g.numel() * 2 / splits <= 24 * 2**20
 
 
 def test_statistics_far_from_zero(device: str) -> None:
@@ -220,6 +282,7 @@ def test_results_are_the_same_in_every_run(device: str) -> None:
             case.input_grad(True),
             *case.weight_grad(False, True),
             *case.weight_grad(True, True),
+            *case.norm_gradients(),
         ]
         for _ in range(2)
     ]
@@ -238,7 +301,9 @@ def test_empty_batch(device: str) -> None:
     assert mean.isnan().all()
     assert var.isnan().all()
     assert case.input_grad(True).shape == (0, 8, 3, 4)
-    for result in case.weight_grad(True, True):
+    du, dw = case.norm_gradients()
+    assert du.shape == (0, 8, 3, 4)
+    for result in (*case.weight_grad(True, True), dw):
         assert result is not None
         assert torch.equal(result, torch.zeros_like(result))
 
@@ -256,7 +321,7 @@ def far(t: Tensor, device: str) -> Tensor:
 
 def test_offsets_beyond_32_bits(device: str) -> None:
     case = Case(2, 8, 16, 2, 3, torch.float16, device, "channels")
-    near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True)
+    near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True), case.norm_gradients()
     case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
     y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
     kernels.forward(y, case.u, case.weight, case.bias, None)
@@ -267,12 +332,21 @@ def test_offsets_beyond_32_bits(device: str) -> None:
         assert got is not None
         assert expected is not None
         assert torch.equal(got, expected)
+    du.fill_(NAN)
+    dw = torch.full_like(case.weight, NAN)
+    kernels.norm_gradients(du, dw, case.g, case.norm, case.u, case.weight)
+    assert torch.equal(du, near[3][0])
+    assert torch.equal(dw, near[3][1])
 
 
 def test_refuses_an_image_that_32_bits_do_not_count() -> None:
     u, y = (torch.empty(1, 1, 2**k, 2**k, device="meta") for k in (15, 16))
-    with pytest.raises(ValueError, match=r"32768 x 32768 pixels.*fewer than 2\*\*30"):
-        kernels.forward_launch(y, u, torch.empty(1, 1, 4, 4, device="meta"), None, False)
+    weight, norm = torch.empty(1, 1, 4, 4, device="meta"), kernels.Norm(y, *(torch.empty(1, device="meta"),) * 4)
+    refused = pytest.raises(ValueError, match=r"32768 x 32768 pixels.*fewer than 2\*\*30")
+    with refused:
+        kernels.forward_launch(y, u, weight, None, False)
+    with refused:
+        kernels.norm_gradients_launch(u, y, norm, u, weight)
 
 
 # ------------------------------------------------------------------------------- compiled without a GPU at hand
@@ -286,26 +360,36 @@ def compiled_launches() -> list[tuple[str, int, Any]]:
         return t.to(memory_format=torch.channels_last) if len(shape) == 4 else t
 
     found: list[tuple[str, int, Any]] = []
-    points = [(90, torch.float16, 192), (90, torch.float32, 96)]
-    points += [(arch, torch.float16, 192) for arch in (80, 100, 120)]
-    for arch, dtype, c in points:
+    points = [(arch, torch.float16, 192, "ieee") for arch in (90, 80, 100, 120)]
+    points += [(90, torch.float32, 96, "ieee"), (90, torch.float32, 96, "tf32"), (80, torch.float32, 96, "tf32")]
+    before = torch.backends.cuda.matmul.fp32_precision
+    for arch, dtype, c, precision in points:
         by_warps = arch in (80, 120)
+        torch.backends.cuda.matmul.fp32_precision = precision
         u, y = meta(64, c, 32, 32, dtype=dtype), meta(64, c, 64, 64, dtype=dtype)
         weight, norm = torch.empty(c, c, 4, 4, dtype=dtype, device="meta"), kernels.Norm(y, *(meta(c),) * 4)
         pixels = u[:, 0].numel()
         rows = {"forward": pixels, "input": pixels, "weight": 4 * c}
         configs = {
-            kind: kernels.config_for(kind, dtype.itemsize, c, pixels if kind == "weight" else c, rows[kind], by_warps)
+            kind: kernels.config_for(
+                kind, dtype.itemsize, c, pixels if kind == "weight" else c, rows[kind], by_warps, precision
+            )
             for kind in ("forward", "input", "weight")
         }
         launches = {
             "forward": kernels.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
             "input": kernels.input_grad_launch(u, y, norm, weight, configs["input"]),
             "weight": kernels.weight_grad_launch(y, norm, u, True, configs["weight"])[0],
+            "both": kernels.norm_gradients_launch(u, y, norm, u, weight, (configs["input"], configs["weight"]))[0],
         }
-        found += [(f"{name} {dtype} {c}", arch, launch) for name, launch in launches.items()]
+        found += [(f"{name} {dtype} {precision} {c}", arch, launch) for name, launch in launches.items()]
+    torch.backends.cuda.matmul.fp32_precision = before
+    half = torch.float16
+    u, y, weight = (meta(*s, dtype=half) for s in ((64, 256, 32, 32), (64, 256, 64, 64), (256, 256, 4, 4)))
+    both, partial = kernels.norm_gradients_launch(u, y, kernels.Norm(y, *(meta(256),) * 4), u, weight)
+    found += [("both torch.float16 256", 90, both)]
     found += [("merge", 90, kernels.merge_launch(meta(3, 2048, 192))[0])]
-    found += [("reduce", 90, kernels.reduce_launch(weight, meta(11, 4, 4, 192, 192)))]
+    found += [("reduce", 90, kernels.reduce_launch(weight, partial))]
     return found
 
 
@@ -333,12 +417,14 @@ def test_compiled_for_real_chips() -> None:
     listing = "\n".join(map(str, table))
     matrices = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
     for row in table:
-        assert not {"LDL", "STL"} & set(row["accesses"]), f"{row['name']} spills:\n{listing}"
+        assert not {"LDL", "STL"} & {name[:3] for name in row["accesses"]}, f"{row['name']} spills:\n{listing}"
         assert row["registers"] * row["constants"]["num_warps"] * 32 <= 65536, f"{row['name']} does not fit:\n{listing}"
         assert row["shared"] <= 99 * 1024, f"{row['name']} does not fit every chip:\n{listing}"
         assert any(".128" in name for name in row["accesses"]), f"{row['name']} has no 16-byte access:\n{listing}"
         if "float16" in row["name"]:
             assert row["tensor_cores"] == [matrices[row["arch"]]], f"{row['name']} multiplies otherwise:\n{listing}"
+        if "tf32" in row["name"]:  # 32 columns beside 64 are fewer than wgmma's 64 rows, which mma.sync then takes
+            assert matrices[row["arch"]] in row["tensor_cores"], f"{row['name']} multiplies otherwise:\n{listing}"
 
 
 if __name__ == "__main__":

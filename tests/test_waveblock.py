@@ -320,6 +320,12 @@ def test_inference_form_is_the_block_in_evaluation(upsample: str, level: int, ba
                 got, want = fused(x, residual=residual), block(x, residual=residual)
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
                 assert got.stride() == x.stride()
+        # An image whose gradient is wanted, as attribution methods do, gets it; the residual's part included.
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        with wk.backend(backend):
+            out, want = fused(leaves[0], residual=True), block(leaves[1], residual=True)
+        grads = [torch.autograd.grad(y, leaf, x) for y, leaf in zip((out, want), leaves, strict=True)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
     # Folding rounds each weight once more: single precision stays within the block's own rounding.
     with torch.no_grad():
         want = fused(x)

@@ -12,9 +12,11 @@ from torch import nn
 
 from wavemix_kernels import pytorch_wavelets, wtconv
 from wavemix_kernels.nn.channel_mlp import FusedMlp
+from wavemix_kernels.nn.expansion import FusedExpansion
 from wavemix_kernels.nn.patm import FusedPATM
 from wavemix_kernels.nn.wave_block import FusedWaveBlock
 from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.reference.expansion import Expansion
 from wavemix_kernels.reference.patm import PATM, Mlp
 from wavemix_kernels.reference.wave_block import WaveBlock
 from wavemix_kernels.reference.waveblock import LEVELS, Waveblock
@@ -146,6 +148,11 @@ def _become(module: nn.Module, ours: nn.Module) -> None:
 def _fused_from_reference(module: nn.Module) -> nn.Module:
     block: Any = module
     return _checked_block(block, block.level, block.upsample)
+
+
+def _fused_expansion(module: nn.Module) -> nn.Module:
+    with torch.device("meta"):
+        return FusedExpansion(4, 1, 1)  # at every call it asks which of its layers it can fuse
 
 
 def _fused_from_upstream(module: nn.Module) -> nn.Module:
@@ -301,6 +308,7 @@ def _check_wave_mlp(module: nn.Module) -> None:
 _WAVE_MLP = tuple(_SIGNS)
 _OF_REFERENCE: dict[type[nn.Module], _Counterpart] = {
     Waveblock: _fused_from_reference,
+    Expansion: _fused_expansion,
     PATM: _fused_from_wave_mlp,
     Mlp: _fused_from_wave_mlp,
     WaveBlock: _fused_from_wave_mlp,

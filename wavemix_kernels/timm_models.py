@@ -172,8 +172,7 @@ class WaveMix(classification.WaveMix):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to what the last block gives, (N, final_dim, h, w)."""
-        self.check_image(x)
-        return self.mix(self.conv(x))
+        return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """This to logits, or to the pooled features that the head reads."""

@@ -72,6 +72,16 @@ static inline void store_pairs(const A* from, int64_t ld, int64_t pixels, int64_
   }
 }
 
+// Pixels that lie `apart`, added to a product's rows of two.
+template <class T, class A>
+static inline void add_pairs(const T* from, int64_t apart, int64_t pixels, int64_t channels, A* to, int64_t ld) {
+  for (int64_t i = 0; i < pixels; ++i, from += apart) {
+    A* __restrict one = to + i / 2 * ld + i % 2 * channels;
+    WAVEMIX_SIMD
+    for (int64_t c = 0; c < channels; ++c) one[c] += load(from[c]);
+  }
+}
+
 // What is read beyond a block's last place: the rest of a group of rows, taps to the right, the rest of a vector.
 template <class A>
 int64_t slack(int64_t channels) {
@@ -268,7 +278,10 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
           products<A>((last - first) * rows.pitch, left, f, weights[parity], offset.data, out.data);
           for (int64_t row = first; row < last; ++row) {
             if (rows.is_zero(row)) continue;
-            const A* made = out.data + (row - first) * rows.pitch * ld;
+            A* made = out.data + (row - first) * rows.pitch * ld;
+            if (args.residual.data != nullptr)
+              add_pairs(row_of<const T>(args.residual, rows, row, 2, parity), args.residual.stride[3], 2 * rows.w, o,
+                        made, ld);
             store_pairs(made, ld, 2 * rows.w, o, row_of<T>(args.y, rows, row, 2, parity), args.y.stride[3]);
             if (mean == nullptr) continue;
             // Nothing is known of the mean yet: the first pixel is near enough.

@@ -110,14 +110,26 @@ static inline void make_forms(const A* const (&pixel)[Form::in][Form::in], int64
                        });
 }
 
+// Some values, at most a vector of them; zeros behind.
+template <class T, class A>
+static inline V<A> load_vector(const T* from, int64_t left) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (left == kLanes<A>) return *reinterpret_cast<const Memory<A>*>(from);
+  }
+  alignas(64) A row[kLanes<A>] = {};
+  load_row(from, 1, left, row);
+  return *reinterpret_cast<const V<A>*>(row);
+}
+
 // The other way: sums (i, j) at in[(i * sums + j) * apart + c], with `bias` (or null) added, into a patch of pixels; a
 // null pixel is left out.
 //
 // With `sums` (a value near the mean, sums of differences from it and of their squares, each an array of the padded
-// channels) the pixels are also counted into these.
+// channels) the pixels are also counted into these. With `residual` those pixels are added, before rounding.
 template <class Form, class T, class A>
 static inline void make_pixels(const A* in, int64_t apart, int64_t channels, const A* bias,
-                               T* const (&pixel)[Form::out][Form::out], A* const* sums = nullptr) {
+                               T* const (&pixel)[Form::out][Form::out], A* const* sums = nullptr,
+                               T* const (*residual)[Form::out] = nullptr) {
   for (int64_t c = 0; c < channels; c += kLanes<A>) {
     V<A> center{}, first{}, second{};
     if (sums != nullptr) center = *reinterpret_cast<const Memory<A>*>(sums[0] + c);
@@ -134,6 +146,7 @@ static inline void make_pixels(const A* in, int64_t apart, int64_t channels, con
             first += off;
             second += off * off;
           }
+          if (residual != nullptr) value += load_vector<T, A>(residual[i][j] + c, left);
           if (sizeof(T) == sizeof(A) && left == kLanes<A>) {
             *reinterpret_cast<Memory<A>*>(to + c) = value;
           } else {

@@ -66,6 +66,10 @@ class InferenceWaveblock(nn.Module):
         else:
             part = backends.for_part(backend, reduce_haar.BACKENDS)
             zs = reduce_haar.fused(cast_x, weight, bias, self.level, True, part)
+        order = layout.is_channels_last(x)
+        # Kernels without gradient add the residual as they store.
+        has_gradient = torch.is_grad_enabled() and x.requires_grad
+        adds = residual and backend != "reference" and cast_x is x and not has_gradient
         out: Tensor | None = None
         for i in range(self.level - 1, -1, -1):
             w1, b1, w2, b2, up_weight, up_bias = flat[6 * i : 6 * i + 6]
@@ -76,14 +80,15 @@ class InferenceWaveblock(nn.Module):
                 part = backends.for_part(backend, pointwise_mlp.BACKENDS)
                 u = pointwise_mlp.fused(zs[i], out, None, None, w1, b1, w2, b2, 0.0, None, part)
                 part = backends.for_part(backend, deconv.BACKENDS)
+                if i == 0 and adds and order and self.upsample == "deconv":
+                    return deconv.plus_residual(u, up_weight, up_bias, x, part)
                 out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
         assert out is not None
-        order = layout.is_channels_last(x)
         if backend == "reference":
             return layout.laid_out(x + out if residual else out, order)
-        if (order and not residual) or torch.is_grad_enabled() or cast_x is not x:
+        if not adds and (order or has_gradient or cast_x is not x):
             out = x + out if residual else out
-            return out.contiguous(memory_format=torch.channels_last if order else torch.contiguous_format)
+            return out.contiguous(memory_format=layout.memory_format(x))
         # The pass that normalises also adds and reorders, at the speed of memory; there is nothing left to normalise.
         part = backends.for_part(backend, batch_norm.BACKENDS)
         one = torch.ones(out.shape[1], dtype=batch_norm.statistics_dtype(out.dtype), device=out.device)

@@ -21,6 +21,7 @@ from wavemix_kernels.ops.autograd import differentiable
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
+_library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
 _library.define("deconv_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor")
 _library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
 # The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
@@ -93,16 +94,24 @@ def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:
     return u.shape[0], u.shape[1], y.shape[1], u.shape[2], u.shape[3]
 
 
-def _cpu_forward(u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _cpu_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     core: Any = _native.core
+    residual = None if residual is None else layout.channels_inner(residual)
     u, weight, y = layout.channels_inner(u), weight.contiguous(), _empty_output(u, weight)
     bias = None if bias is None else bias.contiguous()
     core.deconv_forward_cpu(
         _native.DTYPES[u.dtype], _size(u, y), _native.address(u), _native.address(y), weight.data_ptr(),
         0 if bias is None else bias.data_ptr(), *((0, 0) if stats is None else (t.data_ptr() for t in stats)),
-        torch.get_num_threads(),
+        _native.address(residual), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return _cpu_forward(u, weight, bias, None, residual)
 
 
 #: y, a, b, mean, d: the gradient of y is ``a grad + b (y - mean) + d``; the last four contiguous, in the arithmetic
@@ -162,28 +171,30 @@ def _triton_forward(
     return y
 
 
-def _triton_input_grad(grad: Tensor, weight: Tensor, norm: Any = None) -> Tensor:
+def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     from wavemix_kernels.triton_kernels import deconv as kernels
 
     grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
-    kernels.input_grad(u, grad, norm, weight)
+    kernels.input_grad(u, grad, None, weight)
     return u
 
 
-def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool, norm: Any = None) -> list[Tensor]:
+def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     from wavemix_kernels.triton_kernels import deconv as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
-    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, norm, u)
+    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, None, u)
     return out
 
 
 def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     from wavemix_kernels.triton_kernels import deconv as kernels
 
-    made = kernels.Norm(*norm)
-    return _triton_input_grad(grad, weight, made), _triton_weight_grad(grad, u, False, made)[0]
+    grad, u = layout.channels_inner(grad), layout.channels_inner(u)
+    d_u, (d_weight,) = _empty_input(grad, weight), _empty_weights(grad, u, False)
+    kernels.norm_gradients(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
+    return d_u, d_weight
 
 
 # --- The library -----------------------------------------------------------------------------------------
@@ -224,6 +235,7 @@ BACKENDS: dict[str, backends.Backend] = {
         backends.cpu_why_not,
         {
             "forward": _cpu_forward,
+            "forward_residual": _cpu_forward_residual,
             "input_grad": _cpu_input_grad,
             "weight_grad": _cpu_weight_grad,
             "norm_gradients": _cpu_norm_gradients,
@@ -279,6 +291,13 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
     return _chosen(backend, weight.shape[0], weight.shape[1], u).functions["forward"](u, weight, bias)
 
 
+def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
+    functions = _chosen(backend, weight.shape[0], weight.shape[1], u).functions
+    if "forward_residual" in functions:
+        return functions["forward_residual"](u, weight, bias, residual)
+    return functions["forward"](u, weight, bias).add_(residual)
+
+
 def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     return _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight)
 
@@ -328,6 +347,7 @@ def _norm_gradients_fake(
 
 
 _library.impl("deconv", _forward, "CompositeExplicitAutograd")
+_library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
 _library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
 _library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
 _library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
@@ -336,6 +356,11 @@ torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_l
 torch.library.register_fake("wavemix_kernels::deconv_norm_gradients", _norm_gradients_fake, lib=_library)
 torch.library.register_fake(
     "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
+)
+torch.library.register_fake(
+    "wavemix_kernels::deconv_residual",
+    lambda u, weight, bias, residual, backend: _empty_output(u, weight),
+    lib=_library,
 )
 torch.library.register_fake(
     "wavemix_kernels::deconv_input_grad", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
@@ -356,6 +381,11 @@ def weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[
     """Gradients of weight and bias."""
     d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_weight_grad(grad, u, has_bias, backend)
     return d_weight, d_bias[0] if has_bias else None
+
+
+def plus_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
+    """Output plus an image of its shape, added before rounding where our kernels make it; without gradient."""
+    return torch.ops.wavemix_kernels.deconv_residual(u, weight, bias, residual, backend)
 
 
 def with_stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:

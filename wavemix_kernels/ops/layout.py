@@ -15,6 +15,11 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and 0 < sc < sw
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The one to ask torch for, to have a result in ``x``'s order."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     """An uninitialised image (4-D) or bands (5-D); channels_last bands lie as N, h, w, C, 3."""
     if not channels_last:

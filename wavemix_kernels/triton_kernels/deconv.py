@@ -3,7 +3,8 @@
 Along one axis output 2i + p is made of inputs i + p - 1 + t with taps 3 - p - 2t, t = 0, 1: four sub-pixel
 convolutions of 2x2 taps, one for each parity (p, q) of an output pixel. Forward, a program makes one parity of a run
 of pixels; the four parities of a run are neighbours in the grid, so what they read of the input comes from L2 after
-the first touch. The gradients read y's gradient, or make it in registers from that of a BatchNorm behind it.
+the first touch. The gradients read y's gradient, or make it in registers from that of a BatchNorm behind it; there one
+launch makes both, image after image, so that what both read comes from memory once.
 Statistics and weights' gradients are partial results of fixed parts combined in a fixed order: the same in every run.
 """
 
@@ -11,7 +12,7 @@ Statistics and weights' gradients are partial results of fixed parts combined in
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ Kind = Literal["forward", "input", "weight"]
 _MULTIPROCESSORS = 132  # of an H100
 _GROUPS = 128  # of partial statistics, which batch_norm's combination takes
 _REDUCED = 64  # weights of all 16 taps that a program adds up
+# Of g and y in a split of the launch that reads them for both gradients: what is to stay in L2 (50 MB in an H100, 40 in
+# an A100) while it is worked on and the next begins. Large batches pay with more partial sums, at 192 channels 2.4 MB
+# written and read for each of these 25 MB.
+_SPLIT_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,28 +54,33 @@ def _widths(columns: int, most: int) -> tuple[int, int]:
 
 
 def config_for(
-    kernel: Kind, itemsize: int, columns: int, inner: int, rows: int, by_warps: bool = False
+    kernel: Kind, itemsize: int, columns: int, inner: int, rows: int, by_warps: bool = False, precision: str = "ieee"
 ) -> DeconvConfig:
     """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
 
-    Half types: 128 x 192 results on eight warps take 174 (forward) to 228 registers of a thread, so an SM has one such
+    Half types: 128 x 192 results on eight warps take 174 (forward) to 240 registers of a thread, so an SM has one such
     block, which its stages keep busy. At the 2048 products a clock of an H100's tensor cores it reads 4096 * (1 / 128 +
     1 / 192) = 53 bytes a clock from L2, of which L2 gives each SM some 32; the 64 x 192 of which an SM has two would
     read 85. Twice the rows would read 37, and spill, as would weights' gradients 256 wide and, with four warps to a
     block and two of them to an SM, the input's 96 or 128 wide.
     `by_warps`: the chip's matrix instructions take both operands from registers, beside which a gradient that is made
     there leaves less room.
-    fp32 multiplies on the ordinary units, 16 times slower: small tiles, whose operands take the registers.
+    Both gradients in one kernel, at 192 channels: on sm_90, 80, 100 and 120 240, 255, 144 and 252 registers, and 77,
+    47, 78 and 47 KiB of shared memory, so that an SM has one block as of each alone (of the input's two, on sm_100 with
+    128 registers); in fp32 at 96 channels 136 registers and 15 KiB (sm_90), three blocks where each alone has four.
+    fp32 of `precision` "ieee" multiplies on the ordinary units, 16 times slower: small tiles, whose operands take the
+    registers. In TF32 the tensor cores make half as many products a clock of twice the bytes: 128 x 96 reads 75 bytes a
+    clock (64 x 48: 149) of 196 registers (both gradients), and 128 x 192 spills.
     """
-    depth = min(32 if itemsize == 2 else 16, max(16, pow2_at_least(inner)))
-    if itemsize == 4:
+    depth = min(64 // itemsize, max(16, pow2_at_least(inner)))
+    if itemsize == 4 and precision == "ieee":
         return DeconvConfig(64, 64, depth, 4, 2)
-    tall, widest, stages = 128, 256, 3
+    tall, widest, stages = 128, 512 // itemsize, 3
     if kernel == "weight":
-        tall, widest = min(tall, max(64, pow2_at_least(rows))), 96 if by_warps else 192
+        tall, widest = min(tall, max(64, pow2_at_least(rows))), min(widest, 96 if by_warps else 192)
     elif triton.cdiv(rows, tall) * (4 if kernel == "forward" else 1) < _MULTIPROCESSORS:
         tall = 64
-    if kernel == "input" and by_warps:
+    if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4
     return DeconvConfig(tall, widest, depth, 4 if tall * sum(_widths(columns, widest)) <= 8192 else 8, stages)
 
@@ -175,7 +185,7 @@ def _forward_kernel(
     pixels: tl.int64, h, w, f, o, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64, u_n: tl.int64, u_h: tl.int64,
     u_w: tl.int64,
     BIAS: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr,
-    W1: tl.constexpr, PRECISION: tl.constexpr,
+    W1: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weight: (4, 4, f, o)."""
     COLUMNS: tl.constexpr = W0 + W1
@@ -191,7 +201,7 @@ def _forward_kernel(
     out1 = first + W0 + tl.arange(0, OTHER)
     acc0 = tl.zeros((ROWS, W0), tl.float32)
     acc1 = tl.zeros((ROWS, OTHER), tl.float32)
-    for step in range(0, 4 * tl.cdiv(f, DEPTH)):
+    for step in tl.range(0, 4 * tl.cdiv(f, DEPTH), num_stages=STAGES):
         s, t = step % 4 // 2, step % 2  # a pixel's four neighbours one after the other: mostly the same cache lines
         channel = step // 4 * DEPTH + tl.arange(0, DEPTH)
         down, along = p - 1 + s, q - 1 + t
@@ -241,30 +251,29 @@ def _merge_kernel(
 
 
 # --------------------------------------------------------------------------------------------------- gradients
+#
+# A program of each is a function of its number: for a kernel of its own, and for the one that has both.
 
 
-@triton.jit(do_not_specialize=_FREE)
-def _input_gradient_kernel(
-    du, g, y, a, b, mean, d, weight,
-    pixels: tl.int64, h, w, f, o, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64, g_n: tl.int64, g_h: tl.int64,
-    g_w: tl.int64, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64,
+@triton.jit
+def _input_gradient(
+    number, du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n, y_h, y_w,
     NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A convolution of stride 2: input pixel i has output pixels 2i - 1 + k. weight: (4, 4, o, f)."""
     COLUMNS: tl.constexpr = W0 + W1
     OTHER: tl.constexpr = W1 if W1 > 0 else 16
     blocks = tl.cdiv(f, COLUMNS)
-    block = tl.program_id(0) // blocks
-    first = (tl.program_id(0) % blocks) * COLUMNS
-    image, row, col, valid = _places(block.to(tl.int64) * ROWS, pixels, h, w, ROWS)
+    first = (number % blocks).to(tl.int32) * COLUMNS
+    image, row, col, valid = _places((number // blocks).to(tl.int64) * ROWS, pixels, h, w, ROWS)
     from_g = g + image * g_n + 2 * row * g_h + 2 * col * g_w
     from_y = y + image * y_n + 2 * row * y_h + 2 * col * y_w
     out0 = first + tl.arange(0, W0)
     out1 = first + W0 + tl.arange(0, OTHER)
     acc0 = tl.zeros((ROWS, W0), tl.float32)
     acc1 = tl.zeros((ROWS, OTHER), tl.float32)
-    for step in range(0, 16 * tl.cdiv(o, DEPTH)):
+    for step in tl.range(0, 16 * tl.cdiv(o, DEPTH), num_stages=STAGES):
         down, along = step % 16 // 4 - 1, step % 4 - 1
         channel = step // 16 * DEPTH + tl.arange(0, DEPTH)
         there = valid & (2 * row + down >= 0) & (2 * row + down < 2 * h)
@@ -284,11 +293,25 @@ def _input_gradient_kernel(
         tl.store(at + out1[None, :], acc1.to(du.dtype.element_ty), mask=valid[:, None] & (out1 < f)[None, :])
 
 
+@triton.jit(do_not_specialize=_FREE)
+def _input_gradient_kernel(
+    du, weight, pixels: tl.int64, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64,
+    g, y, a, b, mean, d, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64, y_h: tl.int64,
+    y_w: tl.int64,
+    NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    _input_gradient(
+        tl.program_id(0), du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n,
+        y_h, y_w, NORM, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit
 def _sums(
     u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n, u_h, u_w,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr, W1: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over the patches `begin` to `end` of DEPTH pixels: products of the inputs at m (pairs of a tap and a channel) and
     the gradients of outputs of parity (p, q) in columns col0 and col1; or where BIAS, the sums of the latter alone."""
@@ -309,7 +332,7 @@ def _sums(
     left = (begin - image * (wide * high)).to(tl.int32)
     top = left // wide
     left = left - top * wide
-    for _ in range(begin, end):
+    for _ in tl.range(begin, end, num_stages=STAGES):
         row, col = top * DOWN + r, left * ACROSS + c
         valid = (row < h) & (col < w)
         at_g = (g + image * g_n + 2 * top * DOWN * g_h + 2 * left * ACROSS * g_w + from_g)[None, :]
@@ -344,13 +367,12 @@ def _sums(
     return acc0, acc1
 
 
-@triton.jit(do_not_specialize=("patches", "each", "h", "w"))
-def _weight_gradient_kernel(
-    partial, partial_bias, u, g, y, a, b, mean, d,
-    patches: tl.int64, each: tl.int64, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64,
-    y_h: tl.int64, y_w: tl.int64, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
+@triton.jit
+def _weight_gradient(
+    number, patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n,
+    y_h, y_w,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-    W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial: (splits, 4, 4, o, f); partial_bias: (splits, 4 parities, o).
 
@@ -359,9 +381,9 @@ def _weight_gradient_kernel(
     """
     COLUMNS: tl.constexpr = W0 + W1
     OTHER: tl.constexpr = W1 if W1 > 0 else 16
-    parity = tl.program_id(0) % 4
+    parity = number % 4
     p, q = parity // 2, parity % 2
-    index = tl.program_id(0) // 4
+    index = number // 4
     tiles, blocks = tl.cdiv(4 * f, ROWS) + BIAS, tl.cdiv(o, COLUMNS)
     tile = index % tiles
     first = index // tiles % blocks * COLUMNS
@@ -373,7 +395,7 @@ def _weight_gradient_kernel(
     if tile * ROWS < 4 * f:
         acc0, acc1 = _sums(
             u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n,
-            u_h, u_w, NORM, False, ACROSS, DEPTH, W1, PRECISION,
+            u_h, u_w, NORM, False, ACROSS, DEPTH, W1, STAGES, PRECISION,
         )  # fmt: skip
         tap = m // f
         tap = (3 - p - tap // 2 * 2) * 4 + 3 - q - tap % 2 * 2
@@ -384,12 +406,60 @@ def _weight_gradient_kernel(
     elif BIAS:
         sum0, sum1 = _sums(
             u, g, y, a, b, mean, d, begin, end, h, w, f, o, m, col0, col1, p, q, g_n, g_h, g_w, y_n, y_h, y_w, u_n,
-            u_h, u_w, NORM, True, ACROSS, DEPTH, W1, PRECISION,
+            u_h, u_w, NORM, True, ACROSS, DEPTH, W1, STAGES, PRECISION,
         )  # fmt: skip
         sums = partial_bias + (split * 4 + parity) * o
         tl.store(sums + col0, tl.sum(sum0, 1), mask=col0 < o)
         if W1 > 0:
             tl.store(sums + col1, tl.sum(sum1, 1), mask=col1 < o)
+
+
+@triton.jit(do_not_specialize=("patches", "each", "h", "w"))
+def _weight_gradient_kernel(
+    patches: tl.int64, each: tl.int64, partial, partial_bias, u, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
+    g, y, a, b, mean, d, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64, y_h: tl.int64,
+    y_w: tl.int64,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    _weight_gradient(
+        tl.program_id(0), patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w, f, o, g_n,
+        g_h, g_w, y_n, y_h, y_w, NORM, BIAS, ACROSS, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("weights", "inputs", "all_inputs", "patches", "each", *_FREE))
+def _gradients_kernel(
+    weights, inputs, all_inputs: tl.int64,
+    du, weight, pixels: tl.int64, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64,
+    patches: tl.int64, each: tl.int64, partial, partial_bias, u, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
+    g, y, a, b, mean, d, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64, y_h: tl.int64,
+    y_w: tl.int64,
+    INPUT_ROWS: tl.constexpr, INPUT_DEPTH: tl.constexpr, INPUT_W0: tl.constexpr, INPUT_W1: tl.constexpr,
+    INPUT_STAGES: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr,
+    W1: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both gradients behind a norm, one split of the pixels after the other: `weights` programs of the weight's, the
+    longer ones, then the input's, whose share of `all_inputs` is that of the split's patches (at most `inputs`).
+
+    Programs start in about this order: those at work are of one or two splits, whose reads meet in L2.
+    """
+    split = tl.program_id(0) // (weights + inputs)
+    number = tl.program_id(0) % (weights + inputs)
+    if number < weights:
+        _weight_gradient(
+            split * weights + number, patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w,
+            f, o, g_n, g_h, g_w, y_n, y_h, y_w, True, False, ACROSS, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
+        )  # fmt: skip
+    else:
+        begin = split.to(tl.int64) * each
+        end = tl.minimum(begin + each, patches)
+        run = begin * all_inputs // patches + number - weights
+        if run < end * all_inputs // patches:
+            _input_gradient(
+                run, du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n, y_h,
+                y_w, True, INPUT_ROWS, INPUT_DEPTH, INPUT_W0, INPUT_W1, INPUT_STAGES, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -421,18 +491,18 @@ def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
     return n * h * w, h, w, f, o
 
 
-def _by_warps(image: Tensor) -> bool:
-    """config_for's: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100)."""
-    return image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
+def _config(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
+    # By warps: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100).
+    by_warps = image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
+    return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision())
 
 
 def _constants(config: DeconvConfig, columns: int) -> tuple[int, dict[str, Any]]:
     """And the blocks of columns."""
     w0, w1 = _widths(columns, config.columns)
     return triton.cdiv(columns, w0 + w1), {
-        "ROWS": config.rows, "DEPTH": config.depth, "W0": w0, "W1": w1,
-        "PRECISION": input_precision(), "num_warps": config.num_warps, "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        "ROWS": config.rows, "DEPTH": config.depth, "W0": w0, "W1": w1, "STAGES": config.num_stages,
+        "PRECISION": input_precision(), "num_warps": config.num_warps, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -442,7 +512,7 @@ def forward_launch(
     """A launch and, where `stats`, the (3, parts, O) partial means, squared deviations and counts it fills."""
     o = weight.shape[1]
     sizes = _sizes(u, o)
-    config = config or config_for("forward", u.dtype.itemsize, o, u.shape[1], sizes[0], _by_warps(u))
+    config = config or _config("forward", u, o, u.shape[1], sizes[0])
     blocks, constants = _constants(config, o)
     runs = triton.cdiv(sizes[0], config.rows)
     partial = u.new_empty((3, 4 * runs if stats else 0, o), dtype=torch.float32)
@@ -502,11 +572,12 @@ def input_grad_launch(
 ) -> Launch:
     f, o = weight.shape[:2]
     sizes = _sizes(du, o)
-    config = config or config_for("input", du.dtype.itemsize, f, o, sizes[0], _by_warps(du))
+    config = config or _config("input", du, f, o, sizes[0])
     blocks, constants = _constants(config, f)
     made = _norm_arguments(g, norm)
     args = (
-        du, g, *made, weight.permute(2, 3, 1, 0).contiguous(), *sizes, *_strides(du), *_strides(g), *_strides(made[0]),
+        du, weight.permute(2, 3, 1, 0).contiguous(), sizes[0], *_strides(du),
+        g, *made, *sizes[1:], *_strides(g), *_strides(made[0]),
     )  # fmt: skip
     grid = (triton.cdiv(sizes[0], config.rows) * blocks,)
     return Launch(_input_gradient_kernel, grid, args, {**constants, "NORM": norm is not None})
@@ -535,26 +606,27 @@ def _patch(depth: int, h: int, w: int) -> tuple[int, int]:
 
 
 def weight_grad_launch(
-    g: Tensor, norm: Norm | None, u: Tensor, has_bias: bool, config: DeconvConfig | None = None
+    g: Tensor, norm: Norm | None, u: Tensor, has_bias: bool, config: DeconvConfig | None = None, least: int = 1
 ) -> tuple[Launch, Tensor, Tensor]:
-    """A launch and the partial sums it fills: (splits, 4, 4, O, F), and (splits, 4, O) for the bias."""
+    """A launch and the partial sums it fills: (splits, 4, 4, O, F), and (splits, 4, O) for the bias; about `least`
+    splits or more."""
     f, o = u.shape[1], g.shape[1]
     _, h, w, *_ = sizes = _sizes(u, o)
-    config = config or config_for("weight", u.dtype.itemsize, o, sizes[0], 4 * f, _by_warps(u))
+    config = config or _config("weight", u, o, sizes[0], 4 * f)
     blocks, constants = _constants(config, o)
     down, across = _patch(config.depth, h, w)
     patches = u.shape[0] * triton.cdiv(h, down) * triton.cdiv(w, across)
     rows = triton.cdiv(4 * f, config.rows)
     tiles = 4 * rows * blocks
     # Deterministic: a function of the shapes. Two programs for each multiprocessor; no fewer than four patches each.
-    splits = max(1, min(2 * _MULTIPROCESSORS // tiles, triton.cdiv(patches, 4)))
+    splits = max(least, min(2 * _MULTIPROCESSORS // tiles, triton.cdiv(patches, 4)))
     each = triton.cdiv(patches, splits)
     splits = max(1, triton.cdiv(patches, max(each, 1)))
     partial = u.new_empty((splits, 4, 4, o, f), dtype=torch.float32)
     bias = u.new_empty((splits, 4, o), dtype=torch.float32)
     made = _norm_arguments(g, norm)
     args = (
-        partial, bias, u, g, *made, patches, each, *sizes[1:], *_strides(g), *_strides(made[0]), *_strides(u),
+        patches, each, partial, bias, u, *_strides(u), g, *made, *sizes[1:], *_strides(g), *_strides(made[0]),
     )  # fmt: skip
     constants |= {"NORM": norm is not None, "BIAS": has_bias, "ACROSS": across}
     return Launch(_weight_gradient_kernel, (4 * (rows + has_bias) * blocks * splits,), args, constants), partial, bias
@@ -585,3 +657,46 @@ def weight_grad(
     reduce_launch(dw, partial).run(u)
     if db is not None:
         db.copy_(bias.sum((0, 1)))
+
+
+def norm_gradients_launch(
+    du: Tensor, g: Tensor, norm: Norm, u: Tensor, weight: Tensor,
+    configs: tuple[DeconvConfig | None, DeconvConfig | None] = (None, None), least: int | None = None,
+) -> tuple[Launch, Tensor]:  # fmt: skip
+    """A launch and the partial sums it fills: (splits, 4, 4, O, F); about `least` splits or more."""
+    if least is None:
+        least = max(1, triton.cdiv(2 * g.numel() * g.itemsize, _SPLIT_BYTES))
+    f, o = weight.shape[:2]
+    default = _config("input", du, f, o, du[:, :1].numel())
+    config = configs[0] or replace(default, columns=min(default.columns, 192))  # 256 spill beside the other gradient
+    of_input = input_grad_launch(du, g, norm, weight, config)
+    of_weight, partial, _ = weight_grad_launch(g, norm, u, False, configs[1], least)
+    patches, each, *_ = of_weight.args
+    (programs,), (all_inputs,), splits = of_weight.grid, of_input.grid, partial.shape[0]
+    weights, inputs = programs // splits, triton.cdiv(each * all_inputs, max(patches, 1))
+    constants = {name: value for name, value in of_weight.constants.items() if name not in ("NORM", "BIAS")}
+    constants |= {f"INPUT_{name}": of_input.constants[name] for name in ("ROWS", "DEPTH", "W0", "W1", "STAGES")}
+    constants["num_warps"] = max(launch.constants["num_warps"] for launch in (of_input, of_weight))
+    args = (weights, inputs, all_inputs, *of_input.args[:6], *of_weight.args)
+    return Launch(_gradients_kernel, (splits * (weights + inputs),), args, constants), partial
+
+
+def norm_gradients(
+    du: Tensor, dw: Tensor, g: Tensor, norm: Norm, u: Tensor, weight: Tensor,
+    configs: tuple[DeconvConfig | None, DeconvConfig | None] = (None, None), least: int | None = None,
+) -> None:  # fmt: skip
+    """Writes the gradients of u and of weight, made by one launch that is to read g and norm.y from memory once.
+
+    They are :func:`input_grad`'s and, of as many splits, :func:`weight_grad`'s, bit for bit.
+
+    Args:
+        du, g, norm, weight: as :func:`input_grad` takes them; dw, u: as :func:`weight_grad`.
+        configs: of the input's and the weight's gradient, other than :func:`config_for`'s; the more warps serve both.
+        least: about so many splits of the pixels or more, other than what keeps a split's g and y in L2.
+
+    Raises:
+        ValueError: an image has 2**30 pixels or more.
+    """
+    launch, partial = norm_gradients_launch(du, g, norm, u, weight, configs, least)
+    launch.run(u)
+    reduce_launch(dw, partial).run(u)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wavemix_kernels import checks
 from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.ops import layout
 from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
 
 __all__ = ["WaveMix"]
@@ -59,13 +60,8 @@ class WaveMix(Backbone):
             block=block,
         )
         checks.check_positive_int("num_classes", num_classes)
-        self.expand = nn.Sequential(
-            nn.ConvTranspose2d(final_dim, final_dim // 2, 4, stride=2, padding=1),
-            nn.ConvTranspose2d(final_dim // 2, final_dim // 4, 4, stride=2, padding=1),
-            nn.Conv2d(final_dim // 4, num_classes, 1),
-        )
+        self.expand = self.expansion(final_dim, 2, num_classes)
         self.conv = strided_stem(3, final_dim, stride)
 
     def forward(self, img: Tensor) -> Tensor:
-        self.check_image(img)
-        return self.expand(self.mix(self.conv(img)))
+        return self.expand(self.features(img)).contiguous(memory_format=layout.memory_format(img))

@@ -90,8 +90,7 @@ class WaveMix(Backbone):
             _load_published(self, pretrained)
 
     def forward(self, img: Tensor) -> Tensor:
-        self.check_image(img)
-        return self.pool(self.mix(self.conv(img)))
+        return self.pool(self.features(img))
 
 
 def _load_published(model: WaveMix, name: str) -> None:

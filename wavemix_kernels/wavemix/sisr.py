@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.ops import layout
 from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
 
 __all__ = ["WaveMix"]
@@ -50,12 +51,8 @@ class WaveMix(Backbone):
             upsample=upsample,
             block=block,
         )
-        self.expand = nn.Sequential(
-            nn.ConvTranspose2d(final_dim, final_dim // 2, 4, stride=2, padding=1),
-            nn.Conv2d(final_dim // 2, 3, 1),
-        )
+        self.expand = self.expansion(final_dim, 1, 3)
         self.conv = strided_stem(3, final_dim, 1)
 
     def forward(self, img: Tensor) -> Tensor:
-        self.check_image(img)
-        return self.expand(self.mix(self.conv(img)))
+        return self.expand(self.features(img)).contiguous(memory_format=layout.memory_format(img))

@@ -18,6 +18,8 @@ struct DeconvArgs {
   // way.
   Plane output;
   const void *a = nullptr, *b = nullptr, *mean = nullptr, *d = nullptr;
+  // The forward pass only, optional, without statistics: what is added to y before it is rounded; as y.
+  Plane residual;
 };
 
 // Up to so many f * o the CPU's kernels multiply as the definition says (deconv_narrow.cpp): minimal filtering pays
