@@ -109,7 +109,7 @@ def _super_resolution(**arguments: Any) -> nn.Module:
     return WaveMix(**arguments)  # 144/4, level 1
 
 
-# Name, model, whether its published form trains with dropout, and sizes on a CPU and on a GPU, None where it is no case.
+# Name, model, whether its published form trains with dropout, and sizes on a CPU and on a GPU (None: no case there).
 # Of 16 blocks torch.compile makes a training step in more than ten minutes of two cores; four stand for them beside it.
 MODELS: tuple[tuple[str, Callable[..., nn.Module], bool, Size, Size | None], ...] = (
     ("lite-8-5", functools.partial(_lite, 8, 5, 1), True, (64, 1, 28, 28), (1024, 1, 28, 28)),  # Fashion-MNIST's

@@ -78,16 +78,6 @@ def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor 
     return grad, x, second
 
 
-def _deconv_norm_gradients_by_two_kernels(result: Any, grad: Tensor, y: Tensor, *_: Any) -> Tensors:
-    """After the sums a kernel for each gradient."""
-    return (grad, y) * 2
-
-
-def _reduction_backward_on_a_gpu(result: Any, grads: list[Tensor], *_: Any) -> Tensors:
-    """One kernel makes x's gradient and adds to it, another the weight's."""
-    return grads
-
-
 def _deconv_stats_on_a_gpu(result: Any, *_: Any) -> Tensors:
     """The statistics are a pass of their own over the library's output."""
     return (result[0],)
@@ -120,7 +110,6 @@ _ALWAYS: dict[str, Callable[..., Tensors]] = {
 }
 _TRITON = _ALWAYS | {
     "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
-    "wavemix_kernels::reduce_haar_gradients": _reduction_backward_on_a_gpu,
 }
 PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.
@@ -129,12 +118,9 @@ PLANS = {
     "gpu": Plan(torch.bfloat16, 0, _TRITON | {"wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu}),
     # Every op in Triton, by name. The operators are those of the CPU in float32, whose kernels also make BatchNorm's
     # statistics as they write y and its backward as they read; the sizes in bfloat16 are half of everything.
-    "triton": Plan(
-        torch.float32,
-        0,
-        _TRITON | {"wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients_by_two_kernels},
-        "Waveblock",
-    ),
+    # The gradients of the transposed convolution are one launch, ordered by image: programs that read the same pixels
+    # are neighbours in the grid, and what one has read the other finds in L2. Those of the reduction are one kernel.
+    "triton": Plan(torch.float32, 0, _TRITON, "Waveblock"),
 }
 
 _ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}

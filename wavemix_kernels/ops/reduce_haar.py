@@ -142,8 +142,7 @@ def _triton_gradients(
     out = _empty_gradients(grads, x, weight, add, has_bias)
     # As the MLP's gradient, a Waveblock's, comes; bands in another order are a third of x's size at most.
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
-    kernels.input_gradient(out[0], grads, weight[:, :, 0, 0].contiguous(), add)
-    dw, db = kernels.weight_gradient(grads, x, has_bias)
+    dw, db = kernels.gradients(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
     out[1][:, :, 0, 0] = dw
     return [*out[:2], *([db.to(weight.dtype)] if has_bias else [])]
 

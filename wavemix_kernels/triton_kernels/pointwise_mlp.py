@@ -130,7 +130,8 @@ class Mlp(NamedTuple):
     def config(self, kernel: Kind) -> MlpConfig:
         on_gpu = self.x.is_cuda
         products = products_of(torch.cuda.get_device_capability(self.x.device)) if on_gpu else "wgmma"
-        return config_for(kernel, self.x.dtype.itemsize, **self.sizes, products=products)
+        tf32 = input_precision() == "tf32"
+        return config_for(kernel, self.x.dtype.itemsize, **self.sizes, products=products, tf32=tf32)
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:

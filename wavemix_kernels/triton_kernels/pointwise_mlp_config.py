@@ -31,7 +31,9 @@ def products_of(capability: tuple[int, int]) -> Products:
     return {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")  # type: ignore[return-value]
 
 
-def config_for(kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma") -> MlpConfig:
+def config_for(
+    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False
+) -> MlpConfig:
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
     Half types: 64 rows on four warps are wgmma's and tcgen05's own tile, and two blocks of at most 255 registers a
@@ -45,7 +47,9 @@ def config_for(kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, prod
     makes it three times and reads 1150 columns. 64 units on sm_90 would halve what is read and spill: wgmma's left
     operand, the weights, lies in registers all the while, 120 of them; tcgen05 has its sums elsewhere.
     fp32 multiplies on the ordinary units, whose operands are registers too: 16 x 16 tiles of the hidden layer on eight
-    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds.
+    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds. 32 units of the
+    weights' gradients share more of what is read; in TF32 they would be as high as B's narrower tile is wide, and spill
+    (narrowest).
 
     Raises:
         ValueError: more columns than the smallest tile can accumulate.
@@ -56,7 +60,7 @@ def config_for(kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, prod
             f"{columns} input and {o} output channels: at most {MOST_COLUMNS}; backend 'reference' takes any"
         )
     if itemsize == 4:
-        return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 else 16, 16, 8, 2)
+        return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
     if max(columns, o) > 512:
         return MlpConfig(16, 16, 64, 8, 2)
     together = held((a, b, o), 16)

@@ -44,6 +44,8 @@ def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> Reduc
 
     64 KB of accumulators on eight warps, 64 registers of each thread. All of the usual 16 to 64 outputs in one
     program, so that x is read once: padding 36 or 48 of them to 64 costs arithmetic that memory's time hides.
+    Two blocks share a multiprocessor of sm_90 and sm_100; for images of rows, whose addresses take registers too, and
+    where matrices multiply by warps it is one, whose loads are two steps ahead.
     """
     quads = max(64, 4 ** (levels - 1))
     across = min(4096 // quads, max(16, pow2_at_least(outputs)))
@@ -61,15 +63,22 @@ def search_space(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
 
 
 @triton.jit
-def _position(first, rows, cols, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """Image, row and column of COUNT items from block `first` on; a block is 2^BITS x 2^BITS of them in Z-order."""
-    item = tl.arange(0, COUNT)
-    block = first + (item >> (2 * BITS))
+def _in_block(item, BITS: tl.constexpr):
+    """Row and column of an item in its block of 2^BITS x 2^BITS in Z-order."""
     down = item * 0
     along = item * 0
     for bit in tl.static_range(BITS):
         along |= ((item >> (2 * bit)) & 1) << bit
         down |= ((item >> (2 * bit + 1)) & 1) << bit
+    return down, along
+
+
+@triton.jit
+def _position(first, rows, cols, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Image, row and column of COUNT items from block `first` on."""
+    item = tl.arange(0, COUNT)
+    down, along = _in_block(item, BITS)
+    block = first + (item >> (2 * BITS))
     col = block % cols
     row = block // cols % rows
     return block // cols // rows, (row << BITS) + down, (col << BITS) + along
