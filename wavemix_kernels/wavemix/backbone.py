@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wavemix_kernels import checks
 from wavemix_kernels.nn.expansion import FusedExpansion
 from wavemix_kernels.nn.inference import InferenceWaveblock
+from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.waveblock import FusedWaveblock
 from wavemix_kernels.reference.expansion import Expansion
+
+#: Channels of a stem's first convolution from which on it is made again in backward.
+_WIDE_STEM = 32
 
 
 class Backbone(nn.Module):
@@ -74,11 +80,29 @@ class Backbone(nn.Module):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if to_last and not learns:
             img = img.contiguous(memory_format=torch.channels_last)
-        x = self.conv(img)
+        x = self._stem(img) if all(fused) and learns else self.conv(img)
         if to_last:
             x = x.contiguous(memory_format=torch.channels_last)
         for block, plain in zip(self.layers, fused, strict=True):
             x = block(x, residual=True) if plain else block(x) + x
+        return x
+
+    def _stem(self, img: Tensor) -> Tensor:
+        """The stem without the activations that it would keep between its first two convolutions.
+
+        At the image's own resolution they are the largest of a model, 8 % of a training step's peak (192/16, 224x224),
+        and a convolution of three channels makes them again in 2 % of its time. Few channels take as long for
+        checkpoint's own work; a compiler plans memory by itself.
+        """
+        stem = self.conv
+        layers: list[Any] = list(stem) if type(stem) is nn.Sequential else []
+        plain = len(layers) > 1 and all(type(m) is nn.Conv2d and untouched(m) for m in layers[:2]) and untouched(stem)
+        if not plain or layers[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
+            return stem(img)
+        first, second, *rest = layers
+        x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
+        for layer in rest:
+            x = layer(x)
         return x
 
     def check_image(self, img: Tensor) -> None:
