@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wavemix_kernels import _native
+
 from .clock import Effort, clock_for, interleave, quantile
 
 PACKAGES = ("torch", "triton", "numpy", "pytorch_wavelets", "PyWavelets", "wavemix-kernels")
@@ -26,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "cpu": _cpu_model(),
+        "cpu_kernels": None if _native.core is None else _native.core.cpu_isa(),  # the instruction set of ours
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device.type),

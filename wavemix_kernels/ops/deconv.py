@@ -172,7 +172,7 @@ def _triton_forward(
 
 
 def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    from wavemix_kernels.triton_kernels import deconv as kernels
+    from wavemix_kernels.triton_kernels import deconv_backward as kernels
 
     grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
     kernels.input_grad(u, grad, None, weight)
@@ -180,7 +180,7 @@ def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
-    from wavemix_kernels.triton_kernels import deconv as kernels
+    from wavemix_kernels.triton_kernels import deconv_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
@@ -189,7 +189,7 @@ def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]
 
 
 def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    from wavemix_kernels.triton_kernels import deconv as kernels
+    from wavemix_kernels.triton_kernels import deconv_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     d_u, (d_weight,) = _empty_input(grad, weight), _empty_weights(grad, u, False)
