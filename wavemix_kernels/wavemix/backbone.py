@@ -74,8 +74,8 @@ class Backbone(nn.Module):
         self.check_image(img)
         fused = [isinstance(block, (FusedWaveblock, InferenceWaveblock)) and block.is_plain() for block in self.layers]
         # The blocks work channels_last inside: one conversion saves two in every block. Without gradient it comes
-        # before the stem, whose convolutions take 0.6 of the time that way (patches, 224x224); with gradient 1.2 to
-        # 1.7 times as long as in the images' own order, all of it in the library's gradients of their weights.
+        # before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way; with gradient
+        # they take 1.0 to 1.7 times as long as in the images' own order, by the library's gradients of their weights.
         to_last = all(fused) and img.device.type == "cpu"
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if to_last and not learns:
