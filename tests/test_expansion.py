@@ -73,6 +73,13 @@ def test_a_layer_that_was_changed_runs_as_it_is() -> None:
     assert called == [True]
     handle.remove()
     assert fused.fuse_for_inference() is not fused
+    pointwise = fused[1]
+    fused[1] = nn.Conv2d(8, 3, 1, stride=2, padding=1)  # 1x1, but not of every pixel
+    assert fused.fuse_for_inference() is fused
+    fused[1] = pointwise
+    handle = fused.register_forward_hook(lambda *_: None)
+    assert fused.fuse_for_inference() is fused
+    handle.remove()
     fused[1] = nn.Sequential(nn.GELU(), nn.Conv2d(8, 7, 3, padding=1))
     assert fused.fuse_for_inference() is fused
     assert fused(x).shape == (1, 7, 8, 8)

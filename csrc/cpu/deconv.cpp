@@ -156,7 +156,9 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
             make_pixels<OutputForms>(from, block * width, channels, offset.data + at, square.pixel);
             load_row(square.pixel[0][0], 1, channels, sums[0]);
           }
-          const Square<T, 4> added(args.residual, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row, 4 * tile.column, at);
+          Square<T, 4> added;
+          if (args.residual.data != nullptr)
+            added = {args.residual, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row, 4 * tile.column, at};
           make_pixels<OutputForms>(from, block * width, channels, offset.data + at, square.pixel,
                                    mean == nullptr ? nullptr : sums,
                                    args.residual.data == nullptr ? nullptr : added.pixel);

@@ -32,10 +32,8 @@ class FusedExpansion(Expansion):
         """The head for inference: the 1x1 convolution folded into the transposed one before it, where that is less
         arithmetic; the head itself where its layers are not those it was made of."""
         *convolutions, last = self
-        plain = type(last) is nn.Conv2d and last.kernel_size == (1, 1) and last.groups == 1 and untouched(last)
-        if not plain or not convolutions or not all(_is_plain(layer) for layer in convolutions):
-            return self
-        return InferenceExpansion(self)
+        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and all(map(_is_plain, convolutions))
+        return InferenceExpansion(self) if plain else self
 
 
 class InferenceExpansion(nn.Module):
@@ -85,6 +83,14 @@ def _folded(
         passed = matrix @ bias.detach().double()
         wide_bias = passed if wide_bias is None else wide_bias + passed
     return wide.to(weight.dtype), None if wide_bias is None else wide_bias.to(weight.dtype)
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether it is a 1x1 convolution of every pixel, and nobody listens to it."""
+    if type(layer) is not nn.Conv2d or not untouched(layer):
+        return False
+    shape = layer.kernel_size, layer.stride, layer.padding, layer.groups
+    return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
