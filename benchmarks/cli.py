@@ -14,14 +14,14 @@ from typing import NoReturn
 
 import torch
 
-from . import traffic
-from .case import Case
 from .cases import registry
-from .clock import Effort
-from .machine import copy_bandwidth, environment
-from .measure import Meter, Row
-from .providers import OURS, PROVIDERS
-from .results import Results
+from .harness import traffic
+from .harness.case import Case
+from .harness.clock import Effort
+from .harness.machine import copy_bandwidth, environment
+from .harness.measure import Meter, Row
+from .harness.providers import OURS, PROVIDERS
+from .report.results import Results
 
 EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "skimage": "scikit-image"}
 DEFAULT_OUT = "bench-results"
@@ -155,7 +155,7 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
     # Imported here: --list and the message about missing extras must work without them.
     from rich.console import Console
 
-    from . import table
+    from .report import table
 
     console = Console()
     begin = time.monotonic()
@@ -230,7 +230,8 @@ def _first_time_only(rows: Sequence[Row], said: set[str]) -> list[Row]:
 
 
 def _write_pictures(results: Results) -> list[Path]:
-    from . import plots, report
+    from .report import html as report
+    from .report import plots
 
     folder = results.path.parent
     written = [results.path]

@@ -83,7 +83,7 @@ for file in test_cuda_ops test_cuda_patm test_triton_waveblock test_triton_decon
 done
 
 for backend in "${backends[@]}"; do
-  stage "exercise-$backend" 30 "$python" -m benchmarks.exercise "$backend" || parity_failed=1
+  stage "exercise-$backend" 30 "$python" -m benchmarks.harness.exercise "$backend" || parity_failed=1
 done
 
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
@@ -92,7 +92,7 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sa
   for tool in memcheck racecheck; do
     for backend in "${backends[@]}"; do
       stage "$tool-$backend" 20 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        "$python" -m benchmarks.exercise "$backend"
+        "$python" -m benchmarks.harness.exercise "$backend"
       # Out of time is no verdict; an error found is.
       [[ $? -eq 9 ]] && parity_failed=1
     done

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import wavemix_kernels
-from benchmarks import photographs
-from examples import cli
+from benchmarks.harness import photographs
+from examples._support import cli
 from wavemix_kernels import wavemlp
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from wavemix_kernels.wavemix.classification import WaveMixLite
 
-from . import cli, files
-from .idx import read_idx
-from .interrupt import Interrupt
+from ._support import cli, files
+from ._support.idx import read_idx
+from ._support.interrupt import Interrupt
 
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))  # Debian's, torchvision's
 REMEDY = "install it with `apt install dataset-fashion-mnist`, or name the folder of its four files by --data DIR"
@@ -340,7 +340,7 @@ def _run(training: Training, out: Path, again: str) -> int:
         again = again if again.endswith(" --resume") else f"{again} --resume"
         console.print(f"interrupted in epoch {training.epoch + 1}, nothing is lost; it goes on with\n  {again}")
         return 130
-    from . import curves
+    from ._support import curves
 
     curves.save(out / CURVES, {out.name: training.rows}, PUBLISHED_ACCURACY)
     best = training.best()
@@ -368,7 +368,7 @@ def _keep(training: Training, out: Path) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from . import curves
+    from ._support import curves
 
     try:
         runs = {path.resolve().parent.name: curves.read(path) for path in arguments.logs}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from wavemix_kernels.wavemix.sisr import WaveMix
 
-from . import cli, files
-from .interrupt import Interrupt
+from ._support import cli, files
+from ._support.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console

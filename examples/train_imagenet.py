@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from wavemix_kernels import wavemlp
 from wavemix_kernels.wavemix.classification import WaveMix
 
-from . import cli, files, image_folder, imagenet_recipe
-from .imagenet_recipe import Data, Recipe
-from .interrupt import Interrupt
-from .processes import Processes, is_first, joined, leave_the_word_to_the_first
+from ._support import cli, files, image_folder, imagenet_recipe
+from ._support.imagenet_recipe import Data, Recipe
+from ._support.interrupt import Interrupt
+from ._support.processes import Processes, is_first, joined, leave_the_word_to_the_first
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"WaveMLP_{size}": getattr(wavemlp, f"WaveMLP_{size}") for size in ("T_dw", "T", "S", "M", "B")},

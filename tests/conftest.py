@@ -80,7 +80,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs hold NaN before a kernel writes them, so that an element left out shows."""
-    from wavemix_kernels.ops import layout
+    from wavemix_kernels.ops.common import layout
 
     empty = layout.empty
     monkeypatch.setattr(layout, "empty", lambda *args: empty(*args).fill_(float("nan")))

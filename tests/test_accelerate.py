@@ -19,8 +19,8 @@ from tests.upstream import original_wavemix
 from wavemix_kernels import pytorch_wavelets as our_wavelets
 from wavemix_kernels import wavemlp
 from wavemix_kernels.accelerate import Report, accelerate
+from wavemix_kernels.nn.wavemlp import reference as reference_patm
 from wavemix_kernels.reference import Waveblock
-from wavemix_kernels.reference import patm as reference_patm
 from wavemix_kernels.wavemix import classification
 
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
@@ -78,7 +78,8 @@ def test_upstream_models_compute_the_same(original: ModuleType, module: str, lev
 
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [(r.path, r.was, r.now) for r in report.replaced] == [
-        (f"layers.{i}", f"wavemix.Level{level}Waveblock", "wavemix_kernels.nn.waveblock.FusedWaveblock") for i in (0, 1)
+        (f"layers.{i}", f"wavemix.Level{level}Waveblock", "wavemix_kernels.nn.wavemix.block.FusedWaveblock")
+        for i in (0, 1)
     ]
     assert report.left == ()
     assert report.model is model
@@ -168,7 +169,7 @@ def test_the_model_itself_may_be_a_block(original: ModuleType, capsys: pytest.Ca
     assert_same_step(step(block, x), expected)
     assert capsys.readouterr().out == (
         "accelerate: 1 replaced, 0 left\n"
-        "  (the model itself): wavemix.Level1Waveblock -> wavemix_kernels.nn.waveblock.FusedWaveblock\n"
+        "  (the model itself): wavemix.Level1Waveblock -> wavemix_kernels.nn.wavemix.block.FusedWaveblock\n"
     )
 
 

@@ -22,13 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # `benchmarks` lies beside `tests`; last, so that an installed package stays first
 
-from benchmarks import (  # noqa: E402 - after the path is set
+from benchmarks import cases, cli  # noqa: E402 - after the path is set
+from benchmarks.cases import haar as cases_haar  # noqa: E402 - after the path is set
+from benchmarks.cases import wavemix as cases_wavemix  # noqa: E402 - after the path is set
+from benchmarks.cases import wavemlp as cases_wavemlp  # noqa: E402 - after the path is set
+from benchmarks.harness import (  # noqa: E402 - after the path is set
     case,
-    cases,
-    cases_haar,
-    cases_wavemix,
-    cases_wavemlp,
-    cli,
     clock,
     gate,
     machine,
@@ -523,7 +522,8 @@ def test_traffic_of_a_convolutions_backward_follows_what_is_asked_for(mask):
 
 
 def test_traffic_of_our_operators_is_that_of_their_kernels():
-    from wavemix_kernels.ops import batch_norm, pointwise_mlp
+    from wavemix_kernels.ops.mlp import op as pointwise_mlp
+    from wavemix_kernels.ops.norm import batch_norm
 
     with FakeTensorMode():
         x, second, grad, mean = (torch.zeros(shape) for shape in ((2, 8, 4, 4), (2, 4, 4, 4), (2, 8, 4, 4), (8,)))
@@ -542,7 +542,7 @@ def test_traffic_of_our_operators_is_that_of_their_kernels():
 
 
 def test_traffic_of_the_upsamplings_gradients():
-    from wavemix_kernels.ops import deconv
+    from wavemix_kernels.ops.deconv import op as deconv
 
     def last(*shape: int) -> Tensor:
         return torch.zeros(shape).to(memory_format=torch.channels_last)

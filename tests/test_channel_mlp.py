@@ -12,8 +12,9 @@ from tests.test_wave_block import assert_same_step
 from tests.test_wavemlp import normal, randomised
 from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import wavemlp
-from wavemix_kernels.ops import channel_mlp, layout, products
-from wavemix_kernels.reference import patm
+from wavemix_kernels.nn.wavemlp import reference as patm
+from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.mlp import channel as channel_mlp
 
 
 class TestChannelMlp:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native
-from wavemix_kernels.ops import deconv
-from wavemix_kernels.reference import fused as reference
+from wavemix_kernels.ops.deconv import op as deconv
+from wavemix_kernels.ops.reduce_haar import reference
 
 if _native.core is None:
     pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)

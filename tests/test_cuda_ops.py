@@ -13,8 +13,11 @@ import wavemix_kernels as wk
 from tests.emulator.haar_cases import launches
 from tests.golden_models import assert_reproduces
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
-from wavemix_kernels.ops import haar_pyramid, reduce_haar
-from wavemix_kernels.reference import Waveblock, fused
+from wavemix_kernels.ops.haar import pyramid as haar_pyramid
+from wavemix_kernels.ops.haar import reference as haar_reference
+from wavemix_kernels.ops.reduce_haar import op as reduce_haar
+from wavemix_kernels.ops.reduce_haar import reference as reduce_haar_reference
+from wavemix_kernels.reference import Waveblock
 
 pytestmark = pytest.mark.usefixtures("core")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -39,7 +42,7 @@ def pyramid_bounds(size: Tensor, exact: list[Tensor], dtype: torch.dtype, terms:
     (the factor 1/2 is exact), and one of the result. Float64 is compared with a result as inexact as itself."""
     u = UNIT_ROUNDOFF[accumulation(dtype)] * (2 if dtype is torch.float64 else 1)
     bounds = []
-    for level, (sums, z) in enumerate(zip(fused.haar_pyramid(size, len(exact)), exact, strict=True), 1):
+    for level, (sums, z) in enumerate(zip(haar_reference.haar_pyramid(size, len(exact)), exact, strict=True), 1):
         ll = sums[:, : size.shape[1]]
         high = ll.repeat_interleave(3, 1)
         arithmetic = (terms + 2 * level) * u * torch.cat((ll, high), 1)
@@ -54,7 +57,7 @@ def test_haar_pyramid(core: ModuleType | None, device: str, dtype: torch.dtype, 
     x = random(2, 9 if levels == 3 else 8, 16, 32, dtype=dtype, device=device, layout=layout)
     got = haar_pyramid.haar_pyramid(x, levels, backend="cuda")
     ran(core, "haar_analysis")
-    exact = fused.haar_pyramid(x.double(), levels)
+    exact = haar_reference.haar_pyramid(x.double(), levels)
     for z, wanted, bound in zip(got, exact, pyramid_bounds(x.double().abs(), exact, dtype, 0), strict=True):
         assert z.is_contiguous(memory_format=LAYOUTS[layout])
         assert_within(z, wanted, bound)
@@ -70,7 +73,7 @@ def test_haar_pyramid_gradients(core: ModuleType | None, device: str, layout: st
 
     grads = [torch.randn_like(z) for z in pyramid(x)]
     (got,) = torch.autograd.grad(pyramid(x), x, grads)
-    (wanted,) = torch.autograd.grad(fused.haar_pyramid(x, levels), x, grads)
+    (wanted,) = torch.autograd.grad(haar_reference.haar_pyramid(x, levels), x, grads)
     torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
     ran(core, "haar_analysis", "haar_synthesis")
 
@@ -80,7 +83,7 @@ def exact_reduction(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int)
     x, weight = x.double().cpu(), weight.double().cpu()
     bias = None if bias is None else bias.double().cpu()
     magnitudes = torch.nn.functional.conv2d(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    return fused.reduce_haar(x, weight, bias, levels), magnitudes
+    return reduce_haar_reference.reduce_haar(x, weight, bias, levels), magnitudes
 
 
 @pytest.mark.parametrize("channels, outputs, levels", [(16, 4, 4), (144, 36, 2), (192, 48, 3), (21, 7, 1)])
@@ -137,7 +140,7 @@ def test_reduce_haar_gradients(core: ModuleType | None, device: str, layout: str
     bias = random(3, dtype=torch.float64, device=device).requires_grad_()
     leaves = (x, weight, bias)
     got = reduce_haar.reduce_haar(*leaves, 3, backend="cuda")
-    wanted = fused.reduce_haar(*leaves, 3)
+    wanted = reduce_haar_reference.reduce_haar(*leaves, 3)
     grads = [torch.randn_like(z) for z in wanted]
     for a, b in zip(torch.autograd.grad(got, leaves, grads), torch.autograd.grad(wanted, leaves, grads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

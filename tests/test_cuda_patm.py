@@ -19,8 +19,9 @@ from tests.emulator.haar_cases import launches
 from tests.test_emulator import ORDERS, huge_view, sanitized_python
 from tests.test_patm import NAMES, Bounds, arguments, pair
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
-from wavemix_kernels.ops import phase_aggregate as op
-from wavemix_kernels.reference import patm as reference
+from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
+from wavemix_kernels.ops.patm import phases as op
+from wavemix_kernels.ops.patm import reference as patm_reference
 
 pytestmark = pytest.mark.usefixtures("core")
 
@@ -153,7 +154,7 @@ def slack_of(dtype: torch.dtype) -> float:
 def test_forward_and_gradients(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> None:
     inputs = inputs_of(shape, dtype, device, layout)
     h, w, s = op.phase_aggregate(*inputs, backend="cuda")
-    exact = reference.phase_aggregate(*(t.double() for t in inputs))
+    exact = patm_reference.phase_aggregate(*(t.double() for t in inputs))
     assert s.dtype == accumulation(dtype)
     for got in (h, w):
         assert got.dtype == dtype
@@ -217,7 +218,7 @@ def test_phases_without_a_sine_stay_in_reach_of_their_taps(device: str) -> None:
     assert not w.isnan().any()
 
 
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", wavemlp_reference.MODES)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_whole_patm(core: ModuleType | None, mode: str, training: bool, device: str) -> None:
     """FusedPATM on backend "cuda" against the reference module: output, every gradient and buffer, in float64."""

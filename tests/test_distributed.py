@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import GOLDEN, UNIT_ROUNDOFF
 from tests.two_processes import WORLD, TwoProcesses
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.nn.pre_norm import is_plain
-from wavemix_kernels.nn.wave_block import FusedWaveBlock
-from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
+from wavemix_kernels.nn.wavemlp.norm import is_plain
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.wavemix.classification import WaveMix, WaveMixLite
 from wavemix_kernels.wavemlp import MyNorm, WaveNet
 

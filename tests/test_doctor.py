@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from wavemix_kernels import doctor
+from wavemix_kernels import doctor, ops
 from wavemix_kernels.__main__ import main
-from wavemix_kernels.ops import OPS
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_self_test_holds(name: str, backend: str) -> None:
-    error, bound = importlib.import_module(f"wavemix_kernels.ops.{name}").self_test(backend, torch.device("cpu"))
+    error, bound = ops.load(name).self_test(backend, torch.device("cpu"))
     assert error <= bound
 
 
@@ -28,8 +26,8 @@ def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in printed.split("on cpu")[1].splitlines() if line}
-    for name in OPS:
-        table = importlib.import_module(f"wavemix_kernels.ops.{name}").BACKENDS
+    for name in ops.OPS:
+        table = ops.load(name).BACKENDS
         cuda, *_, auto = rows[name]
         assert cuda == ("no" if "cuda" in table else doctor.NO_KERNELS)
         assert rows[name].count("ok") >= 2
@@ -42,8 +40,8 @@ def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_or_broken_backend_fails_the_doctor(
     wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "OPS", ("haar",))
-    op = importlib.import_module("wavemix_kernels.ops.haar")
+    monkeypatch.setattr(ops, "OPS", {"haar": "haar.op"})
+    op = ops.load("haar")
     monkeypatch.setattr(op, "self_test", lambda backend, device: (wrong, 1e-6))
     assert main(["doctor"]) == 1
     assert "BROKEN: haar, cpu on cpu: error" in capsys.readouterr().out

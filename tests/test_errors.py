@@ -10,10 +10,10 @@ import torch
 
 import wavemix_kernels as wk
 from wavemix_kernels import backends
-from wavemix_kernels.ops.batch_norm import batch_norm_residual
-from wavemix_kernels.ops.haar_pyramid import haar_pyramid
-from wavemix_kernels.ops.pointwise_mlp import pointwise_mlp
-from wavemix_kernels.ops.reduce_haar import reduce_haar
+from wavemix_kernels.ops.haar.pyramid import haar_pyramid
+from wavemix_kernels.ops.mlp.op import pointwise_mlp
+from wavemix_kernels.ops.norm.batch_norm import batch_norm_residual
+from wavemix_kernels.ops.reduce_haar.op import reduce_haar
 from wavemix_kernels.reference import Waveblock
 from wavemix_kernels.wavemix import Level2Waveblock
 
@@ -107,7 +107,7 @@ def test_a_backend_that_cannot_serve_says_why(function: Callable[[], Any], monke
 
 
 def test_cpu_backend_on_another_device_says_what_it_got() -> None:
-    from wavemix_kernels.ops import haar
+    from wavemix_kernels.ops.haar import op as haar
 
     meta = X.to("meta")
     with pytest.raises(

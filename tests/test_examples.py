@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # `examples` lies beside `tests`; last, so that an installed package stays first
 
-from examples import cli, curves, fashion_mnist, idx, interrupt, super_resolution  # noqa: E402 - after the path is set
+from examples import fashion_mnist, super_resolution  # noqa: E402 - after the path is set
+from examples._support import cli, curves, idx, interrupt  # noqa: E402 - after the path is set
 
 needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in cli.EXTRAS),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import wavemix_kernels as wk
-from wavemix_kernels.nn.expansion import FusedExpansion, InferenceExpansion
+from wavemix_kernels.nn.wavemix.expansion import FusedExpansion, InferenceExpansion
 from wavemix_kernels.reference import Expansion, Waveblock
 from wavemix_kernels.wavemix import SemSegment, sisr
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import wavemix_kernels as wk
-from benchmarks import photographs
+from benchmarks.harness import photographs
 from examples import export as program
 from wavemix_kernels import wavemlp
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse

@@ -12,8 +12,7 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.tolerances import DTYPES, assert_within, haar_bound, stored_roundoff
 from wavemix_kernels import backends
-from wavemix_kernels.ops import haar as op
-from wavemix_kernels.reference import haar as reference
+from wavemix_kernels.ops.haar import op, reference
 
 # Every dtype in both dense layouts, and the awkward ones once: the interpreter and the emulator are slow.
 FORMS = [(layout, dtype) for layout in ("contiguous", "channels_last") for dtype in DTYPES]

@@ -18,11 +18,12 @@ from tests import golden_models
 from tests.test_wavemlp import RECORDED, from_config, normal, randomised
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native, backends, wavemlp
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.ops import branch_sum as sum_op
-from wavemix_kernels.ops import patm as patm_op
-from wavemix_kernels.ops import phase_aggregate as op
-from wavemix_kernels.reference import patm as reference
+from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.ops.patm import branches as sum_op
+from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops.patm import phases as op
+from wavemix_kernels.ops.patm import reference as patm_reference
 
 LAYOUTS = ("contiguous", "channels_last", "slices")
 # (N, C, H, W): thinner and longer than the taps reach, more pairs of channels and more pixels than one block takes.
@@ -31,7 +32,7 @@ NAMES = (
     "z_h", "z_w", "c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "w_h", "w_w",
 )  # fmt: skip
 aggregates = pytest.mark.parametrize("name", ["cpu", "reference"])
-modes = pytest.mark.parametrize("mode", reference.MODES)
+modes = pytest.mark.parametrize("mode", wavemlp_reference.MODES)
 recomputes = pytest.mark.parametrize("recompute", patm_op.RECOMPUTE)
 
 
@@ -107,7 +108,7 @@ def test_aggregate_matches_reference(shape: tuple[int, ...], layout: str, dtype:
     leaves = [t.detach().requires_grad_() for t in inputs]
     exact_leaves = [t.detach().double().requires_grad_() for t in inputs]
     outputs = op.phase_aggregate(*leaves, backend=name)
-    exact = reference.phase_aggregate(*exact_leaves)
+    exact = patm_reference.phase_aggregate(*exact_leaves)
     bounds, u, low = Bounds(inputs, dtype), UNIT_ROUNDOFF[accumulation(dtype)], UNIT_ROUNDOFF[dtype]
     pixels = math.prod(shape[2:])
 
@@ -177,7 +178,7 @@ def test_every_instruction_set(isa: str) -> None:
     script = (
         "import torch\n"
         "from wavemix_kernels import _native\n"
-        "from wavemix_kernels.ops import branch_sum, phase_aggregate\n"
+        "from wavemix_kernels.ops.patm import branches as branch_sum, phases as phase_aggregate\n"
         f"assert _native.core.cpu_isa() == {isa!r}\n"
         "for op in (branch_sum, phase_aggregate):\n"
         "    error, bound = op.self_test('cpu', torch.device('cpu'))\n"
@@ -253,7 +254,7 @@ class TestArguments:
         inputs = arguments((1, 5, 3, 4), torch.float32)
         with pytest.raises(ValueError, match=r"backend='cpu' cannot serve this call: it takes an even number .* got 5"):
             op.phase_aggregate(*inputs, backend="cpu")
-        for got, want in zip(op.phase_aggregate(*inputs), reference.phase_aggregate(*inputs), strict=True):
+        for got, want in zip(op.phase_aggregate(*inputs), patm_reference.phase_aggregate(*inputs), strict=True):
             torch.testing.assert_close(got, want)
 
     @pytest.mark.parametrize(
@@ -317,9 +318,9 @@ def test_keeping_x_alone_reproduces_upstream(mode: str) -> None:
     golden_models.assert_reproduces(f"patm_{mode}", build)
 
 
-def pair(dim: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[FusedPATM, reference.PATM]:
+def pair(dim: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[FusedPATM, wavemlp_reference.PATM]:
     recompute = options.pop("recompute", "amplitudes")
-    exact = randomised(reference.PATM(dim, **options).double())
+    exact = randomised(wavemlp_reference.PATM(dim, **options).double())
     fused = FusedPATM(dim, **options, recompute=recompute).double()
     fused.load_state_dict(exact.state_dict(), strict=True)
     return fused.to(dtype), exact
@@ -496,7 +497,7 @@ def test_memory_saved_for_backward(mode: str, recompute: str, allowed: float, ch
         assert out.requires_grad
         return sum(storages.values())
 
-    upstream = saved(reference.PATM(32, mode=mode))
+    upstream = saved(wavemlp_reference.PATM(32, mode=mode))
     assert upstream > 18 * 2 * 32 * 28 * 28 * 4
     assert saved(FusedPATM(32, mode=mode, recompute=recompute)) <= allowed * upstream
 
@@ -586,7 +587,7 @@ def test_empty_batch() -> None:
 def test_is_the_models_token_mixer() -> None:
     with torch.device("meta"):
         model = wavemlp.WaveMLP_T()
-    mixers = [m for m in model.modules() if isinstance(m, reference.PATM)]
+    mixers = [m for m in model.modules() if isinstance(m, wavemlp_reference.PATM)]
     assert len(mixers) == 10
     assert all(type(m) is FusedPATM for m in mixers)
 

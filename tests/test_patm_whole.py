@@ -19,9 +19,9 @@ from tests.test_patm import compare, pair
 from tests.test_wavemlp import normal, randomised
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.ops import patm as patm_op
-from wavemix_kernels.ops import patm_whole as op
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops.patm import whole as op
 
 # (dim, size): thinner than the taps reach, several rows to a step and none, more places than channels.
 SIZES = [(4, (3, 21)), (10, (8, 2)), (6, (1, 1)), (4, (1, 9)), (34, (9, 5)), (16, (4, 70))]
@@ -160,7 +160,7 @@ def test_every_instruction_set(isa: str) -> None:
     script = (
         "import torch\n"
         "from wavemix_kernels import _native\n"
-        "from wavemix_kernels.ops import patm_whole\n"
+        "from wavemix_kernels.ops.patm import whole as patm_whole\n"
         f"assert _native.core.cpu_isa() == {isa!r}\n"
         "error, bound = patm_whole.self_test('cpu', torch.device('cpu'))\n"
         "assert error <= bound, (error, bound)\n"

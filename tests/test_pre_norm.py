@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within, stored_roundoff
 from wavemix_kernels import backends
-from wavemix_kernels.ops import layout, pre_norm
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.norm import pre_norm
 
 #: Images of one pixel, narrow ones whose pixels share a row, ones of several tiles, and odd sizes throughout.
 SHAPES = ((3, 6, 5, 7), (2, 35, 1, 1), (1, 130, 9, 11), (2, 3, 37, 29))

@@ -28,7 +28,8 @@ from tests.timm_or_not import needs_timm, reason
 from tests.tolerances import UNIT_ROUNDOFF
 from tests.two_processes import WORLD, TwoProcesses
 
-from examples import image_folder, imagenet_recipe, processes, train_imagenet  # isort: skip - the runner sets the path
+from examples._support import image_folder, imagenet_recipe, processes  # isort: skip - the runner sets the path
+from examples import train_imagenet  # isort: skip - the runner sets the path
 
 RUNNER = Path(__file__).with_name("imagenet_runner.py")
 IMAGES, BATCH, CLASSES = 64, 16, 4

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from wavemix_kernels.triton_kernels.config import MAX_LEVELS, TileConfig, search_space
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, search_space
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Shared memory one block may have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -92,7 +92,8 @@ class PatmPoint:
     def launch(self) -> Any:
         import torch
 
-        from wavemix_kernels.triton_kernels import branch_sum, phase_aggregate
+        from wavemix_kernels.ops.patm import triton_branches as branch_sum
+        from wavemix_kernels.ops.patm import triton_phases as phase_aggregate
 
         dtype = getattr(torch, self.dtype)
         n, c, h, w = 64, 64, 56, 56
@@ -189,8 +190,8 @@ def compile_launch(arch: int, launch: Any) -> dict[str, Any]:
 
 
 def compile_point(point: Point) -> dict[str, Any]:
-    from wavemix_kernels.triton_kernels import haar
-    from wavemix_kernels.triton_kernels.launch import Launch
+    from wavemix_kernels.ops.common.triton_launch import Launch
+    from wavemix_kernels.ops.haar import triton as haar
 
     bands = [haar.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
     image, ll = allocate(point.shape, point), allocate((*point.shape[:2], *bands[-1][3:]), point)

@@ -25,8 +25,10 @@ from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
-from wavemix_kernels.triton_kernels import batch_norm, deconv_backward, deconv_config
-from wavemix_kernels.triton_kernels import deconv as kernels
+from wavemix_kernels.ops.deconv import tiles as deconv_config
+from wavemix_kernels.ops.deconv import triton as kernels
+from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
+from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN = float("nan")

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, assert_within, haar_bound
-from wavemix_kernels.reference import haar as reference
-from wavemix_kernels.triton_kernels import config as tiles
-from wavemix_kernels.triton_kernels.config import TileConfig
+from wavemix_kernels.ops.haar import reference, tiles
+from wavemix_kernels.ops.haar.tiles import TileConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
-from wavemix_kernels.triton_kernels import haar  # imports triton
+from wavemix_kernels.ops.haar import triton as haar  # imports triton
 
 MODE = {0: "zero", 1: "symmetric", -1: "antisymmetric"}
 #: Memory orders of (n, c, h, w) and (n, c, band, h, w), slowest first.

@@ -16,9 +16,10 @@ import wavemix_kernels as wk
 from tests.test_patm import LAYOUTS, NAMES, Bounds, arguments, laid_out, pair
 from tests.test_wavemlp import normal
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within, stored_roundoff
-from wavemix_kernels.ops import branch_sum as sum_op
-from wavemix_kernels.ops import phase_aggregate as op
-from wavemix_kernels.reference import patm as reference
+from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
+from wavemix_kernels.ops.patm import branches as sum_op
+from wavemix_kernels.ops.patm import phases as op
+from wavemix_kernels.ops.patm import reference as patm_reference
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
@@ -71,7 +72,7 @@ class Exact:
             affine += [scale, shift]
         images = [leaf[name] for name in NAMES[:5]]
         taps = [leaf["w_h"], leaf["w_w"]]
-        h, w, s = reference.phase_aggregate(*images, *affine, *taps)
+        h, w, s = patm_reference.phase_aggregate(*images, *affine, *taps)
         self.outputs = [t.detach() for t in (h, w, s)]
         grad_h, grad_w, grad_s = (t.double().cpu() for t in grads)
         weights = [1.0, 1.0, 0.0] if a is None else [t[..., None, None] for t in a.double().cpu()]
@@ -172,7 +173,7 @@ def test_aggregate(
 
 
 def test_every_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wavemix_kernels.triton_kernels import phase_aggregate as kernels
+    from wavemix_kernels.ops.patm import triton_phases as kernels
 
     configs = {*kernels.search_space(False), *kernels.search_space(True)}
     if device == "cpu":  # warps are nothing to the interpreter
@@ -243,7 +244,7 @@ def test_sincos(device: str) -> None:
     import triton
     import triton.language as tl
 
-    from wavemix_kernels.triton_kernels.phase_aggregate import _sincos
+    from wavemix_kernels.ops.patm.triton_phases import _sincos
 
     @triton.jit
     def kernel(sine, cosine, x, of: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -310,7 +311,7 @@ def test_branch_sum(shape: tuple[int, ...], layout: str, dtype: torch.dtype, dev
 
 
 def test_every_sum_configuration(device: str) -> None:
-    from wavemix_kernels.triton_kernels import branch_sum as kernels
+    from wavemix_kernels.ops.patm import triton_branches as kernels
 
     images = [normal(2, 20, 5, 13, seed=i).to(device, torch.float32) for i in range(4)]
     grad, *branches = (t.contiguous(memory_format=torch.channels_last) for t in images)
@@ -348,7 +349,7 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(ops.branch_sum_backward, (h, h, w, plain[2], a, "triton"))
 
 
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", wavemlp_reference.MODES)
 @pytest.mark.parametrize(
     "dim, size, training, recompute",
     [(6, (3, 7), True, "amplitudes"), (4, (5, 1), True, "all"), (8, (4, 3), False, "amplitudes")],

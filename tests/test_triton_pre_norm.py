@@ -35,7 +35,7 @@ def launch(dtype: str, kernel: str) -> Any:
     """On the first stage of a Wave-MLP in mixed precision: x and its gradients in float32."""
     import torch
 
-    from wavemix_kernels.triton_kernels import pre_norm as kernels
+    from wavemix_kernels.ops.norm import triton_pre_norm as kernels
 
     def image(of: torch.dtype, order: torch.memory_format = torch.channels_last) -> torch.Tensor:
         return torch.empty(128, 64, 56, 56, dtype=of, device="meta").to(memory_format=order)

@@ -24,9 +24,14 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.golden_models import assert_reproduces
 from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within, haar_bound
-from wavemix_kernels.ops import batch_norm, haar_pyramid, pointwise_mlp, reduce_haar
+from wavemix_kernels.ops.haar import pyramid as haar_pyramid
+from wavemix_kernels.ops.haar import reference as haar_reference
+from wavemix_kernels.ops.mlp import op as pointwise_mlp
+from wavemix_kernels.ops.mlp import reference as mlp_reference
+from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.reduce_haar import op as reduce_haar
+from wavemix_kernels.ops.reduce_haar import reference as reduce_haar_reference
 from wavemix_kernels.reference import Waveblock
-from wavemix_kernels.reference import fused as reference
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
@@ -76,20 +81,20 @@ def test_haar_pyramid(levels: int, memory: str, dtype: torch.dtype, device: str)
     last = memory != "rows"
     peak = float(x.abs().max())
     zs = haar_pyramid.pyramid(x, levels, last, "triton")
-    for z, exact in zip(zs, reference.haar_pyramid(x.double(), levels), strict=True):
+    for z, exact in zip(zs, haar_reference.haar_pyramid(x.double(), levels), strict=True):
         bound = haar_bound(exact, dtype, levels, peak) + stored(exact, dtype) - UNDERFLOW[dtype]
         assert_within(z, exact, bound, f"{dtype} {memory}")
     # A gradient whose parts lie in another memory order than the result has no common innermost dimension.
     grads = [image(randn(*z.shape, seed=4), dtype, device, "channels" if levels < 4 else "rows") for z in zs]
     got = haar_pyramid.adjoint(grads, last, "triton")
-    exact = reference.haar_pyramid_adjoint([g.double() for g in grads])
+    exact = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
     peak = max(float(g.abs().max()) for g in grads)
     bound = haar_bound(exact, dtype, levels, levels * peak) + stored(exact, dtype)
     assert_within(got, exact, bound, f"adjoint {dtype} {memory}")
 
 
 def test_lows_are_checked() -> None:
-    from wavemix_kernels.triton_kernels import haar as kernels
+    from wavemix_kernels.ops.haar import triton as kernels
 
     x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
     highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
@@ -110,10 +115,10 @@ def check_reduce(
     weight = randn(outputs, shape[1], 1, 1).to(device, dtype)
     bias = randn(outputs, seed=1).to(device, dtype)
     got = run(x, weight, bias)
-    exact = reference.reduce_haar(x.double(), weight.double(), bias.double(), levels)
+    exact = reduce_haar_reference.reduce_haar(x.double(), weight.double(), bias.double(), levels)
     # A sum of C products errs by gamma_C of the sum of their absolute values; the pyramid of those absolute values
     # (its LL) bounds a level's coefficients, and each level adds two roundings and the bias's own.
-    sums = reference.reduce_haar(x.double().abs(), weight.double().abs(), bias.double().abs(), levels)
+    sums = reduce_haar_reference.reduce_haar(x.double().abs(), weight.double().abs(), bias.double().abs(), levels)
     for level, (z, e, s) in enumerate(zip(got, exact, sums, strict=True), 1):
         largest = s[:, :outputs].repeat_interleave(3, 1)
         largest = torch.cat((s[:, :outputs], largest), 1)
@@ -146,7 +151,7 @@ def test_reduce_haar(
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
 def test_every_reduce_configuration(levels: int, device: str) -> None:
-    from wavemix_kernels.triton_kernels import reduce_haar as kernels
+    from wavemix_kernels.ops.reduce_haar import triton as kernels
 
     configs = set(kernels.search_space(4, levels))
     assert configs
@@ -171,7 +176,7 @@ def reduced_gradients(
     """
     dtype, levels, n = x.dtype, len(grads), x[:, 0].numel()
     wide_x, w = x.double(), weight.double()[:, :, 0, 0]
-    made = reference.haar_pyramid_adjoint([g.double() for g in grads])
+    made = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
     largest = torch.zeros_like(made[:, :, :1, :1]).expand(made.shape)
     for level, g in enumerate(grads, 1):
         parts = g.double().abs()
@@ -226,7 +231,7 @@ def test_reduce_haar_gradients(
 @pytest.mark.parametrize("levels", [1, 3, 4])
 def test_every_configuration_of_reduce_haar_gradients(levels: int, device: str) -> None:
     """More outputs and channels than a tile has, and more blocks than a program."""
-    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+    from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
 
     n, c, o, size = 3, 70, 20, 2**levels
     x = image(randn(n, c, size, 3 * size), torch.float32, device, "channels")
@@ -252,7 +257,7 @@ def test_splits_of_reduce_haar_gradients(
 ) -> None:
     """Four runs of blocks that cross images, the last one short; outputs in two chunks, every other step of which
     makes x's gradient."""
-    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+    from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
 
     monkeypatch.setattr(kernels, "_MULTIPROCESSORS", 4)
     n, c, o, h, w = 3, 6, 20, 10 * levels, 14 * levels
@@ -275,7 +280,7 @@ def test_splits_of_reduce_haar_gradients(
 
 
 def test_reduce_haar_gradients_are_the_same_in_every_run(device: str) -> None:
-    from wavemix_kernels.triton_kernels import reduce_haar_backward as kernels
+    from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
 
     x = image(randn(2, 12, 8, 8), torch.float16, device, "channels")
     grads = [image(randn(2, 20, 4, 4), torch.float16, device, "channels")]
@@ -316,7 +321,7 @@ class Mlp:
         self.b1, self.b2 = (param(k), param(o)) if bias else (None, None)
         self.grad = image(randn(n, o, h, w, seed=2), dtype, device, memory)
         self.seed = torch.tensor([-(2**62) - 12345], device=device)
-        self.keep = reference.keep_mask(rows, k, p, int(self.seed), torch.device(device)) if p else None
+        self.keep = mlp_reference.keep_mask(rows, k, p, int(self.seed), torch.device(device)) if p else None
 
     def matrix(self, t: Tensor) -> Tensor:
         return t.double().permute(0, 2, 3, 1).reshape(-1, t.shape[1])
@@ -415,9 +420,9 @@ def test_pointwise_mlp(
 
 
 def test_every_mlp_configuration(device: str) -> None:
-    from wavemix_kernels.triton_kernels import pointwise_mlp as forward
-    from wavemix_kernels.triton_kernels import pointwise_mlp_backward as backward
-    from wavemix_kernels.triton_kernels.pointwise_mlp_config import search_space
+    from wavemix_kernels.ops.mlp import triton as forward
+    from wavemix_kernels.ops.mlp import triton_backward as backward
+    from wavemix_kernels.ops.mlp.tiles import search_space
 
     for dtype in (torch.float32, torch.float16):
         case = Mlp(40, 20, 6, 36, 24, dtype, device, "channels", 0.5)
@@ -447,7 +452,7 @@ def test_dropout_mask_is_the_reference_s(p: float, device: str) -> None:
     w2 = torch.eye(units, device=device)
     out = pointwise_mlp.pointwise_mlp(x, w1, b1, w2, None, dropout=p, seed=seed, backend="triton")
     kept = out.permute(0, 2, 3, 1).reshape(70, units) != 0
-    assert torch.equal(kept, reference.keep_mask(70, units, p, int(seed), torch.device(device)))
+    assert torch.equal(kept, mlp_reference.keep_mask(70, units, p, int(seed), torch.device(device)))
     if p == 1e-12:
         assert kept.all()
 
@@ -456,7 +461,7 @@ def test_dropout_counter_is_64_bits(device: str) -> None:
     import triton
     import triton.language as tl
 
-    from wavemix_kernels.triton_kernels.philox import keep_mask
+    from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
     @triton.jit
     def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -468,7 +473,7 @@ def test_dropout_counter_is_64_bits(device: str) -> None:
     out = torch.full((16, 16), -1, dtype=torch.int8, device=device)
     kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask)
     groups = torch.arange(first, first + 16)[:, None] * 7 + torch.arange(1, 5)
-    expected = reference.philox(groups, seed).reshape(16, 16) < 2**31
+    expected = mlp_reference.philox(groups, seed).reshape(16, 16) < 2**31
     assert torch.equal(out.cpu().bool(), expected)
 
 
@@ -570,7 +575,7 @@ def test_variance_far_from_zero(device: str) -> None:
 
 
 def test_every_norm_configuration(device: str) -> None:
-    from wavemix_kernels.triton_kernels import batch_norm as kernels
+    from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
     x, grad = (image(randn(2, 10, 5, 13, seed=i), torch.float32, device, "channels") for i in (0, 1))
     wide, n = x.double(), 2 * 5 * 13
@@ -670,10 +675,10 @@ def mlp_launches(
     dtype: torch.dtype, products: str, a: int = 192, b: int = 96, k: int = 384, o: int = 192
 ) -> Iterator[tuple[str, Any]]:
     """The kernels of a Waveblock's middle level, with the tiles of chips that multiply matrices so."""
-    from wavemix_kernels.triton_kernels import pointwise_mlp as forward
-    from wavemix_kernels.triton_kernels import pointwise_mlp_backward as backward
-    from wavemix_kernels.triton_kernels.launch import input_precision
-    from wavemix_kernels.triton_kernels.pointwise_mlp_config import Kind, MlpConfig, config_for
+    from wavemix_kernels.ops.common.triton_launch import input_precision
+    from wavemix_kernels.ops.mlp import triton as forward
+    from wavemix_kernels.ops.mlp import triton_backward as backward
+    from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for
 
     rows = 65536
     x, second, g = (meta(rows, width, dtype=dtype) for width in (a, b, o))
@@ -700,8 +705,8 @@ def reduction_launches(
     dtype: torch.dtype, c: int, levels: int, products: str, last: bool = True, forward: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """All gradients, and what precedes them, with the tiles of chips that multiply matrices so."""
-    from wavemix_kernels.triton_kernels import reduce_haar as reductions
-    from wavemix_kernels.triton_kernels import reduce_haar_backward as gradients
+    from wavemix_kernels.ops.reduce_haar import triton as reductions
+    from wavemix_kernels.ops.reduce_haar import triton_backward as gradients
 
     x, weight, bias = meta(64, c, 64, 64, dtype=dtype, last=last), meta(c // 4, c, dtype=dtype), meta(c // 4)
     zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
@@ -728,10 +733,10 @@ def tf32_launches() -> Iterator[tuple[str, Any]]:
 
 def compiled_launches() -> list[tuple[int, str, bool, Any]]:
     """(architecture, name, whether it multiplies matrices, launch) of default tiles, on tensors without storage."""
-    from wavemix_kernels.triton_kernels import batch_norm as norms
-    from wavemix_kernels.triton_kernels import haar
-    from wavemix_kernels.triton_kernels import reduce_haar as reductions
-    from wavemix_kernels.triton_kernels.launch import Launch
+    from wavemix_kernels.ops.common.triton_launch import Launch
+    from wavemix_kernels.ops.haar import triton as haar
+    from wavemix_kernels.ops.norm import triton_batch_norm as norms
+    from wavemix_kernels.ops.reduce_haar import triton as reductions
 
     half = torch.float16
     found: list[tuple[int, str, bool, Any]] = []

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from wavemix_kernels.benchmarks import memory
+from wavemix_kernels.benchmarks.harness import memory
 
 from tests.test_wavemlp import TINY, normal, randomised
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels.ops import channel_mlp, layout
-from wavemix_kernels.ops import patm as patm_op
-from wavemix_kernels.reference import patm
-from wavemix_kernels.reference.wave_block import WaveBlock as ReferenceBlock
+from wavemix_kernels.nn.wavemlp import reference as patm
+from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.mlp import channel as channel_mlp
+from wavemix_kernels.ops.patm import op as patm_op
 from wavemix_kernels.wavemlp import MyNorm, WaveBlock, WaveNet
 
 

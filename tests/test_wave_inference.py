@@ -10,8 +10,8 @@ import wavemix_kernels as wk
 from tests.test_wave_block import modes, norms
 from tests.test_wavemlp import TINY, normal, randomised
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels.ops import layout
-from wavemix_kernels.reference import patm
+from wavemix_kernels.nn.wavemlp import reference as patm
+from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemlp import PATM, MyNorm, WaveBlock, WaveNet
 
 

@@ -14,8 +14,8 @@ import wavemix_kernels as wk
 from tests.golden_models import FOLDER, assert_reproduces
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import wavemix
+from wavemix_kernels.nn.wavemix.reference import UPSAMPLES
 from wavemix_kernels.reference import Waveblock
-from wavemix_kernels.reference.waveblock import UPSAMPLES
 
 BLOCKS = {"reference": Waveblock, "fused": wk.FusedWaveblock}
 both = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
@@ -229,8 +229,8 @@ def test_rejects_inputs(block: type[nn.Module]) -> None:
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_saves_half_or_a_quarter_of_what_upstream_saves(level: int, recompute: str, share: float) -> None:
     pytest.importorskip("pytorch_wavelets", reason="upstream's transform is not installed", exc_type=ImportError)
-    from benchmarks.memory import saved_bytes
-    from benchmarks.rivals import UpstreamWaveblock
+    from benchmarks.harness.memory import saved_bytes
+    from benchmarks.harness.rivals import UpstreamWaveblock
 
     config = {"level": level, "final_dim": 16, "ff_channel": 16, "mult": 2, "dropout": 0.5}
     x = torch.randn(2, 16, 32, 32, requires_grad=True)

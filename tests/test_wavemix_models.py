@@ -317,8 +317,8 @@ def test_peak_of_a_training_step() -> None:
     pytest.importorskip("pytorch_wavelets", reason="upstream's wavelets are not installed: pip install -e .[bench]")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from benchmarks.memory import tracked_peak_bytes
-    from benchmarks.rivals import UpstreamWaveblock, upstream_wavelets
+    from benchmarks.harness.memory import tracked_peak_bytes
+    from benchmarks.harness.rivals import UpstreamWaveblock, upstream_wavelets
 
     upstream_wavelets()  # imported outside of the fake tensors
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tests import golden_models
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import wavemlp
-from wavemix_kernels.reference import patm
+from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
+from wavemix_kernels.ops.patm import reference as patm_reference
 from wavemix_kernels.wavemlp import PATM, MyNorm, WaveBlock, WaveNet
 
 RECORDED = (
@@ -120,7 +121,7 @@ def formula(module: PATM, x: np.ndarray) -> np.ndarray:
 
 
 class TestPATM:
-    @pytest.mark.parametrize("mode", patm.MODES)
+    @pytest.mark.parametrize("mode", wavemlp_reference.MODES)
     @pytest.mark.parametrize("qkv_bias", [False, True])
     # Even and odd channels (a group that reads a cosine and a sine), and images thinner than the taps.
     @pytest.mark.parametrize("dim, size", [(4, (3, 21)), (5, (8, 2)), (7, (1, 1)), (6, (9, 1)), (10, (5, 13))], ids=str)
@@ -131,7 +132,7 @@ class TestPATM:
         torch.testing.assert_close(module(x).detach(), expected, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("mode", patm.MODES)
+    @pytest.mark.parametrize("mode", wavemlp_reference.MODES)
     @pytest.mark.parametrize("dim", [5, 8])
     def test_function_level_specification_composes_to_the_module(self, dim: int, mode: str, training: bool) -> None:
         module = randomised(PATM(dim, mode=mode).double()).train(training)
@@ -150,7 +151,7 @@ class TestPATM:
             theta_h, *affine_h = affine(module.theta_h_conv)
             theta_w, *affine_w = affine(module.theta_w_conv)
             c = module.fc_c(x)
-            h, w, s = patm.phase_aggregate(
+            h, w, s = patm_reference.phase_aggregate(
                 module.fc_h(x),
                 module.fc_w(x),
                 c,
@@ -164,7 +165,7 @@ class TestPATM:
             torch.testing.assert_close(s, (h + w + c).sum((2, 3)), rtol=1e-12, atol=1e-12)
             a = module.branch_weights(s[..., None, None] / (4 * 9))
             torch.testing.assert_close(a.sum(2), torch.ones_like(s), rtol=1e-12, atol=0)
-            out = module.proj(patm.branch_sum(h, w, c, a))
+            out = module.proj(patm_reference.branch_sum(h, w, c, a))
             torch.testing.assert_close(out, module(x), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -179,8 +180,8 @@ class TestPATM:
         shift_h, shift_w = normal(dim, seed=7, dtype=torch.float32), normal(dim, seed=8, dtype=torch.float32)
         w_h, w_w = normal(dim, 2, 1, 7, seed=9, dtype=dtype), normal(dim, 2, 7, 1, seed=10, dtype=dtype)
         inputs = (z_h, z_w, c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, w_h, w_w)
-        *got, got_s = patm.phase_aggregate(*inputs)
-        *exact, exact_s = patm.phase_aggregate(*(value.double() for value in inputs))
+        *got, got_s = patm_reference.phase_aggregate(*inputs)
+        *exact, exact_s = patm_reference.phase_aggregate(*(value.double() for value in inputs))
         assert got_s.dtype == torch.float32
 
         # A phase errs by its own two roundings, which turns z by as much; 14 products and sums follow.
@@ -201,7 +202,7 @@ class TestPATM:
         assert (module.train()(x) == 0).all()
         assert (module.eval()(x) != 0).any()
 
-        mlp = patm.Mlp(4, 6, 5, drop=0.3)
+        mlp = wavemlp_reference.Mlp(4, 6, 5, drop=0.3)
         dropped: list[int] = []
         mlp.drop.register_forward_hook(lambda _, inputs, __: dropped.append(inputs[0].shape[1]))
         mlp(normal(1, 4, 3, 3, dtype=torch.float32))

@@ -16,8 +16,8 @@ import wavemix_kernels as wk
 from tests import tolerances
 from wavemix_kernels import wtconv
 from wavemix_kernels.accelerate import accelerate
-from wavemix_kernels.ops import haar_bands as op
-from wavemix_kernels.reference import haar as reference
+from wavemix_kernels.ops.haar import bands as op
+from wavemix_kernels.ops.haar import reference
 
 vendored = pytest.importorskip("tests.vendored_wtconv", reason="PyWavelets is missing: WTConv makes its filters by it")
 

@@ -5,9 +5,9 @@ from wavemix_kernels._version import __version__
 from wavemix_kernels.accelerate import accelerate
 from wavemix_kernels.backends import backend
 from wavemix_kernels.inference import export_form, fuse_for_inference
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.nn.waveblock import FusedWaveblock
-from wavemix_kernels.ops.haar import haar_dwt2d, haar_idwt2d
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.ops.haar.op import haar_dwt2d, haar_idwt2d
 
 __all__ = [
     "FusedPATM",

@@ -11,15 +11,13 @@ import torch
 from torch import nn
 
 from wavemix_kernels import pytorch_wavelets, wtconv
-from wavemix_kernels.nn.channel_mlp import FusedMlp
-from wavemix_kernels.nn.expansion import FusedExpansion
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.nn.wave_block import FusedWaveBlock
-from wavemix_kernels.nn.waveblock import FusedWaveblock
-from wavemix_kernels.reference.expansion import Expansion
-from wavemix_kernels.reference.patm import PATM, Mlp
-from wavemix_kernels.reference.wave_block import WaveBlock
-from wavemix_kernels.reference.waveblock import LEVELS, Waveblock
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
+from wavemix_kernels.nn.wavemix.reference import LEVELS, Expansion, Waveblock
+from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
+from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp, WaveBlock
 
 __all__ = ["Left", "Replaced", "Report", "accelerate"]
 

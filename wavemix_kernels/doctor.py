@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from pathlib import Path
@@ -10,9 +9,8 @@ from types import ModuleType
 
 import torch
 
-from wavemix_kernels import _native, backends
+from wavemix_kernels import _native, backends, ops
 from wavemix_kernels._version import __version__
-from wavemix_kernels.ops import OPS
 
 NO_KERNELS = "-"
 
@@ -78,8 +76,8 @@ def main() -> int:
     for device in _devices():
         reasons: dict[str, list[str]] = {}
         print(f"\n{f'on {device}':<17}" + "".join(f"{name:<11}" for name in names) + "auto takes")
-        for name in OPS:
-            op = importlib.import_module(f"wavemix_kernels.ops.{name}")
+        for name in ops.OPS:
+            op = ops.load(name)
             row = f"{name:<17}"
             for backend in names:
                 cell, reason, fault = _examine(op, backend, device)
@@ -91,8 +89,8 @@ def main() -> int:
                 absent |= {cell} & {NO_KERNELS}
             served = backends.select(name, op.BACKENDS, "auto", torch.empty(1, 4, 2, 2, device=device))
             print(row + next(k for k, v in op.BACKENDS.items() if v is served), flush=True)
-        for reason, ops in reasons.items():
-            print(f"  no, {reason}{'' if len(ops) > 1 else f' ({ops[0]})'}")
+        for reason, concerned in reasons.items():
+            print(f"  no, {reason}{'' if len(concerned) > 1 else f' ({concerned[0]})'}")
     if absent:
         print(f"  {NO_KERNELS}, there are no such kernels: the next backend that serves takes the op")
     print()

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks
-from wavemix_kernels.ops.haar import MODES, haar_dwt2d, haar_idwt2d
-from wavemix_kernels.reference.separable import (
-    Filters,
-    cropped,
-    separable_dwt2d,
-    separable_idwt2d,
-    synthesis_sizes,
-)
+from wavemix_kernels.ops.dwt.reference import Filters, cropped, separable_dwt2d, separable_idwt2d, synthesis_sizes
+from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
 
 __all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
 

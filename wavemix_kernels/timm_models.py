@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, pretrained, wavemlp
-from wavemix_kernels.ops import layout
+from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemix import classification
 
 __all__: list[str] = []  # timm adds each model that it registers

@@ -3,7 +3,7 @@ arguments and checkpoints (Tang et al., "An Image Patch is a Wave: Phase-Aware V
 
 Four stages of :class:`WaveBlock`, each a residual token mixer (:class:`PATM`) and a residual channel MLP, at 1/4, 1/8,
 1/16 and 1/32 of the image. Blocks take their token mixer by the keyword ``token_mixer``, models their block by
-``block``: the reference model is this one with :class:`wavemix_kernels.reference.wave_block.WaveBlock`.
+``block``: the reference model is this one with :class:`wavemix_kernels.reference.WaveBlock`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.channel_mlp import FusedMlp as Mlp
 from wavemix_kernels.nn.parts import affine_of, untouched
-from wavemix_kernels.nn.patm import FusedPATM as PATM
-from wavemix_kernels.nn.wave_block import FusedWaveBlock as WaveBlock
-from wavemix_kernels.nn.wave_inference import InferenceWaveBlock
-from wavemix_kernels.ops import layout
-from wavemix_kernels.reference.patm import warn_unused
-from wavemix_kernels.reference.wave_block import DropPath, NormLayer, TokenMixer
-from wavemix_kernels.reference.wave_block import WaveBlock as ReferenceBlock
+from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock as WaveBlock
+from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
+from wavemix_kernels.nn.wavemlp.mlp import FusedMlp as Mlp
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM as PATM
+from wavemix_kernels.nn.wavemlp.reference import DropPath, NormLayer, TokenMixer, warn_unused
+from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
+from wavemix_kernels.ops.common import layout
 
 __all__ = [
     "PATM",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks
-from wavemix_kernels.ops.haar_bands import haar_bands, haar_from_bands
+from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
 #: (function, its filters), both of one module.
 NAMES = (("wt_function", "wt_filter"), ("iwt_function", "iwt_filter"))

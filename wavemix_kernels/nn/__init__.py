@@ -1,6 +1,6 @@
 """Modules built on the fused operators."""
 
-from wavemix_kernels.nn.patm import FusedPATM
-from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 
 __all__ = ["FusedPATM", "FusedWaveblock"]

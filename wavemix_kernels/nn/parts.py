@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels.ops import batch_norm
+from wavemix_kernels.ops.norm import batch_norm
 
 
 def untouched(module: nn.Module) -> bool:

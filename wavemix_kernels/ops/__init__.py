@@ -4,18 +4,28 @@ Each module has ``BACKENDS`` (its table) and ``self_test(backend, device)``, a r
 that returns the relative error and the bound it must keep.
 """
 
-#: The one list of operators, by module name.
-OPS = (
-    "haar",
-    "haar_pyramid",
-    "haar_bands",
-    "reduce_haar",
-    "pointwise_mlp",
-    "deconv",
-    "batch_norm",
-    "phase_aggregate",
-    "branch_sum",
-    "pre_norm",
-    "patm_whole",
-    "channel_mlp",
-)
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+#: The one list of operators: name -> module under ``wavemix_kernels.ops``.
+OPS = {
+    "haar": "haar.op",
+    "haar_pyramid": "haar.pyramid",
+    "haar_bands": "haar.bands",
+    "reduce_haar": "reduce_haar.op",
+    "pointwise_mlp": "mlp.op",
+    "deconv": "deconv.op",
+    "batch_norm": "norm.batch_norm",
+    "phase_aggregate": "patm.phases",
+    "branch_sum": "patm.branches",
+    "pre_norm": "norm.pre_norm",
+    "patm_whole": "patm.whole",
+    "channel_mlp": "mlp.channel",
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of an operator of :data:`OPS`."""
+    return importlib.import_module(f"{__name__}.{OPS[name]}")

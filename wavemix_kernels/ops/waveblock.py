@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends
-from wavemix_kernels.ops import batch_norm, deconv, layout, pointwise_mlp, reduce_haar, upsample
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.deconv import op as deconv
+from wavemix_kernels.ops.deconv import upsample
+from wavemix_kernels.ops.mlp import op as pointwise_mlp
+from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 
 RECOMPUTE = ("mlp", "all")
 
@@ -76,7 +81,7 @@ def waveblock(
         levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype.
         dropout, eps: per level.
         seeds: (levels) int64, where any dropout is above 0.
-        kind: the upsampling (:mod:`wavemix_kernels.ops.upsample`).
+        kind: the upsampling (:mod:`wavemix_kernels.ops.deconv.upsample`).
         recompute: ``"mlp"`` or ``"all"``.
         residual: add x to the output, in the pass that normalises.
     """

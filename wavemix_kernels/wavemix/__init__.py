@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.pytorch_wavelets import DWTForward
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wavemix_kernels import checks
-from wavemix_kernels.nn.expansion import FusedExpansion
-from wavemix_kernels.nn.inference import InferenceWaveblock
 from wavemix_kernels.nn.parts import untouched
-from wavemix_kernels.nn.waveblock import FusedWaveblock
-from wavemix_kernels.reference.expansion import Expansion
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
+from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
+from wavemix_kernels.nn.wavemix.reference import Expansion
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, pretrained
-from wavemix_kernels.nn.waveblock import FusedWaveblock
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
 
 __all__ = ["WaveMix", "WaveMixLite"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from wavemix_kernels.nn.waveblock import FusedWaveblock
-from wavemix_kernels.ops import layout
+from wavemix_kernels.nn.wavemix.block import FusedWaveblock
+from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
 
 __all__ = ["WaveMix"]

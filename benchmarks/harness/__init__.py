@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases and gates, clocks, memory, providers, the machine."""

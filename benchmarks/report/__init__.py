@@ -1,0 +1,1 @@
+"""What a run leaves behind: results, tables, plots, one HTML file."""

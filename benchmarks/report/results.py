@@ -1,0 +1,61 @@
+"""results.json: written after every case, so that whatever ends a run loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ..harness.measure import Row
+
+FORMAT = 1  # raised when a reader of older files would misread a newer one
+
+
+@dataclasses.dataclass
+class Results:
+    """A run so far.
+
+    Attributes:
+        complete: False until the last case is in, and for good after an interrupt.
+    """
+
+    path: Path
+    environment: dict[str, Any]
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    complete: bool = False
+    seconds: float = 0.0
+
+    def add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        content = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "seconds": round(self.seconds, 1),
+            "environment": self.environment,
+            "machine": self.machine,
+            "options": self.options,
+            "rows": [_finite(dataclasses.asdict(row)) for row in self.rows],
+        }
+        # Beside it, then renamed: a reader never sees half a file.
+        draft = self.path.with_suffix(".json.part")
+        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(draft, self.path)
+
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(row.group for row in self.rows))
+
+    def cases(self, group: str) -> list[str]:
+        return list(dict.fromkeys(row.case for row in self.rows if row.group == group))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an error beyond measure becomes null, and the reason says what it was."""
+    return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}

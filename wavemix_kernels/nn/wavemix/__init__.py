@@ -1,0 +1,1 @@
+"""WaveMix: the Waveblock, plain and fused, and its inference form."""

@@ -1,0 +1,152 @@
+"""FusedWaveblock: the reference Waveblock's parameters and results on the fused operators."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from wavemix_kernels import backends, checks
+from wavemix_kernels.nn.parts import frozen, untouched, update
+from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
+from wavemix_kernels.nn.wavemix.reference import Waveblock
+from wavemix_kernels.ops import waveblock
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.haar.op import haar_dwt2d
+from wavemix_kernels.ops.mlp import op as pointwise_mlp
+
+#: What each part of a feed-forward Sequential must be, exactly, for the fused function to stand for it.
+_PLAIN = (nn.Conv2d, nn.GELU, nn.Dropout, nn.Conv2d, None, nn.BatchNorm2d)
+_UPSAMPLING: dict[str, type[nn.Module]] = {
+    "deconv": nn.ConvTranspose2d,
+    "pixelshuffle": nn.Sequential,
+    "bilinear": nn.Upsample,
+    "nearest": nn.Upsample,
+}
+
+
+class FusedWaveblock(Waveblock):
+    """A Waveblock that trains in about half (``recompute="mlp"``) or a quarter (``"all"``) of the activation memory.
+
+    (N, final_dim, H, W) -> the same shape and memory format, H and W multiples of ``2**level``, in float64, float32,
+    float16 or bfloat16 as the weights are (autocast converts both); the residual is the caller's to add. Parameters,
+    buffers and results are :class:`wavemix_kernels.reference.Waveblock`'s. Runs as one autograd function; where that
+    cannot stand for the modules (a BatchNorm turned into SyncBatchNorm, hooks or parametrizations on a part) the
+    modules themselves run.
+    Not differentiable twice, except on backend ``"reference"``.
+
+    Args:
+        level: DWT levels, 1 to 4.
+        mult: hidden width of each feed-forward part as a multiple of ``final_dim``.
+        ff_channel: channels between the second 1x1 convolution and the weights of the upsampling.
+        final_dim: channels C of input and output, a multiple of 4.
+        dropout: probability of dropping a hidden activation.
+        upsample: ``"deconv"``, ``"bilinear"``, ``"nearest"`` or ``"pixelshuffle"``.
+        recompute: what backward makes again: ``"mlp"``, or ``"all"`` to keep x alone.
+
+    Raises:
+        TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2205.14375; ``upsample="pixelshuffle"``: arXiv:2409.10582.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: int = 1,
+        mult: int = 2,
+        ff_channel: int = 16,
+        final_dim: int = 16,
+        dropout: float = 0.5,
+        upsample: str = "deconv",
+        recompute: str = "mlp",
+    ) -> None:
+        super().__init__(
+            level=level, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample=upsample
+        )
+        self.recompute = checks.check_choice("recompute", recompute, waveblock.RECOMPUTE)
+
+    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ll, (high,) = haar_dwt2d(x)
+        return ll, high
+
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """The block's output; with ``residual`` plus x, added in the pass that normalises."""
+        backend = backends.requested()
+        if backend == "reference" or not self._parts_are_plain():
+            out = super().forward(x)
+            return x + out if residual else out
+        self.check_input(x)
+        parts = [cast(nn.Sequential, getattr(self, self._feedforward_name(i + 1))) for i in range(self.level)]
+        convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
+        weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]
+        cast_x, *flat = checks.autocast(x, *weights)
+        checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
+        tensors = iter(flat)
+        weight, bias = next(tensors), next(tensors)
+        levels = []
+        norms = [cast(nn.BatchNorm2d, part[5]) for part in parts]
+        for part, norm in zip(parts, norms, strict=True):
+            w1, b1, w2, b2 = (next(tensors) for _ in range(4))
+            up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
+            mean, invstd = frozen(norm)
+            mlp = (layout.matrix(w1), b1, layout.matrix(w2), b2)
+            levels.append(waveblock.Level(*mlp, up, up_bias, norm.weight, norm.bias, mean, invstd))
+        dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
+        out, stats = waveblock.waveblock(
+            cast_x,
+            weight,
+            bias,
+            levels,
+            dropout=dropouts,
+            eps=[norm.eps for norm in norms],
+            seeds=pointwise_mlp.draw_seed(x.device, self.level) if any(dropouts) else None,
+            kind=self.upsample,
+            recompute=self.recompute,
+            residual=residual and cast_x is x,
+            backend=backend,
+        )
+        for i, (norm, (mean, var)) in enumerate(zip(norms, stats, strict=True)):
+            if norm.training and norm.track_running_stats:
+                update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
+        return x + out if residual and cast_x is not x else out
+
+    def is_plain(self) -> bool:
+        """Whether calling with ``residual`` can stand for ``block(x) + x``: no hook anywhere would notice."""
+        return untouched(self) and self._parts_are_plain()
+
+    def fuse_for_inference(self) -> InferenceWaveblock:
+        """A new module for inference, equal to this one in evaluation up to rounding: BatchNorms folded, dropout gone.
+
+        Raises:
+            ValueError: a part has hooks, parametrizations or a class of its own; a BatchNorm has no running statistics.
+        """
+        if not self._parts_are_plain():
+            raise ValueError(
+                "fuse_for_inference: a part of this block has hooks, parametrizations or a class of its own, which "
+                "folded weights cannot stand for; remove them first"
+            )
+        return InferenceWaveblock(self)
+
+    def _parts_are_plain(self) -> bool:
+        if type(self.reduction) is not nn.Conv2d or not untouched(self.reduction):
+            return False
+        kinds: list[type[nn.Module] | None] = list(_PLAIN)
+        kinds[4] = _UPSAMPLING[self.upsample]
+        for i in range(self.level):
+            part = getattr(self, self._feedforward_name(i + 1))
+            if len(part) != len(kinds) or not untouched(part):
+                return False
+            if any(type(m) is not kind or not untouched(m) for m, kind in zip(part, kinds, strict=True)):
+                return False
+        return True
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recompute={self.recompute!r}"
+
+
+def _upsampling_conv(module: nn.Module) -> list[nn.Module]:
+    """The module with weights in an upsampling, if there is one."""
+    if isinstance(module, nn.ConvTranspose2d):
+        return [module]
+    return [module[1]] if isinstance(module, nn.Sequential) else []

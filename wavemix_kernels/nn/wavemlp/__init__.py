@@ -1,0 +1,1 @@
+"""Wave-MLP: PATM, MLP and the block around them, plain and fused, and their inference forms."""

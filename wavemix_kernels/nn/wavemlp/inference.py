@@ -1,0 +1,177 @@
+"""Inference forms of Wave-MLP's modules: constants joined and folded, dropout and bookkeeping gone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wavemix_kernels import backends, checks
+from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.mlp import channel as channel_mlp
+from wavemix_kernels.ops.norm import pre_norm
+from wavemix_kernels.ops.patm import op as patm
+
+
+class _Constants(nn.Module):
+    """Tensors as buffers: they move and convert with the module, and no optimizer sees them. On backend ``"reference"``
+    the forward pass consists of standard operators only, for ``torch.export`` and ONNX."""
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+
+
+class InferencePATM(_Constants):
+    """What :meth:`wavemix_kernels.FusedPATM.fuse_for_inference` makes: (N, dim, H, W) -> the same shape and memory
+    format, without gradient.
+
+    Args:
+        mixer: a FusedPATM; it is read, not changed.
+        norm: a norm in front, to fold in where it can be, or None. A BatchNorm folds into 1x1 convolutions; in mode
+            ``"depthwise"`` it stays, since the zeros around the image come after it.
+
+    Raises:
+        ValueError: a part of the mixer has hooks, parametrizations or a class of its own, or a BatchNorm has no running
+            statistics.
+    """
+
+    def __init__(self, mixer: nn.Module, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        source: Any = mixer
+        if not source._parts_are_plain():
+            raise ValueError(
+                "fuse_for_inference: a part of this PATM has hooks, parametrizations or a class of its own, which "
+                "joined weights cannot stand for; remove them first"
+            )
+        self.dim: int = source.dim
+        phases = source.theta_h_conv, source.theta_w_conv
+        convs = [source.fc_h, source.fc_w, source.fc_c]
+        depthwise = source.mode == "depthwise"
+        if not depthwise:
+            convs += [phase[0] for phase in phases]
+        weight = torch.cat([conv.weight.detach() for conv in convs])
+        missing = weight.new_zeros(self.dim)
+        bias = torch.cat([missing if conv.bias is None else conv.bias.detach() for conv in convs])
+        folds = norm is not None and not depthwise and _folds(norm)
+        if folds:
+            weight, bias = _behind(norm, weight, bias, "norm1")
+        self.norm = None if folds or norm is None else _frozen_copy(norm)
+        self._keep("weight", weight)
+        self._keep("bias", bias)
+        for name, phase in zip("hw", phases, strict=True):
+            self._keep(f"phase_{name}", phase[0].weight if depthwise else None)
+            scale, shift = affine_of(phase[1], f"theta_{name}_conv.1")
+            wide = accumulate_dtype(weight.dtype)
+            self._keep(f"scale_{name}", scale.to(wide))
+            self._keep(f"shift_{name}", shift.to(wide))
+            self._keep(f"tfc_{name}", getattr(source, f"tfc_{name}").weight)
+        for name in ("fc1", "fc2"):
+            conv = getattr(source.reweight, name)
+            self._keep(name, conv.weight)
+            self._keep(f"{name}_bias", conv.bias)
+        self._keep("proj", source.proj.weight)
+        self._keep("proj_bias", source.proj.bias)
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _without_gradient():
+            out = self.branch(x)
+            order = layout.is_channels_last(x)
+            return out if layout.is_channels_last(out) == order else layout.laid_out(out, order)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """As :meth:`forward`, channels_last and fresh."""
+        checks.check_tensor("x", x, 4, f"(N, {self.dim}, H, W)")
+        if x.shape[1] != self.dim:
+            raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
+        tensors: list[Any] = [getattr(self, name) for name in patm.Folded._fields]
+        image = x if self.norm is None else self.norm(x)
+        # The convolutions' tensors come first.
+        image, *convolutions = checks.autocast(image, *tensors[:6])
+        checks.check_same_dtype("x", image, "the weights", convolutions[0])
+        folded = patm.Folded(*convolutions, *tensors[6:])
+        # Entered only where it changes something: an exported graph would hold it as a graph within.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            return patm.evaluate(image, folded, backends.requested())
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class InferenceWaveBlock(_Constants):
+    """What a fused WaveBlock's ``fuse_for_inference`` makes: (N, dim, H, W) -> the same shape and memory format,
+    without gradient.
+
+    Args:
+        block: a FusedWaveBlock; it is read, not changed.
+
+    Raises:
+        ValueError: as :class:`InferencePATM`.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        source: Any = block
+        self.attn = InferencePATM(source.attn, source.norm1)
+        if not source.mlp._parts_are_plain():
+            raise ValueError(
+                "fuse_for_inference: a part of this block's MLP has hooks, parametrizations or a class of its own, "
+                "which folded weights cannot stand for; remove them first"
+            )
+        w1, b1, w2, b2 = source.mlp.weights()
+        folds = _folds(source.norm2)
+        if folds:
+            w1, b1 = _behind(source.norm2, w1.detach(), b1.detach(), "norm2")
+        self.norm = None if folds else _frozen_copy(source.norm2)
+        for name, tensor in zip(channel_mlp.Weights._fields, (w1, b1, w2, b2), strict=True):
+            self._keep(name, tensor)
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend = backends.requested()
+        with _without_gradient():
+            x = _sum(x, self.attn.branch(x), backend)
+            image = x if self.norm is None else self.norm(x)
+            tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]
+            image, *weights = checks.autocast(image, *tensors)
+            if backend == "reference":
+                w1, b1, w2, b2 = weights
+                return _sum(x, F.conv2d(F.gelu(F.conv2d(image, w1, b1)), w2, b2), backend)
+            image = image.contiguous(memory_format=torch.channels_last)
+            part = backends.for_part(backend, channel_mlp.BACKENDS)
+            return _sum(x, channel_mlp.fused(image, *weights, part), backend)
+
+
+def _sum(x: Tensor, branch: Tensor, backend: str) -> Tensor:
+    return x + branch if backend == "reference" else pre_norm.join(x, branch, None, backend)
+
+
+def _without_gradient() -> AbstractContextManager[Any]:
+    # An exported graph has no gradient to begin with, and would hold the region as a graph within, which ONNX refuses.
+    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad()
+
+
+def _folds(norm: nn.Module) -> bool:
+    return type(norm) is nn.BatchNorm2d and untouched(norm) and norm.running_mean is not None
+
+
+def _frozen_copy(norm: nn.Module) -> nn.Module:
+    return copy.deepcopy(norm).eval().requires_grad_(False)
+
+
+def _behind(norm: Any, weight: Tensor, bias: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution with the BatchNorm in front of it folded in, rounded once."""
+    scale, shift = affine_of(norm, name)
+    wide = weight.flatten(1).double()
+    return (
+        (wide * scale).to(weight.dtype)[:, :, None, None],
+        (bias.double() + wide @ shift).to(bias.dtype),
+    )

@@ -1,0 +1,444 @@
+"""``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
+
+On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64), for few channels
+by its definition (csrc/cpu/deconv_narrow.cpp); elsewhere the library's. Kernels of ours take the BatchNorm that follows
+along: its statistics come from the pass that writes the output, and its backward is made where the gradients' kernels
+read, so the gradient of the output itself never reaches memory. On a CPU one such read makes both gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.norm import batch_norm
+
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
+_library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
+_library.define("deconv_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor")
+_library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
+# The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
+# normalised output's.
+_library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "deconv_norm_gradients(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
+    "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+TAPS, STRIDE, PADDING = 4, 2, 1
+
+
+def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``conv_transpose2d(u, weight, bias, stride=2, padding=1)`` with 4x4 taps.
+
+    Under autocast all take the autocast dtype, as a convolution's do.
+
+    Args:
+        u: (N, F, H, W), float64, float32, float16 or bfloat16.
+        weight: (F, O, 4, 4), same dtype and device; bias: (O) or None.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`.
+
+    Returns:
+        (N, O, 2H, 2W), channels_last.
+
+    Raises:
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+
+    Backward is not differentiable again, except on backend ``"reference"``.
+    """
+    checks.check_tensor("u", u, 4, "(N, F, H, W)")
+    checks.check_tensor("weight", weight, 4, "(F, O, 4, 4)")
+    if weight.shape[0] != u.shape[1] or tuple(weight.shape[2:]) != (TAPS, TAPS):
+        raise ValueError(f"weight: expected ({u.shape[1]}, O, 4, 4) to go with u, got {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[1],):
+        raise ValueError(f"bias: expected shape ({weight.shape[1]},), got {tuple(bias.shape)}")
+    u, weight, bias = checks.autocast(u, weight, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.check_same_device(name, tensor, "u", u)
+            checks.check_same_dtype(name, tensor, "u", u)
+    chosen = backends.requested(backend)
+    if chosen == "reference":
+        return F.conv_transpose2d(u, weight, bias, STRIDE, PADDING)
+    return fused(u, weight, bias, chosen)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------
+
+#: Between this many channels on one side and few on both, minimal filtering costs more around its products than it
+#: saves.
+NARROW = 32
+
+
+def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> bool:
+    """Measured (AMD EPYC with AVX-512, 2 threads), these kernels' time over oneDNN's: fp32 0.67, 0.73 and 0.46
+    (forward, gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64; those for few channels 0.44,
+    0.89 and 0.47 at 32, 0.2, 0.75 and 0.5 at 8. oneDNN multiplies half types twice as fast, where these kernels widen
+    them: 1.2, 1.35 and 0.69 at 192 channels, 1.1, 2.0 and 0.46 at 32, 0.51, 2.1 and 0.29 at 16, 0.3, 1.4 and 0.17 at 8,
+    where BatchNorm's passes saved are worth more than is lost. So the weight's gradient is never the library's."""
+    if dtype == torch.float64:
+        return False
+    core: Any = _native.core
+    few: int = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
+    return u_channels * y_channels > few and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
+
+
+def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:
+    return u.shape[0], u.shape[1], y.shape[1], u.shape[2], u.shape[3]
+
+
+def _cpu_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    core: Any = _native.core
+    residual = None if residual is None else layout.channels_inner(residual)
+    u, weight, y = layout.channels_inner(u), weight.contiguous(), _empty_output(u, weight)
+    bias = None if bias is None else bias.contiguous()
+    core.deconv_forward_cpu(
+        _native.DTYPES[u.dtype], _size(u, y), _native.address(u), _native.address(y), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), *((0, 0) if stats is None else (t.data_ptr() for t in stats)),
+        _native.address(residual), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return _cpu_forward(u, weight, bias, None, residual)
+
+
+#: y, a, b, mean, d: the gradient of y is ``a grad + b (y - mean) + d``; the last four contiguous, in the arithmetic
+#: type.
+Norm = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _norm_addresses(norm: Norm | None) -> tuple[Sequence[int], list[int]]:
+    return ([], []) if norm is None else (_native.address(norm[0]), [t.data_ptr() for t in norm[1:]])
+
+
+def _cpu_gradients(
+    grad: Tensor, u: Tensor | None, weight: Tensor | None, d_u: Tensor | None, d_weight: Tensor | None,
+    norm: Norm | None = None,
+) -> None:  # fmt: skip
+    """Writes ``d_u``, which takes ``weight``, ``d_weight``, which takes ``u``, or from one read of ``grad`` both."""
+    core: Any = _native.core
+    grad, u = layout.channels_inner(grad), None if u is None else layout.channels_inner(u)
+    weight = None if weight is None else weight.contiguous()
+    f = cast(Tensor, d_weight if weight is None else weight).shape[0]
+    n, o, h, w = grad.shape
+    core.deconv_gradients_cpu(
+        _native.DTYPES[grad.dtype], (n, f, o, h // 2, w // 2), _native.address(u), _native.address(grad),
+        0 if weight is None else weight.data_ptr(), *_norm_addresses(norm), _native.address(d_u),
+        0 if d_weight is None else d_weight.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _cpu_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    d_u = _empty_input(grad, weight)
+    _cpu_gradients(grad, None, weight, d_u, None)
+    return d_u
+
+
+def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+    d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
+    _cpu_gradients(grad, u, None, None, d_weight)
+    return [d_weight, *([grad.sum((0, 2, 3))] if has_bias else [])]
+
+
+def _cpu_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    d_u, d_weight = _empty_input(grad, weight), torch.empty(weight.shape, dtype=weight.dtype)
+    _cpu_gradients(grad, u, weight, d_u, d_weight, norm)
+    return d_u, d_weight
+
+
+# --- Triton ----------------------------------------------------------------------------------------------
+
+
+def _triton_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    from wavemix_kernels.ops.deconv import triton as kernels
+
+    u, y = layout.channels_inner(u), _empty_output(u, weight)
+    kernels.forward(y, u, weight, None if bias is None else bias.contiguous(), stats)
+    return y
+
+
+def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    from wavemix_kernels.ops.deconv import triton_backward as kernels
+
+    grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
+    kernels.input_grad(u, grad, None, weight)
+    return u
+
+
+def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+    from wavemix_kernels.ops.deconv import triton_backward as kernels
+
+    grad, u = layout.channels_inner(grad), layout.channels_inner(u)
+    out = _empty_weights(grad, u, has_bias)
+    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, None, u)
+    return out
+
+
+def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    from wavemix_kernels.ops.deconv import triton_backward as kernels
+
+    grad, u = layout.channels_inner(grad), layout.channels_inner(u)
+    d_u, (d_weight,) = _empty_input(grad, weight), _empty_weights(grad, u, False)
+    kernels.norm_gradients(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
+    return d_u, d_weight
+
+
+# --- The library -----------------------------------------------------------------------------------------
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    # A copy only where the library answered in another order: its strides must be those that were announced.
+    return x if x.stride() == layout.empty(x.new_empty(0), x.shape, True).stride() else layout.laid_out(x, True)
+
+
+def _reference_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _channels_last(F.conv_transpose2d(u, weight, bias, STRIDE, PADDING))
+
+
+def _reference_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    return _channels_last(F.conv2d(grad, weight, None, STRIDE, PADDING))
+
+
+def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+    weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)  # its shape alone is read
+    _, d_weight, d_bias = torch.ops.aten.convolution_backward(
+        grad, u, weight, [grad.shape[1]], [STRIDE] * 2, [PADDING] * 2, [1, 1], True, [0, 0], 1, [False, True, has_bias]
+    )
+    return [d_weight.contiguous(), *([d_bias] if has_bias else [])]
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(
+        backends.triton_products_why_not,
+        {
+            "forward": _triton_forward,
+            "input_grad": _triton_input_grad,
+            "weight_grad": _triton_weight_grad,
+            "norm_gradients": _triton_norm_gradients,
+        },
+    ),
+    "cpu": backends.Backend(
+        backends.cpu_why_not,
+        {
+            "forward": _cpu_forward,
+            "forward_residual": _cpu_forward_residual,
+            "input_grad": _cpu_input_grad,
+            "weight_grad": _cpu_weight_grad,
+            "norm_gradients": _cpu_norm_gradients,
+        },
+    ),
+    "reference": backends.Backend(
+        backends.reference_why_not,
+        {"forward": _reference_forward, "input_grad": _reference_input_grad, "weight_grad": _reference_weight_grad},
+    ),
+}
+
+
+# --- The operators ---------------------------------------------------------------------------------------
+
+
+def _empty_output(u: Tensor, weight: Tensor) -> Tensor:
+    n, _, h, w = u.shape
+    return layout.empty(u, [n, weight.shape[1], 2 * h, 2 * w], True)
+
+
+def _empty_input(grad: Tensor, weight: Tensor) -> Tensor:
+    n, _, h, w = grad.shape
+    return layout.empty(grad, [n, weight.shape[0], h // 2, w // 2], True)
+
+
+def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+    d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
+    return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
+
+
+def _asked_for(op: str, backend: str, *tensors: Tensor) -> backends.Backend:
+    # Whether the Triton kernels beat cuDNN's, whose BatchNorm passes they save, no GPU has said yet: by name only.
+    if backend == "auto" and tensors[0].device.type == "cuda":
+        backend = "reference"
+    return backends.select(op, BACKENDS, backend, *tensors)
+
+
+def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> backends.Backend:
+    """What runs forward and the input's gradient; the weight's gradient is the asked-for backend's in any case."""
+    chosen = _asked_for("deconv", backend, like)
+    if chosen is BACKENDS["cpu"] and _library_is_faster(u_channels, y_channels, like.dtype):
+        return BACKENDS["reference"]
+    return chosen
+
+
+def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
+    """Whether :func:`norm_gradients` serves: it begins with the gradient of a normalised output. Where it does not,
+    the library's kernels get the gradient of the output itself, made before."""
+    return _chosen(backend, u_channels, grad.shape[1], grad) is not BACKENDS["reference"]
+
+
+def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return _chosen(backend, weight.shape[0], weight.shape[1], u).functions["forward"](u, weight, bias)
+
+
+def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
+    functions = _chosen(backend, weight.shape[0], weight.shape[1], u).functions
+    if "forward_residual" in functions:
+        return functions["forward_residual"](u, weight, bias, residual)
+    return functions["forward"](u, weight, bias).add_(residual)
+
+
+def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight)
+
+
+def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
+    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
+    return chosen.functions["weight_grad"](grad, u, has_bias)
+
+
+def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _chosen(backend, weight.shape[0], weight.shape[1], u)
+    if chosen is BACKENDS["reference"]:
+        y = _reference_forward(u, weight, bias)
+        norm = backends.for_part(backend, batch_norm.BACKENDS)
+        return y, *torch.ops.wavemix_kernels.batch_norm_stats(y, norm)
+    mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
+    return chosen.functions["forward"](u, weight, bias, (mean, var)), mean, var
+
+
+def _norm_gradients(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    u: Tensor, weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    norm, grad = backends.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
+    a, b, d, d_norm_weight, d_norm_bias = batch_norm.backward_line(
+        grad, y, mean, invstd, norm_weight, batch_stats, norm
+    )
+    line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
+    functions = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions
+    return *functions["norm_gradients"](grad, u, weight, line), d_norm_weight, d_norm_bias
+
+
+def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
+    return u.new_empty(weight.shape[1], dtype=batch_norm.statistics_dtype(u.dtype))
+
+
+def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
+
+
+def _norm_gradients_fake(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    u: Tensor, weight: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_norm_weight, d_norm_bias = _empty_statistics(y, weight), _empty_statistics(y, weight)
+    return _empty_input(grad, weight), weight.new_empty(weight.shape), d_norm_weight, d_norm_bias
+
+
+_library.impl("deconv", _forward, "CompositeExplicitAutograd")
+_library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
+_library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_gradients", _norm_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::deconv_norm_gradients", _norm_gradients_fake, lib=_library)
+torch.library.register_fake(
+    "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
+)
+torch.library.register_fake(
+    "wavemix_kernels::deconv_residual",
+    lambda u, weight, bias, residual, backend: _empty_output(u, weight),
+    lib=_library,
+)
+torch.library.register_fake(
+    "wavemix_kernels::deconv_input_grad", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
+)
+torch.library.register_fake(
+    "wavemix_kernels::deconv_weight_grad",
+    lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias),
+    lib=_library,
+)
+
+
+def input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """Gradient of u."""
+    return torch.ops.wavemix_kernels.deconv_input_grad(grad, weight, backend)
+
+
+def weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias."""
+    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_weight_grad(grad, u, has_bias, backend)
+    return d_weight, d_bias[0] if has_bias else None
+
+
+def plus_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
+    """Output plus an image of its shape, added before rounding where our kernels make it; without gradient."""
+    return torch.ops.wavemix_kernels.deconv_residual(u, weight, bias, residual, backend)
+
+
+def with_stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, its mean and biased variance per channel."""
+    return torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, backend)
+
+
+class NormGradients(NamedTuple):
+    """Gradients of u, of the weight and of the BatchNorm's weight and bias. The convolution's own bias has none that
+    kernels would be needed for: BatchNorm takes a batch's mean away, or passes its bias' gradient on."""
+
+    u: Tensor
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def norm_gradients(
+    grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
+    u: Tensor, weight: Tensor, backend: str,
+) -> NormGradients:  # fmt: skip
+    """From the gradient of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
+    return NormGradients(
+        *torch.ops.wavemix_kernels.deconv_norm_gradients(
+            grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend
+        )
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    u, weight, bias, ctx.backend = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(u, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    u, weight = ctx.saved_tensors
+    return (
+        input_grad(grad, weight, ctx.backend), *weight_grad(grad, u, ctx.has_bias, ctx.backend), None
+    )  # fmt: skip
+
+
+#: (u, weight, bias, backend) -> output, with its gradient.
+fused = differentiable(_library, "deconv", _setup, _backward, once=True)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """An odd size, 40 channels to 36, and all gradients: (error, bound)."""
+    error = selftest.against_reference(
+        lambda u, w, b: [deconv(u, w, b, backend=backend)],
+        lambda u, w, b: [F.conv_transpose2d(u, w, b, STRIDE, PADDING)],
+        [selftest.pattern(2, 40, 5, 7), selftest.pattern(40, 36, 4, 4), selftest.pattern(36)],
+        device,
+    )
+    return error, selftest.rounding_bound(4 * 40)

@@ -1,0 +1,1 @@
+"""Separable wavelet transforms of any filters."""

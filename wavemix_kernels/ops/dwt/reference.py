@@ -1,0 +1,235 @@
+"""Any separable 2-D wavelet in plain PyTorch operations: extend the signal, convolve with stride 2.
+
+Differentiable to any order with the true gradient, in the signal and in the filters. Sizes, alignment and
+extension are those of PyWavelets' `dwt2` and `idwt2`. float16 and bfloat16 are computed in float32, levels
+recurse on the float32 LL, and every output is rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.haar.reference import half_up
+
+
+class Filters(NamedTuple):
+    """A two-channel filter bank per axis; the two filters of an axis have equally many taps, at least 2.
+
+    Analysis filters are stored mirrored (what `conv2d`, a correlation, wants), synthesis filters are not. Any
+    shape: only the order of the taps counts.
+    """
+
+    low_w: Tensor  # along W
+    high_w: Tensor
+    low_h: Tensor  # along H
+    high_h: Tensor
+
+
+def coefficient_size(size: int, taps: int, mode: str) -> int:
+    """Number of coefficients that `size` samples give in one level."""
+    return half_up(size) if mode == "periodization" else (size + taps - 1) // 2
+
+
+def sample_size(size: int, taps: int, mode: str) -> int:
+    """Number of samples that `size` coefficients give back in one level, before any crop."""
+    return 2 * size if mode == "periodization" else 2 * size - taps + 2
+
+
+def separable_dwt2d(x: Tensor, filters: Filters, levels: int = 1, *, mode: str = "zero") -> tuple[Tensor, list[Tensor]]:
+    """`levels` levels of analysis of x (N, C, H, W); `mode` is a key of `haar.MODES` other than 'per'.
+
+    Returns ll (N, C, h_L, w_L) and highs, finest first, each (N, C, 3, h_l, w_l) with bands LH, HL, HH, all
+    of x's dtype and contiguous. Raises ValueError where mode 'reflect' or 'antireflect' meets a size of 1,
+    which has nothing to reflect.
+    """
+    with _without_autocast(x):
+        ll = x.to(accumulate_dtype(x.dtype))
+        bank = Filters(*(f.to(ll.dtype) for f in filters))
+        highs = []
+        for _ in range(levels):
+            rows = _split(ll, bank.low_w, bank.high_w, -1, mode)
+            bands = _split(rows, bank.low_h, bank.high_h, -2, mode).unflatten(1, (ll.shape[1], 4))
+            ll = bands[:, :, 0]
+            # Copied apart, so that whoever holds a high does not keep every level's LL alive.
+            highs.append(bands[:, :, 1:].to(x.dtype).contiguous())
+        return ll.to(x.dtype).contiguous(), highs
+
+
+def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filters, *, mode: str = "zero") -> Tensor:
+    """Inverse of `separable_dwt2d`: ll (N, C, h, w) and highs, finest first, None for a level of zeros.
+
+    A running LL one row or column larger than its level's high is cropped, since the finer size was odd.
+    Returns (N, C, H, W) of ll's dtype with H = sample_size(h_1, ...). Raises ValueError where the sizes of a
+    level do not match, and where it has fewer coefficients than the filters reach over.
+    """
+    sizes = synthesis_sizes(ll, highs, (filters.low_h.numel(), filters.low_w.numel()), mode)
+    with _without_autocast(ll):
+        x = ll.to(accumulate_dtype(ll.dtype))
+        bank = Filters(*(f.to(x.dtype) for f in filters))
+        for high, size in zip(reversed(highs), sizes[:-1], strict=True):
+            x = cropped(x, size)
+            if high is None:  # the high-pass half of the bank is left out: no zeros are made
+                x = _merge(_merge(x, (bank.low_h,), -2, mode), (bank.low_w,), -1, mode)
+            else:
+                bands = torch.cat((x.unsqueeze(2), high.to(x.dtype)), 2).flatten(1, 2)
+                columns = _merge(bands, (bank.low_h, bank.high_h), -2, mode)
+                x = _merge(columns, (bank.low_w, bank.high_w), -1, mode)
+        return x.to(ll.dtype)
+
+
+def synthesis_sizes(
+    ll: Tensor, highs: Sequence[Tensor | None], taps: tuple[int, int], mode: str
+) -> list[tuple[int, int]]:
+    """The (h, w) at which each level reads its LL, coarsest first, then the (H, W) of the result.
+
+    `taps` are the lengths of the filters along H and W. Raises ValueError as `separable_idwt2d` says.
+    """
+    n, c, h, w = ll.shape
+    sizes = []
+    for level in range(len(highs), 0, -1):
+        high = highs[level - 1]
+        if high is not None:
+            high_h, high_w = high.shape[-2:]
+            if high.shape[:2] != (n, c) or h - high_h not in (0, 1) or w - high_w not in (0, 1):
+                raise ValueError(
+                    f"yh[{level - 1}]: expected shape {(n, c, 3, h, w)} to go with the low-pass there, or a row or "
+                    f"column less where the finer size is odd, got {tuple(high.shape)}"
+                )
+            h, w = high_h, high_w
+        sizes.append((h, w))
+        h, w = sample_size(h, taps[0], mode), sample_size(w, taps[1], mode)
+        if h < 1 or w < 1:
+            raise ValueError(
+                f"mode={mode!r}: filters of {taps} taps along H and W need at least "
+                f"{(taps[0] // 2, taps[1] // 2)} coefficients, got {sizes[-1]} at level {level}"
+            )
+    return [*sizes, (h, w)]
+
+
+def cropped(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first rows and columns of x (..., H, W), x itself where that is all of it."""
+    return x if x.shape[-2:] == size else x[..., : size[0], : size[1]]
+
+
+def extend(x: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
+    """x with `left` and `right` samples more along `dim` (-1 or -2), as `mode` extrapolates.
+
+    `mode` is a key of `haar.MODES` other than 'per'. Borders longer than the signal are right too. Only
+    borders are gathered, so the gradient scatters nothing else.
+    """
+    if mode == "zero":
+        return F.pad(x, (left, right) if dim == -1 else (0, 0, left, right))
+    n = x.shape[dim]
+    pieces = [x]
+    if left > 0:
+        pieces.insert(0, _extrapolate(x, dim, torch.arange(-left, 0, device=x.device), mode))
+    if right > 0:
+        pieces.append(_extrapolate(x, dim, torch.arange(n, n + right, device=x.device), mode))
+    return torch.cat(pieces, dim) if len(pieces) > 1 else x
+
+
+def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
+    """Samples of the infinitely extended x at the positions `at`, all of them outside 0 ... n - 1."""
+    n = x.shape[dim]
+    first, last = x.narrow(dim, 0, 1), x.narrow(dim, n - 1, 1)
+
+    def take(index: Tensor) -> Tensor:
+        return x.index_select(dim, index)
+
+    def along(values: Tensor) -> Tensor:
+        return values.reshape((-1, 1) if dim == -2 else (-1,))
+
+    before = along(at < 0)
+    if mode == "constant" or (mode == "smooth" and n == 1):  # a single sample has no slope
+        return torch.where(before, first, last)
+    if mode == "smooth":
+        slope = torch.where(before, x.narrow(dim, 1, 1) - first, last - x.narrow(dim, n - 2, 1))
+        distance = at - at.clamp(0, n - 1)
+        return torch.where(before, first, last) + along(distance).to(x.dtype) * slope
+    if mode == "periodic":
+        return take(at % n)
+    if mode == "periodization":  # of the signal whose odd end is repeated; by index, as Inductor errs on a cat
+        return take((at % (n + n % 2)).clamp(max=n - 1))
+    if mode in ("symmetric", "antisymmetric"):
+        phase = at % (2 * n)  # forwards, then backwards, both end samples twice
+        backwards = phase >= n
+        samples = take(torch.where(backwards, 2 * n - 1 - phase, phase))
+        return torch.where(along(backwards), -samples, samples) if mode == "antisymmetric" else samples
+    if n == 1:
+        raise ValueError(
+            f"mode={mode!r}: a level meets a single sample along {'H' if dim == -2 else 'W'}, which has nothing "
+            f"to reflect; use fewer levels or mode='symmetric'"
+        )
+    period = 2 * (n - 1)
+    phase = at % period  # forwards, then backwards, both end samples once
+    backwards = phase >= n
+    samples = take(torch.where(backwards, period - phase, phase))
+    if mode == "reflect":
+        return samples
+    # 'antireflect' is odd about either end point, so every period adds the same rise once more.
+    periods = torch.div(at, period, rounding_mode="floor")
+    rise = along(periods).to(x.dtype) * (2 * (last - first))
+    return torch.where(along(backwards), 2 * last - samples, samples) + rise
+
+
+def _split(x: Tensor, low: Tensor, high: Tensor, dim: int, mode: str) -> Tensor:
+    """One level of analysis along `dim`: x (N, C, H, W) to (N, 2C, h, w), low and high by turns."""
+    n, taps = x.shape[dim], low.numel()
+    if mode == "periodization":
+        x = extend(x, dim, taps - 1 - taps // 2, taps // 2 - 1 + n % 2, mode)
+    else:
+        # Coefficient k reads the samples 2k + 2 - taps ... 2k + 1.
+        x = extend(x, dim, taps - 2, 2 * coefficient_size(n, taps, mode) - n, mode)
+    kernel = torch.stack((low.flatten(), high.flatten())).reshape(2, 1, *_along(dim, taps, 1))
+    return _convolve(x, kernel, _along(dim, 2, 1))
+
+
+def _merge(bands: Tensor, filters: tuple[Tensor, ...], dim: int, mode: str) -> Tensor:
+    """One level of synthesis along `dim`: bands (N, K * C, h, w), K by turns with a filter each, to (N, C, H, W).
+
+    Even and odd samples are one convolution each (the filters' two phases), which spares the products with
+    inserted zeros that a transposed convolution is made of.
+    """
+    n, taps = bands.shape[dim], filters[0].numel()
+    size, start = sample_size(n, taps, mode), 0
+    if mode == "periodization":
+        # Wrapped around before the convolution, not after: exact for filters longer than the signal too.
+        left = (taps - taps // 2) // 2
+        start = 2 * left - (taps - taps // 2 - 1)
+        bands = extend(bands, dim, left, (start + taps - 1) // 2 - left, "periodic")
+    weight = torch.stack([f.flatten() for f in filters])
+    if taps % 2:  # a zero tap makes the phases equally long
+        weight, bands = F.pad(weight, (1, 0)), extend(bands, dim, 0, 1, "zero")
+    phases = weight.flip(1).unflatten(1, (-1, 2)).permute(2, 0, 1).flip(0)
+    kernel = phases.reshape(2, len(filters), *_along(dim, phases.shape[-1], 1))
+    samples = _convolve(bands, kernel, (1, 1))
+    even, odd = samples.unflatten(1, (bands.shape[1] // len(filters), 2)).unbind(2)
+    return torch.stack((even, odd), dim).flatten(dim - 1, dim).narrow(dim, start, size)
+
+
+def _convolve(x: Tensor, kernel: Tensor, stride: tuple[int, int]) -> Tensor:
+    """`kernel` (2, K, h, w) on each K channels of x (N, K * C, H, W) to (N, 2 * C, ...)."""
+    channels = x.shape[1] // kernel.shape[1]
+    if channels == 0:  # conv2d takes no samples, but not no channels
+        none = F.conv2d(x.reshape(0, kernel.shape[1], *x.shape[2:]), kernel, stride=stride)
+        return none.reshape(x.shape[0], 0, *none.shape[2:])
+    return F.conv2d(x, kernel.repeat(channels, 1, 1, 1), stride=stride, groups=channels)
+
+
+def _along(dim: int, size: int, other: int) -> tuple[int, int]:
+    """(height, width) with `size` along `dim` and `other` along the other axis."""
+    return (size, other) if dim == -2 else (other, size)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Autocast would run the convolutions, and so the LL between levels, in half precision."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

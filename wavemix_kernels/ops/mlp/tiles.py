@@ -1,0 +1,124 @@
+"""Tiles of the pointwise MLP's kernels: what runs by default and what a tuner tries. Free of triton."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from wavemix_kernels.ops.common.triton_launch import cover
+from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
+
+Kind = Literal["forward", "input", "input and output", "weight"]
+#: What multiplies half types: by warps, out of registers (sm_80, sm_120), or by groups of them, out of shared memory
+#: into registers (sm_90) or into a memory of its own (sm_100).
+Products = Literal["mma", "wgmma", "tcgen05"]
+#: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
+#: 64 registers of each thread, and as many again for what a step loads.
+_MOST_HELD = 512
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Rows of pixels and hidden units at work at a time, and input channels: 0 for all of them, held on the chip."""
+
+    rows: int
+    hidden: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+def products_of(capability: tuple[int, int]) -> Products:
+    return {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")  # type: ignore[return-value]
+
+
+def config_for(
+    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False
+) -> MlpConfig:
+    """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
+
+    Half types: 64 rows on four warps are wgmma's and tcgen05's own tile, and two blocks of at most 255 registers a
+    thread share a multiprocessor, so that one multiplies while the other takes error functions. 192 accumulated columns
+    are 96 registers of a thread, and 32 units of the hidden layer 16, twice in a gradient; where more columns leave no
+    room, a step takes 16. Beyond that, and where matrices multiply by warps, a tile of 32 rows (for the weights'
+    gradients: units) on eight warps holds 512 columns in 64 registers, and one block fits a multiprocessor: eight
+    warps, as many as of two blocks of four. For the weights' gradients that is what makes all of them in one pass: at
+    192 + 96 columns to 192, 384 units, one launch takes 12 programs a run of pixels, each of which makes 32 units' part
+    of the hidden layer once and reads 480 columns, from L2 but for the first of the twelve. A launch for each weight
+    makes it three times and reads 1150 columns. 64 units on sm_90 would halve what is read and spill: wgmma's left
+    operand, the weights, lies in registers all the while, 120 of them; tcgen05 has its sums elsewhere.
+    fp32 multiplies on the ordinary units, whose operands are registers too: 16 x 16 tiles of the hidden layer on eight
+    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds. 32 units of the
+    weights' gradients share more of what is read; in TF32 they would be as high as B's narrower tile is wide, and spill
+    (narrowest).
+
+    Raises:
+        ValueError: more columns than the smallest tile can accumulate.
+    """
+    columns = a + b
+    if max(columns, o) > MOST_COLUMNS:
+        raise ValueError(
+            f"{columns} input and {o} output channels: at most {MOST_COLUMNS}; backend 'reference' takes any"
+        )
+    if itemsize == 4:
+        return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
+    if max(columns, o) > 512:
+        return MlpConfig(16, 16, 64, 8, 2)
+    together = held((a, b, o), 16)
+    by_warps = MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
+    if kernel == "weight":
+        if products != "mma" and together <= 160:
+            return MlpConfig(32, 64, 0, 4, 2)
+        if products == "tcgen05" and together <= 480:
+            return MlpConfig(32, 64, 0, 8, 2)
+        return MlpConfig(32, 32, 0, 4, 2) if held((a, b, o), 64) <= 256 else by_warps
+    if products == "mma":
+        return by_warps
+    if kernel == "input and output":
+        if together <= 160 or (products == "tcgen05" and together <= 480):
+            return MlpConfig(64, 32, 0, 4, 2)
+        return MlpConfig(64, 16, 0, 4, 2) if together <= 256 else by_warps
+    if kernel == "input":
+        if max(columns, o) <= 192:
+            return MlpConfig(64, 32, 0, 4, 2)
+        return MlpConfig(64, 16, 0, 4, 2) if columns <= 288 and o <= 192 else MlpConfig(32, 16, 0, 8, 2)
+    if columns <= 288 and o <= 192:
+        return MlpConfig(64, 32, 0, 4, 2)
+    return MlpConfig(64, 16, 0, 4, 2) if columns <= 384 and o <= 256 else MlpConfig(32, 16, 0, 8, 2)
+
+
+def search_space(itemsize: int) -> Iterator[MlpConfig]:
+    """Configurations worth timing."""
+    if itemsize == 4:
+        for rows, num_warps in ((16, 4), (32, 8)):
+            yield MlpConfig(rows, 16, 16, num_warps, 2)
+        return
+    for rows, hidden, num_warps in ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4)):
+        yield MlpConfig(rows, hidden, 0, num_warps, 2)
+
+
+def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:
+    """The least width of a tile of columns (launch.cover).
+
+    Tiles lower than 64 multiply by warps, which Triton lays out along the longer side of a result. Products that share
+    an operand and whose results lie along different sides repeat one another: 16 columns beside 128 cost 1500 spills.
+    """
+    height = config.hidden if kernel == "weight" else config.rows
+    return 2 * height if itemsize == 2 and height < 64 else 16
+
+
+def held(widths: tuple[int, ...], least: int) -> int:
+    """Columns of the tiles of all operands."""
+    return sum(sum(cover(width, least)) for width in widths)
+
+
+def holds_output(itemsize: int, a: int, b: int, o: int) -> bool:
+    """Whether the kernel of the inputs' gradients has room for the output beside them."""
+    return held((a, b, o), 64 if itemsize == 2 else 16) <= _MOST_HELD
+
+
+def weights_together(itemsize: int, a: int, b: int, o: int, config: MlpConfig) -> tuple[tuple[str, ...], ...]:
+    """Which gradients a launch accumulates: all where they fit the registers, else one, with the hidden layer made
+    again for the next."""
+    parts = ("x", "second", "w2") if b else ("x", "w2")
+    registers = held((a, b, o), narrowest("weight", itemsize, config)) * config.hidden // (32 * config.num_warps)
+    return (parts,) if registers <= (80 if config.channels else 128) else tuple((part,) for part in parts)

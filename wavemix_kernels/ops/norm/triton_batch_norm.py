@@ -1,0 +1,302 @@
+"""Batch normalisation in Triton: statistics, the affine passes and their sums, over any mix of memory layouts.
+
+A tile is some channels by a run of positions. What the layouts of a launch's tensors have in common decides the run:
+the whole batch where all are channels_last, an image where one is not. So no position is ever divided into rows and
+columns, and each tensor's own innermost dimension is read in vectors (Triton exchanges between two that differ).
+Sums are partial sums of fixed blocks added in a fixed order: results are the same in every run.
+"""
+
+# No `from __future__ import annotations` here: Triton reads its kernels' annotations.
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef"
+# (Triton's functions are traced, not called: their arguments have no Python types.)
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
+
+_PROGRAMS = 528  # four for each multiprocessor of an H100, to hide the latency of a pass over memory
+_MAX_SPLITS = 128  # partial sums of a channel, which one warp adds up
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """A tile of channels x positions, a power of two each."""
+
+    channels: int
+    positions: int
+    num_warps: int
+
+
+def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig:
+    """The default tile of 2048 values; `innermost`: for each tensor, whether channels are contiguous in it."""
+    if all(innermost):
+        across = 64
+    elif any(innermost):
+        across = 32  # an exchange: half a cache line of the half types on either side
+    else:
+        across = 2
+    across = min(across, pow2_at_least(channels))
+    return NormConfig(across, min(2048 // across, pow2_at_least(run)), 4)
+
+
+def search_space() -> Iterator[NormConfig]:
+    """Tiles worth timing."""
+    for channels, positions in ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16)):
+        yield NormConfig(channels, positions, 4)
+
+
+class Geometry(NamedTuple):
+    """Positions as outer1 x outer0 runs of `run` positions, and each tensor's strides over them."""
+
+    outer0: int
+    run: int
+    runs: int
+    channels: int
+    strides: tuple[tuple[int, int, int, int], ...]  # of outer1, outer0, position, channel
+
+
+def geometry(tensors: Sequence[Tensor]) -> Geometry:
+    """Merges N, H and W as far as the layouts of all tensors allow."""
+    n, c, h, w = tensors[0].shape
+    dims = [(size, [t.stride(axis) for t in tensors]) for axis, size in ((0, n), (2, h), (3, w)) if size != 1]
+    merged: list[tuple[int, list[int]]] = []
+    for size, strides in dims:
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * size, strides)
+        else:
+            merged.append((size, strides))
+    while len(merged) < 3:
+        merged.insert(0, (1, [0] * len(tensors)))
+    (outer1, s1), (outer0, s0), (run, s) = merged
+    each = tuple((s1[i], s0[i], s[i], t.stride(1)) for i, t in enumerate(tensors))
+    return Geometry(outer0, run, outer1 * outer0, c, each)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
+    """Where tile number `tile` of some channels lies: offsets (positions, channels), and which positions exist."""
+    per_run = tl.cdiv(run, POSITIONS)
+    outer = tile // per_run
+    position = (tile - outer * per_run) * POSITIONS + tl.arange(0, POSITIONS)
+    s1, s0, s_p, s_c = strides
+    start = (outer // outer0) * s1 + (outer % outer0) * s0
+    return start + (position * s_p)[:, None] + (channel * s_c)[None, :], position < run
+
+
+@triton.jit(do_not_specialize=("tiles", "outer0"))
+def _stats_kernel(
+    partial_mean, partial_m2, partial_count, x, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
+    x_1: tl.int64, x_0: tl.int64, x_p, x_c,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Mean, sum of squared deviations and count of each split's values. A tile's own mean is taken off before
+    squaring and tiles are combined by Chan's formula, so nothing cancels where |mean| is far above the deviation."""
+    split = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    in_channels = channel < channels
+    mean = tl.zeros((CHANNELS,), REAL)
+    m2 = tl.zeros((CHANNELS,), REAL)
+    count = tl.zeros((CHANNELS,), REAL)
+    for tile in range(split, tiles, splits):
+        at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
+        mask = valid[:, None] & in_channels[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
+        here = tl.sum(valid.to(REAL), 0)
+        tile_mean = tl.sum(value, 0) / here
+        deviation = tl.where(mask, value - tile_mean[None, :], 0.0)
+        delta = tile_mean - mean
+        total = count + here
+        mean += delta * (here / total)
+        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * (here / total))
+        count = total
+    at = split * channels + channel
+    tl.store(partial_mean + at, mean, mask=in_channels)
+    tl.store(partial_m2 + at, m2, mask=in_channels)
+    tl.store(partial_count + at, count, mask=in_channels)
+
+
+@triton.jit
+def _combine_kernel(
+    mean, var, partial_mean, partial_m2, partial_count, channels, splits, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """One batch's mean and biased variance from those of its splits."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    split = tl.arange(0, SPLITS)
+    at = split[:, None] * channels + channel[None, :]
+    mask = (split < splits)[:, None] & (channel < channels)[None, :]
+    count = tl.load(partial_count + at, mask=mask, other=0.0)
+    part = tl.load(partial_mean + at, mask=mask, other=0.0)
+    m2 = tl.load(partial_m2 + at, mask=mask, other=0.0)
+    total = tl.where(channel < channels, tl.sum(count, 0), 1)
+    # Deviations from the first split's mean, which is close to all the others': their sum rounds little.
+    near = tl.sum(tl.where((split == 0)[:, None], part, 0.0), 0)
+    delta = tl.where(count > 0, part - near[None, :], 0.0)
+    shift = tl.sum(delta * count, 0) / total
+    rest = delta - shift[None, :]
+    tl.store(mean + channel, near + shift, mask=channel < channels)
+    tl.store(var + channel, tl.sum(m2 + rest * rest * count, 0) / total, mask=channel < channels)
+
+
+@triton.jit(do_not_specialize=("tiles", "outer0"))
+def _reduce_kernel(
+    partial_g, partial_gx, grad, x, mean, invstd, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
+    grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Each split's sums of grad and of grad * xhat."""
+    split = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    in_channels = channel < channels
+    centre = tl.load(mean + channel, mask=in_channels, other=0.0)
+    scale = tl.load(invstd + channel, mask=in_channels, other=0.0)
+    sum_g = tl.zeros((CHANNELS,), REAL)
+    sum_gx = tl.zeros((CHANNELS,), REAL)
+    for tile in range(split, tiles, splits):
+        at, valid = _offsets(tile, run, outer0, (grad_1, grad_0, grad_p, grad_c), channel.to(tl.int64), POSITIONS)
+        mask = valid[:, None] & in_channels[None, :]
+        g = tl.load(grad + at, mask=mask, other=0.0).to(REAL)
+        at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
+        value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
+        sum_g += tl.sum(g, 0)
+        sum_gx += tl.sum(tl.where(mask, g * ((value - centre[None, :]) * scale[None, :]), 0.0), 0)
+    at = split * channels + channel
+    tl.store(partial_g + at, sum_g, mask=in_channels)
+    tl.store(partial_gx + at, sum_gx, mask=in_channels)
+
+
+@triton.jit(do_not_specialize=("tiles", "outer0"))
+def _affine_kernel(
+    out, x, other, a, b, d, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels,
+    out_1: tl.int64, out_0: tl.int64, out_p, out_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
+    other_1: tl.int64, other_0: tl.int64, other_p, other_c,
+    OTHER: tl.constexpr,  # "none"; "added" as it is; "scaled" by b
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """out = a * x + d, plus `other`."""
+    tile = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(channels, CHANNELS)
+    channel = (tile % blocks).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
+    tile = tile // blocks
+    in_channels = channel < channels
+    at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
+    mask = valid[:, None] & in_channels[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(REAL) * tl.load(a + channel, mask=in_channels, other=0.0)[None, :]
+    value += tl.load(d + channel, mask=in_channels, other=0.0)[None, :]
+    if OTHER != "none":
+        at, valid = _offsets(tile, run, outer0, (other_1, other_0, other_p, other_c), channel.to(tl.int64), POSITIONS)
+        term = tl.load(other + at, mask=mask, other=0.0).to(REAL)
+        if OTHER == "scaled":
+            term *= tl.load(b + channel, mask=in_channels, other=0.0)[None, :]
+        value += term
+    at, valid = _offsets(tile, run, outer0, (out_1, out_0, out_p, out_c), channel.to(tl.int64), POSITIONS)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------- launch
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Plan(NamedTuple):
+    config: NormConfig
+    tiles: int
+    channel_blocks: int
+    splits: int
+    scalars: tuple[int, ...]  # tiles, run, outer0, channels
+    strides: tuple[int, ...]
+    constants: dict[str, object]
+
+
+def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
+    made = geometry(tensors)
+    config = config or config_for(made.channels, made.run, [s[3] == 1 for s in made.strides])
+    tiles = made.runs * triton.cdiv(made.run, config.positions)
+    blocks = triton.cdiv(made.channels, config.channels)
+    splits = max(1, min(_MAX_SPLITS, _PROGRAMS // max(blocks, 1), tiles))
+    constants = {
+        "CHANNELS": config.channels, "POSITIONS": config.positions,
+        "REAL": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
+        "num_warps": config.num_warps, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return _Plan(
+        config, tiles, blocks, splits, (tiles, made.run, made.outer0, made.channels),
+        tuple(stride for strides in made.strides for stride in strides), constants,
+    )  # fmt: skip
+
+
+def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, Tensor]:
+    """A launch and the (3, splits, C) partial means, squared deviations and counts it fills."""
+    plan = _plan([x], config)
+    partial = x.new_empty((3, plan.splits, x.shape[1]), dtype=_statistics_dtype(x))
+    args = (*partial.unbind(0), x, *plan.scalars, plan.splits, *plan.strides)
+    return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
+
+
+def combine_launch(partial: Tensor) -> tuple[Launch, Tensor]:
+    """A launch and the (2, C) mean and biased variance it fills."""
+    _, splits, channels = partial.shape
+    out = partial.new_empty((2, channels))
+    across = 4
+    args = (*out.unbind(0), *partial.unbind(0), channels, splits)
+    constants = {"SPLITS": pow2_at_least(splits), "CHANNELS": across, "num_warps": 1, "enable_fp_fusion": True}
+    return Launch(_combine_kernel, (triton.cdiv(channels, across),), args, constants), out
+
+
+def stats(x: Tensor, config: NormConfig | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of x (N, C, H, W), in fp32 (fp64 for fp64)."""
+    launch, partial = stats_launch(x, config)
+    launch.run(x)
+    launch, out = combine_launch(partial)
+    launch.run(x)
+    return out[0], out[1]
+
+
+def reduce_launch(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None
+) -> tuple[Launch, Tensor]:
+    """A launch and the (2, splits, C) partial sums it fills."""
+    plan = _plan([grad, x], config)
+    partial = mean.new_empty((2, plan.splits, x.shape[1]))
+    args = (*partial.unbind(0), grad, x, mean, invstd, *plan.scalars, plan.splits, *plan.strides)
+    return Launch(_reduce_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
+
+
+def reduce(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of grad and of grad * (x - mean) * invstd over each channel, in the dtype of `mean`."""
+    launch, partial = reduce_launch(grad, x, mean, invstd, config)
+    launch.run(x)
+    sum_g, sum_gx = partial.sum(1).unbind(0)
+    return sum_g, sum_gx
+
+
+def affine_launch(
+    out: Tensor, x: Tensor, a: Tensor, d: Tensor, other: Tensor | None = None, b: Tensor | None = None,
+    config: NormConfig | None = None,
+) -> Launch:  # fmt: skip
+    plan = _plan([out, x, x if other is None else other], config)
+    pointers = out, x, x if other is None else other, a, a if b is None else b, d
+    constants = {**plan.constants, "OTHER": "none" if other is None else "added" if b is None else "scaled"}
+    return Launch(
+        _affine_kernel, (plan.tiles * plan.channel_blocks,), (*pointers, *plan.scalars, *plan.strides), constants
+    )
+
+
+def affine(
+    out: Tensor, x: Tensor, a: Tensor, d: Tensor, other: Tensor | None = None, b: Tensor | None = None,
+    config: NormConfig | None = None,
+) -> None:  # fmt: skip
+    """out = a * x + d per channel, plus `other` (times `b` where given); images of one shape, any strides each."""
+    affine_launch(out, x, a, d, other, b, config).run(x)

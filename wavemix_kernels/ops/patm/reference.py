@@ -1,0 +1,62 @@
+"""What PATM's kernels compute, in plain PyTorch: the specification they are held to. The mathematics stand at the head
+of :mod:`wavemix_kernels.nn.wavemlp.reference`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+
+TAPS = 7
+
+
+def as_wave(z: Tensor, theta: Tensor) -> Tensor:
+    """Amplitude and phase (N, C, H, W) to the real and imaginary parts (N, 2C, H, W)."""
+    return torch.cat((z * torch.cos(theta), z * torch.sin(theta)), 1)
+
+
+def phase_aggregate(
+    z_h: Tensor,
+    z_w: Tensor,
+    c: Tensor,
+    theta_h: Tensor,
+    theta_w: Tensor,
+    scale_h: Tensor,
+    shift_h: Tensor,
+    scale_w: Tensor,
+    shift_w: Tensor,
+    w_h: Tensor,
+    w_w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything of PATM between its projections and its branch weights.
+
+    Args:
+        z_h, z_w, c: amplitudes along W and H, and the channel branch; (N, C, H, W), one dtype.
+        theta_h, theta_w: what the BatchNorms of the phases read; (N, C, H, W) of that dtype.
+        scale_h, shift_h, scale_w, shift_w: those BatchNorms as affine maps, phase = ReLU(scale theta + shift); (C,).
+        w_h, w_w: taps of the grouped convolutions along W and H; (C, 2, 1, 7) and (C, 2, 7, 1).
+
+    Returns:
+        h, w (N, C, H, W) in the dtype of z_h, each rounded once, and s (N, C), the sums of ``h + w + c`` over H and W
+        before that rounding, in the dtype of the arithmetic: fp32 for the half types.
+    """
+    dtype = accumulate_dtype(z_h.dtype)
+
+    def aggregate(z: Tensor, theta: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+        # Phases have no upper bound, so a half type's spacing there would reach whole radians.
+        phase = F.relu(theta.to(dtype) * scale.to(dtype)[:, None, None] + shift.to(dtype)[:, None, None])
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        return F.conv2d(as_wave(z.to(dtype), phase), weight.to(dtype), padding=padding, groups=z.shape[1])
+
+    h = aggregate(z_h, theta_h, scale_h, shift_h, w_h)
+    w = aggregate(z_w, theta_w, scale_w, shift_w, w_w)
+    s = (h + w + c.to(dtype)).sum((2, 3))
+    return h.to(z_h.dtype), w.to(z_h.dtype), s
+
+
+def branch_sum(h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    """The branches h, w, c (N, C, H, W) weighted by a (N, C, 3), in that order, rounded once to the dtype of h."""
+    a_h, a_w, a_c = a.to(accumulate_dtype(h.dtype))[..., None, None].unbind(2)
+    return (h * a_h + w * a_w + c * a_c).to(h.dtype)

@@ -1,0 +1,435 @@
+"""``patm_whole``: PATM from its image to its output, and back from the output's gradient, without an image in between.
+
+Three operators. ``patm_moments`` makes mean and covariance of the image's channels, from which the batch statistics of
+any 1x1 convolution of it follow. With those known the phases' BatchNorms are affine maps, and ``patm_whole`` takes one
+image (of the batch) after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same
+from the image alone; what comes through batch statistics is linear in the image, and is added at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels import _native, backends
+from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.patm import reference
+
+
+class Image(NamedTuple):
+    """What PATM reads: ``x * scale + shift``, or x where these are None.
+
+    Attributes:
+        x: (N, C, H, W), C even. Contiguous channels are read in place.
+        scale, shift: (C), or (N, C) by image.
+    """
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class Weights(NamedTuple):
+    """(C, C, 1, 1) and (C) of the projections, biases may be None; scale and shift (C) of the phases, BatchNorm's;
+    taps (C, 2, 1, 7) and (C, 2, 7, 1); fc1 (K, C, 1, 1) and fc2 (3C, K, 1, 1) of the branch weights."""
+
+    z_h: Tensor
+    z_h_bias: Tensor | None
+    theta_h: Tensor
+    theta_h_bias: Tensor | None
+    scale_h: Tensor
+    shift_h: Tensor
+    taps_h: Tensor
+    z_w: Tensor
+    z_w_bias: Tensor | None
+    theta_w: Tensor
+    theta_w_bias: Tensor | None
+    scale_w: Tensor
+    shift_w: Tensor
+    taps_w: Tensor
+    channel: Tensor
+    channel_bias: Tensor | None
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor | None
+
+
+class Batch(NamedTuple):
+    """Statistics that the phases' affine maps came of, so that gradients go through them: mean and inverse deviation
+    (2, C) of theta_h and theta_w; mean (C) and covariance (C, C) of the image, in float64."""
+
+    mean: Tensor
+    invstd: Tensor
+    image_mean: Tensor
+    covariance: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the image and the weights, each in the dtype and shape of what it belongs to, biases where there are none
+    included.
+
+    Attributes:
+        sums: (2, 2, C), for theta_h and theta_w the sums of d and of ``d * (theta - mean)``, with d the gradient of the
+            phase before ReLU and mean 0 without batch statistics: the gradients of shift and scale.
+    """
+
+    image: Tensor
+    z_h: Tensor
+    z_h_bias: Tensor
+    theta_h: Tensor
+    taps_h: Tensor
+    z_w: Tensor
+    z_w_bias: Tensor
+    theta_w: Tensor
+    taps_w: Tensor
+    channel: Tensor
+    channel_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    sums: Tensor
+
+
+def _schema(fields: Any) -> str:
+    """A NamedTuple's fields as an operator's arguments."""
+    hints = get_type_hints(fields)
+    return ", ".join(f"{'Tensor' if kind is Tensor else 'Tensor?'} {field}" for field, kind in hints.items())
+
+
+_WEIGHTS, _IMAGE = _schema(Weights), _schema(Image)
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define(f"patm_moments({_IMAGE}, str backend) -> (Tensor, Tensor)")
+_library.define(f"patm_whole({_IMAGE}, Tensor? path, bool residual, {_WEIGHTS}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"patm_whole_backward(Tensor grad, Tensor branch_mean, Tensor? mean, Tensor? invstd, Tensor? image_mean, "
+    f"Tensor? covariance, {_IMAGE}, Tensor? path, {_WEIGHTS}, str backend) -> Tensor[]"
+)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------
+
+
+def _cpu_why_not(*tensors: Tensor) -> str | None:
+    if (reason := backends.cpu_why_not(*tensors)) is not None:
+        return reason
+    odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
+    return None if odd is None else f"it takes an even number of channels, got {odd}"
+
+
+class _CpuArguments:
+    """Arguments as the core takes them; holds what must outlive the call."""
+
+    def __init__(self, image: Image, *rest: Tensor | None) -> None:
+        x = layout.channels_inner(image.x)
+        self.wide = accumulate_dtype(x.dtype)
+        affine = [None if t is None else t.to(self.wide).contiguous() for t in image[1:]]
+        weights = [None if t is None else t.to(self.wide).contiguous() for t in rest]
+        by_image = affine[0] is not None and affine[0].dim() == 2
+        self._kept = x, affine, weights
+        self.image = _native.DTYPES[x.dtype], x.shape, _native.address(x), *map(_pointer, affine), by_image
+        self.rest = [*map(_pointer, weights)]
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _cpu_moments(image: Image) -> tuple[Tensor, Tensor]:
+    core: Any = _native.core
+    mean, covariance = _moments_fake(image)
+    given = _CpuArguments(image)
+    core.patm_moments_cpu(given.image, mean.data_ptr(), covariance.data_ptr(), torch.get_num_threads())
+    return mean, covariance
+
+
+def _cpu_forward(image: Image, path: Tensor | None, residual: bool, w: Weights) -> tuple[Tensor, Tensor]:
+    core: Any = _native.core
+    out, branch_mean = _forward_fake(image)
+    given = _CpuArguments(image, path, *w)
+    core.patm_forward_cpu(
+        given.image, given.rest[1:], w.fc1.shape[0], residual, given.rest[0], _native.address(out),
+        branch_mean.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, branch_mean
+
+
+def _cpu_backward(
+    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights
+) -> Gradients:
+    core: Any = _native.core
+    grad = layout.channels_inner(grad)
+    given = _CpuArguments(image, path, branch_mean, center, *w)
+    # Between two passes over it the image's gradient is in the arithmetic type.
+    whole = image.x.dtype if center is None else given.wide
+    shapes = _gradient_shapes(w)
+    made = [branch_mean.new_empty(shape, dtype=given.wide) for shape in shapes]
+    out = Gradients(layout.empty(branch_mean.new_empty(0, dtype=whole), image.x.shape, True), *made)
+    path_at, mean_at, center_at, *weights = given.rest
+
+    def branch(i: int, z: Tensor, z_bias: Tensor, theta: Tensor, taps: Tensor) -> list[int]:
+        at = 0 if center is None else center_at + i * center.shape[1] * center.element_size()
+        return [at, *map(_pointer, (z, z_bias, theta, taps, out.sums[i, 0], out.sums[i, 1]))]
+
+    core.patm_backward_cpu(
+        given.image, weights, w.fc1.shape[0], path_at, _native.address(grad), mean_at, _native.address(out.image),
+        whole == given.wide, [*branch(0, *out[1:5]), *branch(1, *out[5:9]), *map(_pointer, out[9:17])],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _cpu_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector: Tensor) -> Tensor:
+    core: Any = _native.core
+    given = _CpuArguments(image, matrix, vector)
+    out = partial if partial.dtype == image.x.dtype else layout.empty(image.x, image.x.shape, True)
+    core.patm_add_linear_cpu(
+        given.image, _native.address(partial), *given.rest, _native.address(out), torch.get_num_threads()
+    )
+    return out
+
+
+# --- Reference -------------------------------------------------------------------------------------------
+
+
+def _read(image: Image) -> Tensor:
+    wide = image.x.to(accumulate_dtype(image.x.dtype))
+    if image.scale is None or image.shift is None:
+        return wide
+    return wide * image.scale.to(wide.dtype)[..., None, None] + image.shift.to(wide.dtype)[..., None, None]
+
+
+def _reference_moments(image: Image) -> tuple[Tensor, Tensor]:
+    rows = _read(image).double().permute(0, 2, 3, 1).flatten(0, 2)
+    mean = rows.mean(0)
+    return mean, (rows - mean).t() @ (rows - mean) / rows.shape[0]
+
+
+def _branches(read: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    """PATM of an image as it is read, and the mean of its branches: differentiable."""
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
+
+    wide = [None if t is None else t.to(read.dtype) for t in w]
+    v = Weights(*wide)  # type: ignore[arg-type]
+    c = project(v.channel, v.channel_bias)
+    h, u, s = reference.phase_aggregate(
+        project(v.z_h, v.z_h_bias), project(v.z_w, v.z_w_bias), c, project(v.theta_h, v.theta_h_bias),
+        project(v.theta_w, v.theta_w_bias), v.scale_h, v.shift_h, v.scale_w, v.shift_w, v.taps_h, v.taps_w,
+    )  # fmt: skip
+    mean = s / (read.shape[2] * read.shape[3])
+    hidden = F.gelu(F.linear(mean, v.fc1.flatten(1), v.fc1_bias))
+    a = F.linear(hidden, v.fc2.flatten(1), v.fc2_bias).reshape(*mean.shape, 3).softmax(2)
+    mixed = reference.branch_sum(h, u, c, a)
+    return F.conv2d(mixed, v.proj, v.proj_bias), mean
+
+
+def _reference_forward(image: Image, path: Tensor | None, residual: bool, w: Weights) -> tuple[Tensor, Tensor]:
+    out, mean = _branches(_read(image), w)
+    if residual:
+        out = image.x + (out if path is None else out * path.reshape(-1, 1, 1, 1))
+    return layout.laid_out(out.to(image.x.dtype), True), mean
+
+
+def _reference_backward(
+    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights
+) -> Gradients:
+    read = _read(image)
+    n = read.shape[1]
+    zero = read.new_zeros(n)
+    present = {name: zero if t is None else t.to(read.dtype) for name, t in w._asdict().items()}
+    leaves = {name: t.detach().requires_grad_() for name, t in {"read": read, **present}.items()}
+    with torch.enable_grad():
+        out, _ = _branches(leaves["read"], Weights(**{k: t for k, t in leaves.items() if k != "read"}))
+    cotangent = grad.to(read.dtype) if path is None else grad.to(read.dtype) * path.reshape(-1, 1, 1, 1)
+    grads = dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], cotangent), strict=True))
+    sums = torch.stack([torch.stack((grads[f"shift_{b}"], grads[f"scale_{b}"])) for b in "hw"])
+    if center is not None:
+        sums[:, 1] -= center * sums[:, 0]
+    else:
+        grads["read"] = grads["read"].to(image.x.dtype)
+    named = {name: grads[name] for name in Gradients._fields[1:-1]}
+    return Gradients(layout.laid_out(grads["read"], True), **named, sums=sums)
+
+
+def _reference_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector: Tensor) -> Tensor:
+    linear = F.conv2d(_read(image), matrix.to(partial.dtype)[:, :, None, None], vector.to(partial.dtype))
+    return layout.laid_out((partial + linear).to(image.x.dtype), True)
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "cpu": backends.Backend(
+        _cpu_why_not,
+        {
+            "moments": _cpu_moments,
+            "forward": _cpu_forward,
+            "backward": _cpu_backward,
+            "add_linear": _cpu_add_linear,
+        },
+    ),
+    "reference": backends.Backend(
+        backends.reference_why_not,
+        {
+            "moments": _reference_moments,
+            "forward": _reference_forward,
+            "backward": _reference_backward,
+            "add_linear": _reference_add_linear,
+        },
+    ),
+}
+
+
+# --- The operators ---------------------------------------------------------------------------------------
+
+_COUNT = len(Weights._fields)
+
+
+def _moments_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *image, backend = arguments
+    return backends.select("patm_moments", BACKENDS, backend, image[0]).functions["moments"](Image(*image))
+
+
+def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, scale, shift, path, residual, *weights, backend = arguments
+    function = backends.select("patm_whole", BACKENDS, backend, x).functions["forward"]
+    return function(Image(x, scale, shift), path, residual, Weights(*weights))
+
+
+def _backward_op(*arguments: Any) -> list[Tensor]:
+    grad, branch_mean, *given, x, scale, shift, path = arguments[: -_COUNT - 1]
+    weights, backend = Weights(*arguments[-_COUNT - 1 : -1]), arguments[-1]
+    image = Image(x, scale, shift)
+    functions = backends.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
+    batch = None if given[0] is None else Batch(*given)
+    out: Gradients = functions["backward"](
+        grad, branch_mean, None if batch is None else batch.mean, image, path, weights
+    )
+    if batch is not None:
+        d_theta, matrix, vector = _through_statistics(out.sums, image, weights, batch)
+        for gradient, more in zip((out.theta_h, out.theta_w), d_theta, strict=True):
+            gradient.add_(more.reshape(gradient.shape))
+        out = out._replace(image=functions["add_linear"](out.image, image, matrix, vector))
+    dtypes = [weights.proj.dtype if t is None else t.dtype for t in _like(weights)]
+    return [out.image, *(t.to(dtype) for t, dtype in zip(out[1:-1], dtypes, strict=True)), out.sums]
+
+
+def _through_statistics(sums: Tensor, image: Image, w: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch statistics depend on theta, too: to its gradient come ``rise (theta - mean) + offset``, a line per channel.
+
+    Theta is a convolution of the image, so to its weights' gradient comes a product with the image's covariance and to
+    the image's gradient ``matrix image + vector``.
+    """
+    count = max(image.x.shape[0] * image.x.shape[2] * image.x.shape[3], 1)
+    wide = sums.dtype
+    scale = torch.stack((w.scale_h, w.scale_w)).to(wide)
+    rise = -scale * batch.invstd.to(wide).square() * sums[:, 1] / count
+    offset = -scale * sums[:, 0] / count
+    theta = torch.stack((w.theta_h, w.theta_w)).to(wide).flatten(2)
+    image_mean, covariance = batch.image_mean.to(wide), batch.covariance.to(wide)
+    tilted = rise[..., None] * theta
+    d_theta = count * (tilted @ covariance + offset[..., None] * image_mean)
+    matrix = theta.flatten(0, 1).t() @ tilted.flatten(0, 1)
+    vector = offset.flatten() @ theta.flatten(0, 1) - matrix @ image_mean
+    return d_theta, matrix, vector
+
+
+def _like(w: Weights) -> list[Tensor | None]:
+    """The weights that :class:`Gradients` has, in its order."""
+    return [getattr(w, name) for name in Gradients._fields[1:-1]]
+
+
+def _gradient_shapes(w: Weights) -> list[tuple[int, ...]]:
+    channels = w.proj.shape[0]
+    return [*((channels,) if t is None else tuple(t.shape) for t in _like(w)), (2, 2, channels)]
+
+
+def _moments_fake(image: Image) -> tuple[Tensor, Tensor]:
+    c = image.x.shape[1]
+    return image.x.new_empty(c, dtype=torch.float64), image.x.new_empty((c, c), dtype=torch.float64)
+
+
+def _forward_fake(image: Image) -> tuple[Tensor, Tensor]:
+    x = image.x
+    return layout.empty(x, x.shape, True), x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+
+
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    x, weights = arguments[6], Weights(*arguments[-_COUNT - 1 : -1])
+    dtypes = [weights.proj.dtype if t is None else t.dtype for t in _like(weights)] + [accumulate_dtype(x.dtype)]
+    made = [x.new_empty(s, dtype=d) for s, d in zip(_gradient_shapes(weights), dtypes, strict=True)]
+    return [layout.empty(x, x.shape, True), *made]
+
+
+_library.impl("patm_moments", _moments_op, "CompositeExplicitAutograd")
+_library.impl("patm_whole", _forward_op, "CompositeExplicitAutograd")
+_library.impl("patm_whole_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::patm_moments", lambda *a: _moments_fake(Image(*a[:3])), lib=_library)
+torch.library.register_fake("wavemix_kernels::patm_whole", lambda *a: _forward_fake(Image(*a[:3])), lib=_library)
+torch.library.register_fake("wavemix_kernels::patm_whole_backward", _backward_fake, lib=_library)
+
+
+def moments(image: Image, backend: str) -> tuple[Tensor, Tensor]:
+    """Mean (C) and biased covariance (C, C) of the image's channels over N, H and W, float64."""
+    return torch.ops.wavemix_kernels.patm_moments(*image, backend)
+
+
+def forward(image: Image, path: Tensor | None, residual: bool, weights: Weights, backend: str) -> tuple[Tensor, Tensor]:
+    """PATM of the image, or with ``residual`` ``x + path PATM(image)``, path (N) or None.
+
+    Returns:
+        The output, (N, C, H, W) in x's dtype, channels_last, and (N, C) the mean that the branch weights came of, fp32
+        (fp64 for fp64). No gradient is registered: it is a step of :mod:`wavemix_kernels.ops.patm.op`.
+    """
+    return torch.ops.wavemix_kernels.patm_whole(*image, path, residual, *weights, backend)
+
+
+def backward(
+    grad: Tensor, branch_mean: Tensor, batch: Batch | None, image: Image, path: Tensor | None, weights: Weights,
+    backend: str,
+) -> Gradients:  # fmt: skip
+    """All gradients of :func:`forward`, less what goes around the branch; ``batch`` None: scale and shift are given."""
+    given = batch or (None,) * len(Batch._fields)
+    return Gradients(
+        *torch.ops.wavemix_kernels.patm_whole_backward(grad, branch_mean, *given, *image, path, *weights, backend)
+    )
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """Two images behind an affine map, as a residual branch, with all gradients through statistics: (error, bound)."""
+    p = selftest.pattern
+    c, hidden, shape = 6, 3, (2, 6, 9, 5)
+
+    def weights() -> list[Tensor]:
+        out: list[Tensor] = []
+        for i, taps in enumerate(((1, 7), (7, 1))):
+            out += [p(c, c, 1, 1, phase=i), p(c, phase=i), p(c, c, 1, 1, phase=i + 2), p(c, phase=i + 2)]
+            out += [p(c, phase=i) + 2, p(c, phase=i + 1) + 2, p(c, 2, *taps, phase=i)]
+        out += [p(c, c, 1, 1, phase=4), p(c), p(hidden, c, 1, 1), p(hidden), p(3 * c, hidden, 1, 1), p(3 * c)]
+        return [*out, p(c, c, 1, 1, phase=5), p(c)]
+
+    def run(name: str, where: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        def to(t: Tensor) -> Tensor:
+            return t.to(where, torch.float32).to(dtype)
+
+        image = Image(to(p(*shape)), to(p(2, c) + 2), to(p(2, c, phase=1)))
+        w = Weights(*map(to, weights()))
+        mean, covariance = moments(image, name)
+        batch = Batch(to(p(2, c)), to(p(2, c) + 2), mean, covariance)
+        out, branch_mean = forward(image, to(p(2)), True, w, name)
+        grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, name)
+        return [mean, covariance, out, branch_mean, *grads]
+
+    got = run(backend, device, torch.float32)
+    want = run("reference", torch.device("cpu"), torch.float64)
+    error = max(((a.double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
+    return error, selftest.rounding_bound(2 * 9 * 5 + 14 + 5 * c)

@@ -1,0 +1,244 @@
+"""``reduce_haar``: a Waveblock's 1x1 convolution and all its Haar levels, straight into the block's channel order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.haar import op as haar
+from wavemix_kernels.ops.haar import pyramid as haar_pyramid
+from wavemix_kernels.ops.reduce_haar import reference
+
+_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library.define(
+    "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
+)
+_library.define(
+    "reduce_haar_gradients(Tensor[] grads, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) "
+    "-> Tensor[]"
+)
+
+
+def reduce_haar(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    levels: int = 1,
+    *,
+    channels_last: bool | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """1x1 convolution + bias, then every Haar level: ``Z_l = [LL_l | LH_l, HL_l, HH_l of each channel]``.
+
+    Reads x once; the reduced image itself never reaches memory on the fused backends. Under autocast x and the
+    weights take the autocast dtype, as a convolution's do.
+
+    Args:
+        x: (N, C, H, W), H and W multiples of ``2**levels``; float64, float32, float16 or bfloat16, any strides.
+        weight: (O, C, 1, 1), same dtype and device.
+        bias: (O) or None.
+        levels: 1 to 5.
+        channels_last: memory format of the results; default: x's own.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`.
+
+    Returns:
+        Z_1 … Z_levels, Z_l of shape (N, 4O, H/2^l, W/2^l).
+
+    Raises:
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+
+    Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
+    """
+    checks.check_tensor("x", x, 4, "(N, C, H, W)")
+    checks.check_tensor("weight", weight, 4, "(O, C, 1, 1)")
+    checks.check_positive_int("levels", levels)
+    if levels > haar.MAX_LEVELS:
+        raise ValueError(f"levels={levels}: expected 1 to {haar.MAX_LEVELS}")
+    if tuple(weight.shape[1:]) != (x.shape[1], 1, 1):
+        raise ValueError(f"weight: expected shape (O, {x.shape[1]}, 1, 1) to go with x, got {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
+        checks.check_multiple(f"x: {axis}", size, 2**levels)
+    x, weight, bias = checks.autocast(x, weight, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.check_same_device(name, tensor, "x", x)
+            checks.check_same_dtype(name, tensor, "x", x)
+    order = layout.is_channels_last(x) if channels_last is None else channels_last
+    return fused(x, weight, bias, levels, order, backends.requested(backend))
+
+
+def _inner(x: Tensor) -> Tensor:
+    """``x`` where its channels or its pixels are contiguous, else a copy."""
+    return x if x.stride(1) == 1 or x.stride(3) == 1 else layout.laid_out(x, layout.is_channels_last(x))
+
+
+def _addresses(images: list[Tensor]) -> list[list[int]]:
+    """Of images whose channels are contiguous, said so where they are one and torch may say anything."""
+    out = [list(_native.address(t)) for t in images]
+    for address in out:
+        address[2] = 1
+    return out
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    if not channels_last:
+        # The kernel's products give channels_last alone; the library's convolution keeps this order.
+        return haar_pyramid.pyramid(F.conv2d(x.contiguous(), weight, bias), levels, False, "cpu")
+    core: Any = _native.core
+    x, out = _inner(x), haar_pyramid.empty_pyramid(x, weight.shape[0], levels, True)
+    a = _native.address
+    core.reduce_haar_cpu(
+        _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
+        _addresses(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _cpu_gradients(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+    core: Any = _native.core
+    order = layout.is_channels_last(x)
+    out = _empty_gradients(grads, x, weight, add, has_bias)
+    x, grads = _inner(x), [layout.channels_inner(g) for g in grads]
+    if add is not None and add.stride() != out[0].stride():
+        add = layout.laid_out(add, order)
+    a = _native.address
+    core.reduce_haar_backward_cpu(
+        _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), _addresses(grads),
+        a(out[0]), a(add), out[1].data_ptr(), out[2].data_ptr() if has_bias else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+    a = _native.address
+    _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
+        _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
+        [a(z) for z in out], torch.backends.cuda.matmul.allow_tf32, *_native.stream(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
+    from wavemix_kernels.ops.reduce_haar import triton as kernels
+
+    out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+    bias = None if bias is None else bias.contiguous()
+    kernels.forward(out, x, weight[:, :, 0, 0].contiguous(), bias, channels_last)
+    return out
+
+
+def _triton_gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool
+) -> list[Tensor]:
+    from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
+
+    out = _empty_gradients(grads, x, weight, add, has_bias)
+    # As the MLP's gradient, a Waveblock's, comes; bands in another order are a third of x's size at most.
+    grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
+    dw, db = kernels.gradients(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
+    out[1][:, :, 0, 0] = dw
+    return [*out[:2], *([db.to(weight.dtype)] if has_bias else [])]
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "gradients": _triton_gradients}),
+    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
+    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "gradients": _cpu_gradients}),
+    "reference": backends.Backend(backends.reference_why_not, {}),
+}
+
+
+def _reduce_haar(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    chosen = backends.select("reduce_haar", BACKENDS, backend, x, weight)
+    if not chosen.functions:
+        return [layout.laid_out(z, channels_last) for z in reference.reduce_haar(x, weight, bias, levels)]
+    return chosen.functions["forward"](x, weight, bias, levels, channels_last)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    return haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
+
+
+def _empty_gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str = ""
+) -> list[Tensor]:
+    bias = [weight.new_empty(weight.shape[0])] if has_bias else []
+    return [layout.empty(x, x.shape, layout.is_channels_last(x)), weight.new_empty(weight.shape), *bias]
+
+
+def _gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
+) -> list[Tensor]:
+    # auto: of those that have kernels for it, none of which beats another on record.
+    table = BACKENDS if backend != "auto" else {n: b for n, b in BACKENDS.items() if "gradients" in b.functions}
+    chosen = backends.select("reduce_haar_gradients", table | {"reference": BACKENDS["reference"]}, backend, x, weight)
+    if "gradients" in chosen.functions:
+        return chosen.functions["gradients"](grads, x, weight, add, has_bias)
+    order = layout.is_channels_last(x)
+    part = backends.for_part(backend, haar_pyramid.BACKENDS)
+    reduced = torch.ops.wavemix_kernels.haar_pyramid_adjoint(grads, order, part)
+    dx, dw, *db = _library_gradients(reduced, x, weight, (True, True, has_bias))
+    dx = dx if add is None else dx + add
+    wanted = layout.empty(x.new_empty(0), x.shape, order).stride()
+    return [dx if dx.stride() == wanted else layout.laid_out(dx, order), dw.contiguous(), *(db if has_bias else [])]
+
+
+_library.impl("reduce_haar_gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::reduce_haar_gradients", _empty_gradients, lib=_library)
+_library.impl("reduce_haar", _reduce_haar, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::reduce_haar", _fake, lib=_library)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, bias, _, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _library_gradients(reduced: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+    return torch.ops.aten.convolution_backward(
+        reduced, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def gradients(
+    grads: list[Tensor], x: Tensor, weight: Tensor, has_bias: bool, add: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x (with ``add`` added, in x's memory format), weight and bias, not differentiable again."""
+    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_gradients(grads, x, weight, add, has_bias, backend)
+    return dx, dw, db[0] if has_bias else None
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    pyramid = backends.for_part(ctx.backend, haar_pyramid.BACKENDS)
+    reduced = haar_pyramid.adjoint(list(grads), layout.is_channels_last(x), pyramid)
+    return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
+
+
+#: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.
+fused = differentiable(_library, "reduce_haar", _setup, _backward)
+
+
+def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+    """Two levels on 16 channels and all gradients: (error, bound)."""
+    error = selftest.against_reference(
+        lambda x, w, b: reduce_haar(x, w, b, 2, backend=backend),
+        lambda x, w, b: reference.reduce_haar(x, w, b, 2),
+        [selftest.pattern(2, 16, 8, 12), selftest.pattern(4, 16, 1, 1), selftest.pattern(4)],
+        device,
+    )
+    return error, selftest.rounding_bound(2 * 8 * 12)

@@ -1,1 +1,0 @@
-"""Triton kernels, a file per family. Only importing a kernel module imports triton."""
