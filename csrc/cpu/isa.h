@@ -6,15 +6,14 @@
 // linker would keep one copy for all, perhaps the one with instructions this CPU lacks.
 #pragma once
 
-#include "wavemix/batch_norm.h"
+#include "wavemix/conv1x1.h"
 #include "wavemix/deconv.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
+#include "wavemix/norm.h"
 #include "wavemix/patm.h"
 #include "wavemix/patm_whole.h"
-#include "wavemix/pre_norm.h"
 #include "wavemix/reduce_haar.h"
-#include "wavemix/weight_grad.h"
 
 namespace wavemix {
 

@@ -1,9 +1,7 @@
 // The Waveblock's transposed convolution: 4x4 taps, stride 2, padding 1, so (n, f, h, w) becomes (n, o, 2h, 2w).
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType, Plane
+#include "wavemix/types.h"
 
 namespace wavemix {
 

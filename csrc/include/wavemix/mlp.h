@@ -1,17 +1,9 @@
 // Pointwise MLP on matrices of pixels: dropout(gelu([x | second * scale + shift] w1^T + b1)) w2^T + b2.
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType
+#include "wavemix/types.h"
 
 namespace wavemix {
-
-// Rows `stride` elements apart, columns contiguous.
-struct Matrix {
-  void* data = nullptr;
-  int64_t stride = 0;
-};
 
 // gelu is the exact form, x * Phi(x). Which hidden elements dropout keeps follows from (seed, row, column) alone, as
 // csrc/cpu/philox.h defines: not from the number of threads. f64 computes in double, everything else in float, the
