@@ -162,8 +162,8 @@ def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def gelu_bounds(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """|error| allowed for gelu and for its derivative, before either is rounded to a half type.
 
-    float: csrc/cpu/common/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the kernel
-    and in this file's reference.
+    float: csrc/cpu/common/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the
+    kernel and in this file's reference.
     """
     value, _, terms = exact_gelu(x)
     if accumulation(dtype) == torch.float64:

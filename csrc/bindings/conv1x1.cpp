@@ -11,7 +11,7 @@ void bind_conv1x1(py::module_& m) {
       [](int dtype, const Ints& size, const Ints& grad, const Ints& image, uintptr_t out, int threads) {
         if (size.size() != 3) throw py::value_error("size: expected (rows, o, c)");
         check_threads(threads);
-        WeightGradArgs args;
+        Conv1x1GradArgs args;
         args.dtype = dtype_of(dtype);
         args.rows = size[0];
         args.o = size[1];
@@ -20,7 +20,7 @@ void bind_conv1x1(py::module_& m) {
         args.image = matrix(image, "image");
         args.out = pointer(out);
         py::gil_scoped_release unlocked;
-        weight_grad_cpu(args, threads);
+        conv1x1_backward_weight_cpu(args, threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("grad"), py::arg("image"), py::arg("out"), py::arg("threads"));
 }

@@ -3,6 +3,7 @@
 #include "wavemix/deconv.h"
 
 #include "bindings/common.h"
+#include "cpu/choose.h"
 
 namespace wavemix::bindings {
 namespace {
@@ -35,7 +36,7 @@ DeconvArgs deconv_args(int dtype, const Ints& size, const Ints& u, const Ints& y
 }  // namespace
 
 void bind_deconv(py::module_& m) {
-  m.attr("DECONV_NARROW") = kDeconvNarrow;
+  m.attr("DECONV_NARROW") = choose::kDeconvFewChannels;
   m.def(
       "deconv_forward_cpu",
       [](int dtype, const Ints& size, const Ints& u, const Ints& y, uintptr_t weight, uintptr_t bias, uintptr_t mean,
@@ -54,14 +55,14 @@ void bind_deconv(py::module_& m) {
       [](int dtype, const Ints& size, const Ints& u, const Ints& grad, uintptr_t weight, const Ints& output,
          const Ints& norm, const Ints& d_u, uintptr_t d_weight, int threads) {
         const auto args = deconv_args(dtype, size, u, grad, weight, output, norm, threads);
-        DeconvGradients out;
-        out.u = view<Plane>(d_u, "d_u");
-        out.weight = pointer(d_weight);
-        if (args.f > 1 && !d_u.empty() && out.u.stride[1] != 1)
+        DeconvGradArgs grads;
+        grads.d_u = view<Plane>(d_u, "d_u");
+        grads.d_weight = pointer(d_weight);
+        if (args.f > 1 && !d_u.empty() && grads.d_u.stride[1] != 1)
           throw py::value_error("d_u: expected contiguous channels, got a channel stride of " +
-                                std::to_string(out.u.stride[1]));
+                                std::to_string(grads.d_u.stride[1]));
         py::gil_scoped_release unlocked;
-        deconv_gradients_cpu(args, out, threads);
+        deconv_backward_cpu(args, grads, threads);
       },
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("grad"), py::arg("weight"), py::arg("output"),
       py::arg("norm"), py::arg("d_u"), py::arg("d_weight"), py::arg("threads"));

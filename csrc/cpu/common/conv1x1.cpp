@@ -4,8 +4,6 @@
 // both operands are transposed in memory first. Here neither is: a product of the transpose reads them as they lie.
 // Threads share the rows of the result.
 
-#include "wavemix/conv1x1.h"
-
 #include "cpu/common/operands.h"
 
 namespace wavemix {
@@ -17,7 +15,7 @@ namespace {
 constexpr int64_t kDepth = 512, kStrip = 64;
 
 template <class T>
-void weight_grad(const WeightGradArgs& args, int threads) {
+void backward_weight(const Conv1x1GradArgs& args, int threads) {
   using A = typename Arithmetic<T>::type;
   if (args.rows * args.o < kSerialElements) threads = 1;
   const int64_t strips = (args.o + kStrip - 1) / kStrip, width = padded<A>(args.c);
@@ -59,13 +57,11 @@ void weight_grad(const WeightGradArgs& args, int threads) {
   }
 }
 
-void weight_grad_any(const WeightGradArgs& args, int threads) {
-  dispatch(args.dtype, [&](auto element) { weight_grad<decltype(element)>(args, threads); });
-}
-
 }  // namespace
 
-extern const WeightGradKernels weight_grad_kernels = {weight_grad_any};
+void conv1x1_backward_weight(const Conv1x1GradArgs& args, int threads) {
+  dispatch(args.dtype, [&](auto element) { backward_weight<decltype(element)>(args, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "wavemix/types.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -27,6 +29,21 @@ template <>
 struct Arithmetic<double> {
   using type = double;
 };
+
+// Calls `run` with a value of the element type.
+template <class Run>
+static void dispatch(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::f64:
+      return run(double{});
+    case DType::f32:
+      return run(float{});
+    case DType::f16:
+      return run(f16{});
+    case DType::bf16:
+      return run(bf16{});
+  }
+}
 
 static inline float bits_to_float(uint32_t bits) {
   float value;

@@ -105,19 +105,5 @@ static void finish_sums(const A* sums, int64_t size, int threads, int64_t rows, 
   }
 }
 
-template <class Run>
-static void dispatch(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
-}
-
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

@@ -1,9 +1,10 @@
 // The transposed convolution 4x4, stride 2, on the CPU by minimal filtering (minimal_filtering.h), with BatchNorm's
 // statistics of what it writes. Compiled once per instruction set.
 
-#include <math.h>
-
+#include "cpu/choose.h"
+#include "cpu/deconv/few_channels.h"
 #include "cpu/deconv/minimal_filtering.h"
+#include "cpu/deconv/statistics.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -46,43 +47,6 @@ struct WeightForms {  // taps -> what each product multiplies
   }
 };
 
-// Mean and sum of squared differences from it, of each channel: parts are merged as Chan, Golub and LeVeque (1983) do,
-// so no large numbers are subtracted. Within a part (a block of tiles) values count by their distance to the mean of
-// the parts before. In double, which costs nothing at this rate.
-template <class A>
-struct Statistics {
-  int64_t channels, stride;
-  double count = 0;
-  ZeroBuffer<double> mean, squares;
-  ZeroBuffer<A> part;
-  A* sums[3];
-  Statistics(int64_t c, int64_t padded_c)
-      : channels(c), stride(padded_c), mean(padded_c), squares(padded_c), part(3 * padded_c) {
-    for (int i = 0; i < 3; ++i) sums[i] = part.data + i * stride;
-  }
-  void merge(double n, const double* other_mean, const double* other_squares) {
-    if (n == 0) return;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double off = other_mean[c] - mean.data[c];
-      mean.data[c] += off * (n / (count + n));
-      squares.data[c] += other_squares[c] + off * off * (count * n / (count + n));
-    }
-    count += n;
-  }
-  void finish_part(double n, double* scratch) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const double off = static_cast<double>(sums[1][c]) / n;
-      scratch[c] = static_cast<double>(sums[0][c]) + off;
-      scratch[stride + c] = static_cast<double>(sums[2][c]) - off * off * n;
-    }
-    merge(n, scratch, scratch + stride);
-    for (int64_t c = 0; c < channels; ++c) {
-      sums[0][c] = static_cast<A>(mean.data[c]);
-      sums[1][c] = sums[2][c] = A(0);
-    }
-  }
-};
-
 // As many tiles at a time as keep `forms` vectors of their channels in half of a megabyte, and enough blocks for all
 // threads.
 template <class A>
@@ -99,9 +63,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
   using A = typename Arithmetic<T>::type;
   const Tiles tiles(args);
   if (tiles.count == 0) {
-    // The mean of nothing is no number, and says so.
-    for (int64_t c = 0; c < args.o && mean != nullptr; ++c)
-      static_cast<A*>(mean)[c] = static_cast<A*>(var)[c] = static_cast<A>(NAN);
+    if (mean != nullptr) Statistics<A>::finish(args.o, nullptr, 0, mean, var);
     return;
   }
   threads = threads_for(args, threads);
@@ -117,13 +79,13 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
   const int64_t block = tiles_at_a_time<A>(tiles.count, kForms, f, threads);
   const Panels panels(o / kLanes<A>);
   // Of each thread: count, then mean and squares of its pixels, merged in a fixed order at the end.
-  const int64_t line = 1 + 2 * o;
+  const int64_t line = Statistics<A>::line(args.o);
   const ZeroBuffer<double> of_thread(mean == nullptr ? 0 : threads * line);
   WAVEMIX_PARALLEL(threads) {
     const Buffer<A> forms(kForms * block * f), products(kAll * block * kGemmVectors * kLanes<A>), scratch(16 * f);
     scratch.clear(16 * f);
     Statistics<A> statistics(mean == nullptr ? 0 : args.o, mean == nullptr ? 0 : o);
-    const Buffer<double> part(mean == nullptr ? 0 : 2 * o);
+    const Buffer<double> part(mean == nullptr ? 0 : 2 * args.o);
     WAVEMIX_FOR
     for (int64_t first = 0; first < tiles.count; first += block) {
       const int64_t count = tiles.count - first < block ? tiles.count - first : block;
@@ -149,7 +111,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
         for (int64_t t = 0; t < count; ++t) {
           const Tile tile(tiles, first + t);
           const Square<T, 4> square(args.y, tile.n, 2 * args.h, 2 * args.w, 4 * tile.row, 4 * tile.column, at);
-          A* const sums[3] = {statistics.sums[0] + at, statistics.sums[1] + at, statistics.sums[2] + at};
+          A* const sums[3] = {statistics.lane(0) + at, statistics.lane(1) + at, statistics.lane(2) + at};
           const A* from = products.data + t * width;
           if (mean != nullptr && t == 0 && statistics.count == 0) {
             // Nothing is known of the mean yet: the first pixel is near enough.
@@ -170,34 +132,20 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
         const Tile tile(tiles, first + t);
         pixels += 4 * (2 * tile.row + 1 < args.h ? 2 : 1) * (2 * tile.column + 1 < args.w ? 2 : 1);
       }
-      statistics.finish_part(static_cast<double>(pixels), part.data);
+      statistics.finish_part(static_cast<double>(pixels), args.o, part.data);
     }
-    if (mean != nullptr) {
-      double* own = of_thread.data + WAVEMIX_THREAD * line;
-      own[0] = statistics.count;
-      std::memcpy(own + 1, statistics.mean.data, static_cast<size_t>(args.o) * sizeof(double));
-      std::memcpy(own + 1 + o, statistics.squares.data, static_cast<size_t>(args.o) * sizeof(double));
-    }
+    if (mean != nullptr) statistics.save(of_thread.data + WAVEMIX_THREAD * line);
   }
-  if (mean == nullptr) return;
-  Statistics<A> all(args.o, o);
-  for (int t = 0; t < threads; ++t) {
-    const double* part = of_thread.data + t * line;
-    all.merge(part[0], part + 1, part + 1 + o);
-  }
-  for (int64_t c = 0; c < args.o; ++c) {
-    static_cast<A*>(mean)[c] = static_cast<A>(all.mean.data[c]);
-    static_cast<A*>(var)[c] = static_cast<A>(all.squares.data[c] / all.count);
-  }
-}
-
-void forward_any(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
-  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
+  if (mean != nullptr) Statistics<A>::finish(args.o, of_thread.data, threads, mean, var);
 }
 
 }  // namespace
 
-extern const DeconvKernels deconv_kernels = {forward_any, deconv_gradients};
+void deconv_forward(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
+  if (choose::deconv(args) == choose::Deconv::few_channels)
+    return deconv_few_channels_forward(args, bias, mean, var, threads);
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

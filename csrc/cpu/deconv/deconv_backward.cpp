@@ -9,6 +9,8 @@
 // so the gradient of the weight is W' of the products S'(u)[sum of p] x G(g)[p], added up over all tiles (' marks the
 // transposed map): both gradients from the same forms of g, which is read once, and only nine forms of u.
 
+#include "cpu/choose.h"
+#include "cpu/deconv/few_channels.h"
 #include "cpu/deconv/minimal_filtering.h"
 
 namespace wavemix {
@@ -37,7 +39,7 @@ struct Sums {  // sums of products -> du[2t], du[2t+1]
     d[1] = s[1] - s[2];
   }
 };
-struct SumsAdjoint {  // u[2t], u[2t+1] -> what is multiplied with the products of each sum
+struct SumsTransposed {  // u[2t], u[2t+1] -> what is multiplied with the products of each sum
   static constexpr int in = 2, out = kSums;
   template <class V>
   static inline void make(const V (&d)[in], V (&s)[out]) {
@@ -58,7 +60,7 @@ struct WeightForms {  // taps -> what each product multiplies
     g[5] = w[3];
   }
 };
-struct WeightAdjoint {  // gradients of the products' weights -> of the taps
+struct WeightTransposed {  // gradients of the products' weights -> of the taps
   static constexpr int in = kProducts, out = 4;
   template <class V>
   static inline void make(const V (&m)[in], V (&w)[out]) {
@@ -112,13 +114,13 @@ void grad_forms(const DeconvArgs& args, const Norm<A>& norm, const Tile& tile, A
 // Threads make the forms of a block of tiles together and then share out the products, so that there is one sum for
 // each product whatever the number of threads, and the result does not depend on it.
 template <class T>
-void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) {
+void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
   using A = typename Arithmetic<T>::type;
   const Tiles tiles(args);
-  const bool to_u = out.u.data != nullptr, to_weight = out.weight != nullptr;
+  const bool to_u = made.d_u.data != nullptr, to_weight = made.d_weight != nullptr;
   threads = threads_for(args, threads);
   if (to_u)
-    advise<3>(out.u.data, {out.u.stride[0], out.u.stride[2], out.u.stride[3]}, {args.n, args.h, args.w},
+    advise<3>(made.d_u.data, {made.d_u.stride[0], made.d_u.stride[2], made.d_u.stride[3]}, {args.n, args.h, args.w},
               static_cast<int64_t>(sizeof(T)));
   const int64_t f = padded<A>(args.f), o = padded<A>(args.o);
   constexpr int kOfU = kSums * kSums;
@@ -141,7 +143,7 @@ void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) 
   if (to_u) pack_weights<WeightForms, T>(args, true, weights.data, size, threads);
   WAVEMIX_PARALLEL(threads) {
     constexpr int kPatch = GradForms::in * GradForms::in;
-    const ZeroBuffer<A> scratch(2 * kPatch * o), of_input(SumsAdjoint::in * SumsAdjoint::in * f);
+    const ZeroBuffer<A> scratch(2 * kPatch * o), of_input(SumsTransposed::in * SumsTransposed::in * f);
     WAVEMIX_FOR
     for (int product = 0; product < (to_weight ? kAll : 0); ++product)
       std::memset(totals.data + product * total, 0, static_cast<size_t>(total) * sizeof(A));
@@ -153,9 +155,9 @@ void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) 
         const Tile tile(tiles, first + t);
         grad_forms<T>(args, norm, tile, scratch.data, zero.data, grads.data + t * o, forms_of_o);
         if (!to_weight) continue;
-        const Patch<T, A, SumsAdjoint::in> input(args.u, tile.n, args.h, args.w, 2 * tile.row, 2 * tile.column, args.f,
-                                                 f, of_input.data, zero.data);
-        make_forms<SumsAdjoint>(input.pixel, f, inputs.data + t * f, forms_of_f);
+        const Patch<T, A, SumsTransposed::in> input(args.u, tile.n, args.h, args.w, 2 * tile.row, 2 * tile.column,
+                                                    args.f, f, of_input.data, zero.data);
+        make_forms<SumsTransposed>(input.pixel, f, inputs.data + t * f, forms_of_f);
       }
       WAVEMIX_FOR
       for (int64_t unit = 0; unit < (to_u ? kOfU * of_f.count : 0); ++unit) {
@@ -183,7 +185,7 @@ void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) 
       WAVEMIX_FOR
       for (int64_t t = 0; t < count; ++t) {
         const Tile tile(tiles, first + t);
-        const Square<T, 2> square(out.u, tile.n, args.h, args.w, 2 * tile.row, 2 * tile.column, 0);
+        const Square<T, 2> square(made.d_u, tile.n, args.h, args.w, 2 * tile.row, 2 * tile.column, 0);
         make_pixels<Sums>(sums.data + t * f, forms_of_f, args.f, static_cast<const A*>(nullptr), square.pixel);
       }
     }
@@ -192,8 +194,8 @@ void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) 
     for (int k = 0; k < 16; ++k) square.pixel[k / 4][k % 4] = taps.data + k * o;
     WAVEMIX_FOR
     for (int64_t i = 0; i < (to_weight ? args.f : 0); ++i) {
-      make_pixels<WeightAdjoint>(totals.data + i * o, total, o, static_cast<const A*>(nullptr), square.pixel);
-      T* weight = static_cast<T*>(out.weight) + i * args.o * 16;
+      make_pixels<WeightTransposed>(totals.data + i * o, total, o, static_cast<const A*>(nullptr), square.pixel);
+      T* weight = static_cast<T*>(made.d_weight) + i * args.o * 16;
       for (int64_t j = 0; j < args.o; ++j)
         for (int k = 0; k < 16; ++k) store(weight[j * 16 + k], taps.data[k * o + j]);
     }
@@ -202,8 +204,9 @@ void gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) 
 
 }  // namespace
 
-void deconv_gradients(const DeconvArgs& args, const DeconvGradients& out, int threads) {
-  dispatch(args.dtype, [&](auto element) { gradients<decltype(element)>(args, out, threads); });
+void deconv_backward(const DeconvArgs& args, const DeconvGradArgs& grads, int threads) {
+  if (choose::deconv(args) == choose::Deconv::few_channels) return deconv_few_channels_backward(args, grads, threads);
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
 
 }  // namespace WAVEMIX_ISA

@@ -9,17 +9,11 @@
 // product would fill half a vector or less, those of two neighbouring pixels stand beside each other, with zeros for
 // the taps that belong to one of them alone.
 
-#include "wavemix/deconv.h"
-
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#include <math.h>
+#include "cpu/deconv/few_channels.h"
 
 #include "cpu/common/pixels.h"
 #include "cpu/deconv/segments.h"
+#include "cpu/deconv/statistics.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -166,63 +160,6 @@ struct Grads {
   }
 };
 
-// --- Statistics --------------------------------------------------------------------------------------------
-
-// Mean and sum of squared differences from it, as in deconv.cpp: values count by their distance to the mean of what
-// came before, parts are merged as Chan, Golub and LeVeque (1983) do.
-template <class A>
-struct Statistics {
-  int64_t channels, ld;
-  double count = 0;
-  ZeroBuffer<double> mean, squares;
-  ZeroBuffer<A> lanes;  // center, sums of distances and of their squares, for each column of the products
-  Statistics(int64_t c, int64_t columns) : channels(c), ld(columns), mean(c), squares(c), lanes(3 * columns) {}
-  void center(const A* values) {
-    for (int64_t i = 0; i < ld; ++i) lanes.data[i] = values[i % channels];
-  }
-  void add(const A* values, int64_t places) {
-    typedef typename Vector<A>::type V;
-    typedef typename Vector<A>::unaligned Memory;
-    for (int64_t i = 0; i < ld; i += kLanes<A>) {
-      Memory* sums = reinterpret_cast<Memory*>(lanes.data + i);
-      const V center = sums[0];
-      V first{}, second{};
-      for (int64_t p = 0; p < places; ++p) {
-        const V off = *reinterpret_cast<const Memory*>(values + p * ld + i) - center;
-        first += off;
-        second += off * off;
-      }
-      *reinterpret_cast<Memory*>(lanes.data + ld + i) += first;
-      *reinterpret_cast<Memory*>(lanes.data + 2 * ld + i) += second;
-    }
-  }
-  void merge(double n, const double* other_mean, const double* other_squares) {
-    if (n == 0) return;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double off = other_mean[c] - mean.data[c];
-      mean.data[c] += off * (n / (count + n));
-      squares.data[c] += other_squares[c] + off * off * (count * n / (count + n));
-    }
-    count += n;
-  }
-  // n values of each channel, in `columns` columns, end a part.
-  void finish_part(double n, int64_t columns, double* scratch) {
-    if (n == 0) return;
-    for (int64_t c = 0; c < channels; ++c) {
-      double first = 0, second = 0;
-      for (int64_t i = c; i < columns; i += channels) {
-        first += static_cast<double>(lanes.data[ld + i]);
-        second += static_cast<double>(lanes.data[2 * ld + i]);
-      }
-      scratch[c] = static_cast<double>(lanes.data[c]) + first / n;
-      scratch[channels + c] = second - first * first / n;
-    }
-    merge(n, scratch, scratch + channels);
-    lanes.clear(3 * ld);
-    for (int64_t i = 0; i < ld; ++i) lanes.data[i] = static_cast<A>(mean.data[i % channels]);
-  }
-};
-
 // --- The passes --------------------------------------------------------------------------------------------
 
 template <class T>
@@ -230,9 +167,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
   using A = typename Arithmetic<T>::type;
   const Rows rows(args);
   if (rows.count == 0) {
-    // The mean of nothing is no number, and says so.
-    for (int64_t c = 0; c < args.o && mean != nullptr; ++c)
-      static_cast<A*>(mean)[c] = static_cast<A*>(var)[c] = static_cast<A>(NAN);
+    if (mean != nullptr) Statistics<A>::finish(args.o, nullptr, 0, mean, var);
     return;
   }
   threads = threads_for(args, threads);
@@ -258,7 +193,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
   const ZeroBuffer<A> offset(ld);
   if (bias != nullptr)
     for (int64_t i = 0; i < 2; ++i) load_row(static_cast<const T*>(bias), 1, o, offset.data + i * o);
-  const int64_t line = 1 + 2 * o;
+  const int64_t line = Statistics<A>::line(o);
   const Buffer<double> shares(mean == nullptr ? 0 : rows.shares.count * line);
   WAVEMIX_PARALLEL(threads) {
     Inputs<T, A> u(rows, f);
@@ -293,34 +228,21 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
         }
         if (mean != nullptr) statistics.finish_part(static_cast<double>(count), columns, scratch.data);
       }
-      if (mean == nullptr) continue;
-      double* own = shares.data + share * line;
-      own[0] = statistics.count;
-      std::memcpy(own + 1, statistics.mean.data, static_cast<size_t>(o) * sizeof(double));
-      std::memcpy(own + 1 + o, statistics.squares.data, static_cast<size_t>(o) * sizeof(double));
+      if (mean != nullptr) statistics.save(shares.data + share * line);
     }
   }
-  if (mean == nullptr) return;
-  Statistics<A> all(o, o);
-  for (int64_t share = 0; share < rows.shares.count; ++share) {
-    const double* own = shares.data + share * line;
-    all.merge(own[0], own + 1, own + 1 + o);
-  }
-  for (int64_t c = 0; c < o; ++c) {
-    static_cast<A*>(mean)[c] = static_cast<A>(all.mean.data[c]);
-    static_cast<A*>(var)[c] = static_cast<A>(all.squares.data[c] / all.count);
-  }
+  if (mean != nullptr) Statistics<A>::finish(o, shares.data, rows.shares.count, mean, var);
 }
 
 template <class T>
-void gradients(const DeconvArgs& args, const DeconvGradients& made, int threads) {
+void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
   using A = typename Arithmetic<T>::type;
   const Rows rows(args);
   const int64_t f = args.f, o = args.o;
-  const bool to_u = made.u.data != nullptr, to_weight = made.weight != nullptr;
+  const bool to_u = made.d_u.data != nullptr, to_weight = made.d_weight != nullptr;
   threads = threads_for(args, threads);
   if (to_u)
-    advise<3>(made.u.data, {made.u.stride[0], made.u.stride[2], made.u.stride[3]}, {args.n, args.h, args.w},
+    advise<3>(made.d_u.data, {made.d_u.stride[0], made.d_u.stride[2], made.d_u.stride[3]}, {args.n, args.h, args.w},
               static_cast<int64_t>(sizeof(T)));
   // Two neighbouring places of u are made together, from the six pixels in a row that either has taps for.
   const int64_t columns = 2 * f, ld = padded<A>(columns);
@@ -358,7 +280,8 @@ void gradients(const DeconvArgs& args, const DeconvGradients& made, int threads)
           for (int64_t r = first; r < last; ++r) {
             const int64_t at = (r - first) * rows.pitch;
             if (!rows.is_zero(r))
-              store_pairs(out.data + at / 2 * ld, ld, rows.w, f, row_of<T>(made.u, rows, r), made.u.stride[3], at % 2);
+              store_pairs(out.data + at / 2 * ld, ld, rows.w, f, row_of<T>(made.d_u, rows, r), made.d_u.stride[3],
+                          at % 2);
           }
         }
         if (to_weight) {
@@ -385,21 +308,19 @@ void gradients(const DeconvArgs& args, const DeconvGradients& made, int threads)
     for (int64_t i = 0; i < f; ++i)
       for (int64_t j = 0; j < o; ++j)
         for (int64_t k = 0; k < kTaps * kTaps; ++k)
-          store(static_cast<T*>(made.weight)[(i * o + j) * kTaps * kTaps + k],
+          store(static_cast<T*>(made.d_weight)[(i * o + j) * kTaps * kTaps + k],
                 static_cast<A>(total.data[(k / kTaps * whole_f + i) * wide + k % kTaps * o + j]));
   }
 }
 
-void forward_any(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
-  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
-}
-void gradients_any(const DeconvArgs& args, const DeconvGradients& made, int threads) {
-  dispatch(args.dtype, [&](auto element) { gradients<decltype(element)>(args, made, threads); });
-}
-
 }  // namespace
 
-extern const DeconvKernels deconv_narrow_kernels = {forward_any, gradients_any};
+void deconv_few_channels_forward(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
+}
+void deconv_few_channels_backward(const DeconvArgs& args, const DeconvGradArgs& grads, int threads) {
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

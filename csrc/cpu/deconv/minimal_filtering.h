@@ -15,18 +15,9 @@
 #pragma once
 
 #include "cpu/common/operands.h"
-#include "wavemix/deconv.h"
-
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
-
-// The other unit's entry in this instruction set's table of kernels.
-void deconv_gradients(const DeconvArgs& args, const DeconvGradients& out, int threads);
 
 constexpr int kProducts = 6;  // along one axis
 constexpr int kAll = kProducts * kProducts;

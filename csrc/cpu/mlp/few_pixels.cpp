@@ -296,14 +296,11 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
 
 }  // namespace
 
-// Fewer pixels than hidden channels (AMD EPYC, 2 threads, forward and backward: 2 images of 320 channels, 14x14: 5.6
-// ms, by blocks of pixels 10; 8 images of 512, 7x7: 15).
-bool is_wide(const MlpArgs& args) { return args.b == 0 && args.p == 0.0 && args.rows > 0 && args.rows < args.k; }
-void wide_mlp_forward(const MlpArgs& args, const Matrix& out, int threads) {
+void mlp_few_pixels_forward(const MlpArgs& args, const Matrix& out, int threads) {
   if (args.rows * args.k < kSerialElements) threads = 1;
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, threads); });
 }
-void wide_mlp_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+void mlp_few_pixels_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
   if (args.rows * args.k < kSerialElements) threads = 1;
   dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }

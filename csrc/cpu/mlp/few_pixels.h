@@ -1,4 +1,4 @@
-// The pointwise MLP where its weights outweigh the image: see wide_mlp.cpp. For mlp.cpp, which decides.
+// The pointwise MLP where its weights outweigh the image: see few_pixels.cpp. choose.h says when.
 #pragma once
 
 #include "wavemix/mlp.h"
@@ -6,10 +6,8 @@
 namespace wavemix {
 namespace WAVEMIX_ISA {
 
-// One input and no dropout; gradients without the output.
-bool is_wide(const MlpArgs& args);
-void wide_mlp_forward(const MlpArgs& args, const Matrix& out, int threads);
-void wide_mlp_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads);
+void mlp_few_pixels_forward(const MlpArgs& args, const Matrix& out, int threads);
+void mlp_few_pixels_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads);
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

@@ -3,10 +3,9 @@
 // A thread takes a block of rows through everything while it lies in its L2 cache, so of the hidden layer nothing
 // reaches memory; weights are packed once and shared. GELU and Philox cost about the same.
 
-#include "wavemix/mlp.h"
-
 #include <math.h>
 
+#include "cpu/choose.h"
 #include "cpu/common/gelu.h"
 #include "cpu/common/operands.h"
 #include "cpu/mlp/few_pixels.h"
@@ -249,25 +248,24 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
   finish_sums<T>(sums + at_b2, size, threads, 1, o, o, 1, grads.d_b2);
 }
 
-void forward_any(const MlpArgs& args, const Matrix& out, int threads) {
-  if (is_wide(args)) return wide_mlp_forward(args, out, threads);
+}  // namespace
+
+void mlp_forward(const MlpArgs& args, const Matrix& out, int threads) {
+  if (choose::mlp_forward(args) == choose::Mlp::few_pixels) return mlp_few_pixels_forward(args, out, threads);
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, threads); });
 }
-void backward_any(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
-  if (is_wide(args) && grads.out.data == nullptr) return wide_mlp_backward(args, grads, threads);
+void mlp_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+  if (choose::mlp_backward(args, grads) == choose::Mlp::few_pixels)
+    return mlp_few_pixels_backward(args, grads, threads);
   dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
 
-void philox(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
+void philox4x32(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
   PhiloxLanes c[4] = {};
   for (int i = 0; i < 4; ++i) c[i] += uint64_t{counter[i]};
   philox4x32(c, key[0], key[1]);
   for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(c[i][kPhiloxLanes - 1]);
 }
-
-}  // namespace
-
-extern const MlpKernels mlp_kernels = {forward_any, backward_any, philox};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

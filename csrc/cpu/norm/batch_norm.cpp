@@ -5,8 +5,6 @@
 #include <math.h>
 
 #include "cpu/norm/tiles.h"
-#include "wavemix/norm.h"
-
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
@@ -274,40 +272,27 @@ void backward_reduce(const BatchNormShape& shape, const Plane& g_plane, const Pl
 
 // --- Entry points ---------------------------------------------------------------------------------------
 
-// Calls `use` with a value of the element type.
-template <class Use>
-void with_type(DType dtype, Use use) {
-  switch (dtype) {
-    case DType::f64:
-      return use(double());
-    case DType::f32:
-      return use(float());
-    case DType::f16:
-      return use(f16());
-    case DType::bf16:
-      return use(bf16());
-  }
-}
-
 template <class T>
 void fill(void* array, int64_t c, double value) {
   using A = typename Arithmetic<T>::type;
   for (int64_t i = 0; i < c; ++i) static_cast<A*>(array)[i] = static_cast<A>(value);
 }
 
-void stats_of(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {
-  with_type(shape.dtype, [&](auto zero) {
+}  // namespace
+
+void batch_norm_stats(const BatchNormShape& shape, const Plane& y, void* mean, void* var, int threads) {
+  dispatch(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (!empty(shape)) return stats<T>(shape, y, mean, var, useful(shape, threads));
     fill<T>(mean, shape.c, NAN);
     fill<T>(var, shape.c, NAN);
   });
 }
-void apply(const BatchNormShape& shape, const Plane& y, const void* scale, const void* shift, const Plane& residual,
-           const Plane& out, int threads) {
+void batch_norm_apply(const BatchNormShape& shape, const Plane& y, const void* scale, const void* shift,
+                      const Plane& residual, const Plane& out, int threads) {
   if (empty(shape)) return;
   threads = useful(shape, threads);
-  with_type(shape.dtype, [&](auto zero) {
+  dispatch(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (residual.data == nullptr) {
       elementwise<T, Pass::affine>(shape, y, nullptr, scale, nullptr, shift, out, threads);
@@ -316,26 +301,22 @@ void apply(const BatchNormShape& shape, const Plane& y, const void* scale, const
     }
   });
 }
-void backward_reduce_of(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
-                        const void* invstd, void* sum_g, void* sum_gx, int threads) {
-  with_type(shape.dtype, [&](auto zero) {
+void batch_norm_backward_reduce(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* mean,
+                                const void* invstd, void* sum_g, void* sum_gx, int threads) {
+  dispatch(shape.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (!empty(shape)) return backward_reduce<T>(shape, g, y, mean, invstd, sum_g, sum_gx, useful(shape, threads));
     fill<T>(sum_g, shape.c, 0.0);
     fill<T>(sum_gx, shape.c, 0.0);
   });
 }
-void backward_apply(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a, const void* b,
-                    const void* d, const Plane& out, int threads) {
+void batch_norm_backward_apply(const BatchNormShape& shape, const Plane& g, const Plane& y, const void* a,
+                               const void* b, const void* d, const Plane& out, int threads) {
   if (empty(shape)) return;
-  with_type(shape.dtype, [&](auto zero) {
+  dispatch(shape.dtype, [&](auto zero) {
     elementwise<decltype(zero), Pass::combine>(shape, g, &y, a, b, d, out, useful(shape, threads));
   });
 }
-
-}  // namespace
-
-extern const BatchNormKernels batch_norm_kernels = {stats_of, apply, backward_reduce_of, backward_apply};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

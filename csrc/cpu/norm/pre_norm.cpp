@@ -6,8 +6,6 @@
 // its mean is far above its deviation.
 
 #include "cpu/norm/tiles.h"
-#include "wavemix/norm.h"
-
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
@@ -249,14 +247,16 @@ void with_types(const PreNormShape& shape, const Use& use) {
   }
 }
 
-void apply_any(const PreNormArgs& args, const Plane& x, const Plane& out, int threads) {
+}  // namespace
+
+void pre_norm_apply(const PreNormArgs& args, const Plane& x, const Plane& out, int threads) {
   const BatchNormShape& shape = args.shape.around;
   if (empty(shape)) return;
   with_types(args.shape,
              [&](auto a, auto b) { apply<decltype(a), decltype(b)>(args, x, out, useful(shape, threads)); });
 }
-void backward_any(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
-                  const Plane& out, void* d_weight, void* d_bias, int threads) {
+void pre_norm_backward(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
+                       const Plane& out, void* d_weight, void* d_bias, int threads) {
   const BatchNormShape& shape = args.shape.around;
   with_types(args.shape, [&](auto a, auto b) {
     using A = typename Arithmetic<decltype(a)>::type;
@@ -269,17 +269,13 @@ void backward_any(const PreNormArgs& args, bool own, const Plane& grad, const Pl
     if (d_bias != nullptr) std::memset(d_bias, 0, bytes);
   });
 }
-void join_any(const PreNormShape& shape, const Plane& x, const Plane& branch, const void* path, const Plane& out,
-              int threads) {
+void pre_norm_join(const PreNormShape& shape, const Plane& x, const Plane& branch, const void* path, const Plane& out,
+                   int threads) {
   if (empty(shape.around)) return;
   with_types(shape, [&](auto a, auto b) {
     join<decltype(a), decltype(b)>(shape, x, branch, path, out, useful(shape.around, threads));
   });
 }
-
-}  // namespace
-
-extern const PreNormKernels pre_norm_kernels = {apply_any, backward_any, join_any};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

@@ -6,11 +6,6 @@
 
 #include "wavemix/patm.h"
 
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include <cstring>
 
 #include "cpu/patm/waves.h"
@@ -435,22 +430,20 @@ static void with_type(DType dtype, const Function& function) {
   }
 }
 
+}  // namespace
+
 void phase_forward(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {
   with_type(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, also, sums, threads); });
 }
 void phase_backward(const PhaseArgs& args, const PhaseGradArgs& grads, int threads) {
   with_type(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
-void branch_sum_forward(const BranchArgs& args, const Plane& out, int threads) {
+void branch_sum(const BranchArgs& args, const Plane& out, int threads) {
   with_type(args.dtype, [&](auto element) { branch_sum<decltype(element), false>(args, {}, out, nullptr, threads); });
 }
 void branch_sum_backward(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads) {
   with_type(args.dtype, [&](auto element) { branch_sum<decltype(element), true>(args, grad, out, d_a, threads); });
 }
-
-}  // namespace
-
-extern const PatmKernels patm_kernels = {phase_forward, phase_backward, branch_sum_forward, branch_sum_backward};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

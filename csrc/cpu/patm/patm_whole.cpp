@@ -7,11 +7,6 @@
 // Memory is read twice and written once. Only the third branch waits for nobody and is made where it is mixed;
 // statistics come of the image itself (moments), so that no product is made twice.
 
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include "cpu/patm/patm_parts.h"
 
 namespace wavemix {
@@ -253,21 +248,19 @@ void add_linear(const PatmArgs& args, const Plane& partial, const void* matrix_,
   }
 }
 
-void moments_any(const PatmArgs& args, double* mean, double* covariance, int threads) {
+}  // namespace
+
+void patm_moments(const PatmArgs& args, double* mean, double* covariance, int threads) {
   dispatch(args.dtype, [&](auto element) { moments<decltype(element)>(args, mean, covariance, threads); });
 }
-void forward_any(const PatmArgs& args, const Plane& out, void* branch_mean, int threads) {
+void patm_forward(const PatmArgs& args, const Plane& out, void* branch_mean, int threads) {
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, branch_mean, threads); });
 }
-void add_linear_any(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
-                    const Plane& out, int threads) {
+void patm_add_linear(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
+                     const Plane& out, int threads) {
   dispatch(args.dtype,
            [&](auto element) { add_linear<decltype(element)>(args, partial, matrix, vector, out, threads); });
 }
-
-}  // namespace
-
-extern const WholePatmKernels whole_patm_kernels = {moments_any, forward_any, add_linear_any};
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

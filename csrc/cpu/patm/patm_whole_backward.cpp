@@ -5,11 +5,6 @@
 // amplitudes and phases, which wait in a cache, the second makes all others. Statistics are constants here: theta is
 // linear in the image, so what comes through them is linear in it too, and is added when the batch is done.
 
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include "cpu/patm/patm_parts.h"
 
 namespace wavemix {
@@ -330,13 +325,11 @@ void backward(const PatmArgs& args, const PatmGradArgs& grads, int threads) {
   of_mlp.weight(of_mlp.d_logits.data, 3 * c, of_mlp.hidden.data, args.hidden, grads.fc2, grads.fc2_bias);
 }
 
-void backward_any(const PatmArgs& args, const PatmGradArgs& grads, int threads) {
-  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
-}
-
 }  // namespace
 
-extern const WholePatmBackwardKernels whole_patm_backward_kernels = {backward_any};
+void patm_backward(const PatmArgs& args, const PatmGradArgs& grads, int threads) {
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

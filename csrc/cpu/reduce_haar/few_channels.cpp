@@ -7,12 +7,7 @@
 // than empty lanes. The bands of a few rows of blocks lie in a thread's cache as rows of 4 c values, without their
 // factor 1/2, which the weights take.
 
-#include "wavemix/reduce_haar.h"
-
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "cpu/reduce_haar/few_channels.h"
 
 #include "cpu/common/pixels.h"
 
@@ -42,12 +37,6 @@ template <class T>
 T* row_of(const Plane& image, const Rows& rows, int64_t row, int64_t scale = 1, int64_t below = 0) {
   return static_cast<T*>(image.data) + row / rows.h * image.stride[0] +
          (scale * (row % rows.h) + below) * image.stride[2];
-}
-
-bool pixels_inner(const ReduceHaarArgs& args) { return args.c > 1 && args.x.stride[1] != 1; }
-
-int threads_for(const ReduceHaarArgs& args, int threads) {
-  return args.n * args.h * args.w * args.c < kSerialElements ? 1 : threads;
 }
 
 // Place of band b of reduced channel i among the 4 o channels of z, and back.
@@ -282,16 +271,14 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
   }
 }
 
-void forward_any(const ReduceHaarArgs& args, int threads) {
-  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
-}
-void backward_any(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {
-  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
-}
-
 }  // namespace
 
-extern const ReduceHaarKernels reduce_haar_narrow_kernels = {forward_any, backward_any};
+void reduce_haar_few_channels(const ReduceHaarArgs& args, int threads) {
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
+}
+void reduce_haar_few_channels_backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

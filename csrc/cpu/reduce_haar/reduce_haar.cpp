@@ -6,14 +6,9 @@
 // an image whose pixels are contiguous is multiplied as it lies; a library would first copy all of it into another
 // order.
 
-#include "wavemix/reduce_haar.h"
-
-// GCC 12 takes the undefined operands within its own AVX-512 conversion intrinsics for mistakes.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
+#include "cpu/choose.h"
 #include "cpu/common/operands.h"
+#include "cpu/reduce_haar/few_channels.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -52,8 +47,6 @@ T* pixel(const Plane& image, const Strip& s, int64_t row) {
   return static_cast<T*>(image.data) + s.n * image.stride[0] + (s.row + row) * image.stride[2] +
          s.column * image.stride[3];
 }
-bool pixels_inner(const ReduceHaarArgs& args) { return args.c > 1 && args.x.stride[1] != 1; }
-
 // The Haar transform between a strip of the reduced image, whose pixels are `apart`, and its place in the pyramid.
 HaarArgs haar_of(const ReduceHaarArgs& args, const Strip& s, void* reduced, int64_t apart, int64_t element) {
   HaarArgs haar;
@@ -113,10 +106,6 @@ struct Columns {
     for (int64_t c = 0; c < channels; ++c) load_row(from + c * apart, 1, pixels, block.data + c * block.stride);
   }
 };
-
-int threads_for(const ReduceHaarArgs& args, int threads) {
-  return args.n * args.h * args.w * args.c < kSerialElements ? 1 : threads;
-}
 
 // The reduced image of a strip in the images' dtype: the products' own memory where that is the arithmetic type.
 template <class T, class A>
@@ -184,7 +173,7 @@ void forward(const ReduceHaarArgs& args, int threads) {
         }
       }
       r.to_image(s.rows * s.columns, args.o);
-      haar_kernels.haar_analysis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
+      haar_analysis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
     }
   }
 }
@@ -222,7 +211,7 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
     WAVEMIX_FOR
     for (int64_t i = 0; i < strips.count; ++i) {
       const Strip s = strips.get(args, i);
-      haar_kernels.haar_synthesis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
+      haar_synthesis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
       r.from_image(s.rows * s.columns, args.o);
       for (int64_t row = 0; row < s.rows; ++row) {
         const A* reduced = r.wide.data + row * s.columns * r.stride;
@@ -278,16 +267,17 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
   finish_sums<T>(sums.data + at_bias, size, threads, 1, args.o, o, 1, grads.d_bias);
 }
 
-void forward_any(const ReduceHaarArgs& args, int threads) {
-  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
-}
-void backward_any(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {
-  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
-}
-
 }  // namespace
 
-extern const ReduceHaarKernels reduce_haar_kernels = {forward_any, backward_any};
+void reduce_haar(const ReduceHaarArgs& args, int threads) {
+  if (choose::reduce_haar(args) == choose::ReduceHaar::few_channels) return reduce_haar_few_channels(args, threads);
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
+}
+void reduce_haar_backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {
+  if (choose::reduce_haar(args) == choose::ReduceHaar::few_channels)
+    return reduce_haar_few_channels_backward(args, grads, threads);
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+}
 
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix

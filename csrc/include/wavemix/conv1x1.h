@@ -5,7 +5,7 @@
 
 namespace wavemix {
 
-struct WeightGradArgs {
+struct Conv1x1GradArgs {
   DType dtype = DType::f32;
   int64_t rows = 0;      // pixels
   int64_t o = 0, c = 0;  // columns of grad and of image
@@ -14,6 +14,6 @@ struct WeightGradArgs {
 };
 
 // Summed in double for f64, in float for the others, and rounded once.
-void weight_grad_cpu(const WeightGradArgs& args, int threads);
+void conv1x1_backward_weight_cpu(const Conv1x1GradArgs& args, int threads);
 
 }  // namespace wavemix
