@@ -1,9 +1,7 @@
 // Phase-aware token mixing (PATM): what stands between its projections and its output projection.
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType, Plane
+#include "wavemix/types.h"
 
 namespace wavemix {
 

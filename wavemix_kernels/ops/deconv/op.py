@@ -1,7 +1,7 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
-On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64), for few channels
-by its definition (csrc/cpu/deconv_narrow.cpp); elsewhere the library's. Kernels of ours take the BatchNorm that follows
+On a CPU by minimal filtering (csrc/cpu/deconv/: 36 products where the definition has 64), for few channels
+by its definition; elsewhere the library's. Kernels of ours take the BatchNorm that follows
 along: its statistics come from the pass that writes the output, and its backward is made where the gradients' kernels
 read, so the gradient of the output itself never reaches memory. On a CPU one such read makes both gradients.
 """
@@ -134,7 +134,7 @@ def _cpu_gradients(
     weight = None if weight is None else weight.contiguous()
     f = cast(Tensor, d_weight if weight is None else weight).shape[0]
     n, o, h, w = grad.shape
-    core.deconv_gradients_cpu(
+    core.deconv_backward_cpu(
         _native.DTYPES[grad.dtype], (n, f, o, h // 2, w // 2), _native.address(u), _native.address(grad),
         0 if weight is None else weight.data_ptr(), *_norm_addresses(norm), _native.address(d_u),
         0 if d_weight is None else d_weight.data_ptr(), torch.get_num_threads(),
