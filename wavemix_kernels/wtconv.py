@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import checks
+from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
 #: (function, its filters), both of one module.
@@ -69,9 +70,9 @@ class HaarFunction:
 
 
 def _convolution_is_faster(x: Tensor) -> bool:
-    """Channels_last on a CPU, where four bands interleaved by channel are written one by one: (4, 64, 256, 256) in fp32
-    took 67 ms where oneDNN's grouped convolution took 27; in NCHW 6 and 51. x is an image, or bands (N, C, 4, h, w)."""
-    return x.device.type == "cpu" and x.stride(1 if x.dim() == 4 else 2) == 1
+    """``x`` is an image, or bands (N, C, 4, h, w). A backend asked for by name gets its kernels."""
+    channels_last = x.stride(1 if x.dim() == 4 else 2) == 1
+    return backends.requested() == "auto" and choose.wavelet_function(x.device.type, channels_last) == "convolution"
 
 
 def _version(filters: Tensor) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
@@ -56,7 +56,7 @@ class _Parts(NamedTuple):
     @classmethod
     def of(cls, backend: str) -> _Parts:
         ops = (reduce_haar, pointwise_mlp, deconv, batch_norm)
-        return cls(*(backends.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
+        return cls(*(choose.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
 
 
 def waveblock(

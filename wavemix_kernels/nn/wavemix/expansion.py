@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wavemix_kernels import backends
 from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.wavemix.reference import Expansion
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
 
 
@@ -39,9 +40,8 @@ class FusedExpansion(Expansion):
 class InferenceExpansion(nn.Module):
     """What :meth:`FusedExpansion.fuse_for_inference` makes: the same map up to rounding; its tensors are buffers.
 
-    A 1x1 convolution behind a transposed one is linear too, and local, so it goes into the weights, borders included.
-    On a CPU (two threads, AVX2) the head of super-resolution, 144 channels to 72 to 3 at four times 64x64, took 5.8 ms
-    so, 27 without and 49 in the library; that of segmentation, 256, 128, 64 to 20 at 64x128, 87, 127 and 175.
+    A 1x1 convolution behind a transposed one is linear too, and local, so it goes into the weights, borders included
+    (measured: docs/develop/tuning.md, heads).
     """
 
     def __init__(self, source: FusedExpansion) -> None:
@@ -50,9 +50,7 @@ class InferenceExpansion(nn.Module):
         *convolutions, last = layers
         self.layers = len(layers)
         tensors = [(layer.weight, layer.bias) for layer in convolutions]
-        inner, outputs = last.in_channels, last.out_channels
-        # An input pixel makes four of the output, by 16 taps.
-        if 16 * convolutions[-1].in_channels * (inner - outputs) + 4 * inner * outputs > 0:
+        if choose.head(convolutions[-1].in_channels, last.in_channels, last.out_channels) == "folded":
             tensors[-1] = _folded(*tensors[-1], last.weight, last.bias)
         else:
             tensors.append((last.weight, last.bias))

@@ -1,8 +1,5 @@
-"""1x1 convolutions of channels_last images, and their gradients, as the products that are fastest on each device.
-
-On a CPU oneDNN's matrix product runs at one speed for every shape (AMD EPYC, 2 threads, fp32: 350 to 420 GFLOP/s),
-where a convolution falls to 120 on images of 7x7 pixels and ``torch.mm``, which is MKL's there, stays at 180.
-"""
+"""1x1 convolutions of channels_last images, and their gradients, as the products that are fastest on each device
+(:func:`wavemix_kernels.ops.choose.product`)."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import choose
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("weight_gradient(Tensor grad, Tensor image) -> Tensor")
@@ -29,9 +27,7 @@ ONEDNN = _has_onednn()
 def _by_onednn(x: Tensor) -> bool:
     return (
         ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() > 0
+        and choose.product(x.device.type, x.dtype, x.numel()) == "onednn"
         and bool(torch.backends.mkldnn.enabled)
         # A traced graph is to hold convolutions, which every compiler knows.
         and not torch.compiler.is_compiling()
@@ -75,11 +71,9 @@ def weight_gradient(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_core(x: Tensor) -> bool:
-    """Half types stay with the library, whose processors may have products of their own for them."""
     return (
         _native.core is not None
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and choose.product_backward_weight(x.device.type, x.dtype) == "core"
         and not torch.compiler.is_compiling()
     )
 

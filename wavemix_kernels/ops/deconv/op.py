@@ -8,7 +8,7 @@ read, so the gradient of the output itself never reaches memory. On a CPU one su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.norm import batch_norm
@@ -72,23 +73,6 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 # --- CPU -------------------------------------------------------------------------------------------------
-
-#: Between this many channels on one side and few on both, minimal filtering costs more around its products than it
-#: saves.
-NARROW = 32
-
-
-def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> bool:
-    """Measured (AMD EPYC with AVX-512, 2 threads), these kernels' time over oneDNN's: fp32 0.67, 0.73 and 0.46
-    (forward, gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64; those for few channels 0.44,
-    0.89 and 0.47 at 32, 0.2, 0.75 and 0.5 at 8. oneDNN multiplies half types twice as fast, where these kernels widen
-    them: 1.2, 1.35 and 0.69 at 192 channels, 1.1, 2.0 and 0.46 at 32, 0.51, 2.1 and 0.29 at 16, 0.3, 1.4 and 0.17 at 8,
-    where BatchNorm's passes saved are worth more than is lost. So the weight's gradient is never the library's."""
-    if dtype == torch.float64:
-        return False
-    core: Any = _native.core
-    few: int = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
-    return u_channels * y_channels > few and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
 
 
 def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:
@@ -267,67 +251,63 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
-def _asked_for(op: str, backend: str, *tensors: Tensor) -> backends.Backend:
-    # Whether the Triton kernels beat cuDNN's, whose BatchNorm passes they save, no GPU has said yet: by name only.
-    if backend == "auto" and tensors[0].device.type == "cuda":
-        backend = "reference"
-    return backends.select(op, BACKENDS, backend, *tensors)
+def _order(like: Tensor, u_channels: int, y_channels: int) -> choose.Order:
+    few: int = getattr(_native.core, "DECONV_NARROW", 0)
+    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few)
 
 
-def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> backends.Backend:
-    """What runs forward and the input's gradient; the weight's gradient is the asked-for backend's in any case."""
-    chosen = _asked_for("deconv", backend, like)
-    if chosen is BACKENDS["cpu"] and _library_is_faster(u_channels, y_channels, like.dtype):
-        return BACKENDS["reference"]
-    return chosen
+def _functions(op: str, backend: str, like: Tensor, weight: Tensor) -> Mapping[str, Callable[..., Any]]:
+    return choose.select(op, BACKENDS, backend, like, weight, order=_order(like, *weight.shape[:2])).functions
 
 
 def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
     """Whether :func:`norm_gradients` serves: it begins with the gradient of a normalised output. Where it does not,
     the library's kernels get the gradient of the output itself, made before."""
-    return _chosen(backend, u_channels, grad.shape[1], grad) is not BACKENDS["reference"]
+    order = _order(grad, u_channels, grad.shape[1])
+    return choose.pick("deconv_norm_gradients", BACKENDS, backend, grad, order=order) != "reference"
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return _chosen(backend, weight.shape[0], weight.shape[1], u).functions["forward"](u, weight, bias)
+    return _functions("deconv", backend, u, weight)["forward"](u, weight, bias)
 
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
-    functions = _chosen(backend, weight.shape[0], weight.shape[1], u).functions
+    functions = _functions("deconv_residual", backend, u, weight)
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)
     return functions["forward"](u, weight, bias).add_(residual)
 
 
 def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight)
+    return _functions("deconv_input_grad", backend, grad, weight)["input_grad"](grad, weight)
 
 
 def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
-    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
+    order = choose.deconv_backward_weight(grad.device.type)
+    chosen = choose.select("deconv_weight_grad", BACKENDS, backend, grad, u, order=order)
     return chosen.functions["weight_grad"](grad, u, has_bias)
 
 
 def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _chosen(backend, weight.shape[0], weight.shape[1], u)
-    if chosen is BACKENDS["reference"]:
+    functions = _functions("deconv_stats", backend, u, weight)
+    if functions is BACKENDS["reference"].functions:
         y = _reference_forward(u, weight, bias)
-        norm = backends.for_part(backend, batch_norm.BACKENDS)
+        norm = choose.for_part(backend, batch_norm.BACKENDS)
         return y, *torch.ops.wavemix_kernels.batch_norm_stats(y, norm)
     mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    return chosen.functions["forward"](u, weight, bias, (mean, var)), mean, var
+    return functions["forward"](u, weight, bias, (mean, var)), mean, var
 
 
 def _norm_gradients(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    norm, grad = backends.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
+    norm, grad = choose.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
     a, b, d, d_norm_weight, d_norm_bias = batch_norm.backward_line(
         grad, y, mean, invstd, norm_weight, batch_stats, norm
     )
     line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
-    functions = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions
+    functions = _functions("deconv_norm_gradients", backend, grad, weight)
     return *functions["norm_gradients"](grad, u, weight, line), d_norm_weight, d_norm_bias
 
 

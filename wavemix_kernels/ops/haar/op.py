@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import reference
@@ -288,7 +289,7 @@ def _spans(x_size: Sequence[int], levels: int, mode: str) -> list[int]:
 
 
 def _analysis(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
-    chosen = backends.select("haar_dwt2d", BACKENDS, backend, x)
+    chosen = choose.select("haar_dwt2d", BACKENDS, backend, x)
     if not chosen.functions:
         ll, highs = reference.analysis(x, levels, mode)
         channels_last = layout.is_channels_last(x)
@@ -311,7 +312,7 @@ def _synthesis(
     backend: str,
 ) -> Tensor:  # fmt: skip
     tensors = [ll, *highs] if add is None else [ll, *highs, add]
-    chosen = backends.select("haar_idwt2d", BACKENDS, backend, *tensors)
+    chosen = choose.select("haar_idwt2d", BACKENDS, backend, *tensors)
     if not chosen.functions:
         return layout.laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
     edge = reference.MODES[mode]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
@@ -86,7 +87,7 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[Tensor]:
-    chosen = backends.select("haar_pyramid", BACKENDS, backend, x)
+    chosen = choose.select("haar_pyramid", BACKENDS, backend, x)
     if not chosen.functions:
         return [layout.laid_out(z, channels_last) for z in reference.haar_pyramid(x, levels)]
     out = empty_pyramid(x, x.shape[1], levels, channels_last)
@@ -96,7 +97,7 @@ def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[
 
 
 def _adjoint(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
-    chosen = backends.select("haar_pyramid_adjoint", BACKENDS, backend, *grads)
+    chosen = choose.select("haar_pyramid_adjoint", BACKENDS, backend, *grads)
     if not chosen.functions:
         return layout.laid_out(reference.haar_pyramid_adjoint(grads), channels_last)
     n, c, h, w = grads[0].shape

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
@@ -261,7 +262,7 @@ def _forward(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    chosen = backends.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
+    chosen = choose.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
     if not chosen.functions:
         number = 0 if seed is None or p == 0 else int(seed)
         out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
@@ -288,7 +289,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
 
 def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, want_output, backend = arguments
-    chosen = backends.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
+    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
     function = chosen.functions["backward"] if chosen.functions else _reference_backward
     out = function(grad, *inputs, want_output)
     return [grad.new_empty(0) if t is None else t for t in out]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 
@@ -238,13 +239,13 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _stats(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return backends.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"](x)
+    return choose.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"](x)
 
 
 def _apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, channels_last: bool, backend: str
 ) -> Tensor:
-    chosen = backends.select("batch_norm_apply", BACKENDS, backend, x)
+    chosen = choose.select("batch_norm_apply", BACKENDS, backend, x)
     out = layout.empty(x, x.shape, channels_last)
     wide = statistics_dtype(x.dtype)
     chosen.functions["apply"](x, scale.to(wide).contiguous(), shift.to(wide).contiguous(), residual, out)
@@ -265,7 +266,7 @@ def backward_line(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What makes the gradient of x from that of the output, ``a grad + b (x - mean) + d`` per channel: a, b, d; then
     the gradients of weight and bias. One pass over both images, below autograd."""
-    chosen = backends.select("batch_norm_backward", BACKENDS, backend, grad, x)
+    chosen = choose.select("batch_norm_backward", BACKENDS, backend, grad, x)
     wide = statistics_dtype(x.dtype)
     mean, invstd = mean.to(wide).contiguous(), invstd.to(wide).contiguous()
     sum_g, sum_gx = chosen.functions["reduce"](grad, x, mean, invstd)
@@ -281,7 +282,7 @@ def _backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
     channels_last: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = backends.select("batch_norm_backward", BACKENDS, backend, grad, x)
+    chosen = choose.select("batch_norm_backward", BACKENDS, backend, grad, x)
     a, b, offset, sum_gx, sum_g = backward_line(grad, x, mean, invstd, weight, batch_stats, backend)
     d = offset - b * mean.to(b.dtype)
     out = layout.empty(x, x.shape, channels_last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -231,7 +232,7 @@ def _branch_image(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = backends.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
+    mean, var = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
     return mean, var, torch.rsqrt(var + eps)
 
 
@@ -240,7 +241,7 @@ def _apply(
     dtype: torch.dtype, backend: str,
 ) -> Tensor:  # fmt: skip
     out = _branch_image(x, dtype)
-    run = backends.select("pre_norm_apply", BACKENDS, backend, x, out).functions["apply"]
+    run = choose.select("pre_norm_apply", BACKENDS, backend, x, out).functions["apply"]
     run(x, *(_small(t, x) for t in (mean, invstd, weight, bias)), by_image, out)
     return out
 
@@ -250,14 +251,14 @@ def _backward(
     own: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = _like_x(x)
-    run = backends.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
+    run = choose.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
     d_weight, d_bias = run(grad, x, around, *(_small(t, x) for t in (mean, invstd, weight)), by_image, own, out)
     return out, d_weight, d_bias
 
 
 def _join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str) -> Tensor:
     out = _like_x(x)
-    run = backends.select("pre_norm_join", BACKENDS, backend, x, branch).functions["join"]
+    run = choose.select("pre_norm_join", BACKENDS, backend, x, branch).functions["join"]
     run(x, branch, None if path is None else _small(path.flatten(), x), out)
     return out
 
@@ -292,7 +293,7 @@ def statistics(x: Tensor, norm: Norm, kind: Kind, backend: str) -> Statistics:
         wide = batch_norm.statistics_dtype(x.dtype)
         mean, var = norm.mean.to(wide, copy=True), norm.var.to(wide, copy=True)
         return Statistics(mean, var, torch.rsqrt(var + kind.eps))
-    part = backends.for_part(backend, BACKENDS)
+    part = choose.for_part(backend, BACKENDS)
     return Statistics(*torch.ops.wavemix_kernels.pre_norm_stats(x, kind.eps, kind.by_image, part))
 
 
@@ -303,7 +304,7 @@ def normalise(
     given."""
     return torch.ops.wavemix_kernels.pre_norm_apply(
         x, stats.mean, stats.invstd, norm.weight, norm.bias, kind.by_image, dtype or x.dtype,
-        backends.for_part(backend, BACKENDS),
+        choose.for_part(backend, BACKENDS),
     )  # fmt: skip
 
 
@@ -324,7 +325,7 @@ def backward(
     around the branch, is added to x's."""
     dx, *of_parameters = torch.ops.wavemix_kernels.pre_norm_backward(
         grad, x, around, stats.mean, stats.invstd, norm.weight, kind.by_image, norm.mean is None,
-        backends.for_part(backend, BACKENDS),
+        choose.for_part(backend, BACKENDS),
     )  # fmt: skip
     d_weight, d_bias = (
         None if t is None else d.to(t.dtype) for t, d in zip((norm.weight, norm.bias), of_parameters, strict=True)
@@ -334,7 +335,7 @@ def backward(
 
 def join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str = "auto") -> Tensor:
     """``x + path branch`` in x's dtype and memory format."""
-    return torch.ops.wavemix_kernels.pre_norm_join(x, branch, path, backends.for_part(backend, BACKENDS))
+    return torch.ops.wavemix_kernels.pre_norm_join(x, branch, path, choose.for_part(backend, BACKENDS))
 
 
 def branch_gradient(grad: Tensor, path: Tensor | None, image: Tensor, backend: str = "auto") -> Tensor:
@@ -344,7 +345,7 @@ def branch_gradient(grad: Tensor, path: Tensor | None, image: Tensor, backend: s
     # Images of mean 0 and inverse deviation `path`.
     factor = path.flatten()
     return torch.ops.wavemix_kernels.pre_norm_apply(
-        grad, torch.zeros_like(factor), factor, None, None, True, image.dtype, backends.for_part(backend, BACKENDS)
+        grad, torch.zeros_like(factor), factor, None, None, True, image.dtype, choose.for_part(backend, BACKENDS)
     )
 
 

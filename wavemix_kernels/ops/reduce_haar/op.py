@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
@@ -160,7 +161,7 @@ BACKENDS: dict[str, backends.Backend] = {
 def _reduce_haar(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
 ) -> list[Tensor]:
-    chosen = backends.select("reduce_haar", BACKENDS, backend, x, weight)
+    chosen = choose.select("reduce_haar", BACKENDS, backend, x, weight)
     if not chosen.functions:
         return [layout.laid_out(z, channels_last) for z in reference.reduce_haar(x, weight, bias, levels)]
     return chosen.functions["forward"](x, weight, bias, levels, channels_last)
@@ -182,18 +183,21 @@ def _empty_gradients(
 def _gradients(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
-    # auto: of those that have kernels for it, none of which beats another on record.
-    table = BACKENDS if backend != "auto" else {n: b for n, b in BACKENDS.items() if "gradients" in b.functions}
-    chosen = backends.select("reduce_haar_gradients", table | {"reference": BACKENDS["reference"]}, backend, x, weight)
+    order = choose.with_kernels("gradients", BACKENDS, x.device.type)
+    chosen = choose.select("reduce_haar_gradients", BACKENDS, backend, x, weight, order=order)
     if "gradients" in chosen.functions:
         return chosen.functions["gradients"](grads, x, weight, add, has_bias)
-    order = layout.is_channels_last(x)
-    part = backends.for_part(backend, haar_pyramid.BACKENDS)
-    reduced = torch.ops.wavemix_kernels.haar_pyramid_adjoint(grads, order, part)
+    channels_last = layout.is_channels_last(x)
+    part = choose.for_part(backend, haar_pyramid.BACKENDS)
+    reduced = torch.ops.wavemix_kernels.haar_pyramid_adjoint(grads, channels_last, part)
     dx, dw, *db = _library_gradients(reduced, x, weight, (True, True, has_bias))
     dx = dx if add is None else dx + add
-    wanted = layout.empty(x.new_empty(0), x.shape, order).stride()
-    return [dx if dx.stride() == wanted else layout.laid_out(dx, order), dw.contiguous(), *(db if has_bias else [])]
+    wanted = layout.empty(x.new_empty(0), x.shape, channels_last).stride()
+    return [
+        dx if dx.stride() == wanted else layout.laid_out(dx, channels_last),
+        dw.contiguous(),
+        *(db if has_bias else []),
+    ]
 
 
 _library.impl("reduce_haar_gradients", _gradients, "CompositeExplicitAutograd")
@@ -224,7 +228,7 @@ def gradients(
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    pyramid = backends.for_part(ctx.backend, haar_pyramid.BACKENDS)
+    pyramid = choose.for_part(ctx.backend, haar_pyramid.BACKENDS)
     reduced = haar_pyramid.adjoint(list(grads), layout.is_channels_last(x), pyramid)
     return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
 
