@@ -10,6 +10,7 @@ import torch
 
 import wavemix_kernels as wk
 from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.pyramid import haar_pyramid
 from wavemix_kernels.ops.mlp.op import pointwise_mlp
 from wavemix_kernels.ops.norm.batch_norm import batch_norm_residual
@@ -114,8 +115,8 @@ def test_cpu_backend_on_another_device_says_what_it_got() -> None:
         ValueError,
         match=r"backend='cpu' cannot serve this call: it takes CPU tensors, got float32\(2, 8, 8, 12\) on meta",
     ):
-        backends.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
-    assert backends.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
+        choose.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
+    assert choose.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ as the residual branch of a block, with the norm in front and the sum behind.
 Upstream's autograd keeps some 19 tensors of the input's size. Here ``recompute="amplitudes"`` keeps x and the phases
 before their BatchNorms, ``recompute="all"`` x alone; statistics, and what hangs on single images, are small. The
 normalised image is no more than an affine map of x: backward makes it again. Where a CPU takes images from end to end
-(:data:`WHOLE`), x alone is kept in either case.
+(:func:`wavemix_kernels.ops.choose.patm`), x alone is kept in either case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products
 from wavemix_kernels.ops.norm import batch_norm, pre_norm
 from wavemix_kernels.ops.patm import branches as branch_sum
@@ -68,7 +68,7 @@ class Options(NamedTuple):
     kind: pre_norm.Kind | None  # None: PATM by itself
 
     def part(self, table: Any) -> str:
-        return backends.for_part(self.backend, table)
+        return choose.for_part(self.backend, table)
 
 
 class Output(NamedTuple):
@@ -119,17 +119,10 @@ def _is_depthwise(phase: Phase) -> bool:
     return phase.weight.shape[2] == 3
 
 
-#: Up to this many channels a CPU takes an image from end to end (:mod:`wavemix_kernels.ops.patm.whole`). Beside kernels
-#: of parts a training step is 1.1 to 2.4 times as fast at 64 and 128 channels (8, 2 and 1 images, AMD EPYC, 2 threads),
-#: 0.85 times at 320, whose weights are larger than the L2 cache.
-WHOLE = 128
-
-
 def _runs_whole(x: Tensor, backend: str, depthwise: bool) -> bool:
     return (
-        not depthwise
+        choose.patm(x.device.type, x.shape[1], depthwise) == "whole"
         and backend in ("auto", "cpu")
-        and x.shape[1] <= WHOLE
         and patm_whole.BACKENDS["cpu"].why_not(x) is None
     )
 
@@ -138,14 +131,9 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-#: Up to this many channels one product makes several projections, which reads the image once. Beyond, copies of the
-#: weights cost more than that saves (2 images of 320 channels, 14x14: 0.75 of a step's 9 ms).
-JOINED = 128
-
-
 def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
     """1x1 convolutions of one image, as images or as slices of one."""
-    if image.shape[1] > JOINED:
+    if choose.projections(image.shape[1]) == "apart":
         return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
     joined = products.project(image, torch.cat(weights), _cat(*biases, like=weights))
     return list(joined.chunk(len(weights), 1))
@@ -165,7 +153,7 @@ def _statistics(
     phases: tuple[Phase, Phase], thetas: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance (of the batch, where it is asked for them) and inverse deviation, (2, C) each."""
-    backend = backends.for_part(options.backend, batch_norm.BACKENDS)
+    backend = choose.for_part(options.backend, batch_norm.BACKENDS)
     out: tuple[list[Tensor], ...] = ([], [], [])
     for phase, theta, eps in zip(phases, thetas, options.eps, strict=True):
         if phase.mean is None or phase.invstd is None:
@@ -269,11 +257,11 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
         thetas = [F.conv2d(image, w, padding=1, groups=channels) for w in (f.phase_h, f.phase_w)]
     h, w, s = phase_aggregate.fused(
         z_h, z_w, c, *thetas, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w,
-        backends.for_part(backend, phase_aggregate.BACKENDS),
+        choose.for_part(backend, phase_aggregate.BACKENDS),
     )  # fmt: skip
     mean = s / (image.shape[2] * image.shape[3])
     a = _branch_weights(mean, f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).by_branch()
-    mixed = branch_sum.branch_sum(h, w, c, a, backends.for_part(backend, branch_sum.BACKENDS))
+    mixed = branch_sum.branch_sum(h, w, c, a, choose.for_part(backend, branch_sum.BACKENDS))
     return products.project(mixed, f.proj, f.proj_bias)
 
 
