@@ -54,27 +54,21 @@ def once(key: Hashable, message: Callable[[], str]) -> None:
     logger.info(message() if len(_seen) <= MOST else f"more than {MOST} different calls: later ones are not logged")
 
 
-def fallback(module: nn.Module, reason: str | None) -> bool:
-    """Whether ``module`` runs as plain modules: where there is a reason. It is logged once per module and reason.
-
-    While torch.compile traces, once per class and reason.
-    """
+def fallback(module: nn.Module, reason: str | None, instead: str = "plain modules") -> bool:
+    """Whether ``module`` runs as ``instead``: where there is a reason. It is logged once per module and reason, while
+    torch.compile traces once per class and reason."""
     if reason is None:
         return False
     if torch.compiler.is_compiling():
-        _at_trace_time(type(module).__name__, reason)
+        _at_trace_time(f"{type(module).__name__}: runs as {instead}: {reason}")
     elif enabled() and reason not in (told := _told.setdefault(module, set())):
         told.add(reason)
-        logger.info(_line(type(module).__name__, reason))
+        logger.info("%s: runs as %s: %s", type(module).__name__, instead, reason)
     return True
 
 
-def _line(kind: str, reason: str) -> str:
-    return f"{kind}: runs as plain modules: {reason}"
-
-
 @torch.compiler.assume_constant_result
-def _at_trace_time(kind: str, reason: str) -> bool:
+def _at_trace_time(line: str) -> bool:
     if enabled():
-        once((kind, reason), lambda: _line(kind, reason))
+        once(line, lambda: line)
     return True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import backends
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels import backends, log
+from wavemix_kernels.nn.parts import untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
@@ -25,15 +25,21 @@ class FusedExpansion(Expansion):
 
     def forward(self, x: Tensor) -> Tensor:
         standard = backends.requested() == "reference"
-        for layer in self:
-            x = deconv.deconv(x, layer.weight, layer.bias) if not standard and _is_plain(layer) else layer(x)
+        for i, layer in enumerate(self):
+            # A 1x1 convolution is the library's in any case.
+            if standard or type(layer) is nn.Conv2d or log.fallback(self, _why_not_deconv(str(i), layer)):
+                x = layer(x)
+            else:
+                up = cast(nn.ConvTranspose2d, layer)
+                x = deconv.deconv(x, up.weight, up.bias)
         return x
 
     def fuse_for_inference(self) -> nn.Module:
         """The head for inference: the 1x1 convolution folded into the transposed one before it, where that is less
         arithmetic; the head itself where its layers are not those it was made of."""
         *convolutions, last = self
-        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and all(map(_is_plain, convolutions))
+        reasons = (_why_not_deconv(str(i), layer) for i, layer in enumerate(convolutions))
+        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and not any(reasons)
         return InferenceExpansion(self) if plain else self
 
 
@@ -91,9 +97,12 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
-    """Whether the operator computes what the layer would, and nobody listens to it."""
-    if type(layer) is not nn.ConvTranspose2d or not untouched(layer):
-        return False
-    shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups
-    return shape == ((deconv.TAPS,) * 2, (deconv.STRIDE,) * 2, (deconv.PADDING,) * 2, (0, 0), (1, 1), 1)
+def _why_not_deconv(name: str, layer: nn.Module) -> str | None:
+    """Why the operator cannot stand for the layer, or None."""
+    if (reason := why_not_plain(name, layer, nn.ConvTranspose2d)) is not None:
+        return reason
+    up = cast(nn.ConvTranspose2d, layer)
+    shape = up.kernel_size, up.stride, up.padding, up.output_padding, up.dilation, up.groups
+    if shape == ((deconv.TAPS,) * 2, (deconv.STRIDE,) * 2, (deconv.PADDING,) * 2, (0, 0), (1, 1), 1):
+        return None
+    return f"{name} is {up}, expected 4x4 taps, stride 2 and padding 1"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.nn.parts import affine_of, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.deconv import op as deconv
@@ -51,9 +51,9 @@ class InferenceWaveblock(nn.Module):
     def _buffer(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
-    def is_plain(self) -> bool:
-        """As :meth:`wavemix_kernels.FusedWaveblock.is_plain`."""
-        return untouched(self)
+    def why_not_joined(self) -> str | None:
+        """As :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
+        return why_not_plain("it", self)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output, with ``residual`` plus x."""
