@@ -211,7 +211,7 @@ class _Waveblock(torch.autograd.Function):
                 # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
                 # gradients.
                 u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
-                du, dweight, dbn_weight, dbn_bias = deconv.norm_gradients(
+                du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
                     part.upsample,
                 )  # fmt: skip
@@ -222,9 +222,9 @@ class _Waveblock(torch.autograd.Function):
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
                 )
                 del y
-                du = upsample.input_grad(kind, dy, level.up_weight, part.upsample)
+                du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
                 mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
-                dweight = upsample.weight_grad(
+                dweight = upsample.backward_weight(
                     kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
                 )
                 del dy, u
@@ -243,8 +243,6 @@ class _Waveblock(torch.autograd.Function):
                 None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
                 None, None,
             ]  # fmt: skip
-        dx, dw, db = reduce_haar.gradients(
-            z_grads, x, weight, bias is not None, grad if residual else None, part.reduce
-        )
+        dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, grad if residual else None, part.reduce)
         dw = layout.like_weight(dw, weight)
         return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

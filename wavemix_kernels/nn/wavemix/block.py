@@ -127,7 +127,14 @@ class FusedWaveblock(Waveblock):
         """Why the modules themselves run, or None: a part of another class, or one that somebody listens to."""
         if (reason := why_not_plain("reduction", self.reduction, nn.Conv2d)) is not None:
             return reason
-        kinds = (nn.Conv2d, nn.GELU, nn.Dropout, nn.Conv2d, _UPSAMPLING[self.upsample], nn.BatchNorm2d)
+        kinds: tuple[type[nn.Module], ...] = (
+            nn.Conv2d,
+            nn.GELU,
+            nn.Dropout,
+            nn.Conv2d,
+            _UPSAMPLING[self.upsample],
+            nn.BatchNorm2d,
+        )
         for level in range(1, self.level + 1):
             name = self._feedforward_name(level)
             part = getattr(self, name)

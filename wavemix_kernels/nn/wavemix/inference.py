@@ -11,6 +11,7 @@ from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.parts import affine_of, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -98,7 +99,7 @@ class InferenceWaveblock(nn.Module):
             return out.contiguous(memory_format=layout.memory_format(x))
         # The pass that normalises also adds and reorders, at the speed of memory; there is nothing left to normalise.
         part = choose.for_part(backend, batch_norm.BACKENDS)
-        one = torch.ones(out.shape[1], dtype=batch_norm.statistics_dtype(out.dtype), device=out.device)
+        one = torch.ones(out.shape[1], dtype=accumulate_dtype(out.dtype), device=out.device)
         return torch.ops.wavemix_kernels.batch_norm_apply(
             out, one, torch.zeros_like(one), x if residual else None, order, part
         )

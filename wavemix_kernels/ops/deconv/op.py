@@ -19,18 +19,19 @@ from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import batch_norm
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
 _library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
-_library.define("deconv_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor")
-_library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
+_library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> Tensor")
+_library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
 # The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
 # normalised output's.
 _library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "deconv_norm_gradients(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
+    "deconv_norm_backward(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
     "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -125,19 +126,19 @@ def _cpu_gradients(
     )  # fmt: skip
 
 
-def _cpu_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _cpu_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     d_u = _empty_input(grad, weight)
     _cpu_gradients(grad, None, weight, d_u, None)
     return d_u
 
 
-def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _cpu_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
     _cpu_gradients(grad, u, None, None, d_weight)
     return [d_weight, *([grad.sum((0, 2, 3))] if has_bias else [])]
 
 
-def _cpu_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def _cpu_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     d_u, d_weight = _empty_input(grad, weight), torch.empty(weight.shape, dtype=weight.dtype)
     _cpu_gradients(grad, u, weight, d_u, d_weight, norm)
     return d_u, d_weight
@@ -156,29 +157,29 @@ def _triton_forward(
     return y
 
 
-def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _triton_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
-    kernels.input_grad(u, grad, None, weight)
+    kernels.backward_x(u, grad, None, weight)
     return u
 
 
-def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _triton_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
-    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, None, u)
+    kernels.backward_weight(out[0], out[1] if has_bias else None, grad, None, u)
     return out
 
 
-def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def _triton_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     d_u, (d_weight,) = _empty_input(grad, weight), _empty_weights(grad, u, False)
-    kernels.norm_gradients(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
+    kernels.norm_backward(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
     return d_u, d_weight
 
 
@@ -194,11 +195,11 @@ def _reference_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return _channels_last(F.conv_transpose2d(u, weight, bias, STRIDE, PADDING))
 
 
-def _reference_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _reference_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     return _channels_last(F.conv2d(grad, weight, None, STRIDE, PADDING))
 
 
-def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _reference_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)  # its shape alone is read
     _, d_weight, d_bias = torch.ops.aten.convolution_backward(
         grad, u, weight, [grad.shape[1]], [STRIDE] * 2, [PADDING] * 2, [1, 1], True, [0, 0], 1, [False, True, has_bias]
@@ -211,9 +212,9 @@ BACKENDS: dict[str, backends.Backend] = {
         backends.triton_products_why_not,
         {
             "forward": _triton_forward,
-            "input_grad": _triton_input_grad,
-            "weight_grad": _triton_weight_grad,
-            "norm_gradients": _triton_norm_gradients,
+            "backward_x": _triton_backward_x,
+            "backward_weight": _triton_backward_weight,
+            "norm_backward": _triton_norm_backward,
         },
     ),
     "cpu": backends.Backend(
@@ -221,14 +222,18 @@ BACKENDS: dict[str, backends.Backend] = {
         {
             "forward": _cpu_forward,
             "forward_residual": _cpu_forward_residual,
-            "input_grad": _cpu_input_grad,
-            "weight_grad": _cpu_weight_grad,
-            "norm_gradients": _cpu_norm_gradients,
+            "backward_x": _cpu_backward_x,
+            "backward_weight": _cpu_backward_weight,
+            "norm_backward": _cpu_norm_backward,
         },
     ),
     "reference": backends.Backend(
         backends.reference_why_not,
-        {"forward": _reference_forward, "input_grad": _reference_input_grad, "weight_grad": _reference_weight_grad},
+        {
+            "forward": _reference_forward,
+            "backward_x": _reference_backward_x,
+            "backward_weight": _reference_backward_weight,
+        },
     ),
 }
 
@@ -261,10 +266,10 @@ def _functions(op: str, backend: str, like: Tensor, weight: Tensor) -> Mapping[s
 
 
 def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
-    """Whether :func:`norm_gradients` serves: it begins with the gradient of a normalised output. Where it does not,
+    """Whether :func:`norm_backward` serves: it begins with the gradient of a normalised output. Where it does not,
     the library's kernels get the gradient of the output itself, made before."""
     order = _order(grad, u_channels, grad.shape[1])
-    return choose.pick("deconv_norm_gradients", BACKENDS, backend, grad, order=order) != "reference"
+    return choose.pick("deconv_norm_backward", BACKENDS, backend, grad, order=order) != "reference"
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -278,14 +283,14 @@ def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, 
     return functions["forward"](u, weight, bias).add_(residual)
 
 
-def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return _functions("deconv_input_grad", backend, grad, weight)["input_grad"](grad, weight)
+def _backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return _functions("deconv_backward_x", backend, grad, weight)["backward_x"](grad, weight)
 
 
-def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
+def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
     order = choose.deconv_backward_weight(grad.device.type)
-    chosen = choose.select("deconv_weight_grad", BACKENDS, backend, grad, u, order=order)
-    return chosen.functions["weight_grad"](grad, u, has_bias)
+    chosen = choose.select("deconv_backward_weight", BACKENDS, backend, grad, u, order=order)
+    return chosen.functions["backward_weight"](grad, u, has_bias)
 
 
 def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,7 +303,7 @@ def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tupl
     return functions["forward"](u, weight, bias, (mean, var)), mean, var
 
 
-def _norm_gradients(
+def _norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -307,19 +312,19 @@ def _norm_gradients(
         grad, y, mean, invstd, norm_weight, batch_stats, norm
     )
     line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
-    functions = _functions("deconv_norm_gradients", backend, grad, weight)
-    return *functions["norm_gradients"](grad, u, weight, line), d_norm_weight, d_norm_bias
+    functions = _functions("deconv_norm_backward", backend, grad, weight)
+    return *functions["norm_backward"](grad, u, weight, line), d_norm_weight, d_norm_bias
 
 
 def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
-    return u.new_empty(weight.shape[1], dtype=batch_norm.statistics_dtype(u.dtype))
+    return u.new_empty(weight.shape[1], dtype=accumulate_dtype(u.dtype))
 
 
 def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
 
 
-def _norm_gradients_fake(
+def _norm_backward_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -329,12 +334,12 @@ def _norm_gradients_fake(
 
 _library.impl("deconv", _forward, "CompositeExplicitAutograd")
 _library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
-_library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
-_library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_backward_x", _backward_x, "CompositeExplicitAutograd")
+_library.impl("deconv_backward_weight", _backward_weight, "CompositeExplicitAutograd")
 _library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_gradients", _norm_gradients, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_backward", _norm_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::deconv_norm_gradients", _norm_gradients_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::deconv_norm_backward", _norm_backward_fake, lib=_library)
 torch.library.register_fake(
     "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
 )
@@ -344,23 +349,23 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_fake(
-    "wavemix_kernels::deconv_input_grad", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
+    "wavemix_kernels::deconv_backward_x", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
 )
 torch.library.register_fake(
-    "wavemix_kernels::deconv_weight_grad",
+    "wavemix_kernels::deconv_backward_weight",
     lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias),
     lib=_library,
 )
 
 
-def input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+def backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     """Gradient of u."""
-    return torch.ops.wavemix_kernels.deconv_input_grad(grad, weight, backend)
+    return torch.ops.wavemix_kernels.deconv_backward_x(grad, weight, backend)
 
 
-def weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+def backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias."""
-    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_weight_grad(grad, u, has_bias, backend)
+    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_backward_weight(grad, u, has_bias, backend)
     return d_weight, d_bias[0] if has_bias else None
 
 
@@ -384,13 +389,13 @@ class NormGradients(NamedTuple):
     norm_bias: Tensor
 
 
-def norm_gradients(
+def norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> NormGradients:  # fmt: skip
     """From the gradient of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
     return NormGradients(
-        *torch.ops.wavemix_kernels.deconv_norm_gradients(
+        *torch.ops.wavemix_kernels.deconv_norm_backward(
             grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend
         )
     )
@@ -405,7 +410,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     u, weight = ctx.saved_tensors
     return (
-        input_grad(grad, weight, ctx.backend), *weight_grad(grad, u, ctx.has_bias, ctx.backend), None
+        backward_x(grad, weight, ctx.backend), *backward_weight(grad, u, ctx.has_bias, ctx.backend), None
     )  # fmt: skip
 
 

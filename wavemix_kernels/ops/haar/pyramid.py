@@ -20,7 +20,7 @@ from wavemix_kernels.ops.haar import reference
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("haar_pyramid(Tensor x, int levels, bool channels_last, str backend) -> Tensor[]")
-_library.define("haar_pyramid_adjoint(Tensor[] grads, bool channels_last, str backend) -> Tensor")
+_library.define("haar_pyramid_backward(Tensor[] grads, bool channels_last, str backend) -> Tensor")
 
 
 def haar_pyramid(
@@ -96,10 +96,10 @@ def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[
     return out
 
 
-def _adjoint(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
-    chosen = choose.select("haar_pyramid_adjoint", BACKENDS, backend, *grads)
+def _backward(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
+    chosen = choose.select("haar_pyramid_backward", BACKENDS, backend, *grads)
     if not chosen.functions:
-        return layout.laid_out(reference.haar_pyramid_adjoint(grads), channels_last)
+        return layout.laid_out(reference.haar_pyramid_backward(grads), channels_last)
     n, c, h, w = grads[0].shape
     image = layout.empty(grads[0], [n, c // 4, 2 * h, 2 * w], channels_last)
     lows, highs = zip(*map(_parts, grads), strict=True)
@@ -111,15 +111,15 @@ def _pyramid_fake(x: Tensor, levels: int, channels_last: bool, backend: str) -> 
     return empty_pyramid(x, x.shape[1], levels, channels_last)
 
 
-def _adjoint_fake(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
+def _backward_fake(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
     n, c, h, w = grads[0].shape
     return layout.empty(grads[0], [n, c // 4, 2 * h, 2 * w], channels_last)
 
 
 _library.impl("haar_pyramid", _pyramid, "CompositeExplicitAutograd")
-_library.impl("haar_pyramid_adjoint", _adjoint, "CompositeExplicitAutograd")
+_library.impl("haar_pyramid_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::haar_pyramid", _pyramid_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::haar_pyramid_adjoint", _adjoint_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::haar_pyramid_backward", _backward_fake, lib=_library)
 
 
 def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -128,22 +128,22 @@ def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _pyramid_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return adjoint(list(grads), ctx.channels_last, ctx.backend), None, None, None
+    return backward(list(grads), ctx.channels_last, ctx.backend), None, None, None
 
 
-def _adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grads, _, ctx.backend = inputs
     ctx.levels, ctx.channels_last = len(grads), layout.is_channels_last(grads[0])
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return pyramid(grad, ctx.levels, ctx.channels_last, ctx.backend), None, None
 
 
 #: The operators with their gradients: (x, levels, channels_last, backend) -> [Z_1 …], and
 #: (grads, channels_last, backend) -> gradient of x.
 pyramid = differentiable(_library, "haar_pyramid", _pyramid_setup, _pyramid_backward)
-adjoint = differentiable(_library, "haar_pyramid_adjoint", _adjoint_setup, _adjoint_backward)
+backward = differentiable(_library, "haar_pyramid_backward", _backward_setup, _backward_backward)
 
 
 def self_test(backend: str, device: torch.device) -> tuple[float, float]:

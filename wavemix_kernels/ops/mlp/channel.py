@@ -47,16 +47,16 @@ def _products_forward(x: Tensor, w: Weights) -> Tensor:
 
 def _products_backward(grad: Tensor, x: Tensor, w: Weights) -> list[Tensor | None]:
     hidden = products.project(x, w.w1, w.b1)
-    d_hidden = products.input_gradient(grad, hidden, w.w2)
+    d_hidden = products.backward_x(grad, hidden, w.w2)
     # In place, one after the other: fresh memory costs a CPU more than the arithmetic.
     torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
     torch.ops.aten.gelu_(hidden)
     return [
-        products.input_gradient(d_hidden, x, w.w1),
-        products.weight_gradient(d_hidden, x, w.w1),
-        None if w.b1 is None else products.bias_gradient(d_hidden),
-        products.weight_gradient(grad, hidden, w.w2),
-        None if w.b2 is None else products.bias_gradient(grad),
+        products.backward_x(d_hidden, x, w.w1),
+        products.backward_weight(d_hidden, x, w.w1),
+        None if w.b1 is None else products.backward_bias(d_hidden),
+        products.backward_weight(grad, hidden, w.w2),
+        None if w.b2 is None else products.backward_bias(grad),
     ]
 
 
@@ -185,7 +185,7 @@ class _Branch(torch.autograd.Function):
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)
         image = pre_norm.normalise(x, norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
-        of_branch = pre_norm.branch_gradient(grad, path, image, ctx.backend)
+        of_branch = pre_norm.join_backward(grad, path, image, ctx.backend)
         d_image, d_weights = backward(of_branch, image, weights, choose.for_part(ctx.backend, BACKENDS))
         del image, of_branch
         dx, *d_norm = pre_norm.backward(d_image, x, grad, norm, ctx.kind, stats, ctx.backend)

@@ -235,8 +235,8 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
     gs = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
     of_second, again = (None if t is None else _matrix(t) for t in (gs, output))
-    db2 = kernels.input_gradient(_matrix(gx), of_second, again, g, mlp)
-    dw1, db1, dw2 = kernels.weight_gradients(g, mlp)
+    db2 = kernels.backward_x(_matrix(gx), of_second, again, g, mlp)
+    dw1, db1, dw2 = kernels.backward_weight(g, mlp)
     return Gradients(
         gx,
         gs,

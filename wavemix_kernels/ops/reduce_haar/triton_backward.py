@@ -187,7 +187,7 @@ def _where(block, end, rows, cols, in_channels, QUADS: tl.constexpr, BITS: tl.co
 
 
 @triton.jit(do_not_specialize=("blocks", "rows", "cols", "each"))
-def _gradients_kernel(
+def _backward_kernel(
     dx, add, partial, partial_bias, zs, x, weight,
     blocks: tl.int64, rows: tl.int64, cols: tl.int64, each, channels, o,
     dx_n, dx_c, dx_h, dx_w, add_n, add_c, add_h, add_w, x_n, x_c, x_h, x_w,
@@ -312,10 +312,10 @@ def launch(
         "OUTPUTS": config.outputs, "CHANNELS": config.channels, "PRECISION": input_precision(),
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    return Launch(_gradients_kernel, (programs * splits,), args, constants), partial, bias
+    return Launch(_backward_kernel, (programs * splits,), args, constants), partial, bias
 
 
-def gradients(
+def backward(
     dx: Tensor, grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
     config: GradientConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
