@@ -152,8 +152,8 @@ def test_deconv_of_nothing() -> None:
     assert y.shape == (0, 5, 6, 8)
     assert mean.isnan().all()
     assert var.isnan().all()
-    assert ops.deconv_input_grad(y, weight, "cpu").shape == u.shape
-    assert all(not t.any() for t in ops.deconv_weight_grad(y, u, True, "cpu"))
+    assert ops.deconv_backward_x(y, weight, "cpu").shape == u.shape
+    assert all(not t.any() for t in ops.deconv_backward_weight(y, u, True, "cpu"))
 
 
 def test_deconv_takes_the_kernel_for_few_channels() -> None:

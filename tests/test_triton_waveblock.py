@@ -24,6 +24,7 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.golden_models import assert_reproduces
 from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within, haar_bound
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.haar import reference as haar_reference
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -86,8 +87,8 @@ def test_haar_pyramid(levels: int, memory: str, dtype: torch.dtype, device: str)
         assert_within(z, exact, bound, f"{dtype} {memory}")
     # A gradient whose parts lie in another memory order than the result has no common innermost dimension.
     grads = [image(randn(*z.shape, seed=4), dtype, device, "channels" if levels < 4 else "rows") for z in zs]
-    got = haar_pyramid.adjoint(grads, last, "triton")
-    exact = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
+    got = haar_pyramid.backward(grads, last, "triton")
+    exact = haar_reference.haar_pyramid_backward([g.double() for g in grads])
     peak = max(float(g.abs().max()) for g in grads)
     bound = haar_bound(exact, dtype, levels, levels * peak) + stored(exact, dtype)
     assert_within(got, exact, bound, f"adjoint {dtype} {memory}")
@@ -176,7 +177,7 @@ def reduced_gradients(
     """
     dtype, levels, n = x.dtype, len(grads), x[:, 0].numel()
     wide_x, w = x.double(), weight.double()[:, :, 0, 0]
-    made = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
+    made = haar_reference.haar_pyramid_backward([g.double() for g in grads])
     largest = torch.zeros_like(made[:, :, :1, :1]).expand(made.shape)
     for level, g in enumerate(grads, 1):
         parts = g.double().abs()
@@ -219,7 +220,7 @@ def test_reduce_haar_gradients(
     n, _, h, w = shape
     grads = [image(randn(n, 4 * outputs, h >> i, w >> i, seed=i), dtype, device, order) for i in range(1, levels + 1)]
     for add in (None, image(randn(*shape, seed=9), dtype, device, "rows")):
-        dx, dw, db = reduce_haar.gradients(grads, x, weight, add is None, add, "triton")
+        dx, dw, db = reduce_haar.backward(grads, x, weight, add is None, add, "triton")
         assert dx.stride() == reduce_haar.layout.empty(x, x.shape, memory != "rows").stride()
         exact, bound = reduced_gradients(grads, x, weight, add)
         assert_within(dx, exact[0], bound[0], f"dx {dtype}")
@@ -245,7 +246,7 @@ def test_every_configuration_of_reduce_haar_gradients(levels: int, device: str) 
     assert configs
     for config in configs.values():
         dx = torch.full_like(x, float("nan"))
-        dw, db = kernels.gradients(dx, grads, x, weight, add, True, config)
+        dw, db = kernels.backward(dx, grads, x, weight, add, True, config)
         assert_within(dx, exact[0], bound[0], str(config))
         assert_within(dw, exact[1][:, :, 0, 0], bound[1][:, :, 0, 0], str(config))
         assert_within(db, exact[2], bound[2], str(config))
@@ -286,7 +287,7 @@ def test_reduce_haar_gradients_are_the_same_in_every_run(device: str) -> None:
     grads = [image(randn(2, 20, 4, 4), torch.float16, device, "channels")]
     weight = randn(5, 12).to(device, torch.float16)
     made = [torch.empty_like(x) for _ in range(2)]
-    first, second = ((dx, *kernels.gradients(dx, grads, x, weight, None, True)) for dx in made)
+    first, second = ((dx, *kernels.backward(dx, grads, x, weight, None, True)) for dx in made)
     for got, again in zip(first, second, strict=True):
         assert torch.equal(got, again)
 
@@ -436,8 +437,8 @@ def test_every_mlp_configuration(device: str) -> None:
                 torch.full((40, c), float("nan"), dtype=dtype, device=device) for c in (24, 24, 20, 6)
             )
             forward.forward(out, mlp, config)
-            db2 = backward.input_gradient(gx, gs, again, grad, mlp, config)
-            dw1, db1, dw2 = backward.weight_gradients(grad, mlp, config)
+            db2 = backward.backward_x(gx, gs, again, grad, mlp, config)
+            dw1, db1, dw2 = backward.backward_weight(grad, mlp, config)
             case.check({"out": out, "gx": gx, "gs": gs, "w1": dw1, "b1": db1, "w2": dw2, "b2": db2})
             case.check({"out": again})
 
@@ -497,7 +498,7 @@ def test_empty_batch(device: str) -> None:
     assert torch.equal(w2.grad, torch.zeros_like(w2))
     zs = reduce_haar.reduce_haar(x, w1[:, :, None, None], None, 2, backend="triton")
     assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
-    dx, dw, db = reduce_haar.gradients(zs, x, w1[:, :, None, None], True, x, "triton")
+    dx, dw, db = reduce_haar.backward(zs, x, w1[:, :, None, None], True, x, "triton")
     assert dx.shape == x.shape
     assert db is not None
     assert torch.equal(dw[:, :, 0, 0], torch.zeros_like(w1))
@@ -526,7 +527,7 @@ def test_batch_norm(
     functions = batch_norm.BACKENDS["triton"].functions
     x = image(randn(*shape) + 3, dtype, device, memories[0])
     other = image(randn(*shape, seed=1), dtype, device, memories[1])
-    real = batch_norm.statistics_dtype(dtype)
+    real = accumulate_dtype(dtype)
     u, n = UNIT_ROUNDOFF[real], shape[0] * shape[2] * shape[3]
     wide, mean_all = x.double(), x.double().mean((0, 2, 3))
 
@@ -693,10 +694,10 @@ def mlp_launches(
 
     gs, name = second if b else None, f"pointwise_mlp {dtype} {a}|{b}"
     yield f"{name} forward", forward.forward_launch(g, mlp, config("forward"))
-    yield f"{name} input gradient", backward.input_gradient_launch(x, gs, None, g, mlp, config("input"))[0]
-    again = backward.input_gradient_launch(x, gs, g, g, mlp, config("input and output"))[0]
+    yield f"{name} input gradient", backward.backward_x_launch(x, gs, None, g, mlp, config("input"))[0]
+    again = backward.backward_x_launch(x, gs, g, g, mlp, config("input and output"))[0]
     yield f"{name} input gradient and output", again
-    launches, _ = backward.weight_gradient_launches(g, mlp, config("weight"))
+    launches, _ = backward.backward_weight_launches(g, mlp, config("weight"))
     assert len(launches) == 1
     yield f"{name} weights' gradients", launches[0]
 

@@ -104,7 +104,7 @@ _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
     "wavemix_kernels::pre_norm_backward": _batch_norm_backward,
-    "wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients,
+    "wavemix_kernels::deconv_norm_backward": _deconv_norm_gradients,
     "wavemix_kernels::patm_whole": _patm_whole,
     "wavemix_kernels::patm_whole_backward": _patm_whole_backward,
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import batch_norm, pre_norm
 from wavemix_kernels.ops.patm import branches as branch_sum
 from wavemix_kernels.ops.patm import phases as phase_aggregate
@@ -162,7 +163,7 @@ def _statistics(
         else:
             mean, var, invstd = phase.mean, phase.mean, phase.invstd
         for values, value in zip(out, (mean, var, invstd), strict=True):
-            values.append(value.to(batch_norm.statistics_dtype(theta.dtype)))
+            values.append(value.to(accumulate_dtype(theta.dtype)))
     mean, var, invstd = map(torch.stack, out)
     return mean, var, invstd
 
@@ -202,7 +203,7 @@ def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Ten
     """Of biases beside each other in ``grad``'s channels."""
     if all(b is None for b in biases):
         return [None] * len(biases)
-    sums = products.bias_gradient(grad).chunk(len(biases))
+    sums = products.backward_bias(grad).chunk(len(biases))
     return [None if b is None else s for b, s in zip(biases, sums, strict=True)]
 
 
@@ -325,7 +326,7 @@ class _PATM(torch.autograd.Function):
             image = _channels_last(x)
         else:
             image = pre_norm.normalise(x, norm, options.kind, of_norm, options.backend, p.fc_h.dtype)
-        around, grad = grad, pre_norm.branch_gradient(grad, path, image, options.backend)
+        around, grad = grad, pre_norm.join_backward(grad, path, image, options.backend)
         z_h, z_w, c = _amplitudes(image, p)
         thetas = thetas or _thetas(image, phases)
         affines = _affines(phases, mean, invstd)
@@ -334,10 +335,10 @@ class _PATM(torch.autograd.Function):
         weights = _branch_weights(branch_mean, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias)
         a = weights.by_branch()
 
-        d_mixed = products.input_gradient(grad, h, p.proj)
+        d_mixed = products.backward_x(grad, h, p.proj)
         mixed, d_a = branch_sum.backward(d_mixed, h, w, c, a, options.part(branch_sum.BACKENDS))
         del h, w
-        d_proj = products.weight_gradient(grad, mixed, p.proj)
+        d_proj = products.backward_weight(grad, mixed, p.proj)
         (d_proj_bias,) = _bias_gradients(grad, (p.proj_bias,))
         del mixed, grad
         d_mean, d_mlp = weights.backward(d_a.permute(1, 2, 0), p)
@@ -353,12 +354,12 @@ class _PATM(torch.autograd.Function):
         if not depthwise:
             convolutions += [phase.weight for phase in phases]
         weight = torch.cat(convolutions)
-        d_weights = list(products.weight_gradient(out.images[0], image, weight).chunk(len(convolutions)))
+        d_weights = list(products.backward_weight(out.images[0], image, weight).chunk(len(convolutions)))
         want_image = ctx.needs_input_grad[1] or options.kind is not None
-        d_image = products.input_gradient(out.images[0], image, weight) if want_image else None
+        d_image = products.backward_x(out.images[0], image, weight) if want_image else None
         if depthwise:
             for phase, d_theta in zip(phases, out.images[1:], strict=True):
-                through, d_weight = products.depthwise_gradients(d_theta, image, phase.weight, want_image)
+                through, d_weight = products.depthwise_backward(d_theta, image, phase.weight, want_image)
                 d_weights.append(d_weight)
                 if d_image is not None and through is not None:
                     d_image += through
@@ -389,7 +390,7 @@ class _WholePATM(torch.autograd.Function):
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
         norm, p, phases = _parameters(flat)
         image, of_norm, moments = _read(layout.channels_inner(x), norm, phases, options)
-        mean, var, invstd = _phase_statistics(phases, moments, options, batch_norm.statistics_dtype(x.dtype))
+        mean, var, invstd = _phase_statistics(phases, moments, options, accumulate_dtype(x.dtype))
         weights = _weights(p, phases, _affines(phases, mean, invstd))
         path = None if path is None else path.flatten()
         out, branch_mean = patm_whole.forward(image, path, options.kind is not None, weights, "cpu")
@@ -442,7 +443,7 @@ def _read(
     """The image, its norm's statistics, and the image's moments where the phases' statistics are the batch's."""
     plain = patm_whole.Image(x, None, None)
     of_batch = phases[0].mean is None
-    wide = batch_norm.statistics_dtype(x.dtype)
+    wide = accumulate_dtype(x.dtype)
     if options.kind is None:
         none = pre_norm.Statistics(*(x.new_empty(0, dtype=wide) for _ in range(3)))
         return plain, none, patm_whole.moments(plain, "cpu") if of_batch else ()
