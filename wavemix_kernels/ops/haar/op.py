@@ -6,7 +6,7 @@ The transform is orthonormal and symmetric, so two operators close under differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,61 +206,58 @@ def _empty_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 
 
 # --- Backends: (image, ll, highs, edge) on allocated tensors, up to MAX_LEVELS levels; `lows`: the LL of the
-# levels above the last, kept by analysis and added by synthesis (ops/haar_pyramid.py) ---------------------
+# levels above the last, kept by analysis and added by synthesis (ops/haar/pyramid.py) ---------------------
 
 
-def cpu_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-    a = _native.address
-    _native.core.haar_analysis_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(), [a(t) for t in lows],
-    )  # fmt: skip
+def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend:
+    """The C++ kernels of the CPU or of CUDA."""
+
+    def core_and_queue(image: Tensor) -> tuple[Any, Sequence[int]]:
+        if device == "cpu":
+            return _native.core, (torch.get_num_threads(),)
+        return _native.cuda_core, _native.stream(image.device)
+
+    def run_analysis(
+        image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
+    ) -> None:
+        a, (core, queue) = _native.address, core_and_queue(image)
+        getattr(core, f"haar_analysis_{device}")(
+            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs], *queue,
+            [a(t) for t in lows],
+        )  # fmt: skip
+
+    def run_synthesis(
+        image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
+    ) -> None:
+        a, (core, queue) = _native.address, core_and_queue(image)
+        getattr(core, f"haar_synthesis_{device}")(
+            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
+            *queue, [a(t) for t in lows],
+        )  # fmt: skip
+
+    return backends.Backend(probe, {"analysis": run_analysis, "synthesis": run_synthesis})
 
 
-def cpu_synthesis(
+def _triton_analysis(
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
+) -> None:
+    from wavemix_kernels.ops.haar.triton_analysis import analysis
+
+    analysis(image, ll, highs, levels=len(highs), edge=edge, lows=lows)
+
+
+def _triton_synthesis(
     image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
 ) -> None:
-    a = _native.address
-    _native.core.haar_synthesis_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(), [a(t) for t in lows],
-    )  # fmt: skip
+    from wavemix_kernels.ops.haar.triton_synthesis import synthesis
 
-
-def cuda_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-    a = _native.address
-    _native.cuda_core.haar_analysis_cuda(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device), [a(t) for t in lows],
-    )  # fmt: skip
-
-
-def cuda_synthesis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
-) -> None:
-    a = _native.address
-    _native.cuda_core.haar_synthesis_cuda(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device), [a(t) for t in lows],
-    )  # fmt: skip
-
-
-def _triton_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float) -> None:
-    from wavemix_kernels.ops.haar import triton as haar
-
-    haar.analysis(image, ll, highs, levels=len(highs), edge=edge)
-
-
-def _triton_synthesis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None) -> None:
-    from wavemix_kernels.ops.haar import triton as haar
-
-    haar.synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add)
+    synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add, lows=lows)
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": cuda_analysis, "synthesis": cuda_synthesis}),
+    "cuda": _compiled("cuda", backends.cuda_why_not),
     "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton_analysis, "synthesis": _triton_synthesis}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": cpu_analysis, "synthesis": cpu_synthesis}),
+    "cpu": _compiled("cpu", backends.cpu_why_not),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 

@@ -5,7 +5,6 @@ The pair (pyramid, its adjoint) closes under differentiation, as analysis and sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,29 +60,8 @@ def empty_pyramid(x: Tensor, channels: int, levels: int, channels_last: bool) ->
     return [layout.empty(x, [n, 4 * channels, h >> level, w >> level], channels_last) for level in range(1, levels + 1)]
 
 
-def _triton_analysis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
-) -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
-
-    kernels.analysis(image, ll, highs, levels=len(highs), edge=edge, lows=lows)
-
-
-def _triton_synthesis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
-) -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
-
-    kernels.synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add, lows=lows)
-
-
 #: The Haar kernels themselves, which can keep (and add) the LL of every level.
-BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": haar.cuda_analysis, "synthesis": haar.cuda_synthesis}),
-    "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton_analysis, "synthesis": _triton_synthesis}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": haar.cpu_analysis, "synthesis": haar.cpu_synthesis}),
-    "reference": backends.Backend(backends.reference_why_not, {}),
-}
+BACKENDS = haar.BACKENDS
 
 
 def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[Tensor]:
