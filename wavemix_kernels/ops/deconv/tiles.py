@@ -1,6 +1,5 @@
-"""Tiles of the transposed convolution's kernels: what runs by default and what a tuner tries. Free of triton."""
+"""Tiles of the transposed convolution's kernels: what runs by default. Free of triton."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,15 +63,3 @@ def config_for(
     if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4
     return DeconvConfig(tall, widest, depth, 4 if tall * sum(widths(columns, widest)) <= 8192 else 8, stages)
-
-
-def search_space(itemsize: int) -> Iterator[DeconvConfig]:
-    """Configurations worth timing; those of 256 rows spill, and may be faster all the same."""
-    if itemsize == 4:
-        for rows in (32, 64):
-            for num_warps in (4, 8):
-                yield DeconvConfig(rows, 64, 16, num_warps, 2)
-        return
-    for rows, columns, num_warps in ((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)):
-        for depth, num_stages in ((32, 3), (32, 4), (64, 3)):
-            yield DeconvConfig(rows, columns, depth, num_warps, num_stages)

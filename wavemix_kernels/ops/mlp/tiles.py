@@ -1,6 +1,5 @@
-"""Tiles of the pointwise MLP's kernels: what runs by default and what a tuner tries. Free of triton."""
+"""Tiles of the pointwise MLP's kernels: what runs by default. Free of triton."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,16 +83,6 @@ def config_for(
     if columns <= 288 and o <= 192:
         return MlpConfig(64, 32, 0, 4, 2)
     return MlpConfig(64, 16, 0, 4, 2) if columns <= 384 and o <= 256 else MlpConfig(32, 16, 0, 8, 2)
-
-
-def search_space(itemsize: int) -> Iterator[MlpConfig]:
-    """Configurations worth timing."""
-    if itemsize == 4:
-        for rows, num_warps in ((16, 4), (32, 8)):
-            yield MlpConfig(rows, 16, 16, num_warps, 2)
-        return
-    for rows, hidden, num_warps in ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4)):
-        yield MlpConfig(rows, hidden, 0, num_warps, 2)
 
 
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:

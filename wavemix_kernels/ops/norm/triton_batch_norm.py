@@ -9,7 +9,7 @@ Sums are partial sums of fixed blocks added in a fixed order: results are the sa
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,12 +44,6 @@ def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig
         across = 2
     across = min(across, pow2_at_least(channels))
     return NormConfig(across, min(2048 // across, pow2_at_least(run)), 4)
-
-
-def search_space() -> Iterator[NormConfig]:
-    """Tiles worth timing."""
-    for channels, positions in ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16)):
-        yield NormConfig(channels, positions, 4)
 
 
 class Geometry(NamedTuple):
