@@ -25,6 +25,7 @@ from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
+from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.deconv import tiles as deconv_config
 from wavemix_kernels.ops.deconv import triton as kernels
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
@@ -178,10 +179,10 @@ def test_deconv(n: int, f: int, o: int, h: int, w: int, memory: str, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_configuration(dtype: torch.dtype, device: str) -> None:
     case = Case(1, 20, 36, 2, 3, dtype, device, "channels")
-    shapes = {(c.rows, c.columns, c.depth): c for c in deconv_config.search_space(dtype.itemsize)}
+    shapes = {(c.rows, c.columns, c.depth): c for c in search_spaces.deconv(dtype.itemsize)}
     assert shapes
     # Warps and stages are nothing to the interpreter.
-    for config in shapes.values() if device == "cpu" else deconv_config.search_space(dtype.itemsize):
+    for config in shapes.values() if device == "cpu" else search_spaces.deconv(dtype.itemsize):
         case.check(config)
 
 

@@ -36,6 +36,8 @@ from wavemix_kernels.reference import Waveblock
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
+from tests.kernels.triton import search_spaces
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Shared memory one block may have, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -95,14 +97,14 @@ def test_haar_pyramid(levels: int, memory: str, dtype: torch.dtype, device: str)
 
 
 def test_lows_are_checked() -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
+    from wavemix_kernels.ops.haar import triton_analysis, triton_synthesis
 
     x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
     highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
     with pytest.raises(ValueError, match="lows: 2 for levels=2"):
-        kernels.analysis(x, ll, highs, levels=2, lows=[ll, ll])
+        triton_analysis.analysis(x, ll, highs, levels=2, lows=[ll, ll])
     with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
-        kernels.synthesis(x, ll, highs, levels=2, lows=[ll])
+        triton_synthesis.synthesis(x, ll, highs, levels=2, lows=[ll])
 
 
 # ------------------------------------------------------------------------------------------------ reduce_haar
@@ -154,7 +156,7 @@ def test_reduce_haar(
 def test_every_reduce_configuration(levels: int, device: str) -> None:
     from wavemix_kernels.ops.reduce_haar import triton as kernels
 
-    configs = set(kernels.search_space(4, levels))
+    configs = set(search_spaces.reduce_haar(4, levels))
     assert configs
     for config in configs:
 
@@ -242,7 +244,7 @@ def test_every_configuration_of_reduce_haar_gradients(levels: int, device: str) 
         for i in range(1, levels + 1)
     ]
     exact, bound = reduced_gradients(grads, x, weight[:, :, None, None], add)
-    configs = {c.quads * c.outputs * c.channels: c for c in kernels.search_space(4, levels)}
+    configs = {c.quads * c.outputs * c.channels: c for c in search_spaces.reduce_haar_backward(4, levels)}
     assert configs
     for config in configs.values():
         dx = torch.full_like(x, float("nan"))
@@ -268,7 +270,7 @@ def test_splits_of_reduce_haar_gradients(
         image(randn(n, 4 * o, h >> i, w >> i, seed=i), torch.float16, device, "channels") for i in range(1, levels + 1)
     ]
     dx = torch.full_like(x, float("nan"))
-    config = kernels.GradientConfig(16, 16, 16, 4, 2)
+    config = kernels.ReduceConfig(16, 16, 16, 4, 2)
     launch, *partials = kernels.launch(dx, grads, x, weight, None, True, config)
     assert [p.shape for p in partials] == [(4, o, c), (4, o)]
     for partial in partials:
@@ -423,14 +425,13 @@ def test_pointwise_mlp(
 def test_every_mlp_configuration(device: str) -> None:
     from wavemix_kernels.ops.mlp import triton as forward
     from wavemix_kernels.ops.mlp import triton_backward as backward
-    from wavemix_kernels.ops.mlp.tiles import search_space
 
     for dtype in (torch.float32, torch.float16):
         case = Mlp(40, 20, 6, 36, 24, dtype, device, "channels", 0.5)
         x, second, *rest = case.arguments()
         mlp = forward.Mlp(case.matrix(x).to(dtype), case.matrix(second).to(dtype), *rest)
         grad = case.matrix(case.grad).to(dtype)
-        configs = {(c.rows, c.hidden): c for c in search_space(dtype.itemsize)}  # warps are nothing to the interpreter
+        configs = {(c.rows, c.hidden): c for c in search_spaces.mlp(dtype.itemsize)}
         assert configs
         for config in configs.values():
             out, again, gx, gs = (
@@ -581,7 +582,7 @@ def test_every_norm_configuration(device: str) -> None:
     x, grad = (image(randn(2, 10, 5, 13, seed=i), torch.float32, device, "channels") for i in (0, 1))
     wide, n = x.double(), 2 * 5 * 13
     exact_mean, exact_var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
-    for config in kernels.search_space():
+    for config in search_spaces.batch_norm():
         mean, var = kernels.stats(x, config)
         assert_within(mean, exact_mean, n * U32 * wide.abs().mean((0, 2, 3)), str(config))
         assert_within(var, exact_var, 2 * n * U32 * exact_var, str(config))
@@ -714,7 +715,7 @@ def reduction_launches(
     name = f"reduce_haar {dtype} {c} L{levels}{'' if last else ' of rows'}"
     if forward:
         yield name, reductions.launch(zs, x, weight, bias.to(dtype), True)
-    config = gradients.config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
+    config = gradients.backward_config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
     yield f"{name} gradients", gradients.launch(x, zs, x, weight, x, True, config)[0]
 
 
@@ -734,8 +735,7 @@ def tf32_launches() -> Iterator[tuple[str, Any]]:
 
 def compiled_launches() -> list[tuple[int, str, bool, Any]]:
     """(architecture, name, whether it multiplies matrices, launch) of default tiles, on tensors without storage."""
-    from wavemix_kernels.ops.common.triton_launch import Launch
-    from wavemix_kernels.ops.haar import triton as haar
+    from wavemix_kernels.ops.haar import triton_analysis, triton_synthesis
     from wavemix_kernels.ops.norm import triton_batch_norm as norms
     from wavemix_kernels.ops.reduce_haar import triton as reductions
 
@@ -760,11 +760,9 @@ def compiled_launches() -> list[tuple[int, str, bool, Any]]:
         bias = meta(c // 4, dtype=dtype)
         lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
         reduced = meta(64, c // 4, 64, 64, dtype=dtype, last=True)
-        for synthesis in (False, True):
-            prepared = haar.prepare(
-                reduced, lows[-1], highs, levels=levels, synthesis=synthesis, lows=lows[:-1]
-            )  # fmt: skip
-            found.append((90, f"haar_pyramid {dtype} {'adjoint' if synthesis else ''}", False, Launch(*prepared)))
+        for name, kernels in (("", triton_analysis), ("backward", triton_synthesis)):
+            prepared = kernels.launch(reduced, lows[-1], highs, lows=lows[:-1])
+            found.append((90, f"haar_pyramid {dtype} {name}", False, prepared))
         found.append((90, f"reduce_haar {dtype} {c} L{levels}", True, reductions.launch(zs, x, weight, bias, True)))
         rows = meta(64, c, 64, 64, dtype=dtype)
         found.append(
