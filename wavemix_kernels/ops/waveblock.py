@@ -4,8 +4,8 @@ Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``r
 of each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
 ``recompute="all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
 
-At level 1 the reduction and the MLP could be one kernel: by count that saves writing and reading Z_1, half an x-size of
-six and a half, 15 us of 170 for 192 channels at 64x64, batch 64, in bf16 on an H100. It is not done.
+At level 1 the reduction and the MLP could be one kernel; by count it would save too little to be done
+(docs/develop/tuning.md, one kernel for the reduction and the MLP).
 """
 
 from __future__ import annotations

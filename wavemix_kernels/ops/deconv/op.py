@@ -52,9 +52,13 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         (N, O, 2H, 2W), channels_last.
 
     Raises:
-        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together; a call that the backend
+            asked for cannot serve.
+        RuntimeError: the backend asked for is not installed.
 
     Backward is not differentiable again, except on backend ``"reference"``.
+
+    Source: WaveMix (arXiv:2205.14375), the upsampling of a feed-forward part.
     """
     checks.check_tensor("u", u, 4, "(N, F, H, W)")
     checks.check_tensor("weight", weight, 4, "(F, O, 4, 4)")

@@ -38,19 +38,9 @@ def config_for(
 ) -> DeconvConfig:
     """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
 
-    Half types: 128 x 192 results on eight warps take 174 (forward) to 240 registers of a thread, so an SM has one such
-    block, which its stages keep busy. At the 2048 products a clock of an H100's tensor cores it reads 4096 * (1 / 128 +
-    1 / 192) = 53 bytes a clock from L2, of which L2 gives each SM some 32; the 64 x 192 of which an SM has two would
-    read 85. Twice the rows would read 37, and spill, as would weights' gradients 256 wide and, with four warps to a
-    block and two of them to an SM, the input's 96 or 128 wide.
-    `by_warps`: the chip's matrix instructions take both operands from registers, beside which a gradient that is made
-    there leaves less room.
-    Both gradients in one kernel, at 192 channels: on sm_90, 80, 100 and 120 240, 255, 144 and 252 registers, and 77,
-    47, 78 and 47 KiB of shared memory, so that an SM has one block as of each alone (of the input's two, on sm_100 with
-    128 registers); in fp32 at 96 channels 136 registers and 15 KiB (sm_90), three blocks where each alone has four.
-    fp32 of `precision` "ieee" multiplies on the ordinary units, 16 times slower: small tiles, whose operands take the
-    registers. In TF32 the tensor cores make half as many products a clock of twice the bytes: 128 x 96 reads 75 bytes a
-    clock (64 x 48: 149) of 196 registers (both gradients), and 128 x 192 spills.
+    Half types: 128 x 192 results on eight warps, one block for a multiprocessor. fp32 of `precision` "ieee" multiplies
+    on the ordinary units: small tiles, whose operands take the registers. `by_warps`: the chip's matrix instructions
+    take both operands from registers, which leaves a gradient less room. (docs/develop/tuning.md, Triton tiles)
     """
     depth = min(64 // itemsize, max(16, pow2_at_least(inner)))
     if itemsize == 4 and precision == "ieee":

@@ -22,9 +22,8 @@ from wavemix_kernels.ops.deconv.triton import FREE, _config, _constants, _matrix
 
 _MULTIPROCESSORS = 132  # of an H100
 _REDUCED = 64  # weights of all 16 taps that a program adds up
-# Of g and y in a split of the launch that reads them for both gradients: what is to stay in L2 (50 MB in an H100, 40 in
-# an A100) while it is worked on and the next begins. Large batches pay with more partial sums, at 192 channels 2.4 MB
-# written and read for each of these 25 MB.
+# Bytes of g and y in a split of the launch that reads them for both gradients: they stay in L2 (50 MB in an H100, 40 in
+# an A100) while the split is worked on and the next begins. Large batches pay with more partial sums.
 _SPLIT_BYTES = 24 * 2**20
 
 

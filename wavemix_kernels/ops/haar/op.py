@@ -217,16 +217,14 @@ def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend
             return _native.core, (torch.get_num_threads(),)
         return _native.cuda_core, _native.stream(image.device)
 
-    def run_analysis(
-        image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
-    ) -> None:
+    def analyse(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
         a, (core, queue) = _native.address, core_and_queue(image)
         getattr(core, f"haar_analysis_{device}")(
             _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs], *queue,
             [a(t) for t in lows],
         )  # fmt: skip
 
-    def run_synthesis(
+    def synthesise(
         image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
     ) -> None:
         a, (core, queue) = _native.address, core_and_queue(image)
@@ -235,7 +233,7 @@ def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend
             *queue, [a(t) for t in lows],
         )  # fmt: skip
 
-    return backends.Backend(probe, {"analysis": run_analysis, "synthesis": run_synthesis})
+    return backends.Backend(probe, {"analysis": analyse, "synthesis": synthesise})
 
 
 def _triton_analysis(
@@ -421,15 +419,9 @@ def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -
 
 
 def _synthesis_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    ll: Tensor,
-    highs: list[Tensor],
-    size: Any,
-    mode: str,
-    add: Tensor | None,
+    info: Any, in_dims: tuple[Any, ...], ll: Tensor, highs: list[Tensor], size: Any, mode: str, add: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, int]:  # fmt: skip
     n = info.batch_size
     highs = [into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
     add = None if add is None else into_batch(add, in_dims[4], n)

@@ -35,20 +35,9 @@ def config_for(
 ) -> MlpConfig:
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
-    Half types: 64 rows on four warps are wgmma's and tcgen05's own tile, and two blocks of at most 255 registers a
-    thread share a multiprocessor, so that one multiplies while the other takes error functions. 192 accumulated columns
-    are 96 registers of a thread, and 32 units of the hidden layer 16, twice in a gradient; where more columns leave no
-    room, a step takes 16. Beyond that, and where matrices multiply by warps, a tile of 32 rows (for the weights'
-    gradients: units) on eight warps holds 512 columns in 64 registers, and one block fits a multiprocessor: eight
-    warps, as many as of two blocks of four. For the weights' gradients that is what makes all of them in one pass: at
-    192 + 96 columns to 192, 384 units, one launch takes 12 programs a run of pixels, each of which makes 32 units' part
-    of the hidden layer once and reads 480 columns, from L2 but for the first of the twelve. A launch for each weight
-    makes it three times and reads 1150 columns. 64 units on sm_90 would halve what is read and spill: wgmma's left
-    operand, the weights, lies in registers all the while, 120 of them; tcgen05 has its sums elsewhere.
-    fp32 multiplies on the ordinary units, whose operands are registers too: 16 x 16 tiles of the hidden layer on eight
-    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds. 32 units of the
-    weights' gradients share more of what is read; in TF32 they would be as high as B's narrower tile is wide, and spill
-    (narrowest).
+    Half types: 64 rows on four warps, two blocks for a multiprocessor; where columns leave no room for that, or
+    matrices multiply by warps, 32 rows (for the weights' gradients: units) on eight warps, one block. fp32 multiplies
+    on the ordinary units: 16 x 16 tiles of the hidden layer on eight warps. (docs/develop/tuning.md, Triton tiles)
 
     Raises:
         ValueError: more columns than the smallest tile can accumulate.

@@ -51,7 +51,9 @@ def reduce_haar(
         Z_1 … Z_levels, Z_l of shape (N, 4O, H/2^l, W/2^l).
 
     Raises:
-        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together; a call that the backend
+            asked for cannot serve.
+        RuntimeError: the backend asked for is not installed.
 
     Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
     """

@@ -30,10 +30,8 @@ def why_invalid(config: ReduceConfig, levels: int) -> str | None:
 def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> ReduceConfig:
     """The default: a deterministic function of its arguments.
 
-    64 KB of accumulators on eight warps, 64 registers of each thread. All of the usual 16 to 64 outputs in one
-    program, so that x is read once: padding 36 or 48 of them to 64 costs arithmetic that memory's time hides.
-    Two blocks share a multiprocessor of sm_90 and sm_100; for images of rows, whose addresses take registers too, and
-    where matrices multiply by warps it is one, whose loads are two steps ahead.
+    64 KB of accumulators on eight warps; all of the usual 16 to 64 outputs in one program, so that x is read once.
+    (docs/develop/tuning.md, Triton tiles)
     """
     quads = max(64, 4 ** (levels - 1))
     across = min(4096 // quads, max(16, pow2_at_least(outputs)))
@@ -46,16 +44,9 @@ def backward_config_for(
 ) -> ReduceConfig:
     """The default: a deterministic function of its arguments.
 
-    Half types: 64 quads, wgmma's and tcgen05's own tile, by 64 outputs: the four corners are 64 registers of a thread
-    of eight warps. With up to 32 outputs two blocks share a multiprocessor; with 64 one has it alone, and the next
-    step's x and finest bands, 56 KB, arrive while it works, three times what the latency of an H100's memory asks for.
-    Where matrices multiply by warps, 32 quads leave as many registers and fit 99 KB; so they do on tcgen05 for images
-    of rows (`of_rows`), whose addresses take more. Four levels need 64 quads, which leave room for 16 channels there;
-    five need 256, which leave none for a step ahead. Programs of the same pixels are neighbours: the bands' gradients
-    come from L2 for all but the first of C / 64, or of C / 32 for images of rows and for outputs that are no whole
-    16-byte vectors.
-    fp32 multiplies on the ordinary units or in TF32, whose operands are registers too: 16 at a time of what a product
-    sums over, or as few as the levels' blocks allow.
+    Half types: 64 quads by 64 outputs; 32 quads where matrices multiply by warps and, on tcgen05, for images of rows
+    (`of_rows`), whose addresses take registers. fp32: 16 at a time of what a product sums over, or as few as the
+    levels' blocks allow. (docs/develop/tuning.md, Triton tiles)
     """
     least = max(16, 4 ** (levels - 1))
     if itemsize == 4:
