@@ -67,9 +67,9 @@ class TestChannelMlp:
             )
             return [
                 products.project(image, weight, bias),
-                products.input_gradient(grad, image, weight),
-                products.weight_gradient(grad, image, weight),
-                products.bias_gradient(grad),
+                products.backward_x(grad, image, weight),
+                products.backward_weight(grad, image, weight),
+                products.backward_bias(grad),
             ]
 
         tensors = (image, grad, weight, bias)
@@ -138,7 +138,7 @@ class TestWideMlp:
         value, slope = hidden.abs() + hidden_error, torch.full_like(hidden, 1.13)
         w1, w2 = exact.w1.abs(), exact.w2.abs()
         g, image = grad.double().abs(), x.double().abs()
-        g_h = products.input_gradient(g, hidden, w2)
+        g_h = products.backward_x(g, hidden, w2)
         g_h_error = g_h * (hidden_error + (o + 2) * u * slope)
 
         def sums(of: Callable[[Tensor], Tensor], value: Tensor, error: Tensor, terms: int) -> Tensor:
@@ -147,10 +147,10 @@ class TestWideMlp:
         pixels = n * h * w
         bounds = [
             sums(lambda t: products.project(t, w2, None), value, hidden_error, k),
-            sums(lambda t: products.input_gradient(t, image, w1), g_h * slope, g_h_error, k),
-            sums(lambda t: products.weight_gradient(t, image, w1), g_h * slope, g_h_error, pixels),
+            sums(lambda t: products.backward_x(t, image, w1), g_h * slope, g_h_error, k),
+            sums(lambda t: products.backward_weight(t, image, w1), g_h * slope, g_h_error, pixels),
             sums(lambda t: t.sum((0, 2, 3)), g_h * slope, g_h_error, pixels),
-            sums(lambda t: products.weight_gradient(g, t, w2), value, hidden_error, pixels),
+            sums(lambda t: products.backward_weight(g, t, w2), value, hidden_error, pixels),
             sums(lambda t: t.sum((0, 2, 3)), g, torch.zeros_like(g), pixels),
         ]
         names = ("out", "x", "w1", "b1", "w2", "b2")
@@ -170,7 +170,7 @@ def test_weight_gradient_of_slices(dtype: torch.dtype, size: tuple[int, ...]) ->
     n, o, c, h, w = size
     grad = by_pixels(n, o + 5, h, w, seed=1, dtype=dtype)[:, 3 : 3 + o]
     image = by_pixels(n, c + 2, h, w, seed=2, dtype=dtype)[:, 1 : 1 + c]
-    got = products.weight_gradient(grad, image, torch.empty(o, c, 1, 1, dtype=dtype))
+    got = products.backward_weight(grad, image, torch.empty(o, c, 1, 1, dtype=dtype))
     rows, columns = (products.matrix(t.double()) for t in (grad, image))
     bound = (n * h * w + 1) * UNIT_ROUNDOFF[dtype] * (rows.abs().t() @ columns.abs())
     # In float64 the product that it is compared with errs as much.

@@ -74,7 +74,7 @@ def _forward(u: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
     return y.permute(0, 1, 2, 4, 3, 5).reshape(n, weight.shape[1], 4 * rows, 4 * columns)[:, :, : 2 * h, : 2 * w]
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
+def _backward_x(grad: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
     """The gradient of u, likewise."""
     h, w = grad.shape[2] // 2, grad.shape[3] // 2
     rows, columns = -(-h // 2), -(-w // 2)
@@ -90,7 +90,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, *, sizes: bool = False) -> Ten
 def _gradient_sizes(u: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The same for both gradients, of absolute values: that of weight is the transposed map."""
     weight = weight.abs().requires_grad_()
-    d_u = _input_gradient(grad, weight, sizes=True)
+    d_u = _backward_x(grad, weight, sizes=True)
     return d_u.detach(), torch.autograd.grad(d_u, weight, u.abs())[0]
 
 
@@ -117,7 +117,7 @@ def test_minimal_filtering_is_the_transposed_convolution() -> None:
     u, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((2, 3, 5, 4), (3, 2, 4, 4)))
     torch.testing.assert_close(_forward(u, weight), F.conv_transpose2d(u, weight, stride=2, padding=1))
     grad = torch.randn(2, 2, 10, 8, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(_input_gradient(grad, weight), F.conv2d(grad, weight, stride=2, padding=1))
+    torch.testing.assert_close(_backward_x(grad, weight), F.conv2d(grad, weight, stride=2, padding=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
@@ -240,11 +240,11 @@ def test_deconv_operators_describe_themselves() -> None:
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
         torch.library.opcheck(ops.deconv_residual, (u, weight, bias, grad, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_input_grad, (grad, weight, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_weight_grad, (grad, u, True, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_backward_x, (grad, weight, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_backward_weight, (grad, u, True, "auto"), test_utils=tests)
         if deconv.folds("auto", channels, grad):
             arguments = (grad, y, mean, invstd, bias, True, u, weight, "auto")
-            torch.library.opcheck(ops.deconv_norm_gradients, arguments, test_utils=tests)
+            torch.library.opcheck(ops.deconv_norm_backward, arguments, test_utils=tests)
 
 
 def test_deconv_of_nothing() -> None:
@@ -255,8 +255,8 @@ def test_deconv_of_nothing() -> None:
     assert y.shape == (0, 36, 6, 8)
     assert mean.isnan().all()
     assert var.isnan().all()
-    assert ops.deconv_input_grad(y, weight, "auto").shape == u.shape
-    assert all(not t.any() for t in ops.deconv_weight_grad(y, u, True, "auto"))
+    assert ops.deconv_backward_x(y, weight, "auto").shape == u.shape
+    assert all(not t.any() for t in ops.deconv_backward_weight(y, u, True, "auto"))
 
 
 def test_deconv_errors() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native
-from wavemix_kernels.ops.deconv import op as deconv
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.reduce_haar import reference
 
 if _native.core is None:
@@ -152,16 +152,14 @@ def test_deconv_of_nothing() -> None:
     assert y.shape == (0, 5, 6, 8)
     assert mean.isnan().all()
     assert var.isnan().all()
-    assert ops.deconv_input_grad(y, weight, "cpu").shape == u.shape
-    assert all(not t.any() for t in ops.deconv_weight_grad(y, u, True, "cpu"))
+    assert ops.deconv_backward_x(y, weight, "cpu").shape == u.shape
+    assert all(not t.any() for t in ops.deconv_backward_weight(y, u, True, "cpu"))
 
 
 def test_deconv_takes_the_kernel_for_few_channels() -> None:
     """What the operator chooses: ours below so many products of channels, minimal filtering or the library above."""
-    like = torch.empty(1)
-    ours, library = deconv.BACKENDS["cpu"], deconv.BACKENDS["reference"]
-    for f, o, want in ((8, 8, ours), (32, 32, ours), (16, 128, library), (64, 64, ours)):
-        assert deconv._chosen("auto", f, o, like) is want
+    for f, o, want in ((8, 8, "cpu"), (32, 32, "cpu"), (16, 128, "reference"), (64, 64, "cpu")):
+        assert choose.deconv("cpu", torch.float32, f, o, _native.core.DECONV_NARROW)[0] == want
 
 
 REDUCTIONS = [  # n, c, o, h, w

@@ -10,9 +10,9 @@ import torch
 
 import wavemix_kernels as wk
 from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.pyramid import haar_pyramid
 from wavemix_kernels.ops.mlp.op import pointwise_mlp
-from wavemix_kernels.ops.norm.batch_norm import batch_norm_residual
 from wavemix_kernels.ops.reduce_haar.op import reduce_haar
 from wavemix_kernels.reference import Waveblock
 from wavemix_kernels.wavemix import Level2Waveblock
@@ -65,10 +65,6 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, dropout=1.5), ValueError, r"dropout=1.5: expected a probability"),
     (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, scale=X), ValueError, r"scale and shift belong to second"),
     (lambda: pointwise_mlp(X, W[:, :, 0, 0], None, W[:, :2, 0, 0], None, second=X[:1]), ValueError, r"second: expected \(N, B, H, W\)"),
-    # batch_norm_residual
-    (lambda: batch_norm_residual(X, torch.zeros(4), torch.zeros(4)), ValueError, r"running_mean: expected shape \(8,\)"),
-    (lambda: batch_norm_residual(X, residual=X[:1]), ValueError, r"residual: expected x's shape \(2, 8, 8, 12\), got \(1, 8"),
-    (lambda: batch_norm_residual(X[:1, :, :1, :1], training=True), ValueError, r"more than one value per channel in training"),
     # modules
     (lambda: wk.FusedWaveblock(level=5), ValueError, r"level=5: expected 1, 2, 3 or 4"),
     (lambda: wk.FusedWaveblock(final_dim=30), ValueError, r"final_dim=30: expected a multiple of 4; the nearest that work: 28 or 32"),
@@ -114,8 +110,8 @@ def test_cpu_backend_on_another_device_says_what_it_got() -> None:
         ValueError,
         match=r"backend='cpu' cannot serve this call: it takes CPU tensors, got float32\(2, 8, 8, 12\) on meta",
     ):
-        backends.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
-    assert backends.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
+        choose.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
+    assert choose.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
 
 
 @pytest.mark.parametrize(

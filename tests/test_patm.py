@@ -20,6 +20,7 @@ from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, ass
 from wavemix_kernels import _native, backends, wavemlp
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.patm import branches as sum_op
 from wavemix_kernels.ops.patm import op as patm_op
 from wavemix_kernels.ops.patm import phases as op
@@ -45,7 +46,7 @@ def on_the_cpu(device: str) -> None:
 @pytest.fixture(autouse=True)
 def in_kernels_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As wide images run; test_patm_whole.py has the kernel from end to end."""
-    monkeypatch.setattr(patm_op, "WHOLE", 0)
+    monkeypatch.setattr(choose, "WHOLE", 0)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

@@ -20,7 +20,7 @@ from tests.test_wavemlp import normal, randomised
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels import _native
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
-from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.patm import whole as op
 
 # (dim, size): thinner than the taps reach, several rows to a step and none, more places than channels.
@@ -209,7 +209,7 @@ def test_serves_up_to_a_width() -> None:
     assert runs(FusedPATM(8).eval().fuse_for_inference(), torch.randn(2, 8, 5, 4))
     assert not runs(FusedPATM(8, mode="depthwise"), torch.randn(2, 8, 5, 4))
     assert not runs(FusedPATM(5), torch.randn(2, 5, 5, 4))
-    wide = patm_op.WHOLE + 2
+    wide = choose.WHOLE + 2
     assert not runs(FusedPATM(wide), torch.randn(2, wide, 2, 2))
     with wk.backend("cpu"):
         assert runs(FusedPATM(8), torch.randn(2, 8, 5, 4))

@@ -157,7 +157,7 @@ def test_sum_and_branch_gradient(
         stored = stored_roundoff(types[0], backend) * want.abs() + UNDERFLOW[types[0]]
         assert_within(out, want, bound + stored, f"sum, {order}")
 
-        got = pre_norm.branch_gradient(x, path, branch, backend)
+        got = pre_norm.join_backward(x, path, branch, backend)
         assert got.dtype == types[1]
         assert got.is_contiguous(memory_format=torch.channels_last)
         want = factor * exact(x)

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, search_space
+from tests.kernels.triton import search_spaces
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Shared memory one block may have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -61,7 +62,7 @@ def points() -> list[Point]:
         Point(90, "float16", layout, levels, synthesis, config)
         for layout in dense
         for levels in range(1, MAX_LEVELS + 1)
-        for config in search_space(layout, levels, 2)
+        for config in search_spaces.haar(layout, levels, 2)
         for synthesis in both
     ]
     found += [
@@ -190,15 +191,16 @@ def compile_launch(arch: int, launch: Any) -> dict[str, Any]:
 
 
 def compile_point(point: Point) -> dict[str, Any]:
-    from wavemix_kernels.ops.common.triton_launch import Launch
-    from wavemix_kernels.ops.haar import triton as haar
+    from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis
 
-    bands = [haar.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
+    bands = [triton_plan.band_shape(point.shape, level) for level in range(1, point.levels + 1)]
     image, ll = allocate(point.shape, point), allocate((*point.shape[:2], *bands[-1][3:]), point)
-    launch = Launch(*haar.prepare(
-        image, ll, [allocate(band, point) for band in bands], levels=point.levels, edge=point.edge,
-        add=allocate(point.shape, point) if point.add else None, synthesis=point.synthesis, config=point.config,
-    ))  # fmt: skip
+    highs, options = [allocate(band, point) for band in bands], {"edge": point.edge, "config": point.config}
+    if point.synthesis:
+        add = allocate(point.shape, point) if point.add else None
+        launch = triton_synthesis.launch(image, ll, highs, add=add, **options)
+    else:
+        launch = triton_analysis.launch(image, ll, highs, **options)
     return {**asdict(point), "aligned": point.aligned, **compile_launch(point.arch, launch)}
 
 

@@ -25,6 +25,7 @@ from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
+from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.deconv import tiles as deconv_config
 from wavemix_kernels.ops.deconv import triton as kernels
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
@@ -46,7 +47,7 @@ def transposed(u: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(u, weight, None, 2, 1)
 
 
-def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+def backward_weight(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
     weight = weight.clone().requires_grad_()
     return torch.autograd.grad(transposed(u, weight), weight, g)[0]
 
@@ -115,8 +116,8 @@ class Case:
     def check_weight(self, dw: Tensor, db: Tensor | None, with_norm: bool) -> None:
         g, error = self.gradient(with_norm)
         u, weight, n = self.wide(self.u), self.wide(self.weight), self.u[:, 0].numel()
-        exact = weight_gradient(g, u, weight)
-        bound = weight_gradient(error, u.abs(), weight) + n * U32 * weight_gradient(g.abs() + error, u.abs(), weight)
+        exact = backward_weight(g, u, weight)
+        bound = backward_weight(error, u.abs(), weight) + n * U32 * backward_weight(g.abs() + error, u.abs(), weight)
         assert_within(dw, exact, bound + stored(exact, self.dtype), f"dw {self.dtype} norm={with_norm}")
         if db is not None:
             exact = g.sum((0, 2, 3))
@@ -129,19 +130,19 @@ class Case:
         kernels.forward(y, self.u, self.weight, self.bias if with_bias else None, stats, config)
         return (y, *(stats or ()))
 
-    def input_grad(self, with_norm: bool, config: Any = None) -> Tensor:
+    def backward_x(self, with_norm: bool, config: Any = None) -> Tensor:
         du = self.empty(self.u)
-        deconv_backward.input_grad(du, self.g, self.norm if with_norm else None, self.weight, config)
+        deconv_backward.backward_x(du, self.g, self.norm if with_norm else None, self.weight, config)
         return du
 
-    def weight_grad(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
+    def backward_weight(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
         dw, db = torch.full_like(self.weight, NAN), torch.full_like(self.bias, NAN) if with_bias else None
-        deconv_backward.weight_grad(dw, db, self.g, self.norm if with_norm else None, self.u, config)
+        deconv_backward.backward_weight(dw, db, self.g, self.norm if with_norm else None, self.u, config)
         return dw, db
 
-    def norm_gradients(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
+    def norm_backward(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
         du, dw = self.empty(self.u), torch.full_like(self.weight, NAN)
-        deconv_backward.norm_gradients(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
+        deconv_backward.norm_backward(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
         return du, dw
 
     def check(self, config: Any = None) -> None:
@@ -152,9 +153,9 @@ class Case:
             if with_stats:
                 self.check_stats(y, *stats)
         for with_norm in (False, True):
-            self.check_input(self.input_grad(with_norm, config), with_norm)
-            self.check_weight(*self.weight_grad(with_norm, not with_norm, config), with_norm)
-        du, dw = self.norm_gradients((config, config))
+            self.check_input(self.backward_x(with_norm, config), with_norm)
+            self.check_weight(*self.backward_weight(with_norm, not with_norm, config), with_norm)
+        du, dw = self.norm_backward((config, config))
         self.check_input(du, True)
         self.check_weight(dw, None, True)
 
@@ -178,17 +179,17 @@ def test_deconv(n: int, f: int, o: int, h: int, w: int, memory: str, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_configuration(dtype: torch.dtype, device: str) -> None:
     case = Case(1, 20, 36, 2, 3, dtype, device, "channels")
-    shapes = {(c.rows, c.columns, c.depth): c for c in deconv_config.search_space(dtype.itemsize)}
+    shapes = {(c.rows, c.columns, c.depth): c for c in search_spaces.deconv(dtype.itemsize)}
     assert shapes
     # Warps and stages are nothing to the interpreter.
-    for config in shapes.values() if device == "cpu" else deconv_config.search_space(dtype.itemsize):
+    for config in shapes.values() if device == "cpu" else search_spaces.deconv(dtype.itemsize):
         case.check(config)
 
 
 def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
     case = Case(2, 8, 48, 5, 7, torch.float32, device, "slice")
-    case.check_weight(*case.weight_grad(True, True), True)
+    case.check_weight(*case.backward_weight(True, True), True)
 
 
 # Input pixels in runs of 16 (or 64) by blocks of 16 (or 32) channels, the weight's patches of 2 x 8.
@@ -206,15 +207,15 @@ SMALL, WIDE = deconv_config.DeconvConfig(16, 16, 16, 4, 2), deconv_config.Deconv
 def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: str) -> None:
     """Bit for bit those of two, in tiles of the input's own."""
     case = Case(3, 20, 12, 5, 7, torch.float32, device, "slice")
-    launch, partial, _ = deconv_backward.weight_grad_launch(case.g, case.norm, case.u, False, WIDE, least)
+    launch, partial, _ = deconv_backward.backward_weight_launch(case.g, case.norm, case.u, False, WIDE, least)
     launch.run(case.u)
     assert partial.shape[0] == splits
     dw = torch.full_like(case.weight, NAN)
     deconv_backward.reduce_launch(dw, partial).run(case.u)
-    du, dw_beside = case.norm_gradients((config, WIDE), least)
+    du, dw_beside = case.norm_backward((config, WIDE), least)
     case.check_input(du, True)
     case.check_weight(dw_beside, None, True)
-    assert torch.equal(du, case.input_grad(True, config))
+    assert torch.equal(du, case.backward_x(True, config))
     assert torch.equal(dw_beside, dw)
 
 
@@ -222,7 +223,7 @@ def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
     """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
     case = Case(5, 8, 12, 4, 8, torch.float32, device, "channels")
     du = case.empty(case.u)
-    launch, partial = deconv_backward.norm_gradients_launch(
+    launch, partial = deconv_backward.norm_backward_launch(
         du, case.g, case.norm, case.u, case.weight, (SMALL, SMALL), 4
     )
     assert partial.shape[0] == 4
@@ -242,7 +243,7 @@ def test_splits_stay_in_the_cache(n: int, splits: int) -> None:
     u, g = (t.to(memory_format=torch.channels_last) for t in (u, g))
     weight = torch.empty(192, 192, 4, 4, dtype=torch.float16, device="meta")
     norm = deconv_backward.Norm(g, *(torch.empty(192, device="meta"),) * 4)
-    _, partial = deconv_backward.norm_gradients_launch(u, g, norm, u, weight)
+    _, partial = deconv_backward.norm_backward_launch(u, g, norm, u, weight)
     assert partial.shape == (splits, 4, 4, 192, 192)
     assert 2 * g.numel() * 2 / splits <= 24 * 2**20
 
@@ -284,10 +285,10 @@ def test_results_are_the_same_in_every_run(device: str) -> None:
     runs = [
         [
             *case.forward(True, True),
-            case.input_grad(True),
-            *case.weight_grad(False, True),
-            *case.weight_grad(True, True),
-            *case.norm_gradients(),
+            case.backward_x(True),
+            *case.backward_weight(False, True),
+            *case.backward_weight(True, True),
+            *case.norm_backward(),
         ]
         for _ in range(2)
     ]
@@ -305,10 +306,10 @@ def test_empty_batch(device: str) -> None:
     assert y.shape == (0, 6, 6, 8)
     assert mean.isnan().all()
     assert var.isnan().all()
-    assert case.input_grad(True).shape == (0, 8, 3, 4)
-    du, dw = case.norm_gradients()
+    assert case.backward_x(True).shape == (0, 8, 3, 4)
+    du, dw = case.norm_backward()
     assert du.shape == (0, 8, 3, 4)
-    for result in (*case.weight_grad(True, True), dw):
+    for result in (*case.backward_weight(True, True), dw):
         assert result is not None
         assert torch.equal(result, torch.zeros_like(result))
 
@@ -326,20 +327,20 @@ def far(t: Tensor, device: str) -> Tensor:
 
 def test_offsets_beyond_32_bits(device: str) -> None:
     case = Case(2, 8, 16, 2, 3, torch.float16, device, "channels")
-    near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True), case.norm_gradients()
+    near = case.forward(True, True), case.backward_x(True), case.backward_weight(True, True), case.norm_backward()
     case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
     y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
     kernels.forward(y, case.u, case.weight, case.bias, None)
-    deconv_backward.input_grad(du, case.g, case.norm, case.weight)
+    deconv_backward.backward_x(du, case.g, case.norm, case.weight)
     assert torch.equal(y, near[0][0])
     assert torch.equal(du, near[1])
-    for got, expected in zip(case.weight_grad(True, True), near[2], strict=True):
+    for got, expected in zip(case.backward_weight(True, True), near[2], strict=True):
         assert got is not None
         assert expected is not None
         assert torch.equal(got, expected)
     du.fill_(NAN)
     dw = torch.full_like(case.weight, NAN)
-    deconv_backward.norm_gradients(du, dw, case.g, case.norm, case.u, case.weight)
+    deconv_backward.norm_backward(du, dw, case.g, case.norm, case.u, case.weight)
     assert torch.equal(du, near[3][0])
     assert torch.equal(dw, near[3][1])
 
@@ -354,7 +355,7 @@ def test_refuses_an_image_that_32_bits_do_not_count() -> None:
     with refused:
         kernels.forward_launch(y, u, weight, None, False)
     with refused:
-        deconv_backward.norm_gradients_launch(u, y, norm, u, weight)
+        deconv_backward.norm_backward_launch(u, y, norm, u, weight)
 
 
 # ------------------------------------------------------------------------------- compiled without a GPU at hand
@@ -384,19 +385,19 @@ def compiled_launches() -> list[tuple[str, int, Any]]:
             )
             for kind in ("forward", "input", "weight")
         }
-        both = deconv_backward.norm_gradients_launch(u, y, norm, u, weight, (configs["input"], configs["weight"]))[0]
+        both = deconv_backward.norm_backward_launch(u, y, norm, u, weight, (configs["input"], configs["weight"]))[0]
         launches = {
             "forward": kernels.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
             "both": both,
         }
         if arch == 90:  # elsewhere the launch of both stands for its parts, which cost CI half a minute
-            launches["input"] = deconv_backward.input_grad_launch(u, y, norm, weight, configs["input"])
-            launches["weight"] = deconv_backward.weight_grad_launch(y, norm, u, True, configs["weight"])[0]
+            launches["input"] = deconv_backward.backward_x_launch(u, y, norm, weight, configs["input"])
+            launches["weight"] = deconv_backward.backward_weight_launch(y, norm, u, True, configs["weight"])[0]
         found += [(f"{name} {dtype} {precision} {c}", arch, launch) for name, launch in launches.items()]
     torch.backends.cuda.matmul.fp32_precision = before
     half = torch.float16
     u, y, weight = (meta(*s, dtype=half) for s in ((64, 256, 32, 32), (64, 256, 64, 64), (256, 256, 4, 4)))
-    both, partial = deconv_backward.norm_gradients_launch(u, y, deconv_backward.Norm(y, *(meta(256),) * 4), u, weight)
+    both, partial = deconv_backward.norm_backward_launch(u, y, deconv_backward.Norm(y, *(meta(256),) * 4), u, weight)
     found += [("both torch.float16 256", 90, both)]
     found += [("merge", 90, kernels.merge_launch(meta(3, 2048, 192))[0])]
     found += [("reduce", 90, deconv_backward.reduce_launch(weight, partial))]

@@ -14,7 +14,10 @@ from wavemix_kernels.ops.haar.tiles import TileConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
-from wavemix_kernels.ops.haar import triton as haar  # imports triton
+from tests.kernels.triton import search_spaces  # imports triton
+from wavemix_kernels.ops.haar import triton_plan
+from wavemix_kernels.ops.haar.triton_analysis import analysis
+from wavemix_kernels.ops.haar.triton_synthesis import synthesis
 
 MODE = {0: "zero", 1: "symmetric", -1: "antisymmetric"}
 #: Memory orders of (n, c, h, w) and (n, c, band, h, w), slowest first.
@@ -48,7 +51,7 @@ class Case:
             return allocate(shape, dtype, device, memory).copy_(values)
 
         self.levels, self.dtype, self.edge, self.shape = levels, dtype, edge, shape
-        bands = [haar.band_shape(shape, level) for level in range(1, levels + 1)]
+        bands = [triton_plan.band_shape(shape, level) for level in range(1, levels + 1)]
         low = (*shape[:2], *bands[-1][3:])
         self.x, self.ll_in, self.highs_in = like(shape), like(low), [like(band) for band in bands]
         self.add = like(shape)
@@ -65,7 +68,7 @@ class Case:
         return allowed
 
     def check_analysis(self, config: TileConfig | None = None) -> None:
-        haar.analysis(self.x, self.ll, self.highs, levels=self.levels, edge=self.edge, config=config)
+        analysis(self.x, self.ll, self.highs, levels=self.levels, edge=self.edge, config=config)
         ll, highs = reference.analysis(self.x.double(), self.levels, MODE[self.edge])
         for name, got, exact in [("ll", self.ll, ll), *zip(("high",) * self.levels, self.highs, highs, strict=True)]:
             assert_within(got, exact, self.bound(exact, [self.x]), f"{name} {tuple(exact.shape)} {config}")
@@ -75,7 +78,7 @@ class Case:
     ) -> None:
         given = [None if i in without else high for i, high in enumerate(self.highs_in)]
         extra = self.add if add else None
-        haar.synthesis(self.out, self.ll_in, given, levels=self.levels, edge=self.edge, add=extra, config=config)
+        synthesis(self.out, self.ll_in, given, levels=self.levels, edge=self.edge, add=extra, config=config)
         zeroed = [high.double() if i not in without else torch.zeros_like(high, dtype=torch.float64)
                   for i, high in enumerate(self.highs_in)]  # fmt: skip
         exact = reference.synthesis(
@@ -117,7 +120,7 @@ def test_thin_images(shape: tuple[int, int, int, int], edge: int, memory: str, d
 @pytest.mark.parametrize("levels", range(1, tiles.MAX_LEVELS + 1))
 @pytest.mark.parametrize("layout", ["rows", "channels"])
 def test_every_tile(layout: str, levels: int, device: str) -> None:
-    configs = {(c.rows, c.cols, c.planes): c for c in tiles.search_space(layout, levels, 2)}
+    configs = {(c.rows, c.cols, c.planes): c for c in search_spaces.haar(layout, levels, 2)}
     assert configs, f"no tile to try for {layout}, {levels} levels"
     for rows, cols, planes in configs:
         # Ends inside the tile in rows, just past it in columns or planes: two programs, and planes straddle images.
@@ -136,7 +139,7 @@ def test_missing_levels_are_zeros(without: tuple[int, ...], memory: str, device:
 def test_add_may_be_the_output_itself(device: str) -> None:
     case = Case((1, 4, 8, 16), 1, torch.float64, device, "rows")
     case.out.copy_(case.add)
-    haar.synthesis(case.out, case.ll_in, case.highs_in, levels=1, add=case.out)
+    synthesis(case.out, case.ll_in, case.highs_in, levels=1, add=case.out)
     exact = reference.synthesis(case.ll_in, case.highs_in, (8, 16), add=case.add)
     torch.testing.assert_close(case.out, exact, rtol=1e-14, atol=1e-14)
 
@@ -196,7 +199,7 @@ def test_errors_name_argument_and_value(change: dict[str, object], error: type[E
         "levels": 1, "edge": 0,
     }  # fmt: skip
     with pytest.raises(error, match=words):
-        haar.analysis(**{**arguments, **change})
+        analysis(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("layout", tiles.LAYOUTS)
@@ -212,7 +215,7 @@ def test_default_tiles_are_legal(layout: str, itemsize: int) -> None:
 
 def test_alignment_follows_from_sizes_and_strides() -> None:
     def plan(shape: tuple[int, int, int, int], strides: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]):
-        return haar.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
+        return triton_plan.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
 
     dense = plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
     assert (dense.layout, dense.align) == ("rows", 16)  # 8 halves a vector, in the image and at level 1
@@ -222,19 +225,3 @@ def test_alignment_follows_from_sizes_and_strides() -> None:
     assert (last.layout, last.align) == ("channels", 4)
     mixed = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))
     assert (mixed.layout, mixed.align) == ("strided", 1)
-
-
-def test_tuning_refuses_to_time_the_cpu() -> None:
-    case = Case((1, 1, 4, 4), 1, torch.float32, "cpu", "rows")
-    with pytest.raises(RuntimeError, match=r"image\.device=cpu"):
-        haar.tune(haar.analysis, case.x, case.ll, case.highs, levels=1)
-
-
-def test_tuning_ranks_every_tile(device: str) -> None:
-    if device == "cpu":
-        pytest.skip("timing kernels needs a GPU (--device cuda)")
-    case = Case((4, 32, 64, 64), 2, torch.float16, device, "channels")
-    for transform in (haar.analysis, haar.synthesis):
-        times = haar.tune(transform, case.x, case.ll, case.highs, levels=2)
-        assert [ms for _, ms in times] == sorted(ms for _, ms in times)
-        assert {config for config, _ in times} >= set(tiles.search_space("channels", 2, 2))

@@ -23,6 +23,8 @@ from wavemix_kernels.ops.patm import reference as patm_reference
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
+from tests.kernels.triton import search_spaces
+
 EPS = 1e-5
 
 
@@ -175,7 +177,7 @@ def test_aggregate(
 def test_every_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from wavemix_kernels.ops.patm import triton_phases as kernels
 
-    configs = {*kernels.search_space(False), *kernels.search_space(True)}
+    configs = {*search_spaces.phase_aggregate(False), *search_spaces.phase_aggregate(True)}
     if device == "cpu":  # warps are nothing to the interpreter
         configs = set({(c.lines, c.channels): c for c in configs}.values())
     assert configs
@@ -319,7 +321,7 @@ def test_every_sum_configuration(device: str) -> None:
     terms = torch.stack([t.double() * k for t, k in zip(branches, a.double()[..., None, None], strict=True)])
     products = torch.stack([grad.double() * t.double() for t in branches])
     u = UNIT_ROUNDOFF[torch.float32]
-    for config in kernels.search_space():
+    for config in search_spaces.branch_sum():
         out = torch.full_like(grad, float("nan"))
         d_a = kernels.backward(out, branches, a, grad, config)
         assert_within(out, terms.sum(0), 4 * u * terms.abs().sum(0), str(config))

@@ -24,6 +24,7 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.golden_models import assert_reproduces
 from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within, haar_bound
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.haar import reference as haar_reference
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -34,6 +35,8 @@ from wavemix_kernels.ops.reduce_haar import reference as reduce_haar_reference
 from wavemix_kernels.reference import Waveblock
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+
+from tests.kernels.triton import search_spaces
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Shared memory one block may have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -86,22 +89,22 @@ def test_haar_pyramid(levels: int, memory: str, dtype: torch.dtype, device: str)
         assert_within(z, exact, bound, f"{dtype} {memory}")
     # A gradient whose parts lie in another memory order than the result has no common innermost dimension.
     grads = [image(randn(*z.shape, seed=4), dtype, device, "channels" if levels < 4 else "rows") for z in zs]
-    got = haar_pyramid.adjoint(grads, last, "triton")
-    exact = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
+    got = haar_pyramid.backward(grads, last, "triton")
+    exact = haar_reference.haar_pyramid_backward([g.double() for g in grads])
     peak = max(float(g.abs().max()) for g in grads)
     bound = haar_bound(exact, dtype, levels, levels * peak) + stored(exact, dtype)
     assert_within(got, exact, bound, f"adjoint {dtype} {memory}")
 
 
 def test_lows_are_checked() -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
+    from wavemix_kernels.ops.haar import triton_analysis, triton_synthesis
 
     x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
     highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
     with pytest.raises(ValueError, match="lows: 2 for levels=2"):
-        kernels.analysis(x, ll, highs, levels=2, lows=[ll, ll])
+        triton_analysis.analysis(x, ll, highs, levels=2, lows=[ll, ll])
     with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
-        kernels.synthesis(x, ll, highs, levels=2, lows=[ll])
+        triton_synthesis.synthesis(x, ll, highs, levels=2, lows=[ll])
 
 
 # ------------------------------------------------------------------------------------------------ reduce_haar
@@ -153,7 +156,7 @@ def test_reduce_haar(
 def test_every_reduce_configuration(levels: int, device: str) -> None:
     from wavemix_kernels.ops.reduce_haar import triton as kernels
 
-    configs = set(kernels.search_space(4, levels))
+    configs = set(search_spaces.reduce_haar(4, levels))
     assert configs
     for config in configs:
 
@@ -176,7 +179,7 @@ def reduced_gradients(
     """
     dtype, levels, n = x.dtype, len(grads), x[:, 0].numel()
     wide_x, w = x.double(), weight.double()[:, :, 0, 0]
-    made = haar_reference.haar_pyramid_adjoint([g.double() for g in grads])
+    made = haar_reference.haar_pyramid_backward([g.double() for g in grads])
     largest = torch.zeros_like(made[:, :, :1, :1]).expand(made.shape)
     for level, g in enumerate(grads, 1):
         parts = g.double().abs()
@@ -219,7 +222,7 @@ def test_reduce_haar_gradients(
     n, _, h, w = shape
     grads = [image(randn(n, 4 * outputs, h >> i, w >> i, seed=i), dtype, device, order) for i in range(1, levels + 1)]
     for add in (None, image(randn(*shape, seed=9), dtype, device, "rows")):
-        dx, dw, db = reduce_haar.gradients(grads, x, weight, add is None, add, "triton")
+        dx, dw, db = reduce_haar.backward(grads, x, weight, add is None, add, "triton")
         assert dx.stride() == reduce_haar.layout.empty(x, x.shape, memory != "rows").stride()
         exact, bound = reduced_gradients(grads, x, weight, add)
         assert_within(dx, exact[0], bound[0], f"dx {dtype}")
@@ -241,11 +244,11 @@ def test_every_configuration_of_reduce_haar_gradients(levels: int, device: str) 
         for i in range(1, levels + 1)
     ]
     exact, bound = reduced_gradients(grads, x, weight[:, :, None, None], add)
-    configs = {c.quads * c.outputs * c.channels: c for c in kernels.search_space(4, levels)}
+    configs = {c.quads * c.outputs * c.channels: c for c in search_spaces.reduce_haar_backward(4, levels)}
     assert configs
     for config in configs.values():
         dx = torch.full_like(x, float("nan"))
-        dw, db = kernels.gradients(dx, grads, x, weight, add, True, config)
+        dw, db = kernels.backward(dx, grads, x, weight, add, True, config)
         assert_within(dx, exact[0], bound[0], str(config))
         assert_within(dw, exact[1][:, :, 0, 0], bound[1][:, :, 0, 0], str(config))
         assert_within(db, exact[2], bound[2], str(config))
@@ -267,7 +270,7 @@ def test_splits_of_reduce_haar_gradients(
         image(randn(n, 4 * o, h >> i, w >> i, seed=i), torch.float16, device, "channels") for i in range(1, levels + 1)
     ]
     dx = torch.full_like(x, float("nan"))
-    config = kernels.GradientConfig(16, 16, 16, 4, 2)
+    config = kernels.ReduceConfig(16, 16, 16, 4, 2)
     launch, *partials = kernels.launch(dx, grads, x, weight, None, True, config)
     assert [p.shape for p in partials] == [(4, o, c), (4, o)]
     for partial in partials:
@@ -286,7 +289,7 @@ def test_reduce_haar_gradients_are_the_same_in_every_run(device: str) -> None:
     grads = [image(randn(2, 20, 4, 4), torch.float16, device, "channels")]
     weight = randn(5, 12).to(device, torch.float16)
     made = [torch.empty_like(x) for _ in range(2)]
-    first, second = ((dx, *kernels.gradients(dx, grads, x, weight, None, True)) for dx in made)
+    first, second = ((dx, *kernels.backward(dx, grads, x, weight, None, True)) for dx in made)
     for got, again in zip(first, second, strict=True):
         assert torch.equal(got, again)
 
@@ -422,22 +425,21 @@ def test_pointwise_mlp(
 def test_every_mlp_configuration(device: str) -> None:
     from wavemix_kernels.ops.mlp import triton as forward
     from wavemix_kernels.ops.mlp import triton_backward as backward
-    from wavemix_kernels.ops.mlp.tiles import search_space
 
     for dtype in (torch.float32, torch.float16):
         case = Mlp(40, 20, 6, 36, 24, dtype, device, "channels", 0.5)
         x, second, *rest = case.arguments()
         mlp = forward.Mlp(case.matrix(x).to(dtype), case.matrix(second).to(dtype), *rest)
         grad = case.matrix(case.grad).to(dtype)
-        configs = {(c.rows, c.hidden): c for c in search_space(dtype.itemsize)}  # warps are nothing to the interpreter
+        configs = {(c.rows, c.hidden): c for c in search_spaces.mlp(dtype.itemsize)}
         assert configs
         for config in configs.values():
             out, again, gx, gs = (
                 torch.full((40, c), float("nan"), dtype=dtype, device=device) for c in (24, 24, 20, 6)
             )
             forward.forward(out, mlp, config)
-            db2 = backward.input_gradient(gx, gs, again, grad, mlp, config)
-            dw1, db1, dw2 = backward.weight_gradients(grad, mlp, config)
+            db2 = backward.backward_x(gx, gs, again, grad, mlp, config)
+            dw1, db1, dw2 = backward.backward_weight(grad, mlp, config)
             case.check({"out": out, "gx": gx, "gs": gs, "w1": dw1, "b1": db1, "w2": dw2, "b2": db2})
             case.check({"out": again})
 
@@ -497,7 +499,7 @@ def test_empty_batch(device: str) -> None:
     assert torch.equal(w2.grad, torch.zeros_like(w2))
     zs = reduce_haar.reduce_haar(x, w1[:, :, None, None], None, 2, backend="triton")
     assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
-    dx, dw, db = reduce_haar.gradients(zs, x, w1[:, :, None, None], True, x, "triton")
+    dx, dw, db = reduce_haar.backward(zs, x, w1[:, :, None, None], True, x, "triton")
     assert dx.shape == x.shape
     assert db is not None
     assert torch.equal(dw[:, :, 0, 0], torch.zeros_like(w1))
@@ -526,7 +528,7 @@ def test_batch_norm(
     functions = batch_norm.BACKENDS["triton"].functions
     x = image(randn(*shape) + 3, dtype, device, memories[0])
     other = image(randn(*shape, seed=1), dtype, device, memories[1])
-    real = batch_norm.statistics_dtype(dtype)
+    real = accumulate_dtype(dtype)
     u, n = UNIT_ROUNDOFF[real], shape[0] * shape[2] * shape[3]
     wide, mean_all = x.double(), x.double().mean((0, 2, 3))
 
@@ -580,7 +582,7 @@ def test_every_norm_configuration(device: str) -> None:
     x, grad = (image(randn(2, 10, 5, 13, seed=i), torch.float32, device, "channels") for i in (0, 1))
     wide, n = x.double(), 2 * 5 * 13
     exact_mean, exact_var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
-    for config in kernels.search_space():
+    for config in search_spaces.batch_norm():
         mean, var = kernels.stats(x, config)
         assert_within(mean, exact_mean, n * U32 * wide.abs().mean((0, 2, 3)), str(config))
         assert_within(var, exact_var, 2 * n * U32 * exact_var, str(config))
@@ -693,10 +695,10 @@ def mlp_launches(
 
     gs, name = second if b else None, f"pointwise_mlp {dtype} {a}|{b}"
     yield f"{name} forward", forward.forward_launch(g, mlp, config("forward"))
-    yield f"{name} input gradient", backward.input_gradient_launch(x, gs, None, g, mlp, config("input"))[0]
-    again = backward.input_gradient_launch(x, gs, g, g, mlp, config("input and output"))[0]
+    yield f"{name} input gradient", backward.backward_x_launch(x, gs, None, g, mlp, config("input"))[0]
+    again = backward.backward_x_launch(x, gs, g, g, mlp, config("input and output"))[0]
     yield f"{name} input gradient and output", again
-    launches, _ = backward.weight_gradient_launches(g, mlp, config("weight"))
+    launches, _ = backward.backward_weight_launches(g, mlp, config("weight"))
     assert len(launches) == 1
     yield f"{name} weights' gradients", launches[0]
 
@@ -713,7 +715,7 @@ def reduction_launches(
     name = f"reduce_haar {dtype} {c} L{levels}{'' if last else ' of rows'}"
     if forward:
         yield name, reductions.launch(zs, x, weight, bias.to(dtype), True)
-    config = gradients.config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
+    config = gradients.backward_config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
     yield f"{name} gradients", gradients.launch(x, zs, x, weight, x, True, config)[0]
 
 
@@ -733,8 +735,7 @@ def tf32_launches() -> Iterator[tuple[str, Any]]:
 
 def compiled_launches() -> list[tuple[int, str, bool, Any]]:
     """(architecture, name, whether it multiplies matrices, launch) of default tiles, on tensors without storage."""
-    from wavemix_kernels.ops.common.triton_launch import Launch
-    from wavemix_kernels.ops.haar import triton as haar
+    from wavemix_kernels.ops.haar import triton_analysis, triton_synthesis
     from wavemix_kernels.ops.norm import triton_batch_norm as norms
     from wavemix_kernels.ops.reduce_haar import triton as reductions
 
@@ -759,11 +760,9 @@ def compiled_launches() -> list[tuple[int, str, bool, Any]]:
         bias = meta(c // 4, dtype=dtype)
         lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
         reduced = meta(64, c // 4, 64, 64, dtype=dtype, last=True)
-        for synthesis in (False, True):
-            prepared = haar.prepare(
-                reduced, lows[-1], highs, levels=levels, synthesis=synthesis, lows=lows[:-1]
-            )  # fmt: skip
-            found.append((90, f"haar_pyramid {dtype} {'adjoint' if synthesis else ''}", False, Launch(*prepared)))
+        for name, kernels in (("", triton_analysis), ("backward", triton_synthesis)):
+            prepared = kernels.launch(reduced, lows[-1], highs, lows=lows[:-1])
+            found.append((90, f"haar_pyramid {dtype} {name}", False, prepared))
         found.append((90, f"reduce_haar {dtype} {c} L{levels}", True, reductions.launch(zs, x, weight, bias, True)))
         rows = meta(64, c, 64, 64, dtype=dtype)
         found.append(

@@ -1,7 +1,8 @@
 """The backend switch, and the capability probes that dispatch and error messages share.
 
 Every op has a table ``{backend name: Backend}``. A backend's ``why_not`` is asked the same question by
-:func:`select` (may this call run here?), by the error it raises and by ``python -m wavemix_kernels doctor``.
+:func:`wavemix_kernels.ops.choose.pick` (may this call run here?), by the error it raises and by
+``python -m wavemix_kernels doctor``. The order of backends is :mod:`wavemix_kernels.ops.choose`'s.
 """
 
 from __future__ import annotations
@@ -21,13 +22,6 @@ from wavemix_kernels import _native
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 VARIABLE = "WAVEMIX_KERNELS_BACKEND"
-
-#: What "auto" tries, in order, per device type; devices not named take the reference. Orders follow recorded
-#: measurements (docs/gpu-status.md); where none exists yet the leaner start-up comes first.
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -99,33 +93,6 @@ class Backend:
 
     why_not: Callable[..., str | None]
     functions: Mapping[str, Callable[..., Any]]
-
-
-def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor) -> Backend:
-    """The implementation to run ``op`` on ``tensors``: ``name``, or for ``"auto"`` the first that serves.
-
-    Raises:
-        RuntimeError: ``name`` is not installed here.
-        ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
-    """
-    if name != "auto":
-        if name not in table:
-            raise RuntimeError(f"{op}: backend={name!r} has no kernels for it; it has {', '.join(map(repr, table))}")
-        if (missing := table[name].why_not()) is not None:
-            raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
-        if (reason := table[name].why_not(*tensors)) is not None:
-            raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
-        return table[name]
-    for candidate in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
-        if candidate in table and table[candidate].why_not(*tensors) is None:
-            return table[candidate]
-    raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
-
-
-def for_part(name: str, table: Mapping[str, Backend]) -> str:
-    """The backend for one op of a composite that was asked to run on ``name``: the same where the op has it at all,
-    else ``"auto"`` (not every op has kernels of every kind)."""
-    return name if name in table else "auto"
 
 
 def _describe(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from wavemix_kernels import _native, backends, ops
 from wavemix_kernels._version import __version__
+from wavemix_kernels.ops import choose
 
 NO_KERNELS = "-"
 
@@ -87,8 +88,7 @@ def main() -> int:
                 if fault is not None:
                     broken.append(f"{name}, {backend} on {device}: {fault}")
                 absent |= {cell} & {NO_KERNELS}
-            served = backends.select(name, op.BACKENDS, "auto", torch.empty(1, 4, 2, 2, device=device))
-            print(row + next(k for k, v in op.BACKENDS.items() if v is served), flush=True)
+            print(row + choose.pick(name, op.BACKENDS, "auto", torch.empty(1, 4, 2, 2, device=device)), flush=True)
         for reason, concerned in reasons.items():
             print(f"  no, {reason}{'' if len(concerned) > 1 else f' ({concerned[0]})'}")
     if absent:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import checks
+from wavemix_kernels import checks, log
 from wavemix_kernels.ops.dwt.reference import Filters, cropped, separable_dwt2d, separable_idwt2d, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
 
@@ -81,16 +81,17 @@ class _FilterBank(nn.Module):
             for f in self._buffers_in_order()
         ]
 
-    def _uses_haar(self) -> bool:
+    def _why_not_haar(self) -> str | None:
+        """Why plain convolutions run, or None where the Haar kernels do."""
         low_col, high_col, low_row, high_row = filters = self._buffers_in_order()
         if low_col.requires_grad or high_col.requires_grad or low_row.requires_grad or high_row.requires_grad:
-            return False  # learned filters need their own gradient
+            return "its filters are learned and need a gradient of their own"
         if not torch.compiler.is_compiling():
             for now, (then, version) in zip(filters, self._seen, strict=True):
                 if now is not then or (version is not None and now._version != version):
                     self.refresh_filters()
                     break
-        return self._haar
+        return None if self._haar else "its filters are not Haar's"
 
     def _filters(self) -> Filters:
         # The original hands its "col" filters to the pass along W and its "row" filters to the one along H.
@@ -170,9 +171,9 @@ class DWTForward(_FilterBank):
         mode = _checked_mode(self.mode)
         if self.J == 0:
             return x, []
-        if self._uses_haar():
-            return haar_dwt2d(x, self.J, mode=mode)
-        return separable_dwt2d(x, self._filters(), self.J, mode=mode)
+        if log.fallback(self, self._why_not_haar(), "plain convolutions"):
+            return separable_dwt2d(x, self._filters(), self.J, mode=mode)
+        return haar_dwt2d(x, self.J, mode=mode)
 
 
 class DWTInverse(_FilterBank):
@@ -215,7 +216,7 @@ class DWTInverse(_FilterBank):
         yl, yh = _checked_coefficients(*coeffs)
         if not yh:
             return yl
-        if not self._uses_haar():
+        if log.fallback(self, self._why_not_haar(), "plain convolutions"):
             return separable_idwt2d(yl, yh, self._filters(), mode=mode)
         *sizes, size = synthesis_sizes(yl, yh, (2, 2), mode)
         # One zero seen from everywhere stands for a level of None: nothing is allocated.

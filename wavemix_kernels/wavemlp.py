@@ -401,18 +401,15 @@ def _wave_mlp(
     model = kind(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)
     # What timm's data pipeline asks a model for.
     model.default_cfg = {  # type: ignore[assignment]
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "classifier": "head",
-    }
+        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": crop_pct,
+        "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "classifier": "head",
+    }  # fmt: skip
     model.init_weights(pretrained or None)
     return model
+
+
+#: What M and B have beside their sizes.
+_LARGE: dict[str, Any] = {"norm_layer": MyNorm, "ds_use_norm": False}
 
 
 def WaveMLP_T_dw(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
@@ -440,27 +437,9 @@ def WaveMLP_S(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) 
 
 def WaveMLP_M(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-M, 44,056,632 parameters; arguments as :func:`WaveMLP_T_dw`."""
-    return _wave_mlp(
-        pretrained,
-        (3, 4, 18, 3),
-        (64, 128, 320, 512),
-        (8, 8, 4, 4),
-        0.9,
-        norm_layer=MyNorm,
-        ds_use_norm=False,
-        **kwargs,
-    )
+    return _wave_mlp(pretrained, (3, 4, 18, 3), (64, 128, 320, 512), (8, 8, 4, 4), 0.9, **_LARGE, **kwargs)
 
 
 def WaveMLP_B(pretrained: bool | str | os.PathLike[str] = False, **kwargs: Any) -> WaveNet:
     """Wave-MLP-B, 63,586,360 parameters; arguments as :func:`WaveMLP_T_dw`."""
-    return _wave_mlp(
-        pretrained,
-        (2, 2, 18, 2),
-        (96, 192, 384, 768),
-        (4, 4, 4, 4),
-        0.875,
-        norm_layer=MyNorm,
-        ds_use_norm=False,
-        **kwargs,
-    )
+    return _wave_mlp(pretrained, (2, 2, 18, 2), (96, 192, 384, 768), (4, 4, 4, 4), 0.875, **_LARGE, **kwargs)

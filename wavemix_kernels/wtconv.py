@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import checks
+from wavemix_kernels import backends, checks, log
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
 #: (function, its filters), both of one module.
@@ -54,24 +55,31 @@ class HaarFunction:
 
     def _look(self) -> None:
         self._seen = _version(self.filters)
-        self._why_not = why_not_haar(self.filters)
+        reason = why_not_haar(self.filters)
+        self._why_not = None if reason is None else f"its filters {reason}"
 
     def __call__(self, x: Tensor) -> Tensor:
         # A compiled graph keeps what it was traced with; in eager mode a checkpoint may bring other filters.
         if not torch.compiler.is_compiling() and self._seen != _version(self.filters):
             self._look()
-        if self._why_not is not None or self.filters.requires_grad or _convolution_is_faster(x):
-            return self.original(x)
-        return _KERNELS[self.direction](x)
+        reason = "its filters are trainable" if self.filters.requires_grad else self._why_not
+        if reason is None and _convolution_is_faster(x):
+            reason = "channels_last on a CPU"
+        if reason is None:
+            return _KERNELS[self.direction](x)
+        if not torch.compiler.is_compiling() and log.enabled():
+            name = NAMES[self.direction][0]
+            log.once((name, reason), lambda: f"{name}: runs as its convolution: {reason}")
+        return self.original(x)
 
     def __repr__(self) -> str:
         return f"HaarFunction({self.original!r})"
 
 
 def _convolution_is_faster(x: Tensor) -> bool:
-    """Channels_last on a CPU, where four bands interleaved by channel are written one by one: (4, 64, 256, 256) in fp32
-    took 67 ms where oneDNN's grouped convolution took 27; in NCHW 6 and 51. x is an image, or bands (N, C, 4, h, w)."""
-    return x.device.type == "cpu" and x.stride(1 if x.dim() == 4 else 2) == 1
+    """``x`` is an image, or bands (N, C, 4, h, w). A backend asked for by name gets its kernels."""
+    channels_last = x.stride(1 if x.dim() == 4 else 2) == 1
+    return backends.requested() == "auto" and choose.wavelet_function(x.device.type, channels_last) == "convolution"
 
 
 def _version(filters: Tensor) -> int | None:

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wavemix_kernels.ops.patm import op as patm
+from wavemix_kernels.ops import choose
 
 from .rivals import Unavailable, UpstreamPATM, UpstreamWaveblock, upstream_wavelets
 
@@ -104,7 +104,7 @@ _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
     "wavemix_kernels::pre_norm_backward": _batch_norm_backward,
-    "wavemix_kernels::deconv_norm_gradients": _deconv_norm_gradients,
+    "wavemix_kernels::deconv_norm_backward": _deconv_norm_gradients,
     "wavemix_kernels::patm_whole": _patm_whole,
     "wavemix_kernels::patm_whole_backward": _patm_whole_backward,
 }
@@ -113,7 +113,7 @@ _TRITON = _ALWAYS | {
 }
 PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.
-    "cpu": Plan(torch.float32, patm.WHOLE, _ALWAYS),
+    "cpu": Plan(torch.float32, choose.WHOLE, _ALWAYS),
     # What `auto` takes: half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
     "gpu": Plan(torch.bfloat16, 0, _TRITON | {"wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu}),
     # Every op in Triton, by name. The operators are those of the CPU in float32, whose kernels also make BatchNorm's
@@ -216,14 +216,14 @@ def traffic(
 
 @contextmanager
 def _serving(plan: Plan) -> Iterator[None]:
-    before = torch.get_default_dtype(), patm.WHOLE
+    before = torch.get_default_dtype(), choose.WHOLE
     torch.set_default_dtype(plan.dtype)
-    patm.WHOLE = plan.whole_patm
+    choose.WHOLE = plan.whole_patm
     try:
         yield
     finally:
         torch.set_default_dtype(before[0])
-        patm.WHOLE = before[1]
+        choose.WHOLE = before[1]
 
 
 class _DeviceDropout(nn.Dropout):

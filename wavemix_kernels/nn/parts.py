@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from wavemix_kernels.ops.norm import batch_norm
 
 
+def why_not_plain(name: str, module: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
+    """Why a function cannot stand for part ``name`` of a fused module: another class than ``kind`` (where one is
+    given), or a hook or parametrization that would be left out. None: it can."""
+    if kind is not None and type(module) is not kind:
+        return f"{name} is {type(module).__name__}, expected {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks"
+    return f"{name} has parametrizations" if hasattr(module, "parametrizations") else None
+
+
 def untouched(module: nn.Module) -> bool:
     """No hook would be left out if the module's own forward never ran."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and not (hasattr(module, "parametrizations"))
+    return why_not_plain("", module) is None
 
 
 def affine_of(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,13 @@
-"""The operators: one file each, with its public function, checks, fake, gradient and table of backends.
+"""The operators: one folder for each family (haar, reduce_haar, mlp, deconv, norm, patm), with the public functions,
+checks, fakes, gradients and tables of backends in its ``op.py`` or a file named after the operator.
 
-Each module has ``BACKENDS`` (its table) and ``self_test(backend, device)``, a run against the reference in float64
-that returns the relative error and the bound it must keep.
+:mod:`wavemix_kernels.ops.choose` decides which backend runs. The module of each operator in :data:`OPS` has
+``BACKENDS`` (its table) and ``self_test(backend, device)``, a run against the reference in float64 that returns the
+relative error and the bound it must keep.
+
+Public functions: ``from wavemix_kernels.ops.haar import haar_dwt2d, haar_idwt2d, haar_pyramid``,
+``from wavemix_kernels.ops.reduce_haar import reduce_haar``, ``from wavemix_kernels.ops.mlp import pointwise_mlp``,
+``from wavemix_kernels.ops.deconv import deconv``, ``from wavemix_kernels.ops.patm import phase_aggregate``.
 """
 
 from __future__ import annotations

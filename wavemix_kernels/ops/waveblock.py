@@ -4,8 +4,8 @@ Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``r
 of each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
 ``recompute="all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
 
-At level 1 the reduction and the MLP could be one kernel: by count that saves writing and reading Z_1, half an x-size of
-six and a half, 15 us of 170 for 192 channels at 64x64, batch 64, in bf16 on an H100. It is not done.
+At level 1 the reduction and the MLP could be one kernel; by count it would save too little to be done
+(docs/develop/tuning.md, one kernel for the reduction and the MLP).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
@@ -56,7 +56,7 @@ class _Parts(NamedTuple):
     @classmethod
     def of(cls, backend: str) -> _Parts:
         ops = (reduce_haar, pointwise_mlp, deconv, batch_norm)
-        return cls(*(backends.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
+        return cls(*(choose.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
 
 
 def waveblock(
@@ -211,7 +211,7 @@ class _Waveblock(torch.autograd.Function):
                 # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
                 # gradients.
                 u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
-                du, dweight, dbn_weight, dbn_bias = deconv.norm_gradients(
+                du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
                     part.upsample,
                 )  # fmt: skip
@@ -222,9 +222,9 @@ class _Waveblock(torch.autograd.Function):
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
                 )
                 del y
-                du = upsample.input_grad(kind, dy, level.up_weight, part.upsample)
+                du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
                 mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
-                dweight = upsample.weight_grad(
+                dweight = upsample.backward_weight(
                     kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
                 )
                 del dy, u
@@ -243,8 +243,6 @@ class _Waveblock(torch.autograd.Function):
                 None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
                 None, None,
             ]  # fmt: skip
-        dx, dw, db = reduce_haar.gradients(
-            z_grads, x, weight, bias is not None, grad if residual else None, part.reduce
-        )
+        dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, grad if residual else None, part.reduce)
         dw = layout.like_weight(dw, weight)
         return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)

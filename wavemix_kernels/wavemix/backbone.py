@@ -72,7 +72,8 @@ class Backbone(nn.Module):
             TypeError, ValueError: as :meth:`check_image`.
         """
         self.check_image(img)
-        fused = [isinstance(block, (FusedWaveblock, InferenceWaveblock)) and block.is_plain() for block in self.layers]
+        kinds = (FusedWaveblock, InferenceWaveblock)
+        fused = [isinstance(block, kinds) and block.why_not_joined() is None for block in self.layers]
         # The blocks work channels_last inside: one conversion saves two in every block. Without gradient it comes
         # before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way; with gradient
         # they take 1.0 to 1.7 times as long as in the images' own order, by the library's gradients of their weights.

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import frozen, untouched, update
+from wavemix_kernels import backends, checks, log
+from wavemix_kernels.nn.parts import frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
@@ -15,8 +15,6 @@ from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.haar.op import haar_dwt2d
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 
-#: What each part of a feed-forward Sequential must be, exactly, for the fused function to stand for it.
-_PLAIN = (nn.Conv2d, nn.GELU, nn.Dropout, nn.Conv2d, None, nn.BatchNorm2d)
 _UPSAMPLING: dict[str, type[nn.Module]] = {
     "deconv": nn.ConvTranspose2d,
     "pixelshuffle": nn.Sequential,
@@ -73,7 +71,7 @@ class FusedWaveblock(Waveblock):
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output; with ``residual`` plus x, added in the pass that normalises."""
         backend = backends.requested()
-        if backend == "reference" or not self._parts_are_plain():
+        if backend == "reference" or log.fallback(self, self.why_not_fused()):
             out = super().forward(x)
             return x + out if residual else out
         self.check_input(x)
@@ -111,9 +109,9 @@ class FusedWaveblock(Waveblock):
                 update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
         return x + out if residual and cast_x is not x else out
 
-    def is_plain(self) -> bool:
-        """Whether calling with ``residual`` can stand for ``block(x) + x``: no hook anywhere would notice."""
-        return untouched(self) and self._parts_are_plain()
+    def why_not_joined(self) -> str | None:
+        """Why calling with ``residual`` cannot stand for ``block(x) + x`` (a hook would notice), or None."""
+        return why_not_plain("it", self) or self.why_not_fused()
 
     def fuse_for_inference(self) -> InferenceWaveblock:
         """A new module for inference, equal to this one in evaluation up to rounding: BatchNorms folded, dropout gone.
@@ -121,25 +119,33 @@ class FusedWaveblock(Waveblock):
         Raises:
             ValueError: a part has hooks, parametrizations or a class of its own; a BatchNorm has no running statistics.
         """
-        if not self._parts_are_plain():
-            raise ValueError(
-                "fuse_for_inference: a part of this block has hooks, parametrizations or a class of its own, which "
-                "folded weights cannot stand for; remove them first"
-            )
+        if (reason := self.why_not_fused()) is not None:
+            raise ValueError(f"fuse_for_inference: {reason}, which folded weights cannot stand for")
         return InferenceWaveblock(self)
 
-    def _parts_are_plain(self) -> bool:
-        if type(self.reduction) is not nn.Conv2d or not untouched(self.reduction):
-            return False
-        kinds: list[type[nn.Module] | None] = list(_PLAIN)
-        kinds[4] = _UPSAMPLING[self.upsample]
-        for i in range(self.level):
-            part = getattr(self, self._feedforward_name(i + 1))
-            if len(part) != len(kinds) or not untouched(part):
-                return False
-            if any(type(m) is not kind or not untouched(m) for m, kind in zip(part, kinds, strict=True)):
-                return False
-        return True
+    def why_not_fused(self) -> str | None:
+        """Why the modules themselves run, or None: a part of another class, or one that somebody listens to."""
+        if (reason := why_not_plain("reduction", self.reduction, nn.Conv2d)) is not None:
+            return reason
+        kinds: tuple[type[nn.Module], ...] = (
+            nn.Conv2d,
+            nn.GELU,
+            nn.Dropout,
+            nn.Conv2d,
+            _UPSAMPLING[self.upsample],
+            nn.BatchNorm2d,
+        )
+        for level in range(1, self.level + 1):
+            name = self._feedforward_name(level)
+            part = getattr(self, name)
+            if len(part) != len(kinds):
+                return f"{name} has {len(part)} parts, expected {len(kinds)}"
+            if (reason := why_not_plain(name, part)) is not None:
+                return reason
+            for i, (module, kind) in enumerate(zip(part, kinds, strict=True)):
+                if (reason := why_not_plain(f"{name}.{i}", module, kind)) is not None:
+                    return reason
+        return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"

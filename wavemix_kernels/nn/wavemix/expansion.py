@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import backends
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels import backends, log
+from wavemix_kernels.nn.parts import untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
 
 
@@ -24,24 +25,29 @@ class FusedExpansion(Expansion):
 
     def forward(self, x: Tensor) -> Tensor:
         standard = backends.requested() == "reference"
-        for layer in self:
-            x = deconv.deconv(x, layer.weight, layer.bias) if not standard and _is_plain(layer) else layer(x)
+        for i, layer in enumerate(self):
+            # A 1x1 convolution is the library's in any case.
+            if standard or type(layer) is nn.Conv2d or log.fallback(self, _why_not_deconv(str(i), layer)):
+                x = layer(x)
+            else:
+                up = cast(nn.ConvTranspose2d, layer)
+                x = deconv.deconv(x, up.weight, up.bias)
         return x
 
     def fuse_for_inference(self) -> nn.Module:
         """The head for inference: the 1x1 convolution folded into the transposed one before it, where that is less
         arithmetic; the head itself where its layers are not those it was made of."""
         *convolutions, last = self
-        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and all(map(_is_plain, convolutions))
+        reasons = (_why_not_deconv(str(i), layer) for i, layer in enumerate(convolutions))
+        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and not any(reasons)
         return InferenceExpansion(self) if plain else self
 
 
 class InferenceExpansion(nn.Module):
     """What :meth:`FusedExpansion.fuse_for_inference` makes: the same map up to rounding; its tensors are buffers.
 
-    A 1x1 convolution behind a transposed one is linear too, and local, so it goes into the weights, borders included.
-    On a CPU (two threads, AVX2) the head of super-resolution, 144 channels to 72 to 3 at four times 64x64, took 5.8 ms
-    so, 27 without and 49 in the library; that of segmentation, 256, 128, 64 to 20 at 64x128, 87, 127 and 175.
+    A 1x1 convolution behind a transposed one is linear too, and local, so it goes into the weights, borders included
+    (measured: docs/develop/tuning.md, heads).
     """
 
     def __init__(self, source: FusedExpansion) -> None:
@@ -50,9 +56,7 @@ class InferenceExpansion(nn.Module):
         *convolutions, last = layers
         self.layers = len(layers)
         tensors = [(layer.weight, layer.bias) for layer in convolutions]
-        inner, outputs = last.in_channels, last.out_channels
-        # An input pixel makes four of the output, by 16 taps.
-        if 16 * convolutions[-1].in_channels * (inner - outputs) + 4 * inner * outputs > 0:
+        if choose.head(convolutions[-1].in_channels, last.in_channels, last.out_channels) == "folded":
             tensors[-1] = _folded(*tensors[-1], last.weight, last.bias)
         else:
             tensors.append((last.weight, last.bias))
@@ -93,9 +97,12 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
-    """Whether the operator computes what the layer would, and nobody listens to it."""
-    if type(layer) is not nn.ConvTranspose2d or not untouched(layer):
-        return False
-    shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups
-    return shape == ((deconv.TAPS,) * 2, (deconv.STRIDE,) * 2, (deconv.PADDING,) * 2, (0, 0), (1, 1), 1)
+def _why_not_deconv(name: str, layer: nn.Module) -> str | None:
+    """Why the operator cannot stand for the layer, or None."""
+    if (reason := why_not_plain(name, layer, nn.ConvTranspose2d)) is not None:
+        return reason
+    up = cast(nn.ConvTranspose2d, layer)
+    shape = up.kernel_size, up.stride, up.padding, up.output_padding, up.dilation, up.groups
+    if shape == ((deconv.TAPS,) * 2, (deconv.STRIDE,) * 2, (deconv.PADDING,) * 2, (0, 0), (1, 1), 1):
+        return None
+    return f"{name} is {up}, expected 4x4 taps, stride 2 and padding 1"

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.nn.parts import affine_of, why_not_plain
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -50,9 +52,9 @@ class InferenceWaveblock(nn.Module):
     def _buffer(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
-    def is_plain(self) -> bool:
-        """As :meth:`wavemix_kernels.FusedWaveblock.is_plain`."""
-        return untouched(self)
+    def why_not_joined(self) -> str | None:
+        """As :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
+        return why_not_plain("it", self)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output, with ``residual`` plus x."""
@@ -70,7 +72,7 @@ class InferenceWaveblock(nn.Module):
         if backend == "reference":
             zs = reduce_haar_reference.reduce_haar(cast_x, weight, bias, self.level)
         else:
-            part = backends.for_part(backend, reduce_haar.BACKENDS)
+            part = choose.for_part(backend, reduce_haar.BACKENDS)
             zs = reduce_haar.fused(cast_x, weight, bias, self.level, True, part)
         order = layout.is_channels_last(x)
         # Kernels without gradient add the residual as they store.
@@ -83,9 +85,9 @@ class InferenceWaveblock(nn.Module):
                 u = mlp_reference.pointwise_mlp(zs[i], w1, b1, w2, b2, second=out)
                 out = upsample.standard(self.upsample, u, up_weight, up_bias)
             else:
-                part = backends.for_part(backend, pointwise_mlp.BACKENDS)
+                part = choose.for_part(backend, pointwise_mlp.BACKENDS)
                 u = pointwise_mlp.fused(zs[i], out, None, None, w1, b1, w2, b2, 0.0, None, part)
-                part = backends.for_part(backend, deconv.BACKENDS)
+                part = choose.for_part(backend, deconv.BACKENDS)
                 if i == 0 and adds and order and self.upsample == "deconv":
                     return deconv.plus_residual(u, up_weight, up_bias, x, part)
                 out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
@@ -96,8 +98,8 @@ class InferenceWaveblock(nn.Module):
             out = x + out if residual else out
             return out.contiguous(memory_format=layout.memory_format(x))
         # The pass that normalises also adds and reorders, at the speed of memory; there is nothing left to normalise.
-        part = backends.for_part(backend, batch_norm.BACKENDS)
-        one = torch.ones(out.shape[1], dtype=batch_norm.statistics_dtype(out.dtype), device=out.device)
+        part = choose.for_part(backend, batch_norm.BACKENDS)
+        one = torch.ones(out.shape[1], dtype=accumulate_dtype(out.dtype), device=out.device)
         return torch.ops.wavemix_kernels.batch_norm_apply(
             out, one, torch.zeros_like(one), x if residual else None, order, part
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.mlp import channel as channel_mlp
@@ -146,7 +147,7 @@ class InferenceWaveBlock(_Constants):
                 w1, b1, w2, b2 = weights
                 return _sum(x, F.conv2d(F.gelu(F.conv2d(image, w1, b1)), w2, b2), backend)
             image = image.contiguous(memory_format=torch.channels_last)
-            part = backends.for_part(backend, channel_mlp.BACKENDS)
+            part = choose.for_part(backend, channel_mlp.BACKENDS)
             return _sum(x, channel_mlp.fused(image, *weights, part), backend)
 
 

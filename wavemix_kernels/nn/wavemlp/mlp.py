@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.wavemlp.reference import Mlp
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.layout import is_channels_last, laid_out
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 
@@ -34,7 +35,7 @@ class FusedMlp(Mlp):
             raise ValueError(f"x: expected {channels} channels (in_features), got shape {tuple(x.shape)}")
         cast_x, *flat = checks.autocast(x, *self.weights())
         checks.check_same_dtype("x", cast_x, "the weights", flat[0])
-        out = channel_mlp.fused(cast_x, *flat, backends.for_part(backend, channel_mlp.BACKENDS))
+        out = channel_mlp.fused(cast_x, *flat, choose.for_part(backend, channel_mlp.BACKENDS))
         return out if is_channels_last(x) else laid_out(out, False)
 
     def weights(self) -> channel_mlp.Weights:

@@ -1,8 +1,5 @@
-"""1x1 convolutions of channels_last images, and their gradients, as the products that are fastest on each device.
-
-On a CPU oneDNN's matrix product runs at one speed for every shape (AMD EPYC, 2 threads, fp32: 350 to 420 GFLOP/s),
-where a convolution falls to 120 on images of 7x7 pixels and ``torch.mm``, which is MKL's there, stays at 180.
-"""
+"""1x1 convolutions of channels_last images, and their gradients, as the products that are fastest on each device
+(:func:`wavemix_kernels.ops.choose.product`)."""
 
 from __future__ import annotations
 
@@ -13,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
-_library.define("weight_gradient(Tensor grad, Tensor image) -> Tensor")
+_library.define("project_backward_weight(Tensor grad, Tensor image) -> Tensor")
 
 
 def _has_onednn() -> bool:
@@ -29,9 +28,7 @@ ONEDNN = _has_onednn()
 def _by_onednn(x: Tensor) -> bool:
     return (
         ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() > 0
+        and choose.product(x.device.type, x.dtype, x.numel()) == "onednn"
         and bool(torch.backends.mkldnn.enabled)
         # A traced graph is to hold convolutions, which every compiler knows.
         and not torch.compiler.is_compiling()
@@ -60,31 +57,29 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(image, weight, bias)
 
 
-def input_gradient(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+def backward_x(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """Gradient of ``image`` in :func:`project`."""
     if _by_onednn(grad):
         return _image(_product(matrix(grad), weight.flatten(1).t()), grad)
     return _convolution_backward(grad, image, weight, (True, False, False))[0]
 
 
-def weight_gradient(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+def backward_weight(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """Gradient of ``weight`` in :func:`project`."""
     if _by_core(grad):
-        return torch.ops.wavemix_kernels.weight_gradient(grad, image).reshape(weight.shape)
+        return torch.ops.wavemix_kernels.project_backward_weight(grad, image).reshape(weight.shape)
     return _convolution_backward(grad, image, weight, (False, True, False))[1]
 
 
 def _by_core(x: Tensor) -> bool:
-    """Half types stay with the library, whose processors may have products of their own for them."""
     return (
         _native.core is not None
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and choose.product_backward_weight(x.device.type, x.dtype) == "core"
         and not torch.compiler.is_compiling()
     )
 
 
-def _weight_gradient(grad: Tensor, image: Tensor) -> Tensor:
+def _backward_weight(grad: Tensor, image: Tensor) -> Tensor:
     core: Any = _native.core
     rows, of_image = matrix(grad), matrix(image)
     out = grad.new_empty((rows.shape[1], of_image.shape[1]))
@@ -95,21 +90,20 @@ def _weight_gradient(grad: Tensor, image: Tensor) -> Tensor:
     return out
 
 
-_library.impl("weight_gradient", _weight_gradient, "CPU")
+_library.impl("project_backward_weight", _backward_weight, "CPU")
 torch.library.register_fake(
-    "wavemix_kernels::weight_gradient",
+    "wavemix_kernels::project_backward_weight",
     lambda grad, image: grad.new_empty((grad.shape[1], image.shape[1])),
     lib=_library,
 )
 
 
-def bias_gradient(grad: Tensor) -> Tensor:
+def backward_bias(grad: Tensor) -> Tensor:
     """Gradient of ``bias`` in :func:`project`, summed in fp32 for the half types."""
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.sum((0, 2, 3), dtype=wide).to(grad.dtype)
+    return grad.sum((0, 2, 3), dtype=accumulate_dtype(grad.dtype)).to(grad.dtype)
 
 
-def depthwise_gradients(grad: Tensor, image: Tensor, weight: Tensor, want_image: bool) -> tuple[Tensor | None, Tensor]:
+def depthwise_backward(grad: Tensor, image: Tensor, weight: Tensor, want_image: bool) -> tuple[Tensor | None, Tensor]:
     """Gradients of the image and the weight (C, 1, 3, 3) of a depthwise convolution, padded by 1."""
     d_image, d_weight, _ = _convolution_backward(grad, image, weight, (want_image, True, False), 1, image.shape[1])
     return d_image, d_weight

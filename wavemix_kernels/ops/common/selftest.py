@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,13 @@ def against_reference(
     cotangents = [pattern(*t.shape, phase=1.0) for t in want]
     got += torch.autograd.grad(got, leaves, [c.to(device, torch.float32) for c in cotangents])
     want += torch.autograd.grad(want, wide, [c.float().double() for c in cotangents])
-    return max(
-        ((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True)
-    )
+    return largest_error(got, want)
+
+
+def largest_error(got: Sequence[Any], want: Sequence[Any]) -> float:
+    """Each error relative to the largest value of its exact tensor."""
+    pairs = zip(got, want, strict=True)
+    return max(((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def rounding_bound(terms: int) -> float:

@@ -8,7 +8,7 @@ read, so the gradient of the output itself never reaches memory. On a CPU one su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,20 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import batch_norm
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
 _library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
-_library.define("deconv_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor")
-_library.define("deconv_weight_grad(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
+_library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> Tensor")
+_library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
 # The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
 # normalised output's.
 _library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "deconv_norm_gradients(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
+    "deconv_norm_backward(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
     "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -50,9 +52,13 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         (N, O, 2H, 2W), channels_last.
 
     Raises:
-        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together; a call that the backend
+            asked for cannot serve.
+        RuntimeError: the backend asked for is not installed.
 
     Backward is not differentiable again, except on backend ``"reference"``.
+
+    Source: WaveMix (arXiv:2205.14375), the upsampling of a feed-forward part.
     """
     checks.check_tensor("u", u, 4, "(N, F, H, W)")
     checks.check_tensor("weight", weight, 4, "(F, O, 4, 4)")
@@ -72,23 +78,6 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 # --- CPU -------------------------------------------------------------------------------------------------
-
-#: Between this many channels on one side and few on both, minimal filtering costs more around its products than it
-#: saves.
-NARROW = 32
-
-
-def _library_is_faster(u_channels: int, y_channels: int, dtype: torch.dtype) -> bool:
-    """Measured (AMD EPYC with AVX-512, 2 threads), these kernels' time over oneDNN's: fp32 0.67, 0.73 and 0.46
-    (forward, gradients of input and weight) at 192 channels, 0.83, 0.84 and 0.48 at 64; those for few channels 0.44,
-    0.89 and 0.47 at 32, 0.2, 0.75 and 0.5 at 8. oneDNN multiplies half types twice as fast, where these kernels widen
-    them: 1.2, 1.35 and 0.69 at 192 channels, 1.1, 2.0 and 0.46 at 32, 0.51, 2.1 and 0.29 at 16, 0.3, 1.4 and 0.17 at 8,
-    where BatchNorm's passes saved are worth more than is lost. So the weight's gradient is never the library's."""
-    if dtype == torch.float64:
-        return False
-    core: Any = _native.core
-    few: int = core.DECONV_NARROW // (1 if dtype == torch.float32 else 4)
-    return u_channels * y_channels > few and (dtype != torch.float32 or min(u_channels, y_channels) < NARROW)
 
 
 def _size(u: Tensor, y: Tensor) -> tuple[int, ...]:
@@ -141,19 +130,19 @@ def _cpu_gradients(
     )  # fmt: skip
 
 
-def _cpu_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _cpu_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     d_u = _empty_input(grad, weight)
     _cpu_gradients(grad, None, weight, d_u, None)
     return d_u
 
 
-def _cpu_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _cpu_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
     _cpu_gradients(grad, u, None, None, d_weight)
     return [d_weight, *([grad.sum((0, 2, 3))] if has_bias else [])]
 
 
-def _cpu_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def _cpu_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     d_u, d_weight = _empty_input(grad, weight), torch.empty(weight.shape, dtype=weight.dtype)
     _cpu_gradients(grad, u, weight, d_u, d_weight, norm)
     return d_u, d_weight
@@ -172,29 +161,29 @@ def _triton_forward(
     return y
 
 
-def _triton_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _triton_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), _empty_input(grad, weight)
-    kernels.input_grad(u, grad, None, weight)
+    kernels.backward_x(u, grad, None, weight)
     return u
 
 
-def _triton_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _triton_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     out = _empty_weights(grad, u, has_bias)
-    kernels.weight_grad(out[0], out[1] if has_bias else None, grad, None, u)
+    kernels.backward_weight(out[0], out[1] if has_bias else None, grad, None, u)
     return out
 
 
-def _triton_norm_gradients(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def _triton_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     from wavemix_kernels.ops.deconv import triton_backward as kernels
 
     grad, u = layout.channels_inner(grad), layout.channels_inner(u)
     d_u, (d_weight,) = _empty_input(grad, weight), _empty_weights(grad, u, False)
-    kernels.norm_gradients(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
+    kernels.norm_backward(d_u, d_weight, grad, kernels.Norm(*norm), u, weight)
     return d_u, d_weight
 
 
@@ -210,11 +199,11 @@ def _reference_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return _channels_last(F.conv_transpose2d(u, weight, bias, STRIDE, PADDING))
 
 
-def _reference_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+def _reference_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
     return _channels_last(F.conv2d(grad, weight, None, STRIDE, PADDING))
 
 
-def _reference_weight_grad(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
+def _reference_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)  # its shape alone is read
     _, d_weight, d_bias = torch.ops.aten.convolution_backward(
         grad, u, weight, [grad.shape[1]], [STRIDE] * 2, [PADDING] * 2, [1, 1], True, [0, 0], 1, [False, True, has_bias]
@@ -227,9 +216,9 @@ BACKENDS: dict[str, backends.Backend] = {
         backends.triton_products_why_not,
         {
             "forward": _triton_forward,
-            "input_grad": _triton_input_grad,
-            "weight_grad": _triton_weight_grad,
-            "norm_gradients": _triton_norm_gradients,
+            "backward_x": _triton_backward_x,
+            "backward_weight": _triton_backward_weight,
+            "norm_backward": _triton_norm_backward,
         },
     ),
     "cpu": backends.Backend(
@@ -237,14 +226,18 @@ BACKENDS: dict[str, backends.Backend] = {
         {
             "forward": _cpu_forward,
             "forward_residual": _cpu_forward_residual,
-            "input_grad": _cpu_input_grad,
-            "weight_grad": _cpu_weight_grad,
-            "norm_gradients": _cpu_norm_gradients,
+            "backward_x": _cpu_backward_x,
+            "backward_weight": _cpu_backward_weight,
+            "norm_backward": _cpu_norm_backward,
         },
     ),
     "reference": backends.Backend(
         backends.reference_why_not,
-        {"forward": _reference_forward, "input_grad": _reference_input_grad, "weight_grad": _reference_weight_grad},
+        {
+            "forward": _reference_forward,
+            "backward_x": _reference_backward_x,
+            "backward_weight": _reference_backward_weight,
+        },
     ),
 }
 
@@ -267,79 +260,75 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
-def _asked_for(op: str, backend: str, *tensors: Tensor) -> backends.Backend:
-    # Whether the Triton kernels beat cuDNN's, whose BatchNorm passes they save, no GPU has said yet: by name only.
-    if backend == "auto" and tensors[0].device.type == "cuda":
-        backend = "reference"
-    return backends.select(op, BACKENDS, backend, *tensors)
+def _order(like: Tensor, u_channels: int, y_channels: int) -> choose.Order:
+    few: int = getattr(_native.core, "DECONV_NARROW", 0)
+    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few)
 
 
-def _chosen(backend: str, u_channels: int, y_channels: int, like: Tensor) -> backends.Backend:
-    """What runs forward and the input's gradient; the weight's gradient is the asked-for backend's in any case."""
-    chosen = _asked_for("deconv", backend, like)
-    if chosen is BACKENDS["cpu"] and _library_is_faster(u_channels, y_channels, like.dtype):
-        return BACKENDS["reference"]
-    return chosen
+def _functions(op: str, backend: str, like: Tensor, weight: Tensor) -> Mapping[str, Callable[..., Any]]:
+    return choose.select(op, BACKENDS, backend, like, weight, order=_order(like, *weight.shape[:2])).functions
 
 
 def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
-    """Whether :func:`norm_gradients` serves: it begins with the gradient of a normalised output. Where it does not,
+    """Whether :func:`norm_backward` serves: it begins with the gradient of a normalised output. Where it does not,
     the library's kernels get the gradient of the output itself, made before."""
-    return _chosen(backend, u_channels, grad.shape[1], grad) is not BACKENDS["reference"]
+    order = _order(grad, u_channels, grad.shape[1])
+    return choose.pick("deconv_norm_backward", BACKENDS, backend, grad, order=order) != "reference"
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return _chosen(backend, weight.shape[0], weight.shape[1], u).functions["forward"](u, weight, bias)
+    return _functions("deconv", backend, u, weight)["forward"](u, weight, bias)
 
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
-    functions = _chosen(backend, weight.shape[0], weight.shape[1], u).functions
+    functions = _functions("deconv_residual", backend, u, weight)
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)
     return functions["forward"](u, weight, bias).add_(residual)
 
 
-def _input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return _chosen(backend, weight.shape[0], weight.shape[1], grad).functions["input_grad"](grad, weight)
+def _backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return _functions("deconv_backward_x", backend, grad, weight)["backward_x"](grad, weight)
 
 
-def _weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
-    chosen = _asked_for("deconv_weight_grad", backend, grad, u)
-    return chosen.functions["weight_grad"](grad, u, has_bias)
+def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
+    order = choose.deconv_backward_weight(grad.device.type)
+    chosen = choose.select("deconv_backward_weight", BACKENDS, backend, grad, u, order=order)
+    return chosen.functions["backward_weight"](grad, u, has_bias)
 
 
 def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _chosen(backend, weight.shape[0], weight.shape[1], u)
-    if chosen is BACKENDS["reference"]:
+    functions = _functions("deconv_stats", backend, u, weight)
+    if functions is BACKENDS["reference"].functions:
         y = _reference_forward(u, weight, bias)
-        norm = backends.for_part(backend, batch_norm.BACKENDS)
+        norm = choose.for_part(backend, batch_norm.BACKENDS)
         return y, *torch.ops.wavemix_kernels.batch_norm_stats(y, norm)
     mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    return chosen.functions["forward"](u, weight, bias, (mean, var)), mean, var
+    return functions["forward"](u, weight, bias, (mean, var)), mean, var
 
 
-def _norm_gradients(
+def _norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    norm, grad = backends.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
+    norm, grad = choose.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
     a, b, d, d_norm_weight, d_norm_bias = batch_norm.backward_line(
         grad, y, mean, invstd, norm_weight, batch_stats, norm
     )
     line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
-    functions = _chosen(backend, weight.shape[0], weight.shape[1], grad).functions
-    return *functions["norm_gradients"](grad, u, weight, line), d_norm_weight, d_norm_bias
+    functions = _functions("deconv_norm_backward", backend, grad, weight)
+    return *functions["norm_backward"](grad, u, weight, line), d_norm_weight, d_norm_bias
 
 
 def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
-    return u.new_empty(weight.shape[1], dtype=batch_norm.statistics_dtype(u.dtype))
+    return u.new_empty(weight.shape[1], dtype=accumulate_dtype(u.dtype))
 
 
 def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
 
 
-def _norm_gradients_fake(
+def _norm_backward_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -349,12 +338,12 @@ def _norm_gradients_fake(
 
 _library.impl("deconv", _forward, "CompositeExplicitAutograd")
 _library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
-_library.impl("deconv_input_grad", _input_grad, "CompositeExplicitAutograd")
-_library.impl("deconv_weight_grad", _weight_grad, "CompositeExplicitAutograd")
+_library.impl("deconv_backward_x", _backward_x, "CompositeExplicitAutograd")
+_library.impl("deconv_backward_weight", _backward_weight, "CompositeExplicitAutograd")
 _library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_gradients", _norm_gradients, "CompositeExplicitAutograd")
+_library.impl("deconv_norm_backward", _norm_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::deconv_norm_gradients", _norm_gradients_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::deconv_norm_backward", _norm_backward_fake, lib=_library)
 torch.library.register_fake(
     "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
 )
@@ -364,23 +353,23 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_fake(
-    "wavemix_kernels::deconv_input_grad", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
+    "wavemix_kernels::deconv_backward_x", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
 )
 torch.library.register_fake(
-    "wavemix_kernels::deconv_weight_grad",
+    "wavemix_kernels::deconv_backward_weight",
     lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias),
     lib=_library,
 )
 
 
-def input_grad(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+def backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     """Gradient of u."""
-    return torch.ops.wavemix_kernels.deconv_input_grad(grad, weight, backend)
+    return torch.ops.wavemix_kernels.deconv_backward_x(grad, weight, backend)
 
 
-def weight_grad(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+def backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias."""
-    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_weight_grad(grad, u, has_bias, backend)
+    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_backward_weight(grad, u, has_bias, backend)
     return d_weight, d_bias[0] if has_bias else None
 
 
@@ -404,13 +393,13 @@ class NormGradients(NamedTuple):
     norm_bias: Tensor
 
 
-def norm_gradients(
+def norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> NormGradients:  # fmt: skip
     """From the gradient of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
     return NormGradients(
-        *torch.ops.wavemix_kernels.deconv_norm_gradients(
+        *torch.ops.wavemix_kernels.deconv_norm_backward(
             grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend
         )
     )
@@ -425,7 +414,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     u, weight = ctx.saved_tensors
     return (
-        input_grad(grad, weight, ctx.backend), *weight_grad(grad, u, ctx.has_bias, ctx.backend), None
+        backward_x(grad, weight, ctx.backend), *backward_weight(grad, u, ctx.has_bias, ctx.backend), None
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
-"""Tiles of the transposed convolution's kernels: what runs by default and what a tuner tries. Free of triton."""
+"""Tiles of the transposed convolution's kernels: what runs by default. Free of triton."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,19 +38,9 @@ def config_for(
 ) -> DeconvConfig:
     """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
 
-    Half types: 128 x 192 results on eight warps take 174 (forward) to 240 registers of a thread, so an SM has one such
-    block, which its stages keep busy. At the 2048 products a clock of an H100's tensor cores it reads 4096 * (1 / 128 +
-    1 / 192) = 53 bytes a clock from L2, of which L2 gives each SM some 32; the 64 x 192 of which an SM has two would
-    read 85. Twice the rows would read 37, and spill, as would weights' gradients 256 wide and, with four warps to a
-    block and two of them to an SM, the input's 96 or 128 wide.
-    `by_warps`: the chip's matrix instructions take both operands from registers, beside which a gradient that is made
-    there leaves less room.
-    Both gradients in one kernel, at 192 channels: on sm_90, 80, 100 and 120 240, 255, 144 and 252 registers, and 77,
-    47, 78 and 47 KiB of shared memory, so that an SM has one block as of each alone (of the input's two, on sm_100 with
-    128 registers); in fp32 at 96 channels 136 registers and 15 KiB (sm_90), three blocks where each alone has four.
-    fp32 of `precision` "ieee" multiplies on the ordinary units, 16 times slower: small tiles, whose operands take the
-    registers. In TF32 the tensor cores make half as many products a clock of twice the bytes: 128 x 96 reads 75 bytes a
-    clock (64 x 48: 149) of 196 registers (both gradients), and 128 x 192 spills.
+    Half types: 128 x 192 results on eight warps, one block for a multiprocessor. fp32 of `precision` "ieee" multiplies
+    on the ordinary units: small tiles, whose operands take the registers. `by_warps`: the chip's matrix instructions
+    take both operands from registers, which leaves a gradient less room. (docs/develop/tuning.md, Triton tiles)
     """
     depth = min(64 // itemsize, max(16, pow2_at_least(inner)))
     if itemsize == 4 and precision == "ieee":
@@ -64,15 +53,3 @@ def config_for(
     if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4
     return DeconvConfig(tall, widest, depth, 4 if tall * sum(widths(columns, widest)) <= 8192 else 8, stages)
-
-
-def search_space(itemsize: int) -> Iterator[DeconvConfig]:
-    """Configurations worth timing; those of 256 rows spill, and may be faster all the same."""
-    if itemsize == 4:
-        for rows in (32, 64):
-            for num_warps in (4, 8):
-                yield DeconvConfig(rows, 64, 16, num_warps, 2)
-        return
-    for rows, columns, num_warps in ((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)):
-        for depth, num_stages in ((32, 3), (32, 4), (64, 3)):
-            yield DeconvConfig(rows, columns, depth, num_warps, num_stages)

@@ -22,9 +22,8 @@ from wavemix_kernels.ops.deconv.triton import FREE, _config, _constants, _matrix
 
 _MULTIPROCESSORS = 132  # of an H100
 _REDUCED = 64  # weights of all 16 taps that a program adds up
-# Of g and y in a split of the launch that reads them for both gradients: what is to stay in L2 (50 MB in an H100, 40 in
-# an A100) while it is worked on and the next begins. Large batches pay with more partial sums, at 192 channels 2.4 MB
-# written and read for each of these 25 MB.
+# Bytes of g and y in a split of the launch that reads them for both gradients: they stay in L2 (50 MB in an H100, 40 in
+# an A100) while the split is worked on and the next begins. Large batches pay with more partial sums.
 _SPLIT_BYTES = 24 * 2**20
 
 
@@ -67,7 +66,7 @@ def _gradient(g, y, a, b, mean, d, in_image, channel, in_channels, NORM: tl.cons
 
 
 @triton.jit
-def _input_gradient(
+def _backward_x(
     number, du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n, y_h, y_w,
     NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,14 +104,14 @@ def _input_gradient(
 
 
 @triton.jit(do_not_specialize=FREE)
-def _input_gradient_kernel(
+def _backward_x_kernel(
     du, weight, pixels: tl.int64, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64,
     g, y, a, b, mean, d, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64, y_h: tl.int64,
     y_w: tl.int64,
     NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    _input_gradient(
+    _backward_x(
         tl.program_id(0), du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n,
         y_h, y_w, NORM, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
     )  # fmt: skip
@@ -179,7 +178,7 @@ def _sums(
 
 
 @triton.jit
-def _weight_gradient(
+def _backward_weight(
     number, patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n,
     y_h, y_w,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
@@ -226,21 +225,21 @@ def _weight_gradient(
 
 
 @triton.jit(do_not_specialize=("patches", "each", "h", "w"))
-def _weight_gradient_kernel(
+def _backward_weight_kernel(
     patches: tl.int64, each: tl.int64, partial, partial_bias, u, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
     g, y, a, b, mean, d, h, w, f, o, g_n: tl.int64, g_h: tl.int64, g_w: tl.int64, y_n: tl.int64, y_h: tl.int64,
     y_w: tl.int64,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     W0: tl.constexpr, W1: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    _weight_gradient(
+    _backward_weight(
         tl.program_id(0), patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w, f, o, g_n,
         g_h, g_w, y_n, y_h, y_w, NORM, BIAS, ACROSS, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("weights", "inputs", "all_inputs", "patches", "each", *FREE))
-def _gradients_kernel(
+def _backward_kernel(
     weights, inputs, all_inputs: tl.int64,
     du, weight, pixels: tl.int64, du_n: tl.int64, du_h: tl.int64, du_w: tl.int64,
     patches: tl.int64, each: tl.int64, partial, partial_bias, u, u_n: tl.int64, u_h: tl.int64, u_w: tl.int64,
@@ -258,7 +257,7 @@ def _gradients_kernel(
     split = tl.program_id(0) // (weights + inputs)
     number = tl.program_id(0) % (weights + inputs)
     if number < weights:
-        _weight_gradient(
+        _backward_weight(
             split * weights + number, patches, each, partial, partial_bias, u, u_n, u_h, u_w, g, y, a, b, mean, d, h, w,
             f, o, g_n, g_h, g_w, y_n, y_h, y_w, True, False, ACROSS, ROWS, DEPTH, W0, W1, STAGES, PRECISION,
         )  # fmt: skip
@@ -267,7 +266,7 @@ def _gradients_kernel(
         end = tl.minimum(begin + each, patches)
         run = begin * all_inputs // patches + number - weights
         if run < end * all_inputs // patches:
-            _input_gradient(
+            _backward_x(
                 run, du, weight, pixels, du_n, du_h, du_w, g, y, a, b, mean, d, h, w, f, o, g_n, g_h, g_w, y_n, y_h,
                 y_w, True, INPUT_ROWS, INPUT_DEPTH, INPUT_W0, INPUT_W1, INPUT_STAGES, PRECISION,
             )  # fmt: skip
@@ -294,7 +293,7 @@ def _norm_arguments(g: Tensor, norm: Norm | None) -> tuple[Tensor, ...]:
     return (g,) * 5 if norm is None else norm
 
 
-def input_grad_launch(
+def backward_x_launch(
     du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config: DeconvConfig | None = None
 ) -> Launch:
     f, o = weight.shape[:2]
@@ -307,10 +306,10 @@ def input_grad_launch(
         g, *made, *sizes[1:], *_strides(g), *_strides(made[0]),
     )  # fmt: skip
     grid = (triton.cdiv(sizes[0], config.rows) * blocks,)
-    return Launch(_input_gradient_kernel, grid, args, {**constants, "NORM": norm is not None})
+    return Launch(_backward_x_kernel, grid, args, {**constants, "NORM": norm is not None})
 
 
-def input_grad(du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config: DeconvConfig | None = None) -> None:
+def backward_x(du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config: DeconvConfig | None = None) -> None:
     """Writes the gradient of u.
 
     Args:
@@ -323,7 +322,7 @@ def input_grad(du: Tensor, g: Tensor, norm: Norm | None, weight: Tensor, config:
     Raises:
         ValueError: an image has 2**30 pixels or more.
     """
-    input_grad_launch(du, g, norm, weight, config).run(g)
+    backward_x_launch(du, g, norm, weight, config).run(g)
 
 
 def _patch(depth: int, h: int, w: int) -> tuple[int, int]:
@@ -332,7 +331,7 @@ def _patch(depth: int, h: int, w: int) -> tuple[int, int]:
     return min(sides, key=lambda side: triton.cdiv(h, side[0]) * triton.cdiv(w, side[1]))
 
 
-def weight_grad_launch(
+def backward_weight_launch(
     g: Tensor, norm: Norm | None, u: Tensor, has_bias: bool, config: DeconvConfig | None = None, least: int = 1
 ) -> tuple[Launch, Tensor, Tensor]:
     """A launch and the partial sums it fills: (splits, 4, 4, O, F), and (splits, 4, O) for the bias; about `least`
@@ -356,7 +355,7 @@ def weight_grad_launch(
         patches, each, partial, bias, u, *_strides(u), g, *made, *sizes[1:], *_strides(g), *_strides(made[0]),
     )  # fmt: skip
     constants |= {"NORM": norm is not None, "BIAS": has_bias, "ACROSS": across}
-    return Launch(_weight_gradient_kernel, (4 * (rows + has_bias) * blocks * splits,), args, constants), partial, bias
+    return Launch(_backward_weight_kernel, (4 * (rows + has_bias) * blocks * splits,), args, constants), partial, bias
 
 
 def reduce_launch(dw: Tensor, partial: Tensor) -> Launch:
@@ -365,28 +364,28 @@ def reduce_launch(dw: Tensor, partial: Tensor) -> Launch:
     return Launch(_reduce_kernel, (triton.cdiv(f * o, _REDUCED),), (dw, partial, splits, o, f), constants)
 
 
-def weight_grad(
+def backward_weight(
     dw: Tensor, db: Tensor | None, g: Tensor, norm: Norm | None, u: Tensor, config: DeconvConfig | None = None
 ) -> None:
     """Writes the gradients of weight and bias, summed in a fixed order.
 
     Args:
         dw: (F, O, 4, 4), contiguous; db: (O) or None.
-        g, norm: as :func:`input_grad` takes them.
+        g, norm: as :func:`backward_x` takes them.
         u: (N, F, H, W) as :func:`forward` takes it.
         config: a tile other than :func:`config_for`'s.
 
     Raises:
         ValueError: an image has 2**30 pixels or more.
     """
-    launch, partial, bias = weight_grad_launch(g, norm, u, db is not None, config)
+    launch, partial, bias = backward_weight_launch(g, norm, u, db is not None, config)
     launch.run(u)
     reduce_launch(dw, partial).run(u)
     if db is not None:
         db.copy_(bias.sum((0, 1)))
 
 
-def norm_gradients_launch(
+def norm_backward_launch(
     du: Tensor, g: Tensor, norm: Norm, u: Tensor, weight: Tensor,
     configs: tuple[DeconvConfig | None, DeconvConfig | None] = (None, None), least: int | None = None,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
@@ -396,8 +395,8 @@ def norm_gradients_launch(
     f, o = weight.shape[:2]
     default = _config("input", du, f, o, du[:, :1].numel())
     config = configs[0] or replace(default, columns=min(default.columns, 192))  # 256 spill beside the other gradient
-    of_input = input_grad_launch(du, g, norm, weight, config)
-    of_weight, partial, _ = weight_grad_launch(g, norm, u, False, configs[1], least)
+    of_input = backward_x_launch(du, g, norm, weight, config)
+    of_weight, partial, _ = backward_weight_launch(g, norm, u, False, configs[1], least)
     patches, each, *_ = of_weight.args
     (programs,), (all_inputs,), splits = of_weight.grid, of_input.grid, partial.shape[0]
     weights, inputs = programs // splits, triton.cdiv(each * all_inputs, max(patches, 1))
@@ -405,25 +404,25 @@ def norm_gradients_launch(
     constants |= {f"INPUT_{name}": of_input.constants[name] for name in ("ROWS", "DEPTH", "W0", "W1", "STAGES")}
     constants["num_warps"] = max(launch.constants["num_warps"] for launch in (of_input, of_weight))
     args = (weights, inputs, all_inputs, *of_input.args[:6], *of_weight.args)
-    return Launch(_gradients_kernel, (splits * (weights + inputs),), args, constants), partial
+    return Launch(_backward_kernel, (splits * (weights + inputs),), args, constants), partial
 
 
-def norm_gradients(
+def norm_backward(
     du: Tensor, dw: Tensor, g: Tensor, norm: Norm, u: Tensor, weight: Tensor,
     configs: tuple[DeconvConfig | None, DeconvConfig | None] = (None, None), least: int | None = None,
 ) -> None:  # fmt: skip
     """Writes the gradients of u and of weight, made by one launch that is to read g and norm.y from memory once.
 
-    They are :func:`input_grad`'s and, of as many splits, :func:`weight_grad`'s, bit for bit.
+    They are :func:`backward_x`'s and, of as many splits, :func:`backward_weight`'s, bit for bit.
 
     Args:
-        du, g, norm, weight: as :func:`input_grad` takes them; dw, u: as :func:`weight_grad`.
+        du, g, norm, weight: as :func:`backward_x` takes them; dw, u: as :func:`backward_weight`.
         configs: of the input's and the weight's gradient, other than :func:`config_for`'s; the more warps serve both.
         least: about so many splits of the pixels or more, other than what keeps a split's g and y in L2.
 
     Raises:
         ValueError: an image has 2**30 pixels or more.
     """
-    launch, partial = norm_gradients_launch(du, g, norm, u, weight, configs, least)
+    launch, partial = norm_backward_launch(du, g, norm, u, weight, configs, least)
     launch.run(u)
     reduce_launch(dw, partial).run(u)

@@ -32,11 +32,11 @@ def standard(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -
     return F.interpolate(u, scale_factor=2, mode=kind)
 
 
-def input_grad(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Tensor:
+def backward_x(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     """Gradient of ``u``, which itself is not needed."""
     if kind == "deconv":
         assert weight is not None
-        return deconv.input_grad(dy, weight, backend)
+        return deconv.backward_x(dy, weight, backend)
     if kind == "pixelshuffle":
         assert weight is not None
         return F.pixel_unshuffle(F.conv_transpose2d(dy, weight, padding=1), 2)
@@ -46,12 +46,12 @@ def input_grad(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Te
     return torch.ops.aten.upsample_nearest2d_backward(dy, [h, w], [n, c, h // 2, w // 2], 2.0, 2.0)
 
 
-def weight_grad(kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, backend: str) -> Tensor | None:
+def backward_weight(kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, backend: str) -> Tensor | None:
     """Gradient of the weight, None where there is none."""
     if weight is None:
         return None
     if kind == "deconv":
-        return deconv.weight_grad(dy, u, False, backend)[0]
+        return deconv.backward_weight(dy, u, False, backend)[0]
     return torch.ops.aten.convolution_backward(
         dy, F.pixel_shuffle(u, 2), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]

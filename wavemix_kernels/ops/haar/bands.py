@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
@@ -70,7 +71,7 @@ def _empty_image(bands: Tensor, channels_last: bool) -> Tensor:
 
 
 def _analysis(x: Tensor, backend: str) -> Tensor:
-    chosen = backends.select("haar_bands", BACKENDS, backend, x)
+    chosen = choose.select("haar_bands", BACKENDS, backend, x)
     if not chosen.functions:
         ll, (high,) = reference.analysis(x)
         return layout.laid_out(torch.cat((ll.unsqueeze(2), high), 2), layout.is_channels_last(x))
@@ -80,7 +81,7 @@ def _analysis(x: Tensor, backend: str) -> Tensor:
 
 
 def _synthesis(bands: Tensor, channels_last: bool, backend: str) -> Tensor:
-    chosen = backends.select("haar_from_bands", BACKENDS, backend, bands)
+    chosen = choose.select("haar_from_bands", BACKENDS, backend, bands)
     if not chosen.functions:
         return layout.laid_out(reference.synthesis(bands[:, :, 0], [bands[:, :, 1:]]), channels_last)
     image = _empty_image(bands, channels_last)

@@ -6,13 +6,14 @@ The transform is orthonormal and symmetric, so two operators close under differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import reference
@@ -205,61 +206,56 @@ def _empty_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 
 
 # --- Backends: (image, ll, highs, edge) on allocated tensors, up to MAX_LEVELS levels; `lows`: the LL of the
-# levels above the last, kept by analysis and added by synthesis (ops/haar_pyramid.py) ---------------------
+# levels above the last, kept by analysis and added by synthesis (ops/haar/pyramid.py) ---------------------
 
 
-def cpu_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-    a = _native.address
-    _native.core.haar_analysis_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(), [a(t) for t in lows],
-    )  # fmt: skip
+def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend:
+    """The C++ kernels of the CPU or of CUDA."""
+
+    def core_and_queue(image: Tensor) -> tuple[Any, Sequence[int]]:
+        if device == "cpu":
+            return _native.core, (torch.get_num_threads(),)
+        return _native.cuda_core, _native.stream(image.device)
+
+    def analyse(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
+        a, (core, queue) = _native.address, core_and_queue(image)
+        getattr(core, f"haar_analysis_{device}")(
+            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs], *queue,
+            [a(t) for t in lows],
+        )  # fmt: skip
+
+    def synthesise(
+        image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
+    ) -> None:
+        a, (core, queue) = _native.address, core_and_queue(image)
+        getattr(core, f"haar_synthesis_{device}")(
+            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
+            *queue, [a(t) for t in lows],
+        )  # fmt: skip
+
+    return backends.Backend(probe, {"analysis": analyse, "synthesis": synthesise})
 
 
-def cpu_synthesis(
+def _triton_analysis(
+    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
+) -> None:
+    from wavemix_kernels.ops.haar.triton_analysis import analysis
+
+    analysis(image, ll, highs, levels=len(highs), edge=edge, lows=lows)
+
+
+def _triton_synthesis(
     image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
 ) -> None:
-    a = _native.address
-    _native.core.haar_synthesis_cpu(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        torch.get_num_threads(), [a(t) for t in lows],
-    )  # fmt: skip
+    from wavemix_kernels.ops.haar.triton_synthesis import synthesis
 
-
-def cuda_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-    a = _native.address
-    _native.cuda_core.haar_analysis_cuda(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device), [a(t) for t in lows],
-    )  # fmt: skip
-
-
-def cuda_synthesis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
-) -> None:
-    a = _native.address
-    _native.cuda_core.haar_synthesis_cuda(  # type: ignore[union-attr]
-        _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-        *_native.stream(image.device), [a(t) for t in lows],
-    )  # fmt: skip
-
-
-def _triton_analysis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float) -> None:
-    from wavemix_kernels.ops.haar import triton as haar
-
-    haar.analysis(image, ll, highs, levels=len(highs), edge=edge)
-
-
-def _triton_synthesis(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None) -> None:
-    from wavemix_kernels.ops.haar import triton as haar
-
-    haar.synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add)
+    synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add, lows=lows)
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": cuda_analysis, "synthesis": cuda_synthesis}),
+    "cuda": _compiled("cuda", backends.cuda_why_not),
     "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton_analysis, "synthesis": _triton_synthesis}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": cpu_analysis, "synthesis": cpu_synthesis}),
+    "cpu": _compiled("cpu", backends.cpu_why_not),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
@@ -288,7 +284,7 @@ def _spans(x_size: Sequence[int], levels: int, mode: str) -> list[int]:
 
 
 def _analysis(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
-    chosen = backends.select("haar_dwt2d", BACKENDS, backend, x)
+    chosen = choose.select("haar_dwt2d", BACKENDS, backend, x)
     if not chosen.functions:
         ll, highs = reference.analysis(x, levels, mode)
         channels_last = layout.is_channels_last(x)
@@ -311,7 +307,7 @@ def _synthesis(
     backend: str,
 ) -> Tensor:  # fmt: skip
     tensors = [ll, *highs] if add is None else [ll, *highs, add]
-    chosen = backends.select("haar_idwt2d", BACKENDS, backend, *tensors)
+    chosen = choose.select("haar_idwt2d", BACKENDS, backend, *tensors)
     if not chosen.functions:
         return layout.laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
     edge = reference.MODES[mode]
@@ -423,15 +419,9 @@ def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -
 
 
 def _synthesis_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    ll: Tensor,
-    highs: list[Tensor],
-    size: Any,
-    mode: str,
-    add: Tensor | None,
+    info: Any, in_dims: tuple[Any, ...], ll: Tensor, highs: list[Tensor], size: Any, mode: str, add: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, int]:  # fmt: skip
     n = info.batch_size
     highs = [into_batch(t, d, n) for t, d in zip(highs, in_dims[1], strict=True)]
     add = None if add is None else into_batch(add, in_dims[4], n)

@@ -5,13 +5,13 @@ The pair (pyramid, its adjoint) closes under differentiation, as analysis and sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels import backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
@@ -19,7 +19,7 @@ from wavemix_kernels.ops.haar import reference
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define("haar_pyramid(Tensor x, int levels, bool channels_last, str backend) -> Tensor[]")
-_library.define("haar_pyramid_adjoint(Tensor[] grads, bool channels_last, str backend) -> Tensor")
+_library.define("haar_pyramid_backward(Tensor[] grads, bool channels_last, str backend) -> Tensor")
 
 
 def haar_pyramid(
@@ -60,33 +60,12 @@ def empty_pyramid(x: Tensor, channels: int, levels: int, channels_last: bool) ->
     return [layout.empty(x, [n, 4 * channels, h >> level, w >> level], channels_last) for level in range(1, levels + 1)]
 
 
-def _triton_analysis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()
-) -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
-
-    kernels.analysis(image, ll, highs, levels=len(highs), edge=edge, lows=lows)
-
-
-def _triton_synthesis(
-    image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
-) -> None:
-    from wavemix_kernels.ops.haar import triton as kernels
-
-    kernels.synthesis(image, ll, highs, levels=len(highs), edge=edge, add=add, lows=lows)
-
-
 #: The Haar kernels themselves, which can keep (and add) the LL of every level.
-BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(backends.cuda_why_not, {"analysis": haar.cuda_analysis, "synthesis": haar.cuda_synthesis}),
-    "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton_analysis, "synthesis": _triton_synthesis}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": haar.cpu_analysis, "synthesis": haar.cpu_synthesis}),
-    "reference": backends.Backend(backends.reference_why_not, {}),
-}
+BACKENDS = haar.BACKENDS
 
 
 def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[Tensor]:
-    chosen = backends.select("haar_pyramid", BACKENDS, backend, x)
+    chosen = choose.select("haar_pyramid", BACKENDS, backend, x)
     if not chosen.functions:
         return [layout.laid_out(z, channels_last) for z in reference.haar_pyramid(x, levels)]
     out = empty_pyramid(x, x.shape[1], levels, channels_last)
@@ -95,10 +74,10 @@ def _pyramid(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[
     return out
 
 
-def _adjoint(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
-    chosen = backends.select("haar_pyramid_adjoint", BACKENDS, backend, *grads)
+def _backward(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
+    chosen = choose.select("haar_pyramid_backward", BACKENDS, backend, *grads)
     if not chosen.functions:
-        return layout.laid_out(reference.haar_pyramid_adjoint(grads), channels_last)
+        return layout.laid_out(reference.haar_pyramid_backward(grads), channels_last)
     n, c, h, w = grads[0].shape
     image = layout.empty(grads[0], [n, c // 4, 2 * h, 2 * w], channels_last)
     lows, highs = zip(*map(_parts, grads), strict=True)
@@ -110,15 +89,15 @@ def _pyramid_fake(x: Tensor, levels: int, channels_last: bool, backend: str) -> 
     return empty_pyramid(x, x.shape[1], levels, channels_last)
 
 
-def _adjoint_fake(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
+def _backward_fake(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
     n, c, h, w = grads[0].shape
     return layout.empty(grads[0], [n, c // 4, 2 * h, 2 * w], channels_last)
 
 
 _library.impl("haar_pyramid", _pyramid, "CompositeExplicitAutograd")
-_library.impl("haar_pyramid_adjoint", _adjoint, "CompositeExplicitAutograd")
+_library.impl("haar_pyramid_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::haar_pyramid", _pyramid_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::haar_pyramid_adjoint", _adjoint_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::haar_pyramid_backward", _backward_fake, lib=_library)
 
 
 def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -127,22 +106,22 @@ def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _pyramid_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return adjoint(list(grads), ctx.channels_last, ctx.backend), None, None, None
+    return backward(list(grads), ctx.channels_last, ctx.backend), None, None, None
 
 
-def _adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grads, _, ctx.backend = inputs
     ctx.levels, ctx.channels_last = len(grads), layout.is_channels_last(grads[0])
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return pyramid(grad, ctx.levels, ctx.channels_last, ctx.backend), None, None
 
 
 #: The operators with their gradients: (x, levels, channels_last, backend) -> [Z_1 …], and
 #: (grads, channels_last, backend) -> gradient of x.
 pyramid = differentiable(_library, "haar_pyramid", _pyramid_setup, _pyramid_backward)
-adjoint = differentiable(_library, "haar_pyramid_adjoint", _adjoint_setup, _adjoint_backward)
+backward = differentiable(_library, "haar_pyramid_backward", _backward_setup, _backward_backward)
 
 
 def self_test(backend: str, device: torch.device) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def haar_pyramid(r: Tensor, levels: int) -> list[Tensor]:
     return out
 
 
-def haar_pyramid_adjoint(grads: list[Tensor]) -> Tensor:
+def haar_pyramid_backward(grads: list[Tensor]) -> Tensor:
     """Adjoint of :func:`haar_pyramid`."""
     dtype = accumulate_dtype(grads[0].dtype)
     c = grads[0].shape[1] // 4

@@ -1,9 +1,8 @@
-"""Tiles of the Triton Haar kernels: what is legal, what a tuner tries, what runs by default; and the kernels' limits.
+"""Tiles of the Triton Haar kernels: what is legal, what runs by default; and the kernels' limits.
 
 Free of triton, so that a configuration can be inspected, stored or pruned anywhere.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +12,8 @@ MAX_LEVELS = 5  # a 32x32 block in one tile; deeper transforms chain
 #: Input or output channels of a pointwise MLP: 16 rows of fp32 sums in half the registers of eight warps.
 MOST_COLUMNS = 2048
 
-_SECTOR = 32  # bytes: the smallest piece of a memory transaction
-_LINE = 128  # bytes: one cache line, one row of a fully used warp of 4-byte lanes
+SECTOR = 32  # bytes: the smallest piece of a memory transaction
+LINE = 128  # bytes: one cache line, one row of a fully used warp of 4-byte lanes
 
 
 @dataclass(frozen=True)
@@ -46,39 +45,6 @@ def why_invalid(config: TileConfig, levels: int, itemsize: int) -> str | None:
     return None
 
 
-def is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: int) -> bool:
-    """Whether a tuner should spend time on a tile: it is legal and touches whole sectors."""
-    if why_invalid(config, levels, itemsize) is not None:
-        return False
-    if layout != "channels":
-        return config.cols * itemsize >= _LINE
-    # A deep channels-last tile is 2**levels wide and high, which leaves room for few channels. Half a sector per
-    # pixel is accepted there: the program next to it, running at the same time, finds the other half in L2.
-    shortest = {4: _SECTOR, 5: _SECTOR // 2}.get(levels, 2 * _SECTOR)
-    return config.planes * itemsize >= shortest
-
-
-def search_space(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
-    """All tiles worth timing: innermost runs about a cache line long, 64 or 128 bytes of samples a thread.
-
-    Eight warps only where a block of that many channels does not fit four.
-    """
-    block = 1 << levels
-    runs = (_LINE, _LINE // 2, _LINE // 4, _LINE // 8) if layout == "channels" else (2 * _LINE, _LINE)
-    for run_bytes in runs:
-        run = run_bytes // itemsize
-        is_large = layout == "channels" and block * block * run_bytes > 16384
-        for tile_bytes, num_warps in ((32768, 8),) if is_large else ((16384, 4), (8192, 4)):
-            samples = tile_bytes // itemsize
-            if layout == "channels":
-                config = TileConfig(block, samples // (run * block), run, num_warps)
-            else:
-                cols = max(run, block)
-                config = TileConfig(samples // cols, cols, 1, num_warps)
-            if is_worthwhile(config, layout, levels, itemsize):
-                yield config
-
-
 def _pow2_at_least(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
@@ -106,13 +72,13 @@ def config_for(layout: Layout, levels: int, itemsize: int, shape: tuple[int, int
 
     if layout == "channels":
         # One cache line of channels per pixel if there are as many, and if the block leaves room for it.
-        planes = min(_LINE // itemsize, _pow2_at_most(c), samples // (block * block))
-        planes = max(planes, min(_SECTOR // 2 // itemsize, _pow2_at_least(n * c)))
+        planes = min(LINE // itemsize, _pow2_at_most(c), samples // (block * block))
+        planes = max(planes, min(SECTOR // 2 // itemsize, _pow2_at_least(n * c)))
         samples = max(samples, planes * block * block)
         shortest = 1
     else:
         planes = 1
-        shortest = min(_LINE // itemsize, _pow2_at_least(w))
+        shortest = min(LINE // itemsize, _pow2_at_least(w))
     pixels = max(samples // planes, block * block)
     sides = [
         (rows, pixels // rows)

@@ -1,12 +1,13 @@
 """``channel_mlp``: Wave-MLP's channel MLP (1x1 convolution, GELU, 1x1 convolution) that keeps its input alone, and the
 residual branch around it.
 
-The MLP is :mod:`wavemix_kernels.ops.mlp.op` without its second input and dropout, except for some images in
-bfloat16 on a CPU.
+The MLP is :mod:`wavemix_kernels.ops.mlp.op` without its second input and dropout, or the library's products
+(:func:`wavemix_kernels.ops.choose.channel_mlp`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -45,16 +47,16 @@ def _products_forward(x: Tensor, w: Weights) -> Tensor:
 
 def _products_backward(grad: Tensor, x: Tensor, w: Weights) -> list[Tensor | None]:
     hidden = products.project(x, w.w1, w.b1)
-    d_hidden = products.input_gradient(grad, hidden, w.w2)
+    d_hidden = products.backward_x(grad, hidden, w.w2)
     # In place, one after the other: fresh memory costs a CPU more than the arithmetic.
     torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
     torch.ops.aten.gelu_(hidden)
     return [
-        products.input_gradient(d_hidden, x, w.w1),
-        products.weight_gradient(d_hidden, x, w.w1),
-        None if w.b1 is None else products.bias_gradient(d_hidden),
-        products.weight_gradient(grad, hidden, w.w2),
-        None if w.b2 is None else products.bias_gradient(grad),
+        products.backward_x(d_hidden, x, w.w1),
+        products.backward_weight(d_hidden, x, w.w1),
+        None if w.b1 is None else products.backward_bias(d_hidden),
+        products.backward_weight(grad, hidden, w.w2),
+        None if w.b2 is None else products.backward_bias(grad),
     ]
 
 
@@ -79,33 +81,22 @@ def _multiplies_bfloat16() -> bool:
 _BFLOAT16_PRODUCTS = _multiplies_bfloat16()
 
 
-def _belongs_to_the_library(x: Tensor, w: Weights) -> bool:
-    """Where the processor multiplies bfloat16 itself the library's products, which the kernel makes in fp32, are worth
-    the hidden layer in memory: between too few pixels to fill them and more than hidden channels (AMD EPYC, 2 threads,
-    forward and backward, products against kernel: 512 channels, 98 pixels: 5.7 and 4.4 ms; 320, 196: 2.4 and 2.9;
-    320, 392: 3.9 and 5.4; 512, 392: 12.4 and 14.3)."""
+def _order(x: Tensor, w1: Tensor) -> choose.Order:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return x.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS and 128 <= pixels < w.w1.shape[0]
-
-
-def _cpu_forward(x: Tensor, w: Weights) -> Tensor:
-    return _products_forward(x, w) if _belongs_to_the_library(x, w) else _pointwise_forward("cpu", x, w)
-
-
-def _cpu_backward(grad: Tensor, x: Tensor, w: Weights) -> list[Tensor | None]:
-    of_products = _belongs_to_the_library(x, w)
-    return _products_backward(grad, x, w) if of_products else _pointwise_backward("cpu", grad, x, w)
+    return choose.channel_mlp(x.device.type, x.dtype, pixels, w1.shape[0], _BFLOAT16_PRODUCTS)
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(
-        pointwise_mlp.BACKENDS["triton"].why_not,
-        {
-            "forward": lambda *arguments: _pointwise_forward("triton", *arguments),
-            "backward": lambda *arguments: _pointwise_backward("triton", *arguments),
-        },
-    ),
-    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
+    **{
+        name: backends.Backend(
+            pointwise_mlp.BACKENDS[name].why_not,
+            {
+                "forward": functools.partial(_pointwise_forward, name),
+                "backward": functools.partial(_pointwise_backward, name),
+            },
+        )
+        for name in ("triton", "cpu")
+    },
     "reference": backends.Backend(
         backends.reference_why_not, {"forward": _products_forward, "backward": _products_backward}
     ),
@@ -116,7 +107,7 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> Tensor:
-    chosen = backends.select("channel_mlp", BACKENDS, backend, x, w1)
+    chosen = choose.select("channel_mlp", BACKENDS, backend, x, w1, order=_order(x, w1))
     out = chosen.functions["forward"](x, Weights(w1, b1, w2, b2))
     return out if layout.is_channels_last(out) else layout.laid_out(out, True)
 
@@ -124,7 +115,7 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
 def _backward_op(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str
 ) -> list[Tensor]:
-    chosen = backends.select("channel_mlp_backward", BACKENDS, backend, grad, x, w1)
+    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, x, w1, order=_order(x, w1))
     out = chosen.functions["backward"](grad, x, Weights(w1, b1, w2, b2))
     d_x, *d_weights = out
     d_x = d_x if layout.is_channels_last(d_x) else layout.laid_out(d_x, True)
@@ -180,7 +171,7 @@ class _Branch(torch.autograd.Function):
         norm, weights = _parameters(flat)
         stats = pre_norm.statistics(x, norm, kind, backend)
         image = pre_norm.normalise(x, norm, kind, stats, backend, weights.w1.dtype)
-        out = torch.ops.wavemix_kernels.channel_mlp(image, *weights, backends.for_part(backend, BACKENDS))
+        out = torch.ops.wavemix_kernels.channel_mlp(image, *weights, choose.for_part(backend, BACKENDS))
         del image
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(x, path, *flat, *stats)
@@ -194,8 +185,8 @@ class _Branch(torch.autograd.Function):
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)
         image = pre_norm.normalise(x, norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
-        of_branch = pre_norm.branch_gradient(grad, path, image, ctx.backend)
-        d_image, d_weights = backward(of_branch, image, weights, backends.for_part(ctx.backend, BACKENDS))
+        of_branch = pre_norm.join_backward(grad, path, image, ctx.backend)
+        d_image, d_weights = backward(of_branch, image, weights, choose.for_part(ctx.backend, BACKENDS))
         del image, of_branch
         dx, *d_norm = pre_norm.backward(d_image, x, grad, norm, ctx.kind, stats, ctx.backend)
         return None, None, dx, None, *d_norm, None, None, *d_weights

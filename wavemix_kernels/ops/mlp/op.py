@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.products import matrix
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 from wavemix_kernels.ops.mlp import reference
 
@@ -78,9 +80,13 @@ def pointwise_mlp(
         (N, O, H, W), channels_last.
 
     Raises:
-        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together; a call that the backend
+            asked for cannot serve.
+        RuntimeError: the backend asked for is not installed.
 
     Backward is not differentiable again, except on backend ``"reference"``.
+
+    Source: WaveMix (arXiv:2205.14375), a feed-forward part; Wave-MLP (arXiv:2111.12294), the channel MLP.
     """
     checks.check_tensor("x", x, 4, "(N, A, H, W)")
     checks.check_probability("dropout", dropout)
@@ -127,11 +133,6 @@ def pointwise_mlp(
 # --- CPU -------------------------------------------------------------------------------------------------
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """Pixels by channels; a view where ``t`` is channels_last."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
 def _empty_image(like: Tensor, channels: int) -> Tensor:
     n, _, h, w = like.shape
     return layout.empty(like, [n, channels, h, w], True)
@@ -141,8 +142,8 @@ def _seed_value(p: float, seed: Tensor | None) -> int:
     return 0 if p == 0 or seed is None else int(seed) % 2**64
 
 
-def _rows(matrix: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+def _rows(rows: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
 
 
 def _cpu_arguments(
@@ -151,7 +152,7 @@ def _cpu_arguments(
 ) -> tuple[list[Any], list[Tensor | None]]:  # fmt: skip
     """Arguments that both passes take, and the tensors that must outlive the call."""
     wide = accumulate_dtype(x.dtype)
-    matrices = [None if t is None else _unit_columns(_matrix(t)) for t in (x, second)]
+    matrices = [None if t is None else _rows_of(t) for t in (x, second)]
     affine = [None if t is None else t.to(wide).contiguous() for t in (scale, shift)]
     weights = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2)]
     kept = [*matrices, *affine, *weights]
@@ -162,15 +163,17 @@ def _cpu_arguments(
     return [_native.DTYPES[x.dtype], size, *map(_rows, matrices), pointers, p, _seed_value(p, seed), 0], kept
 
 
-def _unit_columns(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _rows_of(image: Tensor) -> Tensor:
+    """Pixels by channels, channels contiguous."""
+    rows = matrix(image)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _cpu_forward(x: Tensor, *rest: Any) -> Tensor:
     core: Any = _native.core
     arguments, _kept = _cpu_arguments(x, *rest)
     out = _empty_image(x, arguments[1][4])
-    core.mlp_forward_cpu(*arguments, _rows(_matrix(out)), torch.get_num_threads())
+    core.mlp_forward_cpu(*arguments, _rows(matrix(out)), torch.get_num_threads())
     return out
 
 
@@ -180,13 +183,13 @@ def _cpu_backward(
 ) -> Gradients:  # fmt: skip
     core: Any = _native.core
     arguments, _kept = _cpu_arguments(x, second, scale, shift, w1, b1, w2, b2, p, seed)
-    g = _unit_columns(_matrix(grad))
+    g = _rows_of(grad)
     d_x = _empty_image(x, x.shape[1])
     d_second = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, w2.shape[0]) if want_output else None
     weights = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (w1, b1, w2, b2)]
     core.mlp_backward_cpu(
-        *arguments, _rows(g), *(_rows(None if t is None else _matrix(t)) for t in (d_x, d_second, output)),
+        *arguments, _rows(g), *(_rows(None if t is None else matrix(t)) for t in (d_x, d_second, output)),
         [0 if t is None else t.data_ptr() for t in weights], torch.get_num_threads(),
     )  # fmt: skip
     return Gradients(*cast(Any, (d_x, d_second, *weights, output)))
@@ -199,11 +202,6 @@ def _triton_why_not(*tensors: Tensor) -> str | None:
     return None if wide is None else f"it takes up to {MOST_COLUMNS} input and output channels, got {wide}"
 
 
-def _triton_matrix(t: Tensor) -> Tensor:
-    matrix = _matrix(t)
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _triton_mlp(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None,
@@ -212,8 +210,8 @@ def _triton_mlp(
 
     scale, shift = (None if t is None else t.float().contiguous() for t in (scale, shift))
     b1, b2 = (None if t is None else t.contiguous() for t in (b1, b2))
-    second = None if second is None else _triton_matrix(second)
-    return kernels.Mlp(_triton_matrix(x), second, scale, shift, w1.contiguous(), b1, w2.contiguous(), b2, p, seed)
+    second = None if second is None else _rows_of(second)
+    return kernels.Mlp(_rows_of(x), second, scale, shift, w1.contiguous(), b1, w2.contiguous(), b2, p, seed)
 
 
 def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
@@ -221,7 +219,7 @@ def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
 
     mlp = _triton_mlp(x, *arguments)
     out = _empty_image(x, mlp.w2.shape[0])
-    kernels.forward(_matrix(out), mlp)
+    kernels.forward(matrix(out), mlp)
     return out
 
 
@@ -229,13 +227,13 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
     from wavemix_kernels.ops.mlp import triton_backward as kernels
 
     *arguments, want_output = rest
-    mlp, g, second = _triton_mlp(x, *arguments), _triton_matrix(grad), arguments[0]
+    mlp, g, second = _triton_mlp(x, *arguments), _rows_of(grad), arguments[0]
     gx = _empty_image(x, x.shape[1])
     gs = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
-    of_second, again = (None if t is None else _matrix(t) for t in (gs, output))
-    db2 = kernels.input_gradient(_matrix(gx), of_second, again, g, mlp)
-    dw1, db1, dw2 = kernels.weight_gradients(g, mlp)
+    of_second, again = (None if t is None else matrix(t) for t in (gs, output))
+    db2 = kernels.backward_x(matrix(gx), of_second, again, g, mlp)
+    dw1, db1, dw2 = kernels.backward_weight(g, mlp)
     return Gradients(
         gx,
         gs,
@@ -261,7 +259,7 @@ def _forward(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    chosen = backends.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
+    chosen = choose.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
     if not chosen.functions:
         number = 0 if seed is None or p == 0 else int(seed)
         out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
@@ -288,7 +286,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
 
 def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, want_output, backend = arguments
-    chosen = backends.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
+    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
     function = chosen.functions["backward"] if chosen.functions else _reference_backward
     out = function(grad, *inputs, want_output)
     return [grad.new_empty(0) if t is None else t for t in out]

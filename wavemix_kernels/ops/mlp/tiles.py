@@ -1,6 +1,5 @@
-"""Tiles of the pointwise MLP's kernels: what runs by default and what a tuner tries. Free of triton."""
+"""Tiles of the pointwise MLP's kernels: what runs by default. Free of triton."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,20 +35,9 @@ def config_for(
 ) -> MlpConfig:
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
-    Half types: 64 rows on four warps are wgmma's and tcgen05's own tile, and two blocks of at most 255 registers a
-    thread share a multiprocessor, so that one multiplies while the other takes error functions. 192 accumulated columns
-    are 96 registers of a thread, and 32 units of the hidden layer 16, twice in a gradient; where more columns leave no
-    room, a step takes 16. Beyond that, and where matrices multiply by warps, a tile of 32 rows (for the weights'
-    gradients: units) on eight warps holds 512 columns in 64 registers, and one block fits a multiprocessor: eight
-    warps, as many as of two blocks of four. For the weights' gradients that is what makes all of them in one pass: at
-    192 + 96 columns to 192, 384 units, one launch takes 12 programs a run of pixels, each of which makes 32 units' part
-    of the hidden layer once and reads 480 columns, from L2 but for the first of the twelve. A launch for each weight
-    makes it three times and reads 1150 columns. 64 units on sm_90 would halve what is read and spill: wgmma's left
-    operand, the weights, lies in registers all the while, 120 of them; tcgen05 has its sums elsewhere.
-    fp32 multiplies on the ordinary units, whose operands are registers too: 16 x 16 tiles of the hidden layer on eight
-    warps, whose one block keeps two warps on each scheduler, enough for independent multiply-adds. 32 units of the
-    weights' gradients share more of what is read; in TF32 they would be as high as B's narrower tile is wide, and spill
-    (narrowest).
+    Half types: 64 rows on four warps, two blocks for a multiprocessor; where columns leave no room for that, or
+    matrices multiply by warps, 32 rows (for the weights' gradients: units) on eight warps, one block. fp32 multiplies
+    on the ordinary units: 16 x 16 tiles of the hidden layer on eight warps. (docs/develop/tuning.md, Triton tiles)
 
     Raises:
         ValueError: more columns than the smallest tile can accumulate.
@@ -84,16 +72,6 @@ def config_for(
     if columns <= 288 and o <= 192:
         return MlpConfig(64, 32, 0, 4, 2)
     return MlpConfig(64, 16, 0, 4, 2) if columns <= 384 and o <= 256 else MlpConfig(32, 16, 0, 8, 2)
-
-
-def search_space(itemsize: int) -> Iterator[MlpConfig]:
-    """Configurations worth timing."""
-    if itemsize == 4:
-        for rows, num_warps in ((16, 4), (32, 8)):
-            yield MlpConfig(rows, 16, 16, num_warps, 2)
-        return
-    for rows, hidden, num_warps in ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4)):
-        yield MlpConfig(rows, hidden, 0, num_warps, 2)
 
 
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:

@@ -45,7 +45,7 @@ def _store_sum(partial, tile, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=FREE)
-def _input_gradient_kernel(
+def _backward_x_kernel(
     gx, gs, out, partial_b2, g, x, second, scale, shift, w1, b1, w2, b2, seed,
     rows: tl.int64, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, out_stride, g_stride, x_stride,
     second_stride,
@@ -132,7 +132,7 @@ def _store_transposed(matrix, unit, in_units, value, FIRST: tl.constexpr, COUNT:
 
 
 @triton.jit(do_not_specialize=(*FREE, "rows_each"))
-def _weight_gradient_kernel(
+def _backward_weight_kernel(
     partial1, partial_bias, partial2, g, x, second, scale, shift, w1, b1, w2, seed,
     rows: tl.int64, rows_each, threshold: tl.int64, factor: tl.float32, g_stride, x_stride, second_stride,
     OF_X: tl.constexpr, OF_SECOND: tl.constexpr, OF_W2: tl.constexpr,  # what to make: w1's columns of x, of second; w2
@@ -222,7 +222,7 @@ def _weight_gradient_kernel(
 # --------------------------------------------------------------------------------------------------- launch
 
 
-def input_gradient_launch(
+def backward_x_launch(
     gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
 ) -> tuple[Launch, Tensor]:
     """A launch and, where there is a second bias, the (programs, O) partial sums of its gradient it fills."""
@@ -235,10 +235,10 @@ def input_gradient_launch(
         "out_stride": 0 if out is None else out.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
     constants = {**mlp.constants(config, "input"), "OF_OUT": out is not None, "BIAS2": mlp.b2 is not None}
-    return launch_by_name(_input_gradient_kernel, (programs,), given, constants), partial
+    return launch_by_name(_backward_x_kernel, (programs,), given, constants), partial
 
 
-def input_gradient(
+def backward_x(
     gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
 ) -> Tensor:
     """Writes the gradients of x and of `second * scale + shift`, matrices like those, and the output into `out`.
@@ -250,7 +250,7 @@ def input_gradient(
     if out is not None and not holds_output(grad.dtype.itemsize, a, b, o):
         forward(out, mlp)
         out = None
-    launch, partial = input_gradient_launch(gx, gs, out, grad, mlp, config)
+    launch, partial = backward_x_launch(gx, gs, out, grad, mlp, config)
     launch.run(grad)
     return partial.sum(0)
 
@@ -263,7 +263,7 @@ class Partials(NamedTuple):
     w2: Tensor
 
 
-def weight_gradient_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[list[Launch], Partials]:
+def backward_weight_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[list[Launch], Partials]:
     """The launches that fill the partial sums: one, or one for each weight where the accumulators of both would not
     fit the registers."""
     config = config or mlp.config("weight")
@@ -281,7 +281,7 @@ def weight_gradient_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = 
     }  # fmt: skip
     return [
         launch_by_name(
-            _weight_gradient_kernel,
+            _backward_weight_kernel,
             (blocks, splits),
             given,
             {**mlp.constants(config, "weight"), "OF_X": "x" in of, "OF_SECOND": "second" in of, "OF_W2": "w2" in of},
@@ -290,9 +290,9 @@ def weight_gradient_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = 
     ], partials
 
 
-def weight_gradients(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def backward_weight(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w1, b1 (meaningless without one) and w2 in fp32, summed in a fixed order."""
-    launches, partials = weight_gradient_launches(grad, mlp, config)
+    launches, partials = backward_weight_launches(grad, mlp, config)
     for launch in launches:
         launch.run(grad)
     return partials.w1.sum(0), partials.b1.sum(0), partials.w2.sum(0)

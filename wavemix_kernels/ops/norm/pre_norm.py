@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import batch_norm
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
@@ -145,7 +147,7 @@ def _triton_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) ->
 
 def _reference_stats(x: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
     axes = (1, 2, 3) if by_image else (0, 2, 3)
-    var, mean = torch.var_mean(x.to(batch_norm.statistics_dtype(x.dtype)), axes, correction=0)
+    var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), axes, correction=0)
     return mean, var
 
 
@@ -179,7 +181,7 @@ def _reference_backward(
 
 
 def _reference_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> None:
-    wide = batch_norm.statistics_dtype(x.dtype)
+    wide = accumulate_dtype(x.dtype)
     value = branch.to(wide)
     out.copy_(x + (value if path is None else value * path[:, None, None, None]))
 
@@ -219,7 +221,7 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _small(t: Tensor | None, like: Tensor) -> Any:
-    return None if t is None else t.to(batch_norm.statistics_dtype(like.dtype)).contiguous()
+    return None if t is None else t.to(accumulate_dtype(like.dtype)).contiguous()
 
 
 def _like_x(x: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def _branch_image(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = backends.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
+    mean, var = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
     return mean, var, torch.rsqrt(var + eps)
 
 
@@ -240,7 +242,7 @@ def _apply(
     dtype: torch.dtype, backend: str,
 ) -> Tensor:  # fmt: skip
     out = _branch_image(x, dtype)
-    run = backends.select("pre_norm_apply", BACKENDS, backend, x, out).functions["apply"]
+    run = choose.select("pre_norm_apply", BACKENDS, backend, x, out).functions["apply"]
     run(x, *(_small(t, x) for t in (mean, invstd, weight, bias)), by_image, out)
     return out
 
@@ -250,20 +252,20 @@ def _backward(
     own: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = _like_x(x)
-    run = backends.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
+    run = choose.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
     d_weight, d_bias = run(grad, x, around, *(_small(t, x) for t in (mean, invstd, weight)), by_image, own, out)
     return out, d_weight, d_bias
 
 
 def _join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str) -> Tensor:
     out = _like_x(x)
-    run = backends.select("pre_norm_join", BACKENDS, backend, x, branch).functions["join"]
+    run = choose.select("pre_norm_join", BACKENDS, backend, x, branch).functions["join"]
     run(x, branch, None if path is None else _small(path.flatten(), x), out)
     return out
 
 
 def _small_fake(x: Tensor, by_image: bool) -> Tensor:
-    return x.new_empty(x.shape[0 if by_image else 1], dtype=batch_norm.statistics_dtype(x.dtype))
+    return x.new_empty(x.shape[0 if by_image else 1], dtype=accumulate_dtype(x.dtype))
 
 
 for _name, _implementation, _fake in (
@@ -289,10 +291,10 @@ for _name, _implementation, _fake in (
 
 def statistics(x: Tensor, norm: Norm, kind: Kind, backend: str) -> Statistics:
     if norm.mean is not None and norm.var is not None:
-        wide = batch_norm.statistics_dtype(x.dtype)
+        wide = accumulate_dtype(x.dtype)
         mean, var = norm.mean.to(wide, copy=True), norm.var.to(wide, copy=True)
         return Statistics(mean, var, torch.rsqrt(var + kind.eps))
-    part = backends.for_part(backend, BACKENDS)
+    part = choose.for_part(backend, BACKENDS)
     return Statistics(*torch.ops.wavemix_kernels.pre_norm_stats(x, kind.eps, kind.by_image, part))
 
 
@@ -303,7 +305,7 @@ def normalise(
     given."""
     return torch.ops.wavemix_kernels.pre_norm_apply(
         x, stats.mean, stats.invstd, norm.weight, norm.bias, kind.by_image, dtype or x.dtype,
-        backends.for_part(backend, BACKENDS),
+        choose.for_part(backend, BACKENDS),
     )  # fmt: skip
 
 
@@ -324,7 +326,7 @@ def backward(
     around the branch, is added to x's."""
     dx, *of_parameters = torch.ops.wavemix_kernels.pre_norm_backward(
         grad, x, around, stats.mean, stats.invstd, norm.weight, kind.by_image, norm.mean is None,
-        backends.for_part(backend, BACKENDS),
+        choose.for_part(backend, BACKENDS),
     )  # fmt: skip
     d_weight, d_bias = (
         None if t is None else d.to(t.dtype) for t, d in zip((norm.weight, norm.bias), of_parameters, strict=True)
@@ -334,17 +336,17 @@ def backward(
 
 def join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str = "auto") -> Tensor:
     """``x + path branch`` in x's dtype and memory format."""
-    return torch.ops.wavemix_kernels.pre_norm_join(x, branch, path, backends.for_part(backend, BACKENDS))
+    return torch.ops.wavemix_kernels.pre_norm_join(x, branch, path, choose.for_part(backend, BACKENDS))
 
 
-def branch_gradient(grad: Tensor, path: Tensor | None, image: Tensor, backend: str = "auto") -> Tensor:
+def join_backward(grad: Tensor, path: Tensor | None, image: Tensor, backend: str = "auto") -> Tensor:
     """Gradient of the branch in :func:`join`: channels_last, in the dtype of the branch's ``image``."""
     if path is None:
         return grad.to(image.dtype).contiguous(memory_format=torch.channels_last)
     # Images of mean 0 and inverse deviation `path`.
     factor = path.flatten()
     return torch.ops.wavemix_kernels.pre_norm_apply(
-        grad, torch.zeros_like(factor), factor, None, None, True, image.dtype, backends.for_part(backend, BACKENDS)
+        grad, torch.zeros_like(factor), factor, None, None, True, image.dtype, choose.for_part(backend, BACKENDS)
     )
 
 
@@ -363,8 +365,5 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
             image = normalise(x, norm, kind, stats, name)
             gradients = backward(grad, x, around, norm, kind, stats, name)
             results.append([*stats, image, *gradients, join(x, image, path.to(where, dtype), name)])
-        for got, want in zip(*results, strict=True):
-            assert got is not None
-            assert want is not None
-            errors.append(((got.double().cpu() - want).abs().max() / want.abs().max()).item())
+        errors.append(selftest.largest_error(*results))
     return max(errors), selftest.rounding_bound(6 * 5 * 7)

@@ -9,7 +9,7 @@ Sums are partial sums of fixed blocks added in a fixed order: results are the sa
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 
 _PROGRAMS = 528  # four for each multiprocessor of an H100, to hide the latency of a pass over memory
@@ -43,12 +44,6 @@ def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig
         across = 2
     across = min(across, pow2_at_least(channels))
     return NormConfig(across, min(2048 // across, pow2_at_least(run)), 4)
-
-
-def search_space() -> Iterator[NormConfig]:
-    """Tiles worth timing."""
-    for channels, positions in ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16)):
-        yield NormConfig(channels, positions, 4)
 
 
 class Geometry(NamedTuple):
@@ -204,10 +199,6 @@ def _affine_kernel(
 # --------------------------------------------------------------------------------------------------- launch
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class _Plan(NamedTuple):
     config: NormConfig
     tiles: int
@@ -238,7 +229,7 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
 def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, Tensor]:
     """A launch and the (3, splits, C) partial means, squared deviations and counts it fills."""
     plan = _plan([x], config)
-    partial = x.new_empty((3, plan.splits, x.shape[1]), dtype=_statistics_dtype(x))
+    partial = x.new_empty((3, plan.splits, x.shape[1]), dtype=accumulate_dtype(x.dtype))
     args = (*partial.unbind(0), x, *plan.scalars, plan.splits, *plan.strides)
     return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.patm import reference
@@ -85,11 +86,11 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _forward(h: Tensor, w: Tensor, c: Tensor, a: Tensor, backend: str) -> Tensor:
-    return backends.select("branch_sum", BACKENDS, backend, h, w, c).functions["forward"](h, w, c, a)
+    return choose.select("branch_sum", BACKENDS, backend, h, w, c).functions["forward"](h, w, c, a)
 
 
 def _backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = backends.select("branch_sum_backward", BACKENDS, backend, h, w, c, grad)
+    chosen = choose.select("branch_sum_backward", BACKENDS, backend, h, w, c, grad)
     return chosen.functions["backward"](grad, h, w, c, a)
 
 

@@ -4,7 +4,7 @@ as the residual branch of a block, with the norm in front and the sum behind.
 Upstream's autograd keeps some 19 tensors of the input's size. Here ``recompute="amplitudes"`` keeps x and the phases
 before their BatchNorms, ``recompute="all"`` x alone; statistics, and what hangs on single images, are small. The
 normalised image is no more than an affine map of x: backward makes it again. Where a CPU takes images from end to end
-(:data:`WHOLE`), x alone is kept in either case.
+(:func:`wavemix_kernels.ops.choose.patm`), x alone is kept in either case.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import batch_norm, pre_norm
 from wavemix_kernels.ops.patm import branches as branch_sum
 from wavemix_kernels.ops.patm import phases as phase_aggregate
@@ -68,7 +69,7 @@ class Options(NamedTuple):
     kind: pre_norm.Kind | None  # None: PATM by itself
 
     def part(self, table: Any) -> str:
-        return backends.for_part(self.backend, table)
+        return choose.for_part(self.backend, table)
 
 
 class Output(NamedTuple):
@@ -119,17 +120,10 @@ def _is_depthwise(phase: Phase) -> bool:
     return phase.weight.shape[2] == 3
 
 
-#: Up to this many channels a CPU takes an image from end to end (:mod:`wavemix_kernels.ops.patm.whole`). Beside kernels
-#: of parts a training step is 1.1 to 2.4 times as fast at 64 and 128 channels (8, 2 and 1 images, AMD EPYC, 2 threads),
-#: 0.85 times at 320, whose weights are larger than the L2 cache.
-WHOLE = 128
-
-
 def _runs_whole(x: Tensor, backend: str, depthwise: bool) -> bool:
     return (
-        not depthwise
+        choose.patm(x.device.type, x.shape[1], depthwise) == "whole"
         and backend in ("auto", "cpu")
-        and x.shape[1] <= WHOLE
         and patm_whole.BACKENDS["cpu"].why_not(x) is None
     )
 
@@ -138,14 +132,9 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-#: Up to this many channels one product makes several projections, which reads the image once. Beyond, copies of the
-#: weights cost more than that saves (2 images of 320 channels, 14x14: 0.75 of a step's 9 ms).
-JOINED = 128
-
-
 def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
     """1x1 convolutions of one image, as images or as slices of one."""
-    if image.shape[1] > JOINED:
+    if choose.projections(image.shape[1]) == "apart":
         return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
     joined = products.project(image, torch.cat(weights), _cat(*biases, like=weights))
     return list(joined.chunk(len(weights), 1))
@@ -165,7 +154,7 @@ def _statistics(
     phases: tuple[Phase, Phase], thetas: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance (of the batch, where it is asked for them) and inverse deviation, (2, C) each."""
-    backend = backends.for_part(options.backend, batch_norm.BACKENDS)
+    backend = choose.for_part(options.backend, batch_norm.BACKENDS)
     out: tuple[list[Tensor], ...] = ([], [], [])
     for phase, theta, eps in zip(phases, thetas, options.eps, strict=True):
         if phase.mean is None or phase.invstd is None:
@@ -174,7 +163,7 @@ def _statistics(
         else:
             mean, var, invstd = phase.mean, phase.mean, phase.invstd
         for values, value in zip(out, (mean, var, invstd), strict=True):
-            values.append(value.to(batch_norm.statistics_dtype(theta.dtype)))
+            values.append(value.to(accumulate_dtype(theta.dtype)))
     mean, var, invstd = map(torch.stack, out)
     return mean, var, invstd
 
@@ -214,7 +203,7 @@ def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Ten
     """Of biases beside each other in ``grad``'s channels."""
     if all(b is None for b in biases):
         return [None] * len(biases)
-    sums = products.bias_gradient(grad).chunk(len(biases))
+    sums = products.backward_bias(grad).chunk(len(biases))
     return [None if b is None else s for b, s in zip(biases, sums, strict=True)]
 
 
@@ -269,11 +258,11 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
         thetas = [F.conv2d(image, w, padding=1, groups=channels) for w in (f.phase_h, f.phase_w)]
     h, w, s = phase_aggregate.fused(
         z_h, z_w, c, *thetas, f.scale_h, f.shift_h, f.scale_w, f.shift_w, f.tfc_h, f.tfc_w,
-        backends.for_part(backend, phase_aggregate.BACKENDS),
+        choose.for_part(backend, phase_aggregate.BACKENDS),
     )  # fmt: skip
     mean = s / (image.shape[2] * image.shape[3])
     a = _branch_weights(mean, f.fc1, f.fc1_bias, f.fc2, f.fc2_bias).by_branch()
-    mixed = branch_sum.branch_sum(h, w, c, a, backends.for_part(backend, branch_sum.BACKENDS))
+    mixed = branch_sum.branch_sum(h, w, c, a, choose.for_part(backend, branch_sum.BACKENDS))
     return products.project(mixed, f.proj, f.proj_bias)
 
 
@@ -337,7 +326,7 @@ class _PATM(torch.autograd.Function):
             image = _channels_last(x)
         else:
             image = pre_norm.normalise(x, norm, options.kind, of_norm, options.backend, p.fc_h.dtype)
-        around, grad = grad, pre_norm.branch_gradient(grad, path, image, options.backend)
+        around, grad = grad, pre_norm.join_backward(grad, path, image, options.backend)
         z_h, z_w, c = _amplitudes(image, p)
         thetas = thetas or _thetas(image, phases)
         affines = _affines(phases, mean, invstd)
@@ -346,10 +335,10 @@ class _PATM(torch.autograd.Function):
         weights = _branch_weights(branch_mean, p.fc1, p.fc1_bias, p.fc2, p.fc2_bias)
         a = weights.by_branch()
 
-        d_mixed = products.input_gradient(grad, h, p.proj)
+        d_mixed = products.backward_x(grad, h, p.proj)
         mixed, d_a = branch_sum.backward(d_mixed, h, w, c, a, options.part(branch_sum.BACKENDS))
         del h, w
-        d_proj = products.weight_gradient(grad, mixed, p.proj)
+        d_proj = products.backward_weight(grad, mixed, p.proj)
         (d_proj_bias,) = _bias_gradients(grad, (p.proj_bias,))
         del mixed, grad
         d_mean, d_mlp = weights.backward(d_a.permute(1, 2, 0), p)
@@ -365,12 +354,12 @@ class _PATM(torch.autograd.Function):
         if not depthwise:
             convolutions += [phase.weight for phase in phases]
         weight = torch.cat(convolutions)
-        d_weights = list(products.weight_gradient(out.images[0], image, weight).chunk(len(convolutions)))
+        d_weights = list(products.backward_weight(out.images[0], image, weight).chunk(len(convolutions)))
         want_image = ctx.needs_input_grad[1] or options.kind is not None
-        d_image = products.input_gradient(out.images[0], image, weight) if want_image else None
+        d_image = products.backward_x(out.images[0], image, weight) if want_image else None
         if depthwise:
             for phase, d_theta in zip(phases, out.images[1:], strict=True):
-                through, d_weight = products.depthwise_gradients(d_theta, image, phase.weight, want_image)
+                through, d_weight = products.depthwise_backward(d_theta, image, phase.weight, want_image)
                 d_weights.append(d_weight)
                 if d_image is not None and through is not None:
                     d_image += through
@@ -401,7 +390,7 @@ class _WholePATM(torch.autograd.Function):
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
         norm, p, phases = _parameters(flat)
         image, of_norm, moments = _read(layout.channels_inner(x), norm, phases, options)
-        mean, var, invstd = _phase_statistics(phases, moments, options, batch_norm.statistics_dtype(x.dtype))
+        mean, var, invstd = _phase_statistics(phases, moments, options, accumulate_dtype(x.dtype))
         weights = _weights(p, phases, _affines(phases, mean, invstd))
         path = None if path is None else path.flatten()
         out, branch_mean = patm_whole.forward(image, path, options.kind is not None, weights, "cpu")
@@ -454,7 +443,7 @@ def _read(
     """The image, its norm's statistics, and the image's moments where the phases' statistics are the batch's."""
     plain = patm_whole.Image(x, None, None)
     of_batch = phases[0].mean is None
-    wide = batch_norm.statistics_dtype(x.dtype)
+    wide = accumulate_dtype(x.dtype)
     if options.kind is None:
         none = pre_norm.Statistics(*(x.new_empty(0, dtype=wide) for _ in range(3)))
         return plain, none, patm_whole.moments(plain, "cpu") if of_batch else ()

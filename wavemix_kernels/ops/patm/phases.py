@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
@@ -449,13 +450,13 @@ BACKENDS: dict[str, backends.Backend] = {
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, backend = arguments
-    chosen = backends.select("phase_aggregate", BACKENDS, backend, *tensors[:5])
+    chosen = choose.select("phase_aggregate", BACKENDS, backend, *tensors[:5])
     return chosen.functions["forward"](*tensors)
 
 
 def _backward_op(*arguments: Any) -> list[Tensor]:
     *tensors, joined, backend = arguments
-    chosen = backends.select("phase_aggregate_backward", BACKENDS, backend, *(tensors[i] for i in (4, 5, 6, 7, 0, 1)))
+    chosen = choose.select("phase_aggregate_backward", BACKENDS, backend, *(tensors[i] for i in (4, 5, 6, 7, 0, 1)))
     out = chosen.functions["backward"](*tensors, joined)
     return [*out.images, out.sums, out.w_h, out.w_w]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.patm import reference
@@ -296,12 +297,12 @@ _COUNT = len(Weights._fields)
 
 def _moments_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     *image, backend = arguments
-    return backends.select("patm_moments", BACKENDS, backend, image[0]).functions["moments"](Image(*image))
+    return choose.select("patm_moments", BACKENDS, backend, image[0]).functions["moments"](Image(*image))
 
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, scale, shift, path, residual, *weights, backend = arguments
-    function = backends.select("patm_whole", BACKENDS, backend, x).functions["forward"]
+    function = choose.select("patm_whole", BACKENDS, backend, x).functions["forward"]
     return function(Image(x, scale, shift), path, residual, Weights(*weights))
 
 
@@ -309,7 +310,7 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     grad, branch_mean, *given, x, scale, shift, path = arguments[: -_COUNT - 1]
     weights, backend = Weights(*arguments[-_COUNT - 1 : -1]), arguments[-1]
     image = Image(x, scale, shift)
-    functions = backends.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
+    functions = choose.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
     batch = None if given[0] is None else Batch(*given)
     out: Gradients = functions["backward"](
         grad, branch_mean, None if batch is None else batch.mean, image, path, weights

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
@@ -20,8 +21,7 @@ _library.define(
     "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
 )
 _library.define(
-    "reduce_haar_gradients(Tensor[] grads, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) "
-    "-> Tensor[]"
+    "reduce_haar_backward(Tensor[] grads, Tensor x, Tensor weight, Tensor? add, bool has_bias, str backend) -> Tensor[]"
 )
 
 
@@ -51,7 +51,9 @@ def reduce_haar(
         Z_1 … Z_levels, Z_l of shape (N, 4O, H/2^l, W/2^l).
 
     Raises:
-        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together.
+        TypeError, ValueError: types, shapes, dtypes or devices that do not belong together; a call that the backend
+            asked for cannot serve.
+        RuntimeError: the backend asked for is not installed.
 
     Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
     """
@@ -102,10 +104,10 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_l
     return out
 
 
-def _cpu_gradients(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+def _cpu_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
     core: Any = _native.core
     order = layout.is_channels_last(x)
-    out = _empty_gradients(grads, x, weight, add, has_bias)
+    out = _backward_fake(grads, x, weight, add, has_bias)
     x, grads = _inner(x), [layout.channels_inner(g) for g in grads]
     if add is not None and add.stride() != out[0].stride():
         add = layout.laid_out(add, order)
@@ -136,23 +138,23 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channel
     return out
 
 
-def _triton_gradients(
+def _triton_backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool
 ) -> list[Tensor]:
     from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
 
-    out = _empty_gradients(grads, x, weight, add, has_bias)
+    out = _backward_fake(grads, x, weight, add, has_bias)
     # As the MLP's gradient, a Waveblock's, comes; bands in another order are a third of x's size at most.
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
-    dw, db = kernels.gradients(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
+    dw, db = kernels.backward(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
     out[1][:, :, 0, 0] = dw
     return [*out[:2], *([db.to(weight.dtype)] if has_bias else [])]
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "gradients": _triton_gradients}),
+    "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "backward": _triton_backward}),
     "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
-    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "gradients": _cpu_gradients}),
+    "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
@@ -160,7 +162,7 @@ BACKENDS: dict[str, backends.Backend] = {
 def _reduce_haar(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
 ) -> list[Tensor]:
-    chosen = backends.select("reduce_haar", BACKENDS, backend, x, weight)
+    chosen = choose.select("reduce_haar", BACKENDS, backend, x, weight)
     if not chosen.functions:
         return [layout.laid_out(z, channels_last) for z in reference.reduce_haar(x, weight, bias, levels)]
     return chosen.functions["forward"](x, weight, bias, levels, channels_last)
@@ -172,32 +174,35 @@ def _fake(
     return haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
 
 
-def _empty_gradients(
+def _backward_fake(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str = ""
 ) -> list[Tensor]:
     bias = [weight.new_empty(weight.shape[0])] if has_bias else []
     return [layout.empty(x, x.shape, layout.is_channels_last(x)), weight.new_empty(weight.shape), *bias]
 
 
-def _gradients(
+def _backward_op(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
-    # auto: of those that have kernels for it, none of which beats another on record.
-    table = BACKENDS if backend != "auto" else {n: b for n, b in BACKENDS.items() if "gradients" in b.functions}
-    chosen = backends.select("reduce_haar_gradients", table | {"reference": BACKENDS["reference"]}, backend, x, weight)
-    if "gradients" in chosen.functions:
-        return chosen.functions["gradients"](grads, x, weight, add, has_bias)
-    order = layout.is_channels_last(x)
-    part = backends.for_part(backend, haar_pyramid.BACKENDS)
-    reduced = torch.ops.wavemix_kernels.haar_pyramid_adjoint(grads, order, part)
+    order = choose.with_kernels("backward", BACKENDS, x.device.type)
+    chosen = choose.select("reduce_haar_backward", BACKENDS, backend, x, weight, order=order)
+    if "backward" in chosen.functions:
+        return chosen.functions["backward"](grads, x, weight, add, has_bias)
+    channels_last = layout.is_channels_last(x)
+    part = choose.for_part(backend, haar_pyramid.BACKENDS)
+    reduced = torch.ops.wavemix_kernels.haar_pyramid_backward(grads, channels_last, part)
     dx, dw, *db = _library_gradients(reduced, x, weight, (True, True, has_bias))
     dx = dx if add is None else dx + add
-    wanted = layout.empty(x.new_empty(0), x.shape, order).stride()
-    return [dx if dx.stride() == wanted else layout.laid_out(dx, order), dw.contiguous(), *(db if has_bias else [])]
+    wanted = layout.empty(x.new_empty(0), x.shape, channels_last).stride()
+    return [
+        dx if dx.stride() == wanted else layout.laid_out(dx, channels_last),
+        dw.contiguous(),
+        *(db if has_bias else []),
+    ]
 
 
-_library.impl("reduce_haar_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("wavemix_kernels::reduce_haar_gradients", _empty_gradients, lib=_library)
+_library.impl("reduce_haar_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::reduce_haar_backward", _backward_fake, lib=_library)
 _library.impl("reduce_haar", _reduce_haar, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::reduce_haar", _fake, lib=_library)
 
@@ -214,18 +219,18 @@ def _library_gradients(reduced: Tensor, x: Tensor, weight: Tensor, mask: tuple[b
     )
 
 
-def gradients(
+def backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, has_bias: bool, add: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x (with ``add`` added, in x's memory format), weight and bias, not differentiable again."""
-    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_gradients(grads, x, weight, add, has_bias, backend)
+    dx, dw, *db = torch.ops.wavemix_kernels.reduce_haar_backward(grads, x, weight, add, has_bias, backend)
     return dx, dw, db[0] if has_bias else None
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    pyramid = backends.for_part(ctx.backend, haar_pyramid.BACKENDS)
-    reduced = haar_pyramid.adjoint(list(grads), layout.is_channels_last(x), pyramid)
+    pyramid = choose.for_part(ctx.backend, haar_pyramid.BACKENDS)
+    reduced = haar_pyramid.backward(list(grads), layout.is_channels_last(x), pyramid)
     return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
 
 

@@ -9,57 +9,16 @@ a row are a quad of the next level, whatever the level.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision, pow2_at_least
-from wavemix_kernels.ops.haar.triton import _butterfly, _interleave
-
-
-@dataclass(frozen=True)
-class ReduceConfig:
-    """Quads of pixels and outputs of a program (four accumulators of quads x outputs), input channels at a time."""
-
-    quads: int
-    outputs: int
-    channels: int
-    num_warps: int
-    num_stages: int
-
-
-def why_invalid(config: ReduceConfig, levels: int) -> str | None:
-    """Why the kernel cannot run this tile, or None if it can."""
-    least = max(16, 4 ** (levels - 1))
-    if config.quads < least or config.quads & (config.quads - 1):
-        return f"quads={config.quads}: {levels} levels need a power of two from {least} on"
-    return None
-
-
-def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> ReduceConfig:
-    """The default: a deterministic function of its arguments.
-
-    64 KB of accumulators on eight warps, 64 registers of each thread. All of the usual 16 to 64 outputs in one
-    program, so that x is read once: padding 36 or 48 of them to 64 costs arithmetic that memory's time hides.
-    Two blocks share a multiprocessor of sm_90 and sm_100; for images of rows, whose addresses take registers too, and
-    where matrices multiply by warps it is one, whose loads are two steps ahead.
-    """
-    quads = max(64, 4 ** (levels - 1))
-    across = min(4096 // quads, max(16, pow2_at_least(outputs)))
-    depth = min(32 if itemsize == 2 else 16, max(16, pow2_at_least(channels)))
-    return ReduceConfig(quads, across, depth, 8 if quads * across > 2048 else 4, 3 if itemsize == 2 else 2)
-
-
-def search_space(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
-    """Configurations worth timing."""
-    for quads in (64, 128, 256):
-        for outputs in (16, 32, 64):
-            config = ReduceConfig(quads, outputs, 32, 8, 3 if itemsize == 2 else 2)
-            if quads * outputs <= 4096 and why_invalid(config, levels) is None:
-                yield config
+from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.haar.triton_analysis import _interleave
+from wavemix_kernels.ops.haar.triton_quads import _butterfly
+from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, config_for, why_invalid
 
 
 @triton.jit

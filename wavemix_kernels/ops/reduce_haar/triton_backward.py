@@ -11,79 +11,21 @@ in one launch wherever they fall out of step by more than L2 holds.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision, pow2_at_least
-from wavemix_kernels.ops.haar.triton import _butterfly, _deinterleave
-from wavemix_kernels.ops.mlp.tiles import Products, products_of
+from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.haar.triton_quads import _butterfly
+from wavemix_kernels.ops.haar.triton_synthesis import _deinterleave
+from wavemix_kernels.ops.mlp.tiles import products_of
+from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, why_invalid
 from wavemix_kernels.ops.reduce_haar.triton import _in_block, _pairs
 
 _MULTIPROCESSORS = 132  # of an H100
-
-
-@dataclass(frozen=True)
-class GradientConfig:
-    """Quads of pixels, channels of the reduced image and of x at work at a time."""
-
-    quads: int
-    outputs: int
-    channels: int
-    num_warps: int
-    num_stages: int
-
-
-def why_invalid(config: GradientConfig, levels: int) -> str | None:
-    """Why the kernels cannot run this tile, or None if they can."""
-    least = max(16, 4 ** (levels - 1))
-    if config.quads < least or config.quads & (config.quads - 1):
-        return f"quads={config.quads}: {levels} levels need a power of two from {least} on"
-    return None
-
-
-def config_for(
-    itemsize: int, levels: int, outputs: int, channels: int, of_rows: bool, products: Products = "wgmma"
-) -> GradientConfig:
-    """The default: a deterministic function of its arguments.
-
-    Half types: 64 quads, wgmma's and tcgen05's own tile, by 64 outputs: the four corners are 64 registers of a thread
-    of eight warps. With up to 32 outputs two blocks share a multiprocessor; with 64 one has it alone, and the next
-    step's x and finest bands, 56 KB, arrive while it works, three times what the latency of an H100's memory asks for.
-    Where matrices multiply by warps, 32 quads leave as many registers and fit 99 KB; so they do on tcgen05 for images
-    of rows (`of_rows`), whose addresses take more. Four levels need 64 quads, which leave room for 16 channels there;
-    five need 256, which leave none for a step ahead. Programs of the same pixels are neighbours: the bands' gradients
-    come from L2 for all but the first of C / 64, or of C / 32 for images of rows and for outputs that are no whole
-    16-byte vectors.
-    fp32 multiplies on the ordinary units or in TF32, whose operands are registers too: 16 at a time of what a product
-    sums over, or as few as the levels' blocks allow.
-    """
-    least = max(16, 4 ** (levels - 1))
-    if itemsize == 4:
-        across = min(max(16, 1024 // least), 64, max(16, pow2_at_least(channels)))
-        return GradientConfig(least, 16, across, 4 if levels == 1 else 8, 2)
-    in_groups = products == "wgmma" or (products == "tcgen05" and not of_rows)
-    quads = max(64 if in_groups else 32, least)
-    widest = min(64, 4096 // quads) if in_groups or levels < 4 else 16
-    across = max(16, min(widest // 2 if outputs % 8 or of_rows else widest, pow2_at_least(channels)))
-    outputs = max(16, min(64, 4096 // quads, pow2_at_least(outputs)))
-    num_warps = 8 if quads * max(outputs, across) > (2048 if in_groups else 1024) else 4
-    return GradientConfig(quads, outputs, across, num_warps, 2 if levels < 5 else 1)
-
-
-def search_space(itemsize: int, levels: int) -> Iterator[GradientConfig]:
-    """Configurations worth timing."""
-    for quads in (16, 64, 256):
-        for outputs, channels in ((16, 16), (16, 64), (32, 32), (64, 64), (64, 128)):
-            config = GradientConfig(quads, outputs, channels, 8, 2)
-            fits = quads * max(outputs, channels) <= (8192 if itemsize == 2 else 1024)
-            if fits and why_invalid(config, levels) is None:
-                yield config
-
 
 # ------------------------------------------------------------------------------------------------- on tiles
 
@@ -187,7 +129,7 @@ def _where(block, end, rows, cols, in_channels, QUADS: tl.constexpr, BITS: tl.co
 
 
 @triton.jit(do_not_specialize=("blocks", "rows", "cols", "each"))
-def _gradients_kernel(
+def _backward_kernel(
     dx, add, partial, partial_bias, zs, x, weight,
     blocks: tl.int64, rows: tl.int64, cols: tl.int64, each, channels, o,
     dx_n, dx_c, dx_h, dx_w, add_n, add_c, add_h, add_w, x_n, x_c, x_h, x_w,
@@ -275,14 +217,14 @@ def _gradients_kernel(
 
 def launch(
     dx: Tensor, grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
-    config: GradientConfig | None = None,
+    config: ReduceConfig | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
     """A launch and the partial sums it fills: (splits, O, C), and (splits, O) for the bias."""
     levels, itemsize, (outputs, channels) = len(grads), x.dtype.itemsize, weight.shape
     if config is None:
         of_rows = channels > 1 and not x.stride(1) == dx.stride(1) == 1
         products = products_of(torch.cuda.get_device_capability(x.device)) if x.is_cuda else "wgmma"
-        config = config_for(itemsize, levels, outputs, channels, of_rows, products)
+        config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products)
     if (reason := why_invalid(config, levels)) is not None:
         raise ValueError(f"config: {reason}")
     rows, cols = x.shape[2] >> levels, x.shape[3] >> levels
@@ -312,12 +254,12 @@ def launch(
         "OUTPUTS": config.outputs, "CHANNELS": config.channels, "PRECISION": input_precision(),
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    return Launch(_gradients_kernel, (programs * splits,), args, constants), partial, bias
+    return Launch(_backward_kernel, (programs * splits,), args, constants), partial, bias
 
 
-def gradients(
+def backward(
     dx: Tensor, grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
-    config: GradientConfig | None = None,
+    config: ReduceConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes the gradient of x, plus ``add``, into ``dx``.
 
@@ -327,7 +269,7 @@ def gradients(
         x: like ``dx``, any strides.
         weight: (O, C), contiguous.
         add: like ``dx``, any strides, or None.
-        config: a tile other than :func:`config_for`'s.
+        config: a tile other than :func:`backward_config_for`'s.
 
     Returns:
         Gradients of weight (O, C) and bias (O; of no elements without one) in fp32, summed in a fixed order.

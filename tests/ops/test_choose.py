@@ -1,0 +1,200 @@
+"""Which implementation runs, and the log that says so: wavemix_kernels/ops/choose.py, wavemix_kernels/log.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wavemix_kernels as wk
+from wavemix_kernels import _native, backends, log, ops, pytorch_wavelets
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.deconv import deconv
+from wavemix_kernels.ops.deconv.op import BACKENDS as DECONV
+
+CPU = torch.device("cpu")
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What was logged, of a logger that has seen nothing yet."""
+    monkeypatch.setattr(log, "_seen", set())
+    monkeypatch.setattr(log, "_told", weakref.WeakKeyDictionary())
+    caplog.set_level(logging.INFO, logger="wavemix_kernels")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "wavemix_kernels"]
+
+
+# --- A backend asked for by name ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [name for name in backends.NAMES if name != "auto"])
+@pytest.mark.parametrize("op", ops.OPS)
+def test_a_name_is_obeyed_or_raises(op: str, backend: str, lines: Callable[[], list[str]]) -> None:
+    """Every call that an op's own test makes runs on the backend asked for."""
+    module = ops.load(op)
+    like = torch.ones(1, 4, 2, 2)
+    if backend not in module.BACKENDS:
+        with pytest.raises(RuntimeError, match=f"{op}: backend='{backend}' has no kernels for it; it has "):
+            choose.select(op, module.BACKENDS, backend, like)
+    elif module.BACKENDS[backend].why_not() is not None:
+        with pytest.raises(RuntimeError, match=f"{op}: backend='{backend}' is not available: "):
+            choose.select(op, module.BACKENDS, backend, like)
+    else:
+        error, bound = module.self_test(backend, CPU)
+        assert error <= bound
+        ours = [line for line in lines() if " float32 " in line]  # float64 is the truth beside it
+        assert ours or backend == "reference"
+        assert all(f": {backend} (asked for by name" in line for line in ours), ours
+
+
+def test_a_call_that_a_named_backend_cannot_serve_raises() -> None:
+    with pytest.raises(ValueError, match="cannot serve this call: it takes CPU tensors, got float32"):
+        choose.select("deconv", DECONV, "cpu", torch.ones(1, device="meta"))
+
+
+def test_deconv_on_the_cpu_by_name_is_ours(lines: Callable[[], list[str]]) -> None:
+    """bfloat16 at 64 channels is the library's by measurement, not for whoever asks for "cpu"."""
+    u, weight = torch.ones(1, 64, 2, 2, dtype=BF16), torch.ones(64, 64, 4, 4, dtype=BF16)
+    for backend, want in (("auto", "reference"), ("cpu", "cpu")):
+        deconv(u, weight, backend=backend)
+        assert lines()[-1].startswith(f"deconv bfloat16 (1, 64, 2, 2), (64, 64, 4, 4): {want} (")
+
+
+# --- The rules ---------------------------------------------------------------------------------------------
+
+OURS, LIBRARY = choose.AUTO["cpu"], ("reference",)
+FEW = 1024
+RULES: list[tuple[Any, tuple[Any, ...], Any]] = [
+    (choose.order, ("cpu",), ("cpu", "reference")),
+    (choose.order, ("cuda",), ("cuda", "triton", "reference")),
+    (choose.order, ("mps",), LIBRARY),
+    (choose.deconv, ("cpu", FP32, 32, 32, FEW), OURS),
+    (choose.deconv, ("cpu", FP32, 16, 65, FEW), LIBRARY),
+    (choose.deconv, ("cpu", FP32, 31, 64, FEW), LIBRARY),
+    (choose.deconv, ("cpu", FP32, 32, 64, FEW), OURS),
+    (choose.deconv, ("cpu", FP64, 16, 65, FEW), OURS),
+    (choose.deconv, ("cpu", BF16, 16, 16, FEW), OURS),
+    (choose.deconv, ("cpu", BF16, 16, 17, FEW), LIBRARY),
+    (choose.deconv, ("cuda", FP32, 64, 64, FEW), LIBRARY),
+    (choose.deconv_backward_weight, ("cpu",), OURS),
+    (choose.deconv_backward_weight, ("cuda",), LIBRARY),
+    (choose.head, (144, 72, 3), "folded"),
+    (choose.head, (64, 8, 16), "apart"),
+    (choose.channel_mlp, ("cpu", BF16, 128, 320, True), LIBRARY),
+    (choose.channel_mlp, ("cpu", BF16, 127, 320, True), OURS),
+    (choose.channel_mlp, ("cpu", BF16, 319, 320, True), LIBRARY),
+    (choose.channel_mlp, ("cpu", BF16, 320, 320, True), OURS),
+    (choose.channel_mlp, ("cpu", BF16, 128, 320, False), OURS),
+    (choose.channel_mlp, ("cpu", FP32, 128, 320, True), OURS),
+    (choose.product, ("cpu", FP32, 1), "onednn"),
+    (choose.product, ("cpu", FP32, 0), "convolution"),
+    (choose.product, ("cpu", BF16, 1), "convolution"),
+    (choose.product_backward_weight, ("cpu", FP64), "core"),
+    (choose.product_backward_weight, ("cpu", BF16), "convolution"),
+    (choose.patm, ("cpu", 128, False), "whole"),
+    (choose.patm, ("cpu", 129, False), "parts"),
+    (choose.patm, ("cpu", 128, True), "parts"),
+    (choose.patm, ("cuda", 128, False), "parts"),
+    (choose.projections, (128,), "joined"),
+    (choose.projections, (129,), "apart"),
+    (choose.wavelet_function, ("cpu", True), "convolution"),
+    (choose.wavelet_function, ("cpu", False), "haar"),
+    (choose.wavelet_function, ("cuda", True), "haar"),
+    (choose.for_part, ("cpu", DECONV), "cpu"),
+    (choose.for_part, ("cuda", DECONV), "auto"),
+    (choose.with_kernels, ("norm_backward", DECONV, "cpu"), OURS),
+]
+
+
+@pytest.mark.parametrize("rule, arguments, want", RULES)
+def test_rules(rule: Any, arguments: tuple[Any, ...], want: Any) -> None:
+    assert rule(*arguments) == want
+
+
+def test_the_core_says_how_many_channels_are_few() -> None:
+    assert _native.core is None or _native.core.DECONV_NARROW == FEW
+
+
+# --- The log -----------------------------------------------------------------------------------------------
+
+
+def test_a_new_call_is_logged_once(lines: Callable[[], list[str]]) -> None:
+    for size in (4, 4, 6):
+        wk.haar_dwt2d(torch.ones(1, 2, size, size))
+    ran = choose.pick("haar_dwt2d", ops.load("haar").BACKENDS, "auto", torch.ones(1))
+    assert [line.split(" (cuda: ")[0] for line in lines()] == [
+        f"haar_dwt2d float32 (1, 2, {n}, {n}): {ran}" for n in (4, 6)
+    ]
+    assert all("; triton: " in line for line in lines())
+
+
+def test_calls_without_end_are_not_kept(lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MOST", 2)
+    for size in range(1, 6):
+        wk.haar_dwt2d(torch.ones(1, 1, size, size))
+    assert len(lines()) == 3
+    assert lines()[-1] == "more than 2 different calls: later ones are not logged"
+
+
+def changed_block() -> wk.FusedWaveblock:
+    block = wk.FusedWaveblock(level=1, final_dim=8, ff_channel=4, dropout=0.0)
+    block.feedforward[5] = nn.SyncBatchNorm(8).eval()
+    return block
+
+
+WHY = "FusedWaveblock: runs as plain modules: feedforward.5 is SyncBatchNorm, expected BatchNorm2d"
+
+
+def test_a_fallback_is_logged_once_per_module_and_reason(lines: Callable[[], list[str]]) -> None:
+    block, x = changed_block(), torch.ones(1, 8, 4, 4)
+    block(x)
+    block(x)
+    changed_block()(x)
+    handle = block.reduction.register_forward_hook(lambda *_: None)
+    block(x)
+    handle.remove()
+    learned = pytorch_wavelets.DWTForward()
+    learned.h0_col.requires_grad_()
+    learned(x)
+    block.feedforward[5] = nn.BatchNorm2d(8)
+    block(x)
+    assert [line for line in lines() if "runs as" in line] == [
+        WHY,
+        WHY,
+        "FusedWaveblock: runs as plain modules: reduction has hooks",
+        "DWTForward: runs as plain convolutions: its filters are learned and need a gradient of their own",
+    ]
+
+
+def test_compiled_modules_log_at_trace_time(lines: Callable[[], list[str]]) -> None:
+    block, x = changed_block(), torch.ones(1, 8, 4, 4)
+    out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, block(x))
+    assert lines().count(WHY) == 2  # traced, and run
+
+
+def test_nothing_is_logged_or_kept_when_off(lines: Callable[[], list[str]], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="wavemix_kernels")
+    changed_block()(torch.ones(1, 8, 4, 4))
+    assert not lines()
+    assert not log._seen
+    assert not log._told
+
+
+@pytest.mark.parametrize("value, code", [("1", 0), ("0", 0), ("yes", 1)])
+def test_the_variable_prints_on_stderr(value: str, code: int) -> None:
+    program = "import torch, wavemix_kernels as wk; wk.haar_dwt2d(torch.ones(1, 2, 4, 4))"
+    environment = {**os.environ, log.VARIABLE: value}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == code
+    wanted = {"1": "wavemix_kernels: haar_dwt2d float32 (1, 2, 4, 4): ", "yes": "WAVEMIX_KERNELS_LOG='yes': expected"}
+    assert (wanted[value] in run.stderr) if value in wanted else not run.stderr

@@ -1,0 +1,184 @@
+"""Which implementation runs: every choice between two that compute the same, in one place.
+
+A rule is a pure function of shape, dtype, layout and device. It returns the name of an implementation, or names of
+backends in the order to try them. Each states what was measured; the tables are in docs/develop/tuning.md. Rules serve
+backend ``"auto"``: a backend asked for by name is obeyed or raises. What a backend can do at all is asked of its
+``why_not`` (:mod:`wavemix_kernels.backends`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wavemix_kernels import log
+from wavemix_kernels.backends import NAMES, Backend
+
+Order = tuple[str, ...]
+
+#: What "auto" tries, in order, per device type. No GPU has been measured yet: the leaner start-up comes first.
+AUTO: dict[str, Order] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+_LIBRARY: Order = ("reference",)
+
+# --- Backends of an op -----------------------------------------------------------------------------------
+
+
+def order(device: str) -> Order:
+    """Backends that "auto" tries on a device of this type."""
+    return AUTO.get(device, _LIBRARY)
+
+
+def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, order: Order | None = None) -> str:
+    """The backend of ``op`` for ``tensors``: ``name``, or for ``"auto"`` the first of ``order`` that serves.
+
+    Args:
+        order: what a rule of this file answers; default: :func:`order` of the tensors' device.
+
+    Raises:
+        RuntimeError: ``name`` is not installed here.
+        ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
+    """
+    if name != "auto":
+        if name not in table:
+            raise RuntimeError(f"{op}: backend={name!r} has no kernels for it; it has {', '.join(map(repr, table))}")
+        if (missing := table[name].why_not()) is not None:
+            raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
+        if (reason := table[name].why_not(*tensors)) is not None:
+            raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
+        return name
+    for candidate in AUTO.get(tensors[0].device.type, _LIBRARY) if order is None else order:
+        if candidate in table and table[candidate].why_not(*tensors) is None:
+            return candidate
+    raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
+
+
+def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, order: Order | None = None) -> Backend:
+    """The implementation that :func:`pick` names; logged once per op, shapes and dtype."""
+    chosen = pick(op, table, name, *tensors, order=order)
+    if log.enabled():
+        key = (op, name, chosen, *((t.dtype, tuple(t.shape)) for t in tensors))
+        log.once(key, lambda: _explain(op, table, name, chosen, tensors))
+    return table[chosen]
+
+
+def _explain(op: str, table: Mapping[str, Backend], name: str, chosen: str, tensors: tuple[Tensor, ...]) -> str:
+    """``deconv float32 (8, 192, 32, 32): cpu (cuda: built without CUDA kernels; triton: torch sees no device)``"""
+    others = []
+    for other in NAMES:
+        if other in ("auto", "reference", chosen):
+            continue
+        reason = table[other].why_not(*tensors) if other in table else "it has no kernels for this op"
+        if reason is None and name == "auto":
+            reason = "it serves, auto does not take it here"
+        if reason is not None:
+            others.append(f"{other}: {reason}")
+    asked = [] if name == "auto" else ["asked for by name"]
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+    return f"{op} {dtype} {shapes}: {chosen}" + (f" ({'; '.join(asked + others)})" if asked + others else "")
+
+
+def for_part(name: str, table: Mapping[str, Backend]) -> str:
+    """The backend for one op of a composite that was asked to run on ``name``: the same where the op has it at all,
+    else ``"auto"``, since not every op has kernels of every kind. :func:`select` logs what then runs."""
+    return name if name in table else "auto"
+
+
+def with_kernels(function: str, table: Mapping[str, Backend], device: str) -> Order:
+    """:func:`order` without backends that leave ``function`` to the library's operators."""
+    return tuple(n for n in order(device) if n == "reference" or (n in table and function in table[n].functions))
+
+
+# --- Transposed convolution ------------------------------------------------------------------------------
+
+#: Minimal filtering between many channels on one side and fewer than this on both costs more than it saves.
+NARROW = 32
+
+
+def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, few: int) -> Order:
+    """Forward and the input's gradient.
+
+    A CPU's library multiplies half types twice as fast as these kernels, which widen them, except for few channels,
+    whose kernels save more passes over memory. In fp32 it wins between many channels and fewer than :data:`NARROW`.
+    On a GPU nothing is measured: the library, ours by name only. (docs/develop/tuning.md, transposed convolution)
+
+    Args:
+        few: products of channels up to which the CPU has kernels of their own.
+    """
+    if device == "cuda":
+        return _LIBRARY
+    if device != "cpu" or dtype == torch.float64:
+        return order(device)
+    if u_channels * y_channels <= few // (1 if dtype == torch.float32 else 4):
+        return order(device)
+    library = dtype != torch.float32 or min(u_channels, y_channels) < NARROW
+    return _LIBRARY if library else order(device)
+
+
+def deconv_backward_weight(device: str) -> Order:
+    """The weight's gradient: never the library's on a CPU. (docs/develop/tuning.md, transposed convolution)"""
+    return _LIBRARY if device == "cuda" else order(device)
+
+
+def head(inputs: int, inner: int, outputs: int) -> str:
+    """``"folded"`` where a 1x1 convolution behind a transposed one goes into its weights, else ``"apart"``.
+
+    By count: an input pixel makes four of the output, by 16 taps. (docs/develop/tuning.md, heads)
+    """
+    return "folded" if 16 * inputs * (inner - outputs) + 4 * inner * outputs > 0 else "apart"
+
+
+# --- Channel MLP and 1x1 convolutions ----------------------------------------------------------------------
+
+
+def channel_mlp(device: str, dtype: torch.dtype, pixels: int, hidden: int, multiplies_bfloat16: bool) -> Order:
+    """Where a CPU multiplies bfloat16 itself the library's products are worth the hidden layer in memory: from enough
+    pixels to fill them up to as many as hidden channels. (docs/develop/tuning.md, channel MLP in bfloat16)"""
+    if device == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16 and 128 <= pixels < hidden:
+        return _LIBRARY
+    return order(device)
+
+
+def product(device: str, dtype: torch.dtype, elements: int) -> str:
+    """``"onednn"`` for fp32 images on a CPU, whose matrix product has one speed for every shape, else
+    ``"convolution"``. (docs/develop/tuning.md, 1x1 convolutions)"""
+    return "onednn" if device == "cpu" and dtype == torch.float32 and elements > 0 else "convolution"
+
+
+def product_backward_weight(device: str, dtype: torch.dtype) -> str:
+    """``"core"`` on a CPU except for half types, for which a processor may have products of its own, else
+    ``"convolution"``."""
+    return "core" if device == "cpu" and dtype in (torch.float32, torch.float64) else "convolution"
+
+
+# --- PATM --------------------------------------------------------------------------------------------------
+
+#: Up to this many channels a CPU takes an image of PATM from end to end: beyond, weights outgrow the L2 cache.
+WHOLE = 128
+#: Up to this many channels one product makes several projections: beyond, copying the weights costs more than a read.
+JOINED = 128
+
+
+def patm(device: str, channels: int, depthwise: bool) -> str:
+    """``"whole"``: images from end to end; ``"parts"``: kernels of parts. (docs/develop/tuning.md, PATM on a CPU)"""
+    return "whole" if device == "cpu" and not depthwise and channels <= WHOLE else "parts"
+
+
+def projections(channels: int) -> str:
+    """``"joined"``: several 1x1 convolutions of an image as one product, or ``"apart"``.
+    (docs/develop/tuning.md, PATM on a CPU)"""
+    return "joined" if channels <= JOINED else "apart"
+
+
+# --- Haar --------------------------------------------------------------------------------------------------
+
+
+def wavelet_function(device: str, channels_last: bool) -> str:
+    """WTConv's functions: ``"convolution"`` for channels_last on a CPU, where bands interleaved by channel are written
+    one by one, else ``"haar"``. (docs/develop/tuning.md, WTConv)"""
+    return "convolution" if device == "cpu" and channels_last else "haar"

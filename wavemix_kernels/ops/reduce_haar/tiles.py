@@ -1,0 +1,61 @@
+"""Tiles of the kernels of reduce_haar: what is legal and what runs by default. Free of triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wavemix_kernels.ops.common.triton_launch import pow2_at_least
+from wavemix_kernels.ops.mlp.tiles import Products
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """Quads of pixels, outputs (channels of the reduced image) and input channels that a program works on at a time."""
+
+    quads: int
+    outputs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+def why_invalid(config: ReduceConfig, levels: int) -> str | None:
+    """Why the kernels cannot run this tile, or None if it can."""
+    least = max(16, 4 ** (levels - 1))
+    if config.quads < least or config.quads & (config.quads - 1):
+        return f"quads={config.quads}: {levels} levels need a power of two from {least} on"
+    return None
+
+
+def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> ReduceConfig:
+    """The default: a deterministic function of its arguments.
+
+    64 KB of accumulators on eight warps; all of the usual 16 to 64 outputs in one program, so that x is read once.
+    (docs/develop/tuning.md, Triton tiles)
+    """
+    quads = max(64, 4 ** (levels - 1))
+    across = min(4096 // quads, max(16, pow2_at_least(outputs)))
+    depth = min(32 if itemsize == 2 else 16, max(16, pow2_at_least(channels)))
+    return ReduceConfig(quads, across, depth, 8 if quads * across > 2048 else 4, 3 if itemsize == 2 else 2)
+
+
+def backward_config_for(
+    itemsize: int, levels: int, outputs: int, channels: int, of_rows: bool, products: Products = "wgmma"
+) -> ReduceConfig:
+    """The default: a deterministic function of its arguments.
+
+    Half types: 64 quads by 64 outputs; 32 quads where matrices multiply by warps and, on tcgen05, for images of rows
+    (`of_rows`), whose addresses take registers. fp32: 16 at a time of what a product sums over, or as few as the
+    levels' blocks allow. (docs/develop/tuning.md, Triton tiles)
+    """
+    least = max(16, 4 ** (levels - 1))
+    if itemsize == 4:
+        across = min(max(16, 1024 // least), 64, max(16, pow2_at_least(channels)))
+        return ReduceConfig(least, 16, across, 4 if levels == 1 else 8, 2)
+    in_groups = products == "wgmma" or (products == "tcgen05" and not of_rows)
+    quads = max(64 if in_groups else 32, least)
+    widest = min(64, 4096 // quads) if in_groups or levels < 4 else 16
+    across = max(16, min(widest // 2 if outputs % 8 or of_rows else widest, pow2_at_least(channels)))
+    outputs = max(16, min(64, 4096 // quads, pow2_at_least(outputs)))
+    num_warps = 8 if quads * max(outputs, across) > (2048 if in_groups else 1024) else 4
+    return ReduceConfig(quads, outputs, across, num_warps, 2 if levels < 5 else 1)
