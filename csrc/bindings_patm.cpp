@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -90,41 +91,28 @@ wavemix::PatmArgs image_args(const ImageInts& ints) {
   return args;
 }
 
-constexpr size_t kPatmAddresses = 22;
-void check_addresses(const std::vector<uintptr_t>& addresses, const char* name) {
-  if (addresses.size() != kPatmAddresses)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(kPatmAddresses) + " addresses, got " +
-                          std::to_string(addresses.size()));
+constexpr const char* kPatmWeights[] = {
+#define WAVEMIX_NAME(name) #name,
+    WAVEMIX_PATM_WEIGHTS(WAVEMIX_NAME)
+#undef WAVEMIX_NAME
+};
+
+// Addresses in the order of kPatmWeights, which Python compares with its own names at import.
+template <class Address>
+void read_weights(const std::vector<uintptr_t>& addresses, const char* name, wavemix::PatmWeights<Address>& to) {
+  if (addresses.size() != std::size(kPatmWeights))
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(std::size(kPatmWeights)) +
+                          " addresses, got " + std::to_string(addresses.size()));
+  size_t i = 0;
+#define WAVEMIX_READ(name) to.name = pointer(addresses[i++]);
+  WAVEMIX_PATM_WEIGHTS(WAVEMIX_READ)
+#undef WAVEMIX_READ
 }
 
-// Weights in the order of the structs.
 wavemix::PatmArgs whole_args(const ImageInts& ints, const std::vector<uintptr_t>& weights, int64_t hidden,
                              bool residual, uintptr_t path) {
   auto args = image_args(ints);
-  check_addresses(weights, "weights");
-  const void** const fields[kPatmAddresses] = {&args.branch[0].z,
-                                               &args.branch[0].z_bias,
-                                               &args.branch[0].theta,
-                                               &args.branch[0].theta_bias,
-                                               &args.branch[0].scale,
-                                               &args.branch[0].shift,
-                                               &args.branch[0].taps,
-                                               &args.branch[1].z,
-                                               &args.branch[1].z_bias,
-                                               &args.branch[1].theta,
-                                               &args.branch[1].theta_bias,
-                                               &args.branch[1].scale,
-                                               &args.branch[1].shift,
-                                               &args.branch[1].taps,
-                                               &args.channel,
-                                               &args.channel_bias,
-                                               &args.fc1,
-                                               &args.fc1_bias,
-                                               &args.fc2,
-                                               &args.fc2_bias,
-                                               &args.proj,
-                                               &args.proj_bias};
-  for (size_t i = 0; i < kPatmAddresses; ++i) *fields[i] = pointer(weights[i]);
+  read_weights(weights, "weights", args);
   args.hidden = hidden;
   args.residual = residual;
   args.path = pointer(path);
@@ -233,6 +221,9 @@ void bind_patm(py::module_& m) {
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
       py::arg("d_a"), py::arg("threads"));
+  py::list names;
+  for (const char* name : kPatmWeights) names.append(name);
+  m.attr("PATM_WEIGHTS") = py::tuple(names);
   m.def(
       "patm_moments_cpu",
       [](const ImageInts& image, uintptr_t mean, uintptr_t covariance, int threads) {
@@ -258,31 +249,22 @@ void bind_patm(py::module_& m) {
   m.def(
       "patm_backward_cpu",
       [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
-         const Ints& grad, uintptr_t branch_mean, const Ints& d_image, bool wide,
+         const Ints& grad, uintptr_t branch_mean, uintptr_t center, const Ints& d_image, bool wide,
          const std::vector<uintptr_t>& gradients, int threads) {
         check_threads(threads);
         const auto args = whole_args(image, weights, hidden, false, path);
-        check_addresses(gradients, "gradients");
         wavemix::PatmGradArgs grads;
+        read_weights(gradients, "gradients", grads);
         grads.grad = plane(grad, "grad", std::get<1>(image));
         grads.branch_mean = pointer(branch_mean);
+        grads.center = pointer(center);
         grads.d_image = plane(d_image, "d_image", std::get<1>(image));
         grads.wide = wide;
-        for (size_t i = 0; i < 2; ++i) {
-          wavemix::PatmBranchGrads& branch = grads.branch[i];
-          void** const fields[] = {&branch.z,    &branch.z_bias,  &branch.theta,
-                                   &branch.taps, &branch.sum_pre, &branch.sum_pre_theta};
-          branch.center = pointer(gradients[7 * i]);
-          for (size_t k = 0; k < 6; ++k) *fields[k] = pointer(gradients[7 * i + 1 + k]);
-        }
-        void** const fields[] = {&grads.channel, &grads.channel_bias, &grads.fc1,  &grads.fc1_bias,
-                                 &grads.fc2,     &grads.fc2_bias,     &grads.proj, &grads.proj_bias};
-        for (size_t k = 0; k < 8; ++k) *fields[k] = pointer(gradients[14 + k]);
         py::gil_scoped_release unlocked;
         wavemix::patm_backward_cpu(args, grads, threads);
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("branch_mean"),
-      py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
+      py::arg("center"), py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
   m.def(
       "patm_add_linear_cpu",
       [](const ImageInts& image, const Ints& partial, uintptr_t matrix, uintptr_t vector, const Ints& out,
