@@ -20,7 +20,7 @@ help:
 
 venv: $(STAMP)
 # torch first: asking pip for the extras alone would fetch its newest build. Rebuilt when the build files or sources change.
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/cuda/*)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"

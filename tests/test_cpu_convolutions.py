@@ -21,7 +21,7 @@ core: Any = _native.core
 ids: dict[str, Any] = {"ids": lambda value: str(value).removeprefix("torch.").replace(" ", "")}
 channels_last = torch.channels_last
 
-# --- Minimal filtering, as csrc/cpu/deconv.cpp and deconv_gradients.cpp define it -------------------------
+# --- Minimal filtering, as csrc/cpu/deconv/minimal_filtering.h defines it -------------------------
 
 INPUT = torch.tensor(
     [[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0], [0, 1, -1, 0], [0, 0, 1, 0], [0, 0, 1, -1]], dtype=torch.float64

@@ -66,7 +66,7 @@ def philox4x32(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.n
 
 
 def keep_mask(rows: int, cols: int, p: float, seed: int, first_row: int = 0) -> Tensor:
-    """The definition in csrc/cpu/philox.h, element by element."""
+    """The definition in csrc/cpu/mlp/philox.h, element by element."""
     row, col = np.meshgrid(np.arange(rows, dtype=np.uint64), np.arange(cols, dtype=np.uint64), indexing="ij")
     group = (row + np.uint64(first_row)) * np.uint64((cols + 3) // 4) + col // np.uint64(4)
     zero = np.zeros_like(group)
@@ -162,8 +162,8 @@ def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def gelu_bounds(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """|error| allowed for gelu and for its derivative, before either is rounded to a half type.
 
-    float: csrc/cpu/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the kernel
-    and in this file's reference.
+    float: csrc/cpu/common/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the
+    kernel and in this file's reference.
     """
     value, _, terms = exact_gelu(x)
     if accumulation(dtype) == torch.float64:
@@ -217,7 +217,7 @@ def test_gelu_dropout(dtype: torch.dtype, gap: int, p: float) -> None:
 
 
 def test_gelu_is_accurate_everywhere() -> None:
-    """Every binade, both signs, down to the subnormals: the bound csrc/cpu/gelu.h states."""
+    """Every binade, both signs, down to the subnormals: the bound csrc/cpu/common/gelu.h states."""
     bits = torch.arange(0, 0x41700000, 0x41700000 // (1 << 20), dtype=torch.int64).to(torch.int32)
     x = bits.view(torch.float32)
     x = torch.cat([x, -x, torch.linspace(-15, 15, 1 << 19)])

@@ -19,7 +19,7 @@ import pytest
 
 from tests.emulator import build
 
-SOURCES = build.ROOT / "csrc" / "cuda"
+SOURCES = build.ROOT / "csrc"
 TEST_SOURCES = build.ROOT / "tests" / "emulator"
 ARCHS = (80, 90, 100, 120)
 THREADS_PER_BLOCK = 128
@@ -68,7 +68,12 @@ def readable(mangled: str) -> str:
 
 
 def sources() -> list[Path]:
-    return sorted(SOURCES.glob("*.cu"))
+    return sorted(SOURCES.glob("cuda/*/*.cu"))
+
+
+def source_of(name: str) -> Path:
+    (path,) = SOURCES.glob(f"cuda/*/{name}.cu")
+    return path
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def compiled(source: Path, archs: tuple[int, ...] = ARCHS) -> tuple[Path, list[R
     target = Path(scratch().name) / f"{source.stem}.fatbin"
     command = [
         *(nvcc, "-std=c++17", "-fatbin", str(source), "-o", str(target)),
-        *("-I", str(SOURCES), "-I", str(build.ROOT / "csrc" / "include")),
+        *("-I", str(SOURCES), "-I", str(SOURCES / "include")),
         *("-Xptxas", "-v", "--threads", "2", "-Werror", "all-warnings"),
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
     ]
@@ -149,13 +154,13 @@ def test_resources_stay_within_the_chips(source: Path) -> None:
 
 
 def test_haar_kernels_use_no_shared_memory() -> None:
-    for source in (SOURCES / "haar_analysis.cu", SOURCES / "haar_synthesis.cu"):
+    for source in (source_of("haar_analysis"), source_of("haar_synthesis")):
         assert not [kernel.row() for kernel in compiled(source)[1] if kernel.shared]
 
 
 @pytest.mark.parametrize("direction", ["analysis", "synthesis"])
 def test_wide_haar_kernels_move_16_bytes_at_a_time(direction: str) -> None:
-    binary, _ = compiled(SOURCES / f"haar_{direction}.cu")
+    binary, _ = compiled(source_of(f"haar_{direction}"))
     seen = set()
     for name, instructions in machine_code(binary, 90).items():
         match = HAAR_KERNEL.search(name)
@@ -182,13 +187,13 @@ def blocks_of_sm(kernel: Resources) -> int:
 @pytest.mark.parametrize("source", ["reduce_haar", "phase_aggregate", "phase_aggregate_backward"])
 def test_two_blocks_fit_on_every_chip(source: str) -> None:
     """One block computes while the other waits for memory."""
-    for kernel in compiled(SOURCES / f"{source}.cu")[1]:
+    for kernel in compiled(source_of(source))[1]:
         assert blocks_of_sm(kernel) >= 2, kernel.row()
 
 
 @pytest.mark.parametrize("source", ["phase_aggregate", "phase_aggregate_backward"])
 def test_three_blocks_of_the_phase_kernels_fit_below_float64(source: str) -> None:
-    for kernel in compiled(SOURCES / f"{source}.cu")[1]:
+    for kernel in compiled(source_of(source))[1]:
         assert blocks_of_sm(kernel) >= 3 or "<d" in kernel.kernel, kernel.row()
 
 
@@ -212,7 +217,7 @@ def test_wide_phase_kernels_move_whole_words(arch: int) -> None:
     kinds = {"d": "double", "f": "float", "6__half": "half", "13__nv_bfloat16": "half"}
     seen = set()
     for source in ("phase_aggregate", "phase_aggregate_backward"):
-        for name, instructions in machine_code(compiled(SOURCES / f"{source}.cu")[0], arch).items():
+        for name, instructions in machine_code(compiled(source_of(source))[0], arch).items():
             match = PHASE_KERNEL.search(name)
             assert match is not None, name
             kernel, dtype, _, wide = match.groups()
@@ -231,13 +236,13 @@ def test_wide_phase_kernels_move_whole_words(arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sines_are_not_the_approximate_ones(arch: int) -> None:
     for source in ("phase_aggregate", "phase_aggregate_backward"):
-        for name, instructions in machine_code(compiled(SOURCES / f"{source}.cu")[0], arch).items():
+        for name, instructions in machine_code(compiled(source_of(source))[0], arch).items():
             assert not any(op.startswith(("MUFU.SIN", "MUFU.COS", "RRO")) for op in instructions), readable(name)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_reduce_haar_uses_tensor_cores_and_wide_asynchronous_copies(arch: int) -> None:
-    binary, _ = compiled(SOURCES / "reduce_haar.cu")
+    binary, _ = compiled(source_of("reduce_haar"))
     mma = {"6__half": "HMMA.16816.F32", "13__nv_bfloat16": "HMMA.16816.F32.BF16", "f": "HMMA.1688.F32.TF32"}
     seen = set()
     for name, instructions in machine_code(binary, arch).items():

@@ -33,7 +33,7 @@ SHAPES = [
 ]  # fmt: skip
 # Each way of the gradient: weights of the branches, batch statistics, one joined image.
 BACKWARD = {"plain": (False, False, False), "weighted": (True, False, True), "statistics": (True, True, True)}
-# Roundoffs by which sine and cosine of a phase may err (csrc/cuda/sincos.cuh).
+# Roundoffs by which sine and cosine of a phase may err (csrc/cuda/patm/sincos.cuh).
 SINE = {torch.float32: 1.33, torch.float64: 2.5}
 
 

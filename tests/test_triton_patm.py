@@ -250,7 +250,7 @@ def test_offsets_beyond_32_bits(axis: int, device: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN and infinity, interpreted
 def test_sincos(device: str) -> None:
-    """All sizes of fp32: within 1.32 roundoffs below 8192, where every number was tried (csrc/cpu/sincos.h); beyond,
+    """All sizes of fp32: within 1.32 roundoffs below 8192, where every number was tried (cpu/patm/sincos.h); beyond,
     the rest after whole quarter turns is as exact and goes through the same polynomials."""
     import triton
     import triton.language as tl

@@ -1,4 +1,4 @@
-#include "emulator.h"
+#include "emulator/emulator.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>

@@ -1,6 +1,6 @@
 // One warp multiplies 16x16 matrices by way of cp.async, ldmatrix and mma: what a tiled matrix product is made of.
+#include "cuda/common/mma.cuh"
 #include "kernels.h"
-#include "mma.cuh"
 
 namespace wavemix::test {
 namespace {

@@ -3,8 +3,8 @@
 #include <map>
 #include <stdexcept>
 
+#include "cuda/common/mma.cuh"
 #include "kernels.h"
-#include "mma.cuh"
 
 namespace wavemix::test {
 namespace {

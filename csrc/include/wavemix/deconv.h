@@ -1,9 +1,7 @@
 // The Waveblock's transposed convolution: 4x4 taps, stride 2, padding 1, so (n, f, h, w) becomes (n, o, 2h, 2w).
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType, Plane
+#include "wavemix/types.h"
 
 namespace wavemix {
 
@@ -22,19 +20,16 @@ struct DeconvArgs {
   Plane residual;
 };
 
-// Up to so many f * o the CPU's kernels multiply as the definition says (deconv_narrow.cpp): minimal filtering pays
-// later.
-constexpr int64_t kDeconvNarrow = 32 * 32;
-
 // y from u; bias (o), in the images' dtype, may be null. mean and var (o), in the arithmetic type, or both null: the
 // statistics over n, 2h, 2w of y before it is rounded to a half type; var is biased.
 void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
-// What to make from the gradient of y, in the images' dtype; either may be absent. u's channels are contiguous.
-struct DeconvGradients {
-  Plane u;                 // takes the weight
-  void* weight = nullptr;  // takes u; (f, o, 4, 4), contiguous
+
+// What to make from the gradient of y, in the images' dtype; either may be absent. d_u's channels are contiguous.
+struct DeconvGradArgs {
+  Plane d_u;                 // needs the weight
+  void* d_weight = nullptr;  // needs u; (f, o, 4, 4), contiguous
 };
 // One pass over the gradient of y (and over the output, where there is one) makes both.
-void deconv_gradients_cpu(const DeconvArgs& args, const DeconvGradients& out, int threads);
+void deconv_backward_cpu(const DeconvArgs& args, const DeconvGradArgs& grads, int threads);
 
 }  // namespace wavemix

@@ -1,23 +1,12 @@
 // Haar analysis and synthesis: the one signature every compiled backend implements.
-//
-// Plain C++: raw pointers, sizes and strides. Torch is met only in Python, so one build serves
-// every torch version and building needs none.
 #pragma once
 
-#include <cstdint>
+#include "wavemix/types.h"
 
 namespace wavemix {
 
-enum class DType : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
-
 // A 16x16 tile holds four levels, a 32x32 tile five; deeper transforms chain in Python.
 constexpr int kMaxHaarLevels = 5;
-
-// Strides are in elements; any value is allowed, overlapping reads included.
-struct Plane {
-  void* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};  // n, c, h, w
-};
 
 struct Bands {
   void* data = nullptr;

@@ -1,20 +1,12 @@
 // Pointwise MLP on matrices of pixels: dropout(gelu([x | second * scale + shift] w1^T + b1)) w2^T + b2.
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType
+#include "wavemix/types.h"
 
 namespace wavemix {
 
-// Rows `stride` elements apart, columns contiguous.
-struct Matrix {
-  void* data = nullptr;
-  int64_t stride = 0;
-};
-
 // gelu is the exact form, x * Phi(x). Which hidden elements dropout keeps follows from (seed, row, column) alone, as
-// csrc/cpu/philox.h defines: not from the number of threads. f64 computes in double, everything else in float, the
+// csrc/cpu/mlp/philox.h defines: not from the number of threads. f64 computes in double, everything else in float, the
 // hidden layer included; each output is rounded once. Weights and biases are contiguous, in the dtype of x; scale and
 // shift in the arithmetic type. Null: absent.
 struct MlpArgs {

@@ -1,9 +1,7 @@
 // PATM by parts: everything between its projections and its output projection.
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType, Plane
+#include "wavemix/types.h"
 
 namespace wavemix {
 

@@ -1,8 +1,6 @@
 // PATM from its image to its output: what lies between is an image of one thread at a time, never one of the batch.
 #pragma once
 
-#include <cstdint>
-
 #include "wavemix/patm.h"
 
 namespace wavemix {

@@ -1,9 +1,7 @@
 // A Waveblock's 1x1 convolution and all its Haar levels in one pass over the image.
 #pragma once
 
-#include <cstdint>
-
-#include "wavemix/haar.h"  // DType, Plane, kMaxHaarLevels
+#include "wavemix/haar.h"  // kMaxHaarLevels
 
 namespace wavemix {
 

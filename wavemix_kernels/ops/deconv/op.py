@@ -1,7 +1,7 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
-On a CPU by minimal filtering (csrc/cpu/minimal_filtering.h: 36 products where the definition has 64), for few channels
-by its definition (csrc/cpu/deconv_narrow.cpp); elsewhere the library's. Kernels of ours take the BatchNorm that follows
+On a CPU by minimal filtering (csrc/cpu/deconv/: 36 products where the definition has 64), for few channels
+by its definition; elsewhere the library's. Kernels of ours take the BatchNorm that follows
 along: its statistics come from the pass that writes the output, and its backward is made where the gradients' kernels
 read, so the gradient of the output itself never reaches memory. On a CPU one such read makes both gradients.
 """

@@ -1,4 +1,4 @@
-"""Counter-based dropout masks inside Triton kernels: bit for bit as csrc/cpu/philox.h defines them."""
+"""Counter-based dropout masks inside Triton kernels: bit for bit as csrc/cpu/mlp/philox.h defines them."""
 
 # mypy: disable-error-code="no-untyped-def"
 import triton

@@ -1,0 +1,31 @@
+// The compiled core's Python face: each family adds its functions.
+#include "bindings/common.h"
+#include "cpu/isa.h"
+
+#if WAVEMIX_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+void bind_patm(pybind11::module_& m);  // patm.cpp
+
+PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
+  using namespace wavemix::bindings;
+  m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";
+  m.attr("HAS_CPU") = static_cast<bool>(WAVEMIX_WITH_CPU);
+  m.attr("HAS_CUDA") = static_cast<bool>(WAVEMIX_WITH_CUDA);
+  m.attr("BUILD_NOTE") = WAVEMIX_BUILD_NOTE;
+  bind_haar(m);
+  bind_reduce_haar(m);
+  bind_patm(m);
+#if WAVEMIX_WITH_CPU
+  m.def("cpu_isa", &wavemix::cpu_isa_name);
+  bind_conv1x1(m);
+  bind_deconv(m);
+  bind_mlp(m);
+  bind_norm(m);
+#endif
+#if WAVEMIX_WITH_CUDA
+  m.attr("CUDA_VERSION") = CUDART_VERSION;
+  m.attr("CUDA_ARCHS") = WAVEMIX_CUDA_ARCHS;
+#endif
+}

@@ -1,0 +1,94 @@
+// The Python face of the 1x1 convolution with its Haar levels: `weight` is (address, two strides), `bias`
+// (address, stride) or empty.
+#include "wavemix/reduce_haar.h"
+
+#include "bindings/common.h"
+
+namespace wavemix::bindings {
+namespace {
+
+ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x,
+                                const Ints& weight, const Ints& bias, const std::vector<Ints>& z, bool allow_tf32) {
+  if (levels < 1 || levels > kMaxHaarLevels || z.size() != static_cast<size_t>(levels))
+    throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
+                          " outputs; one launch takes 1 to " + std::to_string(kMaxHaarLevels));
+  if (weight.size() != 3) throw py::value_error("weight: expected an address and 2 strides");
+  if (!bias.empty() && bias.size() != 2) throw py::value_error("bias: expected an address and a stride, or nothing");
+  ReduceHaarArgs args;
+  args.dtype = dtype_of(dtype);
+  args.levels = levels;
+  set_shape(args, shape);
+  args.o = outputs;
+  args.x = view<Plane>(x, "x");
+  args.weight = pointer(weight[0]);
+  args.weight_stride[0] = weight[1];
+  args.weight_stride[1] = weight[2];
+  if (!bias.empty()) {
+    args.bias = pointer(bias[0]);
+    args.bias_stride = bias[1];
+  }
+  for (int l = 0; l < levels; ++l) args.z[l] = view<Plane>(z[l], "z");
+  args.allow_tf32 = allow_tf32;
+  return args;
+}
+
+#if WAVEMIX_WITH_CPU
+void check_contiguous_channels(const ReduceHaarArgs& args, int threads) {
+  check_threads(threads);
+  if (args.c > 1 && args.x.stride[1] != 1 && args.x.stride[3] != 1)
+    throw py::value_error("x: expected contiguous channels or pixels, got strides of " +
+                          std::to_string(args.x.stride[1]) + " and " + std::to_string(args.x.stride[3]));
+  for (int l = 0; l < args.levels; ++l)
+    if (args.z[l].stride[1] != 1)
+      throw py::value_error("zs: expected contiguous channels, got a stride of " + std::to_string(args.z[l].stride[1]));
+}
+#endif
+
+}  // namespace
+
+void bind_reduce_haar(py::module_& m) {
+#if WAVEMIX_WITH_CPU
+  m.def(
+      "reduce_haar_cpu",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
+         const std::vector<Ints>& zs, int threads) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, zs, false);
+        check_contiguous_channels(args, threads);
+        py::gil_scoped_release unlocked;
+        reduce_haar_cpu(args, threads);
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("zs"), py::arg("threads"));
+  m.def(
+      "reduce_haar_backward_cpu",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+         const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
+         int threads) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
+        check_contiguous_channels(args, threads);
+        ReduceHaarGradArgs grads;
+        grads.d_x = view<Plane>(d_x, "d_x");
+        grads.add = view<Plane>(add, "add");
+        grads.d_weight = pointer(d_weight);
+        grads.d_bias = pointer(d_bias);
+        py::gil_scoped_release unlocked;
+        reduce_haar_backward_cpu(args, grads, threads);
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("zs"), py::arg("d_x"), py::arg("add"), py::arg("d_weight"), py::arg("d_bias"), py::arg("threads"));
+#endif
+#if WAVEMIX_WITH_CUDA
+  m.def(
+      "reduce_haar_cuda",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
+         const std::vector<Ints>& z, bool allow_tf32, int device, uintptr_t stream) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, allow_tf32);
+        py::gil_scoped_release unlocked;
+        reduce_haar_cuda(args, device, pointer(stream));
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("device"), py::arg("stream"));
+#endif
+}
+
+}  // namespace wavemix::bindings

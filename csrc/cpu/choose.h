@@ -1,0 +1,47 @@
+// Which CPU kernel runs: every rule in one place, as pure functions of shapes, layouts and dtypes. What was measured
+// is in docs/develop/tuning.md, under the heading that each rule names.
+//
+// Static, not inline: per-ISA units may not share code (isa.h).
+#pragma once
+
+#include "wavemix/deconv.h"
+#include "wavemix/haar.h"
+#include "wavemix/mlp.h"
+#include "wavemix/reduce_haar.h"
+
+namespace wavemix::choose {
+
+// Haar transforms go by vectors of channels where image and LL have contiguous channels, else by rows of pixels.
+enum class Haar { by_rows, by_channels };
+[[maybe_unused]] static Haar haar(const HaarArgs& args) {
+  const bool channels_inner = args.image.stride[1] == 1 && args.image.stride[3] != 1 && args.ll.stride[1] == 1;
+  return args.c > 1 && channels_inner ? Haar::by_channels : Haar::by_rows;
+}
+
+// 1x1 convolution and Haar: few channels fill no vector, so the transform comes first. "Few channels: reduce_haar".
+enum class ReduceHaar { product_first, few_channels };
+[[maybe_unused]] static ReduceHaar reduce_haar(const ReduceHaarArgs& args) {
+  constexpr int64_t kFewChannels = 128;
+  return args.levels == 1 && args.c * args.o <= kFewChannels ? ReduceHaar::few_channels : ReduceHaar::product_first;
+}
+
+// Pointwise MLP: where weights outweigh the image, threads share hidden channels. "Few pixels: pointwise MLP".
+enum class Mlp { by_pixels, few_pixels };
+[[maybe_unused]] static Mlp mlp_forward(const MlpArgs& args) {
+  const bool able = args.b == 0 && args.p == 0.0;  // one input, no dropout
+  return able && args.rows > 0 && args.rows < args.k ? Mlp::few_pixels : Mlp::by_pixels;
+}
+[[maybe_unused]] static Mlp mlp_backward(const MlpArgs& args, const MlpGradArgs& grads) {
+  const bool able = grads.out.data == nullptr;  // the output is not wanted again
+  return able ? mlp_forward(args) : Mlp::by_pixels;
+}
+
+// Transposed convolution: minimal filtering saves products and pays in sums around them, which few channels do not
+// repay. "Few channels: transposed convolution".
+constexpr int64_t kDeconvFewChannels = 32 * 32;
+enum class Deconv { minimal_filtering, few_channels };
+[[maybe_unused]] static Deconv deconv(const DeconvArgs& args) {
+  return args.f * args.o <= kDeconvFewChannels ? Deconv::few_channels : Deconv::minimal_filtering;
+}
+
+}  // namespace wavemix::choose

@@ -1,0 +1,271 @@
+// Pointwise MLP on the CPU: forward, and backward from the inputs alone. Compiled once per instruction set (see isa.h).
+//
+// A thread takes a block of rows through everything while it lies in its L2 cache, so of the hidden layer nothing
+// reaches memory; weights are packed once and shared. GELU and Philox cost about the same.
+
+#include <math.h>
+
+#include "cpu/choose.h"
+#include "cpu/common/gelu.h"
+#include "cpu/common/operands.h"
+#include "cpu/mlp/few_pixels.h"
+#include "cpu/mlp/philox.h"
+
+namespace wavemix {
+namespace WAVEMIX_ISA {
+namespace {
+
+// --- GELU and dropout --------------------------------------------------------------------------------------
+
+// Elements at a time: a chunk's random words stay in L1, and whole vectors of Philox groups fit them.
+constexpr int64_t kChunk = 512;
+static_assert(kChunk % (4 * kPhiloxLanes) == 0, "philox_words writes whole vectors");
+
+constexpr uint64_t kKeepAll = uint64_t{1} << 32;
+
+template <class A>
+struct Dropout {
+  uint64_t threshold;
+  A scale;
+  uint64_t seed;
+  explicit Dropout(double p, uint64_t key)
+      : threshold(static_cast<uint64_t>(::nearbyint((1.0 - p) * 4294967296.0))),
+        scale(p < 1.0 ? static_cast<A>(1.0 / (1.0 - p)) : A(0)),
+        seed(key) {}
+  bool active() const { return threshold < kKeepAll; }
+};
+
+template <bool active, class A>
+static inline A dropped(const Dropout<A>& dropout, const uint32_t* words, int64_t i, A value) {
+  const A scaled = value * dropout.scale;
+  if (!active) return scaled;
+  return words[i] < static_cast<uint32_t>(dropout.threshold) ? scaled : A(0);
+}
+
+template <bool active, class A>
+void forward_chunk(const Dropout<A> dropout, const uint32_t* words, A* x, int64_t n) {
+  WAVEMIX_SIMD
+  for (int64_t i = 0; i < n; ++i) x[i] = dropped<active>(dropout, words, i, gelu(x[i]));
+}
+template <bool active, class A>
+void backward_chunk(const Dropout<A> dropout, const uint32_t* words, A* x, A* g, int64_t n) {
+  WAVEMIX_SIMD
+  for (int64_t i = 0; i < n; ++i) {
+    A slope;
+    const A h = gelu(x[i], slope);
+    const A gradient = g[i] * slope;
+    x[i] = dropped<active>(dropout, words, i, h);
+    g[i] = dropped<active>(dropout, words, i, gradient);
+  }
+}
+
+// One row of the hidden layer in place, and with `g` its gradient, which becomes that of the pre-activations.
+template <bool active, class A>
+void activate_row(const Dropout<A>& dropout, int64_t row, int64_t columns, A* x, A* g) {
+  uint32_t words[kChunk];
+  const uint64_t groups = static_cast<uint64_t>((columns + 3) / 4);
+  for (int64_t at = 0; at < columns; at += kChunk) {
+    const int64_t n = columns - at < kChunk ? columns - at : kChunk;
+    if (active)
+      philox_words(dropout.seed, static_cast<uint64_t>(row) * groups + static_cast<uint64_t>(at / 4), (n + 3) / 4,
+                   words);
+    if (g == nullptr) {
+      forward_chunk<active>(dropout, words, x + at, n);
+    } else {
+      backward_chunk<active>(dropout, words, x + at, g + at, n);
+    }
+  }
+}
+
+template <class A>
+void activate(const Dropout<A>& dropout, int64_t first, int64_t rows, int64_t columns, A* x, A* g, int64_t stride) {
+  if (!dropout.active() && columns == stride) {
+    // Nothing depends on where a row begins: one run, without an entry and exit for every row.
+    if (rows > 0) activate_row<false>(dropout, first, rows * columns, x, g);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    A* gradient = g == nullptr ? nullptr : g + i * stride;
+    if (dropout.active()) {
+      activate_row<true>(dropout, first + i, columns, x + i * stride, gradient);
+    } else {
+      activate_row<false>(dropout, first + i, columns, x + i * stride, gradient);
+    }
+  }
+}
+
+// --- Operands ----------------------------------------------------------------------------------------------
+
+template <class T>
+T* row_of(const Matrix& m, int64_t row) {
+  return static_cast<T*>(m.data) + row * m.stride;
+}
+
+// [x | second * scale + shift] for some rows.
+template <class T, class A>
+void join(const MlpArgs& args, int64_t first, int64_t rows, const Block<A>& out) {
+  const A* scale = static_cast<const A*>(args.scale);
+  const A* shift = static_cast<const A*>(args.shift);
+  for (int64_t i = 0; i < rows; ++i) {
+    A* row = out.data + i * out.stride;
+    load_run(row_of<const T>(args.x, first + i), args.a, row);
+    if (args.b == 0) continue;
+    row += args.a;
+    load_run(row_of<const T>(args.second, first + i), args.b, row);
+    if (scale != nullptr)
+      for (int64_t j = 0; j < args.b; ++j) row[j] = row[j] * scale[j] + shift[j];
+  }
+}
+
+// How the rows are cut: blocks whose operands take a quarter of a megabyte, half of the smallest L2 caches of today,
+// and as many for each thread.
+struct Cut {
+  int64_t rows, count;
+  Cut(int64_t total, int64_t bytes_per_row, int threads) {
+    int64_t most = (int64_t{1} << 18) / bytes_per_row;
+    most = most < 16 ? 16 : most > 128 ? 128 : most;
+    const int64_t least = round_up(total > 0 ? total : 1, most * threads) / most;
+    rows = round_up((total + least - 1) / least, kGemmRows);
+    rows = rows > 0 ? rows : kGemmRows;
+    count = (total + rows - 1) / rows;
+  }
+};
+
+// Weights in the orders in which products read them, and padded biases: made once, read by all threads.
+template <class T, class A>
+struct Weights {
+  int64_t inputs;
+  ZeroBuffer<A> b1, b2;
+  Buffer<A> w1, w2;
+  explicit Weights(const MlpArgs& args)
+      : inputs(args.a + args.b),
+        b1(padded<A>(args.k)),
+        b2(padded<A>(args.o)),
+        w1(inputs * padded<A>(args.k)),
+        w2(args.k * padded<A>(args.o)) {
+    const T* u = static_cast<const T*>(args.w1);
+    const T* v = static_cast<const T*>(args.w2);
+    const int64_t n = inputs, k = args.k;
+    pack(n, k, w1.data, [=](int64_t i, int64_t j) { return load(u[j * n + i]); });
+    pack(k, args.o, w2.data, [=](int64_t i, int64_t j) { return load(v[j * k + i]); });
+    if (args.b1 != nullptr) load_row(static_cast<const T*>(args.b1), 1, k, b1.data);
+    if (args.b2 != nullptr) load_row(static_cast<const T*>(args.b2), 1, args.o, b2.data);
+  }
+};
+
+template <class T>
+void advise_rows(const Matrix& out, int64_t rows, int64_t columns) {
+  if (out.data != nullptr) advise<2>(out.data, {out.stride, 1}, {rows, columns}, static_cast<int64_t>(sizeof(T)));
+}
+
+template <class... Columns>
+int64_t bytes_per_row(size_t element, Columns... columns) {
+  return (static_cast<int64_t>(columns) + ...) * static_cast<int64_t>(element);
+}
+
+// --- Forward -----------------------------------------------------------------------------------------------
+
+template <class T>
+void forward(const MlpArgs& args, const Matrix& out, int threads) {
+  using A = typename Arithmetic<T>::type;
+  if (args.rows == 0) return;
+  if (args.rows * args.k < kSerialElements) threads = 1;
+  advise_rows<T>(out, args.rows, args.o);
+  const Weights<T, A> weights(args);
+  const Dropout<A> dropout(args.p, args.seed);
+  const Cut cut(args.rows, bytes_per_row(sizeof(A), weights.inputs, args.k, args.o), threads);
+  WAVEMIX_PARALLEL(threads) {
+    const Block<A> x(cut.rows, weights.inputs), h(cut.rows, args.k), u(cut.rows, args.o);
+    WAVEMIX_FOR
+    for (int64_t i = 0; i < cut.count; ++i) {
+      const int64_t first = i * cut.rows, rows = args.rows - first < cut.rows ? args.rows - first : cut.rows;
+      const int64_t whole = round_up(rows, kGemmRows);
+      join<T>(args, first, rows, x);
+      product(whole, args.k, weights.inputs, x.data, x.stride, weights.w1.data, weights.b1.data, h.data, h.stride);
+      activate<A>(dropout, args.first_row + first, rows, args.k, h.data, nullptr, h.stride);
+      product(whole, args.o, args.k, h.data, h.stride, weights.w2.data, weights.b2.data, u.data, u.stride);
+      store_rows(u, 0, args.o, rows, row_of<T>(out, first), out.stride);
+    }
+  }
+}
+
+// --- Backward ----------------------------------------------------------------------------------------------
+
+template <class T>
+void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+  using A = typename Arithmetic<T>::type;
+  if (args.rows * args.k < kSerialElements) threads = 1;
+  advise_rows<T>(grads.d_x, args.rows, args.a);
+  advise_rows<T>(grads.d_second, args.rows, args.b);
+  advise_rows<T>(grads.out, args.rows, args.o);
+  const Weights<T, A> weights(args);
+  const Dropout<A> dropout(args.p, args.seed);
+  const int64_t inputs = weights.inputs, k = args.k, o = args.o;
+  // The same weights for the products with their transposes.
+  const Buffer<A> w1(k * padded<A>(inputs)), w2(o * padded<A>(k));
+  const ZeroBuffer<A> zero(padded<A>(inputs + k));
+  const T* u = static_cast<const T*>(args.w1);
+  const T* v = static_cast<const T*>(args.w2);
+  pack(k, inputs, w1.data, [=](int64_t i, int64_t j) { return load(u[i * inputs + j]); });
+  pack(o, k, w2.data, [=](int64_t i, int64_t j) { return load(v[i * k + j]); });
+  // Each thread's sums over its rows: d_w1, d_w2, d_b1, d_b2.
+  const int64_t at_w2 = padded<A>(k) * padded<A>(inputs), at_b1 = at_w2 + padded<A>(o) * padded<A>(k);
+  const int64_t at_b2 = at_b1 + padded<A>(k), size = at_b2 + padded<A>(o);
+  const Scratch memory(threads * size * static_cast<int64_t>(sizeof(A)));
+  A* sums = reinterpret_cast<A*>(memory.block);
+  const Cut cut(args.rows, bytes_per_row(sizeof(A), inputs, k, o, k, inputs), threads);
+  WAVEMIX_PARALLEL(threads) {
+    const Block<A> x(cut.rows, inputs), h(cut.rows, k), g(cut.rows, o), g_h(cut.rows, k), g_x(cut.rows, inputs);
+    const Block<A> out(grads.out.data == nullptr ? 0 : cut.rows, o);
+    A* sum = sums + WAVEMIX_THREAD * size;
+    WAVEMIX_FOR
+    for (int t = 0; t < threads; ++t) std::memset(sums + t * size, 0, static_cast<size_t>(size) * sizeof(A));
+    WAVEMIX_FOR
+    for (int64_t i = 0; i < cut.count; ++i) {
+      const int64_t first = i * cut.rows, rows = args.rows - first < cut.rows ? args.rows - first : cut.rows;
+      const int64_t whole = round_up(rows, kGemmRows);
+      join<T>(args, first, rows, x);
+      load_rows(row_of<T>(grads.grad, first), grads.grad.stride, rows, g);
+      product(whole, k, inputs, x.data, x.stride, weights.w1.data, weights.b1.data, h.data, h.stride);
+      product(whole, k, o, g.data, g.stride, w2.data, zero.data, g_h.data, g_h.stride);
+      activate<A>(dropout, args.first_row + first, rows, k, h.data, g_h.data, h.stride);
+      if (grads.out.data != nullptr) {
+        product(whole, o, k, h.data, h.stride, weights.w2.data, weights.b2.data, out.data, out.stride);
+        store_rows(out, 0, o, rows, row_of<T>(grads.out, first), grads.out.stride);
+      }
+      add_product_of_transpose(padded<A>(o), k, rows, g.data, g.stride, h.data, h.stride, sum + at_w2, h.stride);
+      add_product_of_transpose(padded<A>(k), inputs, rows, g_h.data, g_h.stride, x.data, x.stride, sum, x.stride);
+      add_rows(g_h, rows, sum + at_b1);
+      add_rows(g, rows, sum + at_b2);
+      product(whole, inputs, k, g_h.data, g_h.stride, w1.data, zero.data, g_x.data, g_x.stride);
+      store_rows(g_x, 0, args.a, rows, row_of<T>(grads.d_x, first), grads.d_x.stride);
+      if (args.b > 0) store_rows(g_x, args.a, args.b, rows, row_of<T>(grads.d_second, first), grads.d_second.stride);
+    }
+  }
+  finish_sums<T>(sums, size, threads, k, inputs, padded<A>(inputs), 1, grads.d_w1);
+  finish_sums<T>(sums + at_w2, size, threads, o, k, padded<A>(k), 1, grads.d_w2);
+  finish_sums<T>(sums + at_b1, size, threads, 1, k, k, 1, grads.d_b1);
+  finish_sums<T>(sums + at_b2, size, threads, 1, o, o, 1, grads.d_b2);
+}
+
+}  // namespace
+
+void mlp_forward(const MlpArgs& args, const Matrix& out, int threads) {
+  if (choose::mlp_forward(args) == choose::Mlp::few_pixels) return mlp_few_pixels_forward(args, out, threads);
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, threads); });
+}
+void mlp_backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
+  if (choose::mlp_backward(args, grads) == choose::Mlp::few_pixels)
+    return mlp_few_pixels_backward(args, grads, threads);
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+}
+
+void philox4x32(const uint32_t (&counter)[4], const uint32_t (&key)[2], uint32_t (&words)[4]) {
+  PhiloxLanes c[4] = {};
+  for (int i = 0; i < 4; ++i) c[i] += uint64_t{counter[i]};
+  philox4x32(c, key[0], key[1]);
+  for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(c[i][kPhiloxLanes - 1]);
+}
+
+}  // namespace WAVEMIX_ISA
+}  // namespace wavemix

@@ -1,0 +1,72 @@
+// Launching kernels: the one door to the CUDA runtime. Under nvcc it is the runtime, under a host compiler
+// the emulator of csrc/emulator, which runs the same kernel sources thread by thread.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulator/emulator.h"
+#endif
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace wavemix {
+
+inline void check(cudaError_t status, const std::string& action) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // the failure is reported here; do not leave it for the next caller to trip over
+  throw std::runtime_error(action + " failed: " + cudaGetErrorString(status));
+}
+
+// Makes `device` current and gives the caller's own device back at the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device == previous_) return;
+    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+struct Launch {
+  std::string what;  // names the kernel in errors
+  unsigned blocks = 0;
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), Arguments&&... arguments) const {
+#if defined(__CUDACC__)
+    constexpr size_t kDefaultSharedLimit = 48 * 1024;
+    if (shared_bytes > kDefaultSharedLimit) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+            "asking " + std::to_string(shared_bytes) + " bytes of shared memory for " + what);
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
+          "launch of " + what + " (" + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads)");
+#else
+    emulator::launch(what, dim3(blocks), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
+#endif
+  }
+};
+
+}  // namespace wavemix
