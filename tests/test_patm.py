@@ -287,7 +287,7 @@ class TestArguments:
             core.branch_sum_cpu(1, x.shape, [_native.address(x)] * 3, 0, _native.address(x), 1)
         odd = torch.zeros(1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match="shape: expected an even number of channels, got 3"):
-            core.phase_forward_cpu(1, odd.shape, True, *[_native.address(odd)] * 2, 0, 0, 0, (), (), 0, 1)
+            core.phase_forward_cpu(1, odd.shape, True, (*[_native.address(odd)] * 2, 0, 0, 0), (), (), 0, 1)
 
     def test_constructor(self) -> None:
         with pytest.raises(ValueError, match="recompute='some': expected one of 'amplitudes', 'all'"):

@@ -77,17 +77,9 @@ class FusedPATM(PATM):
         norm_h, norm_w = (PhaseNorm(n.weight, n.bias, *frozen(n)) for n in phase_norms)
         read, kind = (None, None) if norm is None else pre_norm.read(norm, x)
         out = patm_op.patm(
-            cast_x if norm is None else x,
-            weights,
-            norm_h,
-            norm_w,
-            eps=(phase_norms[0].eps, phase_norms[1].eps),
-            recompute=self.recompute,
-            backend=backend,
-            norm=read,
-            kind=kind,
-            path=path,
-        )
+            cast_x if norm is None else x, weights, norm_h, norm_w, eps=(phase_norms[0].eps, phase_norms[1].eps),
+            recompute=self.recompute, backend=backend, norm=read, kind=kind, path=path,
+        )  # fmt: skip
         for phase_norm, statistics in zip(phase_norms, (out.norm_h, out.norm_w), strict=True):
             pre_norm.update(phase_norm, x, *statistics)
         if norm is not None:

@@ -6,7 +6,6 @@ phases nor waves reach memory; backward makes them again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,21 +16,9 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
-from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.patm import phases_native as native
-from wavemix_kernels.ops.patm import reference
-from wavemix_kernels.ops.patm.waves import (
-    Batch,
-    Branch,
-    Branches,
-    Cotangent,
-    Cotangents,
-    Gradients,
-    by_branch,
-    empty_images,
-    line,
-    slots,
-)  # fmt: skip
+from wavemix_kernels.ops.patm import reference, waves
+from wavemix_kernels.ops.patm.waves import Batch, Branch, Branches, Cotangent, Cotangents, Gradients
 
 _PHASES = (
     "Tensor theta_h, Tensor theta_w, Tensor scale_h, Tensor shift_h, Tensor scale_w, Tensor shift_w, "
@@ -104,18 +91,6 @@ def phase_aggregate(
     return h, w, s
 
 
-def _pairs(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A probe of kernels, which also want whole pairs of channels."""
-
-    def probe(*tensors: Tensor) -> str | None:
-        if (reason := why_not(*tensors)) is not None:
-            return reason
-        odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
-        return None if odd is None else f"it takes an even number of channels, got {odd}"
-
-    return probe
-
-
 # --- Triton ----------------------------------------------------------------------------------------------
 
 
@@ -134,10 +109,6 @@ def _triton_branch_backward(
     from wavemix_kernels.ops.patm import triton_phases_backward as kernels
 
     return kernels.backward(d_z, d_theta, d_c, cotangent, branch)
-
-
-def _triton_add_line(theta: Tensor, d_theta: Tensor, rise: Tensor, offset: Tensor) -> None:
-    batch_norm.BACKENDS["triton"].functions["backward"](d_theta, theta, torch.ones_like(rise), rise, offset, d_theta)
 
 
 # --- Reference -------------------------------------------------------------------------------------------
@@ -180,29 +151,29 @@ def _reference_backward(branches: Branches, cotangents: Cotangents, batch: Batch
         center = None if batch is None else batch.mean[i]
         d_z, d_theta, d_taps, of_branch = _reference_branch_backward(d, branch, center)
         if batch is not None:
-            rise, offset = line(z, of_branch, branch.scale.to(wide), Batch(batch.mean[i], batch.invstd[i]))
+            rise, offset = waves.line(z, of_branch, branch.scale.to(wide), Batch(batch.mean[i], batch.invstd[i]))
             d_theta = d_theta + rise[:, None, None] * branch.theta + offset[:, None, None]
         amplitudes.append(d_z)
         d_thetas.append(d_theta)
         sums.append(of_branch)
         taps.append(d_taps.to(branch.taps.dtype).contiguous())
     d_c = grad_s.expand(z.shape) if cotangents.a is None else grad_h * a_c + grad_s
-    images = empty_images(z, joined)
-    for slot, value in zip(slots(images), (*amplitudes, d_c, *d_thetas), strict=True):
+    images = waves.empty_images(z, joined)
+    for slot, value in zip(waves.slots(images), (*amplitudes, d_c, *d_thetas), strict=True):
         slot.copy_(value)
     return Gradients(images, torch.stack(sums), *taps)
 
 
 BACKENDS: dict[str, backends.Backend] = {
     "cuda": backends.Backend(
-        _pairs(backends.cuda_why_not), {"forward": native.cuda_forward, "backward": native.cuda_backward}
+        waves.in_pairs(backends.cuda_why_not), {"forward": native.cuda_forward, "backward": native.cuda_backward}
     ),
     "triton": backends.Backend(
-        _pairs(backends.triton_why_not),
-        {"forward": _triton_forward, "backward": by_branch(_triton_branch_backward, _triton_add_line)},
+        waves.in_pairs(backends.triton_why_not),
+        {"forward": _triton_forward, "backward": waves.by_branch(_triton_branch_backward, "triton")},
     ),
     "cpu": backends.Backend(
-        _pairs(backends.cpu_why_not), {"forward": native.cpu_forward, "backward": native.cpu_backward}
+        waves.in_pairs(backends.cpu_why_not), {"forward": native.cpu_forward, "backward": native.cpu_backward}
     ),
     "reference": backends.Backend(
         backends.reference_why_not, {"forward": _reference_forward, "backward": _reference_backward}
@@ -242,7 +213,7 @@ def _forward_fake(z_h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_fake(*arguments: Any) -> list[Tensor]:
     z_h, taps_h, taps_w, joined = arguments[4], arguments[12], arguments[13], arguments[16]
     sums = z_h.new_empty((2, 2, z_h.shape[1]), dtype=accumulate_dtype(z_h.dtype))
-    return [*empty_images(z_h, joined), sums, taps_h.new_empty(taps_h.shape), taps_w.new_empty(taps_w.shape)]
+    return [*waves.empty_images(z_h, joined), sums, taps_h.new_empty(taps_h.shape), taps_w.new_empty(taps_w.shape)]
 
 
 _library.impl("phase_aggregate", _forward_op, "CompositeExplicitAutograd")

@@ -10,20 +10,8 @@ from torch import Tensor
 from wavemix_kernels import _native
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
-from wavemix_kernels.ops.norm import batch_norm
-from wavemix_kernels.ops.patm.waves import (
-    Batch,
-    Branch,
-    Branches,
-    Cotangent,
-    Cotangents,
-    Gradients,
-    by_branch,
-    empty_images,
-    line,
-    slots,
-    wide,
-)  # fmt: skip
+from wavemix_kernels.ops.patm import waves
+from wavemix_kernels.ops.patm.waves import Batch, Branch, Branches, Cotangent, Cotangents, Gradients
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -35,11 +23,17 @@ def _addresses(branch: Branch) -> tuple[Any, ...]:
     return *map(_native.address, branch[:2]), *(t.data_ptr() for t in branch[2:])
 
 
+def _gradient(of: Cotangent, d_z: Tensor, d_theta: Tensor, d_taps: Tensor, sums: Tensor) -> tuple[Any, ...]:
+    images = map(_native.address, (d_z, d_theta))
+    vectors = map(_pointer, (of.a, of.b, of.center))
+    return _native.address(of.grad), *vectors, *images, d_taps.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr()
+
+
 # --- CPU -------------------------------------------------------------------------------------------------
 
 
 def _cpu_arguments(branch: Branch) -> tuple[Any, ...]:
-    return _native.DTYPES[branch.z.dtype], branch.z.shape, branch.axis == 2, *_addresses(branch)
+    return _native.DTYPES[branch.z.dtype], branch.z.shape, branch.axis == 2, _addresses(branch)
 
 
 def cpu_forward(branches: Branches, z_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,21 +55,15 @@ def _cpu_branch_backward(
     branch: Branch, cotangent: Cotangent, d_z: Tensor, d_theta: Tensor, d_c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     core: Any = _native.core
-    grad, *vectors = cotangent
     d_taps, sums = torch.empty_like(branch.taps), branch.scale.new_empty((2, branch.scale.shape[0]))
     core.phase_backward_cpu(
-        *_cpu_arguments(branch), _native.address(grad), *map(_pointer, vectors), _native.address(d_z),
-        _native.address(d_theta), _native.address(d_c), d_taps.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr(),
-        torch.get_num_threads(),
+        *_cpu_arguments(branch), _gradient(cotangent, d_z, d_theta, d_taps, sums), _pointer(cotangent.a_c),
+        _native.address(d_c), torch.get_num_threads(),
     )  # fmt: skip
     return d_taps, sums
 
 
-def _cpu_add_line(theta: Tensor, d_theta: Tensor, rise: Tensor, offset: Tensor) -> None:
-    batch_norm.BACKENDS["cpu"].functions["backward"](d_theta, theta, torch.ones_like(rise), rise, offset, d_theta)
-
-
-cpu_backward = by_branch(_cpu_branch_backward, _cpu_add_line)
+cpu_backward = waves.by_branch(_cpu_branch_backward, "cpu")
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------
@@ -108,23 +96,18 @@ def cuda_forward(branches: Branches, z_c: Tensor) -> tuple[Tensor, Tensor, Tenso
 def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | None, joined: bool) -> Gradients:
     core: Any = _native.cuda_core
     z = branches[0].z
-    images = empty_images(z, joined)
-    d_z_h, d_z_w, d_c, *d_thetas = slots(images)
+    images = waves.empty_images(z, joined)
+    d_z_h, d_z_w, d_c, *d_thetas = waves.slots(images)
     read = [branch.for_kernels() for branch in branches]
     arguments, where = _cuda_arguments(read), _native.stream(z.device)
     given = [cotangents.of(i, batch) for i in range(2)]
     if cotangents.a is None:
-        d_c.copy_(wide(cotangents.grad_s, z)[:, :, None, None].expand(d_c.shape))
+        d_c.copy_(waves.wide(cotangents.grad_s, z)[:, :, None, None].expand(d_c.shape))
     sums = read[0].scale.new_empty((2, 2, z.shape[1]))
     taps = [torch.empty_like(branch.taps) for branch in read]
     workspace = _cuda_workspace(z, True)
-    gradients = [
-        (
-            _native.address(of.grad), _pointer(of.a), _pointer(of.b), _pointer(of.center), _native.address(d_z),
-            _native.address(d_theta), taps[i].data_ptr(), sums[i, 0].data_ptr(), sums[i, 1].data_ptr(),
-        )
-        for i, (of, d_z, d_theta) in enumerate(zip(given, (d_z_h, d_z_w), d_thetas, strict=True))
-    ]  # fmt: skip
+    written = zip(given, (d_z_h, d_z_w), d_thetas, taps, sums, strict=True)
+    gradients = [_gradient(*of_branch) for of_branch in written]
     a_c = given[0].a_c
     core.phase_backward_cuda(
         *arguments, gradients, _pointer(a_c), _native.address(None if a_c is None else d_c), workspace.data_ptr(),
@@ -132,7 +115,7 @@ def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | Non
     )  # fmt: skip
     if batch is not None:
         scales = torch.stack([branch.scale for branch in read])
-        lines = line(z, sums, scales, Batch(*(wide(t, z) for t in batch)))
+        lines = waves.line(z, sums, scales, Batch(*(waves.wide(t, z) for t in batch)))
         core.phase_statistics_cuda(
             *arguments, [_native.address(d_theta) for d_theta in d_thetas],
             *([values[i].data_ptr() for i in range(2)] for values in lines), *where,

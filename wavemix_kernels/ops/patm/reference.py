@@ -23,18 +23,9 @@ def phase_aggregate(
     z_h: Tensor, z_w: Tensor, z_c: Tensor, theta_h: Tensor, theta_w: Tensor, scale_h: Tensor, shift_h: Tensor,
     scale_w: Tensor, shift_w: Tensor, taps_h: Tensor, taps_w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Everything of PATM between its projections and its branch weights.
-
-    Args:
-        z_h, z_w, z_c: amplitudes along W and H, and the channel branch; (N, C, H, W), one dtype.
-        theta_h, theta_w: what the BatchNorms of the phases read; (N, C, H, W) of that dtype.
-        scale_h, shift_h, scale_w, shift_w: those BatchNorms as affine maps, phase = ReLU(scale theta + shift); (C,).
-        taps_h, taps_w: taps of the grouped convolutions along W and H; (C, 2, 1, 7) and (C, 2, 7, 1).
-
-    Returns:
-        h, w (N, C, H, W) in the dtype of z_h, each rounded once, and s (N, C), the sums of ``h + w + z_c`` over H and W
-        before that rounding, in the dtype of the arithmetic: fp32 for the half types.
-    """
+    """Everything of PATM between its projections and its branch weights, as
+    :func:`wavemix_kernels.ops.patm.phases.phase_aggregate` describes it. h and w are rounded once, to the dtype of z_h;
+    s is in the accumulation dtype."""
     dtype = accumulate_dtype(z_h.dtype)
 
     def aggregate(z: Tensor, theta: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:

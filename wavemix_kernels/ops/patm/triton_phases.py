@@ -18,14 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
-from wavemix_kernels.ops.patm.triton_waves import (
-    even_odd,
-    position,
-    sincos,
-    store_halves,
-    tap,
-    within,
-)  # fmt: skip
+from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, store_halves, tap, within
 from wavemix_kernels.ops.patm.waves import Branch
 
 PROGRAMS = 1584  # of one warp each: twelve for each multiprocessor of an H100, which is what registers leave room for

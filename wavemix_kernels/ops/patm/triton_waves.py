@@ -25,7 +25,7 @@ def interleave(even, odd):
 
 @triton.jit
 def _reduce_near(x):
-    """x in [0, 8192] as a multiple of pi/2 and the rest: csrc/cpu/patm/sincos.h says why three steps are exact enough."""
+    """x in [0, 8192] as a multiple of pi/2 and the rest. Three steps are exact enough: csrc/cpu/patm/sincos.h."""
     shifted = x * 0.636619772 + 12582912.0
     n = shifted - 12582912.0
     r = ((x - n * 1.5703125) - n * 4.837512969970703125e-4) - n * 7.54978995489188216e-8

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.patm.statistics import line_through
 
 
@@ -37,7 +38,19 @@ class Branch(NamedTuple):
         return Branch(*images, *(wide(t, self.z) for t in self[2:]))
 
 
-Branches = tuple[Branch, Branch]
+Branches = tuple[Branch, Branch]  # along W, along H
+
+
+def in_pairs(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A probe of kernels, which also take whole pairs of channels."""
+
+    def probe(*tensors: Tensor) -> str | None:
+        if (reason := why_not(*tensors)) is not None:
+            return reason
+        odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
+        return None if odd is None else f"it takes an even number of channels, got {odd}"
+
+    return probe
 
 
 class Cotangent(NamedTuple):
@@ -110,8 +123,6 @@ def empty_images(like: Tensor, joined: bool) -> list[Tensor]:
 
 #: (branch, cotangent, d_z, d_theta, d_c or None) -> gradient of the taps, sums (2, C); the images are written.
 BranchBackward = Callable[[Branch, Cotangent, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-#: (theta, d_theta, rise, offset): d_theta += rise theta + offset, by channel.
-AddLine = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def line(z: Tensor, sums: Tensor, scale: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -120,8 +131,9 @@ def line(z: Tensor, sums: Tensor, scale: Tensor, batch: Batch) -> tuple[Tensor, 
     return rise, offset - rise * batch.mean
 
 
-def by_branch(one: BranchBackward, add_line: AddLine) -> Callable[..., Gradients]:
+def by_branch(one: BranchBackward, backend: str) -> Callable[..., Gradients]:
     """The gradient of both branches, one after the other, from that of one with statistics as constants."""
+    add_line = batch_norm.BACKENDS[backend].functions["backward"]
 
     def backward(branches: Branches, cotangents: Cotangents, batch: Batch | None, joined: bool) -> Gradients:
         z = branches[0].z
@@ -135,7 +147,8 @@ def by_branch(one: BranchBackward, add_line: AddLine) -> Callable[..., Gradients
             third = None if cotangent.a_c is None else d_c
             d_taps, sums_i = one(read, cotangent, d_z, d_theta, third)
             if batch is not None:
-                add_line(read.theta, d_theta, *line(z, sums_i, read.scale, Batch(batch.mean[i], batch.invstd[i])))
+                rise, offset = line(z, sums_i, read.scale, Batch(batch.mean[i], batch.invstd[i]))
+                add_line(d_theta, read.theta, torch.ones_like(rise), rise, offset, d_theta)
             sums.append(sums_i)
             taps.append(d_taps.to(branch.taps.dtype))
         return Gradients(images, torch.stack(sums), *taps)

@@ -19,6 +19,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.patm import reference, statistics
+from wavemix_kernels.ops.patm.waves import in_pairs
 from wavemix_kernels.ops.patm.weights import Affine, Weights
 
 
@@ -87,13 +88,6 @@ if _native.core is not None and (taken := getattr(_native.core, "PATM_WEIGHTS", 
     raise ImportError(
         f"the compiled core belongs to other sources: it takes PATM's {taken}, not {_FIELDS}; build it anew"
     )
-
-
-def _cpu_why_not(*tensors: Tensor) -> str | None:
-    if (reason := backends.cpu_why_not(*tensors)) is not None:
-        return reason
-    odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
-    return None if odd is None else f"it takes an even number of channels, got {odd}"
 
 
 class _CpuArguments:
@@ -219,7 +213,7 @@ def _reference_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector:
 
 BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
-        _cpu_why_not,
+        in_pairs(backends.cpu_why_not),
         {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "add_linear": _cpu_add_linear},
     ),
     "reference": backends.Backend(

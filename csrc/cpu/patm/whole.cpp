@@ -7,7 +7,7 @@
 // Memory is read twice and written once. z_c alone is made where it is mixed. Batch statistics follow from the image's
 // moments, so no product is made twice.
 
-#include "cpu/patm/patm_parts.h"
+#include "cpu/patm/whole.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {

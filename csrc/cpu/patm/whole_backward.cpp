@@ -1,11 +1,11 @@
 // PATM's backward pass from its image, the output's gradient and statistics. Compiled once per instruction set (isa.h).
 //
-// Each image takes two parts, between which the branch weights' gradient is complete (forward: patm_whole.cpp). The
+// Each image takes two parts, between which the branch weights' gradient is complete (forward: whole.cpp). The
 // first makes the branches again, and with them the gradients of the output projection and of the branch weights. From
 // amplitudes and phases, which wait in a cache, the second makes all others. Statistics are constants here: theta is
 // linear in the image, so what comes through them is linear in it too, and is added when the batch is done.
 
-#include "cpu/patm/patm_parts.h"
+#include "cpu/patm/whole.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
