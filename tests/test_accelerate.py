@@ -419,8 +419,8 @@ def test_vendored_wave_mlp(norm: Any, mode: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     # One function for each residual branch, with the drop path of the model's own.
     assert type(model[2].drop_path) is vendored.DropPath
-    assert model[2].attn.is_plain()
-    assert model[2].mlp.is_plain()
+    assert model[2].attn.why_not_joined() is None
+    assert model[2].mlp.why_not_joined() is None
     actual = seeded(model)
     for name, gradient in actual[1].items():
         if name.endswith("_conv.0.bias"):  # in front of batch statistics: 0, and the modules have its rounding errors

@@ -95,8 +95,8 @@ class Gradient:
         if without_statistics:
             tensors[-2:] = None, None
         out = op.backward(*tensors, self.joined, name)
-        slots = dict(zip(("z_h", "z_w", "c", "theta_h", "theta_w"), op._slots(out.images), strict=True))
-        return {**slots, "sums": out.sums, "w_h": out.w_h, "w_w": out.w_w}
+        slots = dict(zip(("z_h", "z_w", "z_c", "theta_h", "theta_w"), out.slots(), strict=True))
+        return {**slots, "sums": out.sums, "taps_h": out.taps_h, "taps_w": out.taps_w}
 
     def check(self, got: dict[str, Tensor]) -> None:
         bounds = Bounds(self.inputs, self.dtype)
@@ -109,7 +109,7 @@ class Gradient:
 
         # One product and one sum, then the output's own rounding.
         exact = self.exact
-        assert_within(got["c"], exact["c"], rounded(exact["c"], 2 * u * (self.d_c + max(self.d))), "c")
+        assert_within(got["z_c"], exact["z_c"], rounded(exact["z_c"], 2 * u * (self.d_c + max(self.d))), "z_c")
         for i, b in enumerate("hw"):
             z, row, d = bounds.z[b], bounds.row[b], self.d[i]
             turned = bounds.phase[b] + 1.32
@@ -138,9 +138,9 @@ class Gradient:
             for k, factor in enumerate((1.0, theta)):
                 value = exact["sums"][i, k]
                 assert_within(got["sums"][i, k], value, torch.full_like(value, factor * summed), f"sum {k} {b}")
-            value = exact[f"w_{b}"]
+            value = exact[f"taps_{b}"]
             each = u * z * d * (turned + 4 + count)
-            assert_within(got[f"w_{b}"], value, torch.full_like(value, count * each), f"w_{b}")
+            assert_within(got[f"taps_{b}"], value, torch.full_like(value, count * each), f"taps_{b}")
 
 
 def slack_of(dtype: torch.dtype) -> float:
@@ -187,10 +187,10 @@ def test_sine_and_cosine_of_any_phase(dtype: torch.dtype, power: float, device: 
     theta[0, 0, 0, :] = torch.tensor([*near, 8192.0, 8193.0], dtype=dtype)
     theta[0, 1, 0, :3] = torch.tensor([1048576.0, 1048577.0, torch.finfo(dtype).max], dtype=dtype)
     one, zero = torch.ones_like(theta), torch.zeros(32, dtype=dtype, device=device)
-    w_h, w_w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((32, 2, 1, 7), (32, 2, 7, 1)))
-    w_h[:, 0, 0, 3] = w_w[:, 1, 3, 0] = 1
+    taps_h, taps_w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((32, 2, 1, 7), (32, 2, 7, 1)))
+    taps_h[:, 0, 0, 3] = taps_w[:, 1, 3, 0] = 1
     h, w, _ = op.phase_aggregate(
-        one, one, one, theta, theta, one[0, :, 0, 0], zero, one[0, :, 0, 0], zero, w_h, w_w, backend="cuda"
+        one, one, one, theta, theta, one[0, :, 0, 0], zero, one[0, :, 0, 0], zero, taps_h, taps_w, backend="cuda"
     )
     with mpmath.workprec(1200):
         exact = {
@@ -209,8 +209,8 @@ def test_phases_without_a_sine_stay_in_reach_of_their_taps(device: str) -> None:
     inputs = [torch.ones(1, 8, 3, 20, device=device) for _ in range(5)]
     inputs[3][0, 0, 0, 4], inputs[3][0, 2, 1, 10] = math.inf, math.nan
     ones = torch.ones(8, device=device)
-    w_h, w_w = torch.ones(8, 2, 1, 7, device=device), torch.ones(8, 2, 7, 1, device=device)
-    h, w, _ = op.phase_aggregate(*inputs, ones, ones, ones, ones, w_h, w_w, backend="cuda")
+    taps_h, taps_w = torch.ones(8, 2, 1, 7, device=device), torch.ones(8, 2, 7, 1, device=device)
+    h, w, _ = op.phase_aggregate(*inputs, ones, ones, ones, ones, taps_h, taps_w, backend="cuda")
     expected = torch.zeros(h.shape, dtype=torch.bool, device=device)
     expected[0, [0, 4], 0, 1:8] = True
     expected[0, [1, 5], 1, 7:14] = True

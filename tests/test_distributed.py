@@ -20,7 +20,7 @@ from tests.tolerances import GOLDEN, UNIT_ROUNDOFF
 from tests.two_processes import WORLD, TwoProcesses
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
-from wavemix_kernels.nn.wavemlp.norm import is_plain
+from wavemix_kernels.nn.wavemlp.norm import why_not
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.wavemix.classification import WaveMix, WaveMixLite
 from wavemix_kernels.wavemlp import MyNorm, WaveNet
@@ -224,10 +224,12 @@ def test_converted_models_fall_back_to_their_modules(name: str, training: bool) 
     assert len(norms(converted, nn.SyncBatchNorm)) == len(norms(exact, nn.BatchNorm2d))
     assert converted.state_dict().keys() == exact.state_dict().keys()
     for module in converted.modules():
-        if isinstance(module, (FusedWaveblock, FusedPATM)):
+        if isinstance(module, FusedWaveblock):
             assert not module._parts_are_plain()
+        if isinstance(module, FusedPATM):
+            assert module.why_not_fused() == "theta_h_conv.1 is SyncBatchNorm, expected BatchNorm2d"
         if isinstance(module, nn.SyncBatchNorm):
-            assert not is_plain(module)
+            assert why_not("norm", module) == "norm is SyncBatchNorm, expected BatchNorm2d"
     loss, gradients = on_whole(exact, *data(torch.float64))
     its_loss, its_gradients = on_whole(converted, *data(torch.float64))
     assert abs(loss - its_loss) <= GOLDEN * loss

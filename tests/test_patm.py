@@ -30,7 +30,7 @@ LAYOUTS = ("contiguous", "channels_last", "slices")
 # (N, C, H, W): thinner and longer than the taps reach, more pairs of channels and more pixels than one block takes.
 SHAPES = [(2, 8, 7, 9), (1, 6, 3, 21), (3, 4, 1, 1), (2, 2, 1, 5), (1, 10, 13, 2), (1, 132, 5, 4), (1, 4, 2, 261)]
 NAMES = (
-    "z_h", "z_w", "c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "w_h", "w_w",
+    "z_h", "z_w", "z_c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "taps_h", "taps_w",
 )  # fmt: skip
 aggregates = pytest.mark.parametrize("name", ["cpu", "reference"])
 modes = pytest.mark.parametrize("mode", wavemlp_reference.MODES)
@@ -89,7 +89,7 @@ class Bounds:
             self.z[b], self.scale[b] = values[f"z_{b}"].abs().max().item(), scale
             self.phase[b] = 2 * (2 * theta * scale + values[f"shift_{b}"].abs().max().item())
             # Sums of |weights|: over what one output reads, and over what one wave goes to.
-            taps = values[f"w_{b}"].abs().flatten(2)
+            taps = values[f"taps_{b}"].abs().flatten(2)
             self.row[b] = max(taps.sum((1, 2)).max().item(), 2 * taps.sum(2).max().item())
 
     def output(self, b: str) -> float:
@@ -129,7 +129,7 @@ def test_aggregate_matches_reference(shape: tuple[int, ...], layout: str, dtype:
     exact_grads = torch.autograd.grad(exact, exact_leaves, [t.double() for t in cotangents])
     got = dict(zip(NAMES, grads, strict=True))
     want = dict(zip(NAMES, exact_grads, strict=True))
-    assert_within(got["c"], want["c"], rounded(want["c"], 0.0), "c")
+    assert_within(got["z_c"], want["z_c"], rounded(want["z_c"], 0.0), "z_c")
     everywhere = shape[0] * pixels
     for b, cotangent in zip("hw", cotangents, strict=False):
         d = (cotangent.double().abs().max() + cotangents[2].double().abs().max()).item()
@@ -146,9 +146,9 @@ def test_aggregate_matches_reference(shape: tuple[int, ...], layout: str, dtype:
         for key, factor in (("shift", 1.0), ("scale", theta)):
             exact_sum = want[f"{key}_{b}"]
             assert_within(got[f"{key}_{b}"], exact_sum, torch.full_like(exact_sum, factor * summed), f"{key}_{b}")
-        of_taps = want[f"w_{b}"]
+        of_taps = want[f"taps_{b}"]
         each = u * bounds.z[b] * d * (turned + 4 + everywhere)
-        assert_within(got[f"w_{b}"], of_taps, torch.full_like(of_taps, everywhere * each), f"w_{b}")
+        assert_within(got[f"taps_{b}"], of_taps, torch.full_like(of_taps, everywhere * each), f"taps_{b}")
 
 
 @pytest.mark.parametrize("power", [4, 5, 6, 30])
@@ -157,17 +157,17 @@ def test_large_phases(power: int) -> None:
     theta = (10.0**power * (1 + normal(1, 32, 3, 40).abs())).float()
     theta[0, 0, 0, :4] = torch.tensor([8192.0, 8192.001, float("inf"), float("nan")])
     z, zero, one = torch.ones_like(theta), torch.zeros(32), torch.ones(32)
-    w_h, w_w = torch.zeros(32, 2, 1, 7), torch.zeros(32, 2, 7, 1)
-    w_h[:, 0, 0, 3] = w_w[:, 1, 3, 0] = 1
+    taps_h, taps_w = torch.zeros(32, 2, 1, 7), torch.zeros(32, 2, 7, 1)
+    taps_h[:, 0, 0, 3] = taps_w[:, 1, 3, 0] = 1
     # Zero weights would spread NaN through the sums of a line: they go through an input of their own.
     finite = torch.where(theta.isfinite(), theta, 0.0)
-    h, w, _ = op.phase_aggregate(z, z, z, finite, finite, one, zero, one, zero, w_h, w_w, backend="cpu")
+    h, w, _ = op.phase_aggregate(z, z, z, finite, finite, one, zero, one, zero, taps_h, taps_w, backend="cpu")
     exact = finite.double()
     bound = torch.full((1, 16, 3, 40), 2.32 * UNIT_ROUNDOFF[torch.float32])
     for out, channels in ((h, slice(0, None, 2)), (w, slice(1, None, 2))):
         assert_within(out[:, :16], exact[:, channels].cos(), bound, "cosine")
         assert_within(out[:, 16:], exact[:, channels].sin(), bound, "sine")
-    h, *_ = op.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, w_h, w_w, backend="cpu")
+    h, *_ = op.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, taps_h, taps_w, backend="cpu")
     reached = [h[0, 0, 0, :7], h[0, 16, 0, :7]]  # 3 pixels to each side, in the outputs of the one pair of channels
     assert all(value.isnan().all() for value in reached)
     assert h.isnan().sum() == sum(value.numel() for value in reached)
@@ -270,9 +270,9 @@ class TestArguments:
             ),
             ("theta_w", lambda t: t.double(), TypeError, "theta_w: expected the dtype of z_h, torch.float32, got"),
             ("shift_w", lambda t: t[:1], ValueError, r"shift_w: expected shape \(4,\) to go with z_h"),
-            ("w_w", lambda t: t.transpose(2, 3), ValueError, r"w_w: expected shape \(4, 2, 7, 1\)"),
+            ("taps_w", lambda t: t.transpose(2, 3), ValueError, r"taps_w: expected shape \(4, 2, 7, 1\)"),
         ],
-        ids=["z_h", "z_w", "theta_w", "shift_w", "w_w"],
+        ids=["z_h", "z_w", "theta_w", "shift_w", "taps_w"],
     )
     def test_rejected(self, name: str, change: Callable[[Tensor], Tensor], error: type, message: str) -> None:
         inputs = dict(zip(NAMES, arguments((1, 4, 3, 5), torch.float32), strict=True))
@@ -287,7 +287,7 @@ class TestArguments:
             core.branch_sum_cpu(1, x.shape, [_native.address(x)] * 3, 0, _native.address(x), 1)
         odd = torch.zeros(1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match="shape: expected an even number of channels, got 3"):
-            core.phase_forward_cpu(1, odd.shape, True, *[_native.address(odd)] * 2, 0, 0, 0, (), (), 0, 1)
+            core.phase_forward_cpu(1, odd.shape, True, (*[_native.address(odd)] * 2, 0, 0, 0), (), (), 0, 1)
 
     def test_constructor(self) -> None:
         with pytest.raises(ValueError, match="recompute='some': expected one of 'amplitudes', 'all'"):

@@ -22,6 +22,7 @@ from wavemix_kernels import _native
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.patm import whole as op
+from wavemix_kernels.ops.patm.weights import Affine, Weights
 
 # (dim, size): thinner than the taps reach, several rows to a step and none, more places than channels.
 SIZES = [(4, (3, 21)), (10, (8, 2)), (6, (1, 1)), (4, (1, 9)), (34, (9, 5)), (16, (4, 70))]
@@ -43,26 +44,27 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> op.Weights:
+def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> tuple[Weights, Affine]:
     """Phases of a few radians, mostly above 0."""
     hidden, values = max(c // 4, 1), {}
-    for i, name in enumerate(op.Weights._fields):
+    for i, name in enumerate((*Weights._fields, *Affine._fields)):
         if name in ("fc1", "fc2"):
             shape: tuple[int, ...] = (hidden, c, 1, 1) if name == "fc1" else (3 * c, hidden, 1, 1)
         elif name.startswith("taps"):
             shape = (c, 2, 1, 7) if name == "taps_h" else (c, 2, 7, 1)
-        elif name.startswith(("scale", "shift")) or name.endswith("bias"):
+        elif name in Affine._fields or name.endswith("bias"):
             shape = (hidden if name == "fc1_bias" else 3 * c if name == "fc2_bias" else c,)
         else:
             shape = (c, c, 1, 1)
         value = normal(*shape, seed=i) / (c**0.5 if len(shape) > 1 else 4)
-        values[name] = (value + 1 if name.startswith(("scale", "shift")) else value).to(dtype)
-        if not biased and name in ("z_h_bias", "theta_w_bias", "channel_bias", "proj_bias"):
+        values[name] = (value + 1 if name in Affine._fields else value).to(dtype)
+        if not biased and name in ("z_h_bias", "theta_w_bias", "z_c_bias", "proj_bias"):
             values[name] = None
-    return op.Weights(**values)
+    maps = Affine(*(values.pop(name) for name in Affine._fields))
+    return Weights(**values), maps
 
 
-def some_batch(image: op.Image, w: op.Weights, dtype: torch.dtype) -> op.Batch:
+def some_batch(image: op.Image, dtype: torch.dtype) -> op.Batch:
     c = image.x.shape[1]
     mean, covariance = op.moments(image, "reference")
     return op.Batch((0.1 * normal(2, c)).to(dtype), 1 + normal(2, c).square().to(dtype), mean, covariance)
@@ -81,16 +83,16 @@ def test_operators_match_the_reference(dtype: torch.dtype, of_batch: bool) -> No
     x = normal(n, h, 2 * w, 2 * c).to(dtype)[:, :, ::2, 3 : 3 + c].permute(0, 3, 1, 2)
     grad = normal(n, c, h, w, seed=1).to(dtype)
     image = op.Image(x, (1 + normal(n, c, seed=2) / 4).to(wide), normal(n, c, seed=3).to(wide))
-    path, weights = torch.tensor([0.0, 1.25], dtype=wide), some_weights(c, wide, biased=of_batch)
-    batch = some_batch(image, weights, wide) if of_batch else None
+    path, (weights, maps) = torch.tensor([0.0, 1.25], dtype=wide), some_weights(c, wide, biased=of_batch)
+    batch = some_batch(image, wide) if of_batch else None
     results = []
     for name in ("cpu", "reference"):
         if name == "reference":
-            image, weights, path, grad = widened(image), widened(weights), path.double(), grad.double()
+            image, weights, maps, path, grad = *map(widened, (image, weights, maps)), path.double(), grad.double()
             batch = None if batch is None else widened(batch)
-        out, mean = op.forward(image, path, True, weights, name)
-        grads = op.backward(grad, mean, batch, image, path, weights, name)
-        results.append({"out": out, "branch_mean": mean} | grads._asdict())
+        out, mean = op.forward(image, path, True, weights, maps, name)
+        grads = op.backward(grad, mean, batch, image, path, weights, maps, name)
+        results.append({"out": out, "branch_mean": mean, "image": grads.image, "sums": grads.sums} | grads.weights)
     read = image.x * image.scale[..., None, None] + image.shift[..., None, None]
     phases = [torch.einsum("oc,nchw->nohw", t.flatten(1), read) for t in (weights.theta_h, weights.theta_w)]
     phase = max(t.abs().max().item() for t in phases)
@@ -130,28 +132,29 @@ def test_large_phases(power: int) -> None:
     eye, zero, one = torch.eye(c)[:, :, None, None], torch.zeros(c), torch.ones(c)
     taps = torch.zeros(c, 2, 7)
     taps[:, 0, 3] = 1
-    branch = (0 * eye, one, eye, zero, one, zero)
+    nothing, pass_on = (0 * eye, zero), (eye, zero)
     choose = torch.tensor([200.0, 0.0, 0.0]).repeat(c)  # the branch along W, to the last bit
-    weights = op.Weights(
-        *branch, taps[:, :, None], *branch, taps[..., None], 0 * eye, zero, torch.zeros(1, c, 1, 1), torch.zeros(1),
-        torch.zeros(3 * c, 1, 1, 1), choose, eye, zero,
+    weights = Weights(
+        0 * eye, one, 0 * eye, one, *nothing, *pass_on, *pass_on, *pass_on, taps[:, :, None], taps[..., None],
+        torch.zeros(1, c, 1, 1), torch.zeros(1), torch.zeros(3 * c, 1, 1, 1), choose,
     )  # fmt: skip
-    out, _ = op.forward(op.Image(x, None, None), None, False, weights, "cpu")
+    maps = Affine(one, zero, one, zero)
+    out, _ = op.forward(op.Image(x, None, None), None, False, weights, maps, "cpu")
     exact = x.double()[:, ::2]
     assert_within(out, torch.cat((exact.cos(), exact.sin()), 1), torch.full(x.shape, 1.32 * u), "waves")
 
 
 def test_opcheck() -> None:
     image = op.Image(normal(2, 4, 3, 5).float(), normal(2, 4).float(), normal(2, 4).float())
-    weights = some_weights(4, torch.float32, biased=False)
-    batch, grad = some_batch(image, weights, torch.float32), normal(2, 4, 3, 5).float()
+    weights, maps = some_weights(4, torch.float32, biased=False)
+    batch, grad = some_batch(image, torch.float32), normal(2, 4, 3, 5).float()
     ops, path = torch.ops.wavemix_kernels, torch.rand(2)
     for name in op.BACKENDS:
         torch.library.opcheck(ops.patm_moments, (*image, name))
-        torch.library.opcheck(ops.patm_whole, (*image, path, True, *weights, name))
-    _, mean = op.forward(image, path, True, weights, "cpu")
+        torch.library.opcheck(ops.patm_whole, (*image, path, True, *weights, *maps, name))
+    _, mean = op.forward(image, path, True, weights, maps, "cpu")
     for given in (batch, (None,) * 4):  # (the reference's backward is autograd, which opcheck turns off)
-        torch.library.opcheck(ops.patm_whole_backward, (grad, mean, *given, *image, path, *weights, "cpu"))
+        torch.library.opcheck(ops.patm_whole_backward, (grad, mean, *given, *image, path, *weights, *maps, "cpu"))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

@@ -94,7 +94,7 @@ class PatmPoint:
         import torch
 
         from wavemix_kernels.ops.patm import triton_branches as branch_sum
-        from wavemix_kernels.ops.patm import triton_phases as phase_aggregate
+        from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
 
         dtype = getattr(torch, self.dtype)
         n, c, h, w = 64, 64, 56, 56
@@ -108,12 +108,12 @@ class PatmPoint:
             a = torch.empty(3, n, c, device="meta")
             return branch_sum.launch(image, (image, image, third), a, grad)[0]
         vector, taps = (torch.empty(*size, device="meta") for size in ((c,), (c, 2, 1, 7)))
-        branch = phase_aggregate.Branch(z, theta, vector, vector, taps)
+        branch = waves.Branch(z, theta, vector, vector, taps)
         if self.kernel == "forward":
-            return phase_aggregate.forward_launch(image, branch, third)[0]
+            return triton_phases.forward_launch(image, branch, third)[0]
         weights = torch.empty(n, c, device="meta")
-        cotangent = phase_aggregate.Cotangent(image, weights, weights, weights, vector)
-        return phase_aggregate.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
+        cotangent = waves.Cotangent(image, weights, weights, weights, vector)
+        return triton_phases_backward.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
 
 
 def patm_points() -> list[PatmPoint]:

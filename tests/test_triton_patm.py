@@ -6,6 +6,7 @@ Their registers and accesses on real chips: tests/test_triton_aot.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ class Exact:
                 shift = beta[-1] - mean * scale
             affine += [scale, shift]
         images = [leaf[name] for name in NAMES[:5]]
-        taps = [leaf["w_h"], leaf["w_w"]]
+        taps = [leaf["taps_h"], leaf["taps_w"]]
         h, w, s = patm_reference.phase_aggregate(*images, *affine, *taps)
         self.outputs = [t.detach() for t in (h, w, s)]
         grad_h, grad_w, grad_s = (t.double().cpu() for t in grads)
@@ -105,7 +106,7 @@ def check(
     outputs = op.fused(*inputs, "triton")
     got = op.backward(*grads, a, *inputs[:2], *inputs[3:], mean, invstd, joined, "triton")
     assert len(got.images) == (1 if joined else 3)
-    d_z_h, d_z_w, d_c, d_theta_h, d_theta_w = op._slots(got.images)
+    d_z_h, d_z_w, d_c, d_theta_h, d_theta_w = got.slots()
     images = {"h": (d_z_h, d_theta_h), "w": (d_z_w, d_theta_w)}
 
     bounds, u = Bounds(inputs, dtype), UNIT_ROUNDOFF[wide]
@@ -145,7 +146,7 @@ def check(
         assert_within(d_theta, exact.theta[b], bound, f"theta_{b}")
         want = exact.taps[b]
         each = u * bounds.z[b] * d * (turned + 4 + everywhere)
-        assert_within((got.w_h, got.w_w)[i], want, torch.full_like(want, everywhere * each), f"w_{b}")
+        assert_within((got.taps_h, got.taps_w)[i], want, torch.full_like(want, everywhere * each), f"taps_{b}")
 
 
 ALL, SINGLE = DTYPES, (torch.float32,)
@@ -174,6 +175,16 @@ def test_aggregate(
     check(shape, layout, dtype, device, weighted, statistics, joined)
 
 
+def phase_configs() -> Iterator[Any]:
+    """Tiles worth timing: 128 values in a thread forward, 64 backward, at one warp."""
+    from wavemix_kernels.ops.patm.triton_phases import PhaseConfig
+
+    for values in (64, 128):
+        for num_warps in (1, 4):
+            for channels in (16, 32, 64):
+                yield PhaseConfig(values * num_warps // channels, channels, num_warps)
+
+
 def test_every_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from wavemix_kernels.ops.patm import triton_phases as kernels
 
@@ -193,7 +204,7 @@ def test_sums_are_the_same_in_every_run(device: str) -> None:
     runs = []
     for _ in range(2):
         made = op.backward(*grads, None, *inputs[:2], *inputs[3:], None, None, True, "triton")
-        runs.append((op.fused(*inputs, "triton")[2], made.sums, made.w_h, made.w_w))
+        runs.append((op.fused(*inputs, "triton")[2], made.sums, made.taps_h, made.taps_w))
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
@@ -230,7 +241,7 @@ def test_offsets_beyond_32_bits(axis: int, device: str) -> None:
         a = torch.full((3, *shape[:2]), 0.5, device=device)
         made = op.backward(z, theta, grad_s, a, z, z, *inputs[3:], None, None, True, "triton")
         mixed, d_a = sum_op.backward(theta, z, theta, z, a, "triton")
-        return [*op.fused(*inputs, "triton"), *made.images, made.sums, made.w_h, made.w_w, mixed, d_a]
+        return [*op.fused(*inputs, "triton"), *made.images, made.sums, made.taps_h, made.taps_w, mixed, d_a]
 
     for value, want in zip(run(*far), run(*near), strict=True):
         assert torch.equal(value, want)
@@ -246,7 +257,7 @@ def test_sincos(device: str) -> None:
     import triton
     import triton.language as tl
 
-    from wavemix_kernels.ops.patm.triton_phases import _sincos
+    from wavemix_kernels.ops.patm.triton_waves import sincos
 
     @triton.jit
     def kernel(sine, cosine, x, of: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -263,7 +274,7 @@ def test_sincos(device: str) -> None:
     special = torch.tensor([*special, float("inf"), float("nan")]).repeat(7)[:64]
     x = torch.cat((x, small, special)).to(device)
     sine, cosine = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    kernel[(x.numel() // 64,)](sine, cosine, x, _sincos)
+    kernel[(x.numel() // 64,)](sine, cosine, x, sincos)
     phases = x.cpu().relu().double().tolist()
     for got, function in ((sine, math.sin), (cosine, math.cos)):
         exact = torch.tensor([function(p) if math.isfinite(p) else math.nan for p in phases], dtype=torch.float64)
@@ -274,9 +285,9 @@ def test_large_phases_reach_both_outputs(device: str) -> None:
     """Taps that pass one channel through show cosine and sine themselves; a NaN reaches 3 pixels to each side."""
     theta = (1e6 * (1 + normal(1, 4, 3, 12).abs())).float()
     z, zero, one = torch.ones_like(theta), torch.zeros(4), torch.ones(4)
-    w_h, w_w = torch.zeros(4, 2, 1, 7), torch.zeros(4, 2, 7, 1)
-    w_h[:, 0, 0, 3] = w_w[:, 1, 3, 0] = 1
-    given = [t.to(device) for t in (z, z, z, theta, theta, one, zero, one, zero, w_h, w_w)]
+    taps_h, taps_w = torch.zeros(4, 2, 1, 7), torch.zeros(4, 2, 7, 1)
+    taps_h[:, 0, 0, 3] = taps_w[:, 1, 3, 0] = 1
+    given = [t.to(device) for t in (z, z, z, theta, theta, one, zero, one, zero, taps_h, taps_w)]
     h, w, _ = op.phase_aggregate(*given, backend="triton")
     exact = theta.double()
     bound = torch.full((1, 2, 3, 12), 2.32 * UNIT_ROUNDOFF[torch.float32])  # and one rounding of the product

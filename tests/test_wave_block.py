@@ -155,7 +155,7 @@ class TestFusedBlock:
         fused.get_submodule(part).register_forward_hook(lambda module, *_: seen.append(module))
         ran: list[str] = []
         for name, owner, function in (
-            ("tokens", patm_op._WholePATM, "apply"),
+            ("tokens", patm_op._Whole, "apply"),
             ("channels", channel_mlp._Branch, "apply"),
         ):
             original = getattr(owner, function)

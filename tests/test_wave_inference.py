@@ -61,7 +61,7 @@ class TestInference:
         hooked.mlp.fc1.register_forward_hook(lambda *_: None)
         untracked.attn.theta_h_conv[1] = nn.BatchNorm2d(8, track_running_stats=False)
         for block, message in (
-            (hooked, "a part of this block's MLP has hooks"),
+            (hooked, "mlp: fc1 has hooks, which folded weights cannot stand for"),
             (other, "attn is a PATM, expected FusedPATM"),
             (untracked, r"theta_h_conv\.1: track_running_stats=False"),
         ):
@@ -69,5 +69,5 @@ class TestInference:
                 block.fuse_for_inference()
         model = WaveNet(**TINY)
         model.network[2][1].attn.fc_h.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match=r"network\.2\.1: .* part of this PATM has hooks"):
+        with pytest.raises(ValueError, match=r"network\.2\.1: .* fc_h has hooks, which joined weights"):
             model.fuse_for_inference()

@@ -178,8 +178,8 @@ class TestPATM:
             300 + normal(dim, seed=6, dtype=torch.float32),
         )
         shift_h, shift_w = normal(dim, seed=7, dtype=torch.float32), normal(dim, seed=8, dtype=torch.float32)
-        w_h, w_w = normal(dim, 2, 1, 7, seed=9, dtype=dtype), normal(dim, 2, 7, 1, seed=10, dtype=dtype)
-        inputs = (z_h, z_w, c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, w_h, w_w)
+        taps_h, taps_w = normal(dim, 2, 1, 7, seed=9, dtype=dtype), normal(dim, 2, 7, 1, seed=10, dtype=dtype)
+        inputs = (z_h, z_w, c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, taps_h, taps_w)
         *got, got_s = patm_reference.phase_aggregate(*inputs)
         *exact, exact_s = patm_reference.phase_aggregate(*(value.double() for value in inputs))
         assert got_s.dtype == torch.float32
@@ -187,7 +187,7 @@ class TestPATM:
         # A phase errs by its own two roundings, which turns z by as much; 14 products and sums follow.
         u = UNIT_ROUNDOFF[torch.float32]
         phase = 2 * u * max(theta.abs().max().item() * 310 for theta in (theta_h, theta_w))
-        peak = max(z.abs().max().item() * 14 * taps.abs().max().item() for z, taps in ((z_h, w_h), (z_w, w_w)))
+        peak = max(z.abs().max().item() * 14 * taps.abs().max().item() for z, taps in ((z_h, taps_h), (z_w, taps_w)))
         arithmetic = peak * (phase + 17 * u)
         for name, value, want in zip(("h", "w"), got, exact, strict=True):
             assert value.dtype == dtype

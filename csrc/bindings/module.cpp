@@ -6,8 +6,6 @@
 #include <cuda_runtime_api.h>
 #endif
 
-void bind_patm(pybind11::module_& m);  // patm.cpp
-
 PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   using namespace wavemix::bindings;
   m.doc() = "Compiled kernels of wavemix_kernels; called with checked arguments by wavemix_kernels.ops.";

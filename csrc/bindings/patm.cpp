@@ -1,58 +1,41 @@
 // The Python face of the PATM kernels: tensors are (address, four strides), the rest plain addresses.
 #include "wavemix/patm.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <string>
+#include <iterator>
 #include <tuple>
-#include <vector>
 
+#include "bindings/common.h"
 #include "wavemix/patm_whole.h"
 
-namespace py = pybind11;
-
+namespace wavemix::bindings {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
-wavemix::Plane plane(const Ints& ints, const char* name, const Ints& shape) {
-  wavemix::Plane out;
-  if (ints.empty()) return out;
-  if (ints.size() != 5)
-    throw py::value_error(std::string(name) + ": expected an address and 4 strides, got " +
-                          std::to_string(ints.size()) + " integers");
-  if (shape[1] > 1 && ints[2] != 1)
+Plane plane(const Ints& ints, const char* name, const Ints& shape) {
+  if (ints.size() == 5 && shape[1] > 1 && ints[2] != 1)
     throw py::value_error(std::string(name) + ": expected contiguous channels, got a channel stride of " +
                           std::to_string(ints[2]));
-  out.data = reinterpret_cast<void*>(static_cast<uintptr_t>(ints[0]));
-  for (size_t i = 0; i < 4; ++i) out.stride[i] = ints[i + 1];
-  return out;
+  return view<Plane>(ints, name);
 }
 
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-// Common to both argument structs: type and shape.
+// Common to all argument structs: type and shape.
 template <class Args>
-Args shaped(int dtype, const Ints& shape) {
-  if (dtype < 0 || dtype > static_cast<int>(wavemix::DType::bf16))
-    throw py::value_error("dtype: unknown code " + std::to_string(dtype));
-  if (shape.size() != 4) throw py::value_error("shape: expected (n, c, h, w)");
+Args shaped(int dtype, const Ints& shape, bool pairs = true) {
   Args args;
-  args.dtype = static_cast<wavemix::DType>(dtype);
-  args.n = shape[0];
-  args.c = shape[1];
-  args.h = shape[2];
-  args.w = shape[3];
+  args.dtype = dtype_of(dtype);
+  set_shape(args, shape);
+  if (pairs && args.c % 2 != 0)
+    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(args.c));
   return args;
 }
 
-wavemix::PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta,
-                              uintptr_t scale, uintptr_t shift, uintptr_t taps) {
-  auto args = shaped<wavemix::PhaseArgs>(dtype, shape);
-  if (shape[1] % 2 != 0)
-    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(shape[1]));
+// z, theta, scale, shift, taps; of the gradients grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta.
+using Branch = std::tuple<Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
+using Gradient = std::tuple<Ints, uintptr_t, uintptr_t, uintptr_t, Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
+
+PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const Branch& branch) {
+  const auto& [z, theta, scale, shift, taps] = branch;
+  auto args = shaped<PhaseArgs>(dtype, shape);
   args.along_h = along_h;
   args.z = plane(z, "z", shape);
   args.theta = plane(theta, "theta", shape);
@@ -62,98 +45,9 @@ wavemix::PhaseArgs phase_args(int dtype, const Ints& shape, bool along_h, const 
   return args;
 }
 
-#if WAVEMIX_WITH_CPU
-void check_threads(int threads) {
-  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
-}
-
-wavemix::BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a) {
-  auto args = shaped<wavemix::BranchArgs>(dtype, shape);
-  if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
-  for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
-  args.a = pointer(a);
-  return args;
-}
-
-// dtype, shape, x, scale, shift, by_image: what the whole PATM reads.
-using ImageInts = std::tuple<int, Ints, Ints, uintptr_t, uintptr_t, bool>;
-
-wavemix::PatmArgs image_args(const ImageInts& ints) {
-  const auto& [dtype, shape, x, scale, shift, by_image] = ints;
-  auto args = shaped<wavemix::PatmArgs>(dtype, shape);
-  if (shape[1] % 2 != 0)
-    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(shape[1]));
-  if ((scale == 0) != (shift == 0)) throw py::value_error("scale, shift: expected both or neither");
-  args.x = plane(x, "x", shape);
-  args.scale = pointer(scale);
-  args.shift = pointer(shift);
-  args.by_image = by_image;
-  return args;
-}
-
-constexpr size_t kPatmAddresses = 22;
-void check_addresses(const std::vector<uintptr_t>& addresses, const char* name) {
-  if (addresses.size() != kPatmAddresses)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(kPatmAddresses) + " addresses, got " +
-                          std::to_string(addresses.size()));
-}
-
-// Weights in the order of the structs.
-wavemix::PatmArgs whole_args(const ImageInts& ints, const std::vector<uintptr_t>& weights, int64_t hidden,
-                             bool residual, uintptr_t path) {
-  auto args = image_args(ints);
-  check_addresses(weights, "weights");
-  const void** const fields[kPatmAddresses] = {&args.branch[0].z,
-                                               &args.branch[0].z_bias,
-                                               &args.branch[0].theta,
-                                               &args.branch[0].theta_bias,
-                                               &args.branch[0].scale,
-                                               &args.branch[0].shift,
-                                               &args.branch[0].taps,
-                                               &args.branch[1].z,
-                                               &args.branch[1].z_bias,
-                                               &args.branch[1].theta,
-                                               &args.branch[1].theta_bias,
-                                               &args.branch[1].scale,
-                                               &args.branch[1].shift,
-                                               &args.branch[1].taps,
-                                               &args.channel,
-                                               &args.channel_bias,
-                                               &args.fc1,
-                                               &args.fc1_bias,
-                                               &args.fc2,
-                                               &args.fc2_bias,
-                                               &args.proj,
-                                               &args.proj_bias};
-  for (size_t i = 0; i < kPatmAddresses; ++i) *fields[i] = pointer(weights[i]);
-  args.hidden = hidden;
-  args.residual = residual;
-  args.path = pointer(path);
-  return args;
-}
-#endif
-
-#if WAVEMIX_WITH_CUDA
-// z, theta, scale, shift, taps; of the gradients grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta.
-using Branch = std::tuple<Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
-using Gradient = std::tuple<Ints, uintptr_t, uintptr_t, uintptr_t, Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
-
-struct Branches {
-  wavemix::PhaseArgs of[2];  // along W, along H
-};
-
-Branches both(int dtype, const Ints& shape, const std::array<Branch, 2>& branches) {
-  Branches out;
-  for (size_t i = 0; i < 2; ++i) {
-    const auto& [z, theta, scale, shift, taps] = branches[i];
-    out.of[i] = phase_args(dtype, shape, i == 1, z, theta, scale, shift, taps);
-  }
-  return out;
-}
-
-wavemix::PhaseGradArgs gradient(const Ints& shape, const Gradient& ints) {
+PhaseGradArgs gradient_args(const Ints& shape, const Gradient& ints) {
   const auto& [grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta] = ints;
-  wavemix::PhaseGradArgs out;
+  PhaseGradArgs out;
   out.grad = plane(grad, "grad", shape);
   out.a = pointer(a);
   out.b = pointer(b);
@@ -165,6 +59,79 @@ wavemix::PhaseGradArgs gradient(const Ints& shape, const Gradient& ints) {
   out.sum_pre_theta = pointer(sum_pre_theta);
   return out;
 }
+
+// The gradient of z_c, which comes with the branch along W.
+void add_third(PhaseGradArgs& grads, const Ints& shape, uintptr_t a_c, const Ints& d_c) {
+  grads.a_c = pointer(a_c);
+  grads.d_c = plane(d_c, "d_c", shape);
+  if (grads.d_c.data != nullptr && (grads.a_c == nullptr || grads.b == nullptr))
+    throw py::value_error("d_c: needs a_c and b");
+}
+
+#if WAVEMIX_WITH_CPU
+BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a) {
+  auto args = shaped<BranchArgs>(dtype, shape, false);
+  if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
+  for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
+  args.a = pointer(a);
+  return args;
+}
+
+// dtype, shape, x, scale, shift, by_image: what the whole PATM reads.
+using ImageInts = std::tuple<int, Ints, Ints, uintptr_t, uintptr_t, bool>;
+
+PatmArgs image_args(const ImageInts& ints) {
+  const auto& [dtype, shape, x, scale, shift, by_image] = ints;
+  auto args = shaped<PatmArgs>(dtype, shape);
+  if ((scale == 0) != (shift == 0)) throw py::value_error("scale, shift: expected both or neither");
+  args.x = plane(x, "x", shape);
+  args.scale = pointer(scale);
+  args.shift = pointer(shift);
+  args.by_image = by_image;
+  return args;
+}
+
+constexpr const char* kPatmWeights[] = {
+#define WAVEMIX_NAME(name) #name,
+    WAVEMIX_PATM_WEIGHTS(WAVEMIX_NAME)
+#undef WAVEMIX_NAME
+};
+
+// Addresses in the order of kPatmWeights, which Python compares with its own names at import.
+template <class Address>
+void read_weights(const std::vector<uintptr_t>& addresses, const char* name, PatmWeights<Address>& to) {
+  if (addresses.size() != std::size(kPatmWeights))
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(std::size(kPatmWeights)) +
+                          " addresses, got " + std::to_string(addresses.size()));
+  size_t i = 0;
+#define WAVEMIX_READ(name) to.name = pointer(addresses[i++]);
+  WAVEMIX_PATM_WEIGHTS(WAVEMIX_READ)
+#undef WAVEMIX_READ
+}
+
+PatmArgs whole_args(const ImageInts& ints, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual,
+                    uintptr_t path) {
+  auto args = image_args(ints);
+  read_weights(weights, "weights", args);
+  args.hidden = hidden;
+  args.residual = residual;
+  args.path = pointer(path);
+  return args;
+}
+#endif
+
+#if WAVEMIX_WITH_CUDA
+struct Branches {
+  PhaseArgs of[2];  // along W, along H
+};
+
+Branches both(int dtype, const Ints& shape, const std::array<Branch, 2>& branches) {
+  Branches out;
+  for (size_t i = 0; i < 2; ++i) {
+    out.of[i] = phase_args(dtype, shape, i == 1, branches[i]);
+  }
+  return out;
+}
 #endif
 
 }  // namespace
@@ -173,45 +140,29 @@ void bind_patm(py::module_& m) {
 #if WAVEMIX_WITH_CPU
   m.def(
       "phase_forward_cpu",
-      [](int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta, uintptr_t scale, uintptr_t shift,
-         uintptr_t taps, const Ints& out, const Ints& also, uintptr_t sums, int threads) {
-        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps);
+      [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Ints& out, const Ints& also,
+         uintptr_t sums, int threads) {
+        const auto args = phase_args(dtype, shape, along_h, branch);
         check_threads(threads);
         const auto to = plane(out, "out", shape), third = plane(also, "also", shape);
         py::gil_scoped_release unlocked;
-        wavemix::phase_forward_cpu(args, to, third, pointer(sums), threads);
+        phase_forward_cpu(args, to, third, pointer(sums), threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("z"), py::arg("theta"), py::arg("scale"),
-      py::arg("shift"), py::arg("taps"), py::arg("out"), py::arg("also"), py::arg("sums"), py::arg("threads"));
+      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("branch"), py::arg("out"), py::arg("also"),
+      py::arg("sums"), py::arg("threads"));
   m.def(
       "phase_backward_cpu",
-      [](int dtype, const Ints& shape, bool along_h, const Ints& z, const Ints& theta, uintptr_t scale, uintptr_t shift,
-         uintptr_t taps, const Ints& grad, uintptr_t a, uintptr_t b, uintptr_t a_c, uintptr_t center, const Ints& d_z,
-         const Ints& d_theta, const Ints& d_c, uintptr_t d_taps, uintptr_t sum_pre, uintptr_t sum_pre_theta,
-         int threads) {
-        const auto args = phase_args(dtype, shape, along_h, z, theta, scale, shift, taps);
+      [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Gradient& gradient, uintptr_t a_c,
+         const Ints& d_c, int threads) {
+        const auto args = phase_args(dtype, shape, along_h, branch);
         check_threads(threads);
-        wavemix::PhaseGradArgs grads;
-        grads.grad = plane(grad, "grad", shape);
-        grads.a = pointer(a);
-        grads.b = pointer(b);
-        grads.a_c = pointer(a_c);
-        grads.center = pointer(center);
-        grads.d_z = plane(d_z, "d_z", shape);
-        grads.d_theta = plane(d_theta, "d_theta", shape);
-        grads.d_c = plane(d_c, "d_c", shape);
-        if (grads.d_c.data != nullptr && (grads.a_c == nullptr || grads.b == nullptr))
-          throw py::value_error("d_c: needs a_c and b");
-        grads.d_taps = pointer(d_taps);
-        grads.sum_pre = pointer(sum_pre);
-        grads.sum_pre_theta = pointer(sum_pre_theta);
+        auto grads = gradient_args(shape, gradient);
+        add_third(grads, shape, a_c, d_c);
         py::gil_scoped_release unlocked;
-        wavemix::phase_backward_cpu(args, grads, threads);
+        phase_backward_cpu(args, grads, threads);
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("z"), py::arg("theta"), py::arg("scale"),
-      py::arg("shift"), py::arg("taps"), py::arg("grad"), py::arg("a"), py::arg("b"), py::arg("a_c"), py::arg("center"),
-      py::arg("d_z"), py::arg("d_theta"), py::arg("d_c"), py::arg("d_taps"), py::arg("sum_pre"),
-      py::arg("sum_pre_theta"), py::arg("threads"));
+      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("branch"), py::arg("gradient"), py::arg("a_c"),
+      py::arg("d_c"), py::arg("threads"));
   m.def(
       "branch_sum_cpu",
       [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& out, int threads) {
@@ -219,7 +170,7 @@ void bind_patm(py::module_& m) {
         const auto args = branch_args(dtype, shape, branches, a);
         const auto to = plane(out, "out", shape);
         py::gil_scoped_release unlocked;
-        wavemix::branch_sum_cpu(args, to, threads);
+        branch_sum_cpu(args, to, threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("out"), py::arg("threads"));
   m.def(
@@ -230,18 +181,20 @@ void bind_patm(py::module_& m) {
         const auto args = branch_args(dtype, shape, branches, a);
         const auto from = plane(grad, "grad", shape), to = plane(out, "out", shape);
         py::gil_scoped_release unlocked;
-        wavemix::branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
+        branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
       py::arg("d_a"), py::arg("threads"));
+  py::list names;
+  for (const char* name : kPatmWeights) names.append(name);
+  m.attr("PATM_WEIGHTS") = py::tuple(names);
   m.def(
       "patm_moments_cpu",
       [](const ImageInts& image, uintptr_t mean, uintptr_t covariance, int threads) {
         check_threads(threads);
         const auto args = image_args(image);
         py::gil_scoped_release unlocked;
-        wavemix::patm_moments_cpu(args, static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(covariance)),
-                                  threads);
+        patm_moments_cpu(args, static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(covariance)), threads);
       },
       py::arg("image"), py::arg("mean"), py::arg("covariance"), py::arg("threads"));
   m.def(
@@ -252,38 +205,29 @@ void bind_patm(py::module_& m) {
         const auto args = whole_args(image, weights, hidden, residual, path);
         const auto to = plane(out, "out", std::get<1>(image));
         py::gil_scoped_release unlocked;
-        wavemix::patm_forward_cpu(args, to, pointer(branch_mean), threads);
+        patm_forward_cpu(args, to, pointer(branch_mean), threads);
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("residual"), py::arg("path"), py::arg("out"),
       py::arg("branch_mean"), py::arg("threads"));
   m.def(
       "patm_backward_cpu",
       [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
-         const Ints& grad, uintptr_t branch_mean, const Ints& d_image, bool wide,
+         const Ints& grad, uintptr_t branch_mean, uintptr_t center, const Ints& d_image, bool wide,
          const std::vector<uintptr_t>& gradients, int threads) {
         check_threads(threads);
         const auto args = whole_args(image, weights, hidden, false, path);
-        check_addresses(gradients, "gradients");
-        wavemix::PatmGradArgs grads;
+        PatmGradArgs grads;
+        read_weights(gradients, "gradients", grads);
         grads.grad = plane(grad, "grad", std::get<1>(image));
         grads.branch_mean = pointer(branch_mean);
+        grads.center = pointer(center);
         grads.d_image = plane(d_image, "d_image", std::get<1>(image));
         grads.wide = wide;
-        for (size_t i = 0; i < 2; ++i) {
-          wavemix::PatmBranchGrads& branch = grads.branch[i];
-          void** const fields[] = {&branch.z,    &branch.z_bias,  &branch.theta,
-                                   &branch.taps, &branch.sum_pre, &branch.sum_pre_theta};
-          branch.center = pointer(gradients[7 * i]);
-          for (size_t k = 0; k < 6; ++k) *fields[k] = pointer(gradients[7 * i + 1 + k]);
-        }
-        void** const fields[] = {&grads.channel, &grads.channel_bias, &grads.fc1,  &grads.fc1_bias,
-                                 &grads.fc2,     &grads.fc2_bias,     &grads.proj, &grads.proj_bias};
-        for (size_t k = 0; k < 8; ++k) *fields[k] = pointer(gradients[14 + k]);
         py::gil_scoped_release unlocked;
-        wavemix::patm_backward_cpu(args, grads, threads);
+        patm_backward_cpu(args, grads, threads);
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("branch_mean"),
-      py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
+      py::arg("center"), py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
   m.def(
       "patm_add_linear_cpu",
       [](const ImageInts& image, const Ints& partial, uintptr_t matrix, uintptr_t vector, const Ints& out,
@@ -293,7 +237,7 @@ void bind_patm(py::module_& m) {
         const auto& shape = std::get<1>(image);
         const auto from = plane(partial, "partial", shape), to = plane(out, "out", shape);
         py::gil_scoped_release unlocked;
-        wavemix::patm_add_linear_cpu(args, from, pointer(matrix), pointer(vector), to, threads);
+        patm_add_linear_cpu(args, from, pointer(matrix), pointer(vector), to, threads);
       },
       py::arg("image"), py::arg("partial"), py::arg("matrix"), py::arg("vector"), py::arg("out"), py::arg("threads"));
 #endif
@@ -302,8 +246,8 @@ void bind_patm(py::module_& m) {
   m.def(
       "phase_workspace_cuda",
       [](const Ints& shape, bool backward) {
-        const auto args = shaped<wavemix::PhaseArgs>(0, shape);
-        return wavemix::phase_workspace_cuda(args.n, args.c, args.h, args.w, backward);
+        const auto args = shaped<PhaseArgs>(0, shape, false);
+        return phase_workspace_cuda(args.n, args.c, args.h, args.w, backward);
       },
       py::arg("shape"), py::arg("backward"));
   m.def(
@@ -311,10 +255,10 @@ void bind_patm(py::module_& m) {
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& out,
          const Ints& also, uintptr_t sums, uintptr_t workspace, int device, uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
-        const wavemix::Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
+        const Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
         const auto third = plane(also, "also", shape);
         py::gil_scoped_release unlocked;
-        wavemix::phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), device, pointer(stream));
+        phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), device, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("out"), py::arg("also"), py::arg("sums"),
       py::arg("workspace"), py::arg("device"), py::arg("stream"));
@@ -323,13 +267,10 @@ void bind_patm(py::module_& m) {
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Gradient, 2>& gradients,
          uintptr_t a_c, const Ints& d_c, uintptr_t workspace, int device, uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
-        wavemix::PhaseGradArgs grads[2] = {gradient(shape, gradients[0]), gradient(shape, gradients[1])};
-        grads[0].a_c = pointer(a_c);
-        grads[0].d_c = plane(d_c, "d_c", shape);
-        if (grads[0].d_c.data != nullptr && (grads[0].a_c == nullptr || grads[0].b == nullptr))
-          throw py::value_error("d_c: needs a_c and b");
+        PhaseGradArgs grads[2] = {gradient_args(shape, gradients[0]), gradient_args(shape, gradients[1])};
+        add_third(grads[0], shape, a_c, d_c);
         py::gil_scoped_release unlocked;
-        wavemix::phase_backward_cuda(args.of, grads, pointer(workspace), device, pointer(stream));
+        phase_backward_cuda(args.of, grads, pointer(workspace), device, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("gradients"), py::arg("a_c"), py::arg("d_c"),
       py::arg("workspace"), py::arg("device"), py::arg("stream"));
@@ -338,13 +279,15 @@ void bind_patm(py::module_& m) {
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
          const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int device, uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
-        const wavemix::Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
+        const Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
         const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
         const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
         py::gil_scoped_release unlocked;
-        wavemix::phase_statistics_cuda(args.of, to, slope, constant, device, pointer(stream));
+        phase_statistics_cuda(args.of, to, slope, constant, device, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("d_theta"), py::arg("rise"), py::arg("offset"),
       py::arg("device"), py::arg("stream"));
 #endif
 }
+
+}  // namespace wavemix::bindings

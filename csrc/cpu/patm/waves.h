@@ -1,15 +1,16 @@
 // Waves of channels in pairs and the 7-tap convolutions over them. Included by the per-ISA units only.
 //
 // A wave lies as [channel of the pair][cos parts | sin parts of the pairs], each half padded with zeros to whole
-// vectors: one output vector reads contiguous memory, cos for the first half of the outputs and sin for the second.
+// vectors: what one output vector reads is contiguous, cos for the first half of the outputs and sin for the second.
 // Each tap has a pointer of its own, so that pixels of a line and lines of an image are convolved by the same code.
 #pragma once
 
 #include "cpu/common/convert.h"
 #include "cpu/common/gemm.h"
 #include "cpu/common/parallel.h"
-#include "cpu/patm/sincos.h"
 #include "wavemix/patm.h"
+// This one uses the above.
+#include "cpu/patm/sincos.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -37,7 +38,7 @@ template <class A>
 static inline A before_relu(A theta, A scale, A shift) {
   return theta * scale + shift;
 }
-// A NaN stays NaN, as in torch.
+// NaN stays NaN, as in torch.
 template <class A>
 static inline A relu(A value) {
   return value < A(0) ? A(0) : value;
@@ -49,7 +50,7 @@ static inline void waves_of(const double* theta, const double* scale, const doub
 }
 static inline void waves_of(const float* __restrict theta, const float* __restrict scale, const float* __restrict shift,
                             int64_t n, float* __restrict cosine, float* __restrict sine) {
-  // Phases are not negative, so their bits compare as they do, and those of NaN are the largest: the sign bit of
+  // Not negative, so the bits of phases compare as the phases do, and those of NaN are the largest: the sign bit of
   // `beyond` becomes one with the first that is too large.
   uint32_t beyond = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -67,7 +68,7 @@ static inline void waves_of(const float* __restrict theta, const float* __restri
   }
 }
 
-// Weights become [tap][channel of the pair][output], from (c, 2, 7) of `all` pairs; b's pairs begin at `pair`.
+// Weights as [tap][channel of the pair][output], from (c, 2, 7) of `all` pairs; of b's pairs, from `pair` on.
 template <class A>
 static void lay_out_taps(const Pairs<A>& b, const A* taps, int64_t all, int64_t pair, A* out) {
   std::memset(out, 0, static_cast<size_t>(2 * kPhaseTaps * b.width) * sizeof(A));
@@ -77,7 +78,7 @@ static void lay_out_taps(const Pairs<A>& b, const A* taps, int64_t all, int64_t 
         out[(i % kPhaseTaps * 2 + i / kPhaseTaps) * b.width + half * b.half + g] =
             taps[(half * all + pair + g) * 2 * kPhaseTaps + i];
 }
-// The way back, for their gradient.
+// The way back, of their gradient.
 template <class A>
 static void gather_taps(const Pairs<A>& b, const double* sums, int64_t all, int64_t pair, A* taps) {
   for (int64_t half = 0; half < 2; ++half)

@@ -1,4 +1,4 @@
-// Phase-aware token mixing (PATM): what stands between its projections and its output projection.
+// PATM by parts: everything between its projections and its output projection.
 #pragma once
 
 #include "wavemix/types.h"
@@ -7,7 +7,7 @@ namespace wavemix {
 
 constexpr int kPhaseTaps = 7;
 
-// One branch. With phase = relu(theta * scale + shift) and, per pair of channels 2g, 2g+1,
+// One branch: with phase = relu(theta * scale + shift) and, per pair of channels 2g, 2g+1,
 //     out[g]       = 7 taps over z cos(phase) of both channels
 //     out[c/2 + g] = 7 taps over z sin(phase) of both channels
 // along W, or along H with `along_h`; zero outside the image. c is even, and channels are contiguous (stride[1] = 1)

@@ -5,64 +5,57 @@
 
 namespace wavemix {
 
-// One branch: z = z_weight image + z_bias, phase = relu((theta_weight image + theta_bias) * scale + shift). The phases'
-// BatchNorm is the affine map, of given statistics or of those that follow from patm_moments_cpu.
-struct PatmBranch {
-  const void *z = nullptr, *z_bias = nullptr;          // (c, c); (c) or null
-  const void *theta = nullptr, *theta_bias = nullptr;  // (c, c); (c) or null
-  const void *scale = nullptr, *shift = nullptr;       // (c)
-  const void* taps = nullptr;                          // (c, 2, 7)
+// Addresses of what wavemix_kernels/ops/patm/weights.py names (Weights, then Affine), in that order: (c, c) and (c) for
+// the projections z and thetas, phase = relu(theta * scale + shift) with (c) each, taps (c, 2, 7); fc1 (hidden, c) and
+// fc2 (3 c, hidden), rows of one channel beside each other; proj (c, c). Biases of z, theta and proj may be null.
+// clang-format off
+#define WAVEMIX_PATM_WEIGHTS(X)                                                \
+  X(z_h) X(z_h_bias) X(z_w) X(z_w_bias) X(z_c) X(z_c_bias)                     \
+  X(theta_h) X(theta_h_bias) X(theta_w) X(theta_w_bias) X(proj) X(proj_bias)   \
+  X(taps_h) X(taps_w) X(fc1) X(fc1_bias) X(fc2) X(fc2_bias)                    \
+  X(scale_h) X(shift_h) X(scale_w) X(shift_w)
+// clang-format on
+
+template <class Address>
+struct PatmWeights {
+#define WAVEMIX_FIELD(name) Address name = nullptr;
+  WAVEMIX_PATM_WEIGHTS(WAVEMIX_FIELD)
+#undef WAVEMIX_FIELD
 };
 
 // All but x is contiguous and in the arithmetic type: double for f64, otherwise float. c is even, x has contiguous
 // channels. The image is x * scale + shift, or x where these are null.
-struct PatmArgs {
+struct PatmArgs : PatmWeights<const void*> {
   DType dtype = DType::f32;
-  int64_t n = 0, c = 0, h = 0, w = 0;
+  int64_t n = 0, c = 0, h = 0, w = 0, hidden = 0;
   Plane x;
   const void *scale = nullptr, *shift = nullptr;  // (c), or (n, c) with `by_image`
   bool by_image = false;
-  PatmBranch branch[2];                                    // along W, along H
-  const void *channel = nullptr, *channel_bias = nullptr;  // (c, c); (c) or null: the third branch
-  // The branch weights' MLP.
-  int64_t hidden = 0;
-  const void *fc1 = nullptr, *fc1_bias = nullptr;    // (hidden, c), (hidden)
-  const void *fc2 = nullptr, *fc2_bias = nullptr;    // (3 c, hidden), (3 c): rows of one channel beside each other
-  const void *proj = nullptr, *proj_bias = nullptr;  // (c, c); (c) or null
   // With `residual` the output is x + path * PATM(image); path (n), null for ones.
   bool residual = false;
   const void* path = nullptr;
 };
 
-// Of the image over n, h and w: mean (c) and biased covariance (c, c), in double. The statistics of any 1x1
-// convolution of it follow: mean W m, variance diag(W C W^T).
+// Mean (c) and biased covariance (c, c) of the image over n, h and w, in double. The statistics of any 1x1 convolution
+// W follow: mean W m, variance diag(W C W^T).
 void patm_moments_cpu(const PatmArgs& args, double* mean, double* covariance, int threads);
 
-// branch_mean (n, c): what the branch weights come of, the mean over the image of the three branches' sum.
+// branch_mean (n, c): the mean over the image of the three branches' sum, from which the branch weights are made.
 void patm_forward_cpu(const PatmArgs& args, const Plane& out, void* branch_mean, int threads);
 
-struct PatmBranchGrads {
-  const void* center = nullptr;                       // (c), what sum_pre_theta takes theta from
-  void *z = nullptr, *z_bias = nullptr;               // (c, c), (c)
-  void* theta = nullptr;                              // (c, c)
-  void* taps = nullptr;                               // (c, 2, 7)
-  void *sum_pre = nullptr, *sum_pre_theta = nullptr;  // (c): as in PhaseGradArgs
-};
-// Statistics count as constants here: patm_add_linear_cpu adds what comes through them.
-struct PatmGradArgs {
+// Gradients by the weights' names, in the arithmetic type; those of the thetas' biases are null. That of shift is the
+// sum of d_pre, that of scale the sum of d_pre * (theta - center) (see PhaseGradArgs). Statistics count as constants
+// here: patm_add_linear_cpu adds what comes through them.
+struct PatmGradArgs : PatmWeights<void*> {
   Plane grad;                         // of the output, as x
   const void* branch_mean = nullptr;  // (n, c)
-  // Written, in the arithmetic type; d_image in the image's, or with `wide` in that.
-  Plane d_image;
+  const void* center = nullptr;       // (2, c), of theta_h and theta_w; null for zeros
+  Plane d_image;                      // in the image's type, or with `wide` in the arithmetic one
   bool wide = false;
-  PatmBranchGrads branch[2];
-  void *channel = nullptr, *channel_bias = nullptr;
-  void *fc1 = nullptr, *fc1_bias = nullptr, *fc2 = nullptr, *fc2_bias = nullptr;
-  void *proj = nullptr, *proj_bias = nullptr;
 };
 void patm_backward_cpu(const PatmArgs& args, const PatmGradArgs& grads, int threads);
 
-// out = partial + matrix image + vector, with (c, c) and (c); of args the image alone. partial is in the arithmetic
+// out = partial + matrix image + vector, with (c, c) and (c); args give the image alone. partial is in the arithmetic
 // type and may be out itself.
 void patm_add_linear_cpu(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
                          const Plane& out, int threads);

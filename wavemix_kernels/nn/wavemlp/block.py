@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels import backends, checks, log
+from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.nn.wavemlp.reference import NormLayer, TokenMixer, WaveBlock
 from wavemix_kernels.ops.mlp import channel as channel_mlp
-from wavemix_kernels.ops.patm import op as patm
+from wavemix_kernels.ops.patm import op as patm_op
 
 
 class FusedWaveBlock(WaveBlock):
@@ -58,7 +58,7 @@ class FusedWaveBlock(WaveBlock):
         channel_mixer: Callable[..., nn.Module] = FusedMlp,
         recompute: str = "amplitudes",
     ) -> None:
-        checks.check_choice("recompute", recompute, patm.RECOMPUTE)
+        checks.check_choice("recompute", recompute, patm_op.RECOMPUTE)
         super().__init__(
             dim, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path, act_layer, norm_layer, mode,
             token_mixer=token_mixer, channel_mixer=channel_mixer,
@@ -68,24 +68,18 @@ class FusedWaveBlock(WaveBlock):
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         backend, mixer = backends.requested(), self.attn
-        if (
-            backend == "reference"
-            or type(mixer) is not FusedPATM
-            or not (mixer.is_plain() and self._around_is_plain(self.norm1))
-        ):
+        if backend == "reference" or log.fallback(self, self._why_not_fused("attn", FusedPATM, "norm1")):
             return super().mix_tokens(x)
+        assert isinstance(mixer, FusedPATM)
         return mixer.residual(x, self.norm1, self._path(x), backend)
 
     def mix_channels(self, x: Tensor) -> Tensor:
         backend, mixer = backends.requested(), self.mlp
-        if (
-            backend == "reference"
-            or type(mixer) is not FusedMlp
-            or not (mixer.is_plain() and self._around_is_plain(self.norm2))
-        ):
+        if backend == "reference" or log.fallback(self, self._why_not_fused("mlp", FusedMlp, "norm2")):
             return super().mix_channels(x)
+        assert isinstance(mixer, FusedMlp)
         norm, kind = pre_norm.read(self.norm2, x)
-        # Of x the dtype alone: the norm reads it as it is.
+        # The norm reads x as it is: only x's dtype counts here.
         like_x, *weights = checks.autocast(x[:0], *mixer.weights())
         checks.check_same_dtype("x", like_x, "the weights", weights[0])
         out, mean, var = channel_mlp.branch(x, norm, kind, channel_mlp.Weights(*weights), self._path(x), backend)
@@ -105,11 +99,17 @@ class FusedWaveBlock(WaveBlock):
                 raise ValueError(f"fuse_for_inference: {name} is a {type(mixer).__name__}, expected {kind.__name__}")
         return InferenceWaveBlock(self)
 
-    def _around_is_plain(self, norm: nn.Module) -> bool:
-        return pre_norm.is_plain(norm) and untouched(self.drop_path)
+    def _why_not_fused(self, name: str, kind: type[FusedPATM | FusedMlp], norm: str) -> str | None:
+        """Why one function cannot stand for a residual branch, or None."""
+        mixer: Any = getattr(self, name)
+        if type(mixer) is not kind:
+            return f"{name} is {type(mixer).__name__}, expected {kind.__name__}"
+        if (reason := mixer.why_not_joined()) is not None:
+            return f"{name}: {reason}"
+        return pre_norm.why_not(norm, getattr(self, norm)) or why_not_plain("drop_path", self.drop_path)
 
     def _path(self, x: Tensor) -> Tensor | None:
-        """What stochastic depth multiplies each sample with: what its module makes of ones."""
+        """The factor of each sample in stochastic depth: the module's output for ones."""
         if isinstance(self.drop_path, nn.Identity) or not self.drop_path.training:
             return None
         path: Any = self.drop_path(x.new_ones((x.shape[0], 1, 1, 1)))

@@ -18,7 +18,7 @@ from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 from wavemix_kernels.ops.norm import pre_norm
-from wavemix_kernels.ops.patm import op as patm
+from wavemix_kernels.ops.patm import inference as patm
 
 
 class _Constants(nn.Module):
@@ -30,7 +30,7 @@ class _Constants(nn.Module):
 
 
 class InferencePATM(_Constants):
-    """What :meth:`wavemix_kernels.FusedPATM.fuse_for_inference` makes: (N, dim, H, W) -> the same shape and memory
+    """The result of :meth:`wavemix_kernels.FusedPATM.fuse_for_inference`: (N, dim, H, W) -> the same shape and memory
     format, without gradient.
 
     Args:
@@ -46,39 +46,29 @@ class InferencePATM(_Constants):
     def __init__(self, mixer: nn.Module, norm: nn.Module | None = None) -> None:
         super().__init__()
         source: Any = mixer
-        if not source._parts_are_plain():
-            raise ValueError(
-                "fuse_for_inference: a part of this PATM has hooks, parametrizations or a class of its own, which "
-                "joined weights cannot stand for; remove them first"
-            )
+        if (reason := source.why_not_fused()) is not None:
+            raise ValueError(f"fuse_for_inference: {reason}, which joined weights cannot stand for")
         self.dim: int = source.dim
-        phases = source.theta_h_conv, source.theta_w_conv
-        convs = [source.fc_h, source.fc_w, source.fc_c]
+        given = source.weights()
         depthwise = source.mode == "depthwise"
-        if not depthwise:
-            convs += [phase[0] for phase in phases]
-        weight = torch.cat([conv.weight.detach() for conv in convs])
-        missing = weight.new_zeros(self.dim)
-        bias = torch.cat([missing if conv.bias is None else conv.bias.detach() for conv in convs])
+        names = ("z_h", "z_w", "z_c") if depthwise else ("z_h", "z_w", "z_c", "theta_h", "theta_w")
+        joined = torch.cat([getattr(given, name).detach() for name in names])
+        missing = joined.new_zeros(self.dim)
+        biases = (getattr(given, f"{name}_bias") for name in names)
+        joined_bias = torch.cat([missing if bias is None else bias.detach() for bias in biases])
         folds = norm is not None and not depthwise and _folds(norm)
         if folds:
-            weight, bias = _behind(norm, weight, bias, "norm1")
+            joined, joined_bias = _behind(norm, joined, joined_bias, "norm1")
         self.norm = None if folds or norm is None else _frozen_copy(norm)
-        self._keep("weight", weight)
-        self._keep("bias", bias)
-        for name, phase in zip("hw", phases, strict=True):
-            self._keep(f"phase_{name}", phase[0].weight if depthwise else None)
-            scale, shift = affine_of(phase[1], f"theta_{name}_conv.1")
-            wide = accumulate_dtype(weight.dtype)
-            self._keep(f"scale_{name}", scale.to(wide))
-            self._keep(f"shift_{name}", shift.to(wide))
-            self._keep(f"tfc_{name}", getattr(source, f"tfc_{name}").weight)
-        for name in ("fc1", "fc2"):
-            conv = getattr(source.reweight, name)
-            self._keep(name, conv.weight)
-            self._keep(f"{name}_bias", conv.bias)
-        self._keep("proj", source.proj.weight)
-        self._keep("proj_bias", source.proj.bias)
+        tensors = given._asdict() | {"joined": joined, "joined_bias": joined_bias}
+        wide = accumulate_dtype(joined.dtype)
+        for b, phase in zip("hw", (source.theta_h_conv, source.theta_w_conv), strict=True):
+            scale, shift = affine_of(phase[1], f"theta_{b}_conv.1")
+            tensors |= {f"scale_{b}": scale.to(wide), f"shift_{b}": shift.to(wide)}
+            if not depthwise:
+                tensors[f"theta_{b}"] = None
+        for name in patm.Folded._fields:
+            self._keep(name, tensors[name])
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +98,7 @@ class InferencePATM(_Constants):
 
 
 class InferenceWaveBlock(_Constants):
-    """What a fused WaveBlock's ``fuse_for_inference`` makes: (N, dim, H, W) -> the same shape and memory format,
+    """The result of a fused WaveBlock's ``fuse_for_inference``: (N, dim, H, W) -> the same shape and memory format,
     without gradient.
 
     Args:
@@ -122,11 +112,8 @@ class InferenceWaveBlock(_Constants):
         super().__init__()
         source: Any = block
         self.attn = InferencePATM(source.attn, source.norm1)
-        if not source.mlp._parts_are_plain():
-            raise ValueError(
-                "fuse_for_inference: a part of this block's MLP has hooks, parametrizations or a class of its own, "
-                "which folded weights cannot stand for; remove them first"
-            )
+        if (reason := source.mlp.why_not_fused()) is not None:
+            raise ValueError(f"fuse_for_inference: mlp: {reason}, which folded weights cannot stand for")
         w1, b1, w2, b2 = source.mlp.weights()
         folds = _folds(source.norm2)
         if folds:

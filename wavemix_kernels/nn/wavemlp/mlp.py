@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels import backends, checks, log
+from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.nn.wavemlp.reference import Mlp
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.layout import is_channels_last, laid_out
@@ -27,7 +27,7 @@ class FusedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         backend = backends.requested()
-        if backend == "reference" or not self._parts_are_plain():
+        if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)
         channels = self.fc1.in_channels
         checks.check_tensor("x", x, 4, f"(N, {channels}, H, W)")
@@ -41,15 +41,26 @@ class FusedMlp(Mlp):
     def weights(self) -> channel_mlp.Weights:
         return channel_mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
-    def is_plain(self) -> bool:
-        """Whether the operator can stand for the module inside another one: no hook anywhere would notice."""
-        return untouched(self) and self._parts_are_plain()
+    def why_not_joined(self) -> str | None:
+        """Why the operator cannot stand for the module inside another one, or None."""
+        return why_not_plain("it", self) or self.why_not_fused()
 
-    def _parts_are_plain(self) -> bool:
-        """Whether the operator computes what the modules would, and nobody listens to one of them."""
-        parts = ((self.fc1, nn.Conv2d), (self.act, nn.GELU), (self.fc2, nn.Conv2d), (self.drop, nn.Dropout))
-        return (
-            all(type(module) is kind and untouched(module) for module, kind in parts)
-            and cast(nn.GELU, self.act).approximate == "none"
-            and (self.drop.p == 0 or not self.drop.training)
-        )
+    def why_not_fused(self) -> str | None:
+        """Why the operator cannot stand for the modules, or None: it computes something else, or a part's hook or
+        parametrization would be left out."""
+        return why_not_mlp(self)
+
+
+def why_not_mlp(mlp: Mlp) -> str | None:
+    """As :meth:`FusedMlp.why_not_fused`, of any Mlp."""
+    kinds = {"fc1": nn.Conv2d, "act": nn.GELU, "fc2": nn.Conv2d, "drop": nn.Dropout}
+    for name, kind in kinds.items():
+        if (reason := why_not_plain(name, getattr(mlp, name), kind)) is not None:
+            return reason
+    if (approximate := cast(nn.GELU, mlp.act).approximate) != "none":
+        return f"act has approximate={approximate!r}, expected 'none'"
+    return why_not_dropping("drop", mlp.drop)
+
+
+def why_not_dropping(name: str, drop: nn.Dropout) -> str | None:
+    return f"{name} is active with p={drop.p}" if drop.training and drop.p != 0 else None

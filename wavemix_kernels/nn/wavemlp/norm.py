@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.parts import update as _update_running
+from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.ops.norm import pre_norm
 
 
-def is_plain(norm: nn.Module) -> bool:
-    """Whether :func:`read` can stand for it: BatchNorm or GroupNorm of one group, and nobody listens."""
+def why_not(name: str, norm: nn.Module) -> str | None:
+    """Why :func:`read` cannot stand for ``norm``, or None: neither BatchNorm2d nor GroupNorm of one group, or a hook or
+    parametrization would be left out."""
     if type(norm) is nn.GroupNorm:
-        return norm.num_groups == 1 and untouched(norm)
-    return type(norm) is nn.BatchNorm2d and untouched(norm)
+        if norm.num_groups != 1:
+            return f"{name} is a GroupNorm of {norm.num_groups} groups, expected 1"
+        return why_not_plain(name, norm)
+    return why_not_plain(name, norm, nn.BatchNorm2d)
 
 
 def read(norm: nn.Module, x: Tensor) -> tuple[pre_norm.Norm, pre_norm.Kind]:

@@ -6,13 +6,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
-from wavemix_kernels.nn.parts import frozen, untouched
+from wavemix_kernels import backends, checks, log
+from wavemix_kernels.nn.parts import frozen, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
-from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
+from wavemix_kernels.nn.wavemlp.mlp import FusedMlp, why_not_dropping, why_not_mlp
 from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp
-from wavemix_kernels.ops.patm import op as patm
+from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops.patm.weights import ON_IMAGES, PhaseNorm, Weights
 
 
 class FusedPATM(PATM):
@@ -29,7 +30,7 @@ class FusedPATM(PATM):
         dim: channels, at least 4.
         qkv_bias, qk_scale, attn_drop, proj_drop, mode: as :class:`wavemix_kernels.reference.PATM` takes them.
         recompute: what backward makes again: ``"amplitudes"``, z_h, z_w and c with all that follows, or ``"all"`` to
-            keep x alone, as a CPU does in either case up to :data:`wavemix_kernels.ops.patm.op.WHOLE` channels.
+            keep x alone, as a CPU does in either case up to :data:`wavemix_kernels.ops.choose.WHOLE` channels.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
@@ -49,16 +50,17 @@ class FusedPATM(PATM):
         recompute: str = "amplitudes",
     ) -> None:
         super().__init__(dim, qkv_bias, qk_scale, attn_drop, proj_drop, mode)
-        self.recompute = checks.check_choice("recompute", recompute, patm.RECOMPUTE)
+        self.recompute = checks.check_choice("recompute", recompute, patm_op.RECOMPUTE)
 
     def forward(self, x: Tensor) -> Tensor:
         backend = backends.requested()
-        if backend == "reference" or not self._parts_are_plain():
+        if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)
         return self.proj_drop(self._run(x, None, None, backend))
 
     def residual(self, x: Tensor, norm: nn.Module, path: Tensor | None, backend: str) -> Tensor:
-        """``x + path self(norm(x))``, path (N, 1, 1, 1) or None, for a plain self and norm."""
+        """``x + path self(norm(x))``, path (N, 1, 1, 1) or None, where neither :meth:`why_not_joined` nor
+        :func:`wavemix_kernels.nn.wavemlp.norm.why_not` has a reason."""
         return self._run(x, norm, path, backend)
 
     def _run(self, x: Tensor, norm: nn.Module | None, path: Tensor | None, backend: str) -> Tensor:
@@ -67,47 +69,38 @@ class FusedPATM(PATM):
         count = x.shape[0] * x.shape[2] * x.shape[3]
         if count == 1 and any(phase_norm.training for phase_norm in phase_norms):
             raise ValueError(f"x: expected more than one value per channel in training, got shape {tuple(x.shape)}")
-        modules = (self.fc_h, self.fc_w, self.fc_c, self.proj, self.theta_h_conv[0], self.theta_w_conv[0])
-        convs = [cast(nn.Conv2d, module) for module in modules]
-        # A norm in front reads x as it is: of x the dtype alone.
-        cast_x, *flat = checks.autocast(
-            x if norm is None else x[:0], *(t for conv in convs for t in (conv.weight, conv.bias))
-        )
-        checks.check_same_dtype("x", cast_x, "the weights", flat[0])
-        fc, proj, *thetas = flat[:6], flat[6:8], flat[8:10], flat[10:]
-        mlp = [t for conv in (self.reweight.fc1, self.reweight.fc2) for t in (conv.weight, cast(Tensor, conv.bias))]
-        phase_h, phase_w = (
-            patm.Phase(weight, bias, phase_norm.weight, phase_norm.bias, *frozen(phase_norm))
-            for (weight, bias), phase_norm in zip(thetas, phase_norms, strict=True)
-        )
+        weights = self.weights()
+        # A norm in front reads x as it is: only x's dtype counts here.
+        cast_x, *on_images = checks.autocast(x if norm is None else x[:0], *weights[:ON_IMAGES])
+        checks.check_same_dtype("x", cast_x, "the weights", on_images[0])
+        weights = Weights(*on_images, *weights[ON_IMAGES:])
+        norm_h, norm_w = (PhaseNorm(n.weight, n.bias, *frozen(n)) for n in phase_norms)
         read, kind = (None, None) if norm is None else pre_norm.read(norm, x)
-        out = patm.patm(
-            cast_x if norm is None else x,
-            patm.Parameters(*fc, self.tfc_h.weight, self.tfc_w.weight, *mlp, *proj),  # type: ignore[call-arg]
-            phase_h,
-            phase_w,
-            eps=(phase_norms[0].eps, phase_norms[1].eps),
-            recompute=self.recompute,
-            backend=backend,
-            norm=read,
-            kind=kind,
-            path=path,
-        )
-        for phase_norm, statistics in zip(phase_norms, (out.phase_h, out.phase_w), strict=True):
+        out = patm_op.patm(
+            cast_x if norm is None else x, weights, norm_h, norm_w, eps=(phase_norms[0].eps, phase_norms[1].eps),
+            recompute=self.recompute, backend=backend, norm=read, kind=kind, path=path,
+        )  # fmt: skip
+        for phase_norm, statistics in zip(phase_norms, (out.norm_h, out.norm_w), strict=True):
             pre_norm.update(phase_norm, x, *statistics)
         if norm is not None:
             pre_norm.update(norm, x, *out.norm)
         return out.image
 
-    def is_plain(self) -> bool:
-        """Whether :meth:`residual` can stand for a call: no hook anywhere would notice, and nothing is dropped."""
-        drop = self.proj_drop
+    def weights(self) -> Weights:
+        """Upstream's parameters by the operators' names."""
+        theta_h, theta_w = self.theta_h_conv[0], self.theta_w_conv[0]
+        fc1, fc2 = self.reweight.fc1, self.reweight.fc2
+        convolutions: list[Any] = [self.fc_h, self.fc_w, self.fc_c, theta_h, theta_w, self.proj]
+        rest: list[Any] = [self.tfc_h.weight, self.tfc_w.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
+        return Weights(*(t for conv in convolutions for t in (conv.weight, conv.bias)), *rest)
+
+    def why_not_joined(self) -> str | None:
+        """Why :meth:`residual` cannot stand for a call, or None: a hook would be left out, or something is dropped."""
         return (
-            untouched(self)
-            and type(drop) is nn.Dropout
-            and untouched(drop)
-            and (drop.p == 0 or not drop.training)
-            and self._parts_are_plain()
+            why_not_plain("it", self)
+            or why_not_plain("proj_drop", self.proj_drop, nn.Dropout)
+            or why_not_dropping("proj_drop", self.proj_drop)
+            or self.why_not_fused()
         )
 
     def fuse_for_inference(self) -> InferencePATM:
@@ -119,32 +112,29 @@ class FusedPATM(PATM):
         """
         return InferencePATM(self)
 
-    def _parts_are_plain(self) -> bool:
-        """Whether the one function computes what the modules would, and nobody listens to one of them."""
-        phases = (self.theta_h_conv, self.theta_w_conv)
-        kinds: list[tuple[Any, type[nn.Module]]] = [
-            *((m, nn.Conv2d) for m in (self.fc_h, self.fc_w, self.fc_c, self.tfc_h, self.tfc_w, self.proj)),
-            (self.reweight, FusedMlp if type(self.reweight) is FusedMlp else Mlp),
-            *zip(
-                (self.reweight.fc1, self.reweight.act, self.reweight.fc2, self.reweight.drop),
-                (nn.Conv2d, nn.GELU, nn.Conv2d, nn.Dropout),
-                strict=True,
-            ),
+    def why_not_fused(self) -> str | None:
+        """Why the one function cannot stand for the modules, or None: it computes something else, or a part's hook or
+        parametrization would be left out."""
+        convolutions = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
+        parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
+            *((name, getattr(self, name), nn.Conv2d) for name in convolutions),
+            ("reweight", self.reweight, FusedMlp if type(self.reweight) is FusedMlp else Mlp),
         ]
-        for phase in phases:
+        for name in ("theta_h_conv", "theta_w_conv"):
+            phase = getattr(self, name)
             if type(phase) is not nn.Sequential or len(phase) != 3:
-                return False
-            kinds += [(phase, nn.Sequential), *zip(phase, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU), strict=True)]
-        if any(type(module) is not kind or not untouched(module) for module, kind in kinds):
-            return False
-        # The function has no form for one BatchNorm frozen beside one in training, nor for dropout in the MLP.
-        is_frozen = [frozen(cast(nn.BatchNorm2d, phase[1]))[0] is not None for phase in phases]
-        drop = cast(nn.Dropout, self.reweight.drop)
-        return (
-            is_frozen[0] == is_frozen[1]
-            and (drop.p == 0 or not drop.training)
-            and cast(nn.GELU, self.reweight.act).approximate == "none"
-        )
+                return f"{name} is {phase}, expected a Sequential of Conv2d, BatchNorm2d and ReLU"
+            parts.append((name, phase, nn.Sequential))
+            kinds = zip(phase, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU), strict=True)
+            parts += [(f"{name}.{i}", part, kind) for i, (part, kind) in enumerate(kinds)]
+        for name, module, kind in parts:
+            if (reason := why_not_plain(name, module, kind)) is not None:
+                return reason
+        if (reason := why_not_mlp(self.reweight)) is not None:
+            return f"reweight: {reason}"
+        norms: Any = self.theta_h_conv[1], self.theta_w_conv[1]
+        of_h, of_w = (frozen(norm)[0] is not None for norm in norms)
+        return None if of_h == of_w else "one of theta_h_conv.1 and theta_w_conv.1 is frozen, the other is not"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"

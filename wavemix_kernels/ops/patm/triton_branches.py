@@ -4,7 +4,7 @@ weights on the way where it is asked for. Sums are partial sums of fixed parts a
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,6 @@ def config_for(run: int, channels: int) -> SumConfig:
     """The default: 2048 values, two 16-byte vectors of a half type in each thread."""
     across = min(64, pow2_at_least(channels))
     return SumConfig(min(2048 // across, pow2_at_least(run)), across)
-
-
-def search_space() -> Iterator[SumConfig]:
-    """Tiles worth timing."""
-    for channels in (16, 32, 64, 128):
-        yield SumConfig(2048 // channels, channels)
 
 
 _STRIDES = tuple(f"{t}_{d}" for t in ("out", "grad", "h", "w", "c") for d in "nrp")

@@ -1,9 +1,9 @@
-"""``patm_whole``: PATM from its image to its output, and back from the output's gradient, without an image in between.
+"""``patm_whole``: PATM in one kernel, from its image to its output and back, with no image in memory in between.
 
-Three operators. ``patm_moments`` makes mean and covariance of the image's channels, from which the batch statistics of
-any 1x1 convolution of it follow. With those known the phases' BatchNorms are affine maps, and ``patm_whole`` takes one
-image (of the batch) after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same
-from the image alone; what comes through batch statistics is linear in the image, and is added at the end.
+Three operators. ``patm_moments`` makes mean and covariance of the image's channels: batch statistics of any 1x1
+convolution of it follow. With those the phases' BatchNorms are affine maps, and ``patm_whole`` takes one image of the
+batch after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same from the image
+alone; what comes through batch statistics is linear in the image, and is added at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
-from wavemix_kernels.ops.patm import reference
+from wavemix_kernels.ops.patm import reference, statistics
+from wavemix_kernels.ops.patm.waves import in_pairs
+from wavemix_kernels.ops.patm.weights import Affine, Weights
 
 
 class Image(NamedTuple):
@@ -34,34 +36,6 @@ class Image(NamedTuple):
     shift: Tensor | None
 
 
-class Weights(NamedTuple):
-    """(C, C, 1, 1) and (C) of the projections, biases may be None; scale and shift (C) of the phases, BatchNorm's;
-    taps (C, 2, 1, 7) and (C, 2, 7, 1); fc1 (K, C, 1, 1) and fc2 (3C, K, 1, 1) of the branch weights."""
-
-    z_h: Tensor
-    z_h_bias: Tensor | None
-    theta_h: Tensor
-    theta_h_bias: Tensor | None
-    scale_h: Tensor
-    shift_h: Tensor
-    taps_h: Tensor
-    z_w: Tensor
-    z_w_bias: Tensor | None
-    theta_w: Tensor
-    theta_w_bias: Tensor | None
-    scale_w: Tensor
-    shift_w: Tensor
-    taps_w: Tensor
-    channel: Tensor
-    channel_bias: Tensor | None
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc2: Tensor
-    fc2_bias: Tensor
-    proj: Tensor
-    proj_bias: Tensor | None
-
-
 class Batch(NamedTuple):
     """Statistics that the phases' affine maps came of, so that gradients go through them: mean and inverse deviation
     (2, C) of theta_h and theta_w; mean (C) and covariance (C, C) of the image, in float64."""
@@ -73,32 +47,21 @@ class Batch(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the image and the weights, each in the dtype and shape of what it belongs to, biases where there are none
-    included.
+    """Gradients of the image and the weights, each in the dtype and shape of what it belongs to.
 
     Attributes:
-        sums: (2, 2, C), for theta_h and theta_w the sums of d and of ``d * (theta - mean)``, with d the gradient of the
+        weights: by the names of :class:`Weights`, missing biases included; those of the thetas follow from ``sums``.
+        sums: (2, 2, C), for theta_h and theta_w the sums of d and of ``d (theta - mean)``, with d the gradient of the
             phase before ReLU and mean 0 without batch statistics: the gradients of shift and scale.
     """
 
     image: Tensor
-    z_h: Tensor
-    z_h_bias: Tensor
-    theta_h: Tensor
-    taps_h: Tensor
-    z_w: Tensor
-    z_w_bias: Tensor
-    theta_w: Tensor
-    taps_w: Tensor
-    channel: Tensor
-    channel_bias: Tensor
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc2: Tensor
-    fc2_bias: Tensor
-    proj: Tensor
-    proj_bias: Tensor
+    weights: dict[str, Tensor]
     sums: Tensor
+
+
+#: Weights whose gradients the operator returns, in its order.
+_WITH_GRADIENT = tuple(name for name in Weights._fields if name not in ("theta_h_bias", "theta_w_bias"))
 
 
 def _schema(fields: Any) -> str:
@@ -107,7 +70,7 @@ def _schema(fields: Any) -> str:
     return ", ".join(f"{'Tensor' if kind is Tensor else 'Tensor?'} {field}" for field, kind in hints.items())
 
 
-_WEIGHTS, _IMAGE = _schema(Weights), _schema(Image)
+_WEIGHTS, _IMAGE = f"{_schema(Weights)}, {_schema(Affine)}", _schema(Image)
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
 _library.define(f"patm_moments({_IMAGE}, str backend) -> (Tensor, Tensor)")
 _library.define(f"patm_whole({_IMAGE}, Tensor? path, bool residual, {_WEIGHTS}, str backend) -> (Tensor, Tensor)")
@@ -119,12 +82,12 @@ _library.define(
 
 # --- CPU -------------------------------------------------------------------------------------------------
 
-
-def _cpu_why_not(*tensors: Tensor) -> str | None:
-    if (reason := backends.cpu_why_not(*tensors)) is not None:
-        return reason
-    odd = next((t.shape[1] for t in tensors if t.shape[1] % 2), None)
-    return None if odd is None else f"it takes an even number of channels, got {odd}"
+#: What the core takes addresses of, in this order: checked here by name, so that no call has to.
+_FIELDS = (*Weights._fields, *Affine._fields)
+if _native.core is not None and (taken := getattr(_native.core, "PATM_WEIGHTS", None)) != _FIELDS:
+    raise ImportError(
+        f"the compiled core belongs to other sources: it takes PATM's {taken}, not {_FIELDS}; build it anew"
+    )
 
 
 class _CpuArguments:
@@ -153,37 +116,36 @@ def _cpu_moments(image: Image) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def _cpu_forward(image: Image, path: Tensor | None, residual: bool, w: Weights) -> tuple[Tensor, Tensor]:
+def _cpu_forward(image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine) -> tuple[Tensor, Tensor]:
     core: Any = _native.core
     out, branch_mean = _forward_fake(image)
-    given = _CpuArguments(image, path, *w)
+    given = _CpuArguments(image, path, *w, *maps)
+    path_at, *weights = given.rest
     core.patm_forward_cpu(
-        given.image, given.rest[1:], w.fc1.shape[0], residual, given.rest[0], _native.address(out),
-        branch_mean.data_ptr(), torch.get_num_threads(),
+        given.image, weights, w.fc1.shape[0], residual, path_at, _native.address(out), branch_mean.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out, branch_mean
 
 
 def _cpu_backward(
-    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights
-) -> Gradients:
+    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights,
+    maps: Affine,
+) -> Gradients:  # fmt: skip
     core: Any = _native.core
     grad = layout.channels_inner(grad)
-    given = _CpuArguments(image, path, branch_mean, center, *w)
-    # Between two passes over it the image's gradient is in the arithmetic type.
-    whole = image.x.dtype if center is None else given.wide
-    shapes = _gradient_shapes(w)
-    made = [branch_mean.new_empty(shape, dtype=given.wide) for shape in shapes]
-    out = Gradients(layout.empty(branch_mean.new_empty(0, dtype=whole), image.x.shape, True), *made)
+    given = _CpuArguments(image, path, branch_mean, center, *w, *maps)
+    # Between two passes over it the image's gradient is in the accumulation dtype.
+    between = image.x.dtype if center is None else given.wide
+    d_image = layout.empty(branch_mean.new_empty(0, dtype=between), image.x.shape, True)
+    *made, sums = (branch_mean.new_empty(shape, dtype=given.wide) for shape in _gradient_shapes(w))
+    out = Gradients(d_image, dict(zip(_WITH_GRADIENT, made, strict=True)), sums)
+    (shift_h, scale_h), (shift_w, scale_w) = sums
+    to = {**out.weights, "scale_h": scale_h, "shift_h": shift_h, "scale_w": scale_w, "shift_w": shift_w}
     path_at, mean_at, center_at, *weights = given.rest
-
-    def branch(i: int, z: Tensor, z_bias: Tensor, theta: Tensor, taps: Tensor) -> list[int]:
-        at = 0 if center is None else center_at + i * center.shape[1] * center.element_size()
-        return [at, *map(_pointer, (z, z_bias, theta, taps, out.sums[i, 0], out.sums[i, 1]))]
-
     core.patm_backward_cpu(
-        given.image, weights, w.fc1.shape[0], path_at, _native.address(grad), mean_at, _native.address(out.image),
-        whole == given.wide, [*branch(0, *out[1:5]), *branch(1, *out[5:9]), *map(_pointer, out[9:17])],
+        given.image, weights, w.fc1.shape[0], path_at, _native.address(grad), mean_at, center_at,
+        _native.address(d_image), between == given.wide, [_pointer(to.get(name)) for name in _FIELDS],
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -215,43 +177,25 @@ def _reference_moments(image: Image) -> tuple[Tensor, Tensor]:
     return mean, (rows - mean).t() @ (rows - mean) / rows.shape[0]
 
 
-def _branches(read: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-    """PATM of an image as it is read, and the mean of its branches: differentiable."""
-
-    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
-
-    wide = [None if t is None else t.to(read.dtype) for t in w]
-    v = Weights(*wide)  # type: ignore[arg-type]
-    c = project(v.channel, v.channel_bias)
-    h, u, s = reference.phase_aggregate(
-        project(v.z_h, v.z_h_bias), project(v.z_w, v.z_w_bias), c, project(v.theta_h, v.theta_h_bias),
-        project(v.theta_w, v.theta_w_bias), v.scale_h, v.shift_h, v.scale_w, v.shift_w, v.taps_h, v.taps_w,
-    )  # fmt: skip
-    mean = s / (read.shape[2] * read.shape[3])
-    hidden = F.gelu(F.linear(mean, v.fc1.flatten(1), v.fc1_bias))
-    a = F.linear(hidden, v.fc2.flatten(1), v.fc2_bias).reshape(*mean.shape, 3).softmax(2)
-    mixed = reference.branch_sum(h, u, c, a)
-    return F.conv2d(mixed, v.proj, v.proj_bias), mean
-
-
-def _reference_forward(image: Image, path: Tensor | None, residual: bool, w: Weights) -> tuple[Tensor, Tensor]:
-    out, mean = _branches(_read(image), w)
+def _reference_forward(
+    image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine
+) -> tuple[Tensor, Tensor]:
+    out, mean = reference.patm(_read(image), w._asdict() | maps._asdict())
     if residual:
         out = image.x + (out if path is None else out * path.reshape(-1, 1, 1, 1))
     return layout.laid_out(out.to(image.x.dtype), True), mean
 
 
 def _reference_backward(
-    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights
-) -> Gradients:
+    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights,
+    maps: Affine,
+) -> Gradients:  # fmt: skip
     read = _read(image)
-    n = read.shape[1]
-    zero = read.new_zeros(n)
-    present = {name: zero if t is None else t.to(read.dtype) for name, t in w._asdict().items()}
-    leaves = {name: t.detach().requires_grad_() for name, t in {"read": read, **present}.items()}
+    zero = read.new_zeros(read.shape[1])
+    given = {name: zero if t is None else t.to(read.dtype) for name, t in (w._asdict() | maps._asdict()).items()}
+    leaves = {name: t.detach().requires_grad_() for name, t in {"read": read, **given}.items()}
     with torch.enable_grad():
-        out, _ = _branches(leaves["read"], Weights(**{k: t for k, t in leaves.items() if k != "read"}))
+        out, _ = reference.patm(leaves["read"], leaves)
     cotangent = grad.to(read.dtype) if path is None else grad.to(read.dtype) * path.reshape(-1, 1, 1, 1)
     grads = dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], cotangent), strict=True))
     sums = torch.stack([torch.stack((grads[f"shift_{b}"], grads[f"scale_{b}"])) for b in "hw"])
@@ -259,8 +203,7 @@ def _reference_backward(
         sums[:, 1] -= center * sums[:, 0]
     else:
         grads["read"] = grads["read"].to(image.x.dtype)
-    named = {name: grads[name] for name in Gradients._fields[1:-1]}
-    return Gradients(layout.laid_out(grads["read"], True), **named, sums=sums)
+    return Gradients(layout.laid_out(grads["read"], True), {name: grads[name] for name in _WITH_GRADIENT}, sums)
 
 
 def _reference_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector: Tensor) -> Tensor:
@@ -270,13 +213,8 @@ def _reference_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector:
 
 BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
-        _cpu_why_not,
-        {
-            "moments": _cpu_moments,
-            "forward": _cpu_forward,
-            "backward": _cpu_backward,
-            "add_linear": _cpu_add_linear,
-        },
+        in_pairs(backends.cpu_why_not),
+        {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "add_linear": _cpu_add_linear},
     ),
     "reference": backends.Backend(
         backends.reference_why_not,
@@ -292,7 +230,8 @@ BACKENDS: dict[str, backends.Backend] = {
 
 # --- The operators ---------------------------------------------------------------------------------------
 
-_COUNT = len(Weights._fields)
+_AFFINE = len(Affine._fields)
+_COUNT = len(_FIELDS)
 
 
 def _moments_op(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -303,55 +242,59 @@ def _moments_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, scale, shift, path, residual, *weights, backend = arguments
     function = choose.select("patm_whole", BACKENDS, backend, x).functions["forward"]
-    return function(Image(x, scale, shift), path, residual, Weights(*weights))
+    return function(Image(x, scale, shift), path, residual, Weights(*weights[:-_AFFINE]), Affine(*weights[-_AFFINE:]))
 
 
 def _backward_op(*arguments: Any) -> list[Tensor]:
     grad, branch_mean, *given, x, scale, shift, path = arguments[: -_COUNT - 1]
-    weights, backend = Weights(*arguments[-_COUNT - 1 : -1]), arguments[-1]
+    weights, maps, backend = _weights(arguments), Affine(*arguments[-_AFFINE - 1 : -1]), arguments[-1]
     image = Image(x, scale, shift)
     functions = choose.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
     batch = None if given[0] is None else Batch(*given)
     out: Gradients = functions["backward"](
-        grad, branch_mean, None if batch is None else batch.mean, image, path, weights
+        grad, branch_mean, None if batch is None else batch.mean, image, path, weights, maps
     )
+    d_image = out.image
     if batch is not None:
-        d_theta, matrix, vector = _through_statistics(out.sums, image, weights, batch)
-        for gradient, more in zip((out.theta_h, out.theta_w), d_theta, strict=True):
-            gradient.add_(more.reshape(gradient.shape))
-        out = out._replace(image=functions["add_linear"](out.image, image, matrix, vector))
-    dtypes = [weights.proj.dtype if t is None else t.dtype for t in _like(weights)]
-    return [out.image, *(t.to(dtype) for t, dtype in zip(out[1:-1], dtypes, strict=True)), out.sums]
+        d_theta, matrix, vector = _through_statistics(out.sums, image, weights, maps, batch)
+        for name, more in zip(("theta_h", "theta_w"), d_theta, strict=True):
+            out.weights[name].add_(more.reshape(out.weights[name].shape))
+        d_image = functions["add_linear"](d_image, image, matrix, vector)
+    dtypes = _gradient_dtypes(weights)
+    return [d_image, *(t.to(dtype) for t, dtype in zip(out.weights.values(), dtypes, strict=True)), out.sums]
 
 
-def _through_statistics(sums: Tensor, image: Image, w: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch statistics depend on theta, too: to its gradient come ``rise (theta - mean) + offset``, a line per channel.
+def _weights(arguments: tuple[Any, ...]) -> Weights:
+    return Weights(*arguments[-_COUNT - 1 : -_AFFINE - 1])
 
-    Theta is a convolution of the image, so to its weights' gradient comes a product with the image's covariance and to
-    the image's gradient ``matrix image + vector``.
-    """
-    count = max(image.x.shape[0] * image.x.shape[2] * image.x.shape[3], 1)
-    wide = sums.dtype
-    scale = torch.stack((w.scale_h, w.scale_w)).to(wide)
-    rise = -scale * batch.invstd.to(wide).square() * sums[:, 1] / count
-    offset = -scale * sums[:, 0] / count
+
+def _through_statistics(
+    sums: Tensor, image: Image, w: Weights, maps: Affine, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`statistics.line_through` adds to the thetas' gradients. Theta is a convolution of the image, so its
+    weights' gradient gets a product with the image's covariance, and the image's gradient ``matrix image + vector``."""
+    count, wide = image.x.shape[0] * image.x.shape[2] * image.x.shape[3], sums.dtype
+    scale = torch.stack((maps.scale_h, maps.scale_w)).to(wide)
+    rise, offset = statistics.line_through(sums, scale, batch.invstd.to(wide), count)
     theta = torch.stack((w.theta_h, w.theta_w)).to(wide).flatten(2)
     image_mean, covariance = batch.image_mean.to(wide), batch.covariance.to(wide)
     tilted = rise[..., None] * theta
-    d_theta = count * (tilted @ covariance + offset[..., None] * image_mean)
+    d_theta = max(count, 1) * (tilted @ covariance + offset[..., None] * image_mean)
     matrix = theta.flatten(0, 1).t() @ tilted.flatten(0, 1)
     vector = offset.flatten() @ theta.flatten(0, 1) - matrix @ image_mean
     return d_theta, matrix, vector
 
 
-def _like(w: Weights) -> list[Tensor | None]:
-    """The weights that :class:`Gradients` has, in its order."""
-    return [getattr(w, name) for name in Gradients._fields[1:-1]]
-
-
 def _gradient_shapes(w: Weights) -> list[tuple[int, ...]]:
+    """Shapes of the weights' gradients, a missing bias's too, and of the sums."""
+    like = (getattr(w, name) for name in _WITH_GRADIENT)
     channels = w.proj.shape[0]
-    return [*((channels,) if t is None else tuple(t.shape) for t in _like(w)), (2, 2, channels)]
+    return [*((channels,) if t is None else tuple(t.shape) for t in like), (2, 2, channels)]
+
+
+def _gradient_dtypes(w: Weights) -> list[torch.dtype]:
+    like = (getattr(w, name) for name in _WITH_GRADIENT)
+    return [(w.proj if t is None else t).dtype for t in like]
 
 
 def _moments_fake(image: Image) -> tuple[Tensor, Tensor]:
@@ -365,8 +308,8 @@ def _forward_fake(image: Image) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    x, weights = arguments[6], Weights(*arguments[-_COUNT - 1 : -1])
-    dtypes = [weights.proj.dtype if t is None else t.dtype for t in _like(weights)] + [accumulate_dtype(x.dtype)]
+    x, weights = arguments[6], _weights(arguments)
+    dtypes = [*_gradient_dtypes(weights), accumulate_dtype(x.dtype)]
     made = [x.new_empty(s, dtype=d) for s, d in zip(_gradient_shapes(weights), dtypes, strict=True)]
     return [layout.empty(x, x.shape, True), *made]
 
@@ -384,51 +327,51 @@ def moments(image: Image, backend: str) -> tuple[Tensor, Tensor]:
     return torch.ops.wavemix_kernels.patm_moments(*image, backend)
 
 
-def forward(image: Image, path: Tensor | None, residual: bool, weights: Weights, backend: str) -> tuple[Tensor, Tensor]:
+def forward(
+    image: Image, path: Tensor | None, residual: bool, weights: Weights, maps: Affine, backend: str
+) -> tuple[Tensor, Tensor]:
     """PATM of the image, or with ``residual`` ``x + path PATM(image)``, path (N) or None.
 
     Returns:
-        The output, (N, C, H, W) in x's dtype, channels_last, and (N, C) the mean that the branch weights came of, fp32
-        (fp64 for fp64). No gradient is registered: it is a step of :mod:`wavemix_kernels.ops.patm.op`.
+        The output, (N, C, H, W) in x's dtype, channels_last, and (N, C) the branches' mean over H and W, fp32 (fp64 for
+        fp64). No gradient is registered: it is a step of :mod:`wavemix_kernels.ops.patm.op`.
     """
-    return torch.ops.wavemix_kernels.patm_whole(*image, path, residual, *weights, backend)
+    return torch.ops.wavemix_kernels.patm_whole(*image, path, residual, *weights, *maps, backend)
 
 
 def backward(
     grad: Tensor, branch_mean: Tensor, batch: Batch | None, image: Image, path: Tensor | None, weights: Weights,
-    backend: str,
+    maps: Affine, backend: str,
 ) -> Gradients:  # fmt: skip
     """All gradients of :func:`forward`, less what goes around the branch; ``batch`` None: scale and shift are given."""
     given = batch or (None,) * len(Batch._fields)
-    return Gradients(
-        *torch.ops.wavemix_kernels.patm_whole_backward(grad, branch_mean, *given, *image, path, *weights, backend)
+    image_, *made, sums = torch.ops.wavemix_kernels.patm_whole_backward(
+        grad, branch_mean, *given, *image, path, *weights, *maps, backend
     )
+    return Gradients(image_, dict(zip(_WITH_GRADIENT, made, strict=True)), sums)
 
 
 def self_test(backend: str, device: torch.device) -> tuple[float, float]:
     """Two images behind an affine map, as a residual branch, with all gradients through statistics: (error, bound)."""
     p = selftest.pattern
     c, hidden, shape = 6, 3, (2, 6, 9, 5)
-
-    def weights() -> list[Tensor]:
-        out: list[Tensor] = []
-        for i, taps in enumerate(((1, 7), (7, 1))):
-            out += [p(c, c, 1, 1, phase=i), p(c, phase=i), p(c, c, 1, 1, phase=i + 2), p(c, phase=i + 2)]
-            out += [p(c, phase=i) + 2, p(c, phase=i + 1) + 2, p(c, 2, *taps, phase=i)]
-        out += [p(c, c, 1, 1, phase=4), p(c), p(hidden, c, 1, 1), p(hidden), p(3 * c, hidden, 1, 1), p(3 * c)]
-        return [*out, p(c, c, 1, 1, phase=5), p(c)]
+    projection = (c, c, 1, 1), (c,)
+    mlp = (hidden, c, 1, 1), (hidden,), (3 * c, hidden, 1, 1), (3 * c,)
+    shapes = *projection * 6, (c, 2, 1, 7), (c, 2, 7, 1), *mlp
+    phases = (0, 0, 1, 1, 4, 0, 2, 2, 3, 3, 5, 0, 0, 1, 0, 0, 0, 0)
 
     def run(name: str, where: torch.device, dtype: torch.dtype) -> list[Tensor]:
         def to(t: Tensor) -> Tensor:
             return t.to(where, torch.float32).to(dtype)
 
         image = Image(to(p(*shape)), to(p(2, c) + 2), to(p(2, c, phase=1)))
-        w = Weights(*map(to, weights()))
+        w = Weights(*(to(p(*shape, phase=phase)) for shape, phase in zip(shapes, phases, strict=True)))
+        maps = Affine(*(to(p(c, phase=phase) + 2) for phase in (0, 1, 1, 2)))
         mean, covariance = moments(image, name)
         batch = Batch(to(p(2, c)), to(p(2, c) + 2), mean, covariance)
-        out, branch_mean = forward(image, to(p(2)), True, w, name)
-        grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, name)
-        return [mean, covariance, out, branch_mean, *grads]
+        out, branch_mean = forward(image, to(p(2)), True, w, maps, name)
+        grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, maps, name)
+        return [mean, covariance, out, branch_mean, grads.image, *grads.weights.values(), grads.sums]
 
     got = run(backend, device, torch.float32)
     want = run("reference", torch.device("cpu"), torch.float64)

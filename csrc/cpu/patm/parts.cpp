@@ -1,14 +1,15 @@
-// Phase-aware token mixing on the CPU. Compiled once per instruction set (see isa.h).
+// PATM by parts on the CPU: waves with their convolutions, the branches' weighted sum. Compiled once per instruction
+// set (see isa.h).
 //
 // A branch is a 7-tap convolution along one axis, so its lines are independent and both axes are one kernel with other
 // strides. The waves of a line (a segment of it, for a block of channel pairs) are made once and stay in cache; from
 // there every output is 14 multiply-adds of vectors over channels, weights in registers. Memory is read once per pass.
 
-#include "wavemix/patm.h"
-
 #include <cstring>
 
+#include "cpu/common/operands.h"
 #include "cpu/patm/waves.h"
+#include "wavemix/patm.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -416,33 +417,19 @@ static void branch_sum(const BranchArgs& args, const Plane& grad, const Plane& o
       }
 }
 
-template <class Function>
-static void with_type(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::f64:
-      return function(double{});
-    case DType::f32:
-      return function(float{});
-    case DType::f16:
-      return function(f16{});
-    case DType::bf16:
-      return function(bf16{});
-  }
-}
-
 }  // namespace
 
 void phase_forward(const PhaseArgs& args, const Plane& out, const Plane& also, void* sums, int threads) {
-  with_type(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, also, sums, threads); });
+  dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, out, also, sums, threads); });
 }
 void phase_backward(const PhaseArgs& args, const PhaseGradArgs& grads, int threads) {
-  with_type(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
+  dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
 void branch_sum(const BranchArgs& args, const Plane& out, int threads) {
-  with_type(args.dtype, [&](auto element) { branch_sum<decltype(element), false>(args, {}, out, nullptr, threads); });
+  dispatch(args.dtype, [&](auto element) { branch_sum<decltype(element), false>(args, {}, out, nullptr, threads); });
 }
 void branch_sum_backward(const BranchArgs& args, const Plane& grad, const Plane& out, void* d_a, int threads) {
-  with_type(args.dtype, [&](auto element) { branch_sum<decltype(element), true>(args, grad, out, d_a, threads); });
+  dispatch(args.dtype, [&](auto element) { branch_sum<decltype(element), true>(args, grad, out, d_a, threads); });
 }
 
 }  // namespace WAVEMIX_ISA

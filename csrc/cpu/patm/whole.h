@@ -1,5 +1,5 @@
-// What forward and backward of the whole PATM share: the order of channels, packed weights, images in, waves, the
-// branch weights' MLP. Included by the per-ISA units only.
+// Shared by forward and backward of the whole PATM: the order of channels, packed weights, images in, waves, the branch
+// weights' MLP. Included by the per-ISA units only.
 //
 // Columns of products come out in the order in which waves want them. A branch's row of one pixel has 2 `width` places,
 // [z | theta] of the first channels of all pairs, then of the second ones, each part padded with zeros to `half`; its
@@ -20,12 +20,12 @@ namespace WAVEMIX_ISA {
 // more, stay in the L2 cache (0.6 MB at 64 channels, 56 columns).
 constexpr int64_t kStepPixels = 64;
 
-// All places of one pixel: branch along W, branch along H, third branch.
+// All places of one pixel: branch h (along W), branch w (along H), z_c.
 template <class A>
 struct Places {
   struct Source {
     const A *weight, *bias;  // a row of c; null in the padding, bias also where there is none
-    int64_t which, channel;  // 0, 1: z, theta along W; 2, 3: along H; 4: the third branch
+    int64_t which, channel;  // 0, 1: z_h, theta_h; 2, 3: z_w, theta_w; 4: z_c
   };
   const PatmArgs& args;
   Pairs<A> b;
@@ -42,13 +42,7 @@ struct Places {
     }
     for (int64_t place = 0; place < all; ++place) {
       const int64_t i = place / branch, at = place % branch;
-      if (i == 2) {
-        sources.data[place] = row(args.channel, args.channel_bias, 4, output(at));
-      } else if (at / b.half % 2 == 0) {
-        sources.data[place] = row(args.branch[i].z, args.branch[i].z_bias, 2 * i, channel_of(at));
-      } else {
-        sources.data[place] = row(args.branch[i].theta, args.branch[i].theta_bias, 2 * i + 1, channel_of(at));
-      }
+      sources.data[place] = i == 2 ? row(4, output(at)) : row(2 * i + at / b.half % 2, channel_of(at));
     }
   }
   // The channel at a place of the outputs, and of one quantity of a branch ([half | half]); -1 in the padding.
@@ -58,10 +52,13 @@ struct Places {
 
  private:
   int64_t channel_of(int64_t at) const { return paired(at / b.width * b.half + at % b.half); }
-  Source row(const void* weight, const void* bias, int64_t which, int64_t channel) const {
+  Source row(int64_t which, int64_t channel) const {
     if (channel < 0) return {nullptr, nullptr, which, channel};
-    return {static_cast<const A*>(weight) + channel * args.c,
-            bias == nullptr ? nullptr : static_cast<const A*>(bias) + channel, which, channel};
+    const void* const weights[] = {args.z_h, args.theta_h, args.z_w, args.theta_w, args.z_c};
+    const void* const biases[] = {args.z_h_bias, args.theta_h_bias, args.z_w_bias, args.theta_w_bias, args.z_c_bias};
+    const A* const bias = static_cast<const A*>(biases[which]);
+    return {static_cast<const A*>(weights[which]) + channel * args.c, bias == nullptr ? nullptr : bias + channel, which,
+            channel};
   }
 };
 
@@ -118,13 +115,15 @@ struct BranchWeights {
       const auto& source = p.source(j);
       if (source.bias != nullptr) bias.data[j] = *source.bias;
     }
+    const void *const scales[] = {p.args.scale_h, p.args.scale_w}, *const shifts[] = {p.args.shift_h, p.args.shift_w};
+    const void* const all_taps[] = {p.args.taps_h, p.args.taps_w};
     for (int i = 0; i < 2; ++i) {
       for (int64_t j = 0; j < p.b.width; ++j) {
         if (p.paired(j) < 0) continue;
-        scale[i].data[j] = static_cast<const A*>(p.args.branch[i].scale)[p.paired(j)];
-        shift[i].data[j] = static_cast<const A*>(p.args.branch[i].shift)[p.paired(j)];
+        scale[i].data[j] = static_cast<const A*>(scales[i])[p.paired(j)];
+        shift[i].data[j] = static_cast<const A*>(shifts[i])[p.paired(j)];
       }
-      lay_out_taps(p.b, static_cast<const A*>(p.args.branch[i].taps), p.b.count, 0, taps[i].data);
+      lay_out_taps(p.b, static_cast<const A*>(all_taps[i]), p.b.count, 0, taps[i].data);
     }
   }
 };

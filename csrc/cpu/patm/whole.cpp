@@ -1,13 +1,13 @@
 // PATM from its image to its output. Compiled once per instruction set (see isa.h).
 //
-// A thread takes an image (or a band of its rows) through everything. What it makes of the image on the way is as large
-// as the image and stays in a cache; what one pixel needs of others comes of a ring of the last rows. The branch
-// weights want all of the image before any of the output, so the two convolved branches wait for them.
+// A thread takes an image (or a band of its rows) through everything. Intermediate results are as large as the image
+// and stay in a cache; a pixel finds its neighbours in a ring of the last rows. The branch weights depend on all of the
+// image, so the two convolved branches wait for them.
 //
-// Memory is read twice and written once. Only the third branch waits for nobody and is made where it is mixed;
-// statistics come of the image itself (moments), so that no product is made twice.
+// Memory is read twice and written once. z_c alone is made where it is mixed. Batch statistics follow from the image's
+// moments, so no product is made twice.
 
-#include "cpu/patm/patm_parts.h"
+#include "cpu/patm/whole.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -97,7 +97,7 @@ void forward(const PatmArgs& args, const Plane& out, void* branch_mean_, int thr
   });
   const ZeroBuffer<A> proj_bias(padded<A>(c));
   if (args.proj_bias != nullptr) load_row(static_cast<const A*>(args.proj_bias), 1, c, proj_bias.data);
-  // Both convolved branches of the images in work, and the sums of each unit: of these, and of the image.
+  // Both convolved branches of the images in work; for each unit the sums of these and of the image.
   const int64_t of_image = h * w * width, per_unit = width + padded<A>(c);
   const Buffer<A> convolved(2 * of_image * smaller(args.n, threads));
   const Buffer<double> sums(per_unit * Share::most_units(threads));
@@ -161,7 +161,7 @@ void forward(const PatmArgs& args, const Plane& out, void* branch_mean_, int thr
         for (int64_t j = 0; j < width; ++j) {
           const int64_t channel = places.output(j);
           if (channel < 0) continue;
-          const A* const row = static_cast<const A*>(args.channel) + channel * c;
+          const A* const row = static_cast<const A*>(args.z_c) + channel * c;
           double sum = 0.0;
           for (int64_t part = 0; part < share.bands; ++part) {
             const double* const of = image_sums + part * per_unit;
@@ -170,8 +170,7 @@ void forward(const PatmArgs& args, const Plane& out, void* branch_mean_, int thr
             for (int64_t i = 0; i < c; ++i) sum += static_cast<double>(row[i]) * of[width + i];
           }
           sum /= static_cast<double>(h * w);
-          if (args.channel_bias != nullptr)
-            sum += static_cast<double>(static_cast<const A*>(args.channel_bias)[channel]);
+          if (args.z_c_bias != nullptr) sum += static_cast<double>(static_cast<const A*>(args.z_c_bias)[channel]);
           mlp.mean.data[channel] = static_cast<A>(sum);
         }
         if (band.y0 == 0) std::memcpy(branch_mean + band.image * c, mlp.mean.data, static_cast<size_t>(c) * sizeof(A));
@@ -211,7 +210,7 @@ void forward(const PatmArgs& args, const Plane& out, void* branch_mean_, int thr
   }
 }
 
-// --- What comes through statistics -----------------------------------------------------------------------------
+// --- The gradient through statistics ---------------------------------------------------------------------------
 
 template <class T>
 void add_linear(const PatmArgs& args, const Plane& partial, const void* matrix_, const void* vector, const Plane& out,

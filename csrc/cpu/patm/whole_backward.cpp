@@ -1,17 +1,17 @@
 // PATM's backward pass from its image, the output's gradient and statistics. Compiled once per instruction set (isa.h).
 //
-// As forward (patm_whole.cpp), in two parts of each image, between which the branch weights' gradient is complete. The
+// Each image takes two parts, between which the branch weights' gradient is complete (forward: whole.cpp). The
 // first makes the branches again, and with them the gradients of the output projection and of the branch weights. From
 // amplitudes and phases, which wait in a cache, the second makes all others. Statistics are constants here: theta is
 // linear in the image, so what comes through them is linear in it too, and is added when the batch is done.
 
-#include "cpu/patm/patm_parts.h"
+#include "cpu/patm/whole.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-// Where each sum over pixels lies. Products add up an image in the arithmetic type, images add up in double.
+// Offsets of the sums over pixels. Products add up an image in the arithmetic type, images add up in double.
 template <class A>
 struct Sums {
   int64_t projections, proj, bias, proj_bias, pre[2], size;  // in both
@@ -39,8 +39,8 @@ struct MlpGradients {
   explicit MlpGradients(const PatmArgs& of)
       : args(of), hidden(of.n * of.hidden), d_pre(of.n * of.hidden), d_logits(of.n * 3 * of.c) {}
 
-  // d_a (3, width) in the outputs' places; d_mean likewise. Of the bands of an image, which all come here, one keeps
-  // what it makes; the others pass memory of their own, of hidden + 3 c.
+  // d_a (3, width) in the outputs' places; d_mean likewise. All bands of an image come here. One of them keeps its
+  // results; the others pass memory of their own, of hidden + 3 c.
   void image(const Places<A>& p, const BranchMlp<A>& mlp, int64_t n, const double* d_a, A* d_mean, A* own) const {
     A* const of_pre = own != nullptr ? own : d_pre.data + n * args.hidden;
     A* const of_logits = own != nullptr ? own + args.hidden : d_logits.data + n * 3 * args.c;
@@ -86,9 +86,8 @@ struct MlpGradients {
 template <class A>
 void scatter(const Places<A>& p, const Sums<A>& at, const double* sums, const PatmGradArgs& grads) {
   const int64_t c = p.args.c, stride = padded<A>(c), width = p.b.width;
-  void* const weights[5] = {grads.branch[0].z, grads.branch[0].theta, grads.branch[1].z, grads.branch[1].theta,
-                            grads.channel};
-  void* const biases[5] = {grads.branch[0].z_bias, nullptr, grads.branch[1].z_bias, nullptr, grads.channel_bias};
+  void* const weights[] = {grads.z_h, grads.theta_h, grads.z_w, grads.theta_w, grads.z_c};
+  void* const biases[] = {grads.z_h_bias, grads.theta_h_bias, grads.z_w_bias, grads.theta_w_bias, grads.z_c_bias};
   for (int64_t j = 0; j < p.all; ++j) {
     const auto& source = p.source(j);
     if (source.channel < 0) continue;
@@ -103,13 +102,14 @@ void scatter(const Places<A>& p, const Sums<A>& at, const double* sums, const Pa
         static_cast<A*>(grads.proj)[i * c + p.output(j)] = static_cast<A>(sums[at.proj + i * width + j]);
     static_cast<A*>(grads.proj_bias)[i] = static_cast<A>(sums[at.proj_bias + i]);
   }
+  void *const taps[] = {grads.taps_h, grads.taps_w}, *const scales[] = {grads.scale_h, grads.scale_w};
+  void* const shifts[] = {grads.shift_h, grads.shift_w};
   for (int k = 0; k < 2; ++k) {
-    const PatmBranchGrads& of = grads.branch[k];
-    gather_taps(p.b, sums + at.taps[k], p.b.count, 0, static_cast<A*>(of.taps));
+    gather_taps(p.b, sums + at.taps[k], p.b.count, 0, static_cast<A*>(taps[k]));
     for (int64_t j = 0; j < width; ++j) {
       if (p.paired(j) < 0) continue;
-      static_cast<A*>(of.sum_pre)[p.paired(j)] = static_cast<A>(sums[at.pre[k] + j]);
-      static_cast<A*>(of.sum_pre_theta)[p.paired(j)] = static_cast<A>(sums[at.pre[k] + width + j]);
+      static_cast<A*>(shifts[k])[p.paired(j)] = static_cast<A>(sums[at.pre[k] + j]);
+      static_cast<A*>(scales[k])[p.paired(j)] = static_cast<A>(sums[at.pre[k] + width + j]);
     }
   }
 }
@@ -141,14 +141,14 @@ void backward(const PatmArgs& args, const PatmGradArgs& grads, int threads) {
   for (int k = 0; k < 2; ++k) {
     const ZeroBuffer<A>& center = k == 0 ? center_w : center_h;
     for (int64_t j = 0; j < width; ++j)
-      if (places.paired(j) >= 0 && grads.branch[k].center != nullptr)
-        center.data[j] = static_cast<const A*>(grads.branch[k].center)[places.paired(j)];
+      if (places.paired(j) >= 0 && grads.center != nullptr)
+        center.data[j] = static_cast<const A*>(grads.center)[k * c + places.paired(j)];
     channels[k] = {weights.scale[k].data, weights.shift[k].data, center.data};
   }
   const Sums<A> at(places);
   const MlpGradients<A> of_mlp(args);
   const ZeroBuffer<double> totals(threads * at.total);
-  // Of the images in work: gradient of the mixed branches by image, amplitudes and phases by unit, whose rows along H
+  // For the images in work: gradients of the mixed branches by image, amplitudes and phases by unit, whose rows along H
   // begin and end beside its band.
   const int64_t units = Share::most_units(threads), of_image = h * w * width, beside = 2 * (kReach * w + kGemmRows);
   const int64_t images = smaller(args.n, threads);
