@@ -17,7 +17,7 @@ struct Bands {
 // h_l = ceil(h_{l-1} / 2) rows (h_0 = h), likewise columns; high[l-1] holds level l, ll the last level.
 //
 // Odd sizes at any level: analysis reads the missing sample as `edge` times the last one
-// (0: zero padding, 1: replication, -1: antisymmetric). Synthesis is analysis' exact adjoint: the
+// (0: zero padding, 1: replication, -1: antisymmetric). Synthesis is analysis' exact transpose: the
 // virtual sample's value times `edge` is added to the last one; edge = 0 simply crops, which is
 // also the inverse transform. edge = 0 means "nothing", not a product: NaN and infinity stay where they are.
 struct HaarArgs {
