@@ -42,7 +42,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did to ``model``. Printing it lists every module, a line each."""
+    """The report of :func:`accelerate` on ``model``. Printing it lists every module, a line each."""
 
     model: nn.Module
     replaced: tuple[Replaced, ...]
@@ -192,7 +192,7 @@ def _checked_block(module: nn.Module, level: int, upsample: str) -> FusedWaveblo
 
 
 def _layer(module: nn.Module | None) -> tuple[object, ...]:
-    """What must agree in a layer. Dropout's probability and BatchNorm's eps and momentum stay the model's own."""
+    """The settings of a layer that must agree; dropout's probability, BatchNorm's eps and momentum may differ."""
     if type(module) is nn.Dropout:
         return (nn.Dropout,)
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
@@ -220,7 +220,7 @@ def _check_forward(kind: type[nn.Module], level: int) -> None:
 # --- Wave-MLP --------------------------------------------------------------------------------------------
 
 
-#: What tells these modules from others of the same name, as every transformer has an Mlp.
+#: These parts tell such modules from others of the same name, as every transformer has an Mlp.
 _SIGNS: dict[str, tuple[tuple[str, type[nn.Module]], ...]] = {
     "PATM": (),
     "Mlp": (("fc1", nn.Conv2d), ("fc2", nn.Conv2d)),

@@ -1,4 +1,4 @@
-"""What is installed here, which backend serves which op, why the others do not, and whether they compute right."""
+"""Reports what is installed here, which backend serves which op, why others do not, and whether they compute right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs, and why nothing faster does: logger ``wavemix_kernels``, level INFO.
+"""The log of what runs and why nothing faster does: logger ``wavemix_kernels``, level INFO.
 
 ``WAVEMIX_KERNELS_LOG=1`` prints it on stderr. Without the variable the logger does what the program's own logging
 configuration says.

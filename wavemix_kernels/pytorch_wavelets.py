@@ -28,7 +28,7 @@ _ROUNDED = tuple(torch.tensor(_S, dtype=dtype).item() for dtype in _DTYPES)
 
 @runtime_checkable
 class WaveletLike(Protocol):
-    """What is read of a `pywt.Wavelet`: the four filters, in PyWavelets' order of taps."""
+    """The four filters of a `pywt.Wavelet`, in PyWavelets' order of taps."""
 
     dec_lo: Sequence[float]
     dec_hi: Sequence[float]
@@ -55,7 +55,7 @@ class _FilterBank(nn.Module):
             self.register_buffer(name, torch.tensor(taps, dtype=torch.get_default_dtype()).reshape(shape))
         self.mode = mode
         _checked_mode(mode)
-        # From the numbers given, not from the buffers: under a meta device these hold none.
+        # The numbers given decide, not the buffers: under a meta device these hold none.
         self._haar = self._equals_haar(filters)
         self._remember()
 

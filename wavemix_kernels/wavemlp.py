@@ -98,7 +98,7 @@ class PatchEmbedOverlapping(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Between two stages, a 3x3 convolution of stride 2: (N, in_embed_dim, H, W) -> (N, out_embed_dim, ⌈H/2⌉, ⌈W/2⌉).
+    """The 3x3 convolution of stride 2 between two stages: (N, in_embed_dim, H, W) -> (N, out_embed_dim, ⌈H/2⌉, ⌈W/2⌉).
 
     Args:
         in_embed_dim, out_embed_dim: channels.
@@ -399,7 +399,7 @@ def _wave_mlp(
     if pretrained is True:
         raise ValueError("pretrained=True: no weights come with this package; expected the path of a checkpoint file")
     model = kind(layers, embed_dims=embed_dims, mlp_ratios=mlp_ratios, **kwargs)
-    # What timm's data pipeline asks a model for.
+    # timm's data pipeline asks a model for these.
     model.default_cfg = {  # type: ignore[assignment]
         "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": crop_pct,
         "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "classifier": "head",
@@ -408,7 +408,7 @@ def _wave_mlp(
     return model
 
 
-#: What M and B have beside their sizes.
+#: M and B share these beside their sizes.
 _LARGE: dict[str, Any] = {"norm_layer": MyNorm, "ds_use_norm": False}
 
 

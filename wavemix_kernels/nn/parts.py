@@ -1,4 +1,4 @@
-"""What fused modules ask of the standard ones they are made of."""
+"""Questions that fused modules ask the standard ones they are made of."""
 
 from __future__ import annotations
 

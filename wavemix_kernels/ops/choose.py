@@ -18,7 +18,7 @@ from wavemix_kernels.backends import NAMES, Backend
 
 Order = tuple[str, ...]
 
-#: What "auto" tries, in order, per device type. No GPU has been measured yet: the leaner start-up comes first.
+#: Backends that "auto" tries, in order, per device type. No GPU has been measured yet: the leaner start-up comes first.
 AUTO: dict[str, Order] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -137,8 +137,8 @@ def head(inputs: int, inner: int, outputs: int) -> str:
 
 
 def channel_mlp(device: str, dtype: torch.dtype, pixels: int, hidden: int, multiplies_bfloat16: bool) -> Order:
-    """Where a CPU multiplies bfloat16 itself the library's products are worth the hidden layer in memory: from enough
-    pixels to fill them up to as many as hidden channels. (docs/develop/tuning.md, channel MLP in bfloat16)"""
+    """The library's products are worth the hidden layer in memory where a CPU multiplies bfloat16 itself: from enough
+    pixels to fill them, up to the number of hidden channels. (docs/develop/tuning.md, channel MLP in bfloat16)"""
     if device == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16 and 128 <= pixels < hidden:
         return _LIBRARY
     return order(device)

@@ -1,4 +1,4 @@
-"""What the three WaveMix models share: the checks of their arguments, the stack of Waveblocks and its residuals."""
+"""Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
 from __future__ import annotations
 

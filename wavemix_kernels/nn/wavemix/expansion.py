@@ -44,7 +44,7 @@ class FusedExpansion(Expansion):
 
 
 class InferenceExpansion(nn.Module):
-    """What :meth:`FusedExpansion.fuse_for_inference` makes: the same map up to rounding; its tensors are buffers.
+    """The result of :meth:`FusedExpansion.fuse_for_inference`: the same map up to rounding; its tensors are buffers.
 
     A 1x1 convolution behind a transposed one is linear too, and local, so it goes into the weights, borders included
     (measured: docs/develop/tuning.md, heads).

@@ -22,7 +22,7 @@ from wavemix_kernels.ops.reduce_haar import reference as reduce_haar_reference
 
 
 class InferenceWaveblock(nn.Module):
-    """What :meth:`wavemix_kernels.FusedWaveblock.fuse_for_inference` makes: (N, C, H, W) -> the same shape.
+    """The result of :meth:`wavemix_kernels.FusedWaveblock.fuse_for_inference`: (N, C, H, W) -> the same shape.
 
     Its tensors are buffers: they move and convert with the module, and no optimizer sees them. On backend
     ``"reference"`` it consists of standard operators only, for ``torch.export`` and ONNX.
@@ -53,7 +53,7 @@ class InferenceWaveblock(nn.Module):
         self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
     def why_not_joined(self) -> str | None:
-        """As :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
+        """See :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
         return why_not_plain("it", self)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:

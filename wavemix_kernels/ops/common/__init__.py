@@ -1,1 +1,1 @@
-"""What every op family uses: autograd, memory order, dtypes, products, self-tests, Triton launches."""
+"""Shared by every op family: autograd, memory order, dtypes, products, self-tests, Triton launches."""

@@ -1,4 +1,4 @@
-"""What each op's ``self_test`` does: fp32 forward and gradients beside the float64 reference, within a second."""
+"""The self-test of each op: fp32 forward and gradients beside the float64 reference, within a second."""
 
 from __future__ import annotations
 

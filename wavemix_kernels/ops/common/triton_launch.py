@@ -1,4 +1,4 @@
-"""What the launches of every kernel family share."""
+"""Shared by the launches of every kernel family."""
 
 import contextlib
 from typing import Any, NamedTuple

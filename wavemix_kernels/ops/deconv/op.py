@@ -397,7 +397,7 @@ def norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> NormGradients:  # fmt: skip
-    """From the gradient of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
+    """Gradients from that of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
     return NormGradients(
         *torch.ops.wavemix_kernels.deconv_norm_backward(
             grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend

@@ -29,7 +29,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def widths(columns: int, most: int) -> tuple[int, int]:
-    """Of the tiles of equal parts of `columns`, of `most` or fewer."""
+    """Widths of the tiles that hold equal parts of `columns`, each `most` or fewer."""
     return cover(_cdiv(columns, _cdiv(columns, most)))
 
 

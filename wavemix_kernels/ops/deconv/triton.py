@@ -144,7 +144,7 @@ def _merge_kernel(
 
 
 def _strides(image: Tensor) -> tuple[int, int, int]:
-    """Of n, h and w; channels are innermost."""
+    """Strides of n, h and w; channels are innermost."""
     return image.stride(0), image.stride(2), image.stride(3)
 
 

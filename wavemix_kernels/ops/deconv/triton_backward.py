@@ -289,7 +289,7 @@ def _reduce_kernel(dw, partial, splits, o, f, WEIGHTS: tl.constexpr):
 
 
 def _norm_arguments(g: Tensor, norm: Norm | None) -> tuple[Tensor, ...]:
-    """What is absent is never read: g stands in for it."""
+    """g stands in for absent tensors, which are never read."""
     return (g,) * 5 if norm is None else norm
 
 

@@ -149,7 +149,7 @@ def launch(
     image: Tensor, ll: Tensor, highs: Sequence[Tensor], *, edge: float = 0, lows: Sequence[Tensor] = (),
     config: TileConfig | None = None,
 ) -> Launch:  # fmt: skip
-    """Of arguments that :func:`analysis` has checked."""
+    """The launch for arguments that :func:`analysis` has checked."""
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), None, ll.stride(), tuple(high.stride() for high in highs),
         int(edge), False, config, tuple(low.stride() for low in lows),

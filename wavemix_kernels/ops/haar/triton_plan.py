@@ -1,4 +1,4 @@
-"""What a Haar launch in Triton follows from: layout, alignment, tile and the kernel's arguments. Free of triton."""
+"""Layout, alignment, tile and arguments of a Haar launch in Triton. Free of triton."""
 
 from __future__ import annotations
 

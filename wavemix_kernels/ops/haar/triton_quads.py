@@ -1,4 +1,4 @@
-"""What Haar analysis and synthesis in Triton share: where a tile lies, its quads in registers, its samples in memory.
+"""Shared by Haar analysis and synthesis in Triton: a tile's place, its quads in registers, its samples in memory.
 
 One program owns a tile of rows x cols samples in some (n, c) planes. Level 1, three quarters of the traffic, is
 thread-local: samples of a quad come from separate loads that share one register layout (row-major synthesis alone
@@ -25,7 +25,7 @@ import triton.language as tl
 
 @triton.jit
 def _units(ALIGN: tl.constexpr, LEVEL: tl.constexpr, LAYOUT: tl.constexpr):
-    """What level LEVEL's strides were divided by."""
+    """Divisor of level LEVEL's strides."""
     if LAYOUT != "rows":
         return ALIGN
     else:

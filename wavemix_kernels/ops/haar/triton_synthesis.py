@@ -178,7 +178,7 @@ def launch(
     image: Tensor, ll: Tensor, highs: Sequence[Tensor | None], *, edge: float = 0, add: Tensor | None = None,
     lows: Sequence[Tensor] = (), config: TileConfig | None = None,
 ) -> Launch:  # fmt: skip
-    """Of arguments that :func:`synthesis` has checked."""
+    """The launch for arguments that :func:`synthesis` has checked."""
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), None if add is None else add.stride(), ll.stride(),
         tuple(None if high is None else high.stride() for high in highs), int(edge), True, config,

@@ -30,7 +30,7 @@ _library.define(f"pointwise_mlp_backward(Tensor grad, {_ARGUMENTS}, bool want_ou
 
 
 class Gradients(NamedTuple):
-    """What backward makes; ``second`` is the gradient of ``second * scale + shift``. Absent ones are None."""
+    """Results of the backward pass; ``second`` is the gradient of ``second * scale + shift``. Absent ones are None."""
 
     x: Tensor
     second: Tensor | None

@@ -33,7 +33,7 @@ def philox(group: Tensor, seed: int) -> Tensor:
 
 
 def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Which elements of a (rows, cols) matrix dropout keeps: four columns share one Philox call."""
+    """Mask of the elements of a (rows, cols) matrix that dropout keeps: four columns share one Philox call."""
     groups = (cols + 3) // 4
     words = philox(torch.arange(rows * groups, device=device), seed)
     return words.reshape(rows, groups * 4)[:, :cols] < round((1 - p) * 2**32)

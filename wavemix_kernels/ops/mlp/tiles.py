@@ -7,8 +7,8 @@ from wavemix_kernels.ops.common.triton_launch import cover
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 
 Kind = Literal["forward", "input", "input and output", "weight"]
-#: What multiplies half types: by warps, out of registers (sm_80, sm_120), or by groups of them, out of shared memory
-#: into registers (sm_90) or into a memory of its own (sm_100).
+#: Units that multiply half types: by warps, out of registers (sm_80, sm_120), or by groups of them, out of shared
+#: memory into registers (sm_90) or into a memory of its own (sm_100).
 Products = Literal["mma", "wgmma", "tcgen05"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
@@ -95,8 +95,8 @@ def holds_output(itemsize: int, a: int, b: int, o: int) -> bool:
 
 
 def weights_together(itemsize: int, a: int, b: int, o: int, config: MlpConfig) -> tuple[tuple[str, ...], ...]:
-    """Which gradients a launch accumulates: all where they fit the registers, else one, with the hidden layer made
-    again for the next."""
+    """Gradients that a launch accumulates together: all where they fit the registers, else one, with the hidden layer
+    made again for the next."""
     parts = ("x", "second", "w2") if b else ("x", "w2")
     registers = held((a, b, o), narrowest("weight", itemsize, config)) * config.hidden // (32 * config.num_warps)
     return (parts,) if registers <= (80 if config.channels else 128) else tuple((part,) for part in parts)

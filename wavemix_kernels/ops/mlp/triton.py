@@ -99,7 +99,7 @@ class Mlp(NamedTuple):
 
     @property
     def pointers(self) -> dict[str, Tensor]:
-        """What is absent is never read: x stands in for it."""
+        """x stands in for absent tensors, which are never read."""
         named = {"x": self.x, "second": self.second, "scale": self.scale, "shift": self.shift, "w1": self.w1,
                  "b1": self.b1, "w2": self.w2, "b2": self.b2, "seed": self.seed}  # fmt: skip
         return {name: self.x if tensor is None else tensor for name, tensor in named.items()}

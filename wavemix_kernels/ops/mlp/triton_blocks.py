@@ -22,7 +22,7 @@ def _tile(matrix, stride, row, in_rows, col, in_cols):
 
 @triton.jit
 def _second_tile(second, stride, scale, shift, row, in_rows, col, in_cols, AFFINE: tl.constexpr):
-    """As _tile; the affine map is applied in fp32 and rounded once, as a tensor core wants its operand."""
+    """The same as _tile; the affine map is applied in fp32 and rounded once, as a tensor core wants its operand."""
     tile = _tile(second, stride, row, in_rows, col, in_cols)
     if AFFINE:
         factor = tl.load(scale + col, mask=in_cols, other=0.0)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr):
-    """Which elements of columns first_col … first_col + COLS dropout keeps, for int64 matrix rows `row`.
+    """Mask of the elements that dropout keeps, of columns first_col … first_col + COLS, for int64 matrix rows `row`.
 
     `first_col` is a multiple of 4, `cols` the matrix's width. The four words of a Philox call belong to four
     neighbouring columns; they are compared before they are interleaved, so that bytes change hands, not words.

@@ -180,7 +180,7 @@ def _apply(
 def backward_line(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What makes the gradient of x from that of the output, ``a grad + b (x - mean) + d`` per channel: a, b, d; then
+    """The line that makes the gradient of x from the output's, ``a grad + b (x - mean) + d`` per channel: a, b, d; then
     the gradients of weight and bias. One pass over both images, below autograd."""
     chosen = choose.select("batch_norm_backward", BACKENDS, backend, grad, x)
     wide = accumulate_dtype(x.dtype)

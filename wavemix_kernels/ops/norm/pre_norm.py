@@ -32,7 +32,7 @@ _library.define("pre_norm_join(Tensor x, Tensor branch, Tensor? path, str backen
 
 
 class Norm(NamedTuple):
-    """What normalises, (C) each; ``mean`` and ``var`` None: x's own statistics, by channel or by image."""
+    """Tensors of the norm, (C) each; ``mean`` and ``var`` None: x's own statistics, by channel or by image."""
 
     weight: Tensor | None
     bias: Tensor | None

@@ -78,7 +78,7 @@ def geometry(tensors: Sequence[Tensor]) -> Geometry:
 
 @triton.jit
 def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
-    """Where tile number `tile` of some channels lies: offsets (positions, channels), and which positions exist."""
+    """The place of tile number `tile` of some channels: offsets (positions, channels), and which positions exist."""
     per_run = tl.cdiv(run, POSITIONS)
     outer = tile // per_run
     position = (tile - outer * per_run) * POSITIONS + tl.arange(0, POSITIONS)

@@ -85,7 +85,7 @@ def _image_sums_kernel(
         at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
         value = tl.load(x + image * x_n + at, mask=mask, other=0.0).to(REAL)
         sum_g += tl.sum(g, 0)
-        # Where g is 0 beyond the image, so is the product.
+        # g is 0 beyond the image, so the product is too.
         sum_gx += tl.sum(g * ((value - center) * scale), 0)
     at = (split * (tl.num_programs(0) // (blocks * splits)) + image) * channels + channel
     tl.store(partial_g + at, sum_g, mask=known)
@@ -121,7 +121,7 @@ def _plan(tensors: Sequence[Tensor], dtype: torch.dtype, config: NormConfig | No
 
 
 def _strides(parameter: Tensor, by_image: bool) -> tuple[int, int]:
-    """Of image and channel: a vector by one of them, or a matrix by both."""
+    """A value per image or channel is a vector, one per image and channel a matrix."""
     if parameter.dim() == 2:
         return parameter.stride(0), parameter.stride(1)
     return (1, 0) if by_image else (0, 1)

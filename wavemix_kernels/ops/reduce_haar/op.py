@@ -83,7 +83,7 @@ def _inner(x: Tensor) -> Tensor:
 
 
 def _addresses(images: list[Tensor]) -> list[list[int]]:
-    """Of images whose channels are contiguous, said so where they are one and torch may say anything."""
+    """Addresses of images with contiguous channels; the stride of a single channel is made 1."""
     out = [list(_native.address(t)) for t in images]
     for address in out:
         address[2] = 1
@@ -144,7 +144,7 @@ def _triton_backward(
     from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
 
     out = _backward_fake(grads, x, weight, add, has_bias)
-    # As the MLP's gradient, a Waveblock's, comes; bands in another order are a third of x's size at most.
+    # A Waveblock's gradients come so from its MLP; copies of others are a third of x's size at most.
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
     dw, db = kernels.backward(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
     out[1][:, :, 0, 0] = dw

@@ -32,7 +32,7 @@ _MULTIPROCESSORS = 132  # of an H100
 
 @triton.jit
 def _position(first, rows, cols, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """As the forward kernel's, of fewer registers: long divisions are of scalars, those of the items short, since an
+    """The forward kernel's in fewer registers: long divisions are of scalars, those of the items short, since an
     image's rows and columns fit 32 bits."""
     item = tl.arange(0, COUNT)
     down, along = _in_block(item, BITS)
@@ -244,7 +244,7 @@ def launch(
         *dx.stride(), *also.stride(), *x.stride(),
     )  # fmt: skip
     pairs, dx_pairs = (
-        # As in the forward kernel: an asynchronous copy has 4 bytes at least.
+        # An asynchronous copy has 4 bytes at least, as in the forward kernel.
         itemsize == 2 and all(t.stride(3) == 1 and t.stride(1) != 1 for t in images)
         for images in ((x,), (dx, also))
     )
