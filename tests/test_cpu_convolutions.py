@@ -190,15 +190,15 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
             d_u = torch.full((n, h, w, f), math.nan, dtype=dtype).permute(0, 3, 1, 2)
             d_weight = torch.full_like(weight, math.nan)
             arguments = code, size, address(u), address(grad), weight.data_ptr(), *extra
-            core.deconv_gradients_cpu(*arguments, address(d_u), d_weight.data_ptr(), threads)
+            core.deconv_backward_cpu(*arguments, address(d_u), d_weight.data_ptr(), threads)
             assert_within(d_u, want_u, stored(want_u, terms(4 * o) * size_u), f"gradient of u {size} {norm}")
             bound = stored(want_weight, terms(n * h * w) * size_weight)
             assert_within(d_weight, want_weight, bound, f"gradient of weight {size} {norm}")
             # Each alone, without what it does not need: the same sums in the same order.
             both = d_u.clone(), d_weight.clone()
             d_u.fill_(math.nan), d_weight.fill_(math.nan)
-            core.deconv_gradients_cpu(code, size, [], *arguments[3:], address(d_u), 0, threads)
-            core.deconv_gradients_cpu(*arguments[:4], 0, *extra, [], d_weight.data_ptr(), threads)
+            core.deconv_backward_cpu(code, size, [], *arguments[3:], address(d_u), 0, threads)
+            core.deconv_backward_cpu(*arguments[:4], 0, *extra, [], d_weight.data_ptr(), threads)
             assert torch.equal(d_u, both[0])
             assert torch.equal(d_weight, both[1])
 

@@ -122,16 +122,16 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
 
         def gradients(threads: int, extra: tuple[list[int], list[int]] = extra) -> list[Tensor]:
             d_u, d_weight = poisoned(u), poisoned(weight)
-            core.deconv_gradients_cpu(
+            core.deconv_backward_cpu(
                 code, size, address(u), address(grad), weight.data_ptr(), *extra, address(d_u), d_weight.data_ptr(),
                 threads,
             )  # fmt: skip
             # Either alone is what one pass makes of both.
             alone = poisoned(u), poisoned(weight)
-            core.deconv_gradients_cpu(
+            core.deconv_backward_cpu(
                 code, size, [], address(grad), weight.data_ptr(), *extra, address(alone[0]), 0, threads
             )
-            core.deconv_gradients_cpu(
+            core.deconv_backward_cpu(
                 code, size, address(u), address(grad), 0, *extra, [], alone[1].data_ptr(), threads
             )
             assert torch.equal(alone[0], d_u)

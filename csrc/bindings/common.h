@@ -1,4 +1,4 @@
-// What the bindings of all families share. Plain integers come in (addresses, sizes, strides), nothing of torch.
+// Shared by the bindings of all families. Plain integers come in (addresses, sizes, strides), nothing of torch.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -7,7 +7,7 @@ namespace wavemix::bindings {
 
 void bind_conv1x1(py::module_& m) {
   m.def(
-      "weight_grad_cpu",
+      "conv1x1_backward_weight_cpu",
       [](int dtype, const Ints& size, const Ints& grad, const Ints& image, uintptr_t out, int threads) {
         if (size.size() != 3) throw py::value_error("size: expected (rows, o, c)");
         check_threads(threads);

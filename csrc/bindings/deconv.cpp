@@ -51,7 +51,7 @@ void bind_deconv(py::module_& m) {
       py::arg("dtype"), py::arg("size"), py::arg("u"), py::arg("y"), py::arg("weight"), py::arg("bias"),
       py::arg("mean"), py::arg("var"), py::arg("residual"), py::arg("threads"));
   m.def(
-      "deconv_gradients_cpu",
+      "deconv_backward_cpu",
       [](int dtype, const Ints& size, const Ints& u, const Ints& grad, uintptr_t weight, const Ints& output,
          const Ints& norm, const Ints& d_u, uintptr_t d_weight, int threads) {
         const auto args = deconv_args(dtype, size, u, grad, weight, output, norm, threads);

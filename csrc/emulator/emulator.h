@@ -33,7 +33,7 @@ namespace wavemix::emulator {
 
 constexpr int kWarp = 32;
 
-// Where in the source a barrier or warp operation stands.
+// The place of a barrier or warp operation in the source.
 struct Site {
   const char* file;
   int line;
@@ -43,7 +43,7 @@ struct Site {
 // Runs `kernel` once per thread. Throws std::runtime_error naming kernel, block and thread at the first violation.
 void launch(const std::string& what, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
-[[noreturn]] void fail(const std::string& violation);  // of the thread that runs now
+[[noreturn]] void fail(const std::string& violation);  // for the thread that runs now
 
 // --- Threads ---------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class SharedElement {
   ptrdiff_t offset_;
 };
 
-// What T* to shared memory is on the device: indexable, movable, and reinterpretable by as<U>().
+// Stands for a T* to shared memory: indexable, movable, and reinterpretable by as<U>().
 template <class T>
 class SharedSpan {
  public:

@@ -1,7 +1,7 @@
 // Weight gradients of 1x1 convolutions on the CPU. Compiled once per instruction set (see isa.h).
 //
-// Libraries make this product slowly: as a convolution it is cut by pixels, of which there are few, as a matrix product
-// both operands are transposed in memory first. Here neither is: a product of the transpose reads them as they lie.
+// Libraries are slow here: a convolution is cut by pixels, and these are few; a matrix product first transposes both
+// operands in memory. Here a product of the transpose reads both as they lie.
 // Threads share the rows of the result.
 
 #include "cpu/common/operands.h"

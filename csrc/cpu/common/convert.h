@@ -103,8 +103,7 @@ static inline void store(f16& out, float value) {
 
 // Rows: n elements `stride` apart, to and from contiguous arithmetic values. The contiguous f16 case is
 // spelled out because compilers do not vectorise the conversion on their own.
-// Conversions are not inlined: they are worth a call, and their copies at every place cost whoever installs from source
-// half of the time.
+// Conversions are not inlined: they are worth a call, and copies at every place would double the time of a build.
 template <class T, class A>
 static inline void load_row(const T* src, int64_t stride, int64_t n, A* __restrict dst) {
   if (stride == 1) {

@@ -92,7 +92,7 @@ static inline float gelu(float x) {
   const Ratio r = ratio(t);
   return (x > 0.0f ? x : 0.0f) - times(r.tm / r.denominator, gaussian(t));
 }
-// The same value, and the derivative.
+// Returns the same value, and the derivative.
 static inline float gelu(float x, float& derivative) {
   const float t = bounded_magnitude(x);
   const Ratio r = ratio(t);
@@ -102,7 +102,7 @@ static inline float gelu(float x, float& derivative) {
   return (x > 0.0f ? x : 0.0f) - times(r.tm / r.denominator, g);
 }
 
-// In double the C library's erfc does: this type is for checks, not for speed.
+// double uses the C library's erfc: this type is for checks, not for speed.
 static inline double bounded_magnitude(double x) {
   const double t = ::fabs(x);
   return 39.0 < t ? 39.0 : t;

@@ -1,8 +1,8 @@
-// Matrix products of operands that lie in one thread's cache, in the arithmetic type: what a fused kernel needs between
-// its passes, where a library's product would write the whole result to memory and start its threads anew.
+// Matrix products of operands that lie in one thread's cache, in the arithmetic type. A fused kernel needs them between
+// its passes; a library's product would write the whole result to memory and start its threads anew.
 //
-// Leading dimensions are padded to whole vectors and counts of rows to kGemmRows, so that there are no tails; what
-// comes out in the padding means nothing and is read by nobody. A tile of the result stays in registers for the whole
+// Leading dimensions are padded to whole vectors and counts of rows to kGemmRows, so that there are no tails;
+// padding in results is garbage, never read. A tile of the result stays in registers for the whole
 // depth: kGemmRows x kGemmVectors accumulators take three quarters of the register file, enough independent sums to
 // hide the latency of a fused multiply-add. Included by the per-ISA units only.
 #pragma once
@@ -89,14 +89,14 @@ static inline void gemm_tile(const A* a, int64_t lda, const A* b, int64_t ldb, i
   }
 }
 
-// Not inlined: a call costs nothing beside its work, and copies of three unrolled tiles at each of many places cost
-// whoever installs from source half a minute.
+// Not inlined: a call costs nothing beside its work, and copies of three unrolled tiles at many places would add half
+// a minute to a build from source.
 template <class A, bool transposed>
 __attribute__((noinline)) static void gemm_panel(int64_t vectors, int64_t rows, const A* a, int64_t lda, const A* b,
                                                  int64_t ldb, int64_t depth, const A* bias, A* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; i += kGemmRows) {
     const A* first = a + (transposed ? i : i * lda);
-    // Sums come from beyond the L2 cache, rows apart, where no hardware prefetcher looks: the next ones while this tile
+    // Sums lie beyond the L2 cache, rows apart, where no hardware prefetcher looks: fetch the next ones while this tile
     // is computed.
     if (bias == nullptr && i + kGemmRows < rows)
       for (int64_t row = i + kGemmRows; row < i + 2 * kGemmRows; ++row)

@@ -1,5 +1,5 @@
-// What kernels with products (gemm.h) need around them: memory of the arithmetic type, rows in and out, sums of
-// threads. Included by the per-ISA units only.
+// Kernels with products (gemm.h) share these: memory of the arithmetic type, rows in and out, sums of threads. Included
+// by the per-ISA units only.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct Block {
 };
 
 // load_row and store_row for contiguous runs of a vector or so: where nothing is converted, whole or half vectors that
-// may overlap, since a loop's entry and exit would cost more than the run.
+// may overlap, because a loop's entry and exit would cost more than the run.
 template <class A>
 static inline void copy_run(const A* from, A* to, int64_t n) {
   constexpr int64_t whole = kLanes<A>, half = whole / 2;

@@ -1,4 +1,4 @@
-// What every CPU kernel shares: OpenMP by macros (the code also compiles without it), scratch memory, and the advice
+// Shared by all CPU kernels: OpenMP by macros (the code also compiles without it), scratch memory, and the advice
 // on huge pages for outputs. Included by the per-ISA units only.
 #pragma once
 

@@ -47,8 +47,7 @@ struct WeightForms {  // taps -> what each product multiplies
   }
 };
 
-// As many tiles at a time as keep `forms` vectors of their channels in half of a megabyte, and enough blocks for all
-// threads.
+// Tiles at a time: `forms` vectors of their channels fit half of a megabyte, and all threads have blocks.
 template <class A>
 int64_t tiles_at_a_time(int64_t tiles, int64_t forms, int64_t channels, int threads) {
   int64_t most = (int64_t{1} << 19) / (forms * channels * static_cast<int64_t>(sizeof(A)));
@@ -78,7 +77,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
   constexpr int kForms = InputForms::out * InputForms::out;
   const int64_t block = tiles_at_a_time<A>(tiles.count, kForms, f, threads);
   const Panels panels(o / kLanes<A>);
-  // Of each thread: count, then mean and squares of its pixels, merged in a fixed order at the end.
+  // Each thread's statistics, merged in a fixed order at the end.
   const int64_t line = Statistics<A>::line(args.o);
   const ZeroBuffer<double> of_thread(mean == nullptr ? 0 : threads * line);
   WAVEMIX_PARALLEL(threads) {
@@ -114,7 +113,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
           A* const sums[3] = {statistics.lane(0) + at, statistics.lane(1) + at, statistics.lane(2) + at};
           const A* from = products.data + t * width;
           if (mean != nullptr && t == 0 && statistics.count == 0) {
-            // Nothing is known of the mean yet: the first pixel is near enough.
+            // There is no mean yet: the first pixel is near enough.
             make_pixels<OutputForms>(from, block * width, channels, offset.data + at, square.pixel);
             load_row(square.pixel[0][0], 1, channels, sums[0]);
           }

@@ -72,7 +72,7 @@ struct WeightTransposed {  // gradients of the products' weights -> of the taps
 };
 constexpr int sum_of(int product) { return product / kProducts % kSums * kSums + product % kProducts % kSums; }
 
-// What lies between the gradient of a normalised output and the output's own, per channel, padded with zeros.
+// BatchNorm's backward in the deconvolution's reads: its arrays per channel, padded with zeros.
 template <class A>
 struct Norm {
   int64_t stride;
@@ -124,7 +124,7 @@ void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
               static_cast<int64_t>(sizeof(T)));
   const int64_t f = padded<A>(args.f), o = padded<A>(args.o);
   constexpr int kOfU = kSums * kSums;
-  // As many as the cores' L2 caches hold together: weights and sums of products are read, and written, once a block.
+  // The cores' L2 caches hold a block together: weights and sums of products are read, and written, once a block.
   const int64_t per_tile = (kAll * o + (to_u + to_weight) * kOfU * f) * static_cast<int64_t>(sizeof(A));
   int64_t block = threads * (int64_t{3} << 18) / per_tile;
   block = block < 32 ? 32 : block > 256 ? 256 : block;

@@ -1,8 +1,8 @@
 // The transposed convolution 4x4, stride 2, on the CPU for few channels: as its definition says. Compiled once per
 // instruction set.
 //
-// Minimal filtering (deconv.cpp) saves products and pays in sums around them, which few channels do not repay; what
-// they need is full vectors. The images lie in a thread's cache as rows of pixels with one zero column between rows and
+// Minimal filtering (deconv.cpp) saves products and pays in sums around them, which few channels do not repay;
+// they need full vectors. The images lie in a thread's cache as rows of pixels with one zero column between rows and
 // one zero row between images. There every tap is a fixed offset from a pixel's place, whatever the borders, and
 // neighbouring pixels with all their channels are one run of memory, so each pass is a product (gemm.h) whose left
 // operand's rows overlap: nothing is gathered, and rows, images and borders need no cases. Where the columns of a
@@ -76,7 +76,7 @@ static inline void add_pairs(const T* from, int64_t apart, int64_t pixels, int64
   }
 }
 
-// What is read beyond a block's last place: the rest of a group of rows, taps to the right, the rest of a vector.
+// Elements read beyond a block's last place: the rest of a group of rows, taps to the right, the rest of a vector.
 template <class A>
 int64_t slack(int64_t channels) {
   return (2 * kGemmRows + 8) * channels + kGemmVectors * kLanes<A>;
@@ -106,8 +106,8 @@ struct Inputs {
   }
 };
 
-// An array over the channels (the i-th of some, or of none), repeated until it is whole vectors: what runs along the
-// pixels of a row can use it.
+// An array over the channels (the i-th of some, or of none), repeated until it is whole vectors, for loops along the
+// pixels of a row.
 template <class A>
 struct Repeated {
   int64_t length;
@@ -219,7 +219,7 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
                         made, ld);
             store_pairs(made, ld, 2 * rows.w, o, row_of<T>(args.y, rows, row, 2, parity), args.y.stride[3]);
             if (mean == nullptr) continue;
-            // Nothing is known of the mean yet: the first pixel is near enough.
+            // There is no mean yet: the first pixel is near enough.
             if (!any) statistics.center(made);
             any = true;
             statistics.add(made, rows.w);
@@ -254,7 +254,7 @@ void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
       [&](int64_t y, int64_t pixel, int64_t k, int64_t j) {
         return load(taps[((j % f * o + k) * kTaps + y) * kTaps + tap(pixel, j)]);
       });
-  // Of each share, the weight's gradient: for each row of taps (f x (tap, o)).
+  // Each share's gradient of the weight: for each row of taps (f x (tap, o)).
   const int64_t whole_f = round_up(f, kGemmRows), wide = padded<A>(kTaps * o), size = kTaps * whole_f * wide;
   const ZeroBuffer<A> sums(to_weight ? rows.shares.count * size : 0), zero(ld > wide ? ld : wide);
   const Panels panels(wide / kLanes<A>);
@@ -271,7 +271,7 @@ void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
       for (int64_t block = rows.shares.begin(share); block < rows.shares.begin(share + 1); ++block) {
         const int64_t first = rows.begin(block), last = rows.end(block), count = (last - first) * rows.pitch;
         grads.fill(args, from == nullptr ? nullptr : norm, first, last);
-        // Where the taps' rows begin: one pixel to the left of those above a place.
+        // The taps' rows begin one pixel to the left of those above a place.
         const int64_t row = 2 * rows.pitch * o;
         const A* const tap_rows[kTaps] = {grads.plane[1] - row - o, grads.plane[0] - o, grads.plane[1] - o,
                                           grads.plane[0] + row - o};

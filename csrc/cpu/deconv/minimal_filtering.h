@@ -1,5 +1,5 @@
-// The transposed convolution 4x4, stride 2, by minimal filtering: what its forward pass (deconv.cpp) and its gradients
-// (deconv_gradients.cpp) share. Included by the per-ISA units only.
+// The transposed convolution 4x4, stride 2, by minimal filtering: shared by its forward pass (deconv.cpp) and its
+// backward (deconv_backward.cpp). Included by the per-ISA units only.
 //
 // Along one axis the output rows of one parity are a 2-tap filter of the input rows:
 //     y[2i]     = d[i-1] w3 + d[i] w1          y[2i+1] = d[i] w2 + d[i+1] w0
@@ -8,8 +8,8 @@
 //     y  = d0 g0 + d1 g1 = m0 + m1             m0 = (d0 - d1) g0,  m1 = d1 (g0 + g1),  m2 = (d1 - d2) g1
 //     y' = d1 g0 + d2 g1 = m1 - m2
 // So two input rows take six products instead of eight, and a tile of 2x2 pixels 36 instead of 64. The factors are sums
-// and differences of two values: the error grows by a small constant (fp32 beside oneDNN's direct sums, root mean
-// square: 1.5 to 2.0 times forward, 1.0 to 1.1 times in the gradients), unlike that of larger tiles. With channels in
+// and differences of two values: the error grows by a small constant (measured: docs/develop/tuning.md, Few
+// channels: transposed convolution), unlike that of larger tiles. With channels in
 // place of single values, each of the 36 is a matrix product (gemm.h), over as many tiles as keep their forms in the L2
 // cache. The gradients are the same identities read the other way.
 #pragma once
@@ -63,7 +63,7 @@ struct Patch {
           }
         }
         A* to = scratch + (i * side + j) * stride;
-        load_row(from, 1, channels, to);  // what is beyond `channels` is zero from the start
+        load_row(from, 1, channels, to);  // the rest is zero from the start
         pixel[i][j] = to;
       }
   }
@@ -101,7 +101,7 @@ static inline void make_forms(const A* const (&pixel)[Form::in][Form::in], int64
                        });
 }
 
-// Some values, at most a vector of them; zeros behind.
+// At most a vector of values; zeros behind.
 template <class T, class A>
 static inline V<A> load_vector(const T* from, int64_t left) {
   if constexpr (sizeof(T) == sizeof(A)) {

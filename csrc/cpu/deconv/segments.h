@@ -7,10 +7,11 @@
 namespace wavemix {
 namespace WAVEMIX_ISA {
 
-// The right operand of a pass: of each pixel that a tap reads, `depth` channels times the columns of a pair of results.
-// A tap belongs to one or both of a pair; where the vectors of the other's columns would be zeros, they are left out.
+// The right operand of a pass: for each pixel that a tap reads, `depth` channels times the columns of a pair of
+// results. A tap belongs to one or both of a pair; where the vectors of the other's columns would be zeros, they are
+// left out.
 struct Segment {
-  int64_t row, shift;  // of the left operand: which of its rows of pixels, and how far behind a place
+  int64_t row, shift;  // in the left operand: a row of pixels, and the distance behind a place
   int64_t right;       // where its weights are
   int from, to;        // vectors of the panel
 };
@@ -99,7 +100,7 @@ static inline void tile(const A* const* left, int64_t place, int64_t apart, cons
   }
 }
 
-// out (places x columns) = bias + the sum of the segments' products; `apart`: of the left operand's places.
+// out (places x columns) = bias + the sum of the segments' products; the left operand's places lie `apart`.
 template <class A>
 static void products(int64_t places, const A* const* left, int64_t apart, const Weights<A>& weights, const A* bias,
                      A* out) {

@@ -2,10 +2,10 @@
 // many weights as pixels). Compiled once per instruction set (see isa.h).
 //
 // Threads share the hidden channels, not the pixels: each takes a chunk of them through the whole MLP, so weights are
-// read and their gradients written once, by one thread, and of the hidden layer nothing reaches memory. Everything is
+// read and their gradients written once, by one thread, and the hidden layer never reaches memory. Everything is
 // transposed, channels by pixels: then weights are the operand that products read element by element, in the order in
-// which they lie in memory, and only the image has to be packed. What is left is one sum over the threads for each
-// image that comes out.
+// which they lie in memory, and only the image has to be packed. One sum over the threads is
+// left for each image that comes out.
 
 #include "cpu/mlp/few_pixels.h"
 
@@ -43,13 +43,13 @@ void product_of_transpose(int64_t rows, int64_t columns, int64_t depth, const A*
   }
 }
 
-// How the work is cut: equal chunks of hidden channels, some for each thread, and equal blocks of pixels.
+// The cut of the work: equal chunks of hidden channels, some for each thread, and equal blocks of pixels.
 struct Plan {
   int64_t hidden, chunks, pixels, blocks, padded_pixels;
   template <class A>
   static Plan make(const MlpArgs& args, int threads) {
     Plan plan;
-    // Whole vectors of channels: of some numbers of rounds the one whose longest share is the shortest.
+    // Whole vectors of channels. Among some numbers of rounds, take the one whose longest share is the shortest.
     const int64_t fewest = (args.k + kHidden * threads - 1) / (kHidden * threads);
     int64_t shortest = 0;
     for (int64_t rounds = fewest; rounds < fewest + 4; ++rounds) {
@@ -68,7 +68,7 @@ struct Plan {
   }
 };
 
-// An image as products want it: transposed and packed by blocks of pixels (pack() of gemm.h), and by rows.
+// An image in the order of products: transposed and packed by blocks of pixels (pack() of gemm.h), and by rows.
 template <class T, class A>
 struct Image {
   const Plan plan;
@@ -93,7 +93,7 @@ struct Image {
   int64_t stride() const { return in_place ? from.stride : copy_stride; }
   const A* block(int64_t i) const { return packed.data + i * plan.pixels * channels; }
 
-  // By all threads of a region.
+  // Called by all threads of a region.
   void load() const {
     if (!in_place) {
       WAVEMIX_FOR
@@ -138,8 +138,8 @@ struct Rows {
   }
 };
 
-// Sums of the threads' partial images (channels x pixels, by blocks) plus a bias, transposed back into rows. By all
-// threads of a region.
+// Sums of the threads' partial images (channels x pixels, by blocks) plus a bias, transposed back into rows. Called by
+// all threads of a region.
 template <class T, class A>
 void finish_image(const Plan& plan, const A* partial, int threads, int64_t rows, int64_t channels, const T* bias,
                   const Matrix& out) {
@@ -173,7 +173,7 @@ void activate(A* h, A bias, int64_t n) {
   WAVEMIX_SIMD
   for (int64_t i = 0; i < n; ++i) h[i] = gelu(h[i] + bias);
 }
-// Of the first `valid` the gradient's sum.
+// Returns the sum of the first `valid` gradients.
 template <class A>
 A activate(A* h, A* g, A bias, int64_t n, int64_t valid) {
   WAVEMIX_SIMD

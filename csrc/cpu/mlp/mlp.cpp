@@ -1,7 +1,7 @@
 // Pointwise MLP on the CPU: forward, and backward from the inputs alone. Compiled once per instruction set (see isa.h).
 //
-// A thread takes a block of rows through everything while it lies in its L2 cache, so of the hidden layer nothing
-// reaches memory; weights are packed once and shared. GELU and Philox cost about the same.
+// A thread takes a block of rows through everything while it lies in its L2 cache, so the hidden layer never reaches
+// memory; weights are packed once and shared. GELU and Philox cost about the same.
 
 #include <math.h>
 
@@ -117,7 +117,7 @@ void join(const MlpArgs& args, int64_t first, int64_t rows, const Block<A>& out)
   }
 }
 
-// How the rows are cut: blocks whose operands take a quarter of a megabyte, half of the smallest L2 caches of today,
+// The cut of the rows: blocks whose operands take a quarter of a megabyte, half of the smallest L2 caches of today,
 // and as many for each thread.
 struct Cut {
   int64_t rows, count;
@@ -201,7 +201,7 @@ void backward(const MlpArgs& args, const MlpGradArgs& grads, int threads) {
   const Weights<T, A> weights(args);
   const Dropout<A> dropout(args.p, args.seed);
   const int64_t inputs = weights.inputs, k = args.k, o = args.o;
-  // The same weights for the products with their transposes.
+  // The same weights, packed for the products with their transposes.
   const Buffer<A> w1(k * padded<A>(inputs)), w2(o * padded<A>(k));
   const ZeroBuffer<A> zero(padded<A>(inputs + k));
   const T* u = static_cast<const T*>(args.w1);

@@ -1,6 +1,6 @@
 // Batch normalisation on the CPU. Compiled once per instruction set (see isa.h).
 //
-// Memory is everything here, so each function is one pass whatever the layouts (tiles.h).
+// Memory decides, so each function is one pass whatever the layouts (tiles.h).
 
 #include <math.h>
 

@@ -1,4 +1,4 @@
-// Images of any strides, cut into tiles that go through the L1 cache: what passes over memory share.
+// Images of any strides, cut into tiles that go through the L1 cache. Passes over memory share this.
 //
 // Work goes by tiles of major x minor elements, whose minor index is the one that is contiguous in memory: pixels
 // (NCHW) or channels (channels_last). An operand laid out the other way is transposed through the cache, tile by tile,
@@ -16,8 +16,8 @@
 namespace wavemix {
 namespace WAVEMIX_ISA {
 
-// Elements of a tile's row: a converted row stays in L1. And rows of channels: sums down a tile's columns, or along its
-// rows by lanes of four or more, are then chains of at most 256 floats before they go on in double.
+// Elements of a tile's row: a converted row stays in L1. Rows of channels are limited too, so that sums down a tile's
+// columns, or along its rows by lanes of four or more, are chains of at most 256 floats before they go on in double.
 constexpr int64_t kRow = 1024, kColumn = 256;
 // A tile in which something is transposed: 64 x 64 floats are 16 KB, and 64 elements are whole cache lines either way.
 constexpr int64_t kSquare = 64;
@@ -41,7 +41,7 @@ struct Geometry {
   int64_t fold = 1;              // by_channel: neighbouring pixels that make one row of fold * c elements
   int64_t major = 1, minor = 1;  // a tile's size; by_channel counts in folded pixels and in channels * fold
   int64_t majors = 1, minors = 1, tiles = 0;
-  int image_dimension = -1;  // of the outer ones, where images are to stay apart and there are several
+  int image_dimension = -1;  // among the outer ones; -1 unless several images stay apart
 
   // planes[canonical]'s contiguous index becomes the minor one. `apart`: no run goes from one image into the next.
   Geometry(const BatchNormShape& shape, const Plane* const* planes, int count, int canonical, int64_t tile_elements,
@@ -96,7 +96,7 @@ struct Geometry {
   bool transposed(const Operand& o) const { return by_channel ? pixels_inner(o) : channels_inner(o); }
 };
 
-// Where one tile lies.
+// The place of one tile.
 struct Tile {
   int64_t outer[2];
   int64_t channel, pixel;    // the first

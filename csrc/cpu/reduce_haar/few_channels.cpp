@@ -1,8 +1,8 @@
 // A Waveblock's 1x1 convolution with one Haar level, and their gradients, on the CPU for few channels. Compiled once
 // per instruction set.
 //
-// Two reduced channels fill an eighth of a vector, and a transform of two channels no more. So the order is turned:
-// both are linear and commute, the transform comes first, on the image, and one product takes all four bands of all
+// Two reduced channels fill an eighth of a vector, and so does their transform. Convolution and transform commute, so
+// here the transform comes first, on the image, and one product takes all four bands of all
 // channels to all four bands of the reduced ones, whose matrix is zero between different bands. The zeros cost less
 // than empty lanes. The bands of a few rows of blocks lie in a thread's cache as rows of 4 c values, without their
 // factor 1/2, which the weights take.
@@ -44,7 +44,7 @@ int64_t place(int64_t band, int64_t i, int64_t o) { return band == 0 ? i : o + 3
 int64_t band_at(int64_t j, int64_t o) { return j < o ? 0 : 1 + (j - o) % 3; }
 int64_t channel_at(int64_t j, int64_t o) { return j < o ? j : (j - o) / 3; }
 
-// What is read beyond the last block: the rest of a group of rows and of a vector.
+// Elements read beyond the last block: the rest of a group of rows and of a vector.
 template <class A>
 int64_t slack(int64_t columns) {
   return kGemmRows * columns + kGemmVectors * kLanes<A>;
@@ -185,7 +185,7 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
                ? A(0)
                : A(0.5) * load(weight[channel_at(k, o) * args.weight_stride[0] + j % c * args.weight_stride[1]]);
   });
-  // Of each share: products of all bands of the gradient and all bands of x, of which those of the same band count.
+  // Each share has the products of all bands of the gradient and all bands of x; only those of equal bands count.
   const int64_t whole = round_up(4 * o, kGemmRows), size = whole * wide;
   const ZeroBuffer<A> zero(wide), sums(rows.shares.count * size);
   const ZeroBuffer<double> bias_sums(rows.shares.count * o);

@@ -14,8 +14,8 @@ namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
 
-constexpr int64_t kPixels =
-    512;  // of a strip, if its blocks are small enough: with 64 reduced channels 128 KB of float
+// A strip has this many, if its blocks are small enough: with 64 reduced channels 128 KB of float.
+constexpr int64_t kPixels = 512;
 
 struct Strip {
   int64_t n, row, column, rows, columns;
@@ -89,7 +89,7 @@ struct Rows {
     load_rows(from, apart, rows, block);
   }
 };
-// The same of an operand read by columns: channels `apart`, pixels contiguous.
+// The same for an operand read by columns: channels `apart`, pixels contiguous.
 template <class T, class A>
 struct Columns {
   const A* data;
@@ -111,7 +111,7 @@ struct Columns {
 template <class T, class A>
 struct Reduced {
   Buffer<A> wide;
-  Buffer<A> narrow;  // as large as needed for T
+  Buffer<A> narrow;  // large enough for T
   int64_t stride, apart;
   static constexpr bool same = sizeof(T) == sizeof(A);
   // A product writes whole groups of rows: up to a group more than there are, which the next row of pixels overwrites.

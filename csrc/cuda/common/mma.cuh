@@ -37,7 +37,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const Fragment (&a)[4], const
   }
 }
 
-// The same for tf32: a[0..3] at (group, member), (group + 8, member), and both again at column member + 4.
+// tf32 has the same layout with a[0..3] at (group, member), (group + 8, member), and both again at column member + 4.
 __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const Fragment (&a)[4], const Fragment (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -181,7 +181,7 @@ void ldmatrix_x4(Fragment (&r)[4], SharedSpan<T> row, WAVEMIX_SITE) {
                    " bytes into its array; rows start at multiples of 16");
   struct Load {
     SharedSpan<uint16_t> row;
-    std::vector<SharedSpan<uint16_t> > rows;  // of all lanes
+    std::vector<SharedSpan<uint16_t> > rows;  // all lanes' rows
   };
   Load load{shared_cast<uint16_t>(row), {}};
   emulator::warp_operation(0xffffffffu, {file, line}, "ldmatrix_x4", &load,

@@ -129,8 +129,8 @@ __device__ inline void store(T* target, const Arithmetic<T> (&x)[N]) {
   }
 }
 
-// `x`, of which the compiler knows nothing: what is computed from it stays where it is. For address arithmetic of
-// branches rarely taken, which hoisted out of loops would occupy registers for everyone.
+// Returns x, but the compiler cannot know that, so it does not hoist what is computed from it. Address arithmetic of
+// rare branches needs this: hoisted out of loops it would occupy registers for everyone.
 __device__ inline int64_t here(int64_t x) {
 #if defined(__CUDACC__)
   asm volatile("" : "+l"(x));

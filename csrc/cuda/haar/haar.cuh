@@ -1,4 +1,4 @@
-// What analysis and synthesis share: the parameters of a launch, the weights of one level, and the choice of layout
+// Shared by analysis and synthesis: the parameters of a launch, the weights of one level, and the choice of layout
 // and access width.
 //
 // Two families of kernels, each with a wide form (16-byte accesses) and a narrow one (single elements, any strides):
@@ -34,8 +34,8 @@ constexpr int kWarp = 32;
 struct Level {
   void* high;  // synthesis: null stands for zeros
   int64_t stride[5];
-  // LL: the transform's own at the last level. Elsewhere null, or where analysis also writes it and what synthesis
-  // adds to it; level 0 is the image, to which synthesis adds `add`.
+  // The last level has the transform's own LL. Other levels have null, or an image that analysis also writes and
+  // synthesis adds; level 0 is the image, to which synthesis adds `add`.
   void* ll;
   int64_t ll_stride[4];
   int h, w;
@@ -85,8 +85,8 @@ inline Params make_params(const HaarArgs& args) {
 // --- One level's weights ---------------------------------------------------------------------------------
 
 // Along one axis a pair (first, second) has low = low * first + second, high = high * first - second.
-// A virtual second sample counts as zero and its `edge` moves into the first one's weights; the adjoint uses the
-// very same weights, so synthesis is analysis' transpose by construction.
+// A virtual second sample counts as zero and its `edge` moves into the first one's weights. Synthesis uses the very
+// same weights, so it is analysis' transpose by construction.
 template <class A>
 struct PairWeights {
   A low, high;
@@ -103,7 +103,7 @@ constexpr int kColumnLevels = V == 8   ? 4
                               : V == 2 ? 2
                                        : 1;  // log2 of a thread's 2V columns
 
-// Columns of a thread at `level`; coarser than its own columns it shares one with its neighbours.
+// A thread's columns at `level`; on coarser levels it shares one with its neighbours.
 __host__ __device__ constexpr int width(int V, int level) { return (2 * V >> level) > 1 ? 2 * V >> level : 1; }
 
 // --- Host: layout, width, cutting ------------------------------------------------------------------------
@@ -247,7 +247,7 @@ inline int ceil_log2(int64_t value) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// How a launch's tasks are counted: `group` lanes per tile, tiles along inner, middle, outer extents, then the rest.
+// Counts a launch's tasks: `group` lanes per tile, tiles along inner, middle, outer extents, then the rest.
 struct Grid {
   int group_shift;
   int64_t inner, middle, outer, rest;

@@ -6,7 +6,7 @@
 namespace wavemix::haar {
 namespace {
 
-// What a quad's bands give to its row `below`, as (low, high) along the columns.
+// A quad's bands contribute this to its row `below`: (low, high) along the columns.
 template <class A>
 struct RowOfQuad {
   A low_weight, high_weight;

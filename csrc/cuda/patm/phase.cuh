@@ -1,4 +1,4 @@
-// What the kernels of phase_aggregate share: how images are dealt out to threads, loads made ahead, waves, and sums of
+// Shared by the kernels of phase_aggregate: the dealing out of images to threads, loads made ahead, waves, and sums of
 // partial sums.
 //
 // A thread owns some pairs of channels and walks along the convolved axis, with everything it convolves in registers:
@@ -91,17 +91,17 @@ struct Plan {
   }
 };
 
-// Where a thread stands.
+// A thread's place.
 struct Place {
   int branch, part, x, y;
-  int pair;  // of the block's first thread
+  int pair;  // the block's first thread's
   uint32_t image;
 };
 
 // A Plan as a kernel reads it.
 struct Dealt {
   int pairs, rows;
-  int64_t n, first_image;  // of this launch
+  int64_t n, first_image;  // this launch begins here
   uint32_t images;         // side by side
   int parts[kBranches], segment[kBranches], length[kBranches];
   uint32_t tasks[kBranches];
@@ -178,7 +178,7 @@ struct Packet {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) word[w] = __ldg(reinterpret_cast<const typename V::Word*>(source) + w);
   }
-  // Of memory that this kernel also writes.
+  // For memory that this kernel also writes.
   __device__ void load_own(const T* source) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) word[w] = reinterpret_cast<const typename V::Word*>(source)[w];
@@ -206,7 +206,7 @@ __device__ inline void put(T* target, const Arithmetic<T> (&x)[N]) {
 
 // --- Waves -----------------------------------------------------------------------------------------------
 
-// As torch has it: a NaN stays one.
+// A NaN stays NaN, as in torch.
 template <class A>
 __device__ inline A relu(A value) {
   return value < A(0) ? A(0) : value;
@@ -235,7 +235,7 @@ __device__ inline void load_vector(const void* values, int64_t first, A (&out)[N
 
 // --- Sums of partial sums --------------------------------------------------------------------------------
 
-// Those of backward per channel, in this order: of d_pre, of d_pre * (theta - center), of the taps' gradients.
+// Backward has these sums per channel, in this order: d_pre, d_pre * (theta - center), the taps' gradients.
 constexpr int kSums = 2 + 2 * kPhaseTaps;
 
 // Rows of a workspace, one after the other, into up to three vectors that follow each other in a row.

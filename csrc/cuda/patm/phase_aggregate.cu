@@ -26,10 +26,10 @@ struct Params {
 };
 
 template <class A, int P>
-using Outputs = A[2][P];  // of one pixel: from cosines, from sines
+using Outputs = A[2][P];  // one pixel's: from cosines, from sines
 
 template <class A, int P>
-struct Maps {  // of the thread's channels
+struct Maps {  // the thread's channels
   A scale[2 * P], shift[2 * P];
   Taps<A, P> taps;
 };
@@ -105,7 +105,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
     }
     if (position - kReach >= begin) emit(window[0]);
   }
-  // What no further wave reaches.
+  // No further wave reaches these outputs.
 #pragma unroll
   for (int k = 1; k <= kReach; ++k) {
     const int position = last - 1 - kReach + k;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kMinBlocks)
       walk_lines<T, P, wide, 1>(p, place, pair, sums);
     }
   }
-  const int width = d.pairs_of_block;  // of a half
+  const int width = d.pairs_of_block;  // pairs in one half
   if (place.y < d.rows) {
 #pragma unroll
     for (int i = 0; i < N; ++i) tile[(place.y * 2 + i / P) * width + place.x * P + i % P] = sums[i / P][i % P];

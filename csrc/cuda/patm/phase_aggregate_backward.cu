@@ -12,7 +12,7 @@
 namespace wavemix::phase {
 namespace {
 
-constexpr int P = 1;      // pairs of a thread
+constexpr int P = 1;      // pairs per thread
 constexpr int N = 2 * P;  // its channels
 
 struct Branch {
@@ -28,7 +28,7 @@ struct Params {
   const void* a_c;
 };
 
-// What a thread keeps of a branch's gradient; sums[half][channel of the pair][tap] in `taps`.
+// A thread's part of a branch's gradient; sums[half][channel of the pair][tap] in `taps`.
 template <class A>
 struct Sums {
   A pre[N] = {}, pre_theta[N] = {};
@@ -36,7 +36,7 @@ struct Sums {
 };
 
 template <class A>
-struct Maps {  // of the thread's channels
+struct Maps {  // the thread's channels
   A scale[N], shift[N], center[N];
 };
 
@@ -74,7 +74,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
   load_gradient(first);
   next_z.load(z);
   next_theta.load(theta);
-  A window[2][kPhaseTaps] = {};  // gradients of positions - 3 .. + 3 around the wave
+  A window[2][kPhaseTaps] = {};  // gradients at positions - 3 .. + 3 around the wave
 #pragma unroll 1
   for (int front = first; front < last; ++front) {
     A of_front[2] = {};
@@ -179,7 +179,7 @@ __device__ inline void walk_lines(const Params& p, const Place& place, int pair,
   }
 }
 
-// Where a sum of thread (x, y) stands in a block's row; the rows of a block lie below each other.
+// Place of a sum of thread (x, y) in a block's row; the rows of a block lie below each other.
 // [sum][pair of the block], a sum being one of kSums of one of two: channels of the pair, or halves of the outputs.
 template <class A>
 __device__ inline void stage(SharedSpan<A> tile, const Sums<A>& sums, int lanes, int x, int y) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) phase_backwa
   }
 }
 
-// --- What batch statistics contribute --------------------------------------------------------------------
+// --- Contribution of batch statistics --------------------------------------------------------------------
 
 struct StatisticsBranch {
   Walk theta, d_theta;

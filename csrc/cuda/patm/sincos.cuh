@@ -1,11 +1,11 @@
-// Sine and cosine of phases: not negative, of any size, accurate and in registers alone (the toolkit's own long
-// reduction keeps an array in local memory).
+// Sine and cosine of phases, which are not negative and have any size; accurate, and in registers alone (the toolkit's
+// own long reduction keeps an array in local memory).
 //
 // x = n pi/2 + r with |r| <= pi/4, a little more through the rounding of x 2/pi. Up to kFastPhase pi/2 is split into
 // parts (Cody and Waite). Float: n times the first two has at most 24 bits for n < 2^13, and so have the differences,
 // so only the third step rounds, with or without FMA. Double: two explicit FMAs, each of which rounds a value below 1.
 // Beyond, x is an integer m times 2^q, and x 2/pi modulo 4 is m times the bits of 2/pi from weight 2^(1 - q) down
-// (Payne and Hanek). What matters is the absolute error of r, so a window of 64 bits will do for float (m has 24:
+// (Payne and Hanek). Only the absolute error of r matters, so a window of 64 bits will do for float (m has 24:
 // 2^-37), and one of 128 for double (2^-61).
 //
 // Polynomials in the form of Cephes' sinf and cosf, and of fdlibm's __kernel_sin and __kernel_cos. |error| is at most
@@ -55,13 +55,13 @@ static __device__ __constant__ const uint64_t kTwoOverPi[] = {
     0x3991d639835339f4, 0x9c845f8bbdf9283b, 0x1ff897ffde05980f, 0xef2f118b5a0a6d1f, 0x6d367ecf27cb09b7,
     0x4f463f669e5fea2d, 0x7527bac7ebe5f17b, 0x3d0739f78a5292ea, 0x6bfb5fb11f8d5d08,
 };
-// 64 of these bits, from `first` on.
+// Returns 64 of these bits, from `first` on.
 __device__ inline uint64_t two_over_pi(uint32_t first) {
   const uint64_t* const word = kTwoOverPi + first / 64;
   return (word[0] << first % 64) | ((word[1] >> 1) >> (63 - first % 64));
 }
 
-// From `turns`, x 2/pi modulo 4 as a fixed-point number whose first two bits are whole.
+// `turns` is x 2/pi modulo 4, a fixed-point number whose first two bits are whole.
 template <class A>
 __device__ inline void reduce_turns(uint64_t turns, A& r, uint32_t& quadrant) {
   quadrant = static_cast<uint32_t>((turns + (uint64_t{1} << 61)) >> 62);
@@ -75,7 +75,7 @@ __device__ inline void reduce_far(float x, float& r, uint32_t& quadrant) {
   constexpr uint32_t kBias = 150;
   const uint32_t exponent = bits >> 23;
   reduce_turns(((bits & 0x7fffffu) | 0x800000u) * two_over_pi(exponent - kBias + 62), r, quadrant);
-  if (exponent == 255) r = x - x;  // of infinity there is none
+  if (exponent == 255) r = x - x;  // infinity has no rest
 }
 __device__ inline void reduce_far(double x, double& r, uint32_t& quadrant) {
   const uint64_t bits = bits_as<uint64_t>(x);

@@ -1,5 +1,4 @@
-// What a tile of reduce_haar reads and writes: its parameters, where things lie in shared memory, and how they get
-// there.
+// A tile's memory: the parameters of a launch, the places in shared memory, and the copies into it.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +15,14 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMinBlocks = 2;  // one computes while the other waits for memory or writes
 constexpr int kWarpPixels = 64;
 constexpr int kPixels = kWarps * kWarpPixels;
-constexpr int kChunkBytes = 64;  // of channels at a time: four words of a pixel, two steps of a 16-bit mma
+constexpr int kChunkBytes = 64;  // channels at a time: four words of a pixel, two steps of a 16-bit mma
 constexpr int kChunkWords = kChunkBytes / kVectorBytes;
-constexpr int kTileLevels = 4;  // of a 16x16 tile; a fifth level takes four tiles one after the other
+constexpr int kTileLevels = 4;  // a 16x16 tile has four; a fifth level takes four tiles one after the other
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // --- Parameters ------------------------------------------------------------------------------------------
 
-// How Z is written: 16 bytes along the channels or along a row where alignment allows it.
+// Z is written by 16 bytes along the channels or along a row where alignment allows it.
 enum class Access : int { elements, channel_words, column_words };
 
 struct Level {
@@ -38,9 +37,9 @@ struct Params {
   Level level[kMaxHaarLevels];
   int c, h, w, o, levels;
   bool x_along_w;             // words of x run along W, else along C
-  int x_bytes, weight_bytes;  // of one access
+  int x_bytes, weight_bytes;  // size of one access
   int wide_shift;             // the tile's warps: 2^wide_shift side by side, the others below
-  int64_t first_image;        // of this launch
+  int64_t first_image;        // this launch begins here
   // A block is counted off along these extents, fastest first: chunks of outputs share their tile of x in L2.
   Divisor output_chunks, tiles_across, tiles_down;
 };

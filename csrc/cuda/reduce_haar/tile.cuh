@@ -50,8 +50,8 @@ struct Tile {
   const Params& p;
   SharedSpan<T> memory;
   int64_t n;
-  int first_output, outputs;  // of this block
-  int row, column;            // of the tile's first pixel
+  int first_output, outputs;  // this block has these
+  int row, column;            // the tile's first pixel
   int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int group = lane / 4, member = lane % 4;
   int quad_column = group / 2 + 4 * (group % 2);
@@ -257,7 +257,7 @@ struct Tile {
     if constexpr (kTensorCores && along_w && sizeof(T) == 2) deal(sums);
   }
 
-  // From rows of 16 pixels to quads: the two pixels of a pair lie in neighbouring groups, in place `group` and
+  // Turns rows of 16 pixels into quads: the two pixels of a pair lie in neighbouring groups, in place `group` and
   // `group + 8` alike. Even groups keep the first and get its right neighbour, odd ones keep the second.
   __device__ void deal(Sums& sums) const {
     const bool odd = group % 2;
@@ -419,7 +419,7 @@ struct Tile {
              kThreads);
   }
 
-  // Of the four tiles that share a fifth level this is number `part`; the last one computes it.
+  // Four tiles share a fifth level; this is number `part`, and the last one computes the level.
   __device__ void analyse(Sums& sums, int part) const {
     const SharedSpan<A> odd = shared_cast<A>(memory + kStaged), even = odd + kQuads * kSumRow;
     const SharedSpan<A> top = shared_cast<A>(memory + kElements);

@@ -9,14 +9,13 @@ namespace wavemix {
 struct DeconvArgs {
   DType dtype = DType::f32;
   int64_t n = 0, f = 0, o = 0, h = 0, w = 0;
-  Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w); of the gradients' pass, y's gradient
+  Plane u, y;                    // (n, f, h, w) and (n, o, 2h, 2w); backward has y's gradient here
   const void* weight = nullptr;  // (f, o, 4, 4), contiguous, in the images' dtype
-  // The gradients' pass only, optional: y is not the output's gradient itself but that of its normalisation, and the
-  // former is a y + b (output - mean) + d, with arrays (o) in the arithmetic type: BatchNorm's backward, made on the
-  // way.
+  // Backward only, optional: y is the gradient of the normalised output, and the output's own gradient is
+  // a y + b (output - mean) + d, with arrays (o) in the arithmetic type: BatchNorm's backward, made on the way.
   Plane output;
   const void *a = nullptr, *b = nullptr, *mean = nullptr, *d = nullptr;
-  // The forward pass only, optional, without statistics: what is added to y before it is rounded; as y.
+  // Forward only, optional, without statistics: added to y before it is rounded; shaped as y.
   Plane residual;
 };
 
@@ -24,7 +23,7 @@ struct DeconvArgs {
 // statistics over n, 2h, 2w of y before it is rounded to a half type; var is biased.
 void deconv_forward_cpu(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads);
 
-// What to make from the gradient of y, in the images' dtype; either may be absent. d_u's channels are contiguous.
+// Made from the gradient of y, in the images' dtype; either may be absent. d_u's channels are contiguous.
 struct DeconvGradArgs {
   Plane d_u;                 // needs the weight
   void* d_weight = nullptr;  // needs u; (f, o, 4, 4), contiguous

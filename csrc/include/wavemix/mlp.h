@@ -5,7 +5,7 @@
 
 namespace wavemix {
 
-// gelu is the exact form, x * Phi(x). Which hidden elements dropout keeps follows from (seed, row, column) alone, as
+// gelu is the exact form, x * Phi(x). The hidden elements that dropout keeps follow from (seed, row, column) alone, as
 // csrc/cpu/mlp/philox.h defines: not from the number of threads. f64 computes in double, everything else in float, the
 // hidden layer included; each output is rounded once. Weights and biases are contiguous, in the dtype of x; scale and
 // shift in the arithmetic type. Null: absent.

@@ -48,7 +48,7 @@ inline bool pre_norm_types(DType around, DType branch) {
 struct PreNormArgs {
   PreNormShape shape;
   bool by_image = false;       // mean and invstd are (n), else (c)
-  const void* mean = nullptr;  // what x was normalised by
+  const void* mean = nullptr;  // x was normalised by these
   const void* invstd = nullptr;
   const void* weight = nullptr;  // (c) or null
   const void* bias = nullptr;    // (c) or null
@@ -57,7 +57,7 @@ struct PreNormArgs {
 // out = (x - mean) * invstd * weight + bias, an image of the branch.
 void pre_norm_apply_cpu(const PreNormArgs& args, const Plane& x, const Plane& out, int threads);
 
-// From the gradient of that output: d_weight and d_bias (c), and out = the gradient of x + `around`, where the
+// `grad` is the gradient of that output. Makes d_weight and d_bias (c), and out = the gradient of x + `around`. The
 // statistics are x's own (`own`) or given.
 void pre_norm_backward_cpu(const PreNormArgs& args, bool own, const Plane& grad, const Plane& x, const Plane& around,
                            const Plane& out, void* d_weight, void* d_bias, int threads);

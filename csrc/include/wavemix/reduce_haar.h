@@ -23,7 +23,7 @@ struct ReduceHaarArgs {
   bool allow_tf32 = false;
 };
 
-// On the CPU channels of x (or its pixels) and of each z are contiguous, rows of anything.
+// The CPU needs contiguous channels (or pixels) of x and contiguous channels of each z; rows may have any stride.
 void reduce_haar_cpu(const ReduceHaarArgs& args, int threads);
 
 // The gradients from those of z; d_x and add (optional, added to d_x) in the memory order of x.

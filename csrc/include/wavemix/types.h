@@ -1,4 +1,4 @@
-// What every kernel takes: raw pointers, sizes and strides. Torch is met only in Python, so one build serves every
+// Kernels take raw pointers, sizes and strides. Torch is met only in Python, so one build serves every
 // torch version and building needs none.
 #pragma once
 

@@ -83,7 +83,7 @@ def _backward_weight(grad: Tensor, image: Tensor) -> Tensor:
     core: Any = _native.core
     rows, of_image = matrix(grad), matrix(image)
     out = grad.new_empty((rows.shape[1], of_image.shape[1]))
-    core.weight_grad_cpu(
+    core.conv1x1_backward_weight_cpu(
         _native.DTYPES[grad.dtype], (rows.shape[0], *out.shape), (rows.data_ptr(), rows.stride(0)),
         (of_image.data_ptr(), of_image.stride(0)), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

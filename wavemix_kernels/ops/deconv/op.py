@@ -119,7 +119,7 @@ def _cpu_gradients(
     weight = None if weight is None else weight.contiguous()
     f = cast(Tensor, d_weight if weight is None else weight).shape[0]
     n, o, h, w = grad.shape
-    core.deconv_gradients_cpu(
+    core.deconv_backward_cpu(
         _native.DTYPES[grad.dtype], (n, f, o, h // 2, w // 2), _native.address(u), _native.address(grad),
         0 if weight is None else weight.data_ptr(), *_norm_addresses(norm), _native.address(d_u),
         0 if d_weight is None else d_weight.data_ptr(), torch.get_num_threads(),
