@@ -38,7 +38,7 @@ template <class A>
 static inline A before_relu(A theta, A scale, A shift) {
   return theta * scale + shift;
 }
-// NaN stays NaN, as in torch.
+// A NaN stays NaN, as in torch.
 template <class A>
 static inline A relu(A value) {
   return value < A(0) ? A(0) : value;

@@ -18,7 +18,7 @@ from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 from wavemix_kernels.ops.norm import pre_norm
-from wavemix_kernels.ops.patm import inference as patm
+from wavemix_kernels.ops.patm import evaluate as patm
 
 
 class _Constants(nn.Module):

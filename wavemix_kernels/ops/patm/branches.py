@@ -124,7 +124,7 @@ def branch_sum(h: Tensor, w: Tensor, c: Tensor, a: Tensor, backend: str) -> Tens
 
 
 def backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The sum again, and the gradient of ``a`` from that of the sum. (The gradients of h, w, c are ``grad a``.)"""
+    """The sum again, and the gradient of ``a`` from that of the sum. Gradients of h, w and c are ``grad a``."""
     return torch.ops.wavemix_kernels.branch_sum_backward(grad, h, w, c, a, backend)
 
 

@@ -1,7 +1,7 @@
 """``patm``: phase-aware token mixing of an image as one differentiable function, alone or as the residual branch of a
 block with the norm in front and the sum behind.
 
-The plan, and the memory that each step moves in sizes of x (mode "fc"; measured: docs/develop/tuning.md, PATM):
+The plan, and the memory that each step moves in sizes of x (mode "fc"; benchmarks/harness/traffic.py counts it):
 
 =================================================  ==========================================  =======  ========
 step                                               runs on                                     forward  backward
