@@ -42,7 +42,7 @@ class Run:
 
     @property
     def machine(self) -> str:
-        """What runs must share to be compared."""
+        """Runs of one machine are compared with each other."""
         facts = self.environment
         return facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']}, {self.kernels}"
 
