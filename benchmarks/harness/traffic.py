@@ -112,9 +112,9 @@ _TRITON = _ALWAYS | {
     "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
 }
 PLANS = {
-    # The compiled kernels of the CPU, whose speed is measured.
+    # The compiled kernels of the CPU: what is measured there is what is counted here.
     "cpu": Plan(torch.float32, patm.WHOLE, _ALWAYS),
-    # `auto` on a GPU: half types go to cuDNN's transposed convolution, with passes of their own for BatchNorm.
+    # What `auto` takes: half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
     "gpu": Plan(torch.bfloat16, 0, _TRITON | {"wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu}),
     # Every op in Triton, by name. The operators are those of the CPU in float32, whose kernels also make BatchNorm's
     # statistics as they write y and its backward as they read; the sizes in bfloat16 are half of everything.
