@@ -22,7 +22,7 @@ _GROUPS = {
 
 #: Rows of the README's table: case, and its name there.
 HEADLINE = {
-    "haar/J4/fp32/nchw/4x64x256x256/forward+backward": "Haar, 4 levels",
+    "haar/J4/fp32/nchw/4x64x256x256/forward+backward": "Haar, 4 levels, 256x256",
     "waveblock/L3/fp32/nchw/4x192x64x64/training": "Waveblock, level 3, C=192",
     "patm/fc/fp32/nchw/8x64x56x56/training": "PATM, C=64, 56x56",
     "wavemix/classification-192-16-L3/fp32/nchw/2x3x224x224/training": "WaveMix 192/16, 224x224",
@@ -91,6 +91,8 @@ _INTRODUCTION = """\
 Times are medians of interleaved rounds. Each provider was compared with the float64 reference before it was timed
 ([how](use/benchmarks.md)). The machines are shared and noisy: read the ratios. Both sides of a ratio come from one run.
 
+- **upstream**: pytorch_wavelets for Haar, WTConv's grouped convolution for `wtconv`, and the published order of
+  operations for blocks and models. **compile**: `torch.compile` of the reference in its best setting.
 - **case**: operation, dtype, layout, shape and pass. With the group's name in front it is what `--cases` takes.
 - **peak**: the most that a call holds above inputs, parameters and their gradients, ours of upstream's.
 - **saved**: what autograd keeps for backward beside inputs and parameters, ours of upstream's.
