@@ -71,7 +71,7 @@ def table(headline: dict[str, Result]) -> str:
     for name, result in headline.items():
         over = NONE if result.over_compile is None else f"{result.over_compile:.1f}x"
         times = (duration(result.upstream.median_ms), duration(result.ours.median_ms))
-        cells = (*times, f"{result.over_upstream:.1f}x", over, _share(result), result.run.kernels)
+        cells = (*times, f"{result.over_upstream:.1f}x", over, _share(result), result.run.place)
         # No-break spaces keep a number and its unit on one line.
         lines.append("|".join(("", name, *(cell.replace(" ", "\u00a0") for cell in cells), "")))
     return "\n".join(lines) + "\n"
@@ -99,21 +99,23 @@ Times are medians of interleaved rounds. Each provider was compared with the flo
 - **run**: a row of the [last table](#runs), which has machine, commit and versions. Where several runs on one kind of
   machine timed a case, the latest stands here, and "replaces" names the others. A number in parentheses is the run
   that timed `torch.compile`, where it is another one.
-
-No GPU is in these tables, since none has run these kernels ([GPU status](gpu-status.md)).
 """
+_NO_GPU = "No GPU is in these tables, since none has run these kernels ([GPU status](gpu-status.md)).\n"
 
 
 def page(runs: Sequence[Run]) -> str:
     """docs/results.md."""
     parts = [_INTRODUCTION]
+    if all(run.environment["device"] == "cpu" for run in runs):
+        parts.append(_NO_GPU)
     for machine, group in reversed(published.by_machine(runs).items()):
         parts.append(f"## {machine}\n")
         results = published.results(group)
-        for prefix, title in _GROUPS.items():
-            chosen = [result for result in results if result.case.startswith(f"{prefix}/")]
+        for prefix in dict.fromkeys([*_GROUPS, *(result.group for result in results)]):
+            chosen = [result for result in results if result.group == prefix]
             if chosen:
-                parts.append(f"### {title}, {group[0].kernels}\n\n{_results(prefix, chosen)}")
+                title = f"{_GROUPS.get(prefix, prefix)}, {chosen[0].run.place}"
+                parts.append(f"### {title}\n\n{_results(prefix, chosen)}")
     parts.append(f"## Runs\n\n{_runs(runs)}")
     return "\n".join(parts)
 

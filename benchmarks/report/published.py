@@ -43,8 +43,13 @@ class Run:
     @property
     def machine(self) -> str:
         """Runs of one machine are compared with each other."""
+        return self.place if self.environment["device"] == "cuda" else f"{self.environment['cpu']}, {self.kernels}"
+
+    @property
+    def place(self) -> str:
+        """The machine in a word: a GPU, or the kernels of a CPU."""
         facts = self.environment
-        return facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']}, {self.kernels}"
+        return facts["gpu"] if facts["device"] == "cuda" else self.kernels
 
     @property
     def commit(self) -> str:
@@ -66,6 +71,10 @@ class Result:
     run: Run
     compiled: Run | None
     earlier: tuple[Run, ...]
+
+    @property
+    def group(self) -> str:
+        return self.case.partition("/")[0]
 
     @property
     def upstream(self) -> Row:
