@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ def test_committed_files_are_generated(path: Any) -> None:
 
 def test_readme_has_at_most_six_rows() -> None:
     assert len(pages.HEADLINE) <= 6
+
+
+def test_comments_point_at_headings_of_the_tuning_page() -> None:
+    page = (pages.ROOT / "docs/develop/tuning.md").read_text(encoding="utf-8")
+    headings = [heading.lower() for heading in re.findall(r"^## (.*)$", page, re.MULTILINE)]
+    for folder in ("wavemix_kernels", "csrc"):
+        for path in (p for p in (pages.ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+            text = re.sub(r"\s+(?:(?://|#)\s*)?", " ", path.read_text(encoding="utf-8"))
+            for name in re.findall(r"tuning\.md, ([^).]+)\)", text):
+                assert any(heading.startswith(name.lower()) for heading in headings), f"{path}: {name}"
 
 
 def run(number: int, kernels: str = "avx2", **medians: float) -> Run:
