@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         if arguments.command == "traffic":
             print(traffic.report())
             return 0
+        if arguments.command == "results":
+            return _write_results()
         chosen, left_out, providers = _select(arguments, registry() if cases is None else cases)
         if arguments.list:
             _list(chosen)
@@ -77,6 +79,16 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
     return status
 
 
+def _write_results() -> int:
+    from .report import pages
+
+    if not (pages.ROOT / "docs").is_dir():
+        raise _Refused("results: there is no docs/ beside the benchmarks; run it in a checkout")
+    for path in pages.write():
+        print(f"wrote {path}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="benchmarks",
@@ -85,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("traffic",),
-        help="count each operator's memory traffic, time nothing",
+        choices=("traffic", "results"),
+        help="traffic: count each operator's memory traffic; results: make docs/results.md and the README's table and "
+        "chart from benchmarks/results/",
     )
     parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
     parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")

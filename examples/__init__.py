@@ -1,1 +1,1 @@
-"""Two trainings small enough for a CPU, from the data to a picture of the result."""
+"""Example programs: training on a CPU or many GPUs, and export. docs/use/training.md and docs/use/serving.md."""

@@ -23,7 +23,7 @@ from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
 #: module -> package, of the extra "export".
 EXTRAS = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime", "skimage": "scikit-image"}
-#: Of the largest output; fp16 keeps 11 bits through some 50 layers.
+#: Permitted error as a part of the largest output; fp16 keeps 11 bits through some 50 layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 PHOTOGRAPHS = 5
@@ -31,11 +31,11 @@ PHOTOGRAPHS = 5
 
 @dataclass(frozen=True)
 class Model:
-    """One that the program knows.
+    """A model that the program knows.
 
     Attributes:
-        build, arguments: what makes it.
-        classes: the argument that says how many classes there are, if there are classes.
+        build, arguments: the function that makes it, and its arguments.
+        classes: the name of the argument for the number of classes, if there are classes.
         size: usual H and W.
         unit: H and W are multiples of it.
         least: smallest H and W of an exported graph with dynamic sizes. Below, the coarsest map has one pixel, a case
@@ -81,7 +81,7 @@ MODELS = {
 
 
 def dynamic_shapes(dynamic: str, unit: int, least: int) -> tuple[dict[int, Any]] | None:
-    """Of the one argument, the image, as ``torch.export`` and ``torch.onnx.export`` take it.
+    """Dynamic shapes of the one argument, the image, as ``torch.export`` and ``torch.onnx.export`` take them.
 
     Args:
         dynamic: "none", "batch", or "all" for H and W too, as multiples of ``unit`` from ``least`` on.
@@ -108,7 +108,7 @@ def write(form: nn.Module, image: Tensor, path: Path, shapes: tuple[dict[int, An
 
 
 def read(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
-    """What runs the file, and a line about it."""
+    """A function that runs the file, and a line about it."""
     if path.suffix == ".pt2":
         program = torch.export.load(path)
         return program.module(), f"torch.export, {len(program.graph.nodes)} nodes"
@@ -129,7 +129,7 @@ def read(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
 def largest_error(
     run: Callable[[Tensor], Tensor], dtype: torch.dtype, model: nn.Module, images: Sequence[Tensor]
 ) -> float:
-    """Of the file, which takes images in ``dtype``, against the float32 model, as a part of its largest output."""
+    """Error of the file, which takes images in ``dtype``, against the float32 model: a part of its largest output."""
     worst = 0.0
     with torch.no_grad():
         for image in images:

@@ -1,6 +1,6 @@
 """WaveMix-Lite on Fashion-MNIST: 7,156 parameters to the published 90 % on a CPU, within the hour.
 
-``python -m examples.fashion_mnist train`` and ``plot``; docs/training.md says what to expect.
+``python -m examples.fashion_mnist train`` and ``plot``; docs/use/training.md says what to expect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REMEDY = "install it with `apt install dataset-fashion-mnist`, or name the folde
 SIDE, CLASSES = 28, 10
 MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0 … 1
 
-#: Of upstream's table of parameter efficiency: 7,156 parameters (Fashion-MNIST 90 %) and 3,566 (MNIST 99 %).
+#: From upstream's table of parameter efficiency: 7,156 parameters (Fashion-MNIST 90 %) and 3,566 (MNIST 99 %).
 VARIANTS: dict[str, dict[str, Any]] = {
     "deconv": {"final_dim": 8, "depth": 5, "upsample": "deconv"},
     "upsample": {"final_dim": 8, "depth": 10, "upsample": "bilinear"},
@@ -47,11 +47,11 @@ COLUMNS = ("epoch", "seconds", "train_loss", "test_accuracy", "lr")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the numbers of a run; one that goes on must have been begun with the same.
+    """The parameters that decide a run's numbers; ``--resume`` needs the same ones.
 
     Attributes:
         lr: the one-cycle schedule's peak.
-        dropout: of the blocks. Dropout answers overfitting, which 7,156 parameters cannot do on 60,000 images.
+        dropout: probability in the blocks; 7,156 parameters cannot overfit 60,000 images.
         limit: use only the first so many images of each split.
     """
 
@@ -114,13 +114,13 @@ def load(folder: Path, limit: int | None = None) -> tuple[Split, Split]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored with probability one half; shifts gained nothing, for so small a model underfits."""
+    """Each image mirrored with probability one half. Shifts gain nothing: so small a model underfits."""
     mirrored = torch.rand(len(images), 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, images.flip(2), images)
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 (N, 28, 28) to what the model takes: float32 (N, 1, 28, 28), normalised."""
+    """uint8 (N, 28, 28) to the model's input: float32 (N, 1, 28, 28), normalised."""
     return ((images.float() / 255 - MEAN) / STD).unsqueeze(1)
 
 
@@ -132,7 +132,7 @@ class Training:
         rows: their lines of the log; seconds are wall time of training and test, lr is the rate reached.
         batch: batches done of the epoch that runs.
         order: the training images in the order of that epoch.
-        loss_sum, seconds: of its batches so far; the loss summed over images.
+        loss_sum, seconds: totals of its batches so far; the loss is summed over images.
     """
 
     def __init__(self, recipe: Recipe, train: Split, test: Split) -> None:
@@ -358,7 +358,7 @@ def _line(row: Mapping[str, float], epochs: int) -> str:
 
 
 def _keep(training: Training, out: Path) -> None:
-    """What an epoch leaves on disk. The checkpoint comes last: a crash before it repeats the epoch, with its files."""
+    """The files of an epoch. The checkpoint comes last: a crash before it repeats the epoch, with its files."""
     row = training.rows[-1]
     files.save_table(out / LOG, COLUMNS, training.rows)
     if row is training.best():

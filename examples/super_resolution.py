@@ -1,6 +1,6 @@
 """Twofold super-resolution of photographs: WaveMix against bicubic interpolation, trained on a CPU in minutes.
 
-``python -m examples.super_resolution``; docs/training.md says what to expect.
+``python -m examples.super_resolution``; docs/use/training.md says what to expect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ._support.interrupt import Interrupt
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Of the photographs inside scikit-image's wheel: nothing is downloaded.
+# Photographs inside scikit-image's wheel: nothing is downloaded.
 TRAINING = ("astronaut", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 HELD_OUT = ("chelsea", "stereo_motorcycle")
 
@@ -40,7 +40,7 @@ COLUMNS = ("photograph", "psnr_bicubic", "psnr_wavemix", "ssim_bicubic", "ssim_w
 
 
 def photograph(name: str) -> Tensor:
-    """A function of ``skimage.data`` as (3, H, W) float32 in [0, 1], cropped to what halving and the DWT take."""
+    """``skimage.data``.``name`` as (3, H, W) float32 in [0, 1], cropped to a size that halving and the DWT take."""
     import skimage.data
 
     image = getattr(skimage.data, name)()
@@ -62,7 +62,7 @@ def bicubic(images: Tensor) -> Tensor:
 
 
 class OverBicubic(nn.Module):
-    """What WaveMix adds to bicubic interpolation: (N, 3, H, W) in [0, 1] -> (N, 3, 2H, 2W).
+    """WaveMix's addition to bicubic interpolation: (N, 3, H, W) in [0, 1] -> (N, 3, 2H, 2W).
 
     The model itself gives the whole image; the skip is this example's. Its last convolution begins at zero, so training
     begins at bicubic instead of spending minutes on getting there.
@@ -98,11 +98,11 @@ def patches(photographs: Sequence[Tensor], count: int, side: int, generator: tor
 
 @dataclass(frozen=True)
 class Score:
-    """Of one enlarged photograph against the true one.
+    """Scores of one enlarged photograph against the true one.
 
     Attributes:
-        psnr: dB, of the luma Y, borders of 2 pixels left out.
-        ssim: the same.
+        psnr: PSNR of the luma Y in dB, without borders of 2 pixels.
+        ssim: SSIM of the same pixels.
     """
 
     psnr: float

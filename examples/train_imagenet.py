@@ -1,6 +1,6 @@
 """Wave-MLP and WaveMix on ImageNet, by the published recipe, on one GPU or many.
 
-``torchrun --nproc_per_node 8 -m examples.train_imagenet DIR``; docs/training.md says what to expect.
+``torchrun --nproc_per_node 8 -m examples.train_imagenet DIR``; docs/use/training.md says what to expect.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ class Training:
         recipe: the hyper-parameters.
         model: on its device.
         data: batches, and the order of the training images.
-        prepare: what happens to a batch on the device; its targets are labels, or a distribution over classes.
-        optimizer: of the model's parameters.
+        prepare: called on a batch on the device; its targets are labels, or a distribution over classes.
+        optimizer: holds the model's parameters.
         schedule: ``step(epoch)`` sets the learning rate of an epoch.
         ema: ``update(model)``, ``module``.
-        processes: which of how many this is.
+        processes: this process among all of the run.
         compiled: whether to run the model by torch.compile.
 
     Attributes:
         epoch, batch: complete epochs, and batches done of the one that runs.
         rows: lines of the log.
         loss: sum over the batches of this epoch, on the device, of this rank's mean losses.
-        seconds: of this epoch so far.
+        seconds: time of this epoch so far.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Training:
         return max(self.rows, key=lambda row: row["ema_accuracy"])
 
     def state_dict(self) -> dict[str, Any]:
-        """To be called on all ranks; the same on all but for buffers, of which rank 0's count."""
+        """Called on all ranks, and equal on all except for buffers, of which rank 0's count."""
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
@@ -414,7 +414,7 @@ def _save(training: Training, out: Path) -> None:
 
 
 def _keep(training: Training, out: Path) -> None:
-    """What an epoch leaves on disk. The checkpoint comes last: a crash before it repeats the epoch, with its files."""
+    """The files of an epoch. The checkpoint comes last: a crash before it repeats the epoch, with its files."""
     row = training.rows[-1]
     if training.processes.rank == 0:
         files.save_table(out / LOG, COLUMNS, training.rows)

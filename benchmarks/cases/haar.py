@@ -105,7 +105,7 @@ def wtconv_case(
 
 
 def _bands_limits(exact: Expectation, u: float) -> list[Limit]:
-    """As :func:`_limits` of one level, its bands in one tensor."""
+    """The limits of :func:`_limits` for one level, with the bands in one tensor."""
     from wavemix_kernels.ops.haar.reference import analysis
 
     magnitudes = [analysis(exact.inputs[0].abs())[0].unsqueeze(2)]

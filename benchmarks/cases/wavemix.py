@@ -110,7 +110,7 @@ def _super_resolution(**arguments: Any) -> nn.Module:
 
 
 # Name, model, whether its published form trains with dropout, and sizes on a CPU and on a GPU (None: no case there).
-# Of 16 blocks torch.compile makes a training step in more than ten minutes of two cores; four stand for them beside it.
+# torch.compile takes more than ten minutes on two cores for a training step of 16 blocks: 4 are timed beside it.
 MODELS: tuple[tuple[str, Callable[..., nn.Module], bool, Size, Size | None], ...] = (
     ("lite-8-5", functools.partial(_lite, 8, 5, 1), True, (64, 1, 28, 28), (1024, 1, 28, 28)),  # Fashion-MNIST's
     ("lite-64-6", functools.partial(_lite, 64, 6, 3), True, (16, 3, 32, 32), (256, 3, 32, 32)),
@@ -128,7 +128,7 @@ def model_case(
     """A training step of a WaveMix model, or its inference, on photographs."""
 
     def build(block: Callable[[], Mapping[str, Any]], exact: bool) -> nn.Module:
-        # The models' own dropout where they have one; without effect in inference.
+        # The models' own dropout, where they have one; inference ignores it.
         return model(**block(), **({"dropout": 0.0} if drops and exact else {}))
 
     def reference() -> Mapping[str, Any]:

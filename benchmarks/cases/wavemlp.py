@@ -68,11 +68,10 @@ def patm_case(mode: str, size: Size, training: bool, **options: Any) -> Case:
 
 
 def _with_kinks(limits: Sequence[float], exact: Expectation, stage: Sequence[int], u: float) -> list[float]:
-    """`limits`, and for gradients what ReLU's kink adds: about a share `u` of the phases lies so near to it that
-    rounding moves them across, and at times one of the smallest stage; each changes by its whole gradient.
+    """`limits`, with room for ReLU's kink in the gradients.
 
-    A phase's gradient is a product of several factors, each as good as normal, so single ones are several times the
-    mean: four are allowed. (Wave-MLP-T_dw, fp32: one channel of 320 off by 7 %, all others by 5e-4.)
+    Rounding moves about a share `u` of the phases across the kink, and each changes by its whole gradient. A phase's
+    gradient is a product of several normal factors, so single ones are several times the mean: four are allowed.
     """
     share = math.sqrt(u) + 4 / math.sqrt(len(exact.inputs[0]) * math.prod(stage))
     sizes = magnitudes(exact.values, exact.terms)
@@ -99,7 +98,7 @@ def model_case(group: str, name: str, size: Size, training: bool, **options: Any
     """A training step of a Wave-MLP, or its inference, on photographs.
 
     Args:
-        name: of a function of :mod:`wavemix_kernels.wavemlp`, less ``WaveMLP_``.
+        name: a function of :mod:`wavemix_kernels.wavemlp`, without ``WaveMLP_``.
     """
 
     def build(**arguments: Any) -> nn.Module:
@@ -143,7 +142,7 @@ def wavemlp_cases() -> list[Case]:
             cases.append(model_case("wavemlp", name, on_cpu, training, devices=CPU))
             cases.append(model_case("wavemlp", name, on_gpu, training, devices=GPU, autocast=BF16, judged=8))
         cases.append(model_case("wavemlp", name, on_gpu, False, devices=GPU, judged=8))
-    # Frames per second of training, in the two arithmetics of a table that users know; fp32 training is here alone.
+    # Frames per second of training in fp16 autocast and fp32; no other case trains in fp32.
     for name in ("T_dw", "T", "S", "M"):
         for autocast in (FP16, None):
             cases.append(model_case("wavemlp-frames", name, on_gpu, True, devices=GPU, autocast=autocast, judged=8))

@@ -1,1 +1,1 @@
-"""What every benchmark shares: cases and gates, clocks, memory, providers, the machine."""
+"""The shared parts of all benchmarks: cases and gates, clocks, memory, providers, the machine."""

@@ -1,4 +1,4 @@
-"""What a case is: its inputs, how each provider is made, and what the gate permits."""
+"""A case: its inputs, how each provider is made, and the errors that the gate permits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a provider is made for.
+    """The conditions that a provider is made for.
 
     Attributes:
         exact: make the deterministic twin (dropout off), which alone can be compared with float64.
@@ -30,13 +30,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the gate's limits may depend on: of outputs, then gradients of inputs and of parameters, in float64.
+    """The expected values, from which limits follow: outputs, gradients of inputs, gradients of parameters, in float64.
 
     Attributes:
-        terms: for each of the values the size of a sum of its terms with random signs; 0 where not known.
-        rounding: for each the root mean square error of the reference in the case's own arithmetic; empty unless the
-            case is `deep`.
-        parameters: how many values, the last ones, are gradients of parameters.
+        terms: the size of a sum of each value's terms with random signs; 0 where not known.
+        rounding: root mean square error of the reference in the case's own arithmetic, for each value; empty unless
+            the case is `deep`.
+        parameters: how many values at the end are gradients of parameters.
     """
 
     inputs: Sequence[Tensor]
@@ -57,18 +57,18 @@ class Case:
         dtype: of inputs and parameters.
         backward: measure forward+backward instead of forward.
         inputs: makes the inputs on the CPU in float32, in their final memory layout.
-        makers: what makes the callable of "upstream", "reference" (also the oracle, and what ``torch.compile``
-            gets) and "ours". A callable that is a module brings its parameters.
+        makers: functions that make the callables of "upstream", "reference" (also the oracle, and compiled) and
+            "ours". A callable that is a module brings its parameters.
         limits: permitted errors of outputs and gradients, from the float64 values and the unit roundoff.
         stochastic: the exact twin differs from what is timed (dropout).
         autocast: dtype of ``torch.autocast`` around the forward, if any.
         tensor_cores: mostly matrix products. float32 runs in TF32 on a GPU, as PyTorch's convolutions do by
             default, and the roof counts arithmetic beside bytes.
         image: a whole model: its input needs no gradient, and frames per second are what its users ask for.
-        deep: so many layers that the gate's limits are measured, see :func:`benchmarks.gate.calibrated`.
-        judged: how many images, the first ones, the gate compares; None for all. Float64 takes up to four times the
-            memory. Not one or two: where a network ends with a mean over pixels, a gradient is constant over each
-            image, of which normalisation leaves next to nothing.
+        deep: so many layers that the gate's limits are measured, see :func:`benchmarks.harness.gate.calibrated`.
+        judged: the gate compares so many images, the first ones; None for all. Float64 takes up to four times the
+            memory. One or two images are too few: a mean over pixels at the end makes gradients constant over each
+            image, and normalisation leaves next to nothing of them.
         devices: where it runs.
         quick: part of ``--quick``.
         extra: runs only with ``--all`` or by name: too slow for a run of everything else.
@@ -110,7 +110,7 @@ def case_name(group: str, what: str, arithmetic: str, layout: str, size: Sequenc
 
 
 def arithmetic(dtype: torch.dtype, autocast: torch.dtype | None = None) -> str:
-    """As a case's name has it: "fp32", "bf16-autocast"."""
+    """The dtype as a case's name has it: "fp32", "bf16-autocast"."""
     return _SHORT[dtype] if autocast is None else f"{_SHORT[autocast]}-autocast"
 
 
@@ -128,15 +128,15 @@ def images(size: Sequence[int]) -> Callable[[], list[Tensor]]:
 
 
 def with_sums(limits: Sequence[float], exact: Expectation) -> list[float]:
-    """`limits`, and for parameters' gradients the roundings of a sum over all pixels, in float32 at any precision, as
-    depthwise convolutions and compiled code make it."""
+    """`limits`, with room in parameters' gradients for the roundings of a sum over all pixels one by one in float32,
+    which is how depthwise convolutions and compiled code add."""
     sums = root_mean_square(exact.values, exact.terms, summation(_pixels(exact)), unit_roundoff(torch.float32))
     first = len(limits) - exact.parameters
     return [limit + (one if i >= first else 0.0) for i, (limit, one) in enumerate(zip(limits, sums, strict=True))]
 
 
 def model_limits(exact: Expectation, u: float) -> list[float]:
-    """Of a whole model."""
+    """Limits of a whole model."""
     return with_sums(calibrated(exact.values, exact.terms, exact.rounding, _pixels(exact), u), exact)
 
 

@@ -1,6 +1,6 @@
-"""Launches every compiled kernel on small awkward inputs and checks the results: what compute-sanitizer watches.
+"""Launches every compiled kernel on small awkward inputs and checks the results, under compute-sanitizer's eyes.
 
-``python -m benchmarks.exercise [BACKEND]``; needs a GPU for the backends "cuda" (the default) and "triton".
+``python -m benchmarks.harness.exercise [BACKEND]``; needs a GPU for the backends "cuda" (the default) and "triton".
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main(backend: str = "cuda") -> int:
     calls = 0
     for shape, dtype, layout, levels in itertools.product(SHAPES, DTYPES, FORMATS, (1, 4)):
         generator = torch.Generator().manual_seed(0)
-        # With -1, 0 and 1, four levels give multiples of 1/16 up to 16: exact in every dtype, so results must agree to
-        # the last bit.
+        # Inputs of -1, 0 and 1: four levels give multiples of 1/16 up to 16, exact in every dtype, so results must
+        # agree to the last bit.
         image = torch.randint(-1, 2, shape, generator=generator).to(device, dtype).contiguous(memory_format=layout)
         with wavemix_kernels.backend(backend):
             ll, highs = wavemix_kernels.haar_dwt2d(image, levels)

@@ -1,4 +1,4 @@
-"""The correctness gate: what a provider computed, against float64, before any clock is started.
+"""The correctness gate: a provider's results against float64, before any clock is started.
 
 Three kinds of limits, the same for every provider:
 
@@ -57,7 +57,7 @@ def root_mean_square(expected: Sequence[torch.Tensor], terms: Sequence[float], d
 
 
 def magnitudes(expected: Sequence[torch.Tensor], terms: Sequence[float]) -> list[float]:
-    """What a tensor's error is relative to: its root mean square.
+    """The size that a tensor's error is relative to: its root mean square.
 
     A sum that cancels is held to the size that its terms would add up to with random signs: the gradient of a bias
     before a normalisation is zero in exact arithmetic, and rounding noise in every other.
@@ -80,8 +80,8 @@ def calibrated(
     """Limits of a deep network from `rounding`, the reference's root mean square errors in the same arithmetic.
 
     A provider rounds in other places: it gets the same factor over a typical error as in `root_mean_square`, and no
-    less than one layer's limit. And in other orders: the reference adds up blocks, compiled code the `count` pixels of
-    a batch one by one, always in float32; what normalisation makes of a mean's error grows in the same proportion.
+    less than one layer's limit. It also adds in other orders: the reference adds up blocks, compiled code the `count`
+    pixels of a batch one by one, always in float32. Errors behind a normalisation grow in proportion to its mean's.
     """
     factor = _ALLOWANCE + summation(count) * unit_roundoff(torch.float32) / u
     least = root_mean_square(expected, terms, 1, u)
@@ -106,7 +106,7 @@ def judge(
         if error > worst.error:
             wrong = f"{name} is off by {error:.3g} times what rounding explains" if error > 1 else None
             worst = Verdict(error, wrong)
-    if len(actual) != len(expected):  # last, since a wrong shape says more than the gradients it kept from being made
+    if len(actual) != len(expected):  # last: a wrong shape, which prevents gradients, says more
         return Verdict(math.inf, f"returned {len(actual)} tensors, expected {len(expected)}")
     return worst
 

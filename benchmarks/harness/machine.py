@@ -1,4 +1,4 @@
-"""What the numbers were measured on: software, hardware, and the speeds this machine reaches in the same run."""
+"""The environment of a run: software, hardware, and the speeds that this machine reaches in the same run."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ class Meter:
             row.p80_ms = quantile(timed[name], 0.8) * 1e3
             row.ideal_bytes = task.ideal_bytes
             row.flops = task.flops if case.tensor_cores else None
-            if case.image:  # its ideal bytes are those of the image and the weights, which say nothing about its time
+            if case.image:  # the bytes of its image and weights say nothing about its time
                 row.frames_per_second = len(task.inputs[0]) / medians[name]
             else:
                 row.gbps = task.ideal_bytes / medians[name] / 1e9
@@ -213,7 +213,7 @@ class Meter:
         return self._rates[dtype]
 
 
-# Takes part in the rounds as the providers do: the roof under the same conditions.
+# It takes part in the rounds as the providers do, so the roof is measured under the same conditions.
 _COPY = "copy of the ideal number of bytes"
 
 
@@ -223,12 +223,12 @@ class _Wrong(Exception):
 
 @dataclass
 class _Task:
-    """What a case's providers are given and held to.
+    """Inputs of a case's providers, and the results that the gate expects.
 
     Attributes:
-        inputs: of the step that is timed.
-        judged: those of the step that the gate compares: `inputs`, or their first images.
-        cotangents, expected, names, limits: the latter's, in float64.
+        inputs: inputs of the timed step.
+        judged: inputs of the step that the gate compares: `inputs`, or their first images.
+        cotangents, expected, names, limits: belong to `judged`, in float64.
     """
 
     inputs: list[Tensor]
@@ -297,12 +297,12 @@ class _Task:
 
 
 def _leaves(case: Case, inputs: Sequence[Tensor], subject: Subject) -> list[Tensor]:
-    """What gradients are asked for."""
+    """The tensors whose gradients are asked for."""
     return [*([] if case.image else inputs), *subject.parameters.values()]
 
 
 def _flops(case: Case, module: nn.Module, inputs: Sequence[Tensor]) -> int:
-    """Of a step's matrix products and convolutions; they follow from shapes."""
+    """Operations of a step's matrix products and convolutions, which follow from shapes."""
     twin = copy.deepcopy(module).to("meta")
     shapes = [torch.empty_like(x, device="meta", dtype=torch.float64) for x in inputs]
     shapes = [x.requires_grad_(case.backward and not case.image) for x in shapes]
@@ -347,7 +347,7 @@ def _laid_out_as(cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> lis
 
 
 def _step(case: Case, subject: Subject, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Callable[[], object]:
-    """What is timed: one forward without autograd, or one forward and its gradients."""
+    """The timed step: one forward without autograd, or one forward and its gradients."""
     if not case.backward:
 
         def forward() -> object:

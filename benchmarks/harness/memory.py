@@ -39,8 +39,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        # By the storage's address in C++, since a view's storage object compares unequal to its base's. The
-        # reference is weak: a strong one would keep alive what is being counted.
+        # Keys are storages' addresses in C++: a view's storage object compares unequal to its base's. References are
+        # weak: strong ones would keep alive what is being counted.
         self._sizes: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._known = tuple(tensor.untyped_storage() for tensor in known)
         self._excluded = {storage._cdata for storage in self._known}
@@ -146,7 +146,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def tracked_peak_bytes(step: Callable[[], object], known: Iterable[torch.Tensor]) -> int:
-    """As `peak_bytes`, counted by `LiveBytes`; `known` are the tensors `step` starts from."""
+    """The peak of `peak_bytes`, counted by `LiveBytes`; `known` are the tensors that `step` starts from."""
     with LiveBytes(known) as live:
         result = step()
     del result

@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What is differentiated beside the inputs, in the order of names: providers register theirs in any order."""
+        """Parameters to differentiate by, in the order of names: providers register theirs in any order."""
         if self.module is None:
             return {}
         named = {name.removeprefix("_orig_mod."): value for name, value in self.module.named_parameters()}

@@ -52,23 +52,23 @@ def _batch_norm_backward(result: Any, grad: Tensor, x: Tensor, *_: Any) -> Tenso
 
 
 def _phase_aggregate_backward(result: Any, *arguments: Any) -> Tensors:
-    """Where statistics depend on theta, a second pass reads theta and its gradient so far and writes the latter."""
+    """A second pass for batch statistics: it reads theta and its gradient so far, and writes the latter."""
     theta_h, theta_w, mean = arguments[6], arguments[7], arguments[14]
     return () if mean is None else (theta_h, theta_w) * 3
 
 
 def _deconv_norm_gradients(result: Any, grad: Tensor, y: Tensor, *_: Any) -> Tensors:
-    """Sums over the batch first, as above; then one pass for both gradients."""
+    """The sums over the batch come first here too; then one pass makes both gradients."""
     return grad, y
 
 
 def _patm_whole(result: Any, x: Tensor, *_: Any) -> Tensors:
-    """Branch weights hang on all of an image before any of its output: x is read once for each."""
+    """Branch weights need a whole image before its first output: x is read once for each."""
     return (x,)
 
 
 def _patm_whole_backward(result: Any, *arguments: Any) -> Tensors:
-    """x twice, as above; what comes through batch statistics reads x again and adds to the gradient of the image."""
+    """x is read twice here too. The gradient through batch statistics reads x again and adds to the image's."""
     x, batch_statistics = arguments[6], arguments[2] is not None
     return (x, x, *(result[0],) * 2) if batch_statistics else (x,)
 
@@ -85,13 +85,13 @@ def _deconv_stats_on_a_gpu(result: Any, *_: Any) -> Tensors:
 
 @dataclass(frozen=True)
 class Plan:
-    """Whose kernels are counted.
+    """The kernels that are counted.
 
     Attributes:
-        dtype: of images and parameters; decides, as everywhere, which kernels serve.
-        whole_patm: up to how many channels PATM is one kernel: a CPU's affair.
-        again: by operator, from its result and arguments, the tensors that its kernels read or write once more.
-        blocks: how the names of the blocks begin for which the plan differs from the others.
+        dtype: dtype of images and parameters; it decides which kernels serve.
+        whole_patm: up to how many channels PATM is one kernel; only a CPU has it.
+        again: operator -> the tensors that its kernels read or write once more, from its result and arguments.
+        blocks: the plan is counted for blocks whose names begin so.
     """
 
     dtype: torch.dtype
@@ -124,7 +124,7 @@ PLANS = {
 }
 
 _ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
-# A view whose schema does not say so; and a question to a fake tensor.
+# The first is a view whose schema does not say so, the second a question to a fake tensor.
 _FREE = _ALLOCATIONS | {"aten::_unsafe_view", "prim::device"}
 _OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
 
@@ -193,7 +193,7 @@ class Traffic:
 def traffic(
     build: Callable[[], Callable[[Tensor], Tensor]], size: Sequence[int], plan: Plan, *, channels_last: bool
 ) -> Traffic:
-    """Traffic of the step of what `build` makes, on an input of `size`: output, and all gradients.
+    """Traffic of a step of `build`'s module or function on an input of `size`: its output, and all gradients.
 
     Args:
         build: called on fake tensors; a module in training mode, or a function.
@@ -273,7 +273,7 @@ class Budget:
     Attributes:
         build: called with whether ours is wanted, or upstream's.
         size: of its input. Few images would let the weights' bytes show.
-        forward, backward: what the fused plan is to stay within, in sizes of the input.
+        forward, backward: the budget of the fused plan, in sizes of the input.
     """
 
     build: Callable[[bool], nn.Module]
@@ -292,7 +292,7 @@ BUDGETS = {
 
 
 def count(name: str, plan: str) -> Traffic:
-    """Traffic of one of `BUDGETS`: of ours by one of `PLANS`, in channels_last as the models run it, or "upstream".
+    """Traffic of a block of `BUDGETS` by one of `PLANS`, in channels_last as the models run it, or by "upstream".
 
     Raises:
         Unavailable: upstream's wavelets are not installed.

@@ -1,1 +1,1 @@
-"""What a run leaves behind: results, tables, plots, one HTML file."""
+"""Results of runs: JSON, tables, plots, one HTML file, and the pages made of committed runs."""

@@ -50,7 +50,7 @@ _METHOD = """
 operation takes feature maps. Everything is seeded.</li>
 <li>Every provider is compared with the same computation in float64 before it is timed, gradients included; a wrong
 one gets no number. <b>error</b> is the largest deviation in units of what rounding explains: above 1 is refused. For
-whole models that follows from what the reference is off by in the same arithmetic. Dropout is off when compared and
+whole models that unit follows from the reference's own error in the same arithmetic. Dropout is off when compared and
 on when timed.</li>
 <li>All providers of a case are timed in interleaved rounds, each round in another order. Shown are the median and
 the 20% and 80% quantiles; <b>speed-up</b> is the ratio of two medians from the same rounds. Forward runs without

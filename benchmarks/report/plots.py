@@ -45,7 +45,7 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Chart:
-    """What one figure shows.
+    """The content of one figure.
 
     Attributes:
         name: of its file, without ending.

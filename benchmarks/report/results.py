@@ -44,7 +44,7 @@ class Results:
             "options": self.options,
             "rows": [_finite(dataclasses.asdict(row)) for row in self.rows],
         }
-        # Beside it, then renamed: a reader never sees half a file.
+        # Written beside it, then renamed: a reader never sees half a file.
         draft = self.path.with_suffix(".json.part")
         draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(draft, self.path)

@@ -62,7 +62,7 @@ def size(count: int | None) -> str:
 
 
 def refusal(row: Row) -> str:
-    """What stands where a row has no numbers."""
+    """The words in place of numbers, for a row that has none."""
     return f"{row.status}: {row.reason}" if row.reason else row.status
 
 

@@ -16,7 +16,7 @@ LINKED = ("LICENSE", "CITATION.cff")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in PAGES.items():
         # Links are relative to the root there, and to docs/ here.
-        content = re.sub(r"\]\((?:docs/)?([\w-]+\.md)", _target, (ROOT / source).read_text(encoding="utf-8"))
+        content = re.sub(r"\]\((?:docs/)?([\w/-]+\.(?:md|svg))", _target, (ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=content))
     for name in LINKED:
         files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))

@@ -1,1 +1,1 @@
-"""What the example programs share."""
+"""Shared parts of the example programs."""

@@ -1,4 +1,4 @@
-"""What the examples' command lines share: errors of one line, and the options of the machine."""
+"""Shared parts of the examples' command lines: errors of one line, and the options of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors of one line; none where ``silent``, as all but one of many processes with the same arguments are."""
+    """Errors of one line; none where ``silent``, which all but one of a run's processes are."""
 
     silent = False
 

@@ -46,7 +46,7 @@ def seed_all(*numbers: int) -> None:
 
 
 class Order(Sampler[tuple[int, int, int]]):
-    """What a rank's images are, in order: (image, epoch, position in the epoch).
+    """A rank's images in order: (image, epoch, position in the epoch).
 
     An epoch takes as many images as there are, down to whole batches; each is repeated ``repeats`` times in a row and
     thus lies in different ranks, so an epoch sees one in ``repeats`` of them (repeated augmentation, arXiv:1901.09335,
@@ -54,10 +54,10 @@ class Order(Sampler[tuple[int, int, int]]):
 
     Args:
         images: how many there are.
-        batch: of this rank.
-        rank, world: this process, of how many.
-        repeats: of each image.
-        seed: of the order.
+        batch: images of this rank in a step.
+        rank, world: number of this process, and number of processes.
+        repeats: repetitions of each image.
+        seed: seed of the order.
     """
 
     def __init__(self, images: int, batch: int, rank: int = 0, world: int = 1, repeats: int = 1, seed: int = 0) -> None:

@@ -20,7 +20,7 @@ AUGMENT, COLOUR_JITTER = "rand-m9-mstd0.5-inc1", 0.4
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the numbers of a run; one that goes on must have been begun with the same.
+    """The parameters that decide a run's numbers; ``--resume`` needs the same ones.
 
     The defaults are those of the command that Wave-MLP's authors publish for all their models (README.md of
     ``wavemlp_pytorch`` in huawei-noah/Efficient-AI-Backbones), and of its script where the command is silent.
@@ -28,9 +28,9 @@ class Recipe:
     Attributes:
         batch: images per step, of all processes together.
         lr: the schedule's peak, for this batch.
-        epochs, warm_up, cool_down: of the cosine, of its linear beginning (a part of them), and after it at the lowest
-            rate (upstream's script adds 10).
-        repeats: of each image in a row (repeated augmentation).
+        epochs, warm_up, cool_down: epochs of the cosine, of its linear beginning (a part of them), and after it at the
+            lowest rate (upstream's script adds 10).
+        repeats: repetitions of each image in a row (repeated augmentation).
         drop_path: stochastic depth of the last block.
         ema: decay of the averaged weights.
         amp: dtype of the products, or "off".
@@ -82,8 +82,8 @@ def require_timm() -> None:
 
 
 class Prepare:
-    """What happens to a batch (N, 3, H, W) uint8 where the model is: normalisation and, in training, random erasing,
-    then mixup or cutmix, which turns labels (N,) into smoothed targets (N, classes)."""
+    """Prepares a batch (N, 3, H, W) uint8 on the model's device: normalisation and, in training, random erasing, then
+    mixup or cutmix, which turns labels (N,) into smoothed targets (N, classes)."""
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         from timm.data import Mixup

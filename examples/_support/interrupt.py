@@ -10,7 +10,7 @@ class Interrupt:
     """While the context lasts, the first SIGINT or SIGTERM only sets ``asked``; a second SIGINT raises at once.
 
     Args:
-        patient: no SIGINT raises: torchrun sends its processes the one again that the terminal has sent them.
+        patient: no SIGINT raises, since torchrun passes on the one that the terminal has sent already.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -27,7 +27,7 @@ class Processes:
     """This process among all of a run.
 
     Attributes:
-        rank, world: its number, of how many.
+        rank, world: its number, and the number of processes.
         device: where it computes.
         control: a gloo group for words about the run, which so never wait for a GPU; None for a single process.
     """
@@ -108,6 +108,6 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def leave_the_word_to_the_first(environment: Mapping[str, str] = os.environ) -> None:
-    """Waits before an end with an error: with one process torchrun ends all, and rank 0 has to say why before."""
+    """Waits before an end with an error: torchrun ends all processes with the first, and rank 0 must report before."""
     if not is_first(environment):
         time.sleep(5)

@@ -1,0 +1,154 @@
+"""The committed runs under benchmarks/results/, and which of them speaks for a case."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..harness.measure import Row
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+
+# Older files do not record which CPU kernels ran. Then the file's name says "avx2", or the machine had AVX-512.
+_KERNELS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One file.
+
+    Attributes:
+        number: its place among all runs, oldest first, from 1.
+        cases: case -> provider -> row, of the rows that were timed.
+    """
+
+    number: int
+    name: str
+    environment: dict[str, Any]
+    cases: dict[str, dict[str, Row]]
+
+    @property
+    def kernels(self) -> str:
+        recorded = self.environment.get("cpu_kernels")
+        return _KERNELS[recorded or ("avx2" if "avx2" in self.name else "avx512")]
+
+    @property
+    def kernels_recorded(self) -> bool:
+        return "cpu_kernels" in self.environment
+
+    @property
+    def machine(self) -> str:
+        """Runs of one machine are compared with each other."""
+        return self.place if self.environment["device"] == "cuda" else f"{self.environment['cpu']}, {self.kernels}"
+
+    @property
+    def place(self) -> str:
+        """The machine in a word: a GPU, or the kernels of a CPU."""
+        facts = self.environment
+        return facts["gpu"] if facts["device"] == "cuda" else self.kernels
+
+    @property
+    def commit(self) -> str:
+        """Shortened; "-modified" stays."""
+        return re.sub(r"^([0-9a-f]{10})[0-9a-f]*", r"\1", self.environment["commit"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A case on one machine.
+
+    Attributes:
+        run: the latest that timed upstream beside ours.
+        compiled: the latest that timed torch.compile beside ours, if any did.
+        earlier: runs of the case that a later one replaces.
+    """
+
+    case: str
+    run: Run
+    compiled: Run | None
+    earlier: tuple[Run, ...]
+
+    @property
+    def group(self) -> str:
+        return self.case.partition("/")[0]
+
+    @property
+    def upstream(self) -> Row:
+        return self.run.cases[self.case]["upstream"]
+
+    @property
+    def ours(self) -> Row:
+        return self.run.cases[self.case]["auto"]
+
+    @property
+    def compile(self) -> Row | None:
+        return self.compiled.cases[self.case]["compile"] if self.compiled else None
+
+    @property
+    def over_upstream(self) -> float:
+        return _ratio(self.upstream, self.ours)
+
+    @property
+    def over_compile(self) -> float | None:
+        """Both sides from one run, which may be an earlier one than :attr:`run`."""
+        if self.compiled is None:
+            return None
+        rows = self.compiled.cases[self.case]
+        return _ratio(rows["compile"], rows["auto"])
+
+
+def _ratio(theirs: Row, ours: Row) -> float:
+    assert theirs.median_ms
+    assert ours.median_ms
+    return theirs.median_ms / ours.median_ms
+
+
+def runs(folder: Path = FOLDER) -> list[Run]:
+    """Every committed run, oldest first."""
+    read = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    read.sort(key=lambda item: item[1]["environment"]["date"])
+    return [Run(number, name, data["environment"], _cases(data)) for number, (name, data) in enumerate(read, 1)]
+
+
+def _cases(data: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    cases: dict[str, dict[str, Row]] = {}
+    for fields in data["rows"]:
+        if fields["status"] == "ok":
+            row = Row(**fields)
+            cases.setdefault(row.case, {})[row.provider] = row
+    return cases
+
+
+def results(among: Sequence[Run]) -> list[Result]:
+    """One result for each case that `among`, runs of one machine, timed beside upstream; in natural order of names."""
+    found = []
+    for case in sorted({case for run in among for case in run.cases}, key=_natural):
+        mine = [run for run in among if "auto" in run.cases.get(case, {})]
+        beside = [run for run in mine if "upstream" in run.cases[case]]
+        compiled = [run for run in mine if "compile" in run.cases[case]]
+        if beside:
+            speaking = {beside[-1].number, compiled[-1].number if compiled else 0}
+            earlier = tuple(run for run in mine if run.number not in speaking)
+            found.append(Result(case, beside[-1], compiled[-1] if compiled else None, earlier))
+    return found
+
+
+def by_machine(among: Sequence[Run]) -> dict[str, list[Run]]:
+    machines: dict[str, list[Run]] = {}
+    for run in among:
+        machines.setdefault(run.machine, []).append(run)
+    return machines
+
+
+def latest(case: str, among: Sequence[Run]) -> Result:
+    """The result of the latest run of a case, whichever machine it ran on."""
+    found = [result for group in by_machine(among).values() for result in results(group) if result.case == case]
+    return max(found, key=lambda result: result.run.number)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
