@@ -88,3 +88,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     empty = layout.empty
     monkeypatch.setattr(layout, "empty", lambda *args: empty(*args).fill_(float("nan")))
+
+
+@pytest.fixture
+def float64_buffers() -> Iterator[None]:
+    """torch's default dtype is float64, so that a module's filters are exact."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

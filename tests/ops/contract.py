@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import DTYPES, accumulation, assert_within, sum_bound
-from wavemix_kernels.backends import triton_products_why_not
+from wavemix_kernels.backends import cpu_why_not, triton_products_why_not
 
 Tensors = dict[str, Tensor | None]
 NAN = float("nan")
@@ -142,15 +142,24 @@ class Contract:
 
     name = ""
     #: Values of each axis of a case. `dtype` comes first by itself.
-    axes: Mapping[str, Sequence[Any]] = {}
+    axes: Mapping[str, Sequence[Any]] = MappingProxyType({})
     #: backend -> dtypes it serves. The reference rounds half types at every step and is the truth for the others.
-    dtypes: Mapping[str, Sequence[torch.dtype]] = {
+    dtypes: Mapping[str, Sequence[torch.dtype]] = MappingProxyType({
         "reference": (torch.float64, torch.float32), "cpu": DTYPES, "triton": DTYPES, "cuda": DTYPES,
-    }  # fmt: skip
+    })  # fmt: skip
     #: Whether Triton's kernels multiply matrices (`tl.dot`): they take no float64, and no bfloat16 in the interpreter.
     products = False
+    #: Values that are enough for Triton, whose interpreter takes a second where the other backends take a hundredth.
+    interpreted: Mapping[str, Sequence[Any]] = MappingProxyType(
+        {"layout": ("nchw", "channels_last", "channels_slice", "sliced", "expanded")}
+    )
     #: Inputs whose gradients are compared; none for an op without a backward pass.
     differentiable: Sequence[str] = ()
+
+    def __init__(self, dtypes: Mapping[str, Sequence[torch.dtype]] | None = None, **axes: Sequence[Any]) -> None:
+        """The contract on other values of some axes."""
+        self.axes = {**self.axes, **axes}
+        self.dtypes = dtypes or self.dtypes
 
     def inputs(self, case: Case, device: str) -> Tensors:
         raise NotImplementedError
@@ -163,7 +172,7 @@ class Contract:
         """The same in float64, differentiable."""
         raise NotImplementedError
 
-    def sizes(self, case: Case, tensors: Any) -> Tensors:
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Tensors:
         """The same of absolute values and with plus signs only: what rounding errors scale with."""
         raise NotImplementedError
 
@@ -179,7 +188,7 @@ class Contract:
         """Error allowed for each output and gradient, from the float64 inputs, cotangents and results."""
         leaves = {n: t.detach().abs().requires_grad_(n in self.differentiable) if _floating(t) else t
                   for n, t in tensors.items()}  # fmt: skip
-        sizes = dict(self.sizes(case, leaves))
+        sizes = dict(self.sizes(case, leaves, backend))
         if cotangents:
             made = _gradients(self, leaves, [sizes[n] for n in cotangents], [c.abs() for c in cotangents.values()])
             sizes |= made
@@ -202,11 +211,14 @@ class Contract:
         """More that must hold of results and gradients: strides, for example."""
 
     def cases(self, backend: str) -> list[Case]:
-        dtypes = self.dtypes[backend]
+        axes = {n: self.fewer(n, values) if backend == "triton" else values for n, values in self.axes.items()}
         if self.products and backend == "triton":
-            half = singles(dtype=(torch.bfloat16,), **self.axes)  # skipped in the interpreter, with its reason
-            return pairwise(dtype=(torch.float32, torch.float16), **self.axes) + half
-        return pairwise(dtype=dtypes, **self.axes)
+            half = singles(dtype=(torch.bfloat16,), **axes)  # skipped in the interpreter, with its reason
+            return pairwise(dtype=(torch.float32, torch.float16), **axes) + half
+        return pairwise(dtype=self.dtypes[backend], **axes)
+
+    def fewer(self, axis: str, values: Sequence[Any]) -> Sequence[Any]:
+        return [value for value in values if value in self.interpreted.get(axis, ())] or values
 
     def backends(self) -> list[str]:
         return list(self.dtypes)
@@ -244,7 +256,7 @@ def results(contract: Contract, case: Case, backend: str, device: str) -> tuple[
     return leaves, cotangents, made
 
 
-def check(contract: Contract, case: Case, backend: str, device: str) -> None:
+def check(contract: Contract, case: Case, backend: str, device: str) -> dict[str, Tensor]:
     """Every output and gradient of one run within its bound of the float64 truth; the inputs are left alone."""
     leaves, cotangents, made = results(contract, case, backend, device)
     wide = {n: t.detach().cpu().double().requires_grad_(n in contract.differentiable) if _floating(t) else t
@@ -259,6 +271,7 @@ def check(contract: Contract, case: Case, backend: str, device: str) -> None:
         assert got.dtype in (case.dtype, accumulation(case.dtype)), f"{name} is {got.dtype}"
         assert_within(got, exact[name], bounds[name], f"{contract.name}: {name} on {backend}, {case}")
     contract.also(case, leaves, made)
+    return made
 
 
 def each_case(contract: Contract) -> Callable[..., None]:
@@ -268,6 +281,33 @@ def each_case(contract: Contract) -> Callable[..., None]:
     @pytest.mark.parametrize("backend, case", rows, indirect=["backend"], ids=str)
     def test(backend: str, case: Case, device: str) -> None:
         check(contract, case, backend, device)
+
+    return test
+
+
+def on(*backends: str) -> pytest.MarkDecorator:
+    """The fixture `backend` for these alone, where others have no kernels for the op."""
+    return pytest.mark.parametrize("backend", backends, indirect=True)
+
+
+def each_thread_count(contract: Contract, *, same: bool = True) -> Callable[..., None]:
+    """The test of the CPU's kernels by several threads: within the bounds, and with `same` bit for bit those of one."""
+    rows = [case for case in contract.cases("cpu") if case.dtype in (torch.float32, torch.bfloat16)]
+
+    @pytest.mark.parametrize("case", rows, ids=str)
+    def test(case: Case, device: str) -> None:
+        if device != "cpu" or (reason := cpu_why_not()) is not None:
+            pytest.skip("the CPU kernels take CPU tensors" if device != "cpu" else f"cpu: {reason}")
+        before = torch.get_num_threads()
+        runs = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                runs.append(check(contract, case, "cpu", device))
+        finally:
+            torch.set_num_threads(before)
+        for name in runs[0] if same else ():
+            assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:]), f"{name} depends on threads"
 
     return test
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -47,10 +47,9 @@ class Analysis(Contract):
     once more. A gradient adds up to four such samples."""
 
     name = "haar_dwt2d"
+    axes: ClassVar[Any] = {"size": (*SIZES, *THIN), "mode": LOCAL, "layout": ALL_LAYOUTS}
+    interpreted: ClassVar[Any] = Contract.interpreted | {"size": (*SIZES, *THIN[:2], ODD[2])}
     differentiable = ("x",)
-
-    def __init__(self, sizes: Any, modes: Any, layouts: Any = ALL_LAYOUTS) -> None:
-        self.axes = {"size": sizes, "mode": modes, "layout": layouts}
 
     def inputs(self, case: Case, device: str) -> Any:
         return {"x": image(randn(*case.size[0]), case.dtype, device, case.layout)}
@@ -89,7 +88,8 @@ class Synthesis(Contract):
     """The values at most double once ((ll + 3 high) / 2 <= 2 peak); `add` is one more rounding."""
 
     name = "haar_idwt2d"
-    axes = {"size": (*SIZES, *THIN), "layout": ALL_LAYOUTS, "add": (False, True)}
+    axes: ClassVar[Any] = {"size": (*SIZES, *THIN), "layout": ALL_LAYOUTS, "add": (False, True)}
+    interpreted: ClassVar[Any] = Analysis.interpreted
     differentiable = ("ll", *(f"high{i}" for i in range(6)), "add")
 
     def inputs(self, case: Case, device: str) -> Any:
@@ -123,8 +123,8 @@ class Synthesis(Contract):
         }
 
 
-test_analysis = each_case(Analysis((*SIZES, *THIN), LOCAL))
-test_every_mode = each_case(Analysis(ODD, op.MODES, ("nchw", "channels_last")))
+test_analysis = each_case(Analysis())
+test_every_mode = each_case(Analysis(size=ODD, mode=op.MODES, layout=("nchw", "channels_last")))
 test_synthesis = each_case(Synthesis())
 
 
@@ -132,7 +132,7 @@ class Pyramid(Contract):
     """The pyramid keeps the LL of every level, and its gradient adds them."""
 
     name = "haar_pyramid"
-    axes = {
+    axes: ClassVar[Any] = {
         "size": (((2, 5, 16, 32), 4), ((2, 9, 24, 16), 3), ((1, 8, 4, 36), 2), ((3, 1, 6, 2), 1), ((1, 2, 32, 32), 5)),
         "layout": ALL_LAYOUTS,
         "last": (False, True),
@@ -168,7 +168,11 @@ class Bands(Contract):
     """One level with all four bands side by side, as WTConv has them, and back."""
 
     name = "haar_bands"
-    axes = {"layout": ALL_LAYOUTS, "shape": ((2, 4, 16, 40), (1, 1, 2, 6), (3, 5, 6, 2)), "back": (False, True)}
+    axes: ClassVar[Any] = {
+        "layout": ALL_LAYOUTS,
+        "shape": ((2, 4, 16, 40), (1, 1, 2, 6), (3, 5, 6, 2)),
+        "back": (False, True),
+    }
     differentiable = ("x",)
 
     def inputs(self, case: Case, device: str) -> Any:
@@ -197,7 +201,7 @@ class Bands(Contract):
 
 
 test_bands = each_case(Bands())
-test_repeats = each_backend_repeats(Analysis(SIZES[3:4], ("symmetric",)))
+test_repeats = each_backend_repeats(Analysis(size=SIZES[3:4], mode=("symmetric",)))
 
 
 def test_bands_between_neighbours(backend: str, device: str) -> None:
