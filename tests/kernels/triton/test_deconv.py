@@ -1,23 +1,17 @@
-"""The Triton kernels of the transposed convolution: against float64, in every configuration, compiled for a real chip.
-
-Run as a script (`python -m tests.test_triton_deconv`) it prints what the compiled kernels take of an H100 as JSON. The
-test runs that as a process of its own: kernels defined under TRITON_INTERPRET=1 do not compile.
-"""
+"""The Triton kernels of the transposed convolution below their ops: one launch for both gradients, statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tests.test_triton_waveblock import U32, each_dtype, image, randn, skip_interpreted_bfloat16, stored
-from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, assert_within
+from tests.ops.contract import image, randn, workspaces_hold_nan
+from tests.tolerances import UNIT_ROUNDOFF, assert_within
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
@@ -26,28 +20,19 @@ from wavemix_kernels.ops.deconv import triton as kernels
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
-ROOT = Path(__file__).resolve().parent.parent
 NAN = float("nan")
+
+
+U32 = UNIT_ROUNDOFF[torch.float32]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_workspaces() -> Iterator[None]:
-    """torch then fills what `empty` returns with NaN: the kernels' workspaces too."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with workspaces_hold_nan():
+        yield
 
 
-def transposed(u: Tensor, weight: Tensor) -> Tensor:
-    return F.conv_transpose2d(u, weight, None, 2, 1)
-
-
-def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.clone().requires_grad_()
-    return torch.autograd.grad(transposed(u, weight), weight, g)[0]
-
-
-class Case:
+class Run:
     """Tensors of one shape, and float64 results with bounds made of the arithmetic (all on the CPU).
 
     A sum of k products in fp32 errs by k * u32 of the sum S of their absolute values, in whatever order; S is the same
@@ -71,12 +56,6 @@ class Case:
     def wide(self, t: Tensor) -> Tensor:
         return t.cpu().double()
 
-    def check_forward(self, y: Tensor, with_bias: bool) -> None:
-        u, weight, bias = self.wide(self.u), self.wide(self.weight), self.wide(self.bias) * with_bias
-        exact = transposed(u, weight) + bias[:, None, None]
-        sums = transposed(u.abs(), weight.abs()) + bias.abs()[:, None, None]
-        assert_within(y, exact, (4 * u.shape[1] + 1) * U32 * sums + stored(exact, self.dtype), f"y {self.dtype}")
-
     def check_stats(self, y: Tensor, mean: Tensor, var: Tensor) -> None:
         """Those of y as it was stored. A part's mean errs by its rows' roundings of the largest value, which enters
         the variance squared and as twice its product with the deviations, once there and once combining."""
@@ -87,37 +66,6 @@ class Case:
         error = (min(n, 256) + 2) * U32 * largest
         deviation = (wide - exact_mean[:, None, None]).abs().mean((0, 2, 3))
         assert_within(var, exact, (n + 8) * U32 * exact + 2 * error * (2 * deviation + error), "var")
-
-    def gradient(self, with_norm: bool) -> tuple[Tensor, Tensor]:
-        """Of y, and the error of making it."""
-        g = self.wide(self.g)
-        if not with_norm:
-            return g, torch.zeros_like(g)
-        y = self.wide(self.norm.y)
-        a, b, mean, d = (self.wide(t)[:, None, None] for t in self.norm[1:])
-        made = a * g + b * (y - mean) + d
-        terms = (a * g).abs() + b.abs() * (y.abs() + mean.abs()) + d.abs()
-        half = self.dtype != torch.float32
-        return made, 4 * U32 * terms + (UNIT_ROUNDOFF[self.dtype] * made.abs() + UNDERFLOW[self.dtype]) * half
-
-    def check_input(self, du: Tensor, with_norm: bool) -> None:
-        g, error = self.gradient(with_norm)
-        weight = self.wide(self.weight)
-        exact, passed = F.conv2d(g, weight, None, 2, 1), F.conv2d(error, weight.abs(), None, 2, 1)
-        sums = F.conv2d(g.abs() + error, weight.abs(), None, 2, 1)
-        bound = passed + 16 * g.shape[1] * U32 * sums + stored(exact, self.dtype)
-        assert_within(du, exact, bound, f"du {self.dtype} norm={with_norm}")
-
-    def check_weight(self, dw: Tensor, db: Tensor | None, with_norm: bool) -> None:
-        g, error = self.gradient(with_norm)
-        u, weight, n = self.wide(self.u), self.wide(self.weight), self.u[:, 0].numel()
-        exact = weight_gradient(g, u, weight)
-        bound = weight_gradient(error, u.abs(), weight) + n * U32 * weight_gradient(g.abs() + error, u.abs(), weight)
-        assert_within(dw, exact, bound + stored(exact, self.dtype), f"dw {self.dtype} norm={with_norm}")
-        if db is not None:
-            exact = g.sum((0, 2, 3))
-            bound = error.sum((0, 2, 3)) + 4 * n * U32 * (g.abs() + error).sum((0, 2, 3))
-            assert_within(db, exact, bound + stored(exact, self.dtype), f"db {self.dtype} norm={with_norm}")
 
     def forward(self, with_bias: bool, with_stats: bool, config: Any = None) -> tuple[Tensor, ...]:
         y = self.empty(self.g)
@@ -140,51 +88,16 @@ class Case:
         deconv_backward.norm_gradients(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
         return du, dw
 
-    def check(self, config: Any = None) -> None:
-        """All of them, with and without what is optional."""
-        for with_bias, with_stats in ((True, True), (False, False)):
-            y, *stats = self.forward(with_bias, with_stats, config)
-            self.check_forward(y, with_bias)
-            if with_stats:
-                self.check_stats(y, *stats)
-        for with_norm in (False, True):
-            self.check_input(self.input_grad(with_norm, config), with_norm)
-            self.check_weight(*self.weight_grad(with_norm, not with_norm, config), with_norm)
-        du, dw = self.norm_gradients((config, config))
-        self.check_input(du, True)
-        self.check_weight(dw, None, True)
-
-
-@each_dtype
-@pytest.mark.parametrize(
-    "n, f, o, h, w, memory",
-    [
-        (1, 48, 20, 5, 7, "channels"),
-        (2, 20, 48, 7, 9, "slice"),  # two blocks of pixels, the second not full
-        (1, 8, 80, 3, 2, "slice"),  # two blocks of columns in fp32
-        (3, 5, 6, 1, 1, "slice"),
-        (1, 1, 1, 1, 3, "channels"),
-    ],
-)
-def test_deconv(n: int, f: int, o: int, h: int, w: int, memory: str, dtype: torch.dtype, device: str) -> None:
-    skip_interpreted_bfloat16(dtype)
-    Case(n, f, o, h, w, dtype, device, memory).check()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_configuration(dtype: torch.dtype, device: str) -> None:
-    case = Case(1, 20, 36, 2, 3, dtype, device, "channels")
-    shapes = {(c.rows, c.columns, c.depth): c for c in deconv_config.search_space(dtype.itemsize)}
-    assert shapes
-    # Warps and stages are nothing to the interpreter.
-    for config in shapes.values() if device == "cpu" else deconv_config.search_space(dtype.itemsize):
-        case.check(config)
-
 
 def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
-    case = Case(2, 8, 48, 5, 7, torch.float32, device, "slice")
-    case.check_weight(*case.weight_grad(True, True), True)
+    case = Run(2, 8, 48, 5, 7, torch.float32, device, "channels_slice")
+    _, got = case.weight_grad(True, True)
+    a, b, mean, d = (case.wide(t)[:, None, None] for t in case.norm[1:])
+    g, y = case.wide(case.g), case.wide(case.norm.y)
+    exact = (a * g + b * (y - mean) + d).sum((0, 2, 3))
+    size = ((a * g).abs() + b.abs() * (y.abs() + mean.abs()) + d.abs()).sum((0, 2, 3))
+    assert_within(got, exact, (4 + 4 * case.u[:, 0].numel()) * U32 * size, "db")
 
 
 # Input pixels in runs of 16 (or 64) by blocks of 16 (or 32) channels, the weight's patches of 2 x 8.
@@ -200,23 +113,21 @@ SMALL, WIDE = deconv_config.DeconvConfig(16, 16, 16, 4, 2), deconv_config.Deconv
     ],
 )
 def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: str) -> None:
-    """Bit for bit those of two, in tiles of the input's own."""
-    case = Case(3, 20, 12, 5, 7, torch.float32, device, "slice")
+    """Bit for bit those of two, in tiles of the input's own (tests/ops/test_deconv.py has their values)."""
+    case = Run(3, 20, 12, 5, 7, torch.float32, device, "channels_slice")
     launch, partial, _ = deconv_backward.weight_grad_launch(case.g, case.norm, case.u, False, WIDE, least)
     launch.run(case.u)
     assert partial.shape[0] == splits
     dw = torch.full_like(case.weight, NAN)
     deconv_backward.reduce_launch(dw, partial).run(case.u)
     du, dw_beside = case.norm_gradients((config, WIDE), least)
-    case.check_input(du, True)
-    case.check_weight(dw_beside, None, True)
     assert torch.equal(du, case.input_grad(True, config))
     assert torch.equal(dw_beside, dw)
 
 
 def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
     """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
-    case = Case(5, 8, 12, 4, 8, torch.float32, device, "channels")
+    case = Run(5, 8, 12, 4, 8, torch.float32, device, "channels_last")
     du = case.empty(case.u)
     launch, partial = deconv_backward.norm_gradients_launch(
         du, case.g, case.norm, case.u, case.weight, (SMALL, SMALL), 4
@@ -245,7 +156,7 @@ def test_splits_stay_in_the_cache(n: int, splits: int) -> None:
 
 def test_statistics_far_from_zero(device: str) -> None:
     """|mean| 1e4 standard deviations: 1e4^2 * u32 = 6 is what a difference of squares would err by, of 1."""
-    case = Case(2, 16, 20, 17, 23, torch.float32, device, "channels", offset=1e4)
+    case = Run(2, 16, 20, 17, 23, torch.float32, device, "channels_last", offset=1e4)
     y, mean, var = case.forward(True, True)
     assert float(var.min()) > 0.3
     case.check_stats(y, mean, var)
@@ -275,40 +186,6 @@ def test_statistics_of_many_parts(device: str) -> None:
     assert_within(out[1], exact, roundings * U32 * exact + 2 * error * (2 * exact.sqrt() + error), "var")
 
 
-def test_results_are_the_same_in_every_run(device: str) -> None:
-    case = Case(2, 8, 48, 9, 8, torch.float16, device, "channels")
-    runs = [
-        [
-            *case.forward(True, True),
-            case.input_grad(True),
-            *case.weight_grad(False, True),
-            *case.weight_grad(True, True),
-            *case.norm_gradients(),
-        ]
-        for _ in range(2)
-    ]
-    for first, second in zip(*runs, strict=True):
-        assert first is not None
-        assert second is not None
-        assert not first.isnan().any()
-        assert torch.equal(first, second)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
-def test_empty_batch(device: str) -> None:
-    case = Case(0, 8, 6, 3, 4, torch.float32, device, "channels")
-    y, mean, var = case.forward(True, True)
-    assert y.shape == (0, 6, 6, 8)
-    assert mean.isnan().all()
-    assert var.isnan().all()
-    assert case.input_grad(True).shape == (0, 8, 3, 4)
-    du, dw = case.norm_gradients()
-    assert du.shape == (0, 8, 3, 4)
-    for result in (*case.weight_grad(True, True), dw):
-        assert result is not None
-        assert torch.equal(result, torch.zeros_like(result))
-
-
 def far(t: Tensor, device: str) -> Tensor:
     """The same images, more than 2^31 elements from each other: untouched pages of a CPU's memory are free."""
     apart = 2**31 + 64
@@ -321,7 +198,7 @@ def far(t: Tensor, device: str) -> Tensor:
 
 
 def test_offsets_beyond_32_bits(device: str) -> None:
-    case = Case(2, 8, 16, 2, 3, torch.float16, device, "channels")
+    case = Run(2, 8, 16, 2, 3, torch.float16, device, "channels_last")
     near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True), case.norm_gradients()
     case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
     y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
