@@ -80,7 +80,7 @@ class Analysis(Contract):
                 joined = high.flatten(1, 2)
                 assert joined.data_ptr() == high.data_ptr(), "[LH, HL, HH of each channel] must be a free view"
                 assert joined.is_contiguous(memory_format=order)
-        if case.layout == "nchw" or (case.layout == "channels_last" and case.size[0][1] > 1):
+        if case.layout in ("nchw", "channels_last") and 1 not in case.size[0]:  # strides of one element mean nothing
             assert results["d_x"].stride() == tensors["x"].stride()
 
 
