@@ -16,7 +16,7 @@ from torch import Tensor
 import wavemix_kernels as wk
 from tests.emulator import build, phase_cases
 from tests.emulator.haar_cases import launches
-from tests.test_emulator import ORDERS, huge_view, sanitized_python
+from tests.kernels.cuda.support import ORDERS, huge_view, sanitized_python
 from tests.test_patm import NAMES, Bounds, arguments, pair
 from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, assert_within
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference

@@ -1,4 +1,4 @@
-"""WTConv's wavelet functions: the operator with four bands side by side, and accelerate() on WTConv's modules."""
+"""accelerate() on WTConv's modules (tests/ops/test_haar.py has the operator with four bands side by side)."""
 
 from __future__ import annotations
 
@@ -14,72 +14,13 @@ from torch import Tensor, nn
 
 import wavemix_kernels as wk
 from tests import tolerances
+from tests.ops.contract import Case, pairwise
 from wavemix_kernels import wtconv
 from wavemix_kernels.accelerate import accelerate
-from wavemix_kernels.ops.haar import bands as op
-from wavemix_kernels.ops.haar import reference
 
 vendored = pytest.importorskip("tests.vendored_wtconv", reason="PyWavelets is missing: WTConv makes its filters by it")
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def exact_bands(x: Tensor) -> Tensor:
-    ll, (high,) = reference.analysis(x.double())
-    return torch.cat((ll.unsqueeze(2), high), 2)
-
-
-# --- The operator ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [*FORMATS, "sliced"])
-def test_bands_and_back(backend: str, device: str, dtype: torch.dtype, layout: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 5, 18, 44).to(device, dtype)
-    x = x[:, 1:, 2:, 3:-1] if layout == "sliced" else x[:, :4, 2:, :40].contiguous(memory_format=FORMATS[layout])
-    bands = op.haar_bands(x, backend=backend)
-    exact = exact_bands(x)
-    peak = x.abs().max().item()
-    bound = tolerances.haar_bound(exact, dtype, 1, peak, backend=backend)
-    tolerances.assert_within(bands, exact, bound, "bands")
-    assert (bands.flatten(1, 2).data_ptr() == bands.data_ptr()) == (layout != "sliced" or bands.is_contiguous())
-    assert bands.flatten(1, 2).is_contiguous(memory_format=FORMATS.get(layout, torch.contiguous_format))
-
-    back = op.haar_from_bands(bands, backend=backend)
-    exact_image = reference.synthesis(bands.double()[:, :, 0], [bands.double()[:, :, 1:]])
-    bound = tolerances.haar_bound(exact_image, dtype, 1, bands.abs().max().item(), backend=backend)
-    tolerances.assert_within(back, exact_image, bound, "image")
-    assert back.is_contiguous(memory_format=FORMATS.get(layout, torch.contiguous_format))
-
-    # Between its neighbours, as a module slices it: nothing of them may be read.
-    framed = torch.full((2, 4, 6, *bands.shape[3:]), float("nan"), dtype=dtype, device=device)
-    framed[:, :, 1:5] = bands
-    torch.testing.assert_close(op.haar_from_bands(framed[:, :, 1:5], backend=backend), back, rtol=0, atol=0)
-
-
-def test_operator_contracts() -> None:
-    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
-    bands = op.haar_bands(x.detach()).requires_grad_()
-    for function, leaf in ((op.haar_bands, x), (op.haar_from_bands, bands)):
-        assert torch.autograd.gradcheck(function, (leaf,))
-        assert torch.autograd.gradgradcheck(function, (leaf,))
-        torch.testing.assert_close(
-            torch.func.vmap(function)(leaf.detach()[:, None]), function(leaf.detach())[:, None], rtol=0, atol=0
-        )
-    ops = torch.ops.wavemix_kernels
-    for layout in FORMATS.values():
-        image = x.detach().contiguous(memory_format=layout).requires_grad_()
-        torch.library.opcheck(ops.haar_bands, (image, "cpu"))
-        four = op.haar_bands(image.detach()).requires_grad_()
-        torch.library.opcheck(ops.haar_from_bands, (four, layout is torch.channels_last, "cpu"))
-    with pytest.raises(ValueError, match="x: W=7: expected a multiple of 2"):
-        op.haar_bands(torch.zeros(1, 1, 4, 7))
-    with pytest.raises(ValueError, match=r"bands: expected shape \(N, C, 4, h, w\), got \(1, 1, 3, 4, 4\)"):
-        op.haar_from_bands(torch.zeros(1, 1, 3, 4, 4))
-
-
-# --- accelerate() ----------------------------------------------------------------------------------------
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -108,10 +49,15 @@ def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]
         assert error <= allowed, f"tensor {i}: off by {error}, the convolution form by {other}"
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [(16, 24), (13, 22), (7, 9)], ids=str)
-def test_modules_compute_the_same(size: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        layout=tuple(FORMATS), dtype=(torch.float64, torch.float32, torch.bfloat16), size=((16, 24), (13, 22), (7, 9))
+    ),
+    ids=str,
+)
+def test_modules_compute_the_same(case: Case) -> None:
+    size, dtype, layout = case.size, case.dtype, case.layout
     torch.manual_seed(0)
     theirs = vendored.WTConv2d(6, 6, 3, wt_levels=3).to(dtype, memory_format=FORMATS[layout])
     x = torch.randn(2, 6, *size).to(dtype).contiguous(memory_format=FORMATS[layout])
