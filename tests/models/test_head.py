@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wavemix_kernels as wk
+from tests.models.subjects import HEADS, Subject, normal, operators
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion, InferenceExpansion
 from wavemix_kernels.reference import Expansion, Waveblock
 from wavemix_kernels.wavemix import SemSegment, sisr
@@ -14,34 +15,13 @@ from wavemix_kernels.wavemix import SemSegment, sisr
 SMALL = {"depth": 1, "ff_channel": 8, "final_dim": 64}
 
 
-def pair(*arguments: int, dtype: torch.dtype = torch.float64) -> tuple[Expansion, FusedExpansion]:
-    torch.manual_seed(0)
-    reference, fused = Expansion(*arguments).to(dtype), FusedExpansion(*arguments).to(dtype)
-    fused.load_state_dict(reference.state_dict(), strict=True)
-    return reference, fused
-
-
-def operators(run: nn.Module, x: Tensor) -> set[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(x)
-    return {event.key for event in profile.key_averages()}
-
-
-@pytest.mark.parametrize("arguments", [(64, 2, 5), (8, 1, 3), (12, 1, 40)], ids=str)
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_fused_is_the_reference(arguments: tuple[int, int, int], order: torch.memory_format) -> None:
-    """Output and every gradient, and that the operator runs."""
-    reference, fused = pair(*arguments)
-    x = torch.randn(2, arguments[0], 5, 3, dtype=torch.float64).to(memory_format=order)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    expected, got = reference(leaves[0]), fused(leaves[1])
-    assert got.shape == (2, arguments[2], 5 << arguments[1], 3 << arguments[1])
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    cotangent = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, [leaves[0], *reference.parameters()], cotangent)
-    for grad, want in zip(torch.autograd.grad(got, [leaves[1], *fused.parameters()], cotangent), wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)
-    assert "wavemix_kernels::deconv" in operators(fused, x)
+@pytest.mark.parametrize("subject", HEADS.values(), ids=HEADS.keys())
+def test_shape_and_reference(subject: Subject) -> None:
+    fused, reference = subject.pair()
+    n, _, h, w = subject.shape
+    x, (classes, levels) = subject.x(), (fused[-1].out_channels, len(fused) - 1)
+    assert fused(x).shape == (n, classes, h << levels, w << levels)
+    assert "deconv" in operators(fused, x)
     with wk.backend("reference"):
         assert torch.equal(fused(x), reference(x))
 
@@ -50,7 +30,7 @@ def test_fused_is_the_reference(arguments: tuple[int, int, int], order: torch.me
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_inference_folds_what_is_less_work(arguments: tuple[int, int, int], kept: int, with_bias: bool) -> None:
     """The last two layers become one, unless the 1x1 convolution widens: exact up to rounding, borders included."""
-    _, fused = pair(*arguments)
+    fused, _ = HEADS[f"head {arguments}"].pair()
     if not with_bias:
         for layer in fused:
             layer.register_parameter("bias", None)
@@ -58,14 +38,15 @@ def test_inference_folds_what_is_less_work(arguments: tuple[int, int, int], kept
     assert isinstance(form, InferenceExpansion)
     assert form.count == kept
     assert not list(form.parameters())
-    x = torch.randn(2, arguments[0], 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(form(x), fused(x), rtol=1e-12, atol=1e-12)
-    assert not any("wavemix_kernels" in name for name in operators(wk.export_form(fused), x))
+    x = normal(2, arguments[0], 3, 4)
+    want = fused(x)
+    torch.testing.assert_close(form(x), want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
+    assert not operators(wk.export_form(fused), x)
 
 
 def test_a_layer_that_was_changed_runs_as_it_is() -> None:
     """Hooks are called, a new head of another kind is used, and neither is folded away."""
-    _, fused = pair(16, 1, 3, dtype=torch.float32)
+    fused = FusedExpansion(16, 1, 3)
     x, called = torch.randn(1, 16, 4, 4), []
     handle = fused[0].register_forward_hook(lambda *_: called.append(True))
     assert fused.fuse_for_inference() is fused

@@ -1,13 +1,12 @@
-"""The WaveMix models against upstream's recorded values, its state dicts, its parameter counts and its weights."""
+"""The WaveMix models beside the original package, their parameter counts, errors, published weights and memory."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,42 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-import wavemix_kernels as wk
-from tests.golden_models import FOLDER, assert_reproduces
-from tests.upstream import original_wavemix
 from wavemix_kernels import pretrained, wavemix
 from wavemix_kernels.reference import Waveblock
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "wavemix_classification_patch": classification.WaveMix,
-    "wavemix_classification_strided": classification.WaveMix,
-    "wavemix_segmentation": SemSegment.WaveMix,
-    "wavemix_sisr": sisr.WaveMix,
-}
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    with original_wavemix(tmp_path_factory.mktemp("original")) as package:
-        yield package
-
-
-@pytest.mark.parametrize("block", [Waveblock, wk.FusedWaveblock])
-@pytest.mark.parametrize("name", MODELS)
-def test_reproduces_upstream(name: str, block: type[nn.Module]) -> None:
-    assert_reproduces(name, lambda **arguments: MODELS[name](**arguments, block=block))
-
-
-@pytest.mark.parametrize("model", [classification, SemSegment, sisr])
-def test_default_state_dict_is_upstreams(model: ModuleType) -> None:
-    recorded = json.loads((FOLDER / "wavemix_state_dicts.json").read_text())
-    name = f"wavemix.{model.__name__.rsplit('.', 1)[1]}.WaveMix"
-    with torch.device("meta"):
-        state = model.WaveMix().state_dict()
-    # Order too: an optimizer's state refers to parameters by their position.
-    assert [(k, list(v.shape)) for k, v in state.items()] == list(recorded[name].items())
 
 
 @pytest.mark.parametrize(
