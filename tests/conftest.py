@@ -61,11 +61,15 @@ def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | N
 
 @pytest.fixture(params=("cpu", "triton", "cuda"))
 def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """The name of each kernel backend in turn, ready to serve tensors of `device`."""
+    """The name of each kernel backend in turn, ready to serve tensors of `device`. tests/ops/contract.py names them,
+    and "reference", itself."""
     from wavemix_kernels import backends
 
     name = request.param
-    probe = {"cpu": backends.cpu_why_not, "triton": backends.triton_why_not, "cuda": backends.cuda_why_not}[name]
+    probe = {
+        "reference": backends.reference_why_not, "cpu": backends.cpu_why_not, "triton": backends.triton_why_not,
+        "cuda": backends.cuda_why_not,
+    }[name]  # fmt: skip
     if name == "cpu" and device != "cpu":
         pytest.skip("the CPU kernels take CPU tensors")
     if name == "cuda" and device == "cpu":
@@ -84,3 +88,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     empty = layout.empty
     monkeypatch.setattr(layout, "empty", lambda *args: empty(*args).fill_(float("nan")))
+
+
+@pytest.fixture
+def float64_buffers() -> Iterator[None]:
+    """torch's default dtype is float64, so that a module's filters are exact."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -52,6 +52,28 @@ def haar_bound(
     return 2 * levels * u * peak * 2**levels + stored
 
 
+def stored(exact: Tensor, dtype: torch.dtype, backend: str = "") -> Tensor:
+    """The error of rounding a result to its dtype, once."""
+    return stored_roundoff(dtype, backend) * exact.abs() + UNDERFLOW[dtype]
+
+
+def sum_bound(
+    exact: Tensor, sizes: Tensor, terms: float, dtype: torch.dtype, *, operands: float = 0, backend: str = ""
+) -> Tensor:
+    """|error| allowed for a sum of products, `terms` roundings long, of whose absolute values `sizes` is the sum
+    [Higham, section 3.1]. A float64 reference errs as much itself.
+
+    Half types: `operands` roundings to the dtype on the way, and one that stores the result.
+    """
+    wide = accumulation(dtype)
+    off = terms * UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1) * sizes
+    if wide == dtype:
+        return off
+    low = stored_roundoff(dtype, backend)
+    off = off + operands * (low * sizes + UNDERFLOW[dtype])
+    return off + low * (exact.abs() + off) + UNDERFLOW[dtype]
+
+
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, what: str = "") -> None:
     """Every element of `actual` within `bound` of the float64 `exact`; NaN and infinity must agree exactly."""
     actual, exact, bound = actual.detach().double().cpu(), exact.detach().double().cpu(), bound.detach().double().cpu()

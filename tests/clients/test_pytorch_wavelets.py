@@ -1,0 +1,448 @@
+"""The pytorch_wavelets drop-in: against PyWavelets, against the original package, and its own gradients."""
+
+import copy
+import functools
+import inspect
+import io
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import wavemix_kernels.pytorch_wavelets as ours
+from tests.ops.contract import randn
+from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
+
+pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
+
+MODES = (
+    "zero", "constant", "symmetric", "reflect", "periodic", "smooth", "antisymmetric", "antireflect", "periodization",
+)  # fmt: skip
+ORIGINAL_MODES = ("zero", "symmetric", "reflect", "periodic", "periodization", "per")
+
+
+@pytest.fixture(scope="module")
+def original():
+    try:
+        import pytorch_wavelets
+    except ImportError as error:  # 1.3.0 imports pkg_resources, which setuptools >= 81 no longer has
+        pytest.skip(f"pytorch_wavelets does not import here: {error}")
+    return pytorch_wavelets
+
+
+@pytest.fixture
+def path(monkeypatch):
+    """Which implementation the calls took, in order."""
+    taken = []
+
+    def record(function, *args, **kwargs):
+        taken.append(function.__name__.split("_")[0])
+        return function(*args, **kwargs)
+
+    for name in ("haar_dwt2d", "haar_idwt2d", "separable_dwt2d", "separable_idwt2d"):
+        monkeypatch.setattr(ours, name, functools.partial(record, getattr(ours, name)))
+    return taken
+
+
+def image(*shape, dtype=torch.float64, seed=0):
+    return randn(*shape, seed=seed).to(dtype)
+
+
+def assert_same(got, want, tolerance=1e-10):
+    """Equal shapes, and values equal relative to the largest one ('smooth' extrapolates to large values)."""
+    scale = max(1.0, *(float(abs(w).max()) for w in want if w.size))
+    for g, w in zip(got, want, strict=True):
+        assert tuple(g.shape) == tuple(w.shape)
+        assert float(abs(g.detach().numpy() - w).max(initial=0)) <= tolerance * scale
+
+
+# --- The original package ----------------------------------------------------------------------------------
+
+
+def banks():
+    rng = np.random.default_rng(0)
+    return {
+        "haar": "haar",
+        "db4": "db4",
+        "bior4.4": "bior4.4",
+        "two taps": tuple(rng.standard_normal((2, 2))),
+        "three taps": tuple(rng.standard_normal((2, 3))),
+        "axes differ": (*rng.standard_normal((2, 4)), *rng.standard_normal((2, 6))),
+        "array": rng.standard_normal((2, 4)),
+    }
+
+
+@pytest.mark.parametrize("mode", ORIGINAL_MODES)
+@pytest.mark.parametrize("bank", banks())
+def test_equals_original(bank, mode, original, float64_buffers):
+    wave = banks()[bank]
+    # From 20 on no level is shorter than a filter, where the original errs (docs/wavelets.md).
+    for size in ((24, 32), (21, 20), (20, 27)):
+        x = image(2, 3, *size)
+        theirs, mine = original.DWTForward(1, wave, mode)(x), DWTForward(1, wave, mode)(x)
+        assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
+        low, high = image(2, 3, *size, seed=1), image(2, 3, 3, *size, seed=2)
+        assert_same([DWTInverse(wave, mode)((low, [high]))], [original.DWTInverse(wave, mode)((low, [high])).numpy()])
+
+
+@pytest.mark.parametrize("mode", ORIGINAL_MODES)
+def test_levels_and_crops_equal_original(mode, original, float64_buffers):
+    for wave in ("haar", "db2"):
+        x = image(2, 2, 43, 38)
+        theirs, mine = original.DWTForward(3, wave, mode)(x), DWTForward(3, wave, mode)(x)
+        assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
+        assert_same([DWTInverse(wave, mode)(mine)], [original.DWTInverse(wave, mode)(theirs).numpy()])
+
+
+@pytest.mark.parametrize("mode", ORIGINAL_MODES)
+def test_haar_gradient_on_even_sizes_equals_original(mode, original, float64_buffers):
+    gradients = []
+    for package in (original, ours):
+        x = image(2, 3, 16, 24).requires_grad_()
+        low, highs = package.DWTForward(2, "haar", mode)(x)
+        y = package.DWTInverse("haar", mode)((low, highs))
+        loss = (low**2).sum() + sum((h**3).sum() for h in highs) + (y * image(2, 3, 16, 24, seed=1)).sum()
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    assert_same(gradients[1:], [gradients[0].numpy()])
+
+
+def test_signatures_equal_original(original):
+    for name in ("DWTForward", "DWTInverse"):
+        theirs, mine = getattr(original, name), getattr(ours, name)
+        for method in ("__init__", "forward"):
+            pairs = [
+                [(p.name, p.default, p.kind) for p in inspect.signature(getattr(c, method)).parameters.values()]
+                for c in (theirs, mine)
+            ]
+            assert pairs[0] == pairs[1], f"{name}.{method}"
+    for alias in ("DWT", "DWT2D", "IDWT", "IDWT2D"):
+        assert getattr(ours, alias).__name__ == getattr(original, alias).__name__
+
+
+@pytest.mark.parametrize("bank", banks())
+def test_state_dicts_load_both_ways(bank, original):
+    wave = banks()[bank]
+    for name, arguments in (("DWTForward", {"J": 2}), ("DWTInverse", {})):
+        theirs = getattr(original, name)(wave=wave, **arguments)
+        mine = getattr(ours, name)(wave=wave, **arguments)
+        assert list(theirs.state_dict()) == list(mine.state_dict())
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value)
+            assert mine.state_dict()[key].dtype == value.dtype
+        theirs.load_state_dict(mine.state_dict(), strict=True)
+        mine.load_state_dict(theirs.state_dict(), strict=True)
+
+
+# --- Gradients ---------------------------------------------------------------------------------------------
+
+
+def test_learned_filters_get_their_gradient(path, float64_buffers):
+    x = image(1, 1, 5, 6)
+    dwt, idwt = DWTForward(2, "haar", "reflect"), DWTInverse("haar")
+    coefficients = dwt(x)
+    names = ("h0_col", "h1_col", "h0_row", "h1_row")
+
+    def analysis(*filters):
+        low, highs = torch.func.functional_call(dwt, dict(zip(names, filters, strict=True)), (x,))
+        return low, *highs
+
+    def synthesis(*filters):
+        changed = {name.replace("h", "g"): f for name, f in zip(names, filters, strict=True)}
+        return torch.func.functional_call(idwt, changed, (coefficients,))
+
+    assert gradcheck(analysis, [b.clone().requires_grad_() for b in dwt.buffers()])
+    assert gradcheck(synthesis, [b.clone().requires_grad_() for b in idwt.buffers()])
+
+    path.clear()
+    dwt.h0_col = torch.nn.Parameter(dwt.h0_col)
+    dwt(x)[0].sum().backward()
+    assert path == ["separable"]
+    assert dwt.h0_col.grad is not None
+    dwt.h0_col.requires_grad_(False)
+    dwt(x)
+    assert path == ["separable", "haar"]
+
+
+# --- Which filters are Haar's ------------------------------------------------------------------------------
+
+S = 0.5**0.5
+
+
+@pytest.mark.parametrize(
+    "wave, expected",
+    [
+        *((name, "haar") for name in ("haar", "db1", "Haar", "bior1.1", pywt.Wavelet("haar"), pywt.Wavelet("db1"))),
+        (([S, S], [-S, S]), "haar"),
+        ((np.array([S, S]), np.array([-S, S])), "haar"),
+        ((torch.tensor([S, S], dtype=torch.float64), [-S, S], [1 / 2**0.5] * 2, np.array([[-S], [S]])), "haar"),
+        (([S, S], [S, -S]), "separable"),  # another sign of the detail
+        (([S, S], [-S, S], [S, S], [S, -S]), "separable"),
+        (([0.5, 0.5], [-0.5, 0.5]), "separable"),  # another norm
+        (([S, S + 1e-6], [-S, S]), "separable"),
+        (([0, S, S, 0], [0, -S, S, 0]), "separable"),  # Haar's taps, but other borders
+        ("db2", "separable"),
+    ],
+)
+def test_path_follows_the_filters(wave, expected, path, float64_buffers):
+    x = image(1, 1, 6, 7)
+    low, highs = DWTForward(1, wave)(x)
+    assert path == [expected]
+    want, (want_high,) = ours.separable_dwt2d(x, DWTForward(1, wave)._filters())
+    assert_same([low, highs[0]], [want.numpy(), want_high.numpy()])
+
+
+def test_synthesis_filters_of_haar(path):
+    for wave in ("haar", ([S, S], [S, -S])):
+        DWTInverse(wave)((image(1, 1, 2, 2), [None]))
+    DWTInverse(([S, S], [-S, S]))((image(1, 1, 2, 2), [None]))
+    assert path == ["haar", "haar", "separable"]
+
+
+@pytest.mark.parametrize("change", ["load", "in place", "assigned", "assigning load"])
+def test_path_follows_a_change_of_the_buffers(change, path, float64_buffers):
+    x = image(1, 1, 6, 7)
+    other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
+    dwt = DWTForward(1, "haar")
+    haar = copy.deepcopy(dwt.state_dict())
+    for state, expected in ((other.state_dict(), "separable"), (haar, "haar")):
+        path.clear()
+        if change == "load":
+            dwt.load_state_dict(state)
+        elif change == "assigning load":
+            dwt.load_state_dict(state, assign=True)
+        elif change == "in place":
+            for name, buffer in dwt.named_buffers():
+                buffer.copy_(state[name])
+        else:
+            for name in list(dwt.state_dict()):
+                setattr(dwt, name, state[name].clone())
+        low, _ = dwt(x)
+        assert path == [expected]
+        assert_same([low], [ours.separable_dwt2d(x, dwt._filters())[0].numpy()])
+
+
+def test_loading_into_a_parent_is_noticed(path):
+    model = torch.nn.Sequential(DWTForward(1, "haar"))
+    state = {"0." + k: v for k, v in DWTForward(1, ([0.6, 0.8], [-0.8, 0.6])).state_dict().items()}
+    model.load_state_dict(state)
+    model(image(1, 1, 4, 4))
+    assert path == ["separable"]
+
+
+def test_haar_stays_haar_through_casts_and_copies(path):
+    dwt = DWTForward(1, "haar")
+    pickled = io.BytesIO()
+    torch.save(dwt, pickled)
+    pickled.seek(0)
+    copies = [
+        dwt,
+        copy.deepcopy(dwt),
+        pickle.loads(pickle.dumps(dwt)),
+        torch.load(pickled, weights_only=False),
+        copy.deepcopy(dwt).double(),
+        copy.deepcopy(dwt).half(),
+        copy.deepcopy(dwt).bfloat16(),
+        copy.deepcopy(dwt).bfloat16().float(),
+    ]
+    for module in copies:
+        low, _ = module(image(1, 1, 6, 7))
+        assert torch.equal(low, dwt(image(1, 1, 6, 7))[0])
+    assert set(path) == {"haar"}
+
+
+def test_meta_device_then_load(path):
+    with torch.device("meta"):
+        dwt = DWTForward(1, "haar")
+    assert dwt(torch.empty(1, 1, 6, 7, device="meta"))[0].shape == (1, 1, 3, 4)
+    dwt.to_empty(device="cpu").load_state_dict(DWTForward(1, "haar").state_dict())
+    path.clear()
+    dwt(image(1, 1, 6, 7))
+    assert path == ["haar"]
+
+
+def test_forward_does_not_read_the_buffers(monkeypatch):
+    # Each read would stall a GPU.
+    dwt, idwt = DWTForward(2), DWTInverse()
+    reads = []
+    monkeypatch.setattr(ours._FilterBank, "_equals_haar", lambda self, filters: reads.append(filters) or True)
+    for _ in range(3):
+        idwt(dwt(image(1, 1, 6, 7)))
+    assert reads == []
+    dwt.h0_col.mul_(1)
+    for _ in range(3):
+        dwt(image(1, 1, 6, 7))
+    assert len(reads) == 1
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x = image(1, 1, 6, 8)
+        torch.testing.assert_close(DWTInverse()(DWTForward(2)(x)), x)
+
+
+@pytest.mark.parametrize("wave", ["haar", "db2"])
+def test_autocast_changes_nothing(wave):
+    dwt, idwt = DWTForward(2, wave), DWTInverse(wave)
+    results = []
+    for enabled in (False, True):
+        x = image(1, 2, 8, 8, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            low, highs = dwt(x)
+            y = idwt((low, highs))
+            loss = (y.square() + x).sum()
+        loss.backward()
+        results.append((low, *highs, y, x.grad))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("wave", ["haar", "db2"])
+def test_autocast_joins_mixed_dtypes(wave):
+    low, high = image(1, 2, 4, 4, dtype=torch.bfloat16), image(1, 2, 3, 4, 4, dtype=torch.float32)
+    idwt = DWTInverse(wave)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = idwt((low, [high]))
+    assert torch.equal(y, idwt((low.float(), [high])))
+    with pytest.raises(TypeError, match=r"yh\[0\]"):
+        idwt((low, [high]))
+
+
+# --- Levels of zeros, and none at all ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("wave", ["haar", "db2"])
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_none_is_a_level_of_zeros(missing, wave, dtype):
+    # Sizes at which no level is cropped: None says nothing of its size.
+    size = (40, 24) if wave == "haar" else (42, 26)
+    low, highs = DWTForward(3, wave)(image(2, 3, *size, dtype=dtype))
+    low.requires_grad_()
+    idwt = DWTInverse(wave)
+    y = idwt((low, [None if i in missing else h for i, h in enumerate(highs)]))
+    want = idwt((low, [h * 0 if i in missing else h for i, h in enumerate(highs)]))
+    torch.testing.assert_close(y, want)
+    seed = torch.ones_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad(t, low, seed)[0] for t in (y, want)))
+
+
+def test_none_without_a_size_doubles(original):
+    # As the original: nothing says that the finer size was odd.
+    low = image(1, 1, 3, 2, dtype=torch.float32)
+    for highs in ([None], [None, None], [image(1, 1, 3, 5, 4, dtype=torch.float32), None]):
+        want = original.DWTInverse("haar")((low, highs))
+        torch.testing.assert_close(DWTInverse("haar")((low, highs)), want)
+
+
+@pytest.mark.parametrize("wave", ["haar", "db2"])
+def test_no_levels_is_the_identity(wave):
+    x = image(1, 1, 3, 5)
+    low, highs = DWTForward(0, wave)(x)
+    assert low is x
+    assert highs == []
+    assert torch.equal(DWTInverse(wave)((x, [])), x)
+
+
+# --- Tracing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wave, levels, mode", [("haar", 2, "zero"), ("haar", 2, "reflect"), ("db2", 1, "reflect")])
+def test_compiles_to_one_graph(wave, levels, mode):
+    torch.compiler.reset()
+    dwt, idwt = DWTForward(levels, wave, mode), DWTInverse(wave, mode)
+    for module in (dwt, idwt):
+        module.compile(fullgraph=True, backend="aot_eager")
+    for size in ((16, 12), (13, 18)):  # the second compiles again, with dynamic sizes
+        x = image(2, 3, *size).requires_grad_()
+        low, highs = dwt(x)
+        y = idwt((low, [None, *highs[1:]]))
+        (gradient,) = torch.autograd.grad((y**2).sum(), x)
+        plain_low, plain_highs = dwt.forward(x)
+        plain = idwt.forward((plain_low, [None, *plain_highs[1:]]))
+        torch.testing.assert_close([low, *highs, y], [plain_low, *plain_highs, plain])
+        torch.testing.assert_close(gradient, torch.autograd.grad((plain**2).sum(), x)[0])
+
+
+def test_compiled_module_follows_load_state_dict():
+    torch.compiler.reset()
+    dwt, x = DWTForward(1, "haar"), image(1, 1, 6, 7)
+    dwt.compile(fullgraph=True, backend="aot_eager")
+    dwt(x)
+    other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
+    dwt.load_state_dict(other.state_dict())
+    torch.testing.assert_close(dwt(x)[0], other(x)[0])
+    haar = DWTForward(1, "haar")
+    for buffer, value in zip(dwt.buffers(), haar.buffers(), strict=True):
+        buffer.copy_(value)
+    dwt.refresh_filters()
+    assert torch.equal(dwt(x)[0], haar(x)[0])
+
+
+@pytest.mark.parametrize("wave", ["haar", "db2"])
+def test_exports(wave):
+    x = image(1, 2, 10, 12, dtype=torch.float32)
+    program = torch.export.export(DWTForward(2, wave), (x,))
+    torch.testing.assert_close(program.module()(x), DWTForward(2, wave)(x))
+
+
+# --- Errors ------------------------------------------------------------------------------------------------
+
+X = torch.zeros(1, 2, 4, 4)
+HIGH = torch.zeros(1, 2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: DWTForward(mode="mirror"), ValueError, "mode='mirror'.*'zero'.*'per'"),
+        (lambda: DWTInverse(mode="replicate"), ValueError, "mode='replicate'"),
+        (lambda: DWTForward(J=-1), ValueError, "J: .*-1"),
+        (lambda: DWTForward(J=1.5), TypeError, "J: .*1.5"),
+        (lambda: DWTForward(wave="db99"), ValueError, "wave='db99'.*wavelist"),
+        (lambda: DWTForward(wave="mexh"), ValueError, "wave='mexh'.*discrete"),
+        (lambda: DWTForward(wave=3), TypeError, "wave: .*int"),
+        (lambda: DWTForward(wave=([1, 2],)), ValueError, "wave: .*2 filters.*got 1"),
+        (lambda: DWTForward(wave=([1, 2], [1, 2, 3])), ValueError, "wave: .*got 2 and 3"),
+        (lambda: DWTForward(wave=([1], [1])), ValueError, "wave: .*at least 2.*got 1 and 1"),
+        (lambda: DWTForward(wave=("ab", "cd")), TypeError, "wave: .*'ab'"),
+        (lambda: DWTForward()(X[0]), ValueError, r"x: .*4 dimensions.*\(2, 4, 4\)"),
+        (lambda: DWTForward()(X.int()), TypeError, "x: .*int32"),
+        (lambda: DWTForward()(X.numpy()), TypeError, "x: "),
+        (lambda: DWTForward()(X[:, :, :0]), ValueError, r"x: .*\(1, 2, 0, 4\)"),
+        (lambda: DWTForward(3, "haar", "reflect")(X), ValueError, "mode='reflect'.*single sample.*use"),
+        (lambda: DWTForward(1, "db2", "antireflect")(X[..., :1]), ValueError, "mode='antireflect'.*along W.*use"),
+        (lambda: DWTInverse()(X), TypeError, "coeffs: .*pair"),
+        (lambda: DWTInverse()((X, HIGH)), TypeError, "yh: .*list"),
+        (lambda: DWTInverse()((X[0], [HIGH])), ValueError, "yl: .*4 dimensions"),
+        (lambda: DWTInverse()((X, [X])), ValueError, r"yh\[0\]: .*5 dimensions"),
+        (lambda: DWTInverse()((X, [HIGH[:, :, :2]])), ValueError, r"yh\[0\]: .*\(N, C, 3, h, w\)"),
+        (lambda: DWTInverse()((X, [HIGH.double()])), TypeError, r"yh\[0\]: .*float32.*float64"),
+        (lambda: DWTInverse()((X, [HIGH.to("meta")])), ValueError, r"yh\[0\]: .*cpu.*meta"),
+        (lambda: DWTInverse()((X, [HIGH[..., :2, :]])), ValueError, r"yh\[0\]: .*\(1, 2, 3, 4, 4\).*\(1, 2, 3, 2, 4\)"),
+        (lambda: DWTInverse("db2")((X[..., :3], [HIGH])), ValueError, r"yh\[0\]: .*\(1, 2, 3, 4, 3\)"),
+        (lambda: DWTInverse()((X, [HIGH, HIGH])), ValueError, r"yh\[0\]: .*\(1, 2, 3, 8, 8\)"),
+        (lambda: DWTInverse()((X, [HIGH[:, :1]])), ValueError, r"yh\[0\]: .*\(1, 2, 3, 4, 4\)"),
+        (lambda: DWTInverse("db8")((X, [HIGH])), ValueError, r"mode='zero'.*16.*at least \(8, 8\).*\(4, 4\)"),
+    ],
+)
+def test_errors_say_what_would_work(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_changed_mode_is_checked_again():
+    dwt = DWTForward()
+    dwt.mode = "mirror"
+    with pytest.raises(ValueError, match="mode='mirror'"):
+        dwt(X)
+
+
+def test_without_pywavelets(monkeypatch, path):
+    monkeypatch.setitem(sys.modules, "pywt", None)  # makes `import pywt` fail
+    for wave in ("haar", "db1", ([S, S], [-S, S])):
+        DWTForward(1, wave)(X)
+    assert set(path) == {"haar"}
+    with pytest.raises(ImportError, match=r'pip install "wavemix-kernels\[wavelets\]"'):
+        DWTForward(1, "db2")

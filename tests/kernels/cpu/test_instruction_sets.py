@@ -1,0 +1,48 @@
+"""Each instruction set's kernels: the tests of this folder and the ops' contracts, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wavemix_kernels import _native
+
+if _native.core is None:
+    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+VARIABLE = "WAVEMIX_KERNELS_CPU_ISA"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_instruction_set_is_the_one_asked_for() -> None:
+    found = _native.core.cpu_isa()
+    assert found == (os.environ.get(VARIABLE) or found)
+    assert found in ("avx512", "avx2", "baseline")
+
+
+@pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: this is one of the variants")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.prove
+def test_variants(isa: str) -> None:
+    """By each variant that this process did not pick."""
+    if _native.core.cpu_isa() == isa:
+        pytest.skip(f"{isa} is what this process runs")
+    environment = {**os.environ, VARIABLE: isa}
+    probe = "import torch, wavemix_kernels._native as n; print(n.core.cpu_isa())"
+    found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        reason = found.stderr.strip().splitlines()[-1]
+        assert VARIABLE in reason, found.stderr
+        pytest.skip(reason)
+    ops = [
+        f"tests/ops/test_{family}.py"
+        for family in ("haar", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or threads"]
+    result = subprocess.run(
+        [*command, "tests/kernels/cpu", *ops], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -1,0 +1,268 @@
+"""The CPU's pointwise MLP below its op: Philox, dropout's definition, GELU's accuracy, strided rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
+from wavemix_kernels import _native
+from wavemix_kernels.ops.mlp import reference
+
+if _native.core is None:
+    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+core = _native.core
+
+SEED = 0x9E3779B97F4A7C15  # uses all 64 bits
+ids = {"ids": lambda value: str(value).removeprefix("torch.").replace(" ", "")}
+
+
+# --- Philox and dropout's definition ---------------------------------------------------------------------
+
+
+def keep_mask(rows: int, cols: int, p: float, seed: int, first_row: int = 0) -> Tensor:
+    """The definition in csrc/cpu/philox.h, by the reference's Philox."""
+    groups = -(-cols // 4)
+    words = reference.philox(torch.arange(rows * groups) + first_row * groups, seed)
+    return words.reshape(rows, groups * 4)[:, :cols] < round((1 - p) * 2**32)
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
+    """The vectors published with Random123 (kat_vectors), by the kernel and by the reference."""
+    assert tuple(core.philox4x32_cpu(counter, key)) == words
+    if counter[2:] == (0, 0):  # the reference's counters have two words
+        assert reference.philox(torch.tensor(counter[0]), 0).tolist() == list(words)
+
+
+# --- GELU and dropout ------------------------------------------------------------------------------------
+
+
+def matrix(tensor: Tensor) -> tuple[int, int]:
+    assert tensor.stride(1) == 1 or tensor.shape[1] <= 1
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def identity_mlp(pre: Tensor, p: float, seed: int, first_row: int) -> tuple[dict[str, object], Tensor]:
+    """Arguments of an MLP whose two products change nothing, so that its hidden layer can be seen, and their memory."""
+    rows, cols = pre.shape
+    eye = torch.eye(cols, dtype=pre.dtype)
+    weight = eye.data_ptr()
+    arguments: dict[str, object] = {
+        "dtype": _native.DTYPES[pre.dtype], "size": (rows, cols, 0, cols, cols), "x": matrix(pre), "second": (0, 0),
+        "tensors": (0, 0, weight, 0, weight, 0), "p": p, "seed": seed, "first_row": first_row,
+    }  # fmt: skip
+    return arguments, eye
+
+
+def forward(pre: Tensor, out: Tensor, p: float = 0.0, seed: int = SEED, first_row: int = 0, threads: int = 1) -> Tensor:
+    """dropout(gelu(pre)) into `out`."""
+    arguments, _kept = identity_mlp(pre, p, seed, first_row)
+    core.mlp_forward_cpu(**arguments, out=matrix(out), threads=threads)
+    return out
+
+
+def backward(
+    pre: Tensor, grad: Tensor, p: float = 0.0, seed: int = SEED, first_row: int = 0, threads: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(hidden, gradient by pre)."""
+    (rows, cols), (arguments, _kept) = pre.shape, identity_mlp(pre, p, seed, first_row)
+    hidden, by_pre = padded(rows, cols, pre.dtype, 2), padded(rows, cols, pre.dtype, 1)
+    weights = [torch.empty(cols, cols, dtype=pre.dtype) for _ in range(2)]
+    core.mlp_backward_cpu(
+        **arguments, grad=matrix(grad), d_x=matrix(by_pre), d_second=(0, 0), out=matrix(hidden),
+        d_tensors=(weights[0].data_ptr(), 0, weights[1].data_ptr(), 0), threads=threads,
+    )  # fmt: skip
+    return hidden, by_pre
+
+
+def padded(rows: int, cols: int, dtype: torch.dtype, gap: int) -> Tensor:
+    """NaN everywhere, rows `cols + gap` apart."""
+    return torch.full((rows, cols + gap), math.nan, dtype=dtype)[:, :cols]
+
+
+def untouched(view: Tensor) -> bool:
+    """Whether the elements around a `padded` view are still NaN."""
+    base = view._base
+    return base is None or bool(base[:, view.shape[1] :].isnan().all())
+
+
+def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu, its derivative, and the sum of that derivative's two terms' sizes, in float64, accurate in the tail."""
+    x = x.double()
+    t = x.abs()
+    density = torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
+    tail = 0.5 * torch.special.erfcx(t / math.sqrt(2)) * torch.exp(-0.5 * t * t)
+    cdf = torch.where(x > 0, 1 - tail, tail)
+    return x.clamp(min=0) - t * tail, cdf + x * density, cdf + t * density
+
+
+def gelu_bounds(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """|error| allowed for gelu and for its derivative, before either is rounded to a half type.
+
+    float: csrc/cpu/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the kernel
+    and in this file's reference.
+    """
+    value, _, terms = exact_gelu(x)
+    if accumulation(dtype) == torch.float64:
+        u = (8 + 3 * x.double().square()) * UNIT_ROUNDOFF[torch.float64]
+        return u * value.abs() + 2.0**-1070, u * terms + 2.0**-1070
+    u = UNIT_ROUNDOFF[torch.float32]
+    return 4.25 * u * value.abs().clamp(min=2.0**-126), 4.5 * u * terms.clamp(min=2.0**-126)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+def test_gelu_is_accurate_everywhere(dtype: torch.dtype) -> None:
+    """Every binade, both signs, down to the subnormals: the bound csrc/cpu/gelu.h states. Nothing beyond the rows of a
+    strided output is written."""
+    density = 20 if dtype == torch.float32 else 17
+    bits = torch.arange(0, 0x41700000, 0x41700000 >> density, dtype=torch.int64).to(torch.int32)
+    x = bits.view(torch.float32)
+    x = torch.cat([x, -x, torch.linspace(-15, 15, 1 << (density - 1))])
+    x = x[: x.numel() // 16 * 16].view(-1, 16).to(dtype)
+    value, slope, _ = exact_gelu(x)
+    half = accumulation(dtype) != dtype  # stored with a rounding; bfloat16 has subnormals of 2**-133
+    bounds = [
+        b + (stored(e, dtype) + 2.0**-134 if half else 4 * UNIT_ROUNDOFF[dtype] * e.abs() * (dtype == torch.float64))
+        for e, b in zip((value, slope), gelu_bounds(x, dtype), strict=True)
+    ]  # float64: products by one, in the kernel and in this file's reference
+    hidden = forward(x, padded(*x.shape, dtype, 3))
+    again, by_pre = backward(x, torch.ones_like(x))
+    assert torch.equal(again, hidden), "backward's hidden layer differs from forward's"
+    assert_within(hidden, value, bounds[0], "gelu")
+    assert_within(by_pre, slope, bounds[1], "gelu'")
+    assert untouched(hidden)
+    assert untouched(again)
+    assert untouched(by_pre)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+def test_gelu_of_infinity_and_nan(dtype: torch.dtype) -> None:
+    # A column of its own for each row: products with other columns' zeros would spread them.
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0], dtype=dtype).repeat(7)[:, None]
+    value, slope = [math.inf, 0.0, math.nan, 0.0, 0.0], [1.0, 0.0, math.nan, 0.5, 0.5]
+    expected, expected_slope = (torch.tensor(v, dtype=dtype).repeat(7)[:, None] for v in (value, slope))
+    torch.testing.assert_close(forward(x, torch.empty_like(x)), expected, rtol=0, atol=0, equal_nan=True)
+    gradient = backward(x, torch.ones_like(x))[1]
+    torch.testing.assert_close(gradient, expected_slope, rtol=0, atol=1e-37, equal_nan=True)
+    kept = keep_mask(35, 1, 0.5, SEED)
+    dropped = forward(x, torch.empty_like(x), 0.5)[~kept]
+    assert torch.equal(dropped, torch.zeros_like(dropped)), "what is dropped is 0, even where it was NaN or infinite"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("seed, first_row", [(0, 0), (2**64 - 1, 1), (SEED, 2**31 - 3), (12345, (1 << 33) + 7)])
+def test_dropout_keeps_what_the_definition_says(dtype: torch.dtype, seed: int, first_row: int) -> None:
+    for (rows, cols), p in itertools.product([(1, 1), (3, 5), (9, 16), (5, 67), (7, 514)], [0.1, 0.5, 0.99]):
+        pre = torch.full((rows, cols), 20.0, dtype=dtype)  # gelu(20) = 20 in every type
+        kept = forward(pre, torch.empty_like(pre), p, seed, first_row) != 0
+        assert torch.equal(kept, keep_mask(rows, cols, p, seed, first_row)), (rows, cols, p)
+        again, by_pre = backward(pre, torch.ones_like(pre), p, seed, first_row)
+        assert torch.equal(again != 0, kept)
+        assert torch.equal(by_pre != 0, kept)
+
+
+def test_dropout_at_the_ends() -> None:
+    pre = torch.linspace(-3, 3, 999)[None].repeat(2, 1)
+    nothing = forward(pre, torch.full_like(pre, math.nan), 1.0)
+    assert torch.equal(nothing, torch.zeros_like(pre))
+    hidden, gradient = backward(pre.clone(), torch.ones_like(pre), 1.0)
+    assert torch.equal(hidden, nothing)
+    assert torch.equal(gradient, nothing)
+    everything = forward(pre, torch.empty_like(pre), 1e-12)  # rounds to a threshold of 2^32
+    assert torch.equal(everything, forward(pre, torch.empty_like(pre), 0.0))
+
+
+def test_dropout_does_not_depend_on_chunks_or_threads() -> None:
+    rows, cols, p = 300, 134, 0.4
+    pre = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2))
+    whole = forward(pre, torch.empty_like(pre), p)
+    for threads in (2, 3):
+        assert torch.equal(forward(pre, torch.empty_like(pre), p, threads=threads), whole)
+    parts = [
+        forward(part, torch.empty_like(part), p, first_row=start)
+        for start, part in ((start, pre[start : start + 37]) for start in range(0, rows, 37))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    # Columns that fill whole groups take another path, in which rows are joined.
+    pre = torch.randn(512, 128)
+    whole = forward(pre, torch.empty_like(pre), p)
+    halves = [forward(pre[i : i + 256], torch.empty(256, 128), p, first_row=i, threads=2) for i in (0, 256)]
+    assert torch.equal(torch.cat(halves), whole)
+    strided = torch.empty(512, 130)[:, :128].copy_(pre)
+    assert torch.equal(forward(strided, torch.empty(512, 131)[:, :128], p), whole)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_is_random(p: float) -> None:
+    """Keep rate and correlations within five standard deviations. Seeds are fixed: it passes always or never."""
+    rows, cols = 512, 512
+    pre = torch.full((rows, cols), 20.0)
+
+    def kept(seed: int) -> Tensor:
+        return (forward(pre, torch.empty_like(pre), p, seed) != 0).double()
+
+    first, n = kept(7), rows * cols
+    assert abs(first.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+    for axis in (0, 1):  # every row's and every column's own rate; 1024 of them, hence six
+        assert (first.mean(axis) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) / rows)
+    z = (first - (1 - p)) / math.sqrt(p * (1 - p))
+    pairs = {"neighbouring column": (z[:, 1:], z[:, :-1]), "neighbouring row": (z[1:], z[:-1])}
+    pairs |= {f"{lag} columns on": (z[:, lag:], z[:, :-lag]) for lag in (2, 3, 4, 64)}
+    for seed in (8, 7 + (1 << 32), 7 ^ (1 << 63)):
+        pairs[f"seed {seed}"] = (z, (kept(seed) - (1 - p)) / math.sqrt(p * (1 - p)))
+    for name, (a, b) in pairs.items():
+        assert abs((a * b).mean()) < 5 / math.sqrt(a.numel()), name
+    # All sixteen patterns of a group's four lanes, chi-square with 15 degrees of freedom (mean 15, deviation 5.5).
+    pattern = (first.view(-1, 4) @ torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)).long()
+    ones = torch.tensor([bin(k).count("1") for k in range(16)])
+    expected = n / 4 * (1 - p) ** ones.double() * p ** (4 - ones).double()
+    chi_square = ((torch.bincount(pattern, minlength=16) - expected).square() / expected).sum()
+    assert chi_square < 15 + 5 * math.sqrt(30)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"p": 1.5}, "p: expected a probability, 0 to 1, got 1.5"),
+        ({"p": math.nan}, "p: expected a probability"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"dtype": 9}, "dtype: unknown code 9"),
+        ({"size": (1, 2, 3)}, "size: expected"),
+        ({"x": (0, 1, 1)}, "x: expected an address and a row stride, got 3 integers"),
+        ({"tensors": (0,)}, "tensors: expected"),
+    ],
+)
+def test_mlp_errors(change: dict[str, object], message: str) -> None:
+    x = torch.zeros(2, 3)
+    arguments, _kept = identity_mlp(x, 0.5, SEED, 0)
+    with pytest.raises(ValueError, match=message):
+        core.mlp_forward_cpu(**{**arguments, "out": matrix(x), "threads": 1, **change})
+
+
+def test_mlp_of_nothing() -> None:
+    """No rows: nothing is written but zero gradients of the weights."""
+    x, weights = torch.empty(0, 3), [torch.full((3, 3), math.nan) for _ in range(2)]
+    arguments, _kept = identity_mlp(x, 0.5, SEED, 0)
+    core.mlp_forward_cpu(**arguments, out=matrix(x), threads=2)
+    core.mlp_backward_cpu(
+        **arguments, grad=matrix(x), d_x=matrix(x), d_second=(0, 0), out=(0, 0),
+        d_tensors=(weights[0].data_ptr(), 0, weights[1].data_ptr(), 0), threads=2,
+    )  # fmt: skip
+    assert all(torch.equal(t, torch.zeros(3, 3)) for t in weights)

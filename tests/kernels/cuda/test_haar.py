@@ -1,0 +1,227 @@
+"""The CUDA kernels of Haar and reduce_haar in the emulator: which kernel a shape takes, launches, 64-bit offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulator.haar_cases import launches
+from tests.kernels.cuda.support import ORDERS, huge_view
+from tests.kernels.test_haar_outputs import check_outputs
+from tests.ops.contract import LAYOUTS, Case, check, image, pairwise, randn, results
+from tests.ops.test_haar import Analysis, Pyramid, Synthesis
+from tests.ops.test_reduce_haar import ReduceHaar
+from tests.tolerances import DTYPES
+from wavemix_kernels import backends
+from wavemix_kernels.ops.haar import op, reference
+from wavemix_kernels.ops.reduce_haar import op as reduce_haar
+
+ids = {"ids": lambda value: str(value).removeprefix("torch.")}
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def core(emulated_core: ModuleType) -> Iterator[ModuleType]:
+    """The emulated core, whatever --device says."""
+    assert emulated_core.MAX_HAAR_LEVELS == 5
+    with backends.emulated_cuda(emulated_core):
+        yield emulated_core
+
+
+def case(shape: tuple[int, ...], levels: int, layout: str, dtype: torch.dtype = torch.float32, **more: Any) -> Case:
+    return Case(dtype=dtype, size=(shape, levels), layout=layout, **more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize(
+    "image_layout, bands_layout, shape, form",
+    [
+        ("nchw", "nchw", (2, 3, 9, 32), "rows (wide"),
+        ("nchw", "nchw", (2, 3, 9, 31), "rows (narrow"),
+        ("cropped", "nchw", (2, 3, 9, 32), "rows (narrow"),
+        ("nchw", "cropped", (2, 3, 9, 32), "rows (narrow"),
+        ("transposed", "transposed", (2, 3, 9, 32), "rows (narrow"),
+        ("sliced", "sliced", (2, 3, 9, 32), "rows (narrow"),
+        ("channels_last", "channels_last", (2, 8, 9, 7), "channels (wide"),
+        ("channels_last", "channels_last", (2, 7, 9, 7), "channels (narrow"),
+        ("channels_last", "nchw", (2, 8, 9, 7), "channels (narrow"),
+        ("channels_slice", "channels_last", (2, 8, 9, 7), "channels (narrow"),
+        ("channels_last", "nchw", (2, 1, 9, 32), "rows (wide"),  # one channel: the same memory as NCHW
+    ],
+)
+@pytest.mark.parametrize("low", [False, True])
+def test_shapes_reach_the_kernel_meant_for_them(
+    core: ModuleType, dtype: torch.dtype, image_layout: str, bands_layout: str, shape: tuple[int, ...], form: str,
+    low: bool,
+) -> None:  # fmt: skip
+    made = Case(dtype=dtype, size=(shape, 3), edge=1.0, layout=image_layout, bands=bands_layout, add=False, lows=low,
+                absent="")  # fmt: skip
+    launches(core)
+    check_outputs(made, "cuda", "cpu")
+    ran = launches(core)
+    assert ran
+    assert {name.split(", ")[0] for name in ran} == {f"haar_analysis_{form}", f"haar_synthesis_{form}"}
+
+
+@pytest.mark.parametrize("edge", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("levels", range(1, 6))
+def test_synthesis_is_the_adjoint_of_analysis(levels: int, edge: float) -> None:
+    """<analysis(x), y> = <x, synthesis(y)> from the kernels' own outputs, no reference in between."""
+    mode = {0.0: "zero", 1.0: "symmetric", -1.0: "antisymmetric"}[edge]
+    for layout in ("nchw", "channels_last"):
+        _, cotangents, made = results(
+            Analysis(), case((2, 2, 23, 37), levels, layout, torch.float64, mode=mode), "cuda", "cpu"
+        )
+        parts = [made[name] * y for name, y in cotangents.items()]
+        x = image(randn(2, 2, 23, 37), layout=layout)
+        left, right = sum(float(p.sum()) for p in parts), float((x * made["d_x"]).sum())
+        assert abs(left - right) <= 1e-13 * sum(float(p.abs().sum()) for p in parts)
+
+
+def test_large_tensors_are_cut_into_several_launches(core: ModuleType) -> None:
+    """The emulated core allows 1,024 tasks a launch instead of 2^31; every axis gets cut."""
+    for shape in ((40, 4, 16, 16), (1, 2048, 4, 4), (1, 1, 704, 32), (1, 1, 32, 704)):
+        for levels, layout in ((1, "nchw"), (2, "channels_last"), (5 if min(shape[2:]) > 16 else 2, "nchw")):
+            launches(core)
+            check(Analysis(), case(shape, levels, layout, mode="antisymmetric"), "cuda", "cpu")
+            assert len(launches(core)) > 2 or levels > 1
+            check(Pyramid(), case(shape, levels, layout, last=True, cotangents="nchw"), "cuda", "cpu")
+
+
+def test_reduce_haar_cuts_large_batches_into_several_launches(core: ModuleType) -> None:
+    """The emulated core allows 8 blocks a launch instead of 2^31."""
+    for shape, outputs, expected in (((19, 4, 4, 4), 8, 3), ((2, 4, 20, 66), 8, 2), ((5, 4, 4, 4), 200, 3)):
+        x, weight = image(randn(*shape), HALF, layout="channels_last"), randn(outputs, shape[1], 1, 1).to(HALF)
+        launches(core)
+        reduce_haar.reduce_haar(x, weight, backend="cuda")
+        assert len(launches(core)) == expected
+        one = Case(
+            dtype=HALF, size=(shape, outputs, 1), layout="channels_last", last=True, bias=True, cotangents="nchw"
+        )
+        check(ReduceHaar(), one, "cuda", "cpu")
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    last, runs = layout == "channels_last", []
+    for order in ORDERS:
+        monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+        made = [results(Pyramid(), case((1, 8, 32, 32), 5, layout, last=last, cotangents=layout), "cuda", "cpu")[2]]
+        for levels in (1, 3):
+            odd = case((1, 8, 33, 30), levels, layout, mode="symmetric", add=True)
+            made += [results(contract, odd, "cuda", "cpu")[2] for contract in (Analysis(), Synthesis())]
+        for dtype in (HALF, torch.float32):
+            size = ((1, 40, 32, 32), 12, 5)
+            one = Case(dtype=dtype, size=size, layout=layout, last=last, bias=False, cotangents=layout)
+            made.append(results(ReduceHaar(), one, "cuda", "cpu")[2])
+        runs.append([t for tensors in made for t in tensors.values()])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+@pytest.mark.parametrize("side", ["image", "high", "ll", "add"])
+def test_offsets_are_64_bit(side: str, axis: int) -> None:
+    shape = {"image": (2, 2, 2, 16), "add": (2, 2, 2, 16), "ll": (2, 2, 2, 2), "high": (2, 2, 3, 2, 2)}[side]
+    position = axis if side != "high" or axis <= 2 else axis + 1  # 2: the band's own stride
+    n, c, *_, h, w = shape if side in ("image", "add") else (*shape[:-2], 2 * shape[-2], 2 * shape[-1])
+    half = (-(-h // 2), -(-w // 2))
+    shapes = {"image": (n, c, h, w), "add": (n, c, h, w), "ll": (n, c, *half), "high": (n, c, 3, *half)}
+    with huge_view(shape, position) as huge:
+        t = {name: (torch.from_numpy(huge) if name == side else torch.empty(s, dtype=HALF)).copy_(randn(*s))
+             for name, s in shapes.items()}  # fmt: skip
+        wanted = reference.synthesis(t["ll"].double(), [t["high"].double()], (h, w)) + t["add"].double()
+        t["image"].fill_(float("nan"))
+        op.cuda_synthesis(t["image"], t["ll"], [t["high"]], 1.0, t["add"])
+        torch.testing.assert_close(t["image"].double(), wanted, rtol=2.0**-10, atol=2.0**-10)
+        wanted_ll, (wanted_high,) = reference.analysis(t["image"].double(), 1, "symmetric")
+        t["ll"].fill_(float("nan")), t["high"].fill_(float("nan"))
+        op.cuda_analysis(t["image"], t["ll"], [t["high"]], 1.0)
+        torch.testing.assert_close(t["ll"].double(), wanted_ll, rtol=2.0**-10, atol=2.0**-10)
+        torch.testing.assert_close(t["high"].double(), wanted_high, rtol=2.0**-10, atol=2.0**-10)
+        t.clear()  # the mapping closes
+
+
+def raw_reduction(core: ModuleType, x: Tensor, weight: Tensor, z: Tensor, tf32: bool = False) -> None:
+    code, address = backends._native.DTYPES[x.dtype], backends._native.address
+    core.reduce_haar_cuda(code, 1, x.shape, weight.shape[0], address(x), address(weight), [], [address(z)], tf32, 0, 0)
+
+
+@pytest.mark.parametrize("side, axis", [*((side, axis) for side in "xz" for axis in range(4)), ("w", 0), ("w", 1)])
+def test_reduce_haar_offsets_are_64_bit(core: ModuleType, side: str, axis: int) -> None:
+    n, c, h, w, o = 2, 3, 4, 4, 2
+    shapes = {"x": (n, c, h, w), "z": (n, 4 * o, h // 2, w // 2), "w": (o, c)}
+    with huge_view(shapes[side], axis) as huge:
+        t = {name: (torch.from_numpy(huge) if name == side else torch.empty(s, dtype=HALF)).copy_(randn(*s))
+             for name, s in shapes.items()}  # fmt: skip
+        t["z"].fill_(float("nan"))
+        raw_reduction(core, t["x"], t["w"], t["z"])
+        (wanted,) = reduce_haar.reference.reduce_haar(t["x"].double(), t["w"].double()[:, :, None, None], None, 1)
+        torch.testing.assert_close(t["z"].double(), wanted, rtol=2.0**-10, atol=2.0**-10)
+        t.clear()
+
+
+@pytest.mark.parametrize(
+    "dtype, tf32, channels, outputs, layout, kernel",
+    [
+        (HALF, False, 144, 36, "channels_last", "float16, tensor cores, 5 tiles of outputs, 16 bytes along C"),
+        (torch.bfloat16, False, 192, 48, "nchw", "bfloat16, tensor cores, 6 tiles of outputs, 16 bytes along W"),
+        (HALF, False, 16, 64, "channels_last", "float16, tensor cores, 8 tiles of outputs, 16 bytes along C"),
+        (HALF, False, 20, 5, "channels_last", "float16, tensor cores, 2 tiles of outputs, 8 bytes along C"),
+        (HALF, False, 20, 5, "channels_slice", "float16, tensor cores, 2 tiles of outputs, 2 bytes along C"),
+        (torch.float32, True, 16, 16, "nchw", "float32, tensor cores, 2 tiles of outputs, 16 bytes along W"),
+        (torch.float32, False, 16, 64, "nchw", "float32, fma, 4 tiles of outputs, 16 bytes along W"),
+        (torch.float32, False, 7, 36, "channels_last", "float32, fma, 5 tiles of outputs, 4 bytes along C"),
+        (torch.float64, False, 16, 36, "transposed", "float64, fma, 2 tiles of outputs, 8 bytes along C"),
+    ],
+)
+def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
+    core: ModuleType, dtype: torch.dtype, tf32: bool, channels: int, outputs: int, layout: str, kernel: str
+) -> None:
+    x, weight = image(randn(1, channels, 4, 16), dtype, layout=layout), randn(outputs, channels).to(dtype)
+    z = image(torch.zeros(1, 4 * outputs, 2, 8), dtype, layout=layout)
+    launches(core)
+    raw_reduction(core, x, weight, z, tf32)
+    assert launches(core) == [f"reduce_haar ({kernel}, 1 levels)"]
+    (wanted,) = reduce_haar.reference.reduce_haar(x.double(), weight.double()[:, :, None, None], None, 1)
+    torch.testing.assert_close(z.double(), wanted, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(dtype=(HALF, torch.float32, torch.float64), x=tuple(LAYOUTS), z=tuple(LAYOUTS)), ids=str
+)
+def test_reduce_haar_keeps_non_finite_values_in_their_quad(core: ModuleType, case: Case) -> None:
+    """What lies beside an infinity, in the same words and fragments, stays finite; also beyond C and O."""
+    values = torch.ones(1, 5, 8, 8)
+    values[0, 2, 3, 4] = float("inf")
+    z = image(torch.full((1, 12, 4, 4), float("nan")), case.dtype, layout=case.z)
+    raw_reduction(core, image(values, case.dtype, layout=case.x), torch.ones(3, 5, dtype=case.dtype), z)
+    assert np.array_equal(z[0, 0].isfinite(), ~((torch.arange(4)[:, None] == 1) & (torch.arange(4) == 2)))
+    assert torch.equal(z.isfinite(), z[:, :1].isfinite().expand_as(z))
+
+
+def test_errors_name_sizes_and_devices(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, z = torch.zeros(1, 4, 6, 8), torch.zeros(4, 4), torch.zeros(1, 16, 3, 4)
+    address = backends._native.address
+    parts = address(x), address(weight), []
+    with pytest.raises(ValueError, match="got 6 x 8 pixels; multiples of 4 would work"):
+        core.reduce_haar_cuda(1, 2, x.shape, 4, *parts, [address(z)] * 2, False, 0, 0)
+    with pytest.raises(ValueError, match="levels: got 6"):
+        core.reduce_haar_cuda(1, 6, (1, 4, 64, 64), 4, *parts, [address(z)] * 6, False, 0, 0)
+    ll, high = torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 3, 4)
+    for device in (1, 9, 0):  # an unknown device is an error, and the current one is kept
+        call = (1, 1, x.shape, 0.0, address(x), address(ll), [address(high)], device, 0)
+        if device == 9:
+            with pytest.raises(RuntimeError, match=r"cudaSetDevice\(9\) failed: invalid device ordinal"):
+                core.haar_analysis_cuda(*call)
+        else:
+            core.haar_analysis_cuda(*call)
+    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", "sideways")
+    with pytest.raises(ValueError, match="got 'sideways'; forward, reverse or a seed would work"):
+        core.haar_analysis_cuda(*call)

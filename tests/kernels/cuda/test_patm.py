@@ -1,0 +1,105 @@
+"""The CUDA kernels of `phase_aggregate` inside the emulator, and their sines in float64 on either."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from tests.emulator import build, phase_cases
+from tests.emulator.haar_cases import launches
+from tests.kernels.cuda.support import ORDERS, sanitized_python
+from tests.ops.contract import Case, check
+from tests.ops.test_patm import NAMES, PhaseAggregate, arguments, waves
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, assert_within
+from wavemix_kernels.ops.patm import phases
+
+pytestmark = pytest.mark.usefixtures("core")
+
+
+@pytest.fixture
+def emulated(core: ModuleType | None) -> ModuleType:
+    if core is None:
+        pytest.skip("--device cuda: it looks into the emulator")
+    return core
+
+
+@pytest.mark.parametrize("power", [0, 3.5, 4, 6, 12, 30])
+def test_sine_and_cosine_of_any_phase(power: float, device: str) -> None:
+    """In float64, whose truth needs more digits; tests/ops/test_patm.py has float32's."""
+    generator = torch.Generator().manual_seed(int(power))
+    theta = 10.0**power * (1 + torch.rand(1, 32, 3, 8, generator=generator, dtype=torch.float64))
+    # Near multiples of pi/2 most of the phase cancels; and both sides of where the long reduction begins.
+    theta[0, 0, 0, :] = torch.tensor([*(math.pi / 2 * k * 10.0**power for k in range(1, 7)), 8192.0, 8193.0])
+    theta[0, 1, 0, :3] = torch.tensor([1048576.0, 1048577.0, torch.finfo(torch.float64).max], dtype=torch.float64)
+    outputs = waves(theta.to(device), "cuda")
+    with mpmath.workprec(1200):
+        exact = [theta.clone().apply_(lambda x, f=f: float(f(mpmath.mpf(x)))) for f in (mpmath.cos, mpmath.sin)]
+    for out, start in zip(outputs, (0, 1), strict=True):
+        want = torch.cat([value[:, start::2] for value in exact], 1)
+        assert_within(out, want, torch.full_like(want, 3.5 * UNIT_ROUNDOFF[torch.float64]), "waves")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset, form", [(0, "wide"), (1, "narrow")])
+def test_slices_are_read_in_place_by_words(emulated: ModuleType, offset: int, form: str, dtype: torch.dtype) -> None:
+    """Amplitudes are slices of one image, from channel `offset` on, the phases aligned ones of another."""
+    name = str(dtype).removeprefix("torch.")
+    case = Case(dtype=dtype, shape=(1, 16, 3, 4), layout="channels_last", way="statistics")
+    given: Any = PhaseAggregate().inputs(case, "cpu")
+    for names, start in ((NAMES[:3], offset), (NAMES[3:5], 0)):
+        memory = torch.full((1, 3, 4, 16 * len(names) + start), math.nan, dtype=dtype).permute(0, 3, 1, 2)
+        for slot, part in zip(names, memory[:, start:].split(16, 1), strict=True):
+            given[slot] = part.copy_(given[slot])
+    PhaseAggregate().run(case, given, "cuda")
+    forward, summed, backward, sums, statistics = launches(emulated)
+    assert (forward, summed) == (f"phase_forward ({form}, {name})", f"phase_sum_rows ({name})")
+    assert (backward, sums) == (f"phase_backward ({form}, {name})", f"phase_sum_rows ({name})")
+    assert statistics == f"phase_statistics (wide, {name})"  # the phases' slices are aligned
+
+
+def test_large_batches_are_cut_into_several_launches(emulated: ModuleType) -> None:
+    """The emulated core allows 8 blocks a launch instead of 2^31."""
+    case = Case(dtype=torch.float32, shape=(11, 16, 9, 2), layout="channels_last", way="statistics")
+    check(PhaseAggregate(), case, "cuda", "cpu")
+    ran = [name.partition(" ")[0] for name in launches(emulated)]
+    assert set(ran) == {"phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows"}
+    assert ran.count("phase_forward") > 1
+    phases.phase_aggregate(*arguments((0, 4, 3, 5), torch.float32).values(), backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_do_not_depend_on_the_order_of_threads(
+    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+        results.append(phase_cases.run(emulated, phase_cases.Case(dtype, (3, 24, 9, 11))))
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_argument_errors(emulated: Any) -> None:
+    with pytest.raises(ValueError, match="shape: expected an even number of channels, got 3"):
+        emulated.phase_forward_cuda(1, (1, 3, 2, 2), [((), (), 0, 0, 0)] * 2, [(), ()], (), 0, 0, 0, 0)
+    strided = torch.zeros(1, 4, 2, 2)
+    bad = [strided.data_ptr(), *strided.stride()]
+    with pytest.raises(ValueError, match="z: expected contiguous channels, got a channel stride of 4"):
+        emulated.phase_forward_cuda(1, (1, 4, 2, 2), [(bad, bad, 0, 0, 0)] * 2, [(), ()], (), 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"z: an image has 65536 x 65536 pixels; up to 1073741824 would work"):
+        emulated.phase_workspace_cuda((1, 2, 65536, 65536), True)
+
+
+@pytest.mark.prove
+def test_kernels_pass_the_sanitizers(emulated: ModuleType) -> None:
+    (module,) = Path(build.build("address,undefined")).glob("_emulated.*")
+    done = sanitized_python("-m", phase_cases.__name__, str(module))
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "cases passed" in done.stdout

@@ -1,0 +1,145 @@
+"""Every tile configuration of the Triton kernels, by the ops' contracts; what is peculiar to some of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.contract import Case, Contract, check
+from tests.ops.test_batch_norm import Apply, Backward, Stats
+from tests.ops.test_deconv import Deconv, NormGradients
+from tests.ops.test_haar import Analysis
+from tests.ops.test_mlp import Mlp
+from tests.ops.test_reduce_haar import Gradients, ReduceHaar
+from wavemix_kernels.ops.deconv import tiles as deconv_tiles
+from wavemix_kernels.ops.haar import tiles as haar_tiles
+from wavemix_kernels.ops.mlp import tiles as mlp_tiles
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+
+from wavemix_kernels.ops.deconv import triton as deconv
+from wavemix_kernels.ops.haar import triton as haar
+from wavemix_kernels.ops.mlp import triton as mlp
+from wavemix_kernels.ops.norm import triton_batch_norm as norm
+from wavemix_kernels.ops.reduce_haar import triton as reduction
+from wavemix_kernels.ops.reduce_haar import triton_backward as reduction_backward
+
+F32, F16 = torch.float32, torch.float16
+LAST = {"layout": "channels_last", "cotangents": "channels_last"}
+each_half = pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+
+
+@pytest.fixture
+def by_all(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
+    """Runs contracts with each configuration in the place of the one that the module would take."""
+
+    def run(module: Any, name: str, configs: Iterable[Any], *runs: tuple[Contract, Case]) -> None:
+        configs = list(configs)
+        assert configs
+        for config in configs:
+            monkeypatch.setattr(module, name, lambda *_, chosen=config, **__: chosen)
+            for contract, case in runs:
+                check(contract, case, "triton", device)
+
+    return run
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("levels", range(1, haar_tiles.MAX_LEVELS + 1))
+@pytest.mark.parametrize("layout, memory", [("rows", "nchw"), ("channels", "channels_last")])
+def test_every_haar_tile(by_all: Callable[..., None], layout: Any, memory: str, levels: int) -> None:
+    configs = {(c.rows, c.cols, c.planes): c for c in haar_tiles.search_space(layout, levels, 2)}
+    assert configs
+    for (rows, cols, planes), config in configs.items():
+        # Ends inside the tile in rows, just past it in columns or planes: two programs, and planes straddle images.
+        shape = (2, planes // 2 + 1, rows - 1, cols - 2) if planes > 1 else (1, 1, rows - 1, cols + 4)
+        case = Case(dtype=F16, size=(shape, levels), mode="symmetric", layout=memory)
+        by_all(haar, "config_for", [config], (Analysis(), case))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+def test_every_reduction(by_all: Callable[..., None], levels: int) -> None:
+    size = ((1, 6, 2**levels, 3 * 2**levels), 20, levels)
+    case = Case(dtype=F32, size=size, last=True, bias=True, **LAST)
+    by_all(reduction, "config_for", set(reduction.search_space(4, levels)), (ReduceHaar(), case))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("levels", [1, 3, 4])
+def test_every_gradient_of_the_reduction(by_all: Callable[..., None], levels: int) -> None:
+    """More outputs and channels than a tile has, and more blocks than a program."""
+    case = Case(dtype=F32, size=((3, 70, 2**levels, 3 * 2**levels), 20, levels), bias=True, add="nchw", **LAST)
+    configs = {c.quads * c.outputs * c.channels: c for c in reduction_backward.search_space(4, levels)}
+    by_all(reduction_backward, "config_for", configs.values(), (Gradients(), case))
+
+
+@pytest.mark.prove
+@each_half
+def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
+    case = Case(dtype=dtype, size=(40, 20, 6, 36, 24), layout="channels_last", p=0.5, affine=True, bias=True,
+                want_output=True)  # fmt: skip
+    configs = {(c.rows, c.hidden): c for c in mlp_tiles.search_space(dtype.itemsize)}  # the interpreter has no warps
+    by_all(mlp, "config_for", configs.values(), (Mlp(), case))
+
+
+@pytest.mark.prove
+@each_half
+def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
+    forward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), bias=0, **LAST)
+    backward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), weighted=True, batch_stats=True, **LAST)
+    configs = {(c.rows, c.columns, c.depth): c for c in deconv_tiles.search_space(dtype.itemsize)}
+    by_all(deconv, "config_for", configs.values(), (Deconv(), forward), (NormGradients(), backward))
+
+
+@pytest.mark.prove
+def test_every_norm(by_all: Callable[..., None]) -> None:
+    case = Case(dtype=F32, shape=(2, 10, 5, 13), layout="channels_last", offset=1, other="nchw", last=True,
+                weighted=False, batch_stats=True)  # fmt: skip
+    by_all(norm, "config_for", norm.search_space(), (Stats(), case), (Apply(), case), (Backward(), case))
+
+
+@pytest.mark.parametrize("levels, memory", [(1, "channels_last"), (2, "nchw")])
+def test_splits_of_the_reduction_s_gradients(
+    by_all: Callable[..., None], levels: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four runs of blocks that cross images, the last one short; outputs in two chunks, every other step of which
+    makes x's gradient."""
+    shapes, launch = [], reduction_backward.launch
+
+    def spy(*arguments: Any) -> Any:
+        made = launch(*arguments)
+        shapes.append([tuple(partial.shape) for partial in made[1:]])
+        return made
+
+    monkeypatch.setattr(reduction_backward, "_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(reduction_backward, "launch", spy)
+    case = Case(dtype=F16, size=((3, 6, 10 * levels, 14 * levels), 20, levels), layout=memory, bias=True, add=None,
+                cotangents="channels_last")  # fmt: skip
+    config = reduction_backward.GradientConfig(16, 16, 16, 4, 2)
+    by_all(reduction_backward, "config_for", [config], (Gradients(), case))
+    assert shapes == [[(4, 20, 6), (4, 20)]]
+
+
+def test_dropout_counter_is_64_bits(device: str) -> None:
+    import triton
+    import triton.language as tl
+
+    from wavemix_kernels.ops.mlp import reference
+    from wavemix_kernels.ops.mlp.triton_philox import keep_mask
+
+    @triton.jit
+    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.arange(0, 16).to(tl.int64) + first  # the interpreter takes no type from the annotation
+        kept = mask(tl.load(seed), row, 4, 26, threshold, 16)
+        tl.store(out + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], kept.to(tl.int8))
+
+    first, seed = 2**31 - 3, 2**63 - 5  # 7 groups a row: beyond 2^32
+    out = torch.full((16, 16), -1, dtype=torch.int8, device=device)
+    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask)
+    groups = torch.arange(first, first + 16)[:, None] * 7 + torch.arange(1, 5)
+    expected = reference.philox(groups, seed).reshape(16, 16) < 2**31
+    assert torch.equal(out.cpu().bool(), expected)

@@ -1,0 +1,72 @@
+"""The Triton Haar kernels' plans and errors (tests/kernels/test_haar_outputs.py runs them)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wavemix_kernels.ops.haar import tiles
+from wavemix_kernels.ops.haar.tiles import TileConfig
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+
+from wavemix_kernels.ops.haar import triton as haar  # imports triton
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"levels": 6}, ValueError, "levels=6"),
+        ({"edge": 2}, ValueError, "edge=2"),
+        ({"image": torch.zeros(1, 2, 8, 8, dtype=torch.int32)}, TypeError, "image.dtype=torch.int32"),
+        ({"image": torch.zeros(2, 8, 8)}, ValueError, r"image.shape=\(2, 8, 8\)"),
+        ({"ll": torch.zeros(1, 2, 4, 5)}, ValueError, r"ll.shape=\(1, 2, 4, 5\): must be \(1, 2, 4, 4\)"),
+        ({"highs": []}, ValueError, "highs: 0 levels"),
+        ({"highs": [torch.zeros(1, 2, 4, 4, 3)]}, ValueError, r"highs\[0\].shape"),
+        ({"ll": torch.zeros(1, 2, 4, 4, dtype=torch.float16)}, TypeError, "ll is torch.float16"),
+        ({"config": TileConfig(2, 24, 1, 4)}, ValueError, "cols=24 must be a power of two"),
+        ({"config": TileConfig(1, 32, 1, 4)}, ValueError, "rows=1, cols=32 must hold a whole block"),
+        ({"config": TileConfig(256, 256, 1, 4)}, ValueError, "more warps or a smaller tile"),
+    ],
+)
+def test_errors_name_argument_and_value(change: dict[str, object], error: type[Exception], words: str) -> None:
+    arguments: dict[str, object] = {
+        "image": torch.zeros(1, 2, 8, 8), "ll": torch.zeros(1, 2, 4, 4), "highs": [torch.zeros(1, 2, 3, 4, 4)],
+        "levels": 1, "edge": 0,
+    }  # fmt: skip
+    with pytest.raises(error, match=words):
+        haar.analysis(**{**arguments, **change})
+
+
+def test_lows_are_checked() -> None:
+    x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
+    highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
+    with pytest.raises(ValueError, match="lows: 2 for levels=2"):
+        haar.analysis(x, ll, highs, levels=2, lows=[ll, ll])
+    with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
+        haar.synthesis(x, ll, highs, levels=2, lows=[ll])
+
+
+@pytest.mark.parametrize("layout", tiles.LAYOUTS)
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_default_tiles_are_legal(layout: str, itemsize: int) -> None:
+    shapes = [(1, 1, 1, 1), (64, 192, 64, 64), (1, 3, 1080, 1920), (256, 512, 7, 7), (2, 36, 56, 56), (1, 1, 3, 100000)]
+    for shape in shapes:
+        for levels in range(1, tiles.MAX_LEVELS + 1):
+            config = tiles.config_for(layout, levels, itemsize, shape)
+            assert tiles.why_invalid(config, levels, itemsize) is None, (shape, levels)
+            assert config == tiles.config_for(layout, levels, itemsize, shape)
+
+
+def test_alignment_follows_from_sizes_and_strides() -> None:
+    def plan(shape: tuple[int, int, int, int], strides: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]):
+        return haar.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
+
+    dense = plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
+    assert (dense.layout, dense.align) == ("rows", 16)  # 8 halves a vector, in the image and at level 1
+    pitched = plan((2, 3, 8, 64), (1632, 544, 68, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
+    assert (pitched.layout, pitched.align) == ("rows", 4)
+    last = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 1, 144, 36), (1728, 3, 1, 432, 108))
+    assert (last.layout, last.align) == ("channels", 4)
+    mixed = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))
+    assert (mixed.layout, mixed.align) == ("strided", 1)

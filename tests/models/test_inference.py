@@ -1,0 +1,153 @@
+"""Inference forms: what they fold, what they leave, and what has none (values: tests/models/test_every_model.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import wavemix_kernels as wk
+from tests.models.subjects import BATCH, GROUP, TINY, WAVEBLOCKS, Subject, normal, randomised
+from tests.tolerances import UNIT_ROUNDOFF
+from wavemix_kernels.nn.wavemlp import reference as patm
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.wavemix.classification import WaveMix
+from wavemix_kernels.wavemlp import PATM, WaveBlock, WaveNet
+
+
+@pytest.mark.parametrize(
+    "norm_layer, mode, fork_feat",
+    [(BATCH, "fc", False), (BATCH, "depthwise", True), (GROUP, "fc", True), (GROUP, "depthwise", False)],
+)
+def test_wave_net_folds_its_norms(norm_layer: Callable[..., nn.Module], mode: str, fork_feat: bool) -> None:
+    kwargs = {"mode": mode, "norm_layer": norm_layer, "fork_feat": fork_feat, "drop_path_rate": 0.5}
+    model = randomised(WaveNet(**TINY, num_classes=3, **kwargs).double()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fused = model.fuse_for_inference()
+    x = normal(2, 3, 40, 33)
+    for actual, expected in zip(fused(x), model(x), strict=True):
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-10, atol=1e-10)
+        assert not actual.requires_grad
+    # Norms of feature maps cannot fold, nor can norms in front of a convolution with zeros around.
+    left = 0 if norm_layer is GROUP else 4 * fork_feat + sum(TINY["layers"]) * (mode == "depthwise")
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == left
+    assert not any(p.requires_grad for p in fused.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("subject", WAVEBLOCKS.values(), ids=WAVEBLOCKS.keys())
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_waveblock_with_its_residual(subject: Subject, backend: str) -> None:
+    block = subject.pair()[0].eval()
+    fused = block.fuse_for_inference()
+    assert not any(isinstance(m, (nn.BatchNorm2d, nn.Dropout)) for m in fused.modules())
+    assert not list(fused.parameters())
+    for order in ("contiguous", "channels_last"):
+        # An image whose gradient is wanted, as attribution methods do, gets it; the residual's part included.
+        leaves = [subject.x(order).requires_grad_() for _ in range(2)]
+        with wk.backend(backend):
+            out, want = fused(leaves[0], residual=True), block(leaves[1], residual=True)
+        torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+        assert out.stride() == leaves[0].stride()
+        grads = [torch.autograd.grad(y, leaf, leaf.detach()) for y, leaf in zip((out, want), leaves, strict=True)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+    # Folding rounds each weight once more: single precision stays within the block's own rounding.
+    with torch.no_grad():
+        want = fused(subject.x())
+        got = block.float().fuse_for_inference()(subject.x().float())
+    assert (got - want).norm() <= 16 * (6 * block.level + 1) * UNIT_ROUNDOFF[torch.float32] * want.norm()
+
+
+def test_the_function_for_any_model() -> None:
+    model = nn.Sequential(randomised(WaveBlock(8).double()), randomised(PATM(8).double())).eval()
+    x = normal(2, 8, 5, 6)
+    expected = model(x).detach()
+    assert wk.fuse_for_inference(model) is model
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    out = model(x.contiguous(memory_format=torch.channels_last))
+    assert layout.is_channels_last(out)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_moves_and_converts() -> None:
+    block = WaveBlock(8).eval().fuse_for_inference()
+    x = normal(2, 8, 5, 6, dtype=torch.float32)
+    exact = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == torch.float32  # the sum, as everywhere
+    got = block.bfloat16()(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    # Ten roundings in a row at most.
+    assert (got - exact).norm() <= 10 * UNIT_ROUNDOFF[torch.bfloat16] * exact.norm()
+
+
+def test_a_model_in_its_inference_form() -> None:
+    """It was in training; it compiles; its state dict is one that another such model loads."""
+    arguments = {"num_classes": 5, "depth": 2, "final_dim": 16, "ff_channel": 16, "level": 2}
+    model = randomised(WaveMix(**arguments).double()).eval()
+    image = normal(2, 3, 32, 32)
+    with torch.no_grad():
+        want = model(image)
+        model.train()
+        assert wk.fuse_for_inference(model) is model
+        assert not model.training
+        scale = want.abs().max().item()
+        torch.testing.assert_close(model(image), want, rtol=1e-12, atol=1e-12 * scale)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(image), want, rtol=1e-12, atol=1e-12 * scale)
+    again = wk.fuse_for_inference(WaveMix(**arguments).double())
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(image), model(image))
+
+
+def hooked(block: nn.Module, part: str) -> nn.Module:
+    block.get_submodule(part).register_forward_hook(lambda *_: None)
+    return block
+
+
+def replaced(block: nn.Module, part: str, by: nn.Module) -> nn.Module:
+    block.set_submodule(part, by)
+    return block
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: hooked(WaveBlock(8), "mlp.fc1"), "a part of this block's MLP has hooks"),
+        (lambda: WaveBlock(8, token_mixer=patm.PATM), "attn is a PATM, expected FusedPATM"),
+        (
+            lambda: replaced(WaveBlock(8), "attn.theta_h_conv.1", nn.BatchNorm2d(8, track_running_stats=False)),
+            r"theta_h_conv\.1: track_running_stats=False",
+        ),
+        (lambda: hooked(WaveNet(**TINY), "network.2.1.attn.fc_h"), r"network\.2\.1: .* part of this PATM has hooks"),
+        (
+            lambda: replaced(
+                wk.FusedWaveblock(level=1, final_dim=8), "feedforward.5", nn.BatchNorm2d(8, track_running_stats=False)
+            ),
+            r"feedforward\.5: track_running_stats=False",
+        ),
+        (lambda: hooked(wk.FusedWaveblock(level=1, final_dim=8), "feedforward.0"), "hooks"),
+    ],
+    ids=["mlp's hooks", "reference PATM", "untracked phases", "hooks in a model", "untracked", "waveblock's hooks"],
+)
+def test_what_has_no_inference_form(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().fuse_for_inference()
+
+
+def test_errors_of_the_function() -> None:
+    untracked = replaced(
+        wk.FusedWaveblock(level=1, final_dim=8), "feedforward.5", nn.BatchNorm2d(8, track_running_stats=False)
+    )
+    with pytest.raises(ValueError, match=r"0: feedforward\.5"):
+        wk.fuse_for_inference(nn.Sequential(untracked))
+    with pytest.raises(ValueError, match="accelerate"):
+        wk.fuse_for_inference(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="expected a torch"):
+        wk.fuse_for_inference(torch.nn.functional.relu)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="final_dim"):
+        wk.FusedWaveblock(level=1, final_dim=8).fuse_for_inference()(torch.zeros(1, 4, 8, 8))

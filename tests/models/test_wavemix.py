@@ -1,0 +1,301 @@
+"""The WaveMix models beside the original package, their parameter counts, errors, published weights and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wavemix_kernels import pretrained, wavemix
+from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.wavemix import SemSegment, classification, sisr
+
+SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        ("classification", {"level": 2, "initial_conv": "pachify", "patch_size": 2, "num_classes": 3}),
+        ("classification", {"level": 1, "initial_conv": "strided", "stride": 1, "num_classes": 3}),
+        ("SemSegment", {"level": 3, "stride": 1, "num_classes": 5}),
+        ("sisr", {"level": 4}),
+    ],
+)
+def test_trades_places_with_the_original(original: ModuleType, module: str, arguments: dict[str, Any]) -> None:
+    """Checkpoints load strictly both ways, the same seed initialises alike, and the results agree."""
+    arguments = arguments | SMALL
+    theirs_class, ours_class = getattr(original, module).WaveMix, getattr(wavemix, module).WaveMix
+    defaults = {
+        kind: {k: p.default for k, p in inspect.signature(kind).parameters.items()}
+        for kind in (theirs_class, ours_class)
+    }
+    assert defaults[theirs_class].items() <= defaults[ours_class].items()
+    torch.manual_seed(3)
+    theirs = theirs_class(**arguments).eval()
+    torch.manual_seed(3)
+    ours = ours_class(**arguments).eval()
+    for (name, tensor), (our_name, our_tensor) in zip(
+        theirs.state_dict().items(), ours.state_dict().items(), strict=True
+    ):
+        assert name == our_name
+        assert torch.equal(tensor, our_tensor), f"{name}: not initialised as upstream does"
+    x = torch.randn(2, 3, 32, 48)
+    expected = theirs(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours_class(**arguments).state_dict(), strict=True)
+
+
+def test_the_package_offers_what_the_original_does(original: ModuleType) -> None:
+    for name in [f"Level{level}Waveblock" for level in (1, 2, 3, 4)] + ["DWTForward"]:
+        theirs, ours = (inspect.signature(getattr(package, name)) for package in (original, wavemix))
+        assert [(p.name, p.default) for p in theirs.parameters.values()] == [
+            (p.name, p.default) for p in ours.parameters.values()
+        ]
+
+
+def test_submodules_are_attributes_of_a_fresh_import() -> None:
+    code = "import wavemix_kernels.wavemix as w; print(w.classification.WaveMix, w.SemSegment.WaveMix, w.sisr.WaveMix)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_patchify_is_pachify() -> None:
+    state = classification.WaveMix(**SMALL, initial_conv="patchify").state_dict()
+    other = classification.WaveMix(**SMALL, initial_conv="pachify").state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.items()}
+
+
+# --- Lite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "width, depth, in_channels, upsample, count",
+    [
+        (8, 10, 1, "bilinear", 3_566),
+        (8, 10, 1, "nearest", 3_566),
+        (8, 5, 1, "deconv", 7_156),
+        (32, 7, 3, "bilinear", 37_058),
+        (64, 6, 3, "deconv", 520_106),
+    ],
+)
+def test_lite_parameter_counts(width: int, depth: int, in_channels: int, upsample: str, count: int) -> None:
+    model = classification.WaveMixLite(final_dim=width, depth=depth, in_channels=in_channels, upsample=upsample)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert model(torch.randn(2, in_channels, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("upsample", ["deconv", "bilinear", "nearest", "pixelshuffle"])
+def test_lite_trains(upsample: str) -> None:
+    torch.manual_seed(0)
+    model = classification.WaveMixLite(final_dim=8, depth=2, num_classes=2, dropout=0.0, upsample=upsample)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = torch.randn(8, 3, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", [classification, SemSegment, sisr])
+def test_upsample_reaches_the_blocks(model: ModuleType) -> None:
+    built = model.WaveMix(**SMALL, level=2, upsample="nearest", block=Waveblock)
+    assert all(type(block) is Waveblock and block.upsample == "nearest" for block in built.layers)
+    assert not any(isinstance(m, nn.ConvTranspose2d) for m in built.layers.modules())
+
+
+# --- Errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, shape, message",
+    [
+        (lambda: classification.WaveMix(**SMALL), (1, 3, 224, 250), "W=250 arrives at layers.0 as 62.* 227 or 256"),
+        (lambda: classification.WaveMix(**SMALL), (1, 3, 20, 64), "H=20 arrives at layers.0 as 5.* work: 32"),
+        (lambda: classification.WaveMix(**SMALL), (1, 3, 2, 64), "H=2 arrives at layers.0 as 0.* work: 32"),
+        (
+            lambda: classification.WaveMix(**SMALL, initial_conv="strided", level=1),
+            (1, 3, 33, 32),
+            "H=33 arrives at layers.0 as 9.* 32 or 37",
+        ),
+        (lambda: SemSegment.WaveMix(**SMALL), (1, 3, 72, 64), "H=72 arrives at layers.0 as 18.* 64 or 125"),
+        (lambda: sisr.WaveMix(**SMALL), (1, 3, 9, 8), "H=9 arrives at layers.0 as 9.* 8 or 10"),
+        (lambda: sisr.WaveMix(**SMALL), (1, 1, 8, 8), "3 channels"),
+        (lambda: sisr.WaveMix(**SMALL), (3, 8, 8), "4 dimensions"),
+    ],
+)
+def test_rejects_images(model: Callable[[], nn.Module], shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model()(torch.randn(shape))
+
+
+def test_the_sizes_it_names_work() -> None:
+    model = classification.WaveMix(**SMALL).eval()
+    for size in (227, 256):
+        assert model(torch.randn(1, 3, 32, size)).shape == (1, 1000)
+
+
+def test_another_stem_is_the_owners_affair() -> None:
+    model = classification.WaveMix(**SMALL, level=1, num_classes=3).eval()
+    model.conv = nn.Sequential(nn.Conv2d(1, 8, 1), nn.AvgPool2d(3))
+    assert model(torch.randn(1, 1, 12, 12)).shape == (1, 3)
+    with pytest.raises(ValueError, match="x: H=3"):
+        model(torch.randn(1, 1, 9, 12))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"level": 5}, "level=5: expected 1, 2, 3 or 4"),
+        ({"initial_conv": "patch"}, "initial_conv='patch': expected one of 'pachify', 'patchify', 'strided'"),
+        ({"final_dim": 10}, "final_dim=10"),
+        ({"depth": 0}, "depth"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"initial_conv": "strided", "stride": 0}, "stride"),
+        ({"pretrained": "imagenet_99"}, "pretrained='imagenet_99': expected one of 'imagenet_75.06'"),
+        ({"pretrained": "imagenet_70.66"}, r"pretrained='imagenet_70.66': these weights are of WaveMix\(level=1\)"),
+    ],
+)
+def test_rejects_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        classification.WaveMix(**SMALL | arguments)
+
+
+# --- Published weights -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A small model's state dict on a file:// URL under the name "tiny", and an empty cache."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    state = classification.WaveMix(**SMALL, level=1, num_classes=3).state_dict()
+    path = tmp_path / "tiny.pth"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    arguments = SMALL | {"level": 1, "num_classes": 3}
+    monkeypatch.setitem(pretrained.WEIGHTS, "tiny", pretrained.Weights(path.as_uri(), arguments, digest))
+    return path, state
+
+
+def tiny() -> nn.Module:
+    return classification.WaveMix(**SMALL, level=1, num_classes=3, pretrained="tiny")
+
+
+def test_pretrained_loads_and_caches(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, state = published
+    loaded = tiny().state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / pretrained.WEIGHTS["tiny"].file_name
+    assert cached.read_bytes() == path.read_bytes()
+    path.unlink()  # from the cache from now on
+    assert torch.equal(tiny().state_dict()["pool.2.weight"], state["pool.2.weight"])
+
+
+def test_pretrained_checks_the_hash(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, state = published
+    torch.save({key: value + 1 for key, value in state.items()}, path)
+    with pytest.raises(RuntimeError, match=r"pretrained='tiny'.*not the published file.*invalid hash"):
+        tiny()
+    assert not list((Path(torch.hub.get_dir()) / "checkpoints").glob("*"))
+
+
+def test_pretrained_without_a_recorded_hash(
+    published: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, state = published
+    monkeypatch.setitem(
+        pretrained.WEIGHTS, "tiny", pretrained.Weights(path.as_uri(), pretrained.WEIGHTS["tiny"].arguments)
+    )
+    assert torch.equal(tiny().state_dict()["conv.0.weight"], state["conv.0.weight"])
+
+
+def test_pretrained_offline_says_what_to_do(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, _ = published
+    path.unlink()
+    with pytest.raises(RuntimeError, match=r"could not fetch file://.*tiny.pth.*save it there.*load_state_dict"):
+        tiny()
+
+
+@pytest.mark.parametrize("name", pretrained.WEIGHTS)
+def test_published_weights_fit_their_arguments(name: str) -> None:
+    """The recorded arguments give a model as large as the published file (megabytes as listed by its host)."""
+    megabytes = {
+        "imagenet_75.06": 112, "imagenet_75.04": 112, "imagenet_73.03": 198, "imagenet_71.49": 112,
+        "imagenet_70.66": 50.1, "imagenet_70.42": 251, "places365_54.94": 114, "cifar10_95.37": 68.4,
+    }  # fmt: skip
+    entry = pretrained.weights(name)
+    with torch.device("meta"):
+        state = classification.WaveMix(**entry.arguments).state_dict()
+    # Beside the numbers a file has about 350 bytes for each tensor: its name, shape and place in the archive.
+    size = sum(t.numel() * t.element_size() for t in state.values()) + 350 * len(state)
+    assert size / 1e6 == pytest.approx(megabytes[name], rel=5e-3)
+    assert entry.file_name.endswith(".pth")
+    assert entry.sha256 is None or len(entry.sha256) == 64
+
+
+# --- The stem's memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", ["strided", "pachify"])
+def test_a_wide_stem_forgets_its_first_activations(stem: str) -> None:
+    """They are made again, once, in backward; results are the standard stem's, hooks on its layers still run."""
+    torch.manual_seed(0)
+    arguments = {"depth": 1, "final_dim": 128, "ff_channel": 8, "num_classes": 3, "dropout": 0.0, "level": 1}
+    ours = classification.WaveMix(**arguments, initial_conv=stem).double()
+    reference = classification.WaveMix(**arguments, initial_conv=stem, block=Waveblock).double()
+    reference.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    kept: dict[bool, list[torch.Size]] = {}
+    results = {}
+    for model, fused in ((ours, True), (reference, False)):
+        shapes = kept.setdefault(fused, [])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: (s.append(t.shape), t)[1], lambda t: t):
+            out = model(x)
+        results[fused] = [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+    for got, want in zip(results[True], results[False], strict=True):
+        assert (got - want).norm() <= 1e-10 * max(float(want.norm()), float(out.norm()))
+    first = model.conv[0](x).shape
+    assert first in kept[False]
+    assert first not in kept[True]
+    called: list[int] = []
+    ours.conv[0].register_forward_hook(lambda *_: called.append(1))
+    ours(x).sum().backward()
+    assert called == [1]
+
+
+def test_peak_of_a_training_step() -> None:
+    """Live bytes of WaveMix 192/16 level 3 at 224x224, beside upstream's order of operations; nothing is computed."""
+    pytest.importorskip("pytorch_wavelets", reason="upstream's wavelets are not installed: pip install -e .[bench]")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.harness.memory import tracked_peak_bytes
+    from benchmarks.harness.rivals import UpstreamWaveblock, upstream_wavelets
+
+    upstream_wavelets()  # imported outside of the fake tensors
+
+    def peak(**block: Any) -> int:
+        with FakeTensorMode():
+            model, x = classification.WaveMix(**block), torch.empty(2, 3, 224, 224)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            known = [x, *model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+            return tracked_peak_bytes(lambda: model(x).logsumexp(1).sum().backward(), known)
+
+    assert peak() <= 0.52 * peak(block=UpstreamWaveblock)  # 0.508, at batch 64 0.494; 0.55 is what was asked for

@@ -1,0 +1,284 @@
+"""The passes of batch normalisation on every backend: statistics, affine map with a residual, backward."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.contract import (
+    LAYOUTS,
+    Case,
+    Contract,
+    each_backend_repeats,
+    each_case,
+    each_thread_count,
+    image,
+    on,
+    randn,
+)
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
+from wavemix_kernels.ops.norm import batch_norm
+
+ops: Any = torch.ops.wavemix_kernels
+SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (1, 35, 2, 3), (2, 5, 1, 9), (6, 8, 1, 1), (1, 1, 9, 40))
+#: On the CPU alone: the interpreter has a program for each channel.
+WIDE = {"dtypes": {"cpu": DTYPES}, "shape": ((2, 130, 3, 3), (2, 1100, 2, 1))}
+BACKENDS = {name: types for name, types in Contract.dtypes.items() if name != "cuda"}
+
+
+def channels(t: Tensor) -> Tensor:
+    return t[:, None, None]
+
+
+def cpu_stats_bounds(mean: Tensor, var: Tensor, u: float) -> dict[str, Tensor]:
+    """Sums of up to 1024 values by four lanes (SSE) are chains of 256 additions in the arithmetic type.
+
+    Deviations are taken from a running mean, whose distances from the tiles' means add up to no more than twice the sum
+    of squares (three times with that sum itself); means of tiles err like the deviations they are made of. Tiles are
+    merged in double, and no channel here is cut into more than 64: each merge rounds the mean, and that enters the
+    variance through the tile's distance from it.
+    """
+    spread, merged = var.sqrt(), 64 * UNIT_ROUNDOFF[torch.float64] * mean.abs()
+    return {"mean": u * mean.abs() + merged + 3 * 260 * u * spread,
+            "var": 3 * 260 * u * var + merged * (2 * spread + merged)}  # fmt: skip
+
+
+class Stats(Contract):
+    """Mean and biased variance. Data far from zero is hard: a difference of squares would have nothing left."""
+
+    name = "batch_norm_stats"
+    dtypes = BACKENDS
+    axes: ClassVar[Any] = {"shape": SHAPES, "layout": (*LAYOUTS, "expanded"), "offset": (0, 1000)}
+
+    def inputs(self, case: Case, device: str) -> Any:
+        return {"x": image(randn(*case.shape) + case.offset, case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return dict(zip(("mean", "var"), ops.batch_norm_stats(tensors["x"], backend), strict=True))
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        values = tensors["x"].permute(1, 0, 2, 3).flatten(1).numpy().astype(np.longdouble)  # for float64
+        return {"mean": torch.from_numpy(values.mean(1).astype(np.float64)),
+                "var": torch.from_numpy(values.var(1).astype(np.float64))}  # fmt: skip
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        """The mean's own error enters the variance squared, and as that of each deviation."""
+        x, u = tensors["x"], UNIT_ROUNDOFF[accumulation(case.dtype)]
+        if backend == "cpu":
+            return cpu_stats_bounds(exact["mean"], exact["var"], u)
+        n, place = x[:, 0].numel(), 4 * u * x.abs().amax((0, 2, 3))
+        deviation = (x - channels(exact["mean"])).abs().mean((0, 2, 3))
+        mean = (n + 2) * u * x.abs().mean((0, 2, 3))
+        return {"mean": mean, "var": (n + 8) * u * exact["var"] + place * deviation + place**2}
+
+
+class Apply(Contract):
+    """x * scale + shift + residual: four roundings of the terms' sizes at most."""
+
+    name = "batch_norm_apply"
+    dtypes = BACKENDS
+    axes: ClassVar[Any] = {
+        "shape": SHAPES, "layout": tuple(LAYOUTS), "other": (None, *LAYOUTS), "last": (False, True),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        wide = accumulation(case.dtype)
+        scale, shift = (randn(case.shape[1], seed=i).to(device, wide) for i in (1, 2))
+        x, other = (randn(*case.shape, seed=i) for i in (3, 4))
+        residual = image(other, case.dtype, device, case.other) if case.other else None
+        return {"x": image(x, case.dtype, device, case.layout), "scale": scale, "shift": shift, "residual": residual}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return {"out": ops.batch_norm_apply(*tensors.values(), case.last, backend)}
+
+    def terms_of(self, t: Any) -> list[Tensor]:
+        shift = channels(t["shift"]).expand_as(t["x"])
+        return [t["x"] * channels(t["scale"]), shift, *([] if t["residual"] is None else [t["residual"]])]
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return {"out": torch.stack(self.terms_of(tensors)).sum(0)}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        terms = torch.stack(self.terms_of(tensors)).abs().sum(0)
+        off = 4 * UNIT_ROUNDOFF[accumulation(case.dtype)] * terms
+        return {"out": off + stored(exact["out"].abs() + off, case.dtype, backend)}
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        order = torch.channels_last if case.last else torch.contiguous_format
+        assert results["out"].is_contiguous(memory_format=order)
+
+
+class Backward(Contract):
+    """Gradients of x, weight and bias from sums over the batch; y lies 100 away from zero."""
+
+    name = "batch_norm_backward"
+    dtypes = BACKENDS
+    axes: ClassVar[Any] = {
+        "shape": SHAPES, "layout": tuple(LAYOUTS), "other": (*LAYOUTS, "expanded"), "last": (False, True),
+        "weighted": (False, True), "batch_stats": (False, True),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        c, wide = case.shape[1], accumulation(case.dtype)
+        x = image(randn(*case.shape) + 100, case.dtype, device, case.layout)
+        return {
+            "grad": image(randn(*case.shape, seed=1), case.dtype, device, case.other), "x": x,
+            "mean": x.double().mean((0, 2, 3)).to(wide), "invstd": (0.5 + randn(c, seed=2).abs()).to(device, wide),
+            "weight": randn(c, seed=3).to(device, wide) if case.weighted else None,
+        }  # fmt: skip
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        made = batch_norm.backward(*tensors.values(), case.batch_stats, case.last, backend)
+        return dict(zip(("x", "weight", "bias"), made, strict=True))
+
+    def solve(self, case: Case, t: Any, backend: str = "") -> tuple[Any, Any]:
+        g, x, mean, invstd = t["grad"], t["x"], channels(t["mean"]), channels(t["invstd"])
+        u, n = UNIT_ROUNDOFF[accumulation(case.dtype)] * (2 if case.dtype == torch.float64 else 1), g[:, 0].numel()
+        xhat = (x - mean) * invstd
+        a = invstd if t["weight"] is None else invstd * channels(t["weight"])
+        exact = {"weight": (g * xhat).sum((0, 2, 3)), "bias": g.sum((0, 2, 3))}
+        size = (g * xhat).abs().sum((0, 2, 3))
+        if backend != "cpu":  # which takes differences first, of numbers about 100
+            size = size + (g * (x.abs() + mean.abs()) * invstd).abs().sum((0, 2, 3))
+        error = {"weight": (n + 4) * u * size, "bias": n * u * g.abs().sum((0, 2, 3))}
+        share = 1 / n if case.batch_stats else 0.0
+        mean_g, mean_gx = (share * channels(exact[name]) for name in ("bias", "weight"))
+        exact["x"] = a * (g - mean_g - xhat * mean_gx)
+        far = (x.abs() + 2 * mean.abs()) * invstd  # b * x and b * mean are large and nearly cancel
+        sums = a.abs() * (g.abs() + mean_g.abs() + far * mean_gx.abs())
+        wrong = share * a.abs() * (channels(error["bias"]) + far * channels(error["weight"]))
+        error["x"] = 8 * u * sums + wrong
+        return exact, error
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.solve(case, tensors)[0]
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        error = self.solve(case, tensors, backend)[1]
+        error["x"] = error["x"] + stored(exact["x"].abs() + error["x"], case.dtype, backend)
+        return error
+
+
+test_stats = each_case(Stats())
+test_apply = each_case(Apply())
+test_backward = each_case(Backward())
+test_wide_stats = each_case(Stats(**WIDE))
+test_wide_apply = each_case(Apply(**WIDE))
+test_wide_backward = each_case(Backward(**WIDE))
+test_stats_repeat = each_backend_repeats(Stats())
+test_backward_repeats = each_backend_repeats(Backward())
+
+
+MANY = {"shape": ((3, 16, 48, 28), (4, 130, 9, 9)), "layout": ("nchw", "channels_slice")}
+test_stats_of_threads = each_thread_count(Stats(offset=(0,), **MANY), same=False)
+test_backward_of_threads = each_thread_count(Backward(other=("nchw", "cropped"), **MANY), same=False)
+
+
+def awkward() -> dict[str, Tensor]:
+    """Data whose level changes along the way, so that no early mean is a good shift for the rest."""
+    steps = randn(6, 5, 64, 64) + 1e3
+    steps[:3] = 0
+    border = randn(4, 20, 48, 48) + 1e3
+    border[:, :, :2] = border[:, :, :, :2] = 0
+    ramp = randn(2, 7, 90, 90) + torch.linspace(0, 1e4, 90, dtype=torch.float64)[:, None]
+    outlier = randn(2, 3, 40, 40)
+    outlier[0, :, 0, 0] = 1e6
+    constant = torch.full((3, 4, 40, 30), 1234.5678, dtype=torch.float64)
+    return {"steps": steps, "border": border, "ramp": ramp, "outlier": outlier, "constant": constant,
+            "far": randn(2, 2, 40, 40) + 2.0**20}  # fmt: skip
+
+
+AWKWARD = [("cpu", name) for name in awkward()] + [("triton", "constant"), ("triton", "far")]  # slow in the interpreter
+
+
+@pytest.mark.parametrize("backend, name", AWKWARD, indirect=["backend"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_stats_of_awkward_data(backend: str, device: str, layout: str, name: str) -> None:
+    x = image(awkward()[name], torch.float32, device, layout)
+    wide, u = x.double().cpu(), UNIT_ROUNDOFF[torch.float32]
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    bounds = cpu_stats_bounds(mean, var, u)
+    if backend != "cpu":
+        # A tile's mean is off by half a unit in its last place, or by its sum's roundings where nothing differs; that
+        # error enters squared.
+        sums, place = 260 * u * wide.abs().amax((0, 2, 3)), 2**1.5 * u * wide.abs().amax((0, 2, 3))
+        off = sums if name == "constant" else place
+        bounds = {"mean": sums, "var": bounds["var"] + 1e-3 * var + off**2}
+    for key, got, want in zip(("mean", "var"), ops.batch_norm_stats(x, backend), (mean, var), strict=True):
+        assert_within(got, want, bounds[key], key)
+
+
+@on("cpu", "triton")
+def test_stats_stay_in_their_channel(backend: str, device: str) -> None:
+    for layout in ("nchw", "channels_last"):
+        x = image(randn(2, 12, 25, 20) + 5, torch.float32, device, layout)
+        clean = ops.batch_norm_stats(x, backend)
+        x[1, 5, 3, 3], x[1, 7, 0, 0] = float("nan"), float("inf")
+        others = torch.ones(12, dtype=torch.bool, device=device)
+        others[[5, 7]] = False
+        for got, want in zip(ops.batch_norm_stats(x, backend), clean, strict=True):
+            assert torch.equal(got[others], want[others])
+            assert not got[[5, 7]].isfinite().any()
+
+
+@on("cpu", "triton")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
+def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
+    """Mean and variance of nothing are NaN, gradients are zero."""
+    x, per_channel = torch.empty(shape, device=device), torch.ones(3, device=device)
+    mean, var = ops.batch_norm_stats(x, backend)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert ops.batch_norm_apply(x, per_channel, per_channel, x, False, backend).shape == shape
+    dx, *sums = batch_norm.backward(x, x, per_channel, per_channel, None, True, False, backend)
+    assert dx.shape == shape
+    assert all(torch.equal(s, torch.zeros_like(s)) for s in sums)
+
+
+@on("cpu", "triton")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_agrees_with_torch(backend: str, device: str, layout: str) -> None:
+    """Together the passes are training-mode batch normalisation, forward and backward."""
+    x = image(randn(4, 10, 12, 14) + 2, device=device, layout=layout).requires_grad_()
+    weight, bias = (randn(10, seed=i).to(device).requires_grad_() for i in (1, 2))
+    expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=1e-5)
+    g = image(randn(*x.shape, seed=3), device=device)
+    wanted = torch.autograd.grad(expected, (x, weight, bias), g)
+    y = x.detach()
+    mean, var = ops.batch_norm_stats(y, backend)
+    invstd = (var + 1e-5).rsqrt()
+    scale, shift = batch_norm.affine(mean, invstd, weight.detach(), bias.detach())
+    out = ops.batch_norm_apply(y, scale, shift, None, layout == "channels_last", backend)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    made = batch_norm.backward(g, y, mean, invstd, weight.detach(), True, layout == "channels_last", backend)
+    for got, want in zip(made, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_running_statistics_follow_torch() -> None:
+    """Biased variance normalises, the unbiased one runs."""
+    x = randn(3, 4, 5, 2)
+    module = torch.nn.BatchNorm2d(4, momentum=0.3).double()
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for _ in range(2):
+        module(x)
+        batch_norm.update_running(mean, var, *ops.batch_norm_stats(x, "cpu"), 30, 0.3)
+    torch.testing.assert_close(mean, module.running_mean, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(var, module.running_var, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("other, last", list(itertools.product(["nchw", "channels_last"], [False, True])))
+def test_opcheck(other: str, last: bool) -> None:
+    x, g = image(randn(2, 3, 4, 5), torch.float32), image(randn(2, 3, 4, 5), torch.float32, layout=other)
+    per_channel, tests = torch.ones(3), ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.batch_norm_stats, (x, "cpu"), test_utils=tests)
+    torch.library.opcheck(ops.batch_norm_apply, (x, per_channel, per_channel, g, last, "cpu"), test_utils=tests)
+    arguments = (g, x, per_channel, per_channel, None, True, last, "cpu")
+    torch.library.opcheck(ops.batch_norm_backward, arguments, test_utils=tests)

@@ -1,0 +1,150 @@
+"""Wave-MLP's channel MLP, and the matrix products around it, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.subjects import threads
+from tests.ops.contract import Case, Contract, each_case, image, randn
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
+from wavemix_kernels import wavemlp
+from wavemix_kernels.ops.common import products
+from wavemix_kernels.ops.mlp import channel
+
+WEIGHTS = ("w1", "b1", "w2", "b2")
+
+
+@pytest.fixture(autouse=True)
+def in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a processor multiplies bfloat16 itself the library's products would serve some images."""
+    monkeypatch.setattr(channel, "_BFLOAT16_PRODUCTS", False)
+
+
+class ChannelMlp(Contract):
+    """A hidden value errs by (c + 1) u of the sum of its terms, GELU by 5 u and, its slope and curvature being at most
+    1.13, by as much; what follows is a sum of products of such."""
+
+    name = "channel_mlp"
+    dtypes: ClassVar[Any] = {"cpu": DTYPES, "triton": (torch.float32,), "reference": (torch.float64, torch.float32)}
+    axes: ClassVar[Any] = {
+        # Images, channels, rows and columns, hidden channels: fewer pixels than hidden channels, which threads then
+        # share (whole vectors; none; several blocks of pixels), and more.
+        "size": ((2, 32, 5, 4, 128), (1, 13, 3, 7, 45), (1, 6, 23, 23, 600), (2, 6, 9, 8, 20)),
+        "bias": (True, False),
+        "threads": (1, 3),
+        "layout": ("channels_last", "channels_slice"),
+    }
+
+    def cases(self, backend: str) -> list[Case]:
+        """Interpreted, the largest takes minutes."""
+        return [case for case in super().cases(backend) if backend != "triton" or case.size[4] < 600]
+
+    def inputs(self, case: Any, device: str) -> Any:
+        n, c, h, w, k = case.size
+        o = c + 3
+        made: Any = {"x": image(randn(n, c, h, w), case.dtype, device, case.layout)}
+        made |= {"grad": image(randn(n, o, h, w, seed=1), case.dtype, device, "channels_last")}
+        tensors = randn(k, c, 1, 1) / c**0.5, randn(k, seed=3), randn(o, k, 1, 1) / k**0.5, randn(o, seed=5)
+        for name, t in zip(WEIGHTS, tensors, strict=True):
+            made[name] = None if not case.bias and t.dim() == 1 else t.to(device, case.dtype)
+        return made
+
+    def run(self, case: Any, tensors: Any, backend: str) -> Any:
+        weights = channel.Weights(*(tensors[name] for name in WEIGHTS))
+        with threads(case.threads):
+            out = channel.fused(tensors["x"], *weights, backend)
+            d_x, d_weights = channel.backward(tensors["grad"], tensors["x"], weights, backend)
+        assert [d is None for d in d_weights] == [t is None for t in weights]
+        return {"out": out, "d_x": d_x} | {f"d_{name}": d for name, d in zip(WEIGHTS, d_weights, strict=True)}
+
+    def exact(self, case: Any, tensors: Any) -> Any:
+        return self.run(case, tensors, "reference")
+
+    def bounds(self, case: Any, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        n, c, h, w, k = case.size
+        o, pixels, u = c + 3, n * h * w, UNIT_ROUNDOFF[accumulation(case.dtype)]
+        x, g, w1, b1, w2, b2 = (None if t is None else t.abs() for t in tensors.values())
+        hidden = products.project(tensors["x"], tensors["w1"], tensors["b1"])
+        error = 1.13 * (c + 2) * u * products.project(x, w1, b1) + 5 * u * (hidden.abs() + 1)
+        value, slope = hidden.abs() + error, torch.full_like(hidden, 1.13)
+        d_h = products.input_gradient(g, hidden, w2)
+        d_h_error = d_h * (error + (o + 2) * u * slope)
+
+        def sums(of: Callable[[Tensor], Tensor], value: Tensor, error: Tensor, terms: int) -> Tensor:
+            return of(error) + (terms + 2) * u * of(value)
+
+        by_channel: Any = lambda t: t.sum((0, 2, 3))  # noqa: E731
+        bounds = {
+            "out": sums(lambda t: products.project(t, w2, None), value, error, k),
+            "d_x": sums(lambda t: products.input_gradient(t, x, w1), d_h * slope, d_h_error, k),
+            "d_w1": sums(lambda t: products.weight_gradient(t, x, w1), d_h * slope, d_h_error, pixels),
+            "d_b1": sums(by_channel, d_h * slope, d_h_error, pixels),
+            "d_w2": sums(lambda t: products.weight_gradient(g, t, w2), value, error, pixels),
+            "d_b2": sums(by_channel, g, torch.zeros_like(g), pixels),
+        }
+        offset = 0 if b2 is None else b2.max()
+        # float64's own reference errs as much.
+        return {
+            name: 2 * bounds[name] + 2 * u * (want.abs() + offset) + stored(want, case.dtype)
+            for name, want in exact.items() if want is not None
+        }  # fmt: skip
+
+
+test_channel_mlp = each_case(ChannelMlp())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+def test_self_test(backend: str, device: str) -> None:
+    error, bound = channel.self_test(backend, torch.device(device))
+    assert 0 < error <= bound
+
+
+def test_opcheck() -> None:
+    x = image(randn(2, 4, 3, 5), torch.float32, layout="channels_last")
+    inputs = [t.detach().requires_grad_() for t in (x, *wavemlp.Mlp(4, 8).parameters())]
+    torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp, (*inputs, "cpu"))
+    plain = [t.detach() for t in inputs]
+    torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp_backward, (plain[0], *plain, "cpu"))
+
+
+# --- Products --------------------------------------------------------------------------------------------
+
+
+# More pixels than channels, and fewer: the library's convolution and its plain product.
+@pytest.mark.parametrize("pixels", [3, 40])
+def test_products(pixels: int) -> None:
+    given = randn(1, 12, 1, pixels), randn(1, 20, 1, pixels), randn(20, 12, 1, 1), randn(20)
+
+    def all_of(*tensors: Tensor) -> list[Tensor]:
+        x, grad = (image(t, t.dtype, layout="channels_last") for t in tensors[:2])
+        weight, bias = tensors[2:]
+        return [
+            products.project(x, weight, bias),
+            products.input_gradient(grad, x, weight),
+            products.weight_gradient(grad, x, weight),
+            products.bias_gradient(grad),
+        ]
+
+    got = all_of(*(t.float() for t in given))
+    exact = [t.float().double() for t in given]
+    # Products of n terms err by (n + 1) u of the sum of their absolute values; no sum here has more than 40.
+    for value, want, size in zip(got, all_of(*exact), all_of(*(t.abs() for t in exact)), strict=True):
+        assert_within(value, want, 41 * UNIT_ROUNDOFF[torch.float32] * size)
+
+
+@pytest.mark.parametrize("size", [(2, 37, 20, 9, 5), (1, 64, 48, 30, 21), (3, 5, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weight_gradient_of_slices(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Both images are slices of wider ones, and there are pixels for more than one block."""
+    n, o, c, h, w = size
+    grad, x = (image(randn(n, k, h, w, seed=k), dtype, layout="channels_slice") for k in (o, c))
+    got = products.weight_gradient(grad, x, torch.empty(o, c, 1, 1, dtype=dtype))
+    rows, columns = (t.double().permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x))
+    bound = (n * h * w + 1) * UNIT_ROUNDOFF[dtype] * (rows.abs().t() @ columns.abs())
+    # In float64 the product that it is compared with errs as much.
+    assert_within(got.flatten(1), rows.t() @ columns, 2 * bound)

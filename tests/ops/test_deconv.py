@@ -1,0 +1,289 @@
+"""The transposed convolution, its gradients and the BatchNorm around it on every backend (kernels: tests/kernels)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.kernels.cpu import minimal_filtering
+from tests.ops.contract import (
+    LAYOUTS,
+    Case,
+    Contract,
+    each_backend_repeats,
+    each_case,
+    each_thread_count,
+    image,
+    on,
+    randn,
+)
+from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation, stored, sum_bound
+from wavemix_kernels.ops.deconv import op
+
+# n, f, o, h, w: odd, thin, one pixel, two blocks of pixels, of channels.
+NARROW = ((1, 1, 1, 1, 1), (2, 2, 3, 3, 5), (1, 5, 2, 20, 1), (2, 20, 12, 5, 7), (1, 8, 31, 3, 2), (3, 5, 6, 1, 4))
+#: Wide enough for the CPU's minimal filtering.
+WIDE = ((2, 48, 40, 3, 5), (1, 67, 33, 7, 2), (3, 36, 70, 1, 2))
+BACKENDS = {name: types for name, types in Contract.dtypes.items() if name != "cuda"}
+
+
+def transposed(u: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv_transpose2d(u, weight, bias, 2, 1)
+
+
+def filtered(case: Case, backend: str) -> bool:
+    """Whether the CPU's minimal filtering runs: its sums have more terms than the definition's."""
+    return backend == "cpu" and min(case.size[1:3]) > 32
+
+
+class Deconv(Contract):
+    """Forward with all gradients, with statistics, and with an image added."""
+
+    name = "deconv"
+    dtypes = BACKENDS
+    axes: ClassVar[Any] = {
+        "size": NARROW, "layout": tuple(LAYOUTS), "bias": (None, 0, 100),  # 100: far from 0 is hard for a variance
+        "cotangents": ("nchw", "channels_last", "channels_slice"),
+    }  # fmt: skip
+    products = True
+    differentiable = ("u", "weight", "bias")
+
+    def inputs(self, case: Case, device: str) -> Any:
+        n, f, o, h, w = case.size
+        bias = None if case.bias is None else (case.bias + randn(o)).to(device, case.dtype)
+        return {
+            "u": image(randn(n, f, h, w), case.dtype, device, case.layout),
+            "weight": (randn(f, o, 4, 4) / f**0.5).to(device, case.dtype), "bias": bias,
+            "residual": image(randn(n, o, 2 * h, 2 * w, seed=8), case.dtype, device, case.cotangents),
+        }  # fmt: skip
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        leaves = [tensors[name] for name in self.differentiable]
+        y = op.fused(*leaves, backend)
+        with torch.no_grad():
+            plus = op.plus_residual(*leaves, tensors["residual"], backend)
+            same, mean, var = op.with_stats(*leaves, backend)
+        assert torch.equal(same, y)
+        # Statistics of the values before or after they are stored: here compared with those of the stored.
+        wide = y.detach().double()
+        exact_var, exact_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, plus))
+        return {"y": y, "plus": plus, "mean_off": (mean - exact_mean).to(mean.dtype),
+                "var_off": (var - exact_var).to(var.dtype)}  # fmt: skip
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        y = transposed(*(tensors[name] for name in self.differentiable))
+        nothing = y.new_zeros(y.shape[1])
+        return {"y": y, "plus": y + tensors["residual"], "mean_off": nothing, "var_off": nothing}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        n, f, o, h, w = case.size
+        u, weight = tensors["u"].detach(), tensors["weight"].detach()
+        offset = 0 if tensors["bias"] is None else tensors["bias"].detach().abs()[:, None, None]
+        g = cotangents["y"].abs()
+        if filtered(case, backend):
+            size = minimal_filtering.forward(u, weight, sizes=True) + offset
+            size_u, size_weight = minimal_filtering.gradient_sizes(u, weight, g)
+        else:
+            size = transposed(u.abs(), weight.abs()) + offset
+            size_u = F.conv2d(g, weight.abs(), None, 2, 1)
+            size_weight = weight_gradient(g, u.abs(), weight)
+        more = 12 if filtered(case, backend) else 1
+        parts = {
+            "y": (4 * f + more, size), "plus": (4 * f + more + 1, size + tensors["residual"].detach().abs()),
+            "d_u": (16 * o + more, size_u), "d_weight": (n * h * w + more, size_weight),
+            "d_bias": (4 * n * h * w, g.sum((0, 2, 3))),
+        }  # fmt: skip
+        bounds = {
+            name: sum_bound(exact[name].detach(), s, terms, case.dtype, backend=backend)
+            for name, (terms, s) in parts.items() if name in exact
+        }  # fmt: skip
+        if backend != "cpu":
+            bounds["plus"] = bounds["plus"] + stored(exact["y"].detach(), case.dtype)  # the sum of two stored images
+        # A part's mean errs by its roundings of the largest value, which enters the variance squared and as twice its
+        # product with the deviations.
+        y, count, r = exact["y"].detach(), 4 * n * h * w, UNIT_ROUNDOFF[accumulation(case.dtype)]
+        stored_y = bounds["y"] if accumulation(case.dtype) != case.dtype else torch.zeros_like(y)
+        largest, spread = y.abs().amax((0, 2, 3)), y.var((0, 2, 3), correction=0).sqrt()
+        bounds["mean_off"] = (count + 2) * r * largest + stored_y.amax((0, 2, 3))
+        error = (min(count, 256) + 2) * r * largest + stored_y.amax((0, 2, 3))
+        bounds["var_off"] = (count + 8) * r * spread**2 + 2 * error * (2 * spread + error)
+        return bounds
+
+
+def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.detach().clone().requires_grad_()
+    return torch.autograd.grad(transposed(u, weight), weight, g)[0]
+
+
+class NormGradients(Contract):
+    """All gradients from that of the BatchNorm's output: `a grad + b (y - mean) + d` is made where it is read."""
+
+    name = "deconv_norm_gradients"
+    axes: ClassVar[Any] = {
+        "size": NARROW, "layout": ("nchw", "channels_last", "channels_slice"), "weighted": (False, True),
+        "batch_stats": (False, True), "cotangents": ("channels_last", "channels_slice", "nchw"),
+    }  # fmt: skip
+    dtypes: ClassVar[Any] = {"cpu": BACKENDS["cpu"], "triton": BACKENDS["triton"]}
+    products = True
+
+    def inputs(self, case: Case, device: str) -> Any:
+        (n, f, o, h, w), wide = case.size, accumulation(case.dtype)
+        y = image(randn(n, o, 2 * h, 2 * w, seed=2) + 1, case.dtype, device, "channels_last")
+        return {
+            "grad": image(randn(n, o, 2 * h, 2 * w), case.dtype, device, case.cotangents), "y": y,
+            "mean": y.double().mean((0, 2, 3)).to(wide), "invstd": (0.5 + randn(o, seed=3).abs()).to(device, wide),
+            "norm_weight": randn(o, seed=4).to(device, wide) if case.weighted else None,
+            "u": image(randn(n, f, h, w, seed=1), case.dtype, device, case.layout),
+            "weight": (randn(f, o, 4, 4) / f**0.5).to(device, case.dtype),
+        }  # fmt: skip
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        *norm, u, weight = tensors.values()
+        assert op.folds(backend, u.shape[1], tensors["grad"])
+        return op.norm_gradients(*norm, case.batch_stats, u, weight, backend)._asdict()
+
+    def solve(self, case: Case, t: Any) -> tuple[Any, ...]:
+        """a, b, d and the sums they are made of, with the errors of b and d; a channel each."""
+        g, y, u = t["grad"], t["y"], UNIT_ROUNDOFF[accumulation(case.dtype)] * (2 if case.dtype == torch.float64 else 1)
+        n = g[:, 0].numel()
+        centred, invstd = y - t["mean"][:, None, None], t["invstd"]
+        products = g * centred * invstd[:, None, None]
+        size = products.abs().sum((0, 2, 3)) + (g.abs() * y.abs() * invstd[:, None, None]).sum((0, 2, 3))
+        sums = {"norm_bias": g.sum((0, 2, 3)), "norm_weight": products.sum((0, 2, 3))}
+        errors = {"norm_bias": n * u * g.abs().sum((0, 2, 3)), "norm_weight": (n + 4) * u * size}
+        a = invstd if t["norm_weight"] is None else invstd * t["norm_weight"]
+        share = (1 / n if case.batch_stats else 0.0) * a
+        b, d = -share * invstd * sums["norm_weight"], -share * sums["norm_bias"]
+        wrong_b = (share * invstd).abs() * errors["norm_weight"] + 5 * u * b.abs()
+        wrong_d = share.abs() * errors["norm_bias"] + 4 * u * d.abs()
+        a, b, d, wrong_b, wrong_d = (c[:, None, None] for c in (a, b, d, wrong_b, wrong_d))
+        made = a * g + b * centred + d
+        terms = (a * g).abs() + b.abs() * (y.abs() + t["mean"].abs()[:, None, None]) + d.abs()
+        error = 5 * u * terms + wrong_b * centred.abs() + wrong_d
+        return made, error, sums, errors
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        made, _, sums, _ = self.solve(case, tensors)
+        u, weight = tensors["u"], tensors["weight"]
+        return {"u": F.conv2d(made, weight, None, 2, 1), "weight": weight_gradient(made, u, weight), **sums}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        (n, _, o, h, w), dtype = case.size, case.dtype
+        made, error, _, errors = self.solve(case, tensors)
+        u, weight = tensors["u"], tensors["weight"].abs()
+        if accumulation(dtype) != dtype:  # rounded as an operand
+            error = error + UNIT_ROUNDOFF[dtype] * made.abs() + UNDERFLOW[dtype]
+        if filtered(case, backend):
+            passed, size = (minimal_filtering.gradient_sizes(u, weight, x) for x in (error, made.abs() + error))
+            more = 12
+        else:
+            passed, size = (
+                (F.conv2d(x, weight, None, 2, 1), weight_gradient(x, u.abs(), weight))
+                for x in (error, made.abs() + error)
+            )
+            more = 1
+        terms = (16 * o + more, n * h * w + more)
+        bounds = {
+            name: p + sum_bound(exact[name], s, k, dtype, backend=backend) + stored(p, dtype)
+            for name, p, s, k in zip(("u", "weight"), passed, size, terms, strict=True)
+        }
+        return bounds | {name: e + stored(exact[name], accumulation(dtype)) for name, e in errors.items()}
+
+
+#: Half types of many channels are the library's on a CPU, which rounds on the way (tests/kernels/cpu has our kernels).
+FULL = {"cpu": (torch.float64, torch.float32), "triton": (torch.float32, torch.float16)}
+ONE = {"layout": ("channels_slice",), "cotangents": ("channels_last",)}
+MANY = ((40, 8, 8, 7, 9), (1, 3, 5, 1, 301))
+test_contract = each_case(Deconv())
+test_wide = each_case(Deconv(FULL, size=WIDE, layout=("nchw", "channels_last", "channels_slice")))
+test_norm_gradients = each_case(NormGradients())
+test_wide_norm_gradients = each_case(NormGradients(FULL, size=WIDE))
+test_repeats = each_backend_repeats(Deconv(FULL, size=WIDE[:1], **ONE))
+test_norm_gradients_repeat = each_backend_repeats(NormGradients(FULL, size=WIDE[:1], **ONE))
+test_threads = each_thread_count(Deconv(size=MANY, bias=(100,), **ONE))
+test_threads_of_many_channels = each_thread_count(
+    Deconv(FULL, size=((2, 64, 40, 12, 11),), bias=(100,), **ONE), same=False
+)
+test_norm_gradients_by_threads = each_thread_count(NormGradients(size=MANY, **ONE), same=False)
+
+
+@on("cpu", "triton")
+@pytest.mark.parametrize("channels", [8, 40])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
+def test_empty_batch(backend: str, device: str, channels: int) -> None:
+    """Statistics of no pixels are NaN; gradients of weights that saw none are zero."""
+    u, weight = torch.empty(0, channels, 3, 4, device=device), torch.randn(channels, 36, 4, 4, device=device)
+    y, mean, var = op.with_stats(u, weight, torch.randn(36, device=device), backend)
+    assert y.shape == (0, 36, 6, 8)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert op.input_grad(y, weight, backend).shape == u.shape
+    assert all(not t.any() for t in op.weight_grad(y, u, True, backend))
+
+
+@on("cpu", "triton")
+def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
+    """Images more than 2**31 elements apart, forward and the gradient of the weight."""
+    apart = 2**31 + 64
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
+        pytest.skip("not enough free GPU memory for 2**31 elements")
+    values, weight = randn(2, 4, 2, 3).to(device, torch.float16), randn(4, 2, 4, 4).to(device, torch.float16)
+    block = torch.empty(apart + 4096, dtype=torch.float16, device=device)
+    far = block.as_strided(values.shape, (apart, 1, 12, 4)).copy_(values)
+    near, grad = (t.contiguous(memory_format=torch.channels_last) for t in (values, randn(2, 2, 4, 6).to(values)))
+    assert torch.equal(op.fused(far, weight, None, backend), op.fused(near, weight, None, backend))
+    assert torch.equal(op.weight_grad(grad, far, False, backend)[0], op.weight_grad(grad, near, False, backend)[0])
+
+
+@pytest.mark.parametrize("channels", [2, 40])
+def test_gradcheck(channels: int) -> None:
+    u, weight, bias = (
+        randn(*s).requires_grad_() for s in ((1, channels, 2, 3), (channels, channels, 4, 4), (channels,))
+    )
+    assert torch.autograd.gradcheck(lambda *t: op.fused(*t, "cpu"), (u, weight, bias), fast_mode=True)
+
+
+def test_the_cpu_chooses_by_channels() -> None:
+    """Kernels of ours below so many products of channels, minimal filtering or the library above."""
+    like = torch.empty(1)
+    ours, library = op.BACKENDS["cpu"], op.BACKENDS["reference"]
+    for f, o, want in ((8, 8, ours), (32, 32, ours), (16, 128, library), (64, 64, ours)):
+        assert op._chosen("auto", f, o, like) is want
+
+
+def test_opcheck() -> None:
+    """Schemas, fake tensors' strides, no aliases; with the BatchNorm folded (fp32, wide) and not."""
+    ops, tests = torch.ops.wavemix_kernels, ("test_schema", "test_faketensor")
+    for channels, layout in ((40, "channels_last"), (40, "nchw"), (8, "channels_last")):
+        u = image(randn(2, channels, 3, 4), torch.float32, layout="channels_last")
+        weight, bias = randn(channels, 36, 4, 4).float(), randn(36).float()
+        y, mean, var = ops.deconv_stats(u, weight, bias, "auto")
+        grad, invstd = image(randn(*y.shape), torch.float32, layout=layout), torch.rsqrt(var + 1e-5)
+        torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_residual, (u, weight, bias, grad, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_input_grad, (grad, weight, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_weight_grad, (grad, u, True, "auto"), test_utils=tests)
+        assert op.folds("auto", channels, grad)
+        arguments = (grad, y, mean, invstd, bias, True, u, weight, "auto")
+        torch.library.opcheck(ops.deconv_norm_gradients, arguments, test_utils=tests)
+
+
+def test_errors() -> None:
+    u = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"weight: expected \(4, O, 4, 4\) to go with u, got \(4, 2, 3, 3\)"):
+        op.deconv(u, torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"bias: expected shape \(2,\)"):
+        op.deconv(u, torch.zeros(4, 2, 4, 4), torch.zeros(3))
+    with pytest.raises((TypeError, ValueError), match="weight"):
+        op.deconv(u, torch.zeros(4, 2, 4, 4, dtype=torch.float64))
+
+
+@on("cpu", "triton")
+def test_self_test_passes(backend: str, device: str) -> None:
+    error, bound = op.self_test(backend, torch.device(device))
+    assert 0 < error <= bound

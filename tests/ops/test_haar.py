@@ -1,0 +1,456 @@
+"""Haar analysis, synthesis, pyramid and bands on every backend (the kernels alone: tests/kernels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import wavemix_kernels as wk
+from tests.ops.contract import LAYOUTS, Case, Contract, each_backend_repeats, each_case, image, pairwise, randn
+from tests.tolerances import assert_within, haar_bound, stored_roundoff
+from wavemix_kernels import backends
+from wavemix_kernels.ops.haar import bands, op, pyramid, reference
+
+ALL_LAYOUTS = (*LAYOUTS, "expanded")
+# (shape, levels): even and odd, prime, deeper than one launch takes.
+SIZES = (((2, 3, 8, 32), 1), ((1, 8, 16, 48), 4), ((2, 5, 7, 11), 2), ((1, 2, 31, 17), 3), ((1, 1, 66, 34), 6))
+# Thin, one pixel, more levels than halves: no mode that reflects may meet single samples.
+THIN = (((3, 2, 1, 9), 2), ((1, 1, 1, 1), 1), ((2, 16, 14, 6), 5), ((2, 1, 11, 1), 2), ((1, 36, 2, 2), 2))
+ODD = (((2, 3, 7, 10), 3), ((1, 2, 12, 13), 4), ((1, 4, 9, 9), 2))
+#: The modes that a kernel itself extends by; for the others the border is mended afterwards.
+LOCAL = ("zero", "symmetric", "antisymmetric")
+
+
+def flat(out: tuple[Tensor, list[Tensor]]) -> dict[str, Tensor]:
+    return {"ll": out[0], **{f"high{i}": high for i, high in enumerate(out[1])}}
+
+
+def level_sizes(shape: tuple[int, ...], levels: int) -> list[tuple[int, int]]:
+    sizes = [shape[-2:]]
+    for _ in range(levels):
+        sizes.append(tuple(reference.half_up(n) for n in sizes[-1]))
+    return sizes[1:]
+
+
+def is_last(case: Case) -> bool:
+    """Whether results lie in channels_last order: the order of a case's input."""
+    return case.layout in ("channels_last", "channels_slice") and case.size[0][1] > 1
+
+
+class Analysis(Contract):
+    """An extrapolating mode (2a - b) triples a sample per axis and level; each launch, and the mended border, rounds
+    once more. A gradient adds up to four such samples."""
+
+    name = "haar_dwt2d"
+    axes: ClassVar[Any] = {"size": (*SIZES, *THIN), "mode": LOCAL, "layout": ALL_LAYOUTS}
+    interpreted: ClassVar[Any] = Contract.interpreted | {"size": (*SIZES, *THIN[:2], ODD[2])}
+    differentiable = ("x",)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        return {"x": image(randn(*case.size[0]), case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return flat(wk.haar_dwt2d(tensors["x"], case.size[1], mode=case.mode, backend=backend))
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return flat(reference.analysis(tensors["x"], case.size[1], case.mode))
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        shape, levels = case.size
+        local = reference.MODES[case.mode].local
+        gain = 3.0 ** (2 * levels) if case.mode in ("smooth", "antireflect") else 1.0
+        times = len(op._spans(shape[-2:], levels, case.mode)) + (0 if local else 2)
+        peaks = {name: gain * float(tensors["x"].detach().abs().max()) for name in exact}
+        peaks["d_x"] = gain * 2 * max(float(c.abs().max()) for c in cotangents.values())
+        return {
+            name: haar_bound(t, case.dtype, levels, peaks[name], 2 * times + 2 if name == "d_x" else times, backend)
+            for name, t in exact.items()
+        }
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        order = torch.channels_last if is_last(case) else torch.contiguous_format
+        assert results["ll"].is_contiguous(memory_format=order)
+        for name, high in results.items():
+            if name.startswith("high"):
+                joined = high.flatten(1, 2)
+                assert joined.data_ptr() == high.data_ptr(), "[LH, HL, HH of each channel] must be a free view"
+                assert joined.is_contiguous(memory_format=order)
+        if case.layout in ("nchw", "channels_last") and 1 not in case.size[0]:  # strides of one element mean nothing
+            assert results["d_x"].stride() == tensors["x"].stride()
+
+
+class Synthesis(Contract):
+    """The values at most double once ((ll + 3 high) / 2 <= 2 peak); `add` is one more rounding."""
+
+    name = "haar_idwt2d"
+    axes: ClassVar[Any] = {"size": (*SIZES, *THIN), "layout": ALL_LAYOUTS, "add": (False, True)}
+    interpreted: ClassVar[Any] = Analysis.interpreted
+    differentiable = ("ll", *(f"high{i}" for i in range(6)), "add")
+
+    def inputs(self, case: Case, device: str) -> Any:
+        (n, c, *full), levels = case.size
+        sizes = level_sizes(case.size[0], levels)
+        shapes = {"ll": (n, c, *sizes[-1]), **{f"high{i}": (n, c, 3, *size) for i, size in enumerate(sizes)}}
+        if case.add:
+            shapes["add"] = (n, c, *full)
+        return {name: image(randn(*shape, seed=i), case.dtype, device, case.layout)
+                for i, (name, shape) in enumerate(shapes.items())}  # fmt: skip
+
+    def parts(self, case: Case, tensors: Any) -> tuple[Any, ...]:
+        return tensors["ll"], [tensors[f"high{i}"] for i in range(case.size[1])], tensors.get("add")
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        ll, highs, add = self.parts(case, tensors)
+        return {"image": wk.haar_idwt2d(ll, highs, size=case.size[0][2:], add=add, backend=backend)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        ll, highs, add = self.parts(case, tensors)
+        return {"image": reference.synthesis(ll, highs, case.size[0][2:], "zero", add)}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        shape, levels = case.size
+        peak = 2 * max(float(t.detach().abs().max()) for t in tensors.values())
+        back = float(cotangents["image"].abs().max())
+        times = len(op._spans(shape[-2:], levels, "zero"))
+        return {
+            name: haar_bound(t, case.dtype, levels + case.add, peak if name == "image" else back, times, backend)
+            for name, t in exact.items()
+        }
+
+
+test_analysis = each_case(Analysis())
+test_every_mode = each_case(Analysis(size=ODD, mode=op.MODES, layout=("nchw", "channels_last")))
+test_synthesis = each_case(Synthesis())
+
+
+class Pyramid(Contract):
+    """The pyramid keeps the LL of every level, and its gradient adds them."""
+
+    name = "haar_pyramid"
+    axes: ClassVar[Any] = {
+        "size": (((2, 5, 16, 32), 4), ((2, 9, 24, 16), 3), ((1, 8, 4, 36), 2), ((3, 1, 6, 2), 1), ((1, 2, 32, 32), 5)),
+        "layout": ALL_LAYOUTS,
+        "last": (False, True),
+        "cotangents": ("nchw", "channels_last", "channels_slice", "expanded"),
+    }
+    differentiable = ("x",)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        return {"x": image(randn(*case.size[0]), case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        zs = pyramid.haar_pyramid(tensors["x"], case.size[1], channels_last=case.last, backend=backend)
+        return {f"z{i}": z for i, z in enumerate(zs)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return {f"z{i}": z for i, z in enumerate(reference.haar_pyramid(tensors["x"], case.size[1]))}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        levels = case.size[1]
+        peaks = {name: float(tensors["x"].detach().abs().max()) for name in exact}
+        peaks["d_x"] = levels * max(float(c.abs().max()) for c in cotangents.values())
+        return {name: haar_bound(t, case.dtype, levels, peaks[name], 1, backend) for name, t in exact.items()}
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        order = torch.channels_last if case.last else torch.contiguous_format
+        assert all(z.is_contiguous(memory_format=order) for name, z in results.items() if name.startswith("z"))
+
+
+test_pyramid = each_case(Pyramid())
+
+
+class Bands(Contract):
+    """One level with all four bands side by side, as WTConv has them, and back."""
+
+    name = "haar_bands"
+    axes: ClassVar[Any] = {
+        "layout": ALL_LAYOUTS,
+        "shape": ((2, 4, 16, 40), (1, 1, 2, 6), (3, 5, 6, 2)),
+        "back": (False, True),
+    }
+    differentiable = ("x",)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        n, c, h, w = case.shape
+        shape = (n, c, 4, h // 2, w // 2) if case.back else case.shape
+        return {"x": image(randn(*shape), case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return {"out": (bands.haar_from_bands if case.back else bands.haar_bands)(tensors["x"], backend=backend)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        if case.back:
+            return {"out": reference.synthesis(tensors["x"][:, :, 0], [tensors["x"][:, :, 1:]])}
+        ll, (high,) = reference.analysis(tensors["x"])
+        return {"out": torch.cat((ll.unsqueeze(2), high), 2)}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        peaks = {"out": float(tensors["x"].detach().abs().max()), "d_x": float(cotangents["out"].abs().max())}
+        return {name: haar_bound(t, case.dtype, 1, peaks[name], backend=backend) for name, t in exact.items()}
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        last = case.layout in ("channels_last", "channels_slice") and case.shape[1] > 1
+        out = results["out"] if case.back else results["out"].flatten(1, 2)
+        assert out.data_ptr() == results["out"].data_ptr()
+        assert out.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+test_bands = each_case(Bands())
+test_repeats = each_backend_repeats(Analysis(size=SIZES[3:4], mode=("symmetric",)))
+
+
+def test_bands_between_neighbours(backend: str, device: str) -> None:
+    """A slice of four bands among six, as a module cuts it: nothing of the neighbours is read."""
+    four = image(randn(2, 4, 4, 8, 20), torch.float32, device)
+    framed = torch.full((2, 4, 6, 8, 20), float("nan"), device=device)
+    framed[:, :, 1:5] = four
+    want = bands.haar_from_bands(four, backend=backend)
+    torch.testing.assert_close(bands.haar_from_bands(framed[:, :, 1:5], backend=backend), want, rtol=0, atol=0)
+
+
+# --- Values that mean something ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        mode=[m for m in op.MODES if m != "per"], shape=[(1, 1, 8, 12), (2, 3, 7, 9), (1, 2, 5, 14), (1, 1, 3, 3)],
+        levels=[1, 2], name=["cpu", "reference"],
+    ),
+    ids=str,
+)  # fmt: skip
+def test_pywavelets_agrees(case: Case) -> None:
+    pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed")
+    x = randn(*case.shape)
+    with wk.backend(case.name):
+        ll, highs = wk.haar_dwt2d(x, case.levels, mode=case.mode)
+        back = wk.haar_idwt2d(ll, highs, mode=case.mode, size=case.shape[-2:])
+    approx = x.numpy()
+    for level in range(case.levels):
+        approx, details = pywt.dwt2(approx, "haar", mode=case.mode)
+        np.testing.assert_allclose(highs[level].numpy(), np.stack(details, 2), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(ll.numpy(), approx, rtol=0, atol=1e-13)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-13)
+
+
+def test_reflecting_a_single_sample_is_refused_as_pywavelets_does() -> None:
+    pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed")
+    for mode in reference.NEEDS_TWO:
+        with pytest.raises(ValueError, match="greater than 1"):
+            pywt.dwt2(np.ones((1, 4)), "haar", mode=mode)
+        with pytest.raises(ValueError, match=r"level 2 meets a single sample along H"):
+            wk.haar_dwt2d(torch.ones(1, 1, 2, 8), 2, mode=mode)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (0, 4, 5, 7)], ids=str)
+def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, device=device, requires_grad=True)
+    ll, highs = wk.haar_dwt2d(x, 2, backend=backend)
+    back = wk.haar_idwt2d(ll, highs, size=shape[-2:], backend=backend)
+    back.sum().backward()
+    assert back.shape == x.shape == x.grad.shape
+
+
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "antisymmetric", "periodic"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy: inf - inf
+def test_nan_and_infinity_stay_where_they_are(backend: str, device: str, mode: str, layout: str) -> None:
+    """They reach exactly the coefficients that depend on them; zero padding stays zero beside them."""
+    x = image(randn(1, 3, 9, 11), torch.float32, device, layout)
+    x[0, 0, 8, 10], x[0, 1, 8, 3], x[0, 2, 2, 10] = float("inf"), float("nan"), float("-inf")
+    ll, highs = wk.haar_dwt2d(x, 2, mode=mode, backend=backend)
+    exact = reference.analysis(x, 2, mode)
+    for got, want in zip([ll, *highs], [exact[0], *exact[1]], strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+    back = wk.haar_idwt2d(ll, highs, size=(9, 11), backend=backend)
+    torch.testing.assert_close(back, reference.synthesis(*exact, (9, 11)), equal_nan=True)
+
+
+def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
+    """A batch whose samples lie more than 2**31 elements apart (the pages between are never touched)."""
+    apart = 2**31 + 64
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
+        pytest.skip("not enough free GPU memory for 2**31 elements")
+    x = torch.empty(apart + 4096, dtype=torch.bfloat16, device=device).as_strided((2, 2, 16, 16), (apart, 256, 16, 1))
+    x.copy_(randn(2, 2, 16, 16))
+    ll, highs = wk.haar_dwt2d(x, 2, backend=backend)
+    exact = reference.analysis(x.double(), 2)
+    for got, want in zip([ll, *highs], [exact[0], *exact[1]], strict=True):
+        assert_within(got, want, haar_bound(want, x.dtype, 2, x.abs().max().item(), 1, backend))
+
+
+def test_half_types_keep_fp32_between_levels(backend: str, device: str) -> None:
+    """LL stored in bf16 between levels would break the bound of one rounding."""
+    x = image(randn(1, 2, 64, 64), torch.bfloat16, device).abs()
+    ll, _ = wk.haar_dwt2d(x, 5, backend=backend)
+    exact, _ = reference.analysis(x.double(), 5)
+    assert ((ll.double() - exact).abs() <= 1.01 * stored_roundoff(torch.bfloat16, backend) * exact.abs()).all()
+
+
+@pytest.mark.parametrize("module", [op, pyramid, bands], ids=["haar", "haar_pyramid", "haar_bands"])
+def test_self_test_passes(backend: str, device: str, module: Any) -> None:
+    error, bound = module.self_test(backend, torch.device(device))
+    assert 0 < error <= bound
+
+
+# --- Gradients of every order ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth"])
+def test_gradcheck_analysis(backend: str, device: str, mode: str) -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(wk.haar_dwt2d(x, 2, mode=mode, backend=backend)).values())
+
+    x = image(randn(1, 2, 5, 6), device=device).requires_grad_()
+    assert torch.autograd.gradcheck(function, x, fast_mode=True)
+    # Linear, so the second derivative must vanish in x and be the transform itself in the cotangent.
+    assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
+
+
+def test_gradcheck_synthesis(backend: str, device: str) -> None:
+    sizes = level_sizes((5, 6), 2)
+    highs = [image(randn(1, 2, 3, *s), device=device, layout="channels_last").requires_grad_() for s in sizes]
+    ll, add = (image(randn(1, 2, *s), device=device).requires_grad_() for s in (sizes[-1], (5, 6)))
+
+    def function(ll: Tensor, add: Tensor, *highs: Tensor) -> Tensor:
+        return wk.haar_idwt2d(ll, list(highs), size=(5, 6), add=add, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (ll, add, *highs), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (ll, add, *highs), fast_mode=True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradcheck_pyramid_and_bands(backend: str, device: str, last: bool) -> None:
+    x = image(randn(1, 2, 8, 4), device=device, layout="channels_last" if last else "nchw").requires_grad_()
+    four = image(randn(1, 2, 4, 2, 3), device=device, layout="channels_last" if last else "nchw").requires_grad_()
+    functions: list[tuple[Callable[[Tensor], Any], Tensor]] = [
+        (lambda t: tuple(pyramid.haar_pyramid(t, 2, channels_last=last, backend=backend)), x),
+        (lambda t: bands.haar_bands(t, backend=backend), x),
+        (lambda t: bands.haar_from_bands(t, backend=backend), four),
+    ]
+    for function, leaf in functions:
+        assert torch.autograd.gradcheck(function, (leaf,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, (leaf,), fast_mode=True)
+
+
+def test_gradient_of_ll_alone(backend: str, device: str) -> None:
+    """Unused bands bring undefined gradients: they count as zeros."""
+    x = image(randn(1, 3, 8, 8), device=device).requires_grad_()
+    ll, _ = wk.haar_dwt2d(x, 2, backend=backend)
+    (grad,) = torch.autograd.grad(ll.square().sum(), x)
+    exact = x.detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(reference.analysis(exact, 2)[0].square().sum(), exact)
+    torch.testing.assert_close(grad, want)
+
+
+# --- The torch ecosystem ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_opcheck(name: str, layout: str) -> None:
+    ops, last = torch.ops.wavemix_kernels, layout == "channels_last"
+    x = image(randn(2, 3, 9, 12), torch.float32, layout=layout).requires_grad_()
+    torch.library.opcheck(ops.haar_analysis, (x, 2, "symmetric", name))
+    ll, highs = wk.haar_dwt2d(x.detach(), 2)
+    leaves = [t.requires_grad_() for t in (ll, *highs)]
+    add = image(randn(2, 3, 9, 12), torch.float32, layout=layout).requires_grad_()
+    torch.library.opcheck(ops.haar_synthesis, (leaves[0], leaves[1:], [9, 12], "zero", add, last, name))
+    even = image(randn(2, 3, 8, 12), torch.float32, layout=layout).requires_grad_()
+    torch.library.opcheck(ops.haar_bands, (even, name))
+    four = bands.haar_bands(even.detach()).requires_grad_()
+    torch.library.opcheck(ops.haar_from_bands, (four, last, name))
+
+
+def roundtrip(x: Tensor) -> Tensor:
+    ll, highs = wk.haar_dwt2d(x, 2)
+    return wk.haar_idwt2d(ll, [1.5 * h for h in highs], size=x.shape[-2:], add=x)
+
+
+@pytest.mark.parametrize("dynamic, layout", [(False, "nchw"), (True, "channels_last"), (True, "nchw")])
+def test_compile_fullgraph(dynamic: bool, layout: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(roundtrip, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((2, 3, 8, 12), (3, 3, 16, 20), (2, 5, 11, 14)):
+        x = image(randn(*shape), torch.float32, layout=layout).requires_grad_()
+        out = compiled(x)
+        torch.testing.assert_close(out, roundtrip(x))
+        (got,) = torch.autograd.grad(out.sum(), x)
+        (want,) = torch.autograd.grad(roundtrip(x).sum(), x)
+        torch.testing.assert_close(got, want)
+
+
+def test_compiled_code_sees_a_change_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    seen = []
+
+    def spy(*tensors: Tensor) -> str | None:
+        seen.append(tensors)
+        return backends.reference_why_not(*tensors)
+
+    monkeypatch.setitem(op.BACKENDS, "reference", backends.Backend(spy, {}))
+    compiled = torch.compile(lambda x: wk.haar_dwt2d(x)[0], fullgraph=True, backend="eager")
+    x = torch.randn(1, 1, 4, 4)
+    compiled(x)
+    assert not seen
+    with wk.backend("reference"):
+        compiled(x)
+    assert seen, "the compiled graph kept the backend it was traced with"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """The transform keeps its input's dtype; mixed coefficients (a convolution's output beside them) are promoted."""
+    x = image(randn(2, 4, 8, 8), torch.float32).requires_grad_()
+    conv = torch.nn.Conv2d(4, 4, 1)
+    with torch.autocast("cpu", dtype=dtype):
+        ll, highs = wk.haar_dwt2d(x, 2)
+        low = conv(ll)
+        out = wk.haar_idwt2d(low, highs)
+    assert (ll.dtype, low.dtype, out.dtype) == (torch.float32, dtype, torch.float32)
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    with pytest.raises(TypeError, match=r"highs\[0\]: expected the dtype of ll"):
+        wk.haar_idwt2d(low, highs)
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return roundtrip(x)
+
+    x, y = (image(randn(n, 3, 8, 12), torch.float32) for n in (2, 5))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Model(), (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(y), roundtrip(y))
+
+
+def test_functional_transforms() -> None:
+    x = randn(2, 3, 8, 12)
+    want = x.clone().requires_grad_()
+    roundtrip(want).square().sum().backward()
+
+    def loss(t: Tensor) -> Tensor:
+        return roundtrip(t).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), want.grad)
+    per_sample = torch.func.vmap(torch.func.grad(lambda t: loss(t[None])))(x)
+    torch.testing.assert_close(per_sample, want.grad)
+    tangent = torch.randn_like(x)
+    _, pullback = torch.func.vjp(roundtrip, x)
+    torch.testing.assert_close((pullback(tangent)[0] * x).sum(), (tangent * roundtrip(x)).sum())  # linear
+    for function, leaf in ((bands.haar_bands, x), (bands.haar_from_bands, bands.haar_bands(x))):
+        torch.testing.assert_close(torch.func.vmap(function)(leaf[:, None]), function(leaf)[:, None], rtol=0, atol=0)
+
+
+def test_errors_of_bands() -> None:
+    with pytest.raises(ValueError, match="x: W=7: expected a multiple of 2"):
+        bands.haar_bands(torch.zeros(1, 1, 4, 7))
+    with pytest.raises(ValueError, match=r"bands: expected shape \(N, C, 4, h, w\), got \(1, 1, 3, 4, 4\)"):
+        bands.haar_from_bands(torch.zeros(1, 1, 3, 4, 4))

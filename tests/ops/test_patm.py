@@ -1,0 +1,490 @@
+"""PATM's operators on every backend: `phase_aggregate`, `branch_sum`, and a CPU's PATM from end to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.contract import Case, Contract, each_backend_repeats, each_case, image, randn, singles
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored, stored_roundoff, sum_bound
+from wavemix_kernels.ops.patm import branches, phases, reference, whole
+
+EPS = 1e-5
+#: Roundoffs by which sine and cosine of a phase may err (csrc/cpu/sincos.h, csrc/cuda/sincos.cuh), in fp64 CUDA's own.
+SINE = {("cuda", torch.float32): 1.33, ("cuda", torch.float64): 2.5, ("triton", torch.float64): 2.0}
+
+
+def sine(backend: str, dtype: torch.dtype) -> float:
+    return SINE.get((backend, accumulation(dtype)), 1.32)
+
+
+NAMES = (
+    "z_h", "z_w", "c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "w_h", "w_w",
+)  # fmt: skip
+EVERYWHERE = dict.fromkeys(("reference", "cpu", "triton", "cuda"), DTYPES)
+KERNELS = pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"], indirect=True)
+
+
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", layout: str = "nchw", turns: float = 1.0
+) -> dict[str, Tensor]:
+    """Phases of some radians, or `turns` times as many. They stay 0.01 away from ReLU's corner, where rounding would
+    decide between two gradients."""
+    c = shape[1]
+    images = [randn(*shape, seed=i) for i in range(5)]
+    for theta in images[3:]:
+        theta += 0.1 * theta.sign()
+    affine = [t for i in (5, 7) for t in (turns * (0.5 + randn(c, seed=i).abs()), 0.04 * randn(c, seed=i + 1).tanh())]
+    vectors = [*affine, randn(c, 2, 1, 7, seed=9), randn(c, 2, 7, 1, seed=10)]
+    made = [image(t, dtype, device, layout) for t in images] + [t.to(device, accumulation(dtype)) for t in vectors]
+    return dict(zip(NAMES, made, strict=True))
+
+
+class PhaseAggregate(Contract):
+    """Forward, and every gradient with all that backward is told.
+
+    A phase comes of one multiplication and one addition (or one FMA), so it errs by 2 u (|scale theta| + |phase|), and
+    turns its wave by as much; sine and cosine err by `sine` u, the product with z by u.
+    """
+
+    name = "phase_aggregate"
+    dtypes = EVERYWHERE
+    axes: ClassVar[Any] = {
+        # Thinner and longer than the taps reach; more channels, pixels, images than one block or program takes.
+        "shape": (
+            (2, 8, 7, 9), (1, 6, 3, 21), (3, 4, 1, 1), (2, 2, 1, 5), (1, 132, 2, 3), (1, 4, 70, 1), (1, 4, 2, 261),
+            (11, 16, 9, 2),
+        ),
+        "layout": ("channels_slice", "nchw", "channels_last", "sliced"),
+        "way": ("statistics", "plain", "weighted", "turns"),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        if backend != "triton":
+            return super().cases(backend)
+        few = self.axes | {"shape": self.axes["shape"][:6]}  # interpreted, an element takes a microsecond
+        return singles(dtype=DTYPES, **few) + singles(dtype=(torch.float32,), **few | {"way": few["way"][::-1]})
+
+    def inputs(self, case: Case, device: str) -> Any:
+        turns = 300.0 if case.way == "turns" else 1.0
+        made: Any = arguments(case.shape, case.dtype, device, case.layout, turns)
+        wide = accumulation(case.dtype)
+        for i, b in enumerate("hw"):
+            made[f"grad_{b}"] = image(randn(*case.shape, seed=20 + i), case.dtype, device, case.layout)
+        made["grad_s"] = randn(*case.shape[:2], seed=22).to(device, wide)
+        weighted, statistics = case.way in ("weighted", "statistics"), case.way == "statistics"
+        made["a"] = randn(3, *case.shape[:2], seed=23).to(device, wide) if weighted else None
+        var, mean = zip(*(self.statistics(made[f"theta_{b}"].double()) for b in "hw"), strict=True)
+        made["mean"] = torch.stack(mean).to(wide) if statistics else None
+        made["invstd"] = (torch.stack(var) + EPS).rsqrt().to(wide) if statistics else None
+        return made
+
+    def statistics(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.var_mean(theta, (0, 2, 3), correction=0)
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        t = tensors
+        h, w, s = phases.fused(*(t[name] for name in NAMES), backend)
+        joined = case.way != "plain"
+        given = [t[name] for name in ("grad_h", "grad_w", "grad_s", "a", "z_h", "z_w", *NAMES[3:], "mean", "invstd")]
+        made = phases.backward(*given, joined, backend)
+        assert len(made.images) == (1 if joined else 3)
+        slots = zip(("z_h", "z_w", "c", "theta_h", "theta_w"), phases._slots(made.images), strict=True)
+        out = {"h": h, "w": w, "s": s, "d_w_h": made.w_h, "d_w_w": made.w_w} | {f"d_{name}": d for name, d in slots}
+        for i, b in enumerate("hw"):
+            out |= {f"d_shift_{b}": made.sums[i, 0], f"d_scale_{b}": made.sums[i, 1]}
+        return out
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        """By autograd, from the sum of ``(grad_h a0 + grad_s) h``, ``(grad_w a1 + grad_s) w`` and
+        ``(grad_h a2 + grad_s) c``.
+
+        With statistics, scale and shift come from those of theta: gamma and beta are chosen so that they still are the
+        given ones, of which rounding moves no phase across ReLU's corner. The sums are then the gradients of these.
+        """
+        leaf = {name: tensors[name].detach().requires_grad_() for name in NAMES}
+        affine, wrt, invstd = {}, {f"d_{name}": leaf[name] for name in NAMES}, dict.fromkeys("hw", torch.ones(1))
+        for b in "hw":
+            scale, shift = leaf[f"scale_{b}"], leaf[f"shift_{b}"]
+            if case.way == "statistics":
+                var, mean = self.statistics(leaf[f"theta_{b}"])
+                inverse = (var + EPS).rsqrt()
+                gamma = (scale / inverse).detach().requires_grad_()
+                beta = (shift + mean * scale).detach().requires_grad_()
+                scale, shift, invstd[b] = gamma * inverse, beta - mean * gamma * inverse, inverse.detach()
+                wrt |= {f"d_scale_{b}": gamma, f"d_shift_{b}": beta}
+            affine |= {f"scale_{b}": scale, f"shift_{b}": shift}
+        h, w, s = reference.phase_aggregate(*(leaf | affine).values())
+        grad_h, grad_w, grad_s, a = (tensors[name] for name in ("grad_h", "grad_w", "grad_s", "a"))
+        weights = [1.0, 1.0, 0.0] if a is None else [t[..., None, None] for t in a]
+        loss = (h * grad_h * weights[0]).sum() + (w * grad_w * weights[1]).sum() + (s * grad_s).sum()
+        loss = loss + (leaf["c"] * grad_h * weights[2]).sum()
+        made = dict(zip(wrt, torch.autograd.grad(loss, list(wrt.values())), strict=True))
+        made |= {f"d_scale_{b}": made[f"d_scale_{b}"] / invstd[b] for b in "hw"}
+        return {"h": h, "w": w, "s": s} | made
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        def largest(name: str) -> float:
+            return 0.0 if tensors[name] is None else tensors[name].abs().max().item()
+
+        wide, pixels = accumulation(case.dtype), math.prod(case.shape[2:])
+        u = UNIT_ROUNDOFF[wide] * (2 if case.dtype == torch.float64 else 1)  # float64's truth errs as much
+        n = case.shape[0] * pixels
+        d = max(1.0, largest("a")) * max(largest("grad_h"), largest("grad_w")) + largest("grad_s")
+        allowed, outputs, peaks = {"d_c": 2 * u * d}, 0.0, largest("c")
+        for i, b in enumerate("hw"):
+            z, theta, scale = (largest(f"{name}_{b}") for name in ("z", "theta", "scale"))
+            turned = 2 * (2 * theta * scale + largest(f"shift_{b}")) + sine(backend, case.dtype)
+            # Sums of |weights|: over what one output reads, and over what one wave goes to.
+            taps = tensors[f"w_{b}"].abs().flatten(2)
+            row = max(taps.sum((1, 2)).max().item(), 2 * taps.sum(2).max().item())
+            # 14 products and sums of waves.
+            allowed[b] = u * z * row * (turned + 1 + 14)
+            outputs, peaks = outputs + allowed[b], peaks + z * row
+            # 7 products and sums of gradients, which themselves come of two operations; then z takes products with
+            # cosine and sine, theta one more with z and with scale.
+            wave = u * d * row * (7 + 2 + turned + 3)
+            allowed[f"d_z_{b}"] = 2 * wave
+            pre, peak = 2 * z * (wave + 3 * u * d * row), 2 * z * d * row
+            # Sums over every pixel, by any order of additions; theta - mean is at most twice the largest theta.
+            summed = n * (pre + n * u * peak)
+            spread = (2 if case.way == "statistics" else 1) * theta
+            of_mean = 2 * u * spread * n * peak if case.way == "statistics" else 0.0
+            allowed |= {f"d_shift_{b}": summed + of_mean, f"d_scale_{b}": spread * summed + of_mean}
+            allowed[f"d_theta_{b}"] = scale * pre
+            if case.way == "statistics":
+                # A line is added to the already rounded gradient, with the errors of both sums and its own five
+                # operations; theta and its mean cancel in it.
+                steep = tensors["invstd"][i].square().max().item() * spread**2
+                line = scale * (1 + steep) * (summed / n + 5 * u * peak)
+                allowed[f"d_theta_{b}"] += line + stored_roundoff(case.dtype, backend) * scale * peak
+            allowed[f"d_w_{b}"] = n * u * z * d * (turned + 4 + n)
+        allowed["s"] = pixels * (outputs + (pixels + 2) * u * peaks)
+        once = ("h", "w", "d_z_h", "d_z_w", "d_c", "d_theta_h", "d_theta_w")
+        return {
+            name: bound + (stored(exact[name], case.dtype, backend) if name in once else torch.zeros_like(exact[name]))
+            for name, bound in allowed.items()
+        }
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        for name, got in results.items():
+            assert got.dtype == (case.dtype if got.dim() == 4 and got.shape == case.shape else accumulation(case.dtype))
+            if name in ("h", "w"):
+                assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+class BranchSum(Contract):
+    """Three products and two sums; the gradient of `a` is a sum over pixels."""
+
+    name = "branch_sum"
+    dtypes: ClassVar[Any] = dict.fromkeys(("reference", "cpu", "triton"), DTYPES)
+    axes: ClassVar[Any] = {
+        "shape": ((2, 6, 5, 9), (1, 72, 19, 3), (1, 5, 19, 3), (3, 1, 1, 1)),
+        "layout": ("nchw", "channels_last", "channels_slice", "sliced"),
+    }
+
+    def inputs(self, case: Case, device: str) -> Any:
+        made = {name: image(randn(*case.shape, seed=i), case.dtype, device, case.layout)
+                for i, name in enumerate(("grad", "h", "w", "c"))}  # fmt: skip
+        return made | {"a": randn(3, *case.shape[:2], seed=5).to(device, accumulation(case.dtype))}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        out, d_a = branches.backward(*tensors.values(), backend)
+        _, *given = tensors.values()
+        assert torch.equal(out, branches.branch_sum(*given, backend))
+        assert (out.dtype, d_a.dtype) == (case.dtype, accumulation(case.dtype))
+        return {"out": out, "d_a": d_a}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        grad, *three, a = tensors.values()
+        out = sum(t * k for t, k in zip(three, a[..., None, None], strict=True))
+        return {"out": out, "d_a": torch.stack([(grad * t).sum((2, 3)) for t in three])}
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        sizes = self.exact(case, {name: t.abs() for name, t in tensors.items()})
+        terms = math.prod(case.shape[2:]) + 1
+        return {
+            "out": sum_bound(exact["out"], sizes["out"], 4, case.dtype, backend=backend),
+            "d_a": sum_bound(exact["d_a"], sizes["d_a"], terms, accumulation(case.dtype)),
+        }
+
+
+def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> whole.Weights:
+    """Phases of a few radians, mostly above 0."""
+    hidden, values = max(c // 4, 1), {}
+    for i, name in enumerate(whole.Weights._fields):
+        if name in ("fc1", "fc2"):
+            shape: tuple[int, ...] = (hidden, c, 1, 1) if name == "fc1" else (3 * c, hidden, 1, 1)
+        elif name.startswith("taps"):
+            shape = (c, 2, 1, 7) if name == "taps_h" else (c, 2, 7, 1)
+        elif name.startswith(("scale", "shift")) or name.endswith("bias"):
+            shape = (hidden if name == "fc1_bias" else 3 * c if name == "fc2_bias" else c,)
+        else:
+            shape = (c, c, 1, 1)
+        value = randn(*shape, seed=i) / (c**0.5 if len(shape) > 1 else 4)
+        values[name] = (value + 1 if name.startswith(("scale", "shift")) else value).to(dtype)
+        if not biased and name in ("z_h_bias", "theta_w_bias", "channel_bias", "proj_bias"):
+            values[name] = None
+    return whole.Weights(**values)
+
+
+class Whole(Contract):
+    """PATM as a residual branch, behind an affine map by image."""
+
+    name = "patm_whole"
+    dtypes: ClassVar[Any] = {"cpu": DTYPES}
+    axes: ClassVar[Any] = {
+        "of_batch": (True, False),
+        "layout": ("sliced", "channels_slice", "nchw"),
+        "shape": ((2, 10, 9, 11),),
+    }
+    STATISTICS = ("mean", "invstd", "image_mean", "covariance")
+
+    def inputs(self, case: Case, device: str) -> Any:
+        n, c, *_ = case.shape
+        wide = accumulation(case.dtype)
+        made: Any = {"x": image(randn(*case.shape), case.dtype, device, case.layout)}
+        made |= {"scale": (1 + randn(n, c, seed=2) / 4).to(wide), "shift": randn(n, c, seed=3).to(wide)}
+        moments = whole.moments(whole.Image(*made.values()), "reference")
+        statistics = (0.1 * randn(2, c)).to(wide), 1 + randn(2, c).square().to(wide), *moments
+        made |= {"grad": image(randn(*case.shape, seed=1), case.dtype, device, case.layout)}
+        made |= {"path": torch.tensor([0.0, 1.25], dtype=wide)}
+        made |= dict(zip(self.STATISTICS, statistics if case.of_batch else (None,) * 4, strict=True))
+        return made | some_weights(c, wide, biased=case.of_batch)._asdict()
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        x = whole.Image(*(tensors[name] for name in ("x", "scale", "shift")))
+        weights = whole.Weights(*(tensors[name] for name in whole.Weights._fields))
+        batch = whole.Batch(*(tensors[name] for name in self.STATISTICS)) if case.of_batch else None
+        out, mean = whole.forward(x, tensors["path"], True, weights, backend)
+        grads = whole.backward(tensors["grad"], mean, batch, x, tensors["path"], weights, backend)
+        return {"out": out, "branch_mean": mean} | grads._asdict()
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.run(case, tensors, "reference")
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        """The longest sums are over pixels, over the joined projections' channels, over taps. A phase turns its wave by
+        its own rounding error, and the chain is walked twice, forward and backward."""
+        n, c, h, w = case.shape
+        read = tensors["x"] * tensors["scale"][..., None, None] + tensors["shift"][..., None, None]
+        thetas = [torch.einsum("oc,nchw->nohw", tensors[f"theta_{b}"].flatten(1), read) for b in "hw"]
+        u = UNIT_ROUNDOFF[accumulation(case.dtype)] * (1 + max(t.abs().max().item() for t in thetas))
+        made = {}
+        for name, want in exact.items():
+            size = want.abs().amax((0, 2), keepdim=True) if name == "sums" else want.abs().max()
+            once = stored(want, case.dtype) if name in ("out", "image") else 0.0
+            made[name] = torch.broadcast_to(2 * (n * h * w + 5 * c + 14) * u * size + once, want.shape)
+        return made
+
+
+test_phase_aggregate = each_case(PhaseAggregate())
+test_branch_sum = each_case(BranchSum())
+test_whole = each_case(Whole())
+test_same_bits_in_every_run = each_backend_repeats(PhaseAggregate())
+test_same_sums_in_every_run = each_backend_repeats(BranchSum())
+
+
+# --- Phases of any size ----------------------------------------------------------------------------------
+
+
+def waves(theta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """cos theta | sin theta of the even channels by the taps along W, of the odd ones by those along H: taps that pass
+    one channel through show them."""
+    c = theta.shape[1]
+    z, zero, one = torch.ones_like(theta), theta.new_zeros(c), theta.new_ones(c)
+    w_h, w_w = theta.new_zeros(c, 2, 1, 7), theta.new_zeros(c, 2, 7, 1)
+    w_h[:, 0, 0, 3] = w_w[:, 1, 3, 0] = 1
+    return phases.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, w_h, w_w, backend=backend)[:2]
+
+
+@KERNELS
+@pytest.mark.parametrize("power", [0, 3, 4, 5, 6, 12, 30])
+def test_large_phases(power: int, backend: str, device: str) -> None:
+    """Their own error, and one rounding of the product."""
+    theta = (10.0**power * (1 + randn(1, 8, 3, 12).abs())).float()
+    # Near multiples of pi/2 most of the phase cancels; and both sides of where the long reduction begins.
+    theta[0, 0, 0, :8] = torch.tensor([*(math.pi / 2 * k * 10.0**power for k in range(1, 7)), 8192.0, 8192.001])
+    theta[0, 1, 0, :3] = torch.tensor([1048576.0, 1048577.0, torch.finfo(torch.float32).max])
+    unit = UNIT_ROUNDOFF[torch.float32] * (sine(backend, torch.float32) + 1)
+    for out, channels in zip(waves(theta.to(device), backend), (slice(0, None, 2), slice(1, None, 2)), strict=True):
+        exact = theta.double()[:, channels]
+        want = torch.cat((exact.cos(), exact.sin()), 1)
+        assert_within(out, want, torch.full_like(want, unit), "waves")
+
+
+@pytest.mark.parametrize("power", [3, 4, 6])
+def test_large_phases_from_end_to_end(power: int) -> None:
+    """Where weights pass one channel through, the output is the cosine itself: its own roundoffs, and those of two sums
+    with zeros, which are none."""
+    c, u = 32, UNIT_ROUNDOFF[torch.float32]
+    x = (10.0**power * (1 + randn(2, c, 3, 5).abs())).float()
+    w = some_weights(c, torch.float32)
+    values = {name: torch.zeros_like(t) for name, t in w._asdict().items()}
+    eye, one = torch.eye(c)[:, :, None, None], torch.ones(c)
+    for b, at in (("h", (0, 3)), ("w", (3, 0))):
+        values |= {f"z_{b}_bias": one, f"theta_{b}": eye, f"scale_{b}": one}
+        values[f"taps_{b}"][:, 0, at[0], at[1]] = 1
+    choose = torch.tensor([200.0, 0.0, 0.0]).repeat(c)  # the branch along W, to the last bit
+    weights = whole.Weights(**values | {"fc2_bias": choose, "proj": eye})
+    out, _ = whole.forward(whole.Image(x, None, None), None, False, weights, "cpu")
+    exact = x.double()[:, ::2]
+    assert_within(out, torch.cat((exact.cos(), exact.sin()), 1), torch.full(x.shape, 1.32 * u), "waves")
+
+
+@KERNELS
+def test_phases_without_a_sine_stay_in_reach_of_their_taps(backend: str, device: str) -> None:
+    """Infinity and NaN, three pixels to each side, in the outputs of the one pair of channels."""
+    given = [torch.ones(1, 8, 3, 20) for _ in range(5)]
+    given[3][0, 0, 0, 4], given[3][0, 2, 1, 10] = math.inf, math.nan
+    given += [torch.ones(8)] * 4 + [torch.ones(8, 2, 1, 7), torch.ones(8, 2, 7, 1)]
+    h, w, _ = phases.phase_aggregate(*(t.to(device) for t in given), backend=backend)
+    expected = torch.zeros(h.shape, dtype=torch.bool)
+    expected[0, [0, 4], 0, 1:8] = True
+    expected[0, [1, 5], 1, 7:14] = True
+    assert torch.equal(h.isnan().cpu(), expected)
+    assert not w.isnan().any()
+
+
+# --- Sizes at the limits ---------------------------------------------------------------------------------
+
+
+@KERNELS
+def test_empty_batch(backend: str, device: str) -> None:
+    inputs = [t.requires_grad_() for t in arguments((0, 4, 3, 5), torch.float32, device).values()]
+    h, w, s = phases.phase_aggregate(*inputs, backend=backend)
+    assert (h.shape, w.shape, s.shape) == ((0, 4, 3, 5), (0, 4, 3, 5), (0, 4))
+    grads = torch.autograd.grad((h.sum() + w.sum() + s.sum()), inputs)
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(grads, inputs, strict=True))
+    if backend != "cuda":  # which has no kernel of its own for the sum
+        a, c = torch.ones(3, 0, 4, device=device), inputs[2].detach()
+        out, d_a = branches.backward(h.detach(), h.detach(), w.detach(), c, a, backend)
+        assert (out.shape, d_a.shape) == ((0, 4, 3, 5), (3, 0, 4))
+
+
+@KERNELS
+@pytest.mark.parametrize("axis", [0, 2, 3])
+def test_offsets_beyond_32_bits(axis: int, backend: str, device: str) -> None:
+    """Two images, rows or columns 2^31 elements apart. What lies between is never touched, and a CPU's allocator gives
+    it no memory."""
+    shape = [1, 2, 3, 3]
+    shape[axis] = 2
+    stride = [64, 1, 16, 4]
+    stride[axis] = step = 2**31 + 64
+    store = torch.empty(step + 128, dtype=torch.bfloat16, device=device)
+    far = [store.as_strided(shape, stride, offset) for offset in (0, 2)]
+    near = [randn(*shape, seed=i).to(device, torch.bfloat16) for i in range(2)]
+    for view, values in zip(far, near, strict=True):
+        view.copy_(values)
+    vectors = list(arguments(tuple(shape), torch.bfloat16, device).values())[5:]
+
+    def run(z: Tensor, theta: Tensor) -> Iterator[Tensor]:
+        grad_s = torch.ones(shape[:2], device=device)
+        a = torch.full((3, *shape[:2]), 0.5, device=device)
+        yield from phases.fused(z, z, z, theta, theta, *vectors, backend)
+        made = phases.backward(z, theta, grad_s, a, z, z, theta, theta, *vectors, None, None, True, backend)
+        yield from (*made.images, made.sums, made.w_h, made.w_w)
+        if backend != "cuda":
+            yield from branches.backward(theta, z, theta, z, a, backend)
+
+    for value, want in zip(run(*far), run(*near), strict=True):
+        assert torch.equal(value, want)
+
+
+# --- As operators ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op, backend",
+    [(op, name) for op in (phases, branches, whole) for name in op.BACKENDS if name != "reference"],
+    indirect=["backend"],
+)
+def test_self_test(op: Any, backend: str, device: str) -> None:
+    error, bound = op.self_test(backend, torch.device(device))
+    assert 0 < error <= bound
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
+def test_gradcheck(backend: str) -> None:
+    inputs = [t.requires_grad_() for t in arguments((2, 4, 3, 5), torch.float64).values()]
+    assert torch.autograd.gradcheck(lambda *t: phases.phase_aggregate(*t, backend=backend), inputs, fast_mode=True)
+
+
+def test_second_derivatives_are_the_references_alone() -> None:
+    inputs = [t.requires_grad_() for t in arguments((1, 2, 1, 2), torch.float64).values()]
+
+    def of_z(*tensors: Tensor, name: str = "reference") -> Tensor:
+        return phases.phase_aggregate(*tensors, backend=name)[0]
+
+    assert torch.autograd.gradgradcheck(of_z, inputs)
+    out = of_z(*inputs, name="cpu")
+    (grad,) = torch.autograd.grad(out, inputs[:1], torch.ones_like(out, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "backend, joined", [("cpu", True), ("reference", False), ("triton", True), ("cuda", False)], indirect=["backend"]
+)
+def test_opcheck(backend: str, joined: bool, device: str) -> None:
+    ops, contract = torch.ops.wavemix_kernels, PhaseAggregate()
+    case = Case(shape=(2, 4, 3, 5), dtype=torch.float32, layout="channels_slice", way="statistics")
+    given = contract.inputs(case, device)
+    inputs = [given[name].requires_grad_() for name in NAMES]
+    torch.library.opcheck(ops.phase_aggregate, (*inputs, backend))
+    plain = {name: t.detach() for name, t in given.items()}
+    grads = [plain[name] for name in ("grad_h", "grad_w", "grad_s", "a", "z_h", "z_w", *NAMES[3:], "mean", "invstd")]
+    torch.library.opcheck(ops.phase_aggregate_backward, (*grads, joined, backend))
+    if backend in branches.BACKENDS:
+        grad, *images = (plain[name] for name in ("grad_h", "z_h", "z_w", "c", "a"))
+        torch.library.opcheck(ops.branch_sum, (*images, backend))
+        torch.library.opcheck(ops.branch_sum_backward, (grad, *images, backend))
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_opcheck_from_end_to_end(of_batch: bool) -> None:
+    """The reference's backward is autograd, which opcheck turns off."""
+    ops, contract = torch.ops.wavemix_kernels, Whole()
+    given = contract.inputs(Case(shape=(2, 4, 3, 5), dtype=torch.float32, layout="nchw", of_batch=of_batch), "cpu")
+    x, weights = [given[name] for name in ("x", "scale", "shift")], [given[name] for name in whole.Weights._fields]
+    batch, path = [given[name] for name in contract.STATISTICS], given["path"]
+    for name in whole.BACKENDS:
+        torch.library.opcheck(ops.patm_moments, (*x, name))
+        torch.library.opcheck(ops.patm_whole, (*x, path, True, *weights, name))
+    _, mean = ops.patm_whole(*x, path, True, *weights, "cpu")
+    torch.library.opcheck(ops.patm_whole_backward, (given["grad"], mean, *batch, *x, path, *weights, "cpu"))
+
+
+# --- Errors ----------------------------------------------------------------------------------------------
+
+
+@KERNELS
+def test_odd_channels_have_no_kernel(backend: str, device: str) -> None:
+    inputs = arguments((1, 5, 3, 4), torch.float32, device).values()
+    message = f"backend='{backend}' cannot serve this call: it takes an even number of channels, got 5"
+    with pytest.raises(ValueError, match=message):
+        phases.phase_aggregate(*inputs, backend=backend)
+    for got, want in zip(phases.phase_aggregate(*inputs), reference.phase_aggregate(*inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "name, change, error, message",
+    [
+        ("z_h", lambda t: t[0], ValueError, "z_h: expected 4 dimensions"),
+        ("z_w", lambda t: t[:, :2], ValueError, r"z_w: expected the shape of z_h, \(1, 4, 3, 5\), got \(1, 2, 3, 5\)"),
+        ("theta_w", lambda t: t.double(), TypeError, "theta_w: expected the dtype of z_h, torch.float32, got"),
+        ("shift_w", lambda t: t[:1], ValueError, r"shift_w: expected shape \(4,\) to go with z_h"),
+        ("w_w", lambda t: t.transpose(2, 3), ValueError, r"w_w: expected shape \(4, 2, 7, 1\)"),
+    ],
+)  # fmt: skip
+def test_rejects(name: str, change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:
+    inputs = arguments((1, 4, 3, 5), torch.float32)
+    inputs[name] = change(inputs[name])
+    with pytest.raises(error, match=message):
+        phases.phase_aggregate(*inputs.values())

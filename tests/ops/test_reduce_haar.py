@@ -1,0 +1,239 @@
+"""reduce_haar and its gradients on every backend (the kernels alone: tests/kernels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops.contract import LAYOUTS, Case, Contract, each_backend_repeats, each_case, each_thread_count, image, randn
+from tests.tolerances import assert_within, sum_bound
+from wavemix_kernels.ops.reduce_haar import op, reference
+
+# (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
+SIZES = (
+    ((2, 20, 6, 10), 5, 1),
+    ((1, 16, 8, 12), 36, 2),
+    ((1, 1, 2, 2), 1, 1),
+    ((3, 19, 8, 16), 4, 3),
+    ((1, 8, 16, 32), 2, 4),
+    ((1, 5, 60, 4), 3, 2),
+    ((2, 12, 4, 4), 70, 1),
+    ((1, 6, 32, 32), 3, 5),
+)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def absolute_pyramid(r: Tensor, levels: int) -> list[Tensor]:
+    """The pyramid with plus signs only, all four bands alike."""
+    out = []
+    for _ in range(levels):
+        r = F.avg_pool2d(r, 2) * 2
+        out.append(torch.cat((r, r.repeat_interleave(3, 1)), 1))
+    return out
+
+
+class ReduceHaar(Contract):
+    """C products and the bias for a pixel, then two additions a level. Tensor cores may cut a sum off instead of
+    rounding it. The CPU stores the reduced image of half types between product and pyramid; every backend stores its
+    gradient so."""
+
+    name = "reduce_haar"
+    axes: ClassVar[Any] = {
+        "size": SIZES, "layout": tuple(LAYOUTS), "last": (False, True), "bias": (False, True),
+        "cotangents": ("nchw", "channels_last", "channels_slice"),
+    }  # fmt: skip
+    products = True
+    differentiable = ("x", "weight", "bias")
+
+    def inputs(self, case: Case, device: str) -> Any:
+        shape, outputs, _ = case.size
+        weight = randn(outputs, shape[1], 1, 1).to(device, case.dtype)
+        bias = randn(outputs, seed=1).to(device, case.dtype)
+        x = image(randn(*shape), case.dtype, device, case.layout)
+        return {"x": x, "weight": weight, "bias": bias if case.bias else None}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
+        zs = op.reduce_haar(x, weight, bias, case.size[2], channels_last=case.last, backend=backend)
+        return {f"z{i}": z for i, z in enumerate(zs, 1)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        zs = reference.reduce_haar(tensors["x"], tensors["weight"], tensors["bias"], case.size[2])
+        return {f"z{i}": z for i, z in enumerate(zs, 1)}
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        reduced = F.conv2d(tensors["x"], tensors["weight"], tensors["bias"])
+        return {f"z{i}": z for i, z in enumerate(absolute_pyramid(reduced, case.size[2]), 1)}
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        (n, c, h, w), outputs, levels = case.size
+        products = {"d_x": outputs, "d_weight": n * h * w, "d_bias": n * h * w}.get(name, c)
+        cut_off = 2 if backend == "cuda" and case.dtype in HALF else 1
+        return cut_off * (products + 1) + 4 * levels + 2
+
+    def operands(self, case: Case, name: str, backend: str) -> float:
+        return 1 if backend == "cpu" or name.startswith("d_") else 0
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        order = torch.channels_last if case.last else torch.contiguous_format
+        assert all(z.is_contiguous(memory_format=order) for name, z in results.items() if name.startswith("z"))
+
+
+class Gradients(ReduceHaar):
+    """All gradients by the op that makes them in one pass, with something to add to that of x."""
+
+    name = "reduce_haar_gradients"
+    axes: ClassVar[Any] = {
+        "size": SIZES, "layout": tuple(LAYOUTS), "bias": (False, True), "add": (None, "nchw", "channels_last"),
+        "cotangents": ("nchw", "channels_last", "channels_slice"),
+    }  # fmt: skip
+    differentiable = ()
+
+    def inputs(self, case: Case, device: str) -> Any:
+        (n, c, h, w), outputs, levels = case.size
+        given = super().inputs(case, device)
+        for i in range(1, levels + 1):
+            values = randn(n, 4 * outputs, h >> i, w >> i, seed=i)
+            given[f"g{i}"] = image(values, case.dtype, device, case.cotangents)
+        given["add"] = image(randn(n, c, h, w, seed=9), case.dtype, device, case.add) if case.add else None
+        return given
+
+    def parts(self, case: Case, tensors: Any) -> tuple[Any, ...]:
+        return [tensors[f"g{i}"] for i in range(1, case.size[2] + 1)], tensors["add"]
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        grads, add = self.parts(case, tensors)
+        dx, dw, db = op.gradients(grads, tensors["x"], tensors["weight"], case.bias, add, backend)
+        return {"d_x": dx, "d_weight": dw, "d_bias": db}
+
+    def differentiated(self, case: Case, tensors: Any, function: Callable[..., list[Tensor]]) -> Any:
+        grads, add = self.parts(case, tensors)
+        bias = tensors["x"].new_zeros(case.size[1]) if tensors["bias"] is None else tensors["bias"]
+        leaves = [t.detach().requires_grad_() for t in (tensors["x"], tensors["weight"], bias)]
+        made = dict(
+            zip(("d_x", "d_weight", "d_bias"), torch.autograd.grad(function(*leaves), leaves, grads), strict=True)
+        )
+        if add is not None:
+            made["d_x"] = made["d_x"] + add
+        return made
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.differentiated(case, tensors, lambda *leaves: reference.reduce_haar(*leaves, case.size[2]))
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        return self.differentiated(
+            case, tensors, lambda *leaves: absolute_pyramid(F.conv2d(*leaves), case.size[2])
+        )  # fmt: skip
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        last = case.layout in ("channels_last", "channels_slice") and case.size[0][1] > 1
+        assert results["d_x"].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+test_contract = each_case(ReduceHaar())
+test_gradients = each_case(Gradients())
+test_repeats = each_backend_repeats(ReduceHaar())
+test_gradients_repeat = each_backend_repeats(Gradients())
+
+
+MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
+test_threads = each_thread_count(
+    Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False
+)
+test_threads_with_one_level = each_thread_count(
+    Gradients(size=(((40, 8, 14, 10), 2, 1), ((1, 3, 2, 602), 2, 1)), **MANY)
+)
+
+
+def test_empty_batch(backend: str, device: str) -> None:
+    x, weight = torch.randn(0, 8, 4, 4, device=device), torch.randn(8, 8, 1, 1, device=device)
+    zs = op.reduce_haar(x, weight, None, 2, backend=backend)
+    assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
+    dx, dw, db = op.gradients(zs, x, weight, True, x, backend)
+    assert dx.shape == x.shape
+    assert torch.equal(dw, torch.zeros_like(weight))
+    assert torch.equal(db, torch.zeros(8, device=device))
+
+
+def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
+    """Images more than 2**31 elements apart; the pages between are never touched."""
+    apart = 2**31 + 64
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
+        pytest.skip("not enough free GPU memory for 2**31 elements")
+    values = randn(2, 4, 4, 8).to(device, torch.float16)
+    block = torch.empty(apart + 4096, dtype=torch.float16, device=device)
+    x = block.as_strided(values.shape, (apart, 1, 32, 4)).copy_(values)
+    weight = randn(2, 4, 1, 1).to(device, torch.float16)
+    near = values.contiguous(memory_format=torch.channels_last)
+    for got, want in zip(
+        op.reduce_haar(x, weight, None, 2, backend=backend), op.reduce_haar(near, weight, None, 2, backend=backend),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+def test_gradcheck(backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.skip("its matrix products accumulate in float32: no float64")
+    x = image(randn(1, 3, 4, 4), device=device, layout="channels_last").requires_grad_()
+    weight, bias = (randn(*shape).to(device).requires_grad_() for shape in ((2, 3, 1, 1), (2,)))
+    function = lambda *leaves: tuple(op.reduce_haar(*leaves, 2, backend=backend))  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+def test_refuses_float64_on_triton(device: str) -> None:
+    x, weight = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((1, 4, 2, 2), (4, 4, 1, 1)))
+    with pytest.raises(ValueError, match="float64"):
+        op.reduce_haar(x, weight, backend="triton")
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[Callable[[bool], None]]:
+    """Sets torch's switch; as it was afterwards."""
+    before = torch.backends.cuda.matmul.allow_tf32
+
+    def allow(value: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = value
+
+    yield allow
+    allow(before)
+
+
+@pytest.mark.usefixtures("core")
+def test_rounds_to_tf32_only_when_allowed(device: str, allow_tf32: Callable[[bool], None]) -> None:
+    x, weight = (randn(*shape).to(device, torch.float32) for shape in ((1, 32, 8, 16), (8, 32, 1, 1)))
+    wide = [t.double().cpu() for t in (x, weight)]
+    (exact,) = reference.reduce_haar(*wide, None, 1)
+    (size,) = absolute_pyramid(F.conv2d(*(t.abs() for t in wide)), 1)
+    bound = sum_bound(exact, size, 32 + 2, torch.float32)
+    allow_tf32(False)
+    (z,) = op.reduce_haar(x, weight, backend="cuda")
+    assert_within(z, exact, bound)
+    allow_tf32(True)
+    (z,) = op.reduce_haar(x, weight, backend="cuda")
+    with pytest.raises(AssertionError, match="beyond the bound"):
+        assert_within(z, exact, bound)
+    assert_within(z, exact, sum_bound(exact, size, 2 * 32 + 2 + 2**14, torch.float32))  # 2 * 2^-11 of both factors
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_opcheck(last: bool) -> None:
+    ops = torch.ops.wavemix_kernels
+    x = image(randn(1, 4, 4, 8), torch.float32, layout="channels_last" if last else "nchw")
+    weight, bias = (randn(*shape).float() for shape in ((2, 4, 1, 1), (2,)))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(ops.reduce_haar, (*leaves, 2, last, "cpu"))
+    grads = [z.detach() for z in op.reduce_haar(*leaves, 2)]
+    arguments = (grads, x.detach(), weight.detach(), x.detach(), True, "cpu")
+    torch.library.opcheck(ops.reduce_haar_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_self_test_passes(backend: str, device: str) -> None:
+    error, bound = op.self_test(backend, torch.device(device))
+    assert 0 < error <= bound

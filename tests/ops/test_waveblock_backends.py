@@ -1,0 +1,94 @@
+"""The whole Waveblock on each kernel backend: against the float64 reference and upstream's recorded values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import wavemix_kernels as wk
+from tests.emulator.haar_cases import launches
+from tests.golden_models import assert_reproduces
+from tests.ops.contract import image, randn
+from tests.tolerances import GOLDEN, UNIT_ROUNDOFF, assert_within
+from wavemix_kernels import _native
+from wavemix_kernels.reference import Waveblock
+
+U32 = UNIT_ROUNDOFF[torch.float32]
+CASES = [(1, "mlp", "nchw"), (2, "all", "channels_last"), (3, "mlp", "nchw"), (4, "all", "channels_last")]
+
+
+def ran(backend: str, device: str) -> None:
+    """On the emulator: the reduction's and the synthesis' kernels, and no other, were launched."""
+    if backend == "cuda" and device == "cpu":
+        names = launches(_native.cuda_core)
+        kernels = ("reduce_haar", "haar_synthesis")
+        assert all(name.startswith(kernels) for name in names), names
+        assert all(any(name.startswith(kernel) for name in names) for kernel in kernels), names
+
+
+@pytest.mark.parametrize("level, recompute, layout", CASES)
+def test_block(backend: str, device: str, level: int, recompute: str, layout: str) -> None:
+    """Output, all gradients and running statistics, beside the float64 reference of the same parameters."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    options: dict[str, Any] = {"level": level, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
+    block = wk.FusedWaveblock(**options, recompute=recompute).to(device, dtype)
+    truth = Waveblock(**options).double()
+    truth.load_state_dict(block.state_dict())
+    x = image(randn(2, 8, 16, 16), dtype, device, layout).requires_grad_()
+    wide = x.detach().cpu().double().requires_grad_()
+    grad = randn(*x.shape, seed=1).to(device, dtype)
+    if backend == "cuda" and device == "cpu":
+        launches(_native.cuda_core)  # forgets those of tests before
+    with wk.backend(backend):
+        out = block(x, residual=True)
+    out.backward(grad)  # the choice of the forward pass holds
+    ran(backend, device)
+    exact = truth(wide) + wide
+    exact.backward(grad.cpu().double())
+    pairs = [("output", out, exact), ("x", x.grad, wide.grad)]
+    pairs += [(name, p.grad, q.grad) for (name, p), q in zip(block.named_parameters(), truth.parameters(), strict=True)]
+    pairs += [(name, b, q) for (name, b), q in zip(block.named_buffers(), truth.buffers(), strict=True)]
+    # A chain of `level` parts, each five sums of at most 2*16*16 terms, normalised by batch statistics that a
+    # gradient passes twice. What cancels (a bias before a BatchNorm has gradient 0) is measured by the largest.
+    largest = max(float(q.double().abs().max()) for _, _, q in pairs[1:] if q.is_floating_point())
+    u = UNIT_ROUNDOFF[dtype] * (2 if dtype == torch.float64 else 1)
+    for name, got, want in pairs:
+        scale = float(want.detach().double().abs().max()) if name in ("output", "x") or "running" in name else largest
+        assert_within(got, want.double(), torch.full_like(want.double(), level * 5 * 512 * u * scale), name)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_block_reproduces_upstream(backend: str, device: str, level: int) -> None:
+    """Upstream's recorded outputs, gradients and running statistics: to 1e-10 in float64, and for Triton's float32
+    within what test_block allows for sums of at most 2*16*32 terms."""
+    if device != "cpu":
+        pytest.skip("compares on the CPU: test_block above runs on the device")
+    triton = backend == "triton"
+    if backend == "cuda":
+        launches(_native.cuda_core)
+    with wk.backend(backend):
+        assert_reproduces(
+            f"waveblock_level{level}", wk.FusedWaveblock, torch.float32 if triton else torch.float64,
+            tolerance=level * 5 * 1024 * U32 if triton else GOLDEN,
+        )  # fmt: skip
+    ran(backend, device)
+
+
+def test_block_with_dropout_follows_torch_s_seed(device: str) -> None:
+    """The same seeds, hence masks, on two backends."""
+    torch.manual_seed(0)
+    block = wk.FusedWaveblock(level=2, mult=2, ff_channel=8, final_dim=8, dropout=0.5).to(device)
+    x = torch.randn(2, 8, 8, 12, device=device)
+    results = []
+    for name in ("triton", "auto"):
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        with wk.backend(name):
+            out = block(leaf)
+        out.square().mean().backward()
+        results.append((out.detach(), leaf.grad))
+    for got, want in zip(*results, strict=True):
+        assert float((got - want).norm()) <= 1024 * U32 * float(want.norm())
