@@ -1,6 +1,6 @@
 """Ahead-of-time proof of the Triton kernels of ``pre_norm``: for real chips, without spills, in vectors.
 
-Run as a script (`python -m tests.test_triton_pre_norm`) it prints the table as JSON; see tests/test_triton_aot.py.
+Run as a script (`python -m tests.aot.from_test_triton_pre_norm`) it prints the table as JSON; see tests/test_triton_aot.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def table() -> list[dict[str, Any]]:
     pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build/triton-aot")
-    command = [sys.executable, "-m", "tests.test_triton_pre_norm"]
+    command = [sys.executable, "-m", "tests.aot.from_test_triton_pre_norm"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
     return json.loads(done.stdout)
