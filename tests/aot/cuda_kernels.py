@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ from tests.aot.table import ARCHS, ROOT, Demands, Kernel, cached, key, machine_c
 CSRC = ROOT / "csrc"
 THREADS = 128  # of every block
 SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
+INCLUDES = (CSRC, CSRC / "cuda", CSRC / "include")
+OPTIONS = [
+    *("-std=c++17", "-fatbin", "-Xptxas", "-v", "-Werror", "all-warnings"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS),
+]
 #: The kernels that test the emulated matrix instructions, here in PTX.
 MMA_SOURCE = ROOT / "tests" / "emulator" / "mma_kernels.cu"
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
@@ -87,42 +93,38 @@ def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     return "", Demands(accesses=moves if dtype != "float32" else (), products=(PRODUCTS[dtype],))
 
 
-def described(mangled: str, arch: int) -> tuple[str, str, Demands]:
-    """Readable name, dtype, demands."""
+def described(row: Kernel) -> Kernel:
+    """With a readable name, a dtype and demands."""
     for pattern, of in ((HAAR, haar), (REDUCE, reduce_haar), (PHASE, phase), (MMA, mma)):
-        if match := pattern.search(mangled):
-            form, demands = of(match, arch)
+        if match := pattern.search(row.name):
+            form, demands = of(match, row.arch)
             dtype = DTYPES[match[2] or "f"]
-            return f"cuda {match[1]}<{dtype}{', ' if form else ''}{form}>", dtype, demands
-    raise AssertionError(f"{mangled}: no row of tests/aot/cuda_kernels.py says what this kernel is held to")
+            name = f"cuda {match[1]}<{', '.join(filter(None, [dtype, form]))}>"
+            return replace(row, name=name, dtype=dtype, demands=demands)
+    raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
 
 
 def compiled(source: Path) -> list[Kernel]:
-    """Every kernel of one source on every chip. ptxas says what it takes; the machine code is read back."""
+    """Every kernel of one source on every chip, with its mangled name: ptxas says what it takes, and the machine code
+    is read back."""
     with tempfile.TemporaryDirectory(prefix="wavemix-aot-") as folder:
         target = Path(folder) / f"{source.stem}.fatbin"
-        command = [
-            *("nvcc", "-std=c++17", "-fatbin", str(source), "-o", str(target)),
-            *("-Xptxas", "-v", "-Werror", "all-warnings"),
-            *(f"-I{path}" for path in (CSRC / "cuda", CSRC / "include")),
-            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS),
-        ]
+        command = ["nvcc", *OPTIONS, *(f"-I{path}" for path in INCLUDES), str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
         code = {arch: machine_code(target, arch) for arch in ARCHS}
     rows = []
     for entry in re.split(r"Compiling entry function ", done.stderr)[1:]:
         mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()  # type: ignore[union-attr]
-        name, dtype, demands = described(mangled, int(arch))
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
         rows.append(
             Kernel(
-                name, int(arch), dtype, THREADS,
+                mangled, int(arch), "", THREADS,
                 registers=int(re.search(r"Used (\d+) registers", entry)[1]),  # type: ignore[index]
                 shared=int(shared[1]) if shared else 0,
                 local=sum(map(int, stack.groups())),  # type: ignore[union-attr]
-                instructions=dict(code[int(arch)][mangled]), demands=demands,
+                instructions=dict(code[int(arch)][mangled]),
             )
         )  # fmt: skip
     return rows
@@ -132,10 +134,13 @@ def kernels() -> list[Kernel]:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH: install the CUDA toolkit to compile the kernels")
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *MMA_SOURCE.parent.glob("*.h"), Path(__file__)]
+    headers = [path for folder in (CSRC / "cuda", CSRC / "include") for path in folder.rglob("*.*h")]
+    headers += MMA_SOURCE.parent.glob("*.h")
 
     def one(source: Path) -> list[Kernel]:
-        return cached(f"cuda-{source.stem}", key([source, *headers], version), lambda: compiled(source))
+        made_of = key([source, *headers], version, *OPTIONS)
+        rows = cached(f"cuda-{source.stem}", made_of, lambda: compiled(source))
+        return [described(row) for row in rows]
 
     by_size = sorted([*SOURCES, MMA_SOURCE], key=lambda path: path.stem != "reduce_haar")  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
