@@ -31,7 +31,7 @@ WIDE = r"(LDG|STG|LDGSTS)\b.*\.128"
 
 @dataclass(frozen=True)
 class Demands:
-    """What a kernel is held to beyond what all are. Patterns match an instruction from its beginning."""
+    """A kernel is held to these beyond the rules for all. Patterns match an instruction from its beginning."""
 
     blocks: int = 1  # at least, on one multiprocessor
     warps: int = 1  # at least, on one multiprocessor

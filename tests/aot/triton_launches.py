@@ -39,7 +39,7 @@ ODD = (3, 35, 55, 57)
 
 
 class Point(NamedTuple):
-    """What is compiled, for which chip, and what the result is held to."""
+    """A launch to compile, the chip, and what the result is held to."""
 
     name: str
     arch: int
@@ -148,10 +148,10 @@ def patm_launch(kernel: str, dtype: torch.dtype) -> Launch:
 
 
 def patm_points() -> Iterator[Point]:
-    """What models run; float64 is there for checks, and spills. Ten warps fit a multiprocessor's registers, in two
-    blocks at least, and sines are not the approximate ones. A thread's channels move in one access: of branch_sum 16
-    bytes; of phase_aggregate four channels forward and two backward, which is what registers leave room for; outputs
-    are half as many."""
+    """The dtypes that models run; float64 is there for checks, and spills. Ten warps fit a multiprocessor's registers,
+    in two blocks at least, and sines are not the approximate ones. A thread's channels move in one access: 16 bytes in
+    branch_sum; in phase_aggregate four channels forward and two backward, for which registers leave room. Outputs are
+    half as many."""
     made = [
         (90, dtype, kernel) for dtype in (torch.float32, HALF, torch.bfloat16) for kernel in ("forward", "backward")
     ]

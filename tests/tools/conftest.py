@@ -1,4 +1,4 @@
-"""What several tools are tested with."""
+"""Fixtures of several tools' tests."""
 
 from __future__ import annotations
 

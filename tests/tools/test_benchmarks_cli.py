@@ -28,7 +28,7 @@ needs_extras = pytest.mark.skipif(
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few rounds as there may be, and no deadline that a busy machine could miss."""
+    """The fewest rounds there may be, and no deadline that a busy machine could miss."""
     monkeypatch.setattr(cli, "QUICK", clock.Effort(seconds=0.0, fewest=3, most=3))
     monkeypatch.setattr(cli, "QUICK_LIMIT_S", 1e6)
     monkeypatch.setattr(cli, "copy_bandwidth", lambda device: {"reused": 1.0, "fresh": 1.0})
@@ -132,7 +132,7 @@ def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
     assert "src='http" not in page
     for name in ("speed-haar", "memory-haar"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    # Whoever publishes results publishes no paths or host names.
+    # Published results name no paths or hosts.
     for text in (json.dumps(found), page):
         assert str(ROOT) not in text
         assert str(tmp_path) not in text

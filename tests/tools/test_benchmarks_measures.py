@@ -1,4 +1,4 @@
-"""What the benchmarks measure: the gate in front of every number, memory of known programs, clocks and inputs."""
+"""The benchmarks' measurements: the gate in front of every number, memory of known programs, clocks and inputs."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_upstream_moves_what_a_hand_count_says(name, forward, backward):
 
 BLOCKS = [f"Waveblock L{level}, C=192" for level in (1, 3, 4)]
 PATM = "PATM fc, C=64"
-#: What is over its budget, and why.
+#: Traffic over its budget, and why.
 OVER = {(block, 0): "the statistics' own pass over the upsampling's output" for block in BLOCKS}
 OVER |= {(block, 1): "batch norm in passes of its own, the MLP's inputs read twice" for block in BLOCKS}
 OVER |= {

@@ -83,13 +83,13 @@ def test_blocks_left_out_compile(page: Path, block: Block) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub and MkDocs make them."""
+    """Anchors of the headings, as GitHub and MkDocs make them."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-#: What a page calls a path: a top folder and something in it, wildcards included.
+#: A path in a page: a top folder and something in it, wildcards included.
 _PATH = re.compile(r"`((?:benchmarks|csrc|docs|examples|tests|wavemix_kernels)/[\w./*-]*)`")
 
 

@@ -58,7 +58,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_sources_without_a_core_say_what_to_do(tmp_path: Path) -> None:
-    """Whoever runs Python in a checkout imports its sources, even with the package installed elsewhere."""
+    """Python run in a checkout imports its sources, even with the package installed elsewhere."""
     package = Path(doctor.__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("_core*", "__pycache__"))
     (tmp_path / "setup.py").touch()

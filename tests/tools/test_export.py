@@ -18,7 +18,7 @@ from wavemix_kernels import wavemlp
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
-#: Of the largest output: what serving is held to. The graphs round in other places; fp32 leaves 1e-6 here.
+#: Relative to the largest output. The graphs round in other places; fp32 leaves 1e-6 here.
 TOLERANCE = 1e-4
 
 missing = [name for name in program.EXTRAS if importlib.util.find_spec(name) is None]
@@ -27,7 +27,7 @@ prove = pytest.mark.prove
 
 
 class RoundTrip(nn.Module):
-    """What a stranger's model does with wavelets."""
+    """A stranger's model with wavelets."""
 
     def __init__(self) -> None:
         super().__init__()
