@@ -1,4 +1,4 @@
-# make test / make bench: everything on a fresh machine, from the virtual environment to the result.
+# make test / make prove / make bench: everything on a fresh machine, from the virtual environment to the result.
 PYTHON ?= python3
 # One known-good torch. On a GPU machine: make test TORCH=torch (pip's CUDA build), or point VENV at yours.
 TORCH ?= torch==2.13.0
@@ -9,10 +9,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv test bench docs lint clean
+.PHONY: help venv test prove bench docs lint clean
 
 help:
-	@echo "make test [ARGS=...]    set up $(VENV), build, run the tests (pytest arguments)"
+	@echo "make test [ARGS=...]    set up $(VENV), build, check that all works here (pytest arguments)"
+	@echo "make prove [ARGS=...]   the other tests: all chips and configurations, sanitizers, several processes, the docs' code"
 	@echo "make bench [ARGS=...]   set up $(VENV), build, run the benchmarks (--quick, --cases, --list ...)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint               ruff, clang-format, mypy"
@@ -28,7 +29,10 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	touch $(STAMP)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not prove" $(ARGS)
+
+prove: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m prove $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m wavemix_kernels bench $(ARGS)

@@ -19,7 +19,7 @@ PACKAGES = ("wavemix==0.2.4", "einops==0.8.1")
 def original_wavemix(folder: Path) -> Iterator[types.ModuleType]:
     """Imports `wavemix` with its submodules from `folder`, after installing it there; skips where pip cannot."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "--target", str(folder), *PACKAGES], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--target", str(folder), *PACKAGES], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip could not get {' and '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1]}")
     patch = pytest.MonkeyPatch()

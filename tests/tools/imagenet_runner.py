@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from examples import train_imagenet
 from wavemix_kernels.wavemix.classification import WaveMixLite

@@ -1,4 +1,4 @@
-"""Two processes joined by gloo, kept for a whole test module: starting one costs more than what the tests do there."""
+"""Two processes joined by gloo, kept for all tests: starting one costs more than what the tests do there."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-PATIENCE = 120  # seconds: a rank that waits longer for the other one ends with an error
+PATIENCE = datetime.timedelta(minutes=30)  # no test fails by the clock, but a hang ends
 
 
 def _serve(rank: int, store: str, connection: Any) -> None:
     torch.set_num_threads(1)
     torch.set_warn_always(True)  # also in the second test: the reducer would warn once a process
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=PATIENCE),
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=PATIENCE)
     while (task := connection.recv()) is not None:
         function, arguments = task
         try:
@@ -40,17 +34,14 @@ class TwoProcesses:
 
     def __init__(self, folder: Path) -> None:
         context = mp.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
-        store = str(folder / "store")
-        self.connections = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
+        self.connections, self.processes = [], []
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, str(folder / "store"), theirs), daemon=True)
             process.start()
-        for _, theirs in pipes:
             theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for connection in self.connections:
@@ -64,5 +55,5 @@ class TwoProcesses:
         for connection in self.connections:
             connection.send(None)
         for process in self.processes:
-            process.join(PATIENCE)
+            process.join(PATIENCE.total_seconds())
             assert process.exitcode == 0, f"exit code {process.exitcode}"

@@ -27,31 +27,29 @@ def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in printed.split("on cpu")[1].splitlines() if line}
     for name in ops.OPS:
-        table = ops.load(name).BACKENDS
         cuda, *_, auto = rows[name]
-        assert cuda == ("no" if "cuda" in table else doctor.NO_KERNELS)
+        assert cuda == ("no" if "cuda" in ops.load(name).BACKENDS else doctor.NO_KERNELS)
         assert rows[name].count("ok") >= 2
         assert auto == "cpu"
     assert "no, cuda: " in printed
     assert "Every backend that is available here computes right." in printed
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), 1.0], ids=str)
-def test_a_wrong_or_broken_backend_fails_the_doctor(
-    wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "found, said",
+    [(float("nan"), "error"), (1.0, "error"), (RuntimeError("no such kernel"), "RuntimeError: no such kernel")],
+    ids=str,
+)
+def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, monkeypatch, capsys) -> None:
+    def self_test(backend: str, device: torch.device) -> tuple[object, float]:
+        if isinstance(found, Exception):
+            raise found
+        return found, 1e-6
+
     monkeypatch.setattr(ops, "OPS", {"haar": "haar.op"})
-    op = ops.load("haar")
-    monkeypatch.setattr(op, "self_test", lambda backend, device: (wrong, 1e-6))
+    monkeypatch.setattr(ops.load("haar"), "self_test", self_test)
     assert main(["doctor"]) == 1
-    assert "BROKEN: haar, cpu on cpu: error" in capsys.readouterr().out
-
-    def broken(backend: str, device: torch.device) -> tuple[float, float]:
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(op, "self_test", broken)
-    assert main(["doctor"]) == 1
-    assert "BROKEN: haar, cpu on cpu: RuntimeError: no such kernel" in capsys.readouterr().out
+    assert f"BROKEN: haar, cpu on cpu: {said}" in capsys.readouterr().out
 
 
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +58,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_sources_without_a_core_say_what_to_do(tmp_path: Path) -> None:
-    """Whoever runs Python in a checkout imports its sources, even with the package installed elsewhere."""
+    """Python run in a checkout imports its sources, even with the package installed elsewhere."""
     package = Path(doctor.__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("_core*", "__pycache__"))
     (tmp_path / "setup.py").touch()

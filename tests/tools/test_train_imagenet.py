@@ -10,8 +10,6 @@ import csv
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from tests.imagenet_runner import tiny
-from tests.timm_or_not import needs_timm, reason
+from examples import train_imagenet
+from examples._support import image_folder, imagenet_recipe, processes
 from tests.tolerances import UNIT_ROUNDOFF
-from tests.two_processes import WORLD, TwoProcesses
-
-from examples._support import image_folder, imagenet_recipe, processes  # isort: skip - the runner sets the path
-from examples import train_imagenet  # isort: skip - the runner sets the path
+from tests.tools.imagenet_runner import tiny
+from tests.tools.timm_or_not import needs_timm, reason
+from tests.tools.two_processes import WORLD, TwoProcesses
 
 RUNNER = Path(__file__).with_name("imagenet_runner.py")
 IMAGES, BATCH, CLASSES = 64, 16, 4
@@ -126,9 +123,7 @@ def made(them: processes.Processes, drop_path: float = 0.0) -> train_imagenet.Tr
     torch.manual_seed(0)
     model = tiny(CLASSES, drop_path)
     optimizer = torch.optim.AdamW(model.parameters())
-    return train_imagenet.Training(
-        recipe, model, data, plain, optimizer, Schedule(optimizer), Ema(model), them
-    )  # fmt: skip
+    return train_imagenet.Training(recipe, model, data, plain, optimizer, Schedule(optimizer), Ema(model), them)
 
 
 ALONE = processes.Processes(0, 1, torch.device("cpu"), None)
@@ -142,6 +137,11 @@ def trained(training: train_imagenet.Training) -> dict[str, Any]:
     return training.state_dict()
 
 
+def assert_alike(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in ("model", "ema"):
+        assert all(torch.equal(found[key][name], value) for name, value in wanted[key].items())
+
+
 def one_epoch_together() -> tuple[list[float], float, list[float]]:
     them = processes.Processes(dist.get_rank(), WORLD, torch.device("cpu"), dist.group.WORLD)
     training = made(them)
@@ -151,13 +151,7 @@ def one_epoch_together() -> tuple[list[float], float, list[float]]:
     return losses, row["train_loss"], [row["test_accuracy"], row["ema_accuracy"]]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
-    them = TwoProcesses(tmp_path_factory.mktemp("gloo"))
-    yield them
-    them.close()
-
-
+@pytest.mark.prove
 def test_two_processes_train_as_one(two: TwoProcesses) -> None:
     """The first loss within its rounding: a sum over 16 images of a network of some 10 layers, each of some hundred
     terms, in two orders. Later ones have AdamW's first steps in between, which are signs of gradients: where a gradient
@@ -188,8 +182,7 @@ def test_a_run_put_back_goes_on_bit_for_bit(batches: int) -> None:
     again.load_state_dict(state)
     assert (again.epoch, again.batch) == (0, batches)
     found = trained(again)
-    for key in ("model", "ema"):
-        assert all(torch.equal(found[key][name], value) for name, value in whole[key].items())
+    assert_alike(found, whole)
     for rows in (found["rows"], whole["rows"]):
         for line in rows:
             del line["seconds"]
@@ -242,11 +235,14 @@ def test_refusals_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
         (tmp_path / place).mkdir(parents=True)
     assert "class a is in train, not in val" in refused([str(tmp_path), *out], capsys)
     usual = [str(folder), *out]
-    assert "WaveMix has no stochastic depth" in refused([*usual, "--model", "WaveMix", "--drop-path", "0.1"], capsys)
-    assert "on GPUs alone" in refused([*usual, "--device", "cpu", "--sync-bn"], capsys)
-    assert "--mixup -1: expected 0 or more" in refused([*usual, "--mixup", "-1"], capsys)
-    assert "--ema 1: expected" in refused([*usual, "--ema", "1"], capsys)
-    assert "invalid choice" in refused([*usual, "--model", "resnet50"], capsys)
+    for given, said in {
+        "--model WaveMix --drop-path 0.1": "WaveMix has no stochastic depth",
+        "--device cpu --sync-bn": "on GPUs alone",
+        "--mixup -1": "--mixup -1: expected 0 or more",
+        "--ema 1": "--ema 1: expected",
+        "--model resnet50": "invalid choice",
+    }.items():
+        assert said in refused([*usual, *given.split()], capsys)
     monkeypatch.setattr(train_imagenet, "EXTRAS", {"no_such_module": "timm"})
     assert 'timm missing: pip install "wavemix-kernels[train]"' in refused(usual, capsys)
 
@@ -273,9 +269,9 @@ ALIKE = ["--mixup", "0", "--cutmix", "0", "--erase", "0", "--drop-path", "0"]
 def run(processes: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     command = [sys.executable, *start, str(RUNNER), *arguments]
-    paths = os.pathsep.join(filter(None, [str(RUNNER.parents[1]), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(RUNNER.parents[2]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def log(out: Path) -> list[dict[str, float]]:
@@ -283,6 +279,7 @@ def log(out: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+@pytest.mark.prove
 @needs_timm
 def test_torchrun_trains_as_one_process(folder: Path, tmp_path: Path) -> None:
     usual = [str(folder), *USUAL, *ALIKE, "--batch", str(BATCH), "--epochs", "2"]
@@ -298,6 +295,7 @@ def test_torchrun_trains_as_one_process(folder: Path, tmp_path: Path) -> None:
     assert left[1]["train_loss"] == pytest.approx(right[1]["train_loss"], rel=1e-2)
 
 
+@pytest.mark.prove
 @needs_timm
 def test_an_interrupted_run_of_two_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     """With everything drawn that the recipe draws; only one of the ranks is asked to stop."""
@@ -313,26 +311,25 @@ def test_an_interrupted_run_of_two_goes_on_bit_for_bit(folder: Path, tmp_path: P
     left, right = (
         torch.load(tmp_path / n / train_imagenet.CHECKPOINT, weights_only=True) for n in ("whole", "stopped")
     )
-    for key in ("model", "ema"):
-        assert all(torch.equal(right[key][name], value) for name, value in left[key].items())
+    assert_alike(right, left)
 
 
+@pytest.mark.prove
 @needs_timm
 def test_a_killed_rank_ends_the_job_and_it_can_go_on(folder: Path, tmp_path: Path) -> None:
     usual = [str(folder), *USUAL, "--batch", str(BATCH), "--epochs", "2", "--out", str(tmp_path / "out")]
-    begin = time.monotonic()
     killed = run(2, usual, DIE_AT="1:5")  # in the second epoch of four batches
-    assert time.monotonic() - begin < 90
     assert killed.returncode != 0
-    assert "SIGKILL" in killed.stderr  # torchrun's summary, which names the rank
-    assert "rank      : 1" in killed.stderr
-    assert "lost another process" in killed.stderr
+    said = ("SIGKILL", "rank      : 1", "lost another process")  # torchrun's summary names the rank
+    assert not [words for words in said if words not in killed.stderr]
+    assert "Timed out" not in killed.stderr  # nobody waited for the dead one
     assert len(log(tmp_path / "out")) == 1
     resumed = run(2, [*usual, "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert [row["epoch"] for row in log(tmp_path / "out")] == [1, 2]
 
 
+@pytest.mark.prove
 @needs_timm
 def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, tmp_path: Path) -> None:
     done = run(2, [str(folder), *USUAL, "--batch", "18", "--out", str(tmp_path)])

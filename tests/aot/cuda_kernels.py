@@ -1,0 +1,147 @@
+"""The .cu files through nvcc for every supported chip, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.aot.table import ARCHS, ROOT, Demands, Kernel, cached, key, machine_code
+
+CSRC = ROOT / "csrc"
+THREADS = 128  # of every block
+SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
+INCLUDES = (CSRC, CSRC / "cuda", CSRC / "include")
+OPTIONS = [
+    *("-std=c++17", "-fatbin", "-Xptxas", "-v", "-Werror", "all-warnings"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS),
+]
+#: The kernels that test the emulated matrix instructions, here in PTX.
+MMA_SOURCE = ROOT / "tests" / "emulator" / "mma_kernels.cu"
+DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+_TYPE = r"(d|f|6__half|13__nv_bfloat16)"
+HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
+REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
+PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
+MMA = re.compile(rf"(matmul_16_bit|matmul_tf32_kernel)(?:I{_TYPE}E)?")
+_MOVES = r"(\.CONSTANT|\.STRONG\.\w+)*$"
+
+#: Matrix instructions of sm_80, which the later chips run, too.
+PRODUCTS = {"float16": r"HMMA\.16816\.F32$", "bfloat16": r"HMMA\.16816\.F32\.BF16", "float32": r"HMMA\.1688\.F32\.TF32"}
+#: Loads and stores of a wide form: whole pairs of channels, as many as the registers hold, and of outputs half of
+#: that (16-bit elements one by one). The pass for batch statistics is limited by memory alone.
+PHASE_ACCESSES = {
+    ("phase_forward", 4): ("LDG.E.128", "STG.E.64"),
+    ("phase_forward", 2): ("LDG.E.64", "STG.E"),
+    ("phase_forward", 8): ("LDG.E.128", "STG.E.64"),
+    ("phase_backward", 4): ("LDG.E.64", "STG.E.64"),
+    ("phase_backward", 2): ("LDG.E", "STG.E"),
+    ("phase_backward", 8): ("LDG.E.128", "STG.E.128"),
+    ("phase_statistics", 4): ("LDG.E.128", "STG.E.128"),
+    ("phase_statistics", 2): ("LDG.E.128", "STG.E.128"),
+    ("phase_statistics", 8): ("LDG.E.128", "STG.E.128"),
+}
+_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """The wide forms move 16 bytes at a time. No threads exchange anything."""
+    per_word, levels = int(match[3]), match[4]
+    dtype = DTYPES[match[2]]
+    wide = per_word * _SIZE[dtype] == 16
+    accesses = (r"LDG\.E\.128", r"STG\.E\.128") if wide else ()
+    form = f"{per_word}, {levels}"
+    return form, Demands(accesses=accesses, never=("BAR",) if wide else (), most_shared=0)
+
+
+def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """One block computes while the other waits for memory."""
+    dtype, mma = DTYPES[match[2]], match[3] == "1"
+    accesses, products, never = [r"LDGSTS\.E\.BYPASS", r"STG\.E\.128"], [], []
+    if mma:
+        accesses += [r"LDSM\.16\.M88\.4", *([r"LDSM\.16\.MT88\.4"] if dtype != "float32" else [])]
+        products = [PRODUCTS[dtype]]
+    else:
+        products, never = ["DFMA" if dtype == "float64" else "FFMA"], ["HMMA|DMMA"]
+    return f"{('fma', 'mma')[mma]}, {match[4]}", Demands(
+        blocks=2, accesses=tuple(accesses), products=tuple(products), never=tuple(never)
+    )
+
+
+def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """Sines are not the approximate ones."""
+    kernel, dtype, wide = match[1], DTYPES[match[2]], match[4] == "1"
+    accesses: tuple[str, ...] = ()
+    never = [r"MUFU\.(SIN|COS)", "RRO"]
+    if wide and arch in (80, 90):  # later chips name their accesses otherwise
+        accesses = tuple(re.escape(a) + _MOVES for a in PHASE_ACCESSES[kernel, _SIZE[dtype]])
+        never += [r"(LDG|STG)\.E\.U16" + _MOVES] if kernel != "phase_backward" else []
+    form = [*filter(None, [match[3]]), *([] if match[4] is None else ["wide" if wide else "narrow"])]
+    return ", ".join(form), Demands(blocks=2 if dtype == "float64" else 3, accesses=accesses, never=tuple(never))
+
+
+def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    moves = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4")
+    dtype = DTYPES[match[2] or "f"]
+    return "", Demands(accesses=moves if dtype != "float32" else (), products=(PRODUCTS[dtype],))
+
+
+def described(row: Kernel) -> Kernel:
+    """With a readable name, a dtype and demands."""
+    for pattern, of in ((HAAR, haar), (REDUCE, reduce_haar), (PHASE, phase), (MMA, mma)):
+        if match := pattern.search(row.name):
+            form, demands = of(match, row.arch)
+            dtype = DTYPES[match[2] or "f"]
+            name = f"cuda {match[1]}<{', '.join(filter(None, [dtype, form]))}>"
+            return replace(row, name=name, dtype=dtype, demands=demands)
+    raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
+
+
+def compiled(source: Path) -> list[Kernel]:
+    """Every kernel of one source on every chip, with its mangled name: ptxas says what it takes, and the machine code
+    is read back."""
+    with tempfile.TemporaryDirectory(prefix="wavemix-aot-") as folder:
+        target = Path(folder) / f"{source.stem}.fatbin"
+        command = ["nvcc", *OPTIONS, *(f"-I{path}" for path in INCLUDES), str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+        code = {arch: machine_code(target, arch) for arch in ARCHS}
+    rows = []
+    for entry in re.split(r"Compiling entry function ", done.stderr)[1:]:
+        mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()  # type: ignore[union-attr]
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        rows.append(
+            Kernel(
+                mangled, int(arch), "", THREADS,
+                registers=int(re.search(r"Used (\d+) registers", entry)[1]),  # type: ignore[index]
+                shared=int(shared[1]) if shared else 0,
+                local=sum(map(int, stack.groups())),  # type: ignore[union-attr]
+                instructions=dict(code[int(arch)][mangled]),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def kernels() -> list[Kernel]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH: install the CUDA toolkit to compile the kernels")
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    headers = [path for folder in (CSRC / "cuda", CSRC / "include") for path in folder.rglob("*.*h")]
+    headers += MMA_SOURCE.parent.glob("*.h")
+
+    def one(source: Path) -> list[Kernel]:
+        made_of = key([source, *headers], version, *OPTIONS)
+        rows = cached(f"cuda-{source.stem}", made_of, lambda: compiled(source))
+        return [described(row) for row in rows]
+
+    by_size = sorted([*SOURCES, MMA_SOURCE], key=lambda path: path.stem != "reduce_haar")  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(one, by_size) for row in rows]

@@ -1,0 +1,357 @@
+"""Launches of every Triton kernel on tensors without storage: default tiles on each chip, and Haar's search space.
+
+A null address counts as 16-byte aligned, as an allocator's does. Imported only where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.aot.table import WIDE, Demands
+from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.deconv import tiles as deconv_tiles
+from wavemix_kernels.ops.deconv import triton as deconv
+from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
+from wavemix_kernels.ops.haar import pyramid as haar_pyramid
+from wavemix_kernels.ops.haar import triton as haar
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, search_space
+from wavemix_kernels.ops.mlp import tiles as mlp_tiles
+from wavemix_kernels.ops.mlp import triton as mlp
+from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.norm import triton_batch_norm as norms
+from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
+from wavemix_kernels.ops.patm import triton_branches as branch_sum
+from wavemix_kernels.ops.patm import triton_phases as phase_aggregate
+from wavemix_kernels.ops.reduce_haar import triton as reductions
+from wavemix_kernels.ops.reduce_haar import triton_backward as reduction_gradients
+
+HALF = torch.float16
+LAST = torch.channels_last
+BIG = (64, 192, 64, 64)  # dense, every size and stride a multiple of a vector at all levels
+ODD = (3, 35, 55, 57)
+
+
+class Point(NamedTuple):
+    """A launch to compile, the chip, and what the result is held to."""
+
+    name: str
+    arch: int
+    dtype: torch.dtype
+    launch: Launch
+    demands: Demands
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.to(memory_format=LAST) if last else t
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """fp32 with torch's own switch for matrix products."""
+    matmul: Any = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, precision if name == "fp32_precision" else precision == "tf32")
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+# --- Haar ----------------------------------------------------------------------------------------------------
+
+
+def haar_image(layout: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    if layout == "strided":
+        return meta(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+    if layout == "rows":
+        return meta(*shape, dtype=dtype)
+    order = (0, 3, 4, 1, 2) if len(shape) == 5 else (0, 2, 3, 1)
+    dense = meta(*(shape[axis] for axis in order), dtype=dtype)
+    return dense.permute([order.index(axis) for axis in range(len(shape))])
+
+
+def haar_point(
+    arch: int, dtype: torch.dtype, layout: str, levels: int, synthesis: bool,
+    config: TileConfig | None = None, shape: tuple[int, ...] = BIG, edge: int = 0, add: bool = False,
+) -> Point:  # fmt: skip
+    """Aligned images move in 16-byte accesses: all of level 1; of deeper transforms the finest level at least, whose
+    share is three quarters. Level 1 exchanges nothing between threads, but for the row-major synthesis, which stores
+    whole rows through shared memory."""
+    bands = [haar.band_shape(shape, level) for level in range(1, levels + 1)]
+    image = functools.partial(haar_image, layout, dtype)
+    launch = Launch(*haar.prepare(
+        image(*shape), image(*shape[:2], *bands[-1][3:]), [image(*band) for band in bands], levels=levels, edge=edge,
+        add=image(*shape) if add else None, synthesis=synthesis, config=config,
+    ))  # fmt: skip
+    demands = Demands(accesses=())
+    if shape == BIG and layout != "strided":
+        local = levels == 1 and not (layout == "rows" and synthesis)
+        demands = Demands(
+            accesses=(r"LDG\b.*\.128", r"STG\b.*\.128"), only_wide=levels == 1,
+            never=(r"BAR\.SYNC",) if local else (), most_shared=0 if local else None,
+        )  # fmt: skip
+    c, direction = launch.constants, "synthesis" if synthesis else "analysis"
+    name = f"haar {layout} L{levels} {direction} {c['ROWS']}x{c['COLS']}x{c['PLANES']}{' + add' if add else ''}"
+    return Point(name, arch, dtype, launch, demands)
+
+
+def haar_points() -> Iterator[Point]:
+    """fp16 on sm_90: the default tile in both directions, each other tile of the search space in one of them. The
+    default tiles of the other chips, dtypes and cases."""
+    both, dense = (False, True), ("rows", "channels")
+    for layout in dense:
+        for levels in range(1, MAX_LEVELS + 1):
+            default = config_for(layout, levels, 2, BIG)  # type: ignore[arg-type]
+            others = [config for config in search_space(layout, levels, 2) if config != default]  # type: ignore[arg-type]
+            for synthesis in both:
+                yield haar_point(90, HALF, layout, levels, synthesis)
+            for i, config in enumerate(others):
+                yield haar_point(90, HALF, layout, levels, (i + levels) % 2 == 0, config)
+        yield haar_point(90, HALF, layout, 1, True, add=True)
+    for synthesis in both:
+        for layout, levels in (("rows", 1), ("channels", 4)):
+            for arch in (80, 100, 120):
+                yield haar_point(arch, torch.bfloat16, layout, levels, synthesis)
+        for layout in dense:
+            yield haar_point(90, torch.float32, layout, 1, synthesis)
+            yield haar_point(90, torch.float64, layout, 3, synthesis)
+        for layout in (*dense, "strided"):
+            yield haar_point(90, torch.float32, layout, 2, synthesis, shape=ODD, edge=1)
+
+
+# --- PATM ----------------------------------------------------------------------------------------------------
+
+
+def patm_launch(kernel: str, dtype: torch.dtype) -> Launch:
+    """A default tile on the channels of a projection to five images: slices, 16-byte vectors aligned."""
+    n, c, h, w = 64, 64, 56, 56
+    z, theta, third, d_z, d_theta = meta(n, 5 * c, h, w, dtype=dtype, last=True).chunk(5, 1)
+    image = meta(n, c, h, w, dtype=dtype, last=True)
+    if kernel.startswith("sum"):
+        grad = image if "backward" in kernel else None
+        return branch_sum.launch(image, (image, image, third), meta(3, n, c), grad)[0]
+    branch = phase_aggregate.Branch(z, theta, meta(c), meta(c), meta(c, 2, 1, 7))
+    if kernel == "forward":
+        return phase_aggregate.forward_launch(image, branch, third)[0]
+    weights = meta(n, c)
+    cotangent = phase_aggregate.Cotangent(image, weights, weights, weights, meta(c))
+    return phase_aggregate.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
+
+
+def patm_points() -> Iterator[Point]:
+    """The dtypes that models run; float64 is there for checks, and spills. Ten warps fit a multiprocessor's registers,
+    in two blocks at least, and sines are not the approximate ones. A thread's channels move in one access: 16 bytes in
+    branch_sum; in phase_aggregate four channels forward and two backward, for which registers leave room. Outputs are
+    half as many."""
+    made = [
+        (90, dtype, kernel) for dtype in (torch.float32, HALF, torch.bfloat16) for kernel in ("forward", "backward")
+    ]
+    made += [(arch, HALF, kernel) for arch in (80, 100, 120) for kernel in ("forward", "backward")]
+    made += [(90, dtype, kernel) for dtype in (torch.float32, torch.bfloat16) for kernel in ("sum", "sum backward")]
+    bits = {4: "", 8: r"\.64", 16: r"\.128"}
+    for arch, dtype, kernel in made:
+        load, store = {"forward": (4, 2), "backward": (2, 2)}.get(kernel, (16 // dtype.itemsize,) * 2)
+        demands = Demands(
+            blocks=2, warps=10,
+            accesses=(rf"LDG\.E{bits[load * dtype.itemsize]}$", rf"STG\.E{bits[store * dtype.itemsize]}$"),
+            never=(r"STG\.E\.U16$", r"MUFU\.(SIN|COS)"),
+        )  # fmt: skip
+        yield Point(f"patm {kernel}", arch, dtype, patm_launch(kernel, dtype), demands)
+
+
+# --- Normalisation around a Wave-MLP's branches --------------------------------------------------------------
+
+
+def pre_norm_launch(kernel: str, dtype: torch.dtype) -> Launch:
+    """On the first stage of a Wave-MLP in mixed precision: x and its gradients in float32."""
+    branch = meta(128, 64, 56, 56, dtype=dtype, last=True)
+    x = meta(128, 64, 56, 56, last=not kernel.endswith("NCHW"))
+    by_image, by_both, by_channel = meta(128), meta(128, 64), meta(64)
+    per_image, per_channel = pre_norm.Parameter(by_image, True), pre_norm.Parameter(by_channel)
+    if kernel == "apply":
+        return pre_norm.map_launch(branch, x, pre_norm.Parameter(by_both), (per_image, per_channel))
+    if kernel == "join":
+        return pre_norm.map_launch(x, branch, per_image, w=x)
+    if kernel == "image sums":
+        return pre_norm.image_sums_launch(branch, x, by_image, by_image)[0]
+    rise = pre_norm.Parameter(by_both)
+    return pre_norm.map_launch(x, x, per_image, (per_image, per_image), (branch, rise), x)
+
+
+def pre_norm_points() -> Iterator[Point]:
+    """float32 images of channels_last move in 16-byte accesses."""
+    for kernel in ("apply", "backward", "join", "image sums", "backward of NCHW"):
+        accesses = () if kernel.endswith("NCHW") else (r"LDG\.E\.128$",)
+        accesses += (r"STG\.E\.128$",) if kernel in ("backward", "join") else ()
+        made = [(90, torch.float32), (90, torch.bfloat16)]
+        made += [(arch, HALF) for arch in (80, 100, 120)] if kernel in ("backward", "image sums") else []
+        for arch, dtype in made:
+            launch = pre_norm_launch(kernel, dtype)
+            yield Point(f"pre_norm {kernel}", arch, dtype, launch, Demands(accesses=accesses))
+
+
+# --- Transposed convolution ----------------------------------------------------------------------------------
+
+
+def deconv_points() -> Iterator[Point]:
+    """One block at least fits every chip, and halves multiply by the chip's own matrix instruction."""
+    matrices = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+    def point(name: str, arch: int, dtype: torch.dtype, launch: Launch, products: str = "") -> Point:
+        own, others = re.escape(f"PTX {matrices[arch]}"), {f"PTX {other}" for other in matrices.values()}
+        others.remove(f"PTX {matrices[arch]}")
+        demands = Demands(
+            most_shared=99 * 1024, products=(own,) if products in ("exactly", "tf32") else (),
+            # 32 columns beside 64 are fewer than wgmma's 64 rows, which mma.sync then takes in tf32.
+            never=tuple(map(re.escape, sorted(others))) if products == "exactly" else (),
+        )  # fmt: skip
+        return Point(f"deconv {name}", arch, dtype, launch, demands)
+
+    made = [(arch, HALF, 192, "ieee") for arch in (90, 80, 100, 120)]
+    made += [(90, torch.float32, 96, "ieee"), (90, torch.float32, 96, "tf32"), (80, torch.float32, 96, "tf32")]
+    for arch, dtype, c, precision in made:
+        u, y = meta(64, c, 32, 32, dtype=dtype, last=True), meta(64, c, 64, 64, dtype=dtype, last=True)
+        weight, norm = meta(c, c, 4, 4, dtype=dtype), deconv_backward.Norm(y, *(meta(c),) * 4)
+        pixels = u[:, 0].numel()
+        with products_in(precision):
+            configs = {
+                kind: deconv_tiles.config_for(
+                    kind, dtype.itemsize, c, columns, rows, arch in (80, 120), precision  # type: ignore[arg-type]
+                )
+                for kind, columns, rows in (("forward", c, pixels), ("input", c, pixels), ("weight", pixels, 4 * c))
+            }  # fmt: skip
+            gradients = (configs["input"], configs["weight"])
+            launches = {
+                "forward": deconv.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
+                "both gradients": deconv_backward.norm_gradients_launch(u, y, norm, u, weight, gradients)[0],
+            }
+            if (arch, dtype) == (90, HALF):  # elsewhere the launch of both stands for its parts
+                launches["input gradient"] = deconv_backward.input_grad_launch(u, y, norm, weight, configs["input"])
+                launches["weight gradient"] = deconv_backward.weight_grad_launch(y, norm, u, True, configs["weight"])[0]
+        products = "exactly" if dtype == HALF else precision
+        for name, launch in launches.items():
+            yield point(f"{name} {precision} {c}", arch, dtype, launch, products)
+    u, y, weight = (meta(*s, dtype=HALF, last=True) for s in ((64, 256, 32, 32), (64, 256, 64, 64), (256, 256, 4, 4)))
+    both, partial = deconv_backward.norm_gradients_launch(u, y, deconv_backward.Norm(y, *(meta(256),) * 4), u, weight)
+    yield point("both gradients 256", 90, HALF, both, "exactly")
+    yield point("merge", 90, torch.float32, deconv.merge_launch(meta(3, 2048, 192))[0])
+    yield point("reduce", 90, HALF, deconv_backward.reduce_launch(weight, partial))
+
+
+# --- The rest of a Waveblock ---------------------------------------------------------------------------------
+
+#: Kernels of which a multiprocessor of sm_90 holds two blocks or more, in half types; config_for says where one is
+#: enough.
+TWO_BLOCKS = r"mlp .* (forward|input gradient)$|mlp 128\|0 |reduce_haar (192 L3|128 L1 gradients)$"
+
+
+def mlp_launches(
+    dtype: torch.dtype, products: str, a: int = 192, b: int = 96, k: int = 384, o: int = 192
+) -> Iterator[tuple[str, Launch]]:
+    """The kernels of a Waveblock's middle level, with the tiles of chips that multiply matrices so."""
+    rows = 65536
+    x, second, g = (meta(rows, width, dtype=dtype) for width in (a, b, o))
+    given = mlp.Mlp(
+        x, second if b else None, *((meta(b), meta(b)) if b else (None, None)), meta(k, a + b, dtype=dtype),
+        meta(k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
+    )  # fmt: skip
+
+    def config(kernel: str) -> mlp_tiles.MlpConfig:
+        tf32 = input_precision() == "tf32"
+        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32)  # type: ignore[arg-type]
+
+    gs, name = second if b else None, f"mlp {a}|{b}"
+    yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
+    yield f"{name} input gradient", mlp_backward.input_gradient_launch(x, gs, None, g, given, config("input"))[0]
+    again = mlp_backward.input_gradient_launch(x, gs, g, g, given, config("input and output"))[0]
+    yield f"{name} input gradient and output", again
+    (launch,), _ = mlp_backward.weight_gradient_launches(g, given, config("weight"))
+    yield f"{name} weights' gradients", launch
+
+
+def reduction_launches(
+    dtype: torch.dtype, c: int, levels: int, products: str, last: bool = True, forward: bool = False
+) -> Iterator[tuple[str, Launch]]:
+    """All gradients, and what precedes them, with the tiles of chips that multiply matrices so."""
+    x, weight, bias = meta(64, c, 64, 64, dtype=dtype, last=last), meta(c // 4, c, dtype=dtype), meta(c // 4)
+    zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
+    name = f"reduce_haar {c} L{levels}{'' if last else ' of rows'}"
+    if forward:
+        yield name, reductions.launch(zs, x, weight, bias.to(dtype), True)
+    config = reduction_gradients.config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
+    yield f"{name} gradients", reduction_gradients.launch(x, zs, x, weight, x, True, config)[0]
+
+
+def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf32: bool = False) -> Point:
+    """Halves and TF32 multiply by tensor cores; rows are not loaded pixel by pixel."""
+    half_on_hopper = (arch, dtype) == (90, HALF)
+    products, never = [], []
+    if name.startswith(("mlp", "reduce_haar")) and (dtype == HALF or tf32):
+        products.append("H?GMMA|HMMA|UTCHMMA")
+    if half_on_hopper and re.search(r"mlp 192.* (forward|input gradient)$", name):
+        products.append("HGMMA")
+    if dtype == HALF and re.search(r"192 L(3 of rows|[12] of rows gradients)$", name):
+        never.append(r"LDG\b.*\.[US](8|16)\b")
+    two = half_on_hopper and re.search(TWO_BLOCKS, name) is not None
+    demands = Demands(blocks=2 if two else 1, accesses=(WIDE,), products=tuple(products), never=tuple(never))
+    return Point(("tf32 " if tf32 else "") + name, arch, dtype, launch, demands)
+
+
+def waveblock_points() -> Iterator[Point]:
+    for arch in (80, 100, 120):
+        for name, launch in mlp_launches(HALF, "tcgen05" if arch == 100 else "mma"):
+            yield waveblock_point(name, arch, HALF, launch)
+    # Widths that are no powers of two, where tiles that are too narrow for the layouts spill.
+    for name, launch in mlp_launches(HALF, "mma", 144, 72, 288, 144):
+        yield waveblock_point(name, 120, HALF, launch)
+    for arch, levels, products in ((80, 4, "mma"), (90, 3, "wgmma"), (100, 2, "tcgen05"), (120, 1, "mma")):
+        for name, launch in reduction_launches(HALF, 192, levels, products, False):
+            yield waveblock_point(name, arch, HALF, launch)
+    for c, levels in ((192, 3), (128, 1)):
+        for name, launch in reduction_launches(HALF, c, levels, "wgmma"):
+            yield waveblock_point(name, 90, HALF, launch)
+    for name, launch in mlp_launches(HALF, "wgmma", 128, 0, 256, 128):
+        if name.endswith(("output", "weights' gradients")):
+            yield waveblock_point(name, 90, HALF, launch)
+    with products_in("tf32"):
+        made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
+        made += [each for each in mlp_launches(torch.float32, "wgmma") if not each[0].endswith("and output")]
+    for name, launch in made:
+        yield waveblock_point(name, 90, torch.float32, launch, tf32=True)
+    for dtype in (HALF, torch.float32):
+        for name, launch in middle_launches(dtype, 192, 3):
+            yield waveblock_point(name, 90, dtype, launch)
+
+
+def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[str, Launch]]:
+    x, rows = meta(64, c, 64, 64, dtype=dtype, last=True), meta(64, c, 64, 64, dtype=dtype)
+    weight, bias = meta(c // 4, c, dtype=dtype), meta(c // 4, dtype=dtype)
+    reduced = meta(64, c // 4, 64, 64, dtype=dtype, last=True)
+    zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
+    lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
+    for synthesis in (False, True):
+        prepared = haar.prepare(reduced, lows[-1], highs, levels=levels, synthesis=synthesis, lows=lows[:-1])
+        yield f"haar_pyramid{' adjoint' * synthesis}", Launch(*prepared)
+    yield f"reduce_haar {c} L{levels}", reductions.launch(zs, x, weight, bias, True)
+    yield f"reduce_haar {c} L{levels} of rows", reductions.launch(zs, rows, weight, bias, True)
+    yield from mlp_launches(dtype, "wgmma")
+    stats, partial = norms.stats_launch(x)
+    yield "batch_norm stats", stats
+    yield "batch_norm combine", norms.combine_launch(partial)[0]
+    yield "batch_norm reduce", norms.reduce_launch(x, x, meta(c), meta(c))[0]
+    yield "batch_norm affine", norms.affine_launch(x, x, meta(c), meta(c), rows)
+
+
+@functools.cache
+def points() -> list[Point]:
+    families = (deconv_points, waveblock_points, haar_points, patm_points, pre_norm_points)
+    return [point for family in families for point in family()]

@@ -1,0 +1,274 @@
+"""The benchmark harness from outside: command line, what it writes, how it ends, and the script for GPU machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import cases, cli
+from benchmarks.cases import haar, wavemix
+from benchmarks.harness import case, clock, measure
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_extras = pytest.mark.skipif(
+    any(importlib.util.find_spec(module) is None for module in cli.EXTRAS),
+    reason='the packages of wavemix-kernels[bench] are not installed: pip install "wavemix-kernels[bench]"',
+)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest rounds there may be, and no deadline that a busy machine could miss."""
+    monkeypatch.setattr(cli, "QUICK", clock.Effort(seconds=0.0, fewest=3, most=3))
+    monkeypatch.setattr(cli, "QUICK_LIMIT_S", 1e6)
+    monkeypatch.setattr(cli, "copy_bandwidth", lambda device: {"reused": 1.0, "fresh": 1.0})
+
+
+def tiny(backward: bool = True) -> case.Case:
+    return haar.haar_case(1, torch.float32, "nchw", (2, 4, 16, 16), backward, quick=True)
+
+
+def run(folder: Path, given: list[case.Case], *more: str) -> int:
+    return cli.main(["--device", "cpu", "--quick", "--out", str(folder), *more], given)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+# --- Command line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, given, exists",
+    [
+        (["--cases", "nothing/*"], "nothing/*", "haar/J1/fp32/nchw/4x64x256x256/forward"),
+        (["--cases", ""], "''", "haar/J1/fp32/nchw/4x64x256x256/forward"),
+        (["--providers", "auto,warp"], "auto,warp", "upstream"),
+        (["--providers", ","], "','", "upstream"),
+        (["--device", "tpu"], "tpu", "cuda"),
+        (["--limit", "0"], "0", "positive"),
+        (["--limit", "soon"], "soon", "float"),
+        (["--fast"], "--fast", "unrecognized"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_line_and_status_2(arguments, given, exists, capsys):
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert given in printed.err
+    assert exists in printed.err
+
+
+def test_what_cannot_be_served_is_refused(monkeypatch, tmp_path, capsys):
+    if not torch.cuda.is_available():
+        assert cli.main(["--device", "cuda"]) == 2
+        assert "sees no GPU" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["--out", str(tmp_path / "file" / "below")], [tiny()]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    assert cli.main(["--out", str(tmp_path)], [tiny()]) == 2
+    printed = capsys.readouterr().err
+    assert 'rich missing: pip install "wavemix-kernels[bench]"' in printed
+    assert printed.count("\n") == 1
+
+
+def test_list_names_every_case_of_the_device_once(capsys):
+    assert cli.main(["--list", "--device", "cpu"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.partition("\nproviders")[0].splitlines() if line]
+    assert listed == [case.name for case in cases.registry() if "cpu" in case.devices]
+    names = [case.name for case in cases.registry()]
+    assert len(set(names)) == len(names)
+
+
+# --- End to end ----------------------------------------------------------------------------------------------
+
+
+@needs_extras
+def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
+    given = [tiny(False), tiny(True), wavemix.waveblock_case(1, "nchw", (2, 8, 16, 16), True, quick=True)]
+    assert run(tmp_path, given, "--providers", "reference,auto,triton") == 0, capsys.readouterr().out
+    found = results(tmp_path)
+    assert found["complete"] is True
+    facts = found["environment"]
+    assert {"date", "python", "packages", "commit", "cpu", "cores", "threads", "device"} <= facts.keys()
+    assert facts["packages"]["torch"] == torch.__version__
+    assert found["machine"]["copy_gbps"].keys() == {"reused", "fresh"}
+    rows = {(row["case"], row["provider"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 9
+    fields = {field.name for field in dataclasses.fields(measure.Row)}
+    for (_, provider), row in rows.items():
+        assert row.keys() == fields
+        if provider == "triton":
+            assert (row["status"], row["median_ms"]) == ("unavailable", None)
+            assert "interprets" in row["reason"]
+            continue
+        assert row["status"] == "ok", row["reason"]
+        assert row["baseline"] == "reference"  # upstream was not asked for
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert 0 <= row["error"] <= 1
+        assert row["rounds"] >= 3
+    image = 4 * 2 * 4 * 16 * 16
+    ours, trained = rows[tiny(False).name, "auto"], rows[tiny(True).name, "auto"]
+    assert ours["ideal_bytes"] == 2 * image  # x read, the pyramid written
+    assert ours["peak_bytes"] == image  # and nothing but the pyramid allocated
+    assert (trained["ideal_bytes"], trained["saved_bytes"]) == (4 * image, 0)  # the transform is linear
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert "prefers-color-scheme: dark" in page
+    assert "src='http" not in page
+    for name in ("speed-haar", "memory-haar"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # Published results name no paths or hosts.
+    for text in (json.dumps(found), page):
+        assert str(ROOT) not in text
+        assert str(tmp_path) not in text
+    said = [value for part in ("environment", "machine", "options") for value in found[part].values()]
+    assert os.uname().nodename not in said
+
+
+@needs_extras
+def test_extra_cases_run_by_all_or_by_name_and_are_named_as_left_out(tmp_path, brief, capsys):
+    extra = dataclasses.replace(tiny(), name="haar/extra/forward+backward", quick=False, extra=True)
+    given = [tiny(False), extra]
+    arguments = ["--device", "cpu", "--providers", "auto", "--limit", "1e-9", "--out", str(tmp_path)]
+
+    def ran(*more: str) -> list[str]:
+        assert cli.main([*arguments, *more], given) == 0
+        return [row["case"] for row in results(tmp_path)["rows"]]
+
+    assert ran() == [tiny(False).name]
+    assert "left out of this run: 1 of haar; --list names them, --all or --cases runs them" in capsys.readouterr().out
+    assert ran("--quick") == [tiny(False).name]
+    assert ran("--all") == ran("--cases", "haar/*") == ran("--quick", "--all") == [tiny(False).name, extra.name]
+    capsys.readouterr()
+    assert ran("--cases", extra.name) == [extra.name]
+    assert "left out" not in capsys.readouterr().out
+
+
+@needs_extras
+def test_wrong_provider_gets_no_number(tmp_path, brief, capsys):
+    def swapped(setting: case.Setting) -> case.Forward:
+        right = tiny().makers["reference"](setting)
+
+        def forward(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            ll, (high,) = right(x)
+            return ll, [high[:, :, [1, 0, 2]]]
+
+        return forward
+
+    def broken(setting: case.Setting) -> case.Forward:
+        def forward(x: Tensor) -> None:
+            raise NotImplementedError("no kernel for\nthis")
+
+        return forward
+
+    given = dataclasses.replace(tiny(False), makers=tiny().makers | {"ours": swapped, "upstream": broken})
+    assert run(tmp_path, [given], "--providers", "upstream,reference,auto") == 1  # ours is wrong
+    rows = {row["provider"]: row for row in results(tmp_path)["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "auto": "wrong", "upstream": "failed", "reference": "ok"
+    }  # fmt: skip
+    assert "output 1 is off by" in rows["auto"]["reason"]
+    assert rows["auto"]["error"] > 1
+    assert rows["auto"]["median_ms"] is None
+    assert rows["upstream"]["reason"] == "NotImplementedError: no kernel for this"
+    assert "wrong: output 1" in capsys.readouterr().out
+
+
+@needs_extras
+def test_interrupt_keeps_what_was_measured(tmp_path, brief, monkeypatch, capsys):
+    samples, sample = iter(range(10**6)), clock.CpuClock.sample
+
+    def interrupted(self, step, repeats):
+        if next(samples) == 20:
+            raise KeyboardInterrupt
+        return sample(self, step, repeats)
+
+    second = dataclasses.replace(tiny(), name="haar/second/forward+backward")
+    monkeypatch.setattr(clock.CpuClock, "sample", interrupted)
+    monkeypatch.setattr(cli, "QUICK", clock.Effort(seconds=0.0, fewest=4, most=4))
+    # 3 takers (2 providers and the copy): 3 samples to calibrate and 12 to measure the first case, 3 to calibrate the
+    # second, which is then cut off in its first round.
+    assert run(tmp_path, [tiny(), second], "--providers", "reference,auto") == 130
+    found = results(tmp_path)
+    assert found["complete"] is False
+    assert [row["rounds"] for row in found["rows"] if row["case"] == tiny().name] == [4, 4]
+    cut = [row for row in found["rows"] if row["case"] == second.name]
+    assert all(row["status"] == "ok" and row["rounds"] == 1 for row in cut)
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+    assert "interrupted" in capsys.readouterr().out
+
+
+@needs_extras
+def test_past_the_limit_cases_are_skipped_and_say_so(tmp_path, brief, capsys):
+    assert run(tmp_path, [tiny()], "--limit", "1e-9", "--providers", "auto") == 0
+    (row,) = results(tmp_path)["rows"]
+    assert row["status"] == "skipped"
+    assert "--limit" in row["reason"]
+    assert tiny().name in capsys.readouterr().out
+
+
+# --- The script for GPU machines -----------------------------------------------------------------------------
+
+
+def script(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": python})
+
+
+@pytest.mark.parametrize("arguments", [(), ("out", "x"), ("out", "0"), ("a", "1", "b")], ids=str)
+def test_gpu_script_usage(arguments):
+    done = script(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the script would do its work")
+def test_gpu_script_without_a_gpu(tmp_path):
+    done = script(str(tmp_path / "out"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "sees no NVIDIA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failing", ["", "pytest", "pip"])
+def test_gpu_script_stages_and_status(tmp_path, failing):
+    """The script's own logic, with an interpreter that only records what it is asked to do."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        "#!/usr/bin/env bash\n"
+        f'echo "$WAVEMIX_KERNELS_CUDA $WAVEMIX_KERNELS_CUDA_ARCHS $*" >> {tmp_path}/calls\n'
+        "[[ $1 == -c ]] && { echo 90; exit 0; }\n"
+        f'[[ $2 == "{failing}" ]] && {{ echo "it broke"; exit 1; }}\n'
+        "echo done\n"
+    )
+    fake.chmod(0o755)
+    done = script(str(tmp_path / "out"), "5", python=str(fake))
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    calls = (tmp_path / "calls").read_text()
+    assert done.returncode == (1 if failing else 0), done.stderr
+    assert "1 90 -m pip install --no-build-isolation --no-deps" in calls
+    assert calls.index("-m pip") < calls.index("-m pytest") < calls.index("-m benchmarks --device cuda")
+    if failing == "pytest":
+        assert "FAIL  parity-haar" in summary
+        assert "it broke" in summary
+    if failing == "pip":
+        assert "FAIL  build" in summary
+        assert "\n0 90 -m pip" in calls  # again, without the CUDA kernels
+        assert "exercise cuda" not in calls
+    assert "PASS  exercise-triton" in summary
+    assert (tmp_path / "out" / "benchmarks.log").read_text() == "done\n"

@@ -1,0 +1,284 @@
+"""The benchmarks' measurements: the gate in front of every number, memory of known programs, clocks and inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import wavemix as cases_wavemix
+from benchmarks.cases import wavemlp as cases_wavemlp
+from benchmarks.harness import case, clock, gate, machine, measure, memory, photographs, providers, rivals
+from tests.tools.test_benchmarks_cli import needs_extras, tiny
+from wavemix_kernels.reference import PATM
+from wavemix_kernels.wavemix.classification import WaveMixLite
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+def meter(**options: Any) -> measure.Meter:
+    return measure.Meter(CPU, clock.Effort(0.0, 1, 1), **options)
+
+
+# --- Gate ----------------------------------------------------------------------------------------------------
+
+
+def tiny_model(training: bool, **options: Any) -> case.Case:
+    def model(**arguments: Any) -> nn.Module:
+        return WaveMixLite(final_dim=8, depth=2, upsample="deconv", **arguments)
+
+    return cases_wavemix.model_case("tiny", model, True, (6, 3, 16, 16), training, **options)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        tiny_model(True),
+        tiny_model(False),
+        tiny_model(True, autocast=torch.bfloat16, judged=4),
+        cases_wavemlp.patm_case("fc", (2, 8, 5, 9), True),
+        cases_wavemlp.patm_case("depthwise", (2, 8, 5, 9), True),
+        cases_wavemlp.patm_case("fc", (4, 8, 5, 9), True, autocast=torch.bfloat16, judged=2),
+        pytest.param(cases_wavemlp.model_case("wavemlp", "T_dw", (2, 3, 64, 64), True), marks=pytest.mark.prove),
+        pytest.param(cases_wavemlp.model_case("wavemlp", "S", (1, 3, 32, 32), False), marks=pytest.mark.prove),
+    ],
+    ids=lambda of: of.name,
+)
+@needs_extras
+def test_blocks_and_models_pass_their_gate(of):
+    names = ["upstream", "reference", "auto"]
+    if of.group == "wavemix" and of.autocast is not None:
+        names.remove("upstream")  # the backward of pytorch_wavelets' transforms fails under autocast
+    for row in meter().measure(of, names):
+        assert row.status == "ok", (row.provider, row.reason)
+        assert 0 < row.error <= 1
+        assert row.flops > 0
+        assert (row.saved_bytes is None) != of.backward
+        if of.image:
+            assert row.gbps is None
+            assert row.frames_per_second == pytest.approx(of.inputs()[0].shape[0] / row.median_ms * 1e3)
+        else:
+            assert row.frames_per_second is None
+
+
+@needs_extras
+def test_a_gate_of_the_first_images_says_the_same_of_the_step():
+    whole = cases_wavemlp.patm_case("fc", (4, 8, 5, 9), True)
+    all_images, first = (measure._Task.of(dataclasses.replace(whole, judged=n), CPU) for n in (None, 2))
+    assert (all_images.judged[0].shape[0], first.judged[0].shape[0]) == (4, 2)
+    assert (all_images.inputs[0].shape[0], first.inputs[0].shape[0]) == (4, 4)
+    assert all_images.flops == first.flops > 0
+    assert all_images.ideal_bytes == first.ideal_bytes > 0
+
+
+def test_wrong_parameters_of_a_model_are_refused():
+    right = tiny_model(True)
+
+    def unscaled(setting: case.Setting) -> case.Forward:
+        model = right.makers["ours"](setting)
+        with torch.no_grad():
+            model.layers[0].feedforward[5].weight.mul_(1.001)
+        return model
+
+    (row,) = meter().measure(dataclasses.replace(right, makers=right.makers | {"ours": unscaled}), ["auto"])
+    assert row.status == "wrong"
+
+
+@pytest.mark.parametrize("mode", ["fc", "depthwise"])
+def test_upstream_patm_is_the_reference(mode):
+    torch.manual_seed(0)
+    reference, upstream = PATM(8, True, mode=mode).double(), rivals.UpstreamPATM(8, True, mode=mode).double()
+    upstream.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 8, 5, 9, dtype=torch.float64)
+    expected, actual = reference(x), upstream(x)
+    (expected**2).sum().backward()
+    (actual**2).sum().backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(upstream.get_parameter(name).grad, parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_past_the_limit_nothing_is_compiled():
+    found = meter(may_compile=lambda seconds: False).measure(tiny(False), ["reference", "compile"])
+    assert {row.provider: row.status for row in found} == {"reference": "ok", "compile": "skipped"}
+
+
+def test_gate_admits_rounding_and_refuses_more():
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    rounded = exact.to(torch.bfloat16)
+    limits = gate.elementwise([exact], [1], gate.unit_roundoff(torch.bfloat16))
+    assert gate.judge(["y"], [rounded], [exact], limits).reason is None
+    off = rounded.clone()
+    off[7] += 0.02  # more than one spacing of bfloat16 between 1 and 2, 1/128
+    assert "y is off by" in gate.judge(["y"], [off], [exact], limits).reason
+
+
+def test_gate_refuses_shapes_counts_and_nan():
+    exact = torch.ones(3, dtype=torch.float64)
+    assert "shape" in gate.judge(["y"], [torch.ones(4)], [exact], [1.0]).reason
+    assert "1 tensors, expected 2" in gate.judge(["y", "z"], [torch.ones(3)], [exact, exact], [1.0, 1.0]).reason
+    assert "finite" in gate.judge(["y"], [torch.full((3,), float("nan"))], [exact], [1.0]).reason
+
+
+def test_root_mean_square_limit_of_a_cancelling_sum_is_that_of_its_terms():
+    zero, other = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert gate.root_mean_square([zero, other], [2.0, 0.0], depth=1, u=2.0**-24) == [32 * 2.0**-24, 16 * 2.0**-24]
+
+
+def test_calibrated_limit_follows_the_reference_and_the_order_of_sums():
+    values, fp32, bf16 = [torch.ones(4, dtype=torch.float64)] * 2, 2.0**-24, 2.0**-8
+    assert gate.calibrated(values, [0.0, 0.0], [1e-3, 0.0], 0, fp32) == [16e-3, 16 * fp32]
+    assert gate.calibrated(values, [0.0, 0.0], [1e-3, 0.0], 600, fp32) == pytest.approx([26e-3, 16 * fp32])
+    # Half types are summed in float32: nothing to speak of beside their own rounding.
+    assert gate.calibrated(values[:1], [0.0], [1.0], 600, bf16) == pytest.approx([16.0], rel=1e-4)
+
+
+def test_a_sum_one_by_one_rounds_as_derived():
+    terms = torch.randn(600, 2000, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(2000)
+    for row in terms:
+        total += row
+    exact = terms.double().sum(0)
+    roundoffs = gate.rms(total - exact) / gate.rms(exact) / gate.unit_roundoff(torch.float32)
+    # A rounding is less than half a unit in the last place: a third of it on the average of a number's binade.
+    assert 0.2 < roundoffs / gate.summation(600) < 1
+
+
+# --- Memory --------------------------------------------------------------------------------------------------
+
+
+def mebibyte() -> Tensor:
+    return torch.zeros(MIB // 4)
+
+
+def test_tracker_counts_live_storages_once():
+    x = mebibyte()
+    with memory.LiveBytes([x]) as live:
+        y = x + 1
+        assert live.live == MIB
+        view = y[::2].reshape(-1, 2)  # a view shares its storage; x's own is known
+        x.add_(1)
+        assert live.live == MIB
+        z = y * 2
+        assert live.live == live.peak == 2 * MIB
+        del y
+        assert live.live == 2 * MIB  # the view keeps it
+        del view
+        assert live.live == MIB
+        z.resize_(3 * MIB // 4)
+        assert live.live == live.peak == 3 * MIB
+        del z
+        assert live.live == 0
+    assert live.peak == 3 * MIB
+
+
+def test_peak_of_a_known_program_by_both_observers():
+    x = mebibyte()
+
+    def chain() -> Tensor:
+        """Holds two intermediates at once and returns a third: three storages of x's size at the peak."""
+        first = x + 1
+        second = x * 2
+        return first * second
+
+    assert memory.tracked_peak_bytes(chain, [x]) == memory.peak_bytes(chain, CPU) == 3 * MIB
+
+
+def test_allocator_log_sees_inside_operators():
+    scores = torch.zeros(64, 1024)
+    # logsumexp's C++ makes an exp of the whole input; its result has 64 elements.
+    assert memory.tracked_peak_bytes(lambda: scores.logsumexp(1), [scores]) < 4096
+    assert memory.peak_bytes(lambda: scores.logsumexp(1), CPU) >= scores.nbytes
+
+
+def test_saved_bytes_leave_out_inputs_and_parameters():
+    x, weight = mebibyte().requires_grad_(), mebibyte().requires_grad_()
+    assert memory.saved_bytes(lambda: x * weight, [x, weight]) == 0
+    # exp keeps its result, sin its argument: one storage, saved twice.
+    assert memory.saved_bytes(lambda: x.exp().sin(), [x]) == MIB
+    linear = nn.Linear(256, 1024, bias=False)
+    rows = torch.zeros(256, 256, requires_grad=True)
+    assert memory.saved_bytes(lambda: linear(rows).relu(), [rows, *linear.parameters()]) == 256 * 1024 * 4
+
+
+class Scales(nn.Module):
+    """Two parameters of one MiB, whose gradients are all that its backward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(mebibyte()), nn.Parameter(mebibyte())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.a).sum() + (x * self.b).sum()
+
+
+def test_peak_leaves_out_standing_gradients_of_parameters():
+    module, x, cotangent = Scales(), torch.ones(1), [torch.ones(())]
+    of = dataclasses.replace(tiny(), image=True)
+    given = providers.subject(module, of, CPU, contextlib.nullcontext)
+    alone = memory.tracked_peak_bytes(measure._step(of, given, [x], cotangent), [x, *given.standing])
+    with measure._standing_gradients(given.parameters.values()) as gradients:
+        update = measure._update(of, given, [x], cotangent)
+        beside = memory.tracked_peak_bytes(update, [x, *given.standing, *gradients])
+        assert module.a.grad.sum() == MIB // 4
+    assert module.a.grad is None
+    assert 2 * MIB <= alone < 2.1 * MIB  # both gradients are results
+    assert MIB <= beside < 1.1 * MIB  # each is added to the one that stands, then freed
+
+
+# --- Inputs and clocks ---------------------------------------------------------------------------------------
+
+
+@needs_extras
+def test_photographs_are_reproducible_and_real():
+    crops = photographs.crops(9, 40, 600, seed=1)  # wider than chelsea: mirrored
+    assert crops.shape == (9, 3, 40, 600)
+    assert torch.equal(crops, photographs.crops(9, 40, 600, seed=1))
+    assert not torch.equal(crops, photographs.crops(9, 40, 600, seed=2))
+    assert 0 <= crops.min() <= crops.max() <= 1
+    assert crops.flatten(1).std(1).min() > 0.01  # no crop is flat
+    maps = photographs.feature_maps(2, 16, 32, 48)
+    assert maps.shape == (2, 16, 32, 48)
+    torch.testing.assert_close(maps.mean((0, 2, 3)), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.std((0, 2, 3), unbiased=False), torch.ones(16), atol=1e-4, rtol=0)
+
+
+def test_rounds_are_interleaved_and_their_order_changes(monkeypatch):
+    order: list[str] = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples: dict[str, list[float]] = {}
+    monkeypatch.setattr(clock.CpuClock, "repeats", lambda self, step: 1)
+    clock.interleave(steps, clock.CpuClock(), clock.Effort(seconds=0.0, fewest=20, most=50), samples)
+    rounds = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # the first three warm up
+    assert len(rounds) == 20
+    assert all(sorted(one) == list("abc") for one in rounds)
+    assert len(set(rounds)) > 3
+    assert {len(values) for values in samples.values()} == {20}
+
+
+def test_copy_bandwidth_is_that_of_a_copy():
+    gbps = machine.copy_bandwidth(CPU, size=1 << 20)
+    assert gbps.keys() == {"reused", "fresh"}
+    assert all(0.01 < value < 1e5 for value in gbps.values())
+
+
+def test_quantiles_interpolate():
+    assert clock.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert clock.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
+    assert clock.quantile([5.0], 0.8) == 5.0
+
+
+def test_parameters_go_by_name_whatever_their_order():
+    class Block(nn.Module):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            for name in names:
+                self.register_parameter(name, nn.Parameter(torch.zeros(1)))
+
+    subjects = [providers.subject(Block(names), tiny(), CPU, None) for names in ("ab", "ba")]
+    assert [list(subject.parameters) for subject in subjects] == [["a", "b"], ["a", "b"]]
