@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 
 from tests.aot.table import WIDE, Demands
+from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
-from wavemix_kernels.ops.haar import triton as haar
-from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, search_space
+from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
 from wavemix_kernels.ops.patm import triton_branches as branch_sum
-from wavemix_kernels.ops.patm import triton_phases as phase_aggregate
+from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
 from wavemix_kernels.ops.reduce_haar import triton as reductions
-from wavemix_kernels.ops.reduce_haar import triton_backward as reduction_gradients
+from wavemix_kernels.ops.reduce_haar import triton_backward as reductions_backward
+from wavemix_kernels.ops.reduce_haar.tiles import backward_config_for
 
 HALF = torch.float16
 LAST = torch.channels_last
@@ -86,12 +88,13 @@ def haar_point(
     """Aligned images move in 16-byte accesses: all of level 1; of deeper transforms the finest level at least, whose
     share is three quarters. Level 1 exchanges nothing between threads, but for the row-major synthesis, which stores
     whole rows through shared memory."""
-    bands = [haar.band_shape(shape, level) for level in range(1, levels + 1)]
+    bands = [triton_plan.band_shape(shape, level) for level in range(1, levels + 1)]
     image = functools.partial(haar_image, layout, dtype)
-    launch = Launch(*haar.prepare(
-        image(*shape), image(*shape[:2], *bands[-1][3:]), [image(*band) for band in bands], levels=levels, edge=edge,
-        add=image(*shape) if add else None, synthesis=synthesis, config=config,
-    ))  # fmt: skip
+    tensors = image(*shape), image(*shape[:2], *bands[-1][3:]), [image(*band) for band in bands]
+    if synthesis:
+        launch = triton_synthesis.launch(*tensors, edge=edge, add=image(*shape) if add else None, config=config)
+    else:
+        launch = triton_analysis.launch(*tensors, edge=edge, config=config)
     demands = Demands(accesses=())
     if shape == BIG and layout != "strided":
         local = levels == 1 and not (layout == "rows" and synthesis)
@@ -111,7 +114,7 @@ def haar_points() -> Iterator[Point]:
     for layout in dense:
         for levels in range(1, MAX_LEVELS + 1):
             default = config_for(layout, levels, 2, BIG)  # type: ignore[arg-type]
-            others = [config for config in search_space(layout, levels, 2) if config != default]  # type: ignore[arg-type]
+            others = [config for config in search_spaces.haar(layout, levels, 2) if config != default]  # type: ignore[arg-type]
             for synthesis in both:
                 yield haar_point(90, HALF, layout, levels, synthesis)
             for i, config in enumerate(others):
@@ -139,12 +142,12 @@ def patm_launch(kernel: str, dtype: torch.dtype) -> Launch:
     if kernel.startswith("sum"):
         grad = image if "backward" in kernel else None
         return branch_sum.launch(image, (image, image, third), meta(3, n, c), grad)[0]
-    branch = phase_aggregate.Branch(z, theta, meta(c), meta(c), meta(c, 2, 1, 7))
+    branch = waves.Branch(z, theta, meta(c), meta(c), meta(c, 2, 1, 7))
     if kernel == "forward":
-        return phase_aggregate.forward_launch(image, branch, third)[0]
+        return triton_phases.forward_launch(image, branch, third)[0]
     weights = meta(n, c)
-    cotangent = phase_aggregate.Cotangent(image, weights, weights, weights, meta(c))
-    return phase_aggregate.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
+    cotangent = waves.Cotangent(image, weights, weights, weights, meta(c))
+    return triton_phases_backward.backward_launch(d_z, d_theta, third, cotangent, branch)[0]
 
 
 def patm_points() -> Iterator[Point]:
@@ -232,16 +235,18 @@ def deconv_points() -> Iterator[Point]:
             gradients = (configs["input"], configs["weight"])
             launches = {
                 "forward": deconv.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
-                "both gradients": deconv_backward.norm_gradients_launch(u, y, norm, u, weight, gradients)[0],
+                "both gradients": deconv_backward.norm_backward_launch(u, y, norm, u, weight, gradients)[0],
             }
             if (arch, dtype) == (90, HALF):  # elsewhere the launch of both stands for its parts
-                launches["input gradient"] = deconv_backward.input_grad_launch(u, y, norm, weight, configs["input"])
-                launches["weight gradient"] = deconv_backward.weight_grad_launch(y, norm, u, True, configs["weight"])[0]
+                launches["input gradient"] = deconv_backward.backward_x_launch(u, y, norm, weight, configs["input"])
+                launches["weight gradient"] = deconv_backward.backward_weight_launch(
+                    y, norm, u, True, configs["weight"]
+                )[0]
         products = "exactly" if dtype == HALF else precision
         for name, launch in launches.items():
             yield point(f"{name} {precision} {c}", arch, dtype, launch, products)
     u, y, weight = (meta(*s, dtype=HALF, last=True) for s in ((64, 256, 32, 32), (64, 256, 64, 64), (256, 256, 4, 4)))
-    both, partial = deconv_backward.norm_gradients_launch(u, y, deconv_backward.Norm(y, *(meta(256),) * 4), u, weight)
+    both, partial = deconv_backward.norm_backward_launch(u, y, deconv_backward.Norm(y, *(meta(256),) * 4), u, weight)
     yield point("both gradients 256", 90, HALF, both, "exactly")
     yield point("merge", 90, torch.float32, deconv.merge_launch(meta(3, 2048, 192))[0])
     yield point("reduce", 90, HALF, deconv_backward.reduce_launch(weight, partial))
@@ -271,10 +276,10 @@ def mlp_launches(
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
-    yield f"{name} input gradient", mlp_backward.input_gradient_launch(x, gs, None, g, given, config("input"))[0]
-    again = mlp_backward.input_gradient_launch(x, gs, g, g, given, config("input and output"))[0]
+    yield f"{name} input gradient", mlp_backward.backward_x_launch(x, gs, None, g, given, config("input"))[0]
+    again = mlp_backward.backward_x_launch(x, gs, g, g, given, config("input and output"))[0]
     yield f"{name} input gradient and output", again
-    (launch,), _ = mlp_backward.weight_gradient_launches(g, given, config("weight"))
+    (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
     yield f"{name} weights' gradients", launch
 
 
@@ -287,8 +292,8 @@ def reduction_launches(
     name = f"reduce_haar {c} L{levels}{'' if last else ' of rows'}"
     if forward:
         yield name, reductions.launch(zs, x, weight, bias.to(dtype), True)
-    config = reduction_gradients.config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
-    yield f"{name} gradients", reduction_gradients.launch(x, zs, x, weight, x, True, config)[0]
+    config = backward_config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
+    yield f"{name} gradients", reductions_backward.launch(x, zs, x, weight, x, True, config)[0]
 
 
 def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf32: bool = False) -> Point:
@@ -338,9 +343,8 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
     reduced = meta(64, c // 4, 64, 64, dtype=dtype, last=True)
     zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
     lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
-    for synthesis in (False, True):
-        prepared = haar.prepare(reduced, lows[-1], highs, levels=levels, synthesis=synthesis, lows=lows[:-1])
-        yield f"haar_pyramid{' adjoint' * synthesis}", Launch(*prepared)
+    yield "haar_pyramid", triton_analysis.launch(reduced, lows[-1], highs, lows=lows[:-1])
+    yield "haar_pyramid_backward", triton_synthesis.launch(reduced, lows[-1], highs, lows=lows[:-1])
     yield f"reduce_haar {c} L{levels}", reductions.launch(zs, x, weight, bias, True)
     yield f"reduce_haar {c} L{levels} of rows", reductions.launch(zs, rows, weight, bias, True)
     yield from mlp_launches(dtype, "wgmma")

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from tests.upstream import original_wavemix
-from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops import choose
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def wavelets() -> ModuleType:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """PATM in kernels of parts, as wide images run; otherwise a CPU takes narrow ones from end to end."""
-    monkeypatch.setattr(patm_op, "WHOLE", 0)
+    monkeypatch.setattr(choose, "WHOLE", 0)
 
 
 @pytest.fixture(params=["whole", "parts"])

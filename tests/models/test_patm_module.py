@@ -16,7 +16,7 @@ from tests.models.subjects import Subject, assert_same_step, normal, operators, 
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import backends, wavemlp
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
-from wavemix_kernels.ops.patm import op as patm_op
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.patm import reference as patm_reference
 from wavemix_kernels.wavemlp import PATM
 
@@ -185,7 +185,7 @@ def test_norm_in_front_and_sum_behind(norm: str, frozen: str, order: str, either
 
 def test_runs_whole_up_to_a_width() -> None:
     """From end to end: no depthwise phases, no odd channels, and no weights larger than the cache."""
-    x, wide = torch.randn(2, 8, 5, 4), patm_op.WHOLE + 2
+    x, wide = torch.randn(2, 8, 5, 4), choose.WHOLE + 2
     for module in (PATM(8), PATM(8).eval().fuse_for_inference()):
         assert "patm_whole" in operators(module, x)
     for module, image in (

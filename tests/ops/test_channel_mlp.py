@@ -72,7 +72,7 @@ class ChannelMlp(Contract):
         hidden = products.project(tensors["x"], tensors["w1"], tensors["b1"])
         error = 1.13 * (c + 2) * u * products.project(x, w1, b1) + 5 * u * (hidden.abs() + 1)
         value, slope = hidden.abs() + error, torch.full_like(hidden, 1.13)
-        d_h = products.input_gradient(g, hidden, w2)
+        d_h = products.backward_x(g, hidden, w2)
         d_h_error = d_h * (error + (o + 2) * u * slope)
 
         def sums(of: Callable[[Tensor], Tensor], value: Tensor, error: Tensor, terms: int) -> Tensor:
@@ -81,10 +81,10 @@ class ChannelMlp(Contract):
         by_channel: Any = lambda t: t.sum((0, 2, 3))  # noqa: E731
         bounds = {
             "out": sums(lambda t: products.project(t, w2, None), value, error, k),
-            "d_x": sums(lambda t: products.input_gradient(t, x, w1), d_h * slope, d_h_error, k),
-            "d_w1": sums(lambda t: products.weight_gradient(t, x, w1), d_h * slope, d_h_error, pixels),
+            "d_x": sums(lambda t: products.backward_x(t, x, w1), d_h * slope, d_h_error, k),
+            "d_w1": sums(lambda t: products.backward_weight(t, x, w1), d_h * slope, d_h_error, pixels),
             "d_b1": sums(by_channel, d_h * slope, d_h_error, pixels),
-            "d_w2": sums(lambda t: products.weight_gradient(g, t, w2), value, error, pixels),
+            "d_w2": sums(lambda t: products.backward_weight(g, t, w2), value, error, pixels),
             "d_b2": sums(by_channel, g, torch.zeros_like(g), pixels),
         }
         offset = 0 if b2 is None else b2.max()
@@ -125,9 +125,9 @@ def test_products(pixels: int) -> None:
         weight, bias = tensors[2:]
         return [
             products.project(x, weight, bias),
-            products.input_gradient(grad, x, weight),
-            products.weight_gradient(grad, x, weight),
-            products.bias_gradient(grad),
+            products.backward_x(grad, x, weight),
+            products.backward_weight(grad, x, weight),
+            products.backward_bias(grad),
         ]
 
     got = all_of(*(t.float() for t in given))
@@ -143,7 +143,7 @@ def test_weight_gradient_of_slices(dtype: torch.dtype, size: tuple[int, ...]) ->
     """Both images are slices of wider ones, and there are pixels for more than one block."""
     n, o, c, h, w = size
     grad, x = (image(randn(n, k, h, w, seed=k), dtype, layout="channels_slice") for k in (o, c))
-    got = products.weight_gradient(grad, x, torch.empty(o, c, 1, 1, dtype=dtype))
+    got = products.backward_weight(grad, x, torch.empty(o, c, 1, 1, dtype=dtype))
     rows, columns = (t.double().permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x))
     bound = (n * h * w + 1) * UNIT_ROUNDOFF[dtype] * (rows.abs().t() @ columns.abs())
     # In float64 the product that it is compared with errs as much.

@@ -123,7 +123,7 @@ def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
 class NormGradients(Contract):
     """All gradients from that of the BatchNorm's output: `a grad + b (y - mean) + d` is made where it is read."""
 
-    name = "deconv_norm_gradients"
+    name = "deconv_norm_backward"
     axes: ClassVar[Any] = {
         "size": NARROW, "layout": ("nchw", "channels_last", "channels_slice"), "weighted": (False, True),
         "batch_stats": (False, True), "cotangents": ("channels_last", "channels_slice", "nchw"),
@@ -145,7 +145,7 @@ class NormGradients(Contract):
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         *norm, u, weight = tensors.values()
         assert op.folds(backend, u.shape[1], tensors["grad"])
-        return op.norm_gradients(*norm, case.batch_stats, u, weight, backend)._asdict()
+        return op.norm_backward(*norm, case.batch_stats, u, weight, backend)._asdict()
 
     def solve(self, case: Case, t: Any) -> tuple[Any, ...]:
         """a, b, d and the sums they are made of, with the errors of b and d; a channel each."""
@@ -222,8 +222,8 @@ def test_empty_batch(backend: str, device: str, channels: int) -> None:
     assert y.shape == (0, 36, 6, 8)
     assert mean.isnan().all()
     assert var.isnan().all()
-    assert op.input_grad(y, weight, backend).shape == u.shape
-    assert all(not t.any() for t in op.weight_grad(y, u, True, backend))
+    assert op.backward_x(y, weight, backend).shape == u.shape
+    assert all(not t.any() for t in op.backward_weight(y, u, True, backend))
 
 
 @on("cpu", "triton")
@@ -237,7 +237,9 @@ def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
     far = block.as_strided(values.shape, (apart, 1, 12, 4)).copy_(values)
     near, grad = (t.contiguous(memory_format=torch.channels_last) for t in (values, randn(2, 2, 4, 6).to(values)))
     assert torch.equal(op.fused(far, weight, None, backend), op.fused(near, weight, None, backend))
-    assert torch.equal(op.weight_grad(grad, far, False, backend)[0], op.weight_grad(grad, near, False, backend)[0])
+    assert torch.equal(
+        op.backward_weight(grad, far, False, backend)[0], op.backward_weight(grad, near, False, backend)[0]
+    )
 
 
 @pytest.mark.parametrize("channels", [2, 40])
@@ -266,11 +268,11 @@ def test_opcheck() -> None:
         grad, invstd = image(randn(*y.shape), torch.float32, layout=layout), torch.rsqrt(var + 1e-5)
         torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
         torch.library.opcheck(ops.deconv_residual, (u, weight, bias, grad, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_input_grad, (grad, weight, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_weight_grad, (grad, u, True, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_backward_x, (grad, weight, "auto"), test_utils=tests)
+        torch.library.opcheck(ops.deconv_backward_weight, (grad, u, True, "auto"), test_utils=tests)
         assert op.folds("auto", channels, grad)
         arguments = (grad, y, mean, invstd, bias, True, u, weight, "auto")
-        torch.library.opcheck(ops.deconv_norm_gradients, arguments, test_utils=tests)
+        torch.library.opcheck(ops.deconv_norm_backward, arguments, test_utils=tests)
 
 
 def test_errors() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops.contract import Case, Contract, each_backend_repeats, each_case, image, randn, singles
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored, stored_roundoff, sum_bound
 from wavemix_kernels.ops.patm import branches, phases, reference, whole
+from wavemix_kernels.ops.patm.weights import Affine, Weights
 
 EPS = 1e-5
 #: Roundoffs by which sine and cosine of a phase may err (csrc/cpu/sincos.h, csrc/cuda/sincos.cuh), in fp64 CUDA's own.
@@ -24,9 +25,11 @@ def sine(backend: str, dtype: torch.dtype) -> float:
 
 
 NAMES = (
-    "z_h", "z_w", "c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "w_h", "w_w",
+    "z_h", "z_w", "z_c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "taps_h", "taps_w",
 )  # fmt: skip
 EVERYWHERE = dict.fromkeys(("reference", "cpu", "triton", "cuda"), DTYPES)
+#: Tensors of a whole PATM.
+FIELDS = (*Weights._fields, *Affine._fields)
 KERNELS = pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"], indirect=True)
 
 
@@ -94,8 +97,9 @@ class PhaseAggregate(Contract):
         given = [t[name] for name in ("grad_h", "grad_w", "grad_s", "a", "z_h", "z_w", *NAMES[3:], "mean", "invstd")]
         made = phases.backward(*given, joined, backend)
         assert len(made.images) == (1 if joined else 3)
-        slots = zip(("z_h", "z_w", "c", "theta_h", "theta_w"), phases._slots(made.images), strict=True)
-        out = {"h": h, "w": w, "s": s, "d_w_h": made.w_h, "d_w_w": made.w_w} | {f"d_{name}": d for name, d in slots}
+        slots = zip(("z_h", "z_w", "z_c", "theta_h", "theta_w"), made.slots(), strict=True)
+        out = {"h": h, "w": w, "s": s, "d_taps_h": made.taps_h, "d_taps_w": made.taps_w}
+        out |= {f"d_{name}": d for name, d in slots}
         for i, b in enumerate("hw"):
             out |= {f"d_shift_{b}": made.sums[i, 0], f"d_scale_{b}": made.sums[i, 1]}
         return out
@@ -123,7 +127,7 @@ class PhaseAggregate(Contract):
         grad_h, grad_w, grad_s, a = (tensors[name] for name in ("grad_h", "grad_w", "grad_s", "a"))
         weights = [1.0, 1.0, 0.0] if a is None else [t[..., None, None] for t in a]
         loss = (h * grad_h * weights[0]).sum() + (w * grad_w * weights[1]).sum() + (s * grad_s).sum()
-        loss = loss + (leaf["c"] * grad_h * weights[2]).sum()
+        loss = loss + (leaf["z_c"] * grad_h * weights[2]).sum()
         made = dict(zip(wrt, torch.autograd.grad(loss, list(wrt.values())), strict=True))
         made |= {f"d_scale_{b}": made[f"d_scale_{b}"] / invstd[b] for b in "hw"}
         return {"h": h, "w": w, "s": s} | made
@@ -136,12 +140,12 @@ class PhaseAggregate(Contract):
         u = UNIT_ROUNDOFF[wide] * (2 if case.dtype == torch.float64 else 1)  # float64's truth errs as much
         n = case.shape[0] * pixels
         d = max(1.0, largest("a")) * max(largest("grad_h"), largest("grad_w")) + largest("grad_s")
-        allowed, outputs, peaks = {"d_c": 2 * u * d}, 0.0, largest("c")
+        allowed, outputs, peaks = {"d_z_c": 2 * u * d}, 0.0, largest("z_c")
         for i, b in enumerate("hw"):
             z, theta, scale = (largest(f"{name}_{b}") for name in ("z", "theta", "scale"))
             turned = 2 * (2 * theta * scale + largest(f"shift_{b}")) + sine(backend, case.dtype)
             # Sums of |weights|: over what one output reads, and over what one wave goes to.
-            taps = tensors[f"w_{b}"].abs().flatten(2)
+            taps = tensors[f"taps_{b}"].abs().flatten(2)
             row = max(taps.sum((1, 2)).max().item(), 2 * taps.sum(2).max().item())
             # 14 products and sums of waves.
             allowed[b] = u * z * row * (turned + 1 + 14)
@@ -163,9 +167,9 @@ class PhaseAggregate(Contract):
                 steep = tensors["invstd"][i].square().max().item() * spread**2
                 line = scale * (1 + steep) * (summed / n + 5 * u * peak)
                 allowed[f"d_theta_{b}"] += line + stored_roundoff(case.dtype, backend) * scale * peak
-            allowed[f"d_w_{b}"] = n * u * z * d * (turned + 4 + n)
+            allowed[f"d_taps_{b}"] = n * u * z * d * (turned + 4 + n)
         allowed["s"] = pixels * (outputs + (pixels + 2) * u * peaks)
-        once = ("h", "w", "d_z_h", "d_z_w", "d_c", "d_theta_h", "d_theta_w")
+        once = ("h", "w", "d_z_h", "d_z_w", "d_z_c", "d_theta_h", "d_theta_w")
         return {
             name: bound + (stored(exact[name], case.dtype, backend) if name in once else torch.zeros_like(exact[name]))
             for name, bound in allowed.items()
@@ -214,10 +218,10 @@ class BranchSum(Contract):
         }
 
 
-def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> whole.Weights:
+def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> dict[str, Tensor]:
     """Phases of a few radians, mostly above 0."""
     hidden, values = max(c // 4, 1), {}
-    for i, name in enumerate(whole.Weights._fields):
+    for i, name in enumerate(FIELDS):
         if name in ("fc1", "fc2"):
             shape: tuple[int, ...] = (hidden, c, 1, 1) if name == "fc1" else (3 * c, hidden, 1, 1)
         elif name.startswith("taps"):
@@ -228,9 +232,13 @@ def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> whole.Weigh
             shape = (c, c, 1, 1)
         value = randn(*shape, seed=i) / (c**0.5 if len(shape) > 1 else 4)
         values[name] = (value + 1 if name.startswith(("scale", "shift")) else value).to(dtype)
-        if not biased and name in ("z_h_bias", "theta_w_bias", "channel_bias", "proj_bias"):
+        if not biased and name in ("z_h_bias", "theta_w_bias", "z_c_bias", "proj_bias"):
             values[name] = None
-    return whole.Weights(**values)
+    return values
+
+
+def split(tensors: Any) -> tuple[Weights, Affine]:
+    return tuple(kind(*(tensors[name] for name in kind._fields)) for kind in (Weights, Affine))
 
 
 class Whole(Contract):
@@ -255,15 +263,15 @@ class Whole(Contract):
         made |= {"grad": image(randn(*case.shape, seed=1), case.dtype, device, case.layout)}
         made |= {"path": torch.tensor([0.0, 1.25], dtype=wide)}
         made |= dict(zip(self.STATISTICS, statistics if case.of_batch else (None,) * 4, strict=True))
-        return made | some_weights(c, wide, biased=case.of_batch)._asdict()
+        return made | some_weights(c, wide, biased=case.of_batch)
 
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         x = whole.Image(*(tensors[name] for name in ("x", "scale", "shift")))
-        weights = whole.Weights(*(tensors[name] for name in whole.Weights._fields))
+        given = split(tensors)
         batch = whole.Batch(*(tensors[name] for name in self.STATISTICS)) if case.of_batch else None
-        out, mean = whole.forward(x, tensors["path"], True, weights, backend)
-        grads = whole.backward(tensors["grad"], mean, batch, x, tensors["path"], weights, backend)
-        return {"out": out, "branch_mean": mean} | grads._asdict()
+        out, mean = whole.forward(x, tensors["path"], True, *given, backend)
+        grads = whole.backward(tensors["grad"], mean, batch, x, tensors["path"], *given, backend)
+        return {"out": out, "branch_mean": mean, "image": grads.image, "sums": grads.sums} | grads.weights
 
     def exact(self, case: Case, tensors: Any) -> Any:
         return self.run(case, tensors, "reference")
@@ -298,9 +306,9 @@ def waves(theta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     one channel through show them."""
     c = theta.shape[1]
     z, zero, one = torch.ones_like(theta), theta.new_zeros(c), theta.new_ones(c)
-    w_h, w_w = theta.new_zeros(c, 2, 1, 7), theta.new_zeros(c, 2, 7, 1)
-    w_h[:, 0, 0, 3] = w_w[:, 1, 3, 0] = 1
-    return phases.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, w_h, w_w, backend=backend)[:2]
+    taps_h, taps_w = theta.new_zeros(c, 2, 1, 7), theta.new_zeros(c, 2, 7, 1)
+    taps_h[:, 0, 0, 3] = taps_w[:, 1, 3, 0] = 1
+    return phases.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, taps_h, taps_w, backend=backend)[:2]
 
 
 @KERNELS
@@ -325,14 +333,14 @@ def test_large_phases_from_end_to_end(power: int) -> None:
     c, u = 32, UNIT_ROUNDOFF[torch.float32]
     x = (10.0**power * (1 + randn(2, c, 3, 5).abs())).float()
     w = some_weights(c, torch.float32)
-    values = {name: torch.zeros_like(t) for name, t in w._asdict().items()}
+    values = {name: torch.zeros_like(t) for name, t in w.items()}
     eye, one = torch.eye(c)[:, :, None, None], torch.ones(c)
     for b, at in (("h", (0, 3)), ("w", (3, 0))):
         values |= {f"z_{b}_bias": one, f"theta_{b}": eye, f"scale_{b}": one}
         values[f"taps_{b}"][:, 0, at[0], at[1]] = 1
     choose = torch.tensor([200.0, 0.0, 0.0]).repeat(c)  # the branch along W, to the last bit
-    weights = whole.Weights(**values | {"fc2_bias": choose, "proj": eye})
-    out, _ = whole.forward(whole.Image(x, None, None), None, False, weights, "cpu")
+    given = split(values | {"fc2_bias": choose, "proj": eye})
+    out, _ = whole.forward(whole.Image(x, None, None), None, False, *given, "cpu")
     exact = x.double()[:, ::2]
     assert_within(out, torch.cat((exact.cos(), exact.sin()), 1), torch.full(x.shape, 1.32 * u), "waves")
 
@@ -388,7 +396,7 @@ def test_offsets_beyond_32_bits(axis: int, backend: str, device: str) -> None:
         a = torch.full((3, *shape[:2]), 0.5, device=device)
         yield from phases.fused(z, z, z, theta, theta, *vectors, backend)
         made = phases.backward(z, theta, grad_s, a, z, z, theta, theta, *vectors, None, None, True, backend)
-        yield from (*made.images, made.sums, made.w_h, made.w_w)
+        yield from (*made.images, made.sums, made.taps_h, made.taps_w)
         if backend != "cuda":
             yield from branches.backward(theta, z, theta, z, a, backend)
 
@@ -441,7 +449,7 @@ def test_opcheck(backend: str, joined: bool, device: str) -> None:
     grads = [plain[name] for name in ("grad_h", "grad_w", "grad_s", "a", "z_h", "z_w", *NAMES[3:], "mean", "invstd")]
     torch.library.opcheck(ops.phase_aggregate_backward, (*grads, joined, backend))
     if backend in branches.BACKENDS:
-        grad, *images = (plain[name] for name in ("grad_h", "z_h", "z_w", "c", "a"))
+        grad, *images = (plain[name] for name in ("grad_h", "z_h", "z_w", "z_c", "a"))
         torch.library.opcheck(ops.branch_sum, (*images, backend))
         torch.library.opcheck(ops.branch_sum_backward, (grad, *images, backend))
 
@@ -451,7 +459,7 @@ def test_opcheck_from_end_to_end(of_batch: bool) -> None:
     """The reference's backward is autograd, which opcheck turns off."""
     ops, contract = torch.ops.wavemix_kernels, Whole()
     given = contract.inputs(Case(shape=(2, 4, 3, 5), dtype=torch.float32, layout="nchw", of_batch=of_batch), "cpu")
-    x, weights = [given[name] for name in ("x", "scale", "shift")], [given[name] for name in whole.Weights._fields]
+    x, weights = [given[name] for name in ("x", "scale", "shift")], [given[name] for name in FIELDS]
     batch, path = [given[name] for name in contract.STATISTICS], given["path"]
     for name in whole.BACKENDS:
         torch.library.opcheck(ops.patm_moments, (*x, name))
@@ -480,7 +488,7 @@ def test_odd_channels_have_no_kernel(backend: str, device: str) -> None:
         ("z_w", lambda t: t[:, :2], ValueError, r"z_w: expected the shape of z_h, \(1, 4, 3, 5\), got \(1, 2, 3, 5\)"),
         ("theta_w", lambda t: t.double(), TypeError, "theta_w: expected the dtype of z_h, torch.float32, got"),
         ("shift_w", lambda t: t[:1], ValueError, r"shift_w: expected shape \(4,\) to go with z_h"),
-        ("w_w", lambda t: t.transpose(2, 3), ValueError, r"w_w: expected shape \(4, 2, 7, 1\)"),
+        ("taps_w", lambda t: t.transpose(2, 3), ValueError, r"taps_w: expected shape \(4, 2, 7, 1\)"),
     ],
 )  # fmt: skip
 def test_rejects(name: str, change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:

@@ -110,7 +110,7 @@ def test_sum_and_branch_gradient(case: Case, backend: str, device: str) -> None:
     want = exact(x) + added
     bound = 2 * UNIT_ROUNDOFF[accumulation(around)] * (added.abs() + want.abs())
     assert_within(out, want, bound + stored(want, around, backend), "sum")
-    got = pre_norm.branch_gradient(x, path, branch, backend)
+    got = pre_norm.join_backward(x, path, branch, backend)
     assert got.dtype == inside
     assert got.is_contiguous(memory_format=torch.channels_last)
     want = factor * exact(x)

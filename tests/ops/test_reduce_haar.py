@@ -87,7 +87,7 @@ class ReduceHaar(Contract):
 class Gradients(ReduceHaar):
     """All gradients by the op that makes them in one pass, with something to add to that of x."""
 
-    name = "reduce_haar_gradients"
+    name = "reduce_haar_backward"
     axes: ClassVar[Any] = {
         "size": SIZES, "layout": tuple(LAYOUTS), "bias": (False, True), "add": (None, "nchw", "channels_last"),
         "cotangents": ("nchw", "channels_last", "channels_slice"),
@@ -231,7 +231,7 @@ def test_opcheck(last: bool) -> None:
     torch.library.opcheck(ops.reduce_haar, (*leaves, 2, last, "cpu"))
     grads = [z.detach() for z in op.reduce_haar(*leaves, 2)]
     arguments = (grads, x.detach(), weight.detach(), x.detach(), True, "cpu")
-    torch.library.opcheck(ops.reduce_haar_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.reduce_haar_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_self_test_passes(backend: str, device: str) -> None:

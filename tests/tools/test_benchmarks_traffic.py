@@ -76,7 +76,7 @@ def test_the_upsamplings_gradients():
             for shape in ((40, 8, 8), (36, 16, 16), (36, 16, 16))
         )
         weight, mean = torch.zeros(40, 36, 4, 4), torch.zeros(36)
-        gradients = moved(lambda: deconv.norm_gradients(grad, y, mean, mean, None, True, u, weight, "auto"))
+        gradients = moved(lambda: deconv.norm_backward(grad, y, mean, mean, None, True, u, weight, "auto"))
         wide, narrow = traffic.footprint(y), traffic.footprint(u)
         small = 20 * traffic.footprint(mean) + 2 * traffic.footprint(weight)
         # grad and y for BatchNorm's sums and again for both gradients; u, and its own.

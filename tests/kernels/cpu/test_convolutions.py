@@ -75,9 +75,9 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
         # Each value is off by at most `worst` before it is stored; sums of `count` squares within a part.
         assert_within(mean, want_mean, worst + 4 * r * want_mean.abs(), f"mean {size}")
         assert_within(var, want_var, 4 * worst * spread + (count + 8) * r * spread**2, f"variance {size}")
-        core.deconv_gradients_cpu(code, size, address(u), g, w_ptr, [], [], address(d_u), d_weight.data_ptr(), threads)
-        core.deconv_gradients_cpu(code, size, [], g, w_ptr, [], [], address(alone_u), 0, threads)
-        core.deconv_gradients_cpu(code, size, address(u), g, 0, [], [], [], alone_weight.data_ptr(), threads)
+        core.deconv_backward_cpu(code, size, address(u), g, w_ptr, [], [], address(d_u), d_weight.data_ptr(), threads)
+        core.deconv_backward_cpu(code, size, [], g, w_ptr, [], [], address(alone_u), 0, threads)
+        core.deconv_backward_cpu(code, size, address(u), g, 0, [], [], [], alone_weight.data_ptr(), threads)
         assert torch.equal(alone_u, d_u)
         assert torch.equal(alone_weight, d_weight)
         terms_of = (16 * o + 1, n * h * w + 1) if narrow else (4 * o + 12, n * h * w + 12)

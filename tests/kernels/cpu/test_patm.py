@@ -64,7 +64,7 @@ def test_core_refuses_what_it_cannot_read() -> None:
     with pytest.raises(ValueError, match="branches: expected contiguous channels, got a channel stride of 4"):
         core.branch_sum_cpu(1, nchw.shape, [at] * 3, 0, at, 1)
     with pytest.raises(ValueError, match="shape: expected an even number of channels, got 3"):
-        core.phase_forward_cpu(1, odd.shape, True, *[_native.address(odd)] * 2, 0, 0, 0, (), (), 0, 1)
+        core.phase_forward_cpu(1, odd.shape, True, (*[_native.address(odd)] * 2, 0, 0, 0), (), (), 0, 1)
     with pytest.raises(ValueError, match="weights: expected 22 addresses, got 1"):
         core.patm_forward_cpu(image, [0], 1, False, 0, _native.address(x), 0, 1)
     with pytest.raises(ValueError, match="scale, shift: expected both or neither"):

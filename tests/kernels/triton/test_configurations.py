@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,14 +15,14 @@ from tests.ops.test_deconv import Deconv, NormGradients
 from tests.ops.test_haar import Analysis
 from tests.ops.test_mlp import Mlp
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
-from wavemix_kernels.ops.deconv import tiles as deconv_tiles
-from wavemix_kernels.ops.haar import tiles as haar_tiles
-from wavemix_kernels.ops.mlp import tiles as mlp_tiles
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
+from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
+from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.deconv import triton as deconv
-from wavemix_kernels.ops.haar import triton as haar
+from wavemix_kernels.ops.haar import triton_plan
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.norm import triton_batch_norm as norm
 from wavemix_kernels.ops.reduce_haar import triton as reduction
@@ -40,24 +41,26 @@ def by_all(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
         configs = list(configs)
         assert configs
         for config in configs:
-            monkeypatch.setattr(module, name, lambda *_, chosen=config, **__: chosen)
+            take = mock.Mock(return_value=config)
+            monkeypatch.setattr(module, name, take)
             for contract, case in runs:
                 check(contract, case, "triton", device)
+            assert take.called, f"nothing asks {module.__name__}.{name} for a configuration"
 
     return run
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("levels", range(1, haar_tiles.MAX_LEVELS + 1))
+@pytest.mark.parametrize("levels", range(1, MAX_LEVELS + 1))
 @pytest.mark.parametrize("layout, memory", [("rows", "nchw"), ("channels", "channels_last")])
 def test_every_haar_tile(by_all: Callable[..., None], layout: Any, memory: str, levels: int) -> None:
-    configs = {(c.rows, c.cols, c.planes): c for c in haar_tiles.search_space(layout, levels, 2)}
+    configs = {(c.rows, c.cols, c.planes): c for c in search_spaces.haar(layout, levels, 2)}
     assert configs
     for (rows, cols, planes), config in configs.items():
         # Ends inside the tile in rows, just past it in columns or planes: two programs, and planes straddle images.
         shape = (2, planes // 2 + 1, rows - 1, cols - 2) if planes > 1 else (1, 1, rows - 1, cols + 4)
         case = Case(dtype=F16, size=(shape, levels), mode="symmetric", layout=memory)
-        by_all(haar, "config_for", [config], (Analysis(), case))
+        by_all(triton_plan, "config_for", [config], (Analysis(), case))
 
 
 @pytest.mark.prove
@@ -65,7 +68,7 @@ def test_every_haar_tile(by_all: Callable[..., None], layout: Any, memory: str, 
 def test_every_reduction(by_all: Callable[..., None], levels: int) -> None:
     size = ((1, 6, 2**levels, 3 * 2**levels), 20, levels)
     case = Case(dtype=F32, size=size, last=True, bias=True, **LAST)
-    by_all(reduction, "config_for", set(reduction.search_space(4, levels)), (ReduceHaar(), case))
+    by_all(reduction, "config_for", set(search_spaces.reduce_haar(4, levels)), (ReduceHaar(), case))
 
 
 @pytest.mark.prove
@@ -73,8 +76,8 @@ def test_every_reduction(by_all: Callable[..., None], levels: int) -> None:
 def test_every_gradient_of_the_reduction(by_all: Callable[..., None], levels: int) -> None:
     """More outputs and channels than a tile has, and more blocks than a program."""
     case = Case(dtype=F32, size=((3, 70, 2**levels, 3 * 2**levels), 20, levels), bias=True, add="nchw", **LAST)
-    configs = {c.quads * c.outputs * c.channels: c for c in reduction_backward.search_space(4, levels)}
-    by_all(reduction_backward, "config_for", configs.values(), (Gradients(), case))
+    configs = {c.quads * c.outputs * c.channels: c for c in search_spaces.reduce_haar_backward(4, levels)}
+    by_all(reduction_backward, "backward_config_for", configs.values(), (Gradients(), case))
 
 
 @pytest.mark.prove
@@ -82,7 +85,7 @@ def test_every_gradient_of_the_reduction(by_all: Callable[..., None], levels: in
 def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, size=(40, 20, 6, 36, 24), layout="channels_last", p=0.5, affine=True, bias=True,
                 want_output=True)  # fmt: skip
-    configs = {(c.rows, c.hidden): c for c in mlp_tiles.search_space(dtype.itemsize)}  # the interpreter has no warps
+    configs = {(c.rows, c.hidden): c for c in search_spaces.mlp(dtype.itemsize)}  # the interpreter has no warps
     by_all(mlp, "config_for", configs.values(), (Mlp(), case))
 
 
@@ -91,7 +94,7 @@ def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
 def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
     forward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), bias=0, **LAST)
     backward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), weighted=True, batch_stats=True, **LAST)
-    configs = {(c.rows, c.columns, c.depth): c for c in deconv_tiles.search_space(dtype.itemsize)}
+    configs = {(c.rows, c.columns, c.depth): c for c in search_spaces.deconv(dtype.itemsize)}
     by_all(deconv, "config_for", configs.values(), (Deconv(), forward), (NormGradients(), backward))
 
 
@@ -99,7 +102,7 @@ def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
 def test_every_norm(by_all: Callable[..., None]) -> None:
     case = Case(dtype=F32, shape=(2, 10, 5, 13), layout="channels_last", offset=1, other="nchw", last=True,
                 weighted=False, batch_stats=True)  # fmt: skip
-    by_all(norm, "config_for", norm.search_space(), (Stats(), case), (Apply(), case), (Backward(), case))
+    by_all(norm, "config_for", search_spaces.batch_norm(), (Stats(), case), (Apply(), case), (Backward(), case))
 
 
 @pytest.mark.parametrize("levels, memory", [(1, "channels_last"), (2, "nchw")])
@@ -119,8 +122,8 @@ def test_splits_of_the_reduction_s_gradients(
     monkeypatch.setattr(reduction_backward, "launch", spy)
     case = Case(dtype=F16, size=((3, 6, 10 * levels, 14 * levels), 20, levels), layout=memory, bias=True, add=None,
                 cotangents="channels_last")  # fmt: skip
-    config = reduction_backward.GradientConfig(16, 16, 16, 4, 2)
-    by_all(reduction_backward, "config_for", [config], (Gradients(), case))
+    config = ReduceConfig(16, 16, 16, 4, 2)
+    by_all(reduction_backward, "backward_config_for", [config], (Gradients(), case))
     assert shapes == [[(4, 20, 6), (4, 20)]]
 
 

@@ -73,26 +73,26 @@ class Run:
         kernels.forward(y, self.u, self.weight, self.bias if with_bias else None, stats, config)
         return (y, *(stats or ()))
 
-    def input_grad(self, with_norm: bool, config: Any = None) -> Tensor:
+    def backward_x(self, with_norm: bool, config: Any = None) -> Tensor:
         du = self.empty(self.u)
-        deconv_backward.input_grad(du, self.g, self.norm if with_norm else None, self.weight, config)
+        deconv_backward.backward_x(du, self.g, self.norm if with_norm else None, self.weight, config)
         return du
 
-    def weight_grad(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
+    def backward_weight(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
         dw, db = torch.full_like(self.weight, NAN), torch.full_like(self.bias, NAN) if with_bias else None
-        deconv_backward.weight_grad(dw, db, self.g, self.norm if with_norm else None, self.u, config)
+        deconv_backward.backward_weight(dw, db, self.g, self.norm if with_norm else None, self.u, config)
         return dw, db
 
-    def norm_gradients(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
+    def norm_backward(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
         du, dw = self.empty(self.u), torch.full_like(self.weight, NAN)
-        deconv_backward.norm_gradients(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
+        deconv_backward.norm_backward(du, dw, self.g, self.norm, self.u, self.weight, configs, least)
         return du, dw
 
 
 def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
     case = Run(2, 8, 48, 5, 7, torch.float32, device, "channels_slice")
-    _, got = case.weight_grad(True, True)
+    _, got = case.backward_weight(True, True)
     a, b, mean, d = (case.wide(t)[:, None, None] for t in case.norm[1:])
     g, y = case.wide(case.g), case.wide(case.norm.y)
     exact = (a * g + b * (y - mean) + d).sum((0, 2, 3))
@@ -115,13 +115,13 @@ SMALL, WIDE = deconv_config.DeconvConfig(16, 16, 16, 4, 2), deconv_config.Deconv
 def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: str) -> None:
     """Bit for bit those of two, in tiles of the input's own (tests/ops/test_deconv.py has their values)."""
     case = Run(3, 20, 12, 5, 7, torch.float32, device, "channels_slice")
-    launch, partial, _ = deconv_backward.weight_grad_launch(case.g, case.norm, case.u, False, WIDE, least)
+    launch, partial, _ = deconv_backward.backward_weight_launch(case.g, case.norm, case.u, False, WIDE, least)
     launch.run(case.u)
     assert partial.shape[0] == splits
     dw = torch.full_like(case.weight, NAN)
     deconv_backward.reduce_launch(dw, partial).run(case.u)
-    du, dw_beside = case.norm_gradients((config, WIDE), least)
-    assert torch.equal(du, case.input_grad(True, config))
+    du, dw_beside = case.norm_backward((config, WIDE), least)
+    assert torch.equal(du, case.backward_x(True, config))
     assert torch.equal(dw_beside, dw)
 
 
@@ -129,7 +129,7 @@ def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
     """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
     case = Run(5, 8, 12, 4, 8, torch.float32, device, "channels_last")
     du = case.empty(case.u)
-    launch, partial = deconv_backward.norm_gradients_launch(
+    launch, partial = deconv_backward.norm_backward_launch(
         du, case.g, case.norm, case.u, case.weight, (SMALL, SMALL), 4
     )
     assert partial.shape[0] == 4
@@ -149,7 +149,7 @@ def test_splits_stay_in_the_cache(n: int, splits: int) -> None:
     u, g = (t.to(memory_format=torch.channels_last) for t in (u, g))
     weight = torch.empty(192, 192, 4, 4, dtype=torch.float16, device="meta")
     norm = deconv_backward.Norm(g, *(torch.empty(192, device="meta"),) * 4)
-    _, partial = deconv_backward.norm_gradients_launch(u, g, norm, u, weight)
+    _, partial = deconv_backward.norm_backward_launch(u, g, norm, u, weight)
     assert partial.shape == (splits, 4, 4, 192, 192)
     assert 2 * g.numel() * 2 / splits <= 24 * 2**20
 
@@ -199,20 +199,20 @@ def far(t: Tensor, device: str) -> Tensor:
 
 def test_offsets_beyond_32_bits(device: str) -> None:
     case = Run(2, 8, 16, 2, 3, torch.float16, device, "channels_last")
-    near = case.forward(True, True), case.input_grad(True), case.weight_grad(True, True), case.norm_gradients()
+    near = case.forward(True, True), case.backward_x(True), case.backward_weight(True, True), case.norm_backward()
     case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
     y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
     kernels.forward(y, case.u, case.weight, case.bias, None)
-    deconv_backward.input_grad(du, case.g, case.norm, case.weight)
+    deconv_backward.backward_x(du, case.g, case.norm, case.weight)
     assert torch.equal(y, near[0][0])
     assert torch.equal(du, near[1])
-    for got, expected in zip(case.weight_grad(True, True), near[2], strict=True):
+    for got, expected in zip(case.backward_weight(True, True), near[2], strict=True):
         assert got is not None
         assert expected is not None
         assert torch.equal(got, expected)
     du.fill_(NAN)
     dw = torch.full_like(case.weight, NAN)
-    deconv_backward.norm_gradients(du, dw, case.g, case.norm, case.u, case.weight)
+    deconv_backward.norm_backward(du, dw, case.g, case.norm, case.u, case.weight)
     assert torch.equal(du, near[3][0])
     assert torch.equal(dw, near[3][1])
 
@@ -227,4 +227,4 @@ def test_refuses_an_image_that_32_bits_do_not_count() -> None:
     with refused:
         kernels.forward_launch(y, u, weight, None, False)
     with refused:
-        deconv_backward.norm_gradients_launch(u, y, norm, u, weight)
+        deconv_backward.norm_backward_launch(u, y, norm, u, weight)

@@ -10,7 +10,7 @@ from wavemix_kernels.ops.haar.tiles import TileConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
-from wavemix_kernels.ops.haar import triton as haar  # imports triton
+from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis  # they import triton
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,16 @@ def test_errors_name_argument_and_value(change: dict[str, object], error: type[E
         "levels": 1, "edge": 0,
     }  # fmt: skip
     with pytest.raises(error, match=words):
-        haar.analysis(**{**arguments, **change})
+        triton_analysis.analysis(**{**arguments, **change})
 
 
 def test_lows_are_checked() -> None:
     x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
     highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
     with pytest.raises(ValueError, match="lows: 2 for levels=2"):
-        haar.analysis(x, ll, highs, levels=2, lows=[ll, ll])
+        triton_analysis.analysis(x, ll, highs, levels=2, lows=[ll, ll])
     with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
-        haar.synthesis(x, ll, highs, levels=2, lows=[ll])
+        triton_synthesis.synthesis(x, ll, highs, levels=2, lows=[ll])
 
 
 @pytest.mark.parametrize("layout", tiles.LAYOUTS)
@@ -60,7 +60,7 @@ def test_default_tiles_are_legal(layout: str, itemsize: int) -> None:
 
 def test_alignment_follows_from_sizes_and_strides() -> None:
     def plan(shape: tuple[int, int, int, int], strides: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]):
-        return haar.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
+        return triton_plan.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
 
     dense = plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
     assert (dense.layout, dense.align) == ("rows", 16)  # 8 halves a vector, in the image and at level 1

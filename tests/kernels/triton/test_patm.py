@@ -17,11 +17,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install wavem
 import triton
 import triton.language as tl
 
-from wavemix_kernels.ops.patm import triton_branches, triton_phases
+from tests.kernels.triton import search_spaces
+from wavemix_kernels.ops.patm import triton_branches, triton_phases, triton_waves
 
 
 def tiles(device: str) -> list[Any]:
-    configs = {*triton_phases.search_space(False), *triton_phases.search_space(True)}
+    configs = {*search_spaces.phase_aggregate(False), *search_spaces.phase_aggregate(True)}
     if device == "cpu":  # warps are nothing to the interpreter
         return list({(c.lines, c.channels): c for c in configs}.values())
     return list(configs)
@@ -38,7 +39,7 @@ def test_every_tile_of_phases(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.prove
 def test_every_tile_of_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for config in triton_branches.search_space():
+    for config in search_spaces.branch_sum():
         monkeypatch.setattr(triton_branches, "config_for", lambda *_, config=config: config)
         check(BranchSum(), Case(dtype=torch.float32, shape=(2, 20, 5, 13), layout="channels_last"), "triton", device)
 
@@ -62,7 +63,7 @@ def test_sincos(device: str) -> None:
     special = torch.tensor([*special, float("inf"), float("nan")]).repeat(7)[:64]
     x = torch.cat((bits.view(torch.float32), small, special)).to(device)
     sine, cosine = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    both[(x.numel() // 64,)](sine, cosine, x, triton_phases._sincos)
+    both[(x.numel() // 64,)](sine, cosine, x, triton_waves._sincos)
     phases = x.cpu().relu().double().tolist()
     for got, function in ((sine, math.sin), (cosine, math.cos)):
         exact = torch.tensor([function(p) if math.isfinite(p) else math.nan for p in phases], dtype=torch.float64)
