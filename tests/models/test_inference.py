@@ -117,13 +117,16 @@ def replaced(block: nn.Module, part: str, by: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: hooked(WaveBlock(8), "mlp.fc1"), "a part of this block's MLP has hooks"),
+        (lambda: hooked(WaveBlock(8), "mlp.fc1"), "mlp: fc1 has hooks"),
         (lambda: WaveBlock(8, token_mixer=patm.PATM), "attn is a PATM, expected FusedPATM"),
         (
             lambda: replaced(WaveBlock(8), "attn.theta_h_conv.1", nn.BatchNorm2d(8, track_running_stats=False)),
             r"theta_h_conv\.1: track_running_stats=False",
         ),
-        (lambda: hooked(WaveNet(**TINY), "network.2.1.attn.fc_h"), r"network\.2\.1: .* part of this PATM has hooks"),
+        (
+            lambda: hooked(WaveNet(**TINY), "network.2.1.attn.fc_h"),
+            r"network\.2\.1: fuse_for_inference: fc_h has hooks",
+        ),
         (
             lambda: replaced(
                 wk.FusedWaveblock(level=1, final_dim=8), "feedforward.5", nn.BatchNorm2d(8, track_running_stats=False)

@@ -250,14 +250,6 @@ def test_gradcheck(channels: int) -> None:
     assert torch.autograd.gradcheck(lambda *t: op.fused(*t, "cpu"), (u, weight, bias), fast_mode=True)
 
 
-def test_the_cpu_chooses_by_channels() -> None:
-    """Kernels of ours below so many products of channels, minimal filtering or the library above."""
-    like = torch.empty(1)
-    ours, library = op.BACKENDS["cpu"], op.BACKENDS["reference"]
-    for f, o, want in ((8, 8, ours), (32, 32, ours), (16, 128, library), (64, 64, ours)):
-        assert op._chosen("auto", f, o, like) is want
-
-
 def test_opcheck() -> None:
     """Schemas, fake tensors' strides, no aliases; with the BatchNorm folded (fp32, wide) and not."""
     ops, tests = torch.ops.wavemix_kernels, ("test_schema", "test_faketensor")

@@ -108,7 +108,7 @@ class Gradients(ReduceHaar):
 
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         grads, add = self.parts(case, tensors)
-        dx, dw, db = op.gradients(grads, tensors["x"], tensors["weight"], case.bias, add, backend)
+        dx, dw, db = op.backward(grads, tensors["x"], tensors["weight"], case.bias, add, backend)
         return {"d_x": dx, "d_weight": dw, "d_bias": db}
 
     def differentiated(self, case: Case, tensors: Any, function: Callable[..., list[Tensor]]) -> Any:
@@ -154,7 +154,7 @@ def test_empty_batch(backend: str, device: str) -> None:
     x, weight = torch.randn(0, 8, 4, 4, device=device), torch.randn(8, 8, 1, 1, device=device)
     zs = op.reduce_haar(x, weight, None, 2, backend=backend)
     assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
-    dx, dw, db = op.gradients(zs, x, weight, True, x, backend)
+    dx, dw, db = op.backward(zs, x, weight, True, x, backend)
     assert dx.shape == x.shape
     assert torch.equal(dw, torch.zeros_like(weight))
     assert torch.equal(db, torch.zeros(8, device=device))

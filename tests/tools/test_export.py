@@ -194,7 +194,8 @@ def test_the_form_is_a_copy() -> None:
     model = MODELS["classification"][0]().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     form = wk.export_form(model)
-    assert type(model) is type(form) is classification.WaveMix
+    assert type(model) is classification.WaveMix
+    assert isinstance(form, classification.WaveMix)
     assert (model.training, form.training) == (True, False)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in form.parameters())

@@ -63,7 +63,7 @@ def test_sincos(device: str) -> None:
     special = torch.tensor([*special, float("inf"), float("nan")]).repeat(7)[:64]
     x = torch.cat((bits.view(torch.float32), small, special)).to(device)
     sine, cosine = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    both[(x.numel() // 64,)](sine, cosine, x, triton_waves._sincos)
+    both[(x.numel() // 64,)](sine, cosine, x, triton_waves.sincos)
     phases = x.cpu().relu().double().tolist()
     for got, function in ((sine, math.sin), (cosine, math.cos)):
         exact = torch.tensor([function(p) if math.isfinite(p) else math.nan for p in phases], dtype=torch.float64)

@@ -261,7 +261,7 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
 
 
 def _order(like: Tensor, u_channels: int, y_channels: int) -> choose.Order:
-    few: int = getattr(_native.core, "DECONV_NARROW", 0)
+    few = 0 if _native.core is None else _native.core.DECONV_NARROW
     return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few)
 
 
