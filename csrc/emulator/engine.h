@@ -37,7 +37,7 @@ struct Fiber {
   State state = State::ready;
   int index = 0;  // within the block
   uint3 thread = {};
-  // What it waits for.
+  // The barrier it waits at.
   Site site = {"", 0};
   const char* name = "";
   unsigned mask = 0;

@@ -82,7 +82,7 @@ _library.define(
 
 # --- CPU -------------------------------------------------------------------------------------------------
 
-#: What the core takes addresses of, in this order: checked here by name, so that no call has to.
+#: The core takes addresses in this order. Names are checked here, so that no call has to.
 _FIELDS = (*Weights._fields, *Affine._fields)
 if _native.core is not None and (taken := getattr(_native.core, "PATM_WEIGHTS", None)) != _FIELDS:
     raise ImportError(
