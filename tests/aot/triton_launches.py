@@ -344,7 +344,7 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
     zs = [meta(64, c, 64 >> level, 64 >> level, dtype=dtype, last=True) for level in range(1, levels + 1)]
     lows, highs = zip(*map(haar_pyramid._parts, zs), strict=True)
     yield "haar_pyramid", triton_analysis.launch(reduced, lows[-1], highs, lows=lows[:-1])
-    yield "haar_pyramid_backward", triton_synthesis.launch(reduced, lows[-1], highs, lows=lows[:-1])
+    yield "haar_pyramid backward", triton_synthesis.launch(reduced, lows[-1], highs, lows=lows[:-1])
     yield f"reduce_haar {c} L{levels}", reductions.launch(zs, x, weight, bias, True)
     yield f"reduce_haar {c} L{levels} of rows", reductions.launch(zs, rows, weight, bias, True)
     yield from mlp_launches(dtype, "wgmma")
