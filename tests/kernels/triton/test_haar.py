@@ -39,12 +39,11 @@ def test_errors_name_argument_and_value(change: dict[str, object], error: type[E
 
 
 def test_lows_are_checked() -> None:
-    x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
-    highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
-    with pytest.raises(ValueError, match="lows: 2 for levels=2"):
-        triton_analysis.analysis(x, ll, highs, levels=2, lows=[ll, ll])
-    with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
-        triton_synthesis.synthesis(x, ll, highs, levels=2, lows=[ll])
+    x, *highs, ll = (torch.zeros(1, 2, *shape) for shape in ((8, 8), (3, 4, 4), (3, 2, 2), (2, 2)))
+    for run, lows in ((triton_analysis.analysis, [ll, ll]), (triton_synthesis.synthesis, [ll])):
+        words = "lows: 2 for levels=2" if len(lows) > 1 else r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"
+        with pytest.raises(ValueError, match=words):
+            run(x, ll, highs, levels=2, lows=lows)
 
 
 @pytest.mark.parametrize("layout", tiles.LAYOUTS)
