@@ -27,11 +27,9 @@ def haar(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
         is_large = layout == "channels" and block * block * run_bytes > 16384
         for tile_bytes, num_warps in ((32768, 8),) if is_large else ((16384, 4), (8192, 4)):
             samples = tile_bytes // itemsize
-            if layout == "channels":
-                config = TileConfig(block, samples // (run * block), run, num_warps)
-            else:
-                cols = max(run, block)
-                config = TileConfig(samples // cols, cols, 1, num_warps)
+            cols = max(run, block)
+            rows = TileConfig(samples // cols, cols, 1, num_warps)
+            config = TileConfig(block, samples // (run * block), run, num_warps) if layout == "channels" else rows
             if _is_worthwhile(config, layout, levels, itemsize):
                 yield config
 

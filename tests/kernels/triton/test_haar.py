@@ -61,11 +61,10 @@ def test_alignment_follows_from_sizes_and_strides() -> None:
     def plan(shape: tuple[int, int, int, int], strides: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]):
         return triton_plan.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
 
-    dense = plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
-    assert (dense.layout, dense.align) == ("rows", 16)  # 8 halves a vector, in the image and at level 1
-    pitched = plan((2, 3, 8, 64), (1632, 544, 68, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
-    assert (pitched.layout, pitched.align) == ("rows", 4)
-    last = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 1, 144, 36), (1728, 3, 1, 432, 108))
-    assert (last.layout, last.align) == ("channels", 4)
-    mixed = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))
-    assert (mixed.layout, mixed.align) == ("strided", 1)
+    for expected, made in (
+        (("rows", 16), plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))),
+        (("rows", 4), plan((2, 3, 8, 64), (1632, 544, 68, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))),  # pitched
+        (("channels", 4), plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 1, 144, 36), (1728, 3, 1, 432, 108))),
+        (("strided", 1), plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))),
+    ):
+        assert (made.layout, made.align) == expected
