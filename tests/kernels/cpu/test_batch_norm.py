@@ -26,9 +26,8 @@ CASES = pairwise(
 
 
 def operands(case: Case) -> tuple[Tensor, ...]:
-    x, z = (
-        image(randn(*case.shape, seed=i), case.dtype, layout=lay) for i, lay in enumerate((case.first, case.second))
-    )
+    layouts = enumerate((case.first, case.second))
+    x, z = (image(randn(*case.shape, seed=i), case.dtype, layout=layout) for i, layout in layouts)
     return x, z, *(randn(case.shape[1], seed=i).to(accumulation(case.dtype)) for i in (2, 3, 4))
 
 

@@ -168,8 +168,7 @@ def test_dropout_does_not_depend_on_chunks_or_threads() -> None:
     rows, cols, p = 300, 134, 0.4
     pre = torch.randn(rows, cols, generator=torch.Generator().manual_seed(2))
     whole = forward(pre, torch.empty_like(pre), p)
-    for threads in (2, 3):
-        assert torch.equal(forward(pre, torch.empty_like(pre), p, threads=threads), whole)
+    assert all(torch.equal(forward(pre, torch.empty_like(pre), p, threads=threads), whole) for threads in (2, 3))
     parts = [forward(t, torch.empty_like(t), p, first_row=37 * i) for i, t in enumerate(pre.split(37))]
     assert torch.equal(torch.cat(parts), whole)
     # Columns that fill whole groups take another path, in which rows are joined.

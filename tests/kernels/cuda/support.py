@@ -43,13 +43,8 @@ def sanitized_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python on the emulator's sanitized build. torch allocates every tensor to the byte, by malloc's family; its C++
     exceptions need libstdc++ beside the sanitizers' runtime from the start."""
     gcc = shutil.which("gcc") or "g++"
-
-    def runtime(name: str) -> str:
-        return subprocess.run(
-            [gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    paths = [runtime("libasan.so"), runtime("libstdc++.so.6")]
+    asked = ([gcc, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6"))
+    paths = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in asked]
     if not all(map(os.path.isabs, paths)):
         pytest.skip(f"{gcc} comes without AddressSanitizer's runtime (libasan.so)")
     environment = os.environ | {
