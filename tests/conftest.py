@@ -45,7 +45,7 @@ def emulated_core() -> object:
 @pytest.fixture
 def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
     """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU."""
-    from tests.emulator.haar_cases import launches
+    from tests.emulator.build import launches
     from wavemix_kernels import backends
 
     if device == "cuda":

@@ -38,41 +38,30 @@ PRODUCTS = {"float16": r"HMMA\.16816\.F32$", "bfloat16": r"HMMA\.16816\.F32\.BF1
 #: Loads and stores of a wide form: whole pairs of channels, as many as the registers hold, and of outputs half of
 #: that (16-bit elements one by one). The pass for batch statistics is limited by memory alone.
 PHASE_ACCESSES = {
-    ("phase_forward", 4): ("LDG.E.128", "STG.E.64"),
+    **{("phase_forward", size): ("LDG.E.128", "STG.E.64") for size in (4, 8)},
     ("phase_forward", 2): ("LDG.E.64", "STG.E"),
-    ("phase_forward", 8): ("LDG.E.128", "STG.E.64"),
-    ("phase_backward", 4): ("LDG.E.64", "STG.E.64"),
-    ("phase_backward", 2): ("LDG.E", "STG.E"),
+    ("phase_backward", 4): ("LDG.E.64", "STG.E.64"), ("phase_backward", 2): ("LDG.E", "STG.E"),
     ("phase_backward", 8): ("LDG.E.128", "STG.E.128"),
-    ("phase_statistics", 4): ("LDG.E.128", "STG.E.128"),
-    ("phase_statistics", 2): ("LDG.E.128", "STG.E.128"),
-    ("phase_statistics", 8): ("LDG.E.128", "STG.E.128"),
-}
+    **{("phase_statistics", size): ("LDG.E.128", "STG.E.128") for size in (2, 4, 8)},
+}  # fmt: skip
 _SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     """The wide forms move 16 bytes at a time. No threads exchange anything."""
-    per_word, levels = int(match[3]), match[4]
-    dtype = DTYPES[match[2]]
-    wide = per_word * _SIZE[dtype] == 16
+    wide = int(match[3]) * _SIZE[DTYPES[match[2]]] == 16
     accesses = (r"LDG\.E\.128", r"STG\.E\.128") if wide else ()
-    form = f"{per_word}, {levels}"
-    return form, Demands(accesses=accesses, never=("BAR",) if wide else (), most_shared=0)
+    return f"{match[3]}, {match[4]}", Demands(accesses=accesses, never=("BAR",) if wide else (), most_shared=0)
 
 
 def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     """One block computes while the other waits for memory."""
     dtype, mma = DTYPES[match[2]], match[3] == "1"
-    accesses, products, never = [r"LDGSTS\.E\.BYPASS", r"STG\.E\.128"], [], []
+    accesses, never = (r"LDGSTS\.E\.BYPASS", r"STG\.E\.128"), () if mma else ("HMMA|DMMA",)
     if mma:
-        accesses += [r"LDSM\.16\.M88\.4", *([r"LDSM\.16\.MT88\.4"] if dtype != "float32" else [])]
-        products = [PRODUCTS[dtype]]
-    else:
-        products, never = ["DFMA" if dtype == "float64" else "FFMA"], ["HMMA|DMMA"]
-    return f"{('fma', 'mma')[mma]}, {match[4]}", Demands(
-        blocks=2, accesses=tuple(accesses), products=tuple(products), never=tuple(never)
-    )
+        accesses += (r"LDSM\.16\.M88\.4", *([r"LDSM\.16\.MT88\.4"] if dtype != "float32" else []))
+    products = (PRODUCTS[dtype] if mma else "DFMA" if dtype == "float64" else "FFMA",)
+    return f"{('fma', 'mma')[mma]}, {match[4]}", Demands(blocks=2, accesses=accesses, products=products, never=never)
 
 
 def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:

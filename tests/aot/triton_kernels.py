@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,19 +33,11 @@ def compiled(index: int) -> dict[str, Any]:
 
     point = points()[index]
 
-    class Target:
-        """The part of a driver that compiling asks for; "device" numbers are architectures."""
-
-        def get_current_device(self) -> int:
-            return point.arch
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", point.arch, 32)
-
-    driver.set_active(Target())
+    # The part of a driver that compiling asks for; "device" numbers are architectures.
+    driver.set_active(SimpleNamespace(
+        get_current_device=lambda: point.arch, get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", point.arch, 32),
+    ))  # fmt: skip
     launch = point.launch
     binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -155,10 +155,8 @@ def patm_points() -> Iterator[Point]:
     in two blocks at least, and sines are not the approximate ones. A thread's channels move in one access: 16 bytes in
     branch_sum; in phase_aggregate four channels forward and two backward, for which registers leave room. Outputs are
     half as many."""
-    made = [
-        (90, dtype, kernel) for dtype in (torch.float32, HALF, torch.bfloat16) for kernel in ("forward", "backward")
-    ]
-    made += [(arch, HALF, kernel) for arch in (80, 100, 120) for kernel in ("forward", "backward")]
+    chips = [*((90, dtype) for dtype in (torch.float32, HALF, torch.bfloat16)), (80, HALF), (100, HALF), (120, HALF)]
+    made = [(*chip, kernel) for chip in chips for kernel in ("forward", "backward")]
     made += [(90, dtype, kernel) for dtype in (torch.float32, torch.bfloat16) for kernel in ("sum", "sum backward")]
     bits = {4: "", 8: r"\.64", 16: r"\.128"}
     for arch, dtype, kernel in made:
@@ -239,9 +237,8 @@ def deconv_points() -> Iterator[Point]:
             }
             if (arch, dtype) == (90, HALF):  # elsewhere the launch of both stands for its parts
                 launches["input gradient"] = deconv_backward.backward_x_launch(u, y, norm, weight, configs["input"])
-                launches["weight gradient"] = deconv_backward.backward_weight_launch(
-                    y, norm, u, True, configs["weight"]
-                )[0]
+                made_weight = deconv_backward.backward_weight_launch(y, norm, u, True, configs["weight"])
+                launches["weight gradient"] = made_weight[0]
         products = "exactly" if dtype == HALF else precision
         for name, launch in launches.items():
             yield point(f"{name} {precision} {c}", arch, dtype, launch, products)
@@ -312,29 +309,25 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
 
 
 def waveblock_points() -> Iterator[Point]:
+    def on(arch: int, launches: Iterable[tuple[str, Launch]], dtype: torch.dtype = HALF, tf32: bool = False) -> Any:
+        return (waveblock_point(name, arch, dtype, launch, tf32) for name, launch in launches)
+
     for arch in (80, 100, 120):
-        for name, launch in mlp_launches(HALF, "tcgen05" if arch == 100 else "mma"):
-            yield waveblock_point(name, arch, HALF, launch)
+        yield from on(arch, mlp_launches(HALF, "tcgen05" if arch == 100 else "mma"))
     # Widths that are no powers of two, where tiles that are too narrow for the layouts spill.
-    for name, launch in mlp_launches(HALF, "mma", 144, 72, 288, 144):
-        yield waveblock_point(name, 120, HALF, launch)
+    yield from on(120, mlp_launches(HALF, "mma", 144, 72, 288, 144))
     for arch, levels, products in ((80, 4, "mma"), (90, 3, "wgmma"), (100, 2, "tcgen05"), (120, 1, "mma")):
-        for name, launch in reduction_launches(HALF, 192, levels, products, False):
-            yield waveblock_point(name, arch, HALF, launch)
+        yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):
-        for name, launch in reduction_launches(HALF, c, levels, "wgmma"):
-            yield waveblock_point(name, 90, HALF, launch)
-    for name, launch in mlp_launches(HALF, "wgmma", 128, 0, 256, 128):
-        if name.endswith(("output", "weights' gradients")):
-            yield waveblock_point(name, 90, HALF, launch)
+        yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
+    narrow = mlp_launches(HALF, "wgmma", 128, 0, 256, 128)
+    yield from on(90, (each for each in narrow if each[0].endswith(("output", "weights' gradients"))))
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
         made += [each for each in mlp_launches(torch.float32, "wgmma") if not each[0].endswith("and output")]
-    for name, launch in made:
-        yield waveblock_point(name, 90, torch.float32, launch, tf32=True)
+    yield from on(90, made, torch.float32, tf32=True)
     for dtype in (HALF, torch.float32):
-        for name, launch in middle_launches(dtype, 192, 3):
-            yield waveblock_point(name, 90, dtype, launch)
+        yield from on(90, middle_launches(dtype, 192, 3), dtype)
 
 
 def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[str, Launch]]:

@@ -4,27 +4,17 @@
 
 #include "kernels.h"
 
-namespace py = pybind11;
-
-namespace {
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-}  // namespace
-
 PYBIND11_MODULE(_emulator_tests, m) {
   using namespace wavemix::test;
   m.def("run_wrong_kernel", [](const std::string& name, bool wrong, uintptr_t input, uintptr_t output, int count) {
-    run_wrong_kernel(name, wrong, pointer<const float>(input), pointer<float>(output), count);
+    run_wrong_kernel(name, wrong, reinterpret_cast<const float*>(input), reinterpret_cast<float*>(output), count);
   });
-  m.def("matmul_f16", [](uintptr_t a, uintptr_t b, uintptr_t d) {
-    matmul_f16(pointer<const void>(a), pointer<const void>(b), pointer<float>(d));
-  });
-  m.def("matmul_bf16", [](uintptr_t a, uintptr_t b, uintptr_t d) {
-    matmul_bf16(pointer<const void>(a), pointer<const void>(b), pointer<float>(d));
-  });
-  m.def("matmul_tf32", [](uintptr_t a, uintptr_t b, uintptr_t d) {
-    matmul_tf32(pointer<const float>(a), pointer<const float>(b), pointer<float>(d));
-  });
+  const auto matmul = [&m](const char* name, void (*function)(const void*, const void*, float*)) {
+    m.def(name, [function](uintptr_t a, uintptr_t b, uintptr_t d) {
+      function(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), reinterpret_cast<float*>(d));
+    });
+  };
+  matmul("matmul_f16", matmul_f16);
+  matmul("matmul_bf16", matmul_bf16);
+  matmul("matmul_tf32", matmul_tf32);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import importlib.machinery
@@ -17,7 +18,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = ("none", "address,undefined")
+#: The sanitizers of the emulated core that the tests of this process load: none, or ADDRESS_AND_UNDEFINED.
+VARIABLE = "WAVEMIX_EMULATOR_SANITIZE"
+ADDRESS_AND_UNDEFINED = "address,undefined"
 
 
 def toolkit() -> Path | None:
@@ -87,5 +90,12 @@ def load(folder: Path, name: str) -> ModuleType:
 
 @functools.cache
 def emulated_core() -> ModuleType:
-    """The plain build's module: `_core`'s CUDA functions, on host memory."""
-    return load(build(), "_emulated")
+    """`_core`'s CUDA functions, on host memory."""
+    return load(build(os.environ.get(VARIABLE, "none")), "_emulated")
+
+
+def launches(core: ModuleType) -> list[str]:
+    """The emulated launches since the last call, by name."""
+    ask = ctypes.CDLL(core.__file__).wavemix_emulator_launches
+    ask.restype = ctypes.c_char_p
+    return ask().decode().splitlines()

@@ -11,6 +11,6 @@ void run_wrong_kernel(const std::string& name, bool wrong, const float* input, f
 // d (16 x 16 fp32) = a (16 x k) * b (k x 16), all row major: k = 16 for fp16 and bf16, 8 for tf32.
 void matmul_f16(const void* a, const void* b, float* d);
 void matmul_bf16(const void* a, const void* b, float* d);
-void matmul_tf32(const float* a, const float* b, float* d);
+void matmul_tf32(const void* a, const void* b, float* d);
 
 }  // namespace wavemix::test

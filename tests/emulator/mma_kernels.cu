@@ -43,17 +43,17 @@ __global__ void matmul_tf32_kernel(const float* a, const float* b, float* d) {
   }
 }
 
-Launch one_warp(const char* what) { return {what, 1, 32, 0, nullptr}; }
+template <class T>
+void one_warp(const char* what, void (*kernel)(const T*, const T*, float*), const void* a, const void* b, float* d) {
+  Launch{what, 1, 32, 0, nullptr}(kernel, static_cast<const T*>(a), static_cast<const T*>(b), d);
+}
 
 }  // namespace
 
-void matmul_f16(const void* a, const void* b, float* d) {
-  one_warp("matmul_f16")(matmul_16_bit<__half>, static_cast<const __half*>(a), static_cast<const __half*>(b), d);
-}
+void matmul_f16(const void* a, const void* b, float* d) { one_warp("matmul_f16", matmul_16_bit<__half>, a, b, d); }
 void matmul_bf16(const void* a, const void* b, float* d) {
-  one_warp("matmul_bf16")(matmul_16_bit<__nv_bfloat16>, static_cast<const __nv_bfloat16*>(a),
-                          static_cast<const __nv_bfloat16*>(b), d);
+  one_warp("matmul_bf16", matmul_16_bit<__nv_bfloat16>, a, b, d);
 }
-void matmul_tf32(const float* a, const float* b, float* d) { one_warp("matmul_tf32")(matmul_tf32_kernel, a, b, d); }
+void matmul_tf32(const void* a, const void* b, float* d) { one_warp("matmul_tf32", matmul_tf32_kernel, a, b, d); }
 
 }  // namespace wavemix::test

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wavemix_kernels as wk
-from tests.emulator.haar_cases import launches
+from tests.emulator.build import launches
 from tests.golden_models import assert_reproduces
 from tests.ops.contract import image, randn
 from tests.tolerances import GOLDEN, UNIT_ROUNDOFF, assert_within

@@ -8,30 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INPUT = torch.tensor(
-    [[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0], [0, 1, -1, 0], [0, 0, 1, 0], [0, 0, 1, -1]], dtype=torch.float64
-)  # rows 2i-1 .. 2i+2 -> what each product multiplies
-WEIGHT = torch.tensor(
-    [[0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.float64
-)  # taps -> of each product
-OUTPUT = torch.tensor(
-    [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 1, -1, 0, 0, 0], [0, 0, 0, 0, 1, -1]], dtype=torch.float64
-)  # products -> rows 4t .. 4t+3
-GRAD = torch.tensor(
-    [
-        [1, 0, -1, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0],
-        [0, 0, 1, 0, -1, 0],
-        [0, 1, 0, -1, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 0, -1],
-    ],
-    dtype=torch.float64,
-)  # rows 4t-1 .. 4t+4 of the gradient -> what each product of its pass multiplies
-GRAD_WEIGHT = torch.tensor(
-    [[1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]], dtype=torch.float64
-)  # taps -> of each product
-SUMS = torch.tensor([[1, 1, 0], [0, 1, -1]], dtype=torch.float64)  # sums of two products -> rows 2t, 2t+1
+
+def matrix(*rows: str) -> Tensor:
+    return torch.tensor([[float(x) for x in row.split()] for row in rows], dtype=torch.float64)
+
+
+# rows 2i-1 .. 2i+2 -> what each product multiplies; taps -> of each product; products -> rows 4t .. 4t+3
+INPUT = matrix("1 -1 0 0", "0 1 0 0", "0 1 -1 0", "0 1 -1 0", "0 0 1 0", "0 0 1 -1")
+WEIGHT = matrix("0 0 0 1", "0 1 0 1", "0 1 0 0", "0 0 1 0", "1 0 1 0", "1 0 0 0")
+OUTPUT = matrix("1 1 0 0 0 0", "0 0 0 1 1 0", "0 1 -1 0 0 0", "0 0 0 0 1 -1")
+# rows 4t-1 .. 4t+4 of the gradient -> what each product of its pass multiplies; taps -> of each product; sums of two
+# products -> rows 2t, 2t+1
+GRAD = matrix("1 0 -1 0 0 0", "0 0 1 0 0 0", "0 0 1 0 -1 0", "0 1 0 -1 0 0", "0 0 0 1 0 0", "0 0 0 1 0 -1")
+GRAD_WEIGHT = matrix("1 0 0 0", "1 0 1 0", "0 0 1 0", "0 1 0 0", "0 1 0 1", "0 0 0 1")
+SUMS = matrix("1 1 0", "0 1 -1")
 
 
 def both(matrix: Tensor, patch: Tensor) -> Tensor:
@@ -49,7 +39,6 @@ def tiles(image: Tensor, side: int, step: int, first: int, rows: int, columns: i
 
 
 def forward(u: Tensor, weight: Tensor, *, sizes: bool = False) -> Tensor:
-    """The algorithm in float64; with ``sizes`` of absolute values, plus signs only: what rounding errors scale with."""
     n, _, h, w = u.shape
     rows, columns = -(-h // 2), -(-w // 2)
     forms, taps, out = (m.abs() if sizes else m for m in (INPUT, WEIGHT, OUTPUT))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.subjects import threads
 from tests.ops.contract import LAYOUTS, Case, image, pairwise, randn, untouched
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels import _native
@@ -25,9 +26,8 @@ CASES = pairwise(
 
 
 def operands(case: Case) -> tuple[Tensor, ...]:
-    x, z = (
-        image(randn(*case.shape, seed=i), case.dtype, layout=lay) for i, lay in enumerate((case.first, case.second))
-    )
+    layouts = enumerate((case.first, case.second))
+    x, z = (image(randn(*case.shape, seed=i), case.dtype, layout=layout) for i, layout in layouts)
     return x, z, *(randn(case.shape[1], seed=i).to(accumulation(case.dtype)) for i in (2, 3, 4))
 
 
@@ -74,17 +74,9 @@ def test_expanded_gradient() -> None:
 
 
 def test_sums_repeat_with_threads() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for layout, other in itertools.product(("nchw", "channels_last"), repeat=2):
-            y, g = (
-                image(randn(4, 12, 50, 40, seed=i), torch.float32, layout=lay) for i, lay in ((0, layout), (1, other))
-            )
+    for layout, other in itertools.product(("nchw", "channels_last"), repeat=2):
+        y, g = (image(randn(4, 12, 50, 40, seed=i), torch.float32, layout=lay) for i, lay in enumerate((layout, other)))
+        with threads(2):
             mean, var = functions["stats"](y)
-            sums = functions["reduce"](g, y, mean, var)
-            for _ in range(3):
-                again = (*functions["stats"](y), *functions["reduce"](g, y, mean, var))
-                assert all(torch.equal(p, q) for p, q in zip((mean, var, *sums), again, strict=True))
-    finally:
-        torch.set_num_threads(before)
+            runs = [(*functions["stats"](y), *functions["reduce"](g, y, mean, var)) for _ in range(4)]
+        assert all(torch.equal(p, q) for again in runs[1:] for p, q in zip(again, runs[0], strict=True))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.cpu import minimal_filtering
-from tests.ops.contract import randn
+from tests.ops.contract import image, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, sum_bound
 from wavemix_kernels import _native
 
@@ -22,24 +22,15 @@ address = _native.address
 ids: dict[str, Any] = {"ids": lambda value: str(value).removeprefix("torch.").replace(" ", "")}
 
 
-def pixels(*shape: int, dtype: torch.dtype, gap: int = 0, seed: int = 0) -> Tensor:
-    """Channels innermost, `gap` elements of NaN between the pixels."""
-    n, c, h, w = shape
-    whole = torch.full((n, h, w, c + gap), math.nan, dtype=dtype)
-    whole[..., :c] = randn(n, h, w, c, seed=seed)
-    return whole[..., :c].permute(0, 3, 1, 2)
-
-
 def poisoned(like: Tensor) -> Tensor:
     return torch.full_like(like, math.nan)
 
 
 def test_minimal_filtering_is_the_transposed_convolution() -> None:
     u, weight, grad = randn(2, 3, 5, 4), randn(3, 2, 4, 4), randn(2, 2, 10, 8)
-    torch.testing.assert_close(minimal_filtering.forward(u, weight), F.conv_transpose2d(u, weight, stride=2, padding=1))
-    torch.testing.assert_close(
-        minimal_filtering.input_gradient(grad, weight), F.conv2d(grad, weight, stride=2, padding=1)
-    )
+    made = minimal_filtering.forward(u, weight), minimal_filtering.input_gradient(grad, weight)
+    wanted = (f(t, weight, stride=2, padding=1) for f, t in ((F.conv_transpose2d, u), (F.conv2d, grad)))
+    torch.testing.assert_close(made, tuple(wanted))
 
 
 SIZES = [(1, 5, 2, 7, 3), (3, 40, 36, 1, 2), (2, 16, 80, 8, 8), (1, 67, 33, 7, 9), (2, 64, 32, 24, 22)]  # n, f, o, h, w
@@ -51,7 +42,8 @@ def test_deconv(dtype: torch.dtype, size: tuple[int, ...]) -> None:
     """Half types of many channels, which the op gives to the library; the gradients together and alone."""
     n, f, o, h, w = size
     wide, code, narrow = accumulation(dtype), _native.DTYPES[dtype], f * o <= core.DECONV_NARROW
-    u, grad = pixels(n, f, h, w, dtype=dtype, gap=3), pixels(n, o, 2 * h, 2 * w, dtype=dtype, gap=o % 2, seed=1)
+    u = image(randn(n, f, h, w), dtype, layout="channels_slice")
+    grad = image(randn(n, o, 2 * h, 2 * w, seed=1), dtype, layout="channels_slice" if o % 2 else "channels_last")
     weight, bias = randn(f, o, 4, 4).to(dtype), (100 + randn(o)).to(dtype)  # far from 0: hard for a variance
     leaves = [t.double().requires_grad_() for t in (u, weight)]
     exact = F.conv_transpose2d(*leaves, bias.double(), stride=2, padding=1)

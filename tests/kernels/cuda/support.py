@@ -40,16 +40,16 @@ def huge_view(shape: tuple[int, ...], position: int) -> Iterator[np.ndarray]:
 
 
 def sanitized_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python on the emulator's sanitized build. torch allocates every tensor to the byte, by malloc's family; its C++
+    exceptions need libstdc++ beside the sanitizers' runtime from the start."""
     gcc = shutil.which("gcc") or "g++"
-    runtime = subprocess.run([gcc, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = runtime.stdout.strip()
-    if not os.path.isabs(path):
+    asked = ([gcc, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6"))
+    paths = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in asked]
+    if not all(map(os.path.isabs, paths)):
         pytest.skip(f"{gcc} comes without AddressSanitizer's runtime (libasan.so)")
     environment = os.environ | {
-        "LD_PRELOAD": path,
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own allocations
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "1",
-    }
+        "LD_PRELOAD": " ".join(paths), build.VARIABLE: build.ADDRESS_AND_UNDEFINED, "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",  # leaks: Python's own allocations
+    }  # fmt: skip
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=build.ROOT, check=False)

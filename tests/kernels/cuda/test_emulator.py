@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
+import torch
 
-from tests.emulator import build, haar_cases, reduce_haar_cases
-from tests.emulator.haar_cases import decode, encode
+from tests.emulator import build
 from tests.kernels.cuda.support import ORDERS, sanitized_python
+from tests.ops.contract import randn
 
 
 @pytest.fixture(scope="module")
-def kernels(emulated_core: ModuleType) -> ModuleType:
-    return build.load(Path(emulated_core.__file__).parent, "_emulator_tests")
+def kernels() -> ModuleType:
+    return own_kernels()
 
 
-@pytest.fixture(scope="module")
-def sanitized() -> Path:
-    return build.build("address,undefined")
+def own_kernels() -> ModuleType:
+    return build.load(Path(build.emulated_core().__file__).parent, "_emulator_tests")
+
+
+#: Every instantiation of the kernels, layouts of all kinds, thin and empty images: files, and the cases of each family.
+SANITIZED = {
+    "haar": ("kernels/test_haar_outputs.py", "[cuda or reach_the_kernel"),
+    "reduce_haar": ("ops/test_reduce_haar.py", "t[cuda or h[cuda or tf32 or takes_the or finite"),
+    "patm": ("ops/test_patm.py", "aggregate[cuda or phases[cuda or h[cuda or read_in_place"),
+}
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("cases", [haar_cases, reduce_haar_cases], ids=["haar", "reduce_haar"])
-def test_kernels_pass_the_sanitizers(sanitized: Path, cases: ModuleType) -> None:
-    (module,) = sanitized.glob("_emulated.*")
-    done = sanitized_python("-m", cases.__name__, str(module))
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "cases passed" in done.stdout
+@pytest.mark.parametrize("family", SANITIZED)
+def test_kernels_pass_the_sanitizers(family: str) -> None:
+    file, cases = SANITIZED[family]
+    build.build(build.ADDRESS_AND_UNDEFINED)  # or skips
+    files = (f"tests/{file}", f"tests/kernels/cuda/test_{'patm' if family == 'patm' else 'haar'}.py")
+    # -v and -s: the report of a sanitizer follows the name of the case that it ends.
+    done = sanitized_python("-m", "pytest", "-vs", "-pno:cacheprovider", "-k", cases, *files)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert re.search(r"= \d{2,} passed", done.stdout), done.stdout[-3000:]
+    assert " skipped" not in done.stdout, done.stdout[-3000:]
 
 
 # --- Wrong kernels ----------------------------------------------------------------------------------------
@@ -57,11 +69,11 @@ ONLY_SANITIZED = {  # kernel -> what the sanitizers say
 }
 
 
-def run_kernel(kernels: ModuleType, name: str, wrong: bool) -> None:
-    data = np.arange(1, COUNT + 1, dtype=np.float32)
-    output = np.full(COUNT, np.nan, np.float32)
-    kernels.run_wrong_kernel(name, wrong, data.ctypes.data, output.ctypes.data, COUNT)
-    np.testing.assert_array_equal(output, data + np.roll(data, -1))
+def run_kernel(kernels: ModuleType, name: str, wrong: bool) -> torch.Tensor:
+    data, output = torch.arange(1.0, COUNT + 1), torch.full((COUNT,), float("nan"))
+    kernels.run_wrong_kernel(name, wrong, data.data_ptr(), output.data_ptr(), COUNT)
+    assert wrong or torch.equal(output, data + data.roll(-1))
+    return output
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -84,36 +96,22 @@ def test_order_of_threads_shows_in_an_order_dependent_kernel(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A race in global memory is not traced; running the threads the other way round changes its result."""
-    outputs = []
+    outputs = set()
     for order in ORDERS:
         monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
-        data, output = np.arange(1, COUNT + 1, dtype=np.float32), np.zeros(COUNT, np.float32)
-        kernels.run_wrong_kernel("order_dependent", True, data.ctypes.data, output.ctypes.data, COUNT)
-        outputs.append(tuple(output))
-    assert len(set(outputs)) == len(ORDERS)
+        outputs.add(tuple(run_kernel(kernels, "order_dependent", wrong=True).tolist()))
+    assert len(outputs) == len(ORDERS)
 
 
-SANITIZED_RUN = """
-import sys
-import numpy as np
-from importlib.util import module_from_spec, spec_from_file_location
-path, name, wrong = sys.argv[1:]
-spec = spec_from_file_location("_emulator_tests", path)
-kernels = module_from_spec(spec)
-spec.loader.exec_module(kernels)
-data, output = np.arange(64, dtype=np.float32), np.empty(64, np.float32)
-kernels.run_wrong_kernel(name, wrong == "wrong", data.ctypes.data, output.ctypes.data, 64)
-assert (output == data + np.roll(data, -1)).all()
-"""
+RUN = "import sys; from tests.kernels.cuda.test_emulator import *; run_kernel(own_kernels(), *eval(sys.argv[1]))"
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("name", ONLY_SANITIZED)
-def test_wrong_global_access_is_caught_by_the_sanitizers(sanitized: Path, name: str) -> None:
-    (module,) = sanitized.glob("_emulator_tests.*")
-    right = sanitized_python("-c", SANITIZED_RUN, str(module), name, "right")
+def test_wrong_global_access_is_caught_by_the_sanitizers(name: str) -> None:
+    build.build(build.ADDRESS_AND_UNDEFINED)  # or skips
+    right, wrong = (sanitized_python("-c", RUN, repr((name, wrong))) for wrong in (False, True))
     assert right.returncode == 0, right.stderr[-4000:]
-    wrong = sanitized_python("-c", SANITIZED_RUN, str(module), name, "wrong")
     assert wrong.returncode != 0
     assert ONLY_SANITIZED[name] in wrong.stderr
     assert "wrong_kernels.cu" in wrong.stderr
@@ -123,27 +121,19 @@ def test_wrong_global_access_is_caught_by_the_sanitizers(sanitized: Path, name: 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32"])
-def test_mma(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, order: str) -> None:
+@pytest.mark.parametrize("dtype, name", [("float16", "f16"), ("bfloat16", "bf16"), ("float32", "tf32")])
+def test_mma(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, name: str, order: str) -> None:
     """cp.async, ldmatrix (plain and transposed) and mma against a product in float64."""
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
-    random = np.random.default_rng(0)
-    inner = 8 if dtype == "tf32" else 16
-    a, b = random.standard_normal((16, inner)), random.standard_normal((inner, 16))
-    d = np.full((16, 16), np.nan, np.float32)
-    if dtype == "tf32":
-        a_bits, b_bits = a.astype(np.float32), b.astype(np.float32)
-        a_values, b_values = tf32(a_bits), tf32(b_bits)
-        run = kernels.matmul_tf32
-    else:
-        a_bits, b_bits = encode(a, dtype), encode(b, dtype)
-        a_values, b_values = decode(a_bits, dtype), decode(b_bits, dtype)
-        run = {"float16": kernels.matmul_f16, "bfloat16": kernels.matmul_bf16}[dtype]
-    run(a_bits.ctypes.data, b_bits.ctypes.data, d.ctypes.data)
-    np.testing.assert_array_equal(d, (a_values @ b_values).astype(np.float32))
+    inner = 8 if name == "tf32" else 16
+    a, b = (randn(*shape).to(getattr(torch, dtype)) for shape in ((16, inner), (inner, 16)))
+    d = torch.full((16, 16), float("nan"))
+    getattr(kernels, f"matmul_{name}")(a.data_ptr(), b.data_ptr(), d.data_ptr())
+    a, b = (tf32(t) if name == "tf32" else t.double() for t in (a, b))
+    assert torch.equal(d, (a @ b).float())
 
 
-def tf32(x: np.ndarray) -> np.ndarray:
+def tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 rounded to a mantissa of 10 bits, ties away from zero."""
-    mantissa, exponent = np.frexp(x.astype(np.float64))
-    return np.ldexp(np.trunc(mantissa * 2**11 + np.copysign(0.5, mantissa)), exponent - 11)
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp(torch.trunc(mantissa * 2**11 + 0.5 * mantissa.sign()), exponent - 11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.emulator.haar_cases import launches
+from tests.emulator.build import launches
 from tests.kernels.cuda.support import ORDERS, huge_view
 from tests.kernels.test_haar_outputs import check_outputs
 from tests.ops.contract import LAYOUTS, Case, check, image, pairwise, randn, results
@@ -22,7 +23,6 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops.haar import op, reference
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 
-ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 HALF = torch.float16
 
 
@@ -38,50 +38,28 @@ def case(shape: tuple[int, ...], levels: int, layout: str, dtype: torch.dtype = 
     return Case(dtype=dtype, size=(shape, levels), layout=layout, **more)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **ids)
-@pytest.mark.parametrize(
-    "image_layout, bands_layout, shape, form",
-    [
-        ("nchw", "nchw", (2, 3, 9, 32), "rows (wide"),
-        ("nchw", "nchw", (2, 3, 9, 31), "rows (narrow"),
-        ("cropped", "nchw", (2, 3, 9, 32), "rows (narrow"),
-        ("nchw", "cropped", (2, 3, 9, 32), "rows (narrow"),
-        ("transposed", "transposed", (2, 3, 9, 32), "rows (narrow"),
-        ("sliced", "sliced", (2, 3, 9, 32), "rows (narrow"),
-        ("channels_last", "channels_last", (2, 8, 9, 7), "channels (wide"),
-        ("channels_last", "channels_last", (2, 7, 9, 7), "channels (narrow"),
-        ("channels_last", "nchw", (2, 8, 9, 7), "channels (narrow"),
-        ("channels_slice", "channels_last", (2, 8, 9, 7), "channels (narrow"),
-        ("channels_last", "nchw", (2, 1, 9, 32), "rows (wide"),  # one channel: the same memory as NCHW
-    ],
-)
-@pytest.mark.parametrize("low", [False, True])
-def test_shapes_reach_the_kernel_meant_for_them(
-    core: ModuleType, dtype: torch.dtype, image_layout: str, bands_layout: str, shape: tuple[int, ...], form: str,
-    low: bool,
-) -> None:  # fmt: skip
-    made = Case(dtype=dtype, size=(shape, 3), edge=1.0, layout=image_layout, bands=bands_layout, add=False, lows=low,
-                absent="")  # fmt: skip
+# Layouts of image and bands, shape, kernel.
+FORMS = (
+    ("nchw", "nchw", (2, 3, 9, 32), "rows (wide"), ("nchw", "nchw", (2, 3, 9, 31), "rows (narrow"),
+    ("cropped", "nchw", (2, 3, 9, 32), "rows (narrow"), ("nchw", "cropped", (2, 3, 9, 32), "rows (narrow"),
+    ("transposed", "transposed", (2, 3, 9, 32), "rows (narrow"), ("sliced", "sliced", (2, 3, 9, 32), "rows (narrow"),
+    ("channels_last", "channels_last", (2, 8, 9, 7), "channels (wide"),
+    ("channels_last", "channels_last", (2, 7, 9, 7), "channels (narrow"),
+    ("channels_last", "nchw", (2, 8, 9, 7), "channels (narrow"),
+    ("channels_slice", "channels_last", (2, 8, 9, 7), "channels (narrow"),
+    ("channels_last", "nchw", (2, 1, 9, 32), "rows (wide"),  # one channel: the same memory as NCHW
+)  # fmt: skip
+KERNELS = tuple(itertools.product(DTYPES, range(1, 6)))  # that a form is instantiated for
+
+
+@pytest.mark.parametrize("one", pairwise(form=FORMS, kernel=KERNELS, lows=(False, True)), ids=str)
+def test_shapes_reach_the_kernel_meant_for_them(core: ModuleType, one: Case) -> None:
+    (memory, bands, shape, form), (dtype, levels) = one.form, one.kernel
     launches(core)
+    made = case(shape, levels, memory, dtype, edge=1.0, bands=bands, add=False, lows=one.lows, absent="")
     check_outputs(made, "cuda", "cpu")
     ran = launches(core)
-    assert ran
     assert {name.split(", ")[0] for name in ran} == {f"haar_analysis_{form}", f"haar_synthesis_{form}"}
-
-
-@pytest.mark.parametrize("edge", [0.0, 1.0, -1.0])
-@pytest.mark.parametrize("levels", range(1, 6))
-def test_synthesis_is_the_adjoint_of_analysis(levels: int, edge: float) -> None:
-    """<analysis(x), y> = <x, synthesis(y)> from the kernels' own outputs, no reference in between."""
-    mode = {0.0: "zero", 1.0: "symmetric", -1.0: "antisymmetric"}[edge]
-    for layout in ("nchw", "channels_last"):
-        _, cotangents, made = results(
-            Analysis(), case((2, 2, 23, 37), levels, layout, torch.float64, mode=mode), "cuda", "cpu"
-        )
-        parts = [made[name] * y for name, y in cotangents.items()]
-        x = image(randn(2, 2, 23, 37), layout=layout)
-        left, right = sum(float(p.sum()) for p in parts), float((x * made["d_x"]).sum())
-        assert abs(left - right) <= 1e-13 * sum(float(p.abs().sum()) for p in parts)
 
 
 def test_large_tensors_are_cut_into_several_launches(core: ModuleType) -> None:
@@ -101,10 +79,8 @@ def test_reduce_haar_cuts_large_batches_into_several_launches(core: ModuleType) 
         launches(core)
         reduce_haar.reduce_haar(x, weight, backend="cuda")
         assert len(launches(core)) == expected
-        one = Case(
-            dtype=HALF, size=(shape, outputs, 1), layout="channels_last", last=True, bias=True, cotangents="nchw"
-        )
-        check(ReduceHaar(), one, "cuda", "cpu")
+        more = {"layout": "channels_last", "last": True, "bias": True, "cotangents": "nchw"}
+        check(ReduceHaar(), Case(dtype=HALF, size=(shape, outputs, 1), **more), "cuda", "cpu")
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -125,6 +101,15 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def with_huge(huge: np.ndarray, side: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    empty = {name: torch.from_numpy(huge) if name == side else torch.empty(s, dtype=HALF) for name, s in shapes.items()}
+    return {name: t.copy_(randn(*t.shape)) for name, t in empty.items()}
+
+
+def assert_halves(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got.double(), wanted, rtol=2.0**-10, atol=2.0**-10)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @pytest.mark.parametrize("side", ["image", "high", "ll", "add"])
 def test_offsets_are_64_bit(side: str, axis: int) -> None:
@@ -135,17 +120,16 @@ def test_offsets_are_64_bit(side: str, axis: int) -> None:
     half = (-(-h // 2), -(-w // 2))
     shapes = {"image": (n, c, h, w), "add": (n, c, h, w), "ll": (n, c, *half), "high": (n, c, 3, *half)}
     with huge_view(shape, position) as huge:
-        t = {name: (torch.from_numpy(huge) if name == side else torch.empty(s, dtype=HALF)).copy_(randn(*s))
-             for name, s in shapes.items()}  # fmt: skip
+        t = with_huge(huge, side, shapes)
         wanted = reference.synthesis(t["ll"].double(), [t["high"].double()], (h, w)) + t["add"].double()
         t["image"].fill_(float("nan"))
         kernels["synthesis"](t["image"], t["ll"], [t["high"]], 1.0, t["add"])
-        torch.testing.assert_close(t["image"].double(), wanted, rtol=2.0**-10, atol=2.0**-10)
-        wanted_ll, (wanted_high,) = reference.analysis(t["image"].double(), 1, "symmetric")
+        assert_halves(t["image"], wanted)
+        wanted, (wanted_high,) = reference.analysis(t["image"].double(), 1, "symmetric")
         t["ll"].fill_(float("nan")), t["high"].fill_(float("nan"))
         kernels["analysis"](t["image"], t["ll"], [t["high"]], 1.0)
-        torch.testing.assert_close(t["ll"].double(), wanted_ll, rtol=2.0**-10, atol=2.0**-10)
-        torch.testing.assert_close(t["high"].double(), wanted_high, rtol=2.0**-10, atol=2.0**-10)
+        assert_halves(t["ll"], wanted)
+        assert_halves(t["high"], wanted_high)
         t.clear()  # the mapping closes
 
 
@@ -159,12 +143,11 @@ def test_reduce_haar_offsets_are_64_bit(core: ModuleType, side: str, axis: int) 
     n, c, h, w, o = 2, 3, 4, 4, 2
     shapes = {"x": (n, c, h, w), "z": (n, 4 * o, h // 2, w // 2), "w": (o, c)}
     with huge_view(shapes[side], axis) as huge:
-        t = {name: (torch.from_numpy(huge) if name == side else torch.empty(s, dtype=HALF)).copy_(randn(*s))
-             for name, s in shapes.items()}  # fmt: skip
+        t = with_huge(huge, side, shapes)
         t["z"].fill_(float("nan"))
         raw_reduction(core, t["x"], t["w"], t["z"])
         (wanted,) = reduce_haar.reference.reduce_haar(t["x"].double(), t["w"].double()[:, :, None, None], None, 1)
-        torch.testing.assert_close(t["z"].double(), wanted, rtol=2.0**-10, atol=2.0**-10)
+        assert_halves(t["z"], wanted)
         t.clear()
 
 
@@ -177,6 +160,7 @@ def test_reduce_haar_offsets_are_64_bit(core: ModuleType, side: str, axis: int) 
         (HALF, False, 20, 5, "channels_last", "float16, tensor cores, 2 tiles of outputs, 8 bytes along C"),
         (HALF, False, 20, 5, "channels_slice", "float16, tensor cores, 2 tiles of outputs, 2 bytes along C"),
         (torch.float32, True, 16, 16, "nchw", "float32, tensor cores, 2 tiles of outputs, 16 bytes along W"),
+        (torch.float32, True, 19, 70, "channels_slice", "float32, tensor cores, 5 tiles of outputs, 4 bytes along C"),
         (torch.float32, False, 16, 64, "nchw", "float32, fma, 4 tiles of outputs, 16 bytes along W"),
         (torch.float32, False, 7, 36, "channels_last", "float32, fma, 5 tiles of outputs, 4 bytes along C"),
         (torch.float64, False, 16, 36, "transposed", "float64, fma, 2 tiles of outputs, 8 bytes along C"),
@@ -195,14 +179,15 @@ def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(dtype=(HALF, torch.float32, torch.float64), x=tuple(LAYOUTS), z=tuple(LAYOUTS)), ids=str
-)
+    "case", pairwise(kind=((HALF, False), (torch.float32, False), (torch.float32, True), (torch.float64, False)),
+                     x=tuple(LAYOUTS), z=tuple(LAYOUTS)), ids=str,
+)  # fmt: skip
 def test_reduce_haar_keeps_non_finite_values_in_their_quad(core: ModuleType, case: Case) -> None:
     """What lies beside an infinity, in the same words and fragments, stays finite; also beyond C and O."""
-    values = torch.ones(1, 5, 8, 8)
+    (dtype, tf32), values = case.kind, torch.ones(1, 5, 8, 8)
     values[0, 2, 3, 4] = float("inf")
-    z = image(torch.full((1, 12, 4, 4), float("nan")), case.dtype, layout=case.z)
-    raw_reduction(core, image(values, case.dtype, layout=case.x), torch.ones(3, 5, dtype=case.dtype), z)
+    z = image(torch.full((1, 12, 4, 4), float("nan")), dtype, layout=case.z)
+    raw_reduction(core, image(values, dtype, layout=case.x), torch.ones(3, 5, dtype=dtype), z, tf32)
     assert np.array_equal(z[0, 0].isfinite(), ~((torch.arange(4)[:, None] == 1) & (torch.arange(4) == 2)))
     assert torch.equal(z.isfinite(), z[:, :1].isfinite().expand_as(z))
 
@@ -216,13 +201,11 @@ def test_errors_name_sizes_and_devices(core: ModuleType, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="levels: got 6"):
         core.reduce_haar_cuda(1, 6, (1, 4, 64, 64), 4, *parts, [address(z)] * 6, False, 0, 0)
     ll, high = torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 3, 4)
-    for device in (1, 9, 0):  # an unknown device is an error, and the current one is kept
-        call = (1, 1, x.shape, 0.0, address(x), address(ll), [address(high)], device, 0)
-        if device == 9:
-            with pytest.raises(RuntimeError, match=r"cudaSetDevice\(9\) failed: invalid device ordinal"):
-                core.haar_analysis_cuda(*call)
-        else:
-            core.haar_analysis_cuda(*call)
+    call = (1, 1, x.shape, 0.0, address(x), address(ll), [address(high)])
+    core.haar_analysis_cuda(*call, 1, 0)
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice\(9\) failed: invalid device ordinal"):
+        core.haar_analysis_cuda(*call, 9, 0)
+    core.haar_analysis_cuda(*call, 0, 0)  # the current device is kept
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", "sideways")
     with pytest.raises(ValueError, match="got 'sideways'; forward, reverse or a seed would work"):
-        core.haar_analysis_cuda(*call)
+        core.haar_analysis_cuda(*call, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from wavemix_kernels.ops.deconv.tiles import DeconvConfig
@@ -26,11 +27,9 @@ def haar(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
         is_large = layout == "channels" and block * block * run_bytes > 16384
         for tile_bytes, num_warps in ((32768, 8),) if is_large else ((16384, 4), (8192, 4)):
             samples = tile_bytes // itemsize
-            if layout == "channels":
-                config = TileConfig(block, samples // (run * block), run, num_warps)
-            else:
-                cols = max(run, block)
-                config = TileConfig(samples // cols, cols, 1, num_warps)
+            cols = max(run, block)
+            rows = TileConfig(samples // cols, cols, 1, num_warps)
+            config = TileConfig(block, samples // (run * block), run, num_warps) if layout == "channels" else rows
             if _is_worthwhile(config, layout, levels, itemsize):
                 yield config
 
@@ -48,55 +47,44 @@ def _is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: in
 
 
 def reduce_haar(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
-    for quads in (64, 128, 256):
-        for outputs in (16, 32, 64):
-            config = ReduceConfig(quads, outputs, 32, 8, 3 if itemsize == 2 else 2)
-            if quads * outputs <= 4096 and reduce_tiles.why_invalid(config, levels) is None:
-                yield config
+    for quads, outputs in itertools.product((64, 128, 256), (16, 32, 64)):
+        config = ReduceConfig(quads, outputs, 32, 8, 3 if itemsize == 2 else 2)
+        if quads * outputs <= 4096 and reduce_tiles.why_invalid(config, levels) is None:
+            yield config
 
 
 def reduce_haar_backward(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
-    for quads in (16, 64, 256):
-        for outputs, channels in ((16, 16), (16, 64), (32, 32), (64, 64), (64, 128)):
-            config = ReduceConfig(quads, outputs, channels, 8, 2)
-            fits = quads * max(outputs, channels) <= (8192 if itemsize == 2 else 1024)
-            if fits and reduce_tiles.why_invalid(config, levels) is None:
-                yield config
+    most, chunks = 8192 if itemsize == 2 else 1024, ((16, 16), (16, 64), (32, 32), (64, 64), (64, 128))
+    for quads, (outputs, channels) in itertools.product((16, 64, 256), chunks):
+        config = ReduceConfig(quads, outputs, channels, 8, 2)
+        if quads * max(outputs, channels) <= most and reduce_tiles.why_invalid(config, levels) is None:
+            yield config
 
 
-def mlp(itemsize: int) -> Iterator[MlpConfig]:
+def mlp(itemsize: int) -> list[MlpConfig]:
     if itemsize == 4:
-        for rows, num_warps in ((16, 4), (32, 8)):
-            yield MlpConfig(rows, 16, 16, num_warps, 2)
-        return
-    for rows, hidden, num_warps in ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4)):
-        yield MlpConfig(rows, hidden, 0, num_warps, 2)
+        return [MlpConfig(16, 16, 16, 4, 2), MlpConfig(32, 16, 16, 8, 2)]
+    tiles = ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4))
+    return [MlpConfig(rows, hidden, 0, num_warps, 2) for rows, hidden, num_warps in tiles]
 
 
-def deconv(itemsize: int) -> Iterator[DeconvConfig]:
+def deconv(itemsize: int) -> list[DeconvConfig]:
     """Configurations worth timing; those of 256 rows spill, and may be faster all the same."""
     if itemsize == 4:
-        for rows in (32, 64):
-            for num_warps in (4, 8):
-                yield DeconvConfig(rows, 64, 16, num_warps, 2)
-        return
-    for rows, columns, num_warps in ((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)):
-        for depth, num_stages in ((32, 3), (32, 4), (64, 3)):
-            yield DeconvConfig(rows, columns, depth, num_warps, num_stages)
+        return [DeconvConfig(rows, 64, 16, num_warps, 2) for rows in (32, 64) for num_warps in (4, 8)]
+    tiles = itertools.product(((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)), ((32, 3), (32, 4), (64, 3)))
+    return [DeconvConfig(rows, columns, depth, warps, stages) for (rows, columns, warps), (depth, stages) in tiles]
 
 
-def batch_norm() -> Iterator[NormConfig]:
-    for channels, positions in ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16)):
-        yield NormConfig(channels, positions, 4)
+def batch_norm() -> list[NormConfig]:
+    tiles = ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16))
+    return [NormConfig(channels, positions, 4) for channels, positions in tiles]
 
 
-def phase_aggregate(backward: bool) -> Iterator[PhaseConfig]:
+def phase_aggregate(backward: bool) -> list[PhaseConfig]:
     values = 64 if backward else 128
-    for num_warps in (1, 4):
-        for channels in (16, 32, 64):
-            yield PhaseConfig(values * num_warps // channels, channels, num_warps)
+    return [PhaseConfig(values * warps // channels, channels, warps) for warps in (1, 4) for channels in (16, 32, 64)]
 
 
-def branch_sum() -> Iterator[SumConfig]:
-    for channels in (16, 32, 64, 128):
-        yield SumConfig(2048 // channels, channels)
+def branch_sum() -> list[SumConfig]:
+    return [SumConfig(2048 // channels, channels) for channels in (16, 32, 64, 128)]

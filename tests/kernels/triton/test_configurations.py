@@ -14,6 +14,7 @@ from tests.ops.test_batch_norm import Apply, Backward, Stats
 from tests.ops.test_deconv import Deconv, NormGradients
 from tests.ops.test_haar import Analysis
 from tests.ops.test_mlp import Mlp
+from tests.ops.test_patm import BranchSum, PhaseAggregate
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig
@@ -25,6 +26,7 @@ from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.haar import triton_plan
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.norm import triton_batch_norm as norm
+from wavemix_kernels.ops.patm import triton_branches, triton_phases
 from wavemix_kernels.ops.reduce_haar import triton as reduction
 from wavemix_kernels.ops.reduce_haar import triton_backward as reduction_backward
 
@@ -103,6 +105,16 @@ def test_every_norm(by_all: Callable[..., None]) -> None:
     case = Case(dtype=F32, shape=(2, 10, 5, 13), layout="channels_last", offset=1, other="nchw", last=True,
                 weighted=False, batch_stats=True)  # fmt: skip
     by_all(norm, "config_for", search_spaces.batch_norm(), (Stats(), case), (Apply(), case), (Backward(), case))
+
+
+@pytest.mark.prove
+def test_every_tile_of_patm(by_all: Callable[..., None]) -> None:
+    spaces = (*search_spaces.phase_aggregate(False), *search_spaces.phase_aggregate(True))
+    configs = {(c.lines, c.channels): c for c in spaces}
+    case = Case(dtype=F32, shape=(1, 20, 2, 5), layout="channels_last", way="weighted")
+    by_all(triton_phases, "config_for", configs.values(), (PhaseAggregate(), case))
+    case = Case(dtype=F32, shape=(2, 20, 5, 13), layout="channels_last")
+    by_all(triton_branches, "config_for", search_spaces.branch_sum(), (BranchSum(), case))
 
 
 @pytest.mark.parametrize("levels, memory", [(1, "channels_last"), (2, "nchw")])

@@ -20,10 +20,7 @@ from wavemix_kernels.ops.deconv import triton as kernels
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
-NAN = float("nan")
-
-
-U32 = UNIT_ROUNDOFF[torch.float32]
+NAN, U32 = float("nan"), UNIT_ROUNDOFF[torch.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +36,8 @@ class Run:
     operation on absolute values. An operand that is made and rounded (the norm's gradient) passes its error on.
     """
 
-    def __init__(
-        self, n: int, f: int, o: int, h: int, w: int, dtype: torch.dtype, device: str, memory: str, offset: float = 0
-    ) -> None:
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: str, memory: str, offset: float = 0) -> None:
+        n, f, o, h, w = size
         self.dtype, self.device, self.memory = dtype, device, memory
         self.u = image(randn(n, f, h, w), dtype, device, memory)
         self.weight = (randn(f, o, 4, 4) / (4 * f) ** 0.5).to(device, dtype)
@@ -53,34 +49,19 @@ class Run:
     def empty(self, like: Tensor) -> Tensor:
         return image(torch.full(like.shape, NAN), self.dtype, self.device, self.memory)
 
-    def wide(self, t: Tensor) -> Tensor:
-        return t.cpu().double()
+    def forward(self) -> tuple[Tensor, ...]:
+        y, stats = self.empty(self.g), [torch.full((self.g.shape[1],), NAN, device=self.device) for _ in range(2)]
+        kernels.forward(y, self.u, self.weight, self.bias, tuple(stats), None)
+        return (y, *stats)
 
-    def check_stats(self, y: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Those of y as it was stored. A part's mean errs by its rows' roundings of the largest value, which enters
-        the variance squared and as twice its product with the deviations, once there and once combining."""
-        wide = self.wide(y)
-        n, largest = wide[:, 0].numel(), wide.abs().amax((0, 2, 3))
-        exact, exact_mean = wide.var((0, 2, 3), correction=0), wide.mean((0, 2, 3))
-        assert_within(mean, exact_mean, (n + 2) * U32 * largest, "mean")
-        error = (min(n, 256) + 2) * U32 * largest
-        deviation = (wide - exact_mean[:, None, None]).abs().mean((0, 2, 3))
-        assert_within(var, exact, (n + 8) * U32 * exact + 2 * error * (2 * deviation + error), "var")
-
-    def forward(self, with_bias: bool, with_stats: bool, config: Any = None) -> tuple[Tensor, ...]:
-        y = self.empty(self.g)
-        stats = tuple(torch.full((y.shape[1],), NAN, device=self.device) for _ in range(2)) if with_stats else None
-        kernels.forward(y, self.u, self.weight, self.bias if with_bias else None, stats, config)
-        return (y, *(stats or ()))
-
-    def backward_x(self, with_norm: bool, config: Any = None) -> Tensor:
+    def backward_x(self, config: Any = None) -> Tensor:
         du = self.empty(self.u)
-        deconv_backward.backward_x(du, self.g, self.norm if with_norm else None, self.weight, config)
+        deconv_backward.backward_x(du, self.g, self.norm, self.weight, config)
         return du
 
-    def backward_weight(self, with_norm: bool, with_bias: bool, config: Any = None) -> tuple[Tensor, Tensor | None]:
-        dw, db = torch.full_like(self.weight, NAN), torch.full_like(self.bias, NAN) if with_bias else None
-        deconv_backward.backward_weight(dw, db, self.g, self.norm if with_norm else None, self.u, config)
+    def backward_weight(self) -> tuple[Tensor, Tensor]:
+        dw, db = torch.full_like(self.weight, NAN), torch.full_like(self.bias, NAN)
+        deconv_backward.backward_weight(dw, db, self.g, self.norm, self.u, None)
         return dw, db
 
     def norm_backward(self, configs: Any = (None, None), least: int | None = None) -> tuple[Tensor, Tensor]:
@@ -91,10 +72,10 @@ class Run:
 
 def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
-    case = Run(2, 8, 48, 5, 7, torch.float32, device, "channels_slice")
-    _, got = case.backward_weight(True, True)
-    a, b, mean, d = (case.wide(t)[:, None, None] for t in case.norm[1:])
-    g, y = case.wide(case.g), case.wide(case.norm.y)
+    case = Run((2, 8, 48, 5, 7), torch.float32, device, "channels_slice")
+    _, got = case.backward_weight()
+    a, b, mean, d = (t.cpu().double()[:, None, None] for t in case.norm[1:])
+    g, y = case.g.cpu().double(), case.norm.y.cpu().double()
     exact = (a * g + b * (y - mean) + d).sum((0, 2, 3))
     size = ((a * g).abs() + b.abs() * (y.abs() + mean.abs()) + d.abs()).sum((0, 2, 3))
     assert_within(got, exact, (4 + 4 * case.u[:, 0].numel()) * U32 * size, "db")
@@ -104,34 +85,27 @@ def test_bias_gradient_behind_a_norm(device: str) -> None:
 SMALL, WIDE = deconv_config.DeconvConfig(16, 16, 16, 4, 2), deconv_config.DeconvConfig(64, 64, 16, 4, 2)
 
 
-@pytest.mark.parametrize(
-    "config, least, splits",
-    [
-        (SMALL, 5, 5),  # of 2, 2, 2, 2 and 1 patches, and 3, 3, 3, 3 and 2 of the input's programs
-        (WIDE, 1, 3),
-        (WIDE, 100, 9),  # most without a program of the input's
-    ],
-)
+# 5: of 2, 2, 2, 2 and 1 patches, and 3, 3, 3, 3 and 2 of the input's programs; 9: most without a program of the input's
+@pytest.mark.parametrize("config, least, splits", [(SMALL, 5, 5), (WIDE, 1, 3), (WIDE, 100, 9)])
 def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: str) -> None:
     """Bit for bit those of two, in tiles of the input's own (tests/ops/test_deconv.py has their values)."""
-    case = Run(3, 20, 12, 5, 7, torch.float32, device, "channels_slice")
+    case = Run((3, 20, 12, 5, 7), torch.float32, device, "channels_slice")
     launch, partial, _ = deconv_backward.backward_weight_launch(case.g, case.norm, case.u, False, WIDE, least)
     launch.run(case.u)
     assert partial.shape[0] == splits
     dw = torch.full_like(case.weight, NAN)
     deconv_backward.reduce_launch(dw, partial).run(case.u)
     du, dw_beside = case.norm_backward((config, WIDE), least)
-    assert torch.equal(du, case.backward_x(True, config))
+    assert torch.equal(du, case.backward_x(config))
     assert torch.equal(dw_beside, dw)
 
 
 def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
     """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
-    case = Run(5, 8, 12, 4, 8, torch.float32, device, "channels_last")
+    case = Run((5, 8, 12, 4, 8), torch.float32, device, "channels_last")
     du = case.empty(case.u)
-    launch, partial = deconv_backward.norm_backward_launch(
-        du, case.g, case.norm, case.u, case.weight, (SMALL, SMALL), 4
-    )
+    tensors = du, case.g, case.norm, case.u, case.weight
+    launch, partial = deconv_backward.norm_backward_launch(*tensors, (SMALL, SMALL), 4)
     assert partial.shape[0] == 4
     for splits in (1, 3, 4):
         du.fill_(NAN)
@@ -156,11 +130,19 @@ def test_splits_stay_in_the_cache(n: int, splits: int) -> None:
 
 def test_statistics_far_from_zero(device: str) -> None:
     """|mean| 1e4 standard deviations: 1e4^2 * u32 = 6 is what a difference of squares would err by, of 1."""
-    case = Run(2, 16, 20, 17, 23, torch.float32, device, "channels_last", offset=1e4)
-    y, mean, var = case.forward(True, True)
+    case = Run((2, 16, 20, 17, 23), torch.float32, device, "channels_last", offset=1e4)
+    y, mean, var = case.forward()
     assert float(var.min()) > 0.3
-    case.check_stats(y, mean, var)
-    assert float((var.cpu() - case.wide(y).var((0, 2, 3), correction=0)).abs().max()) < 0.05
+    # Those of y as it was stored. A part's mean errs by its rows' roundings of the largest value, which enters the
+    # variance squared and as twice its product with the deviations, once there and once combining.
+    wide = y.cpu().double()
+    n, largest = wide[:, 0].numel(), wide.abs().amax((0, 2, 3))
+    exact, exact_mean = wide.var((0, 2, 3), correction=0), wide.mean((0, 2, 3))
+    assert_within(mean, exact_mean, (n + 2) * U32 * largest, "mean")
+    error = (min(n, 256) + 2) * U32 * largest
+    deviation = (wide - exact_mean[:, None, None]).abs().mean((0, 2, 3))
+    assert_within(var, exact, (n + 8) * U32 * exact + 2 * error * (2 * deviation + error), "var")
+    assert float((var.cpu() - exact).abs().max()) < 0.05
 
 
 def test_statistics_of_many_parts(device: str) -> None:
@@ -188,41 +170,30 @@ def test_statistics_of_many_parts(device: str) -> None:
 
 def far(t: Tensor, device: str) -> Tensor:
     """The same images, more than 2^31 elements from each other: untouched pages of a CPU's memory are free."""
-    apart = 2**31 + 64
+    apart, (_, c, _, w) = 2**31 + 64, t.shape
     size = apart * (t.shape[0] - 1) + t[0].numel()
-    flat = torch.from_numpy(np.empty(size, np.float16)) if device == "cpu" else torch.zeros(
-        size, dtype=t.dtype, device=device
-    )  # fmt: skip
-    _, c, _, w = t.shape
+    flat = torch.from_numpy(np.empty(size, np.float16)) if device == "cpu" else t.new_zeros(size)
     return flat.as_strided(t.shape, (apart, 1, w * c, c)).copy_(t)
 
 
 def test_offsets_beyond_32_bits(device: str) -> None:
-    case = Run(2, 8, 16, 2, 3, torch.float16, device, "channels_last")
-    near = case.forward(True, True), case.backward_x(True), case.backward_weight(True, True), case.norm_backward()
+    case = Run((2, 8, 16, 2, 3), torch.float16, device, "channels_last")
+    near = case.forward(), case.backward_x(), case.backward_weight(), case.norm_backward()
     case.u, case.g, case.norm = far(case.u, device), far(case.g, device), case.norm._replace(y=far(case.norm.y, device))
     y, du = far(near[0][0] * NAN, device), far(near[1] * NAN, device)
     kernels.forward(y, case.u, case.weight, case.bias, None)
     deconv_backward.backward_x(du, case.g, case.norm, case.weight)
     assert torch.equal(y, near[0][0])
     assert torch.equal(du, near[1])
-    for got, expected in zip(case.backward_weight(True, True), near[2], strict=True):
-        assert got is not None
-        assert expected is not None
-        assert torch.equal(got, expected)
-    du.fill_(NAN)
-    dw = torch.full_like(case.weight, NAN)
+    assert all(map(torch.equal, case.backward_weight(), near[2]))
+    du, dw = du.fill_(NAN), torch.full_like(case.weight, NAN)
     deconv_backward.norm_backward(du, dw, case.g, case.norm, case.u, case.weight)
-    assert torch.equal(du, near[3][0])
-    assert torch.equal(dw, near[3][1])
+    assert all(map(torch.equal, (du, dw), near[3]))
 
 
 def test_refuses_an_image_that_32_bits_do_not_count() -> None:
     u, y = (torch.empty(1, 1, 2**k, 2**k, device="meta") for k in (15, 16))
-    weight, norm = (
-        torch.empty(1, 1, 4, 4, device="meta"),
-        deconv_backward.Norm(y, *(torch.empty(1, device="meta"),) * 4),
-    )
+    weight, norm = u.new_empty(1, 1, 4, 4), deconv_backward.Norm(y, *(u.new_empty(1),) * 4)
     refused = pytest.raises(ValueError, match=r"32768 x 32768 pixels.*fewer than 2\*\*30")
     with refused:
         kernels.forward_launch(y, u, weight, None, False)

@@ -39,12 +39,11 @@ def test_errors_name_argument_and_value(change: dict[str, object], error: type[E
 
 
 def test_lows_are_checked() -> None:
-    x, ll = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 2, 2)
-    highs = [torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 2, 2)]
-    with pytest.raises(ValueError, match="lows: 2 for levels=2"):
-        triton_analysis.analysis(x, ll, highs, levels=2, lows=[ll, ll])
-    with pytest.raises(ValueError, match=r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"):
-        triton_synthesis.synthesis(x, ll, highs, levels=2, lows=[ll])
+    x, *highs, ll = (torch.zeros(1, 2, *shape) for shape in ((8, 8), (3, 4, 4), (3, 2, 2), (2, 2)))
+    for run, lows in ((triton_analysis.analysis, [ll, ll]), (triton_synthesis.synthesis, [ll])):
+        words = "lows: 2 for levels=2" if len(lows) > 1 else r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"
+        with pytest.raises(ValueError, match=words):
+            run(x, ll, highs, levels=2, lows=lows)
 
 
 @pytest.mark.parametrize("layout", tiles.LAYOUTS)
@@ -62,11 +61,10 @@ def test_alignment_follows_from_sizes_and_strides() -> None:
     def plan(shape: tuple[int, int, int, int], strides: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]):
         return triton_plan.plan(torch.float16, shape, strides, None, low, (high,), 0, False)
 
-    dense = plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
-    assert (dense.layout, dense.align) == ("rows", 16)  # 8 halves a vector, in the image and at level 1
-    pitched = plan((2, 3, 8, 64), (1632, 544, 68, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))
-    assert (pitched.layout, pitched.align) == ("rows", 4)
-    last = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 1, 144, 36), (1728, 3, 1, 432, 108))
-    assert (last.layout, last.align) == ("channels", 4)
-    mixed = plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))
-    assert (mixed.layout, mixed.align) == ("strided", 1)
+    for expected, made in (
+        (("rows", 16), plan((2, 3, 8, 64), (1536, 512, 64, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))),
+        (("rows", 4), plan((2, 3, 8, 64), (1632, 544, 68, 1), (384, 128, 32, 1), (1152, 384, 128, 32, 1))),  # pitched
+        (("channels", 4), plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 1, 144, 36), (1728, 3, 1, 432, 108))),
+        (("strided", 1), plan((2, 36, 8, 8), (2304, 1, 288, 36), (576, 16, 4, 1), (1728, 48, 16, 4, 1))),
+    ):
+        assert (made.layout, made.align) == expected

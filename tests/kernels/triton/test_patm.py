@@ -1,15 +1,12 @@
-"""The Triton kernels of PATM alone: every tile, and sine and cosine of all numbers."""
+"""The sines and cosines of PATM's Triton kernels, of all numbers."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 
-from tests.ops.contract import Case, check
-from tests.ops.test_patm import BranchSum, PhaseAggregate
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
@@ -17,31 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install wavem
 import triton
 import triton.language as tl
 
-from tests.kernels.triton import search_spaces
-from wavemix_kernels.ops.patm import triton_branches, triton_phases, triton_waves
-
-
-def tiles(device: str) -> list[Any]:
-    configs = {*search_spaces.phase_aggregate(False), *search_spaces.phase_aggregate(True)}
-    if device == "cpu":  # warps are nothing to the interpreter
-        return list({(c.lines, c.channels): c for c in configs}.values())
-    return list(configs)
-
-
-@pytest.mark.prove
-def test_every_tile_of_phases(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiles(device)
-    for config in tiles(device):
-        monkeypatch.setattr(triton_phases, "config_for", lambda *_, config=config: config)
-        case = Case(dtype=torch.float32, shape=(1, 20, 2, 5), layout="channels_last", way="weighted")
-        check(PhaseAggregate(), case, "triton", device)
-
-
-@pytest.mark.prove
-def test_every_tile_of_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for config in search_spaces.branch_sum():
-        monkeypatch.setattr(triton_branches, "config_for", lambda *_, config=config: config)
-        check(BranchSum(), Case(dtype=torch.float32, shape=(2, 20, 5, 13), layout="channels_last"), "triton", device)
+from wavemix_kernels.ops.patm import triton_waves
 
 
 @triton.jit
