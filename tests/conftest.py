@@ -67,8 +67,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 
     name = request.param
     probe = {
-        "reference": backends.reference_why_not, "cpu": backends.cpu_why_not, "triton": backends.triton_why_not,
-        "cuda": backends.cuda_why_not,
+        "auto": lambda: None, "reference": backends.reference_why_not, "cpu": backends.cpu_why_not,
+        "triton": backends.triton_why_not, "cuda": backends.cuda_why_not,
     }[name]  # fmt: skip
     if name == "cpu" and device != "cpu":
         pytest.skip("the CPU kernels take CPU tensors")

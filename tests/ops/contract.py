@@ -1,13 +1,14 @@
 """Contracts: inputs of an op, its float64 truth and the error allowed, checked for every backend by one function.
 
-A family's test file has a :class:`Contract` and `test_contract = each_case(contract)`; what the engine compares is
-every output and every gradient, on memory that holds NaN before a kernel writes it.
+A family's test file has a :class:`Contract` and `test_contract = each.case(contract)`, with each of tests/ops; what the
+engine compares is every output and every gradient, on memory that holds NaN before a kernel writes it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import DTYPES, accumulation, assert_within, sum_bound
-from wavemix_kernels.backends import cpu_why_not, triton_products_why_not
+from wavemix_kernels.backends import triton_products_why_not
 
 Tensors = dict[str, Tensor | None]
 NAN = float("nan")
@@ -89,6 +90,22 @@ LAYOUTS: dict[str, tuple[str, dict[str, tuple[int, int]], int]] = {
     "batch_inner": ("cbhwn", {}, 1),
 }
 
+#: name -> axis along which two rows of a block lie more than 2**31 elements apart, and the layout of the rest.
+FAR = {"far": (0, "channels_last"), "far_nchw": (0, "nchw"), "far_rows": (2, "channels_last"),
+       "far_columns": (3, "channels_last")}  # fmt: skip
+APART = 2**31 + 64
+#: Types for them.
+SHORT = dict.fromkeys(("cpu", "triton", "cuda"), (torch.float16,))
+_places = itertools.cycle(range(0, 2**16, 2**12))
+
+
+@functools.lru_cache(maxsize=1)
+def _block(dtype: torch.dtype, device: str) -> Tensor:
+    """Memory for all far images: the pages between are never touched."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < dtype.itemsize * (APART + 2**17):
+        pytest.skip("not enough free GPU memory for 2**31 elements")
+    return torch.empty(APART + 2**17, dtype=dtype, device=device)
+
 
 def image(values: Tensor, dtype: torch.dtype = torch.float64, device: str = "cpu", layout: str = "nchw") -> Tensor:
     """`values` (n, c, h, w) or (n, c, bands, h, w) in memory as `layout` says. NaN lies around a slice.
@@ -97,6 +114,13 @@ def image(values: Tensor, dtype: torch.dtype = torch.float64, device: str = "cpu
     """
     if layout == "expanded":
         return values[:1, ..., :1].to(device, dtype).contiguous().expand(values.shape)
+    if layout in FAR:
+        axis, rest = FAR[layout]
+        strides = list(image(values, layout=rest).stride())
+        strides[axis] = APART
+        assert values.shape[axis] <= 2, f"{layout} has room for two"
+        assert values.numel() <= 2**12 - 64
+        return _block(dtype, device).as_strided(values.shape, strides, next(_places)).copy_(values)
     order, around, step = LAYOUTS[layout]
     letters = "ncbhw" if values.ndim == 5 else "nchw"
     order = "".join(axis for axis in order if axis in letters)
@@ -186,7 +210,7 @@ class Contract:
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Tensors:
         """Error allowed for each output and gradient, from the float64 inputs, cotangents and results."""
-        leaves = {n: t.detach().abs().requires_grad_(n in self.differentiable) if _floating(t) else t
+        leaves = {n: t.detach().abs().requires_grad_(n in self.differentiable) if floating(t) else t
                   for n, t in tensors.items()}  # fmt: skip
         sizes = dict(self.sizes(case, leaves, backend))
         if cotangents:
@@ -213,8 +237,11 @@ class Contract:
     def cases(self, backend: str) -> list[Case]:
         axes = {n: self.fewer(n, values) if backend == "triton" else values for n, values in self.axes.items()}
         if self.products and backend == "triton":
-            half = singles(dtype=(torch.bfloat16,), **axes)  # skipped in the interpreter, with its reason
-            return pairwise(dtype=(torch.float32, torch.float16), **axes) + half
+            served = [dtype for dtype in (torch.float32, torch.float16) if dtype in self.dtypes[backend]]
+            half = [dtype for dtype in (torch.bfloat16,) if dtype in self.dtypes[backend]]
+            return pairwise(dtype=served, **axes) + (
+                singles(dtype=half, **axes) if half else []
+            )  # skipped if interpreted
         return pairwise(dtype=self.dtypes[backend], **axes)
 
     def fewer(self, axis: str, values: Sequence[Any]) -> Sequence[Any]:
@@ -223,8 +250,11 @@ class Contract:
     def backends(self) -> list[str]:
         return list(self.dtypes)
 
+    def __str__(self) -> str:
+        return self.name
 
-def _floating(t: Tensor | None) -> bool:
+
+def floating(t: Tensor | None) -> bool:
     return t is not None and t.is_floating_point()
 
 
@@ -241,7 +271,7 @@ def results(contract: Contract, case: Case, backend: str, device: str) -> tuple[
         if (reason := triton_products_why_not(probe)) is not None:
             pytest.skip(reason)
     given = contract.inputs(case, device)
-    leaves = {n: t.detach().requires_grad_(n in contract.differentiable) if _floating(t) else t
+    leaves = {n: t.detach().requires_grad_(n in contract.differentiable) if floating(t) else t
               for n, t in given.items()}  # fmt: skip
     before = {n: t.detach().clone() for n, t in leaves.items() if t is not None}
     with workspaces_hold_nan():
@@ -252,20 +282,26 @@ def results(contract: Contract, case: Case, backend: str, device: str) -> tuple[
         if cotangents:
             made |= _gradients(contract, leaves, [out[n] for n in cotangents], list(cotangents.values()))
     for name, kept in before.items():
-        assert torch.equal(leaves[name], kept), f"{contract.name} on {backend} changed its input {name}: {case}"
+        same = torch.equal(leaves[name].nan_to_num(), kept.nan_to_num())
+        assert same, f"{contract.name} on {backend} changed its input {name}: {case}"
     return leaves, cotangents, made
 
 
-def check(contract: Contract, case: Case, backend: str, device: str) -> dict[str, Tensor]:
-    """Every output and gradient of one run within its bound of the float64 truth; the inputs are left alone."""
-    leaves, cotangents, made = results(contract, case, backend, device)
-    wide = {n: t.detach().cpu().double().requires_grad_(n in contract.differentiable) if _floating(t) else t
+def truth(contract: Contract, case: Case, leaves: Any, cotangents: Any, made: Any) -> tuple[Any, Any, Any]:
+    """(inputs, cotangents, outputs and gradients) in float64."""
+    wide = {n: t.detach().cpu().double().requires_grad_(n in contract.differentiable) if floating(t) else t
             for n, t in leaves.items()}  # fmt: skip
     wide_cotangents = {n: c.cpu().double() for n, c in cotangents.items()}
     exact = dict(contract.exact(case, wide))
     if cotangents:
         exact |= _gradients(contract, wide, [exact[n] for n in cotangents], list(wide_cotangents.values()))
-    exact = {n: t for n, t in exact.items() if n in made}
+    return wide, wide_cotangents, {n: t for n, t in exact.items() if n in made}
+
+
+def check(contract: Contract, case: Case, backend: str, device: str) -> dict[str, Tensor]:
+    """Every output and gradient of one run within its bound of the float64 truth; the inputs are left alone."""
+    leaves, cotangents, made = results(contract, case, backend, device)
+    wide, wide_cotangents, exact = truth(contract, case, leaves, cotangents, made)
     bounds = contract.bounds(case, wide, wide_cotangents, exact, backend)
     for name, got in made.items():
         assert got.dtype in (case.dtype, accumulation(case.dtype)), f"{name} is {got.dtype}"
@@ -274,52 +310,6 @@ def check(contract: Contract, case: Case, backend: str, device: str) -> dict[str
     return made
 
 
-def each_case(contract: Contract) -> Callable[..., None]:
-    """The test of a contract: every backend by every case of its covering set."""
-    rows = [(backend, case) for backend in contract.backends() for case in contract.cases(backend)]
-
-    @pytest.mark.parametrize("backend, case", rows, indirect=["backend"], ids=str)
-    def test(backend: str, case: Case, device: str) -> None:
-        check(contract, case, backend, device)
-
-    return test
-
-
 def on(*backends: str) -> pytest.MarkDecorator:
     """The fixture `backend` for these alone, where others have no kernels for the op."""
     return pytest.mark.parametrize("backend", backends, indirect=True)
-
-
-def each_thread_count(contract: Contract, *, same: bool = True) -> Callable[..., None]:
-    """The test of the CPU's kernels by several threads: within the bounds, and with `same` bit for bit those of one."""
-    rows = [case for case in contract.cases("cpu") if case.dtype in (torch.float32, torch.bfloat16)]
-
-    @pytest.mark.parametrize("case", rows, ids=str)
-    def test(case: Case, device: str) -> None:
-        if device != "cpu" or (reason := cpu_why_not()) is not None:
-            pytest.skip("the CPU kernels take CPU tensors" if device != "cpu" else f"cpu: {reason}")
-        before = torch.get_num_threads()
-        runs = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                runs.append(check(contract, case, "cpu", device))
-        finally:
-            torch.set_num_threads(before)
-        for name in runs[0] if same else ():
-            assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:]), f"{name} depends on threads"
-
-    return test
-
-
-def each_backend_repeats(contract: Contract) -> Callable[..., None]:
-    """The test that a second run gives the same bits, on every backend's own (the library's sums may differ)."""
-    rows = [(b, contract.cases(b)[0]) for b in contract.backends() if b != "reference"]
-
-    @pytest.mark.parametrize("backend, case", rows, indirect=["backend"], ids=str)
-    def test(backend: str, case: Case, device: str) -> None:
-        first, second = (results(contract, case, backend, device)[2] for _ in range(2))
-        for name, got in first.items():
-            assert torch.equal(got, second[name]), f"{contract.name}: {name} on {backend} differs from run to run"
-
-    return test

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,17 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.contract import (
-    LAYOUTS,
-    Case,
-    Contract,
-    each_backend_repeats,
-    each_case,
-    each_thread_count,
-    image,
-    on,
-    randn,
-)
+from tests.ops import each
+from tests.ops.contract import LAYOUTS, Case, Contract, image, on, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -146,7 +136,7 @@ class Backward(Contract):
         if backend != "cpu":  # which takes differences first, of numbers about 100
             size = size + (g * (x.abs() + mean.abs()) * invstd).abs().sum((0, 2, 3))
         error = {"weight": (n + 4) * u * size, "bias": n * u * g.abs().sum((0, 2, 3))}
-        share = 1 / n if case.batch_stats else 0.0
+        share = 1 / n if case.batch_stats and n else 0.0
         mean_g, mean_gx = (share * channels(exact[name]) for name in ("bias", "weight"))
         exact["x"] = a * (g - mean_g - xhat * mean_gx)
         far = (x.abs() + 2 * mean.abs()) * invstd  # b * x and b * mean are large and nearly cancel
@@ -164,19 +154,20 @@ class Backward(Contract):
         return error
 
 
-test_stats = each_case(Stats())
-test_apply = each_case(Apply())
-test_backward = each_case(Backward())
-test_wide_stats = each_case(Stats(**WIDE))
-test_wide_apply = each_case(Apply(**WIDE))
-test_wide_backward = each_case(Backward(**WIDE))
-test_stats_repeat = each_backend_repeats(Stats())
-test_backward_repeats = each_backend_repeats(Backward())
-
-
 MANY = {"shape": ((3, 16, 48, 28), (4, 130, 9, 9)), "layout": ("nchw", "channels_slice")}
-test_stats_of_threads = each_thread_count(Stats(offset=(0,), **MANY), same=False)
-test_backward_of_threads = each_thread_count(Backward(other=("nchw", "cropped"), **MANY), same=False)
+EMPTY: Any = {"shape": ((0, 3, 4, 4), (2, 3, 0, 4)), "layout": ("nchw",)}
+FEW: Any = {"shape": ((2, 3, 4, 5),), "layout": ("nchw",)}
+BOTH = ("nchw", "channels_last")
+test_contract = each.case(Stats(), Apply(), Backward())
+test_wide = each.case(Stats(**WIDE), Apply(**WIDE), Backward(**WIDE))
+test_repeats = each.backend_repeats(Stats(), Backward())
+test_threads = each.thread_count(Stats(offset=(0,), **MANY), Backward(other=("nchw", "cropped"), **MANY), same=False)
+test_empty_batch = each.empty_batch(Stats(**EMPTY), Apply(other=BOTH, **EMPTY), Backward(other=("nchw",), **EMPTY))
+test_operators = each.operator(
+    Stats(offset=(0,), **FEW),
+    Apply(other=BOTH, **FEW),
+    Backward(other=BOTH, weighted=(False,), batch_stats=(True,), **FEW),
+)
 
 
 def awkward() -> dict[str, Tensor]:
@@ -227,22 +218,6 @@ def test_stats_stay_in_their_channel(backend: str, device: str) -> None:
 
 
 @on("cpu", "triton")
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
-@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
-def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
-    """Mean and variance of nothing are NaN, gradients are zero."""
-    x, per_channel = torch.empty(shape, device=device), torch.ones(3, device=device)
-    mean, var = ops.batch_norm_stats(x, backend)
-    assert mean.isnan().all()
-    assert var.isnan().all()
-    assert ops.batch_norm_apply(x, per_channel, per_channel, x, False, backend).shape == shape
-    dx, *sums = batch_norm.backward(x, x, per_channel, per_channel, None, True, False, backend)
-    assert dx.shape == shape
-    assert all(torch.equal(s, torch.zeros_like(s)) for s in sums)
-
-
-@on("cpu", "triton")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_agrees_with_torch(backend: str, device: str, layout: str) -> None:
     """Together the passes are training-mode batch normalisation, forward and backward."""
@@ -272,13 +247,3 @@ def test_running_statistics_follow_torch() -> None:
         batch_norm.update_running(mean, var, *ops.batch_norm_stats(x, "cpu"), 30, 0.3)
     torch.testing.assert_close(mean, module.running_mean, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(var, module.running_var, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("other, last", list(itertools.product(["nchw", "channels_last"], [False, True])))
-def test_opcheck(other: str, last: bool) -> None:
-    x, g = image(randn(2, 3, 4, 5), torch.float32), image(randn(2, 3, 4, 5), torch.float32, layout=other)
-    per_channel, tests = torch.ones(3), ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.batch_norm_stats, (x, "cpu"), test_utils=tests)
-    torch.library.opcheck(ops.batch_norm_apply, (x, per_channel, per_channel, g, last, "cpu"), test_utils=tests)
-    arguments = (g, x, per_channel, per_channel, None, True, last, "cpu")
-    torch.library.opcheck(ops.batch_norm_backward, arguments, test_utils=tests)

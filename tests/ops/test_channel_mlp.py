@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.models.subjects import threads
-from tests.ops.contract import Case, Contract, each_case, image, randn
+from tests.ops import each
+from tests.ops.contract import Case, Contract, image, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
-from wavemix_kernels import wavemlp
 from wavemix_kernels.ops.common import products
 from wavemix_kernels.ops.mlp import channel
 
@@ -95,21 +95,8 @@ class ChannelMlp(Contract):
         }  # fmt: skip
 
 
-test_channel_mlp = each_case(ChannelMlp())
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
-def test_self_test(backend: str, device: str) -> None:
-    error, bound = channel.self_test(backend, torch.device(device))
-    assert 0 < error <= bound
-
-
-def test_opcheck() -> None:
-    x = image(randn(2, 4, 3, 5), torch.float32, layout="channels_last")
-    inputs = [t.detach().requires_grad_() for t in (x, *wavemlp.Mlp(4, 8).parameters())]
-    torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp, (*inputs, "cpu"))
-    plain = [t.detach() for t in inputs]
-    torch.library.opcheck(torch.ops.wavemix_kernels.channel_mlp_backward, (plain[0], *plain, "cpu"))
+test_contract = each.case(ChannelMlp())
+test_operators = each.operator(ChannelMlp(size=((2, 4, 3, 5, 8),), bias=(True,), threads=(1,)))
 
 
 # --- Products --------------------------------------------------------------------------------------------

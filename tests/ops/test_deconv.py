@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.cpu import minimal_filtering
-from tests.ops.contract import (
-    LAYOUTS,
-    Case,
-    Contract,
-    each_backend_repeats,
-    each_case,
-    each_thread_count,
-    image,
-    on,
-    randn,
-)
-from tests.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation, stored, sum_bound
+from tests.ops import each
+from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
+from tests.tolerances import DTYPES, UNDERFLOW, UNIT_ROUNDOFF, accumulation, stored, sum_bound
 from wavemix_kernels.ops.deconv import op
 
 # n, f, o, h, w: odd, thin, one pixel, two blocks of pixels, of channels.
@@ -77,7 +67,7 @@ class Deconv(Contract):
 
     def exact(self, case: Case, tensors: Any) -> Any:
         y = transposed(*(tensors[name] for name in self.differentiable))
-        nothing = y.new_zeros(y.shape[1])
+        nothing = 0 * y.detach().mean((0, 2, 3))  # NaN for no pixels
         return {"y": y, "plus": y + tensors["residual"], "mean_off": nothing, "var_off": nothing}
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
@@ -196,88 +186,27 @@ class NormGradients(Contract):
 
 
 #: Half types of many channels are the library's on a CPU, which rounds on the way (tests/kernels/cpu has our kernels).
-FULL = {"cpu": (torch.float64, torch.float32), "triton": (torch.float32, torch.float16)}
+FULL = {"cpu": (torch.float64, torch.float32), "triton": DTYPES}
 ONE = {"layout": ("channels_slice",), "cotangents": ("channels_last",)}
 MANY = ((40, 8, 8, 7, 9), (1, 3, 5, 1, 301))
-test_contract = each_case(Deconv())
-test_wide = each_case(Deconv(FULL, size=WIDE, layout=("nchw", "channels_last", "channels_slice")))
-test_norm_gradients = each_case(NormGradients())
-test_wide_norm_gradients = each_case(NormGradients(FULL, size=WIDE))
-test_repeats = each_backend_repeats(Deconv(FULL, size=WIDE[:1], **ONE))
-test_norm_gradients_repeat = each_backend_repeats(NormGradients(FULL, size=WIDE[:1], **ONE))
-test_threads = each_thread_count(Deconv(size=MANY, bias=(100,), **ONE))
-test_threads_of_many_channels = each_thread_count(
-    Deconv(FULL, size=((2, 64, 40, 12, 11),), bias=(100,), **ONE), same=False
+test_contract = each.case(Deconv(), NormGradients())
+test_wide = each.case(
+    Deconv(FULL, size=WIDE, layout=("nchw", "channels_last", "channels_slice")), NormGradients(FULL, size=WIDE)
 )
-test_norm_gradients_by_threads = each_thread_count(NormGradients(size=MANY, **ONE), same=False)
-
-
-@on("cpu", "triton")
-@pytest.mark.parametrize("channels", [8, 40])
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # 0 / 0, as it should be
-def test_empty_batch(backend: str, device: str, channels: int) -> None:
-    """Statistics of no pixels are NaN; gradients of weights that saw none are zero."""
-    u, weight = torch.empty(0, channels, 3, 4, device=device), torch.randn(channels, 36, 4, 4, device=device)
-    y, mean, var = op.with_stats(u, weight, torch.randn(36, device=device), backend)
-    assert y.shape == (0, 36, 6, 8)
-    assert mean.isnan().all()
-    assert var.isnan().all()
-    assert op.backward_x(y, weight, backend).shape == u.shape
-    assert all(not t.any() for t in op.backward_weight(y, u, True, backend))
-
-
-@on("cpu", "triton")
-def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
-    """Images more than 2**31 elements apart, forward and the gradient of the weight."""
-    apart = 2**31 + 64
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
-        pytest.skip("not enough free GPU memory for 2**31 elements")
-    values, weight = randn(2, 4, 2, 3).to(device, torch.float16), randn(4, 2, 4, 4).to(device, torch.float16)
-    block = torch.empty(apart + 4096, dtype=torch.float16, device=device)
-    far = block.as_strided(values.shape, (apart, 1, 12, 4)).copy_(values)
-    near, grad = (t.contiguous(memory_format=torch.channels_last) for t in (values, randn(2, 2, 4, 6).to(values)))
-    assert torch.equal(op.fused(far, weight, None, backend), op.fused(near, weight, None, backend))
-    assert torch.equal(
-        op.backward_weight(grad, far, False, backend)[0], op.backward_weight(grad, near, False, backend)[0]
-    )
-
-
-@pytest.mark.parametrize("channels", [2, 40])
-def test_gradcheck(channels: int) -> None:
-    u, weight, bias = (
-        randn(*s).requires_grad_() for s in ((1, channels, 2, 3), (channels, channels, 4, 4), (channels,))
-    )
-    assert torch.autograd.gradcheck(lambda *t: op.fused(*t, "cpu"), (u, weight, bias), fast_mode=True)
-
-
-def test_opcheck() -> None:
-    """Schemas, fake tensors' strides, no aliases; with the BatchNorm folded (fp32, wide) and not."""
-    ops, tests = torch.ops.wavemix_kernels, ("test_schema", "test_faketensor")
-    for channels, layout in ((40, "channels_last"), (40, "nchw"), (8, "channels_last")):
-        u = image(randn(2, channels, 3, 4), torch.float32, layout="channels_last")
-        weight, bias = randn(channels, 36, 4, 4).float(), randn(36).float()
-        y, mean, var = ops.deconv_stats(u, weight, bias, "auto")
-        grad, invstd = image(randn(*y.shape), torch.float32, layout=layout), torch.rsqrt(var + 1e-5)
-        torch.library.opcheck(ops.deconv_stats, (u, weight, bias, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_residual, (u, weight, bias, grad, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_backward_x, (grad, weight, "auto"), test_utils=tests)
-        torch.library.opcheck(ops.deconv_backward_weight, (grad, u, True, "auto"), test_utils=tests)
-        assert op.folds("auto", channels, grad)
-        arguments = (grad, y, mean, invstd, bias, True, u, weight, "auto")
-        torch.library.opcheck(ops.deconv_norm_backward, arguments, test_utils=tests)
-
-
-def test_errors() -> None:
-    u = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(ValueError, match=r"weight: expected \(4, O, 4, 4\) to go with u, got \(4, 2, 3, 3\)"):
-        op.deconv(u, torch.zeros(4, 2, 3, 3))
-    with pytest.raises(ValueError, match=r"bias: expected shape \(2,\)"):
-        op.deconv(u, torch.zeros(4, 2, 4, 4), torch.zeros(3))
-    with pytest.raises((TypeError, ValueError), match="weight"):
-        op.deconv(u, torch.zeros(4, 2, 4, 4, dtype=torch.float64))
-
-
-@on("cpu", "triton")
-def test_self_test_passes(backend: str, device: str) -> None:
-    error, bound = op.self_test(backend, torch.device(device))
-    assert 0 < error <= bound
+test_repeats = each.backend_repeats(*(of(FULL, size=WIDE[:1], **ONE) for of in (Deconv, NormGradients)))
+test_threads = each.thread_count(Deconv(size=MANY, bias=(100,), **ONE))
+test_threads_of_sums = each.thread_count(
+    Deconv(FULL, size=((2, 64, 40, 12, 11),), bias=(100,), **ONE), NormGradients(size=MANY, **ONE), same=False
+)
+test_empty_batch = each.empty_batch(
+    Deconv(size=((0, 8, 36, 3, 4), (0, 40, 36, 3, 4)), layout=("nchw",), bias=(0, None))
+)
+FAR = {"layout": ("far",), "cotangents": ("channels_last",), "bias": (None,)}
+test_offsets_beyond_32_bits = each.case(
+    Deconv({b: SHORT[b] for b in BACKENDS if b in SHORT}, size=((2, 4, 2, 2, 3),), **FAR)
+)
+FEW: Any = {"size": ((2, 40, 36, 3, 4), (2, 8, 36, 3, 4)), "layout": ("channels_last",)}
+test_operators = each.operator(
+    Deconv(bias=(0,), cotangents=("channels_last",), **FEW),
+    NormGradients(weighted=(True,), batch_stats=(True,), cotangents=("channels_last", "nchw"), **FEW),
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 import wavemix_kernels as wk
-from tests.ops.contract import LAYOUTS, Case, Contract, each_backend_repeats, each_case, image, pairwise, randn
-from tests.tolerances import assert_within, haar_bound, stored_roundoff
+from tests.ops import each
+from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, pairwise, randn
+from tests.tolerances import haar_bound, stored_roundoff
 from wavemix_kernels import backends
 from wavemix_kernels.ops.haar import bands, op, pyramid, reference
 
@@ -123,9 +123,9 @@ class Synthesis(Contract):
         }
 
 
-test_analysis = each_case(Analysis())
-test_every_mode = each_case(Analysis(size=ODD, mode=op.MODES, layout=("nchw", "channels_last")))
-test_synthesis = each_case(Synthesis())
+test_analysis = each.case(Analysis())
+test_every_mode = each.case(Analysis(size=ODD, mode=op.MODES, layout=("nchw", "channels_last")))
+test_synthesis = each.case(Synthesis())
 
 
 class Pyramid(Contract):
@@ -161,7 +161,7 @@ class Pyramid(Contract):
         assert all(z.is_contiguous(memory_format=order) for name, z in results.items() if name.startswith("z"))
 
 
-test_pyramid = each_case(Pyramid())
+test_pyramid = each.case(Pyramid())
 
 
 class Bands(Contract):
@@ -200,8 +200,28 @@ class Bands(Contract):
         assert out.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-test_bands = each_case(Bands())
-test_repeats = each_backend_repeats(Analysis(size=SIZES[3:4], mode=("symmetric",)))
+test_bands = each.case(Bands())
+test_repeats = each.backend_repeats(Analysis(size=SIZES[3:4], mode=("symmetric",)))
+EMPTY = (((0, 3, 8, 8), 2), ((2, 0, 8, 8), 2), ((0, 4, 5, 7), 2))
+test_empty_batch = each.empty_batch(
+    Analysis(size=EMPTY, layout=("nchw",)), Synthesis(size=EMPTY, layout=("nchw",)),
+    Pyramid(size=EMPTY[:2], layout=("nchw",)), Bands(shape=[shape for shape, _ in EMPTY[:2]], layout=("nchw",)),
+)  # fmt: skip
+FAR: Any = {"dtypes": SHORT, "layout": ("far_nchw",)}
+test_offsets_beyond_32_bits = each.case(
+    Analysis(size=(((2, 2, 16, 16), 2),), mode=("zero",), **FAR), Synthesis(size=(((2, 2, 8, 16), 2),), **FAR)
+)
+TINY, BOTH = (((1, 2, 5, 6), 2),), ("nchw", "channels_last")
+test_gradients_of_every_order = each.gradient(
+    Analysis(size=TINY, mode=("zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth"), layout=BOTH),
+    Synthesis(size=TINY, layout=BOTH), Pyramid(size=(((1, 2, 8, 4), 2),), layout=BOTH),
+    Bands(shape=((1, 2, 4, 6),), layout=BOTH), Bands(shape=((1, 2, 4, 6),), layout=("channels_last",), back=(True,)),
+)  # fmt: skip
+test_operators = each.operator(
+    Analysis(size=(((2, 3, 9, 12), 2),), mode=("symmetric",), layout=BOTH),
+    Synthesis(size=(((2, 3, 9, 12), 2),), layout=BOTH), Pyramid(size=(((2, 3, 8, 12), 2),), layout=BOTH),
+    *(Bands(shape=((2, 3, 8, 12),), layout=BOTH, back=(back,)) for back in (False, True)),
+)  # fmt: skip
 
 
 def test_bands_between_neighbours(backend: str, device: str) -> None:
@@ -247,15 +267,6 @@ def test_reflecting_a_single_sample_is_refused_as_pywavelets_does() -> None:
             wk.haar_dwt2d(torch.ones(1, 1, 2, 8), 2, mode=mode)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (0, 4, 5, 7)], ids=str)
-def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape, device=device, requires_grad=True)
-    ll, highs = wk.haar_dwt2d(x, 2, backend=backend)
-    back = wk.haar_idwt2d(ll, highs, size=shape[-2:], backend=backend)
-    back.sum().backward()
-    assert back.shape == x.shape == x.grad.shape
-
-
 @pytest.mark.parametrize("mode", ["zero", "symmetric", "antisymmetric", "periodic"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy: inf - inf
@@ -271,19 +282,6 @@ def test_nan_and_infinity_stay_where_they_are(backend: str, device: str, mode: s
     torch.testing.assert_close(back, reference.synthesis(*exact, (9, 11)), equal_nan=True)
 
 
-def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
-    """A batch whose samples lie more than 2**31 elements apart (the pages between are never touched)."""
-    apart = 2**31 + 64
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
-        pytest.skip("not enough free GPU memory for 2**31 elements")
-    x = torch.empty(apart + 4096, dtype=torch.bfloat16, device=device).as_strided((2, 2, 16, 16), (apart, 256, 16, 1))
-    x.copy_(randn(2, 2, 16, 16))
-    ll, highs = wk.haar_dwt2d(x, 2, backend=backend)
-    exact = reference.analysis(x.double(), 2)
-    for got, want in zip([ll, *highs], [exact[0], *exact[1]], strict=True):
-        assert_within(got, want, haar_bound(want, x.dtype, 2, x.abs().max().item(), 1, backend))
-
-
 def test_half_types_keep_fp32_between_levels(backend: str, device: str) -> None:
     """LL stored in bf16 between levels would break the bound of one rounding."""
     x = image(randn(1, 2, 64, 64), torch.bfloat16, device).abs()
@@ -292,50 +290,7 @@ def test_half_types_keep_fp32_between_levels(backend: str, device: str) -> None:
     assert ((ll.double() - exact).abs() <= 1.01 * stored_roundoff(torch.bfloat16, backend) * exact.abs()).all()
 
 
-@pytest.mark.parametrize("module", [op, pyramid, bands], ids=["haar", "haar_pyramid", "haar_bands"])
-def test_self_test_passes(backend: str, device: str, module: Any) -> None:
-    error, bound = module.self_test(backend, torch.device(device))
-    assert 0 < error <= bound
-
-
 # --- Gradients of every order ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth"])
-def test_gradcheck_analysis(backend: str, device: str, mode: str) -> None:
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flat(wk.haar_dwt2d(x, 2, mode=mode, backend=backend)).values())
-
-    x = image(randn(1, 2, 5, 6), device=device).requires_grad_()
-    assert torch.autograd.gradcheck(function, x, fast_mode=True)
-    # Linear, so the second derivative must vanish in x and be the transform itself in the cotangent.
-    assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
-
-
-def test_gradcheck_synthesis(backend: str, device: str) -> None:
-    sizes = level_sizes((5, 6), 2)
-    highs = [image(randn(1, 2, 3, *s), device=device, layout="channels_last").requires_grad_() for s in sizes]
-    ll, add = (image(randn(1, 2, *s), device=device).requires_grad_() for s in (sizes[-1], (5, 6)))
-
-    def function(ll: Tensor, add: Tensor, *highs: Tensor) -> Tensor:
-        return wk.haar_idwt2d(ll, list(highs), size=(5, 6), add=add, backend=backend)
-
-    assert torch.autograd.gradcheck(function, (ll, add, *highs), fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, (ll, add, *highs), fast_mode=True)
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_gradcheck_pyramid_and_bands(backend: str, device: str, last: bool) -> None:
-    x = image(randn(1, 2, 8, 4), device=device, layout="channels_last" if last else "nchw").requires_grad_()
-    four = image(randn(1, 2, 4, 2, 3), device=device, layout="channels_last" if last else "nchw").requires_grad_()
-    functions: list[tuple[Callable[[Tensor], Any], Tensor]] = [
-        (lambda t: tuple(pyramid.haar_pyramid(t, 2, channels_last=last, backend=backend)), x),
-        (lambda t: bands.haar_bands(t, backend=backend), x),
-        (lambda t: bands.haar_from_bands(t, backend=backend), four),
-    ]
-    for function, leaf in functions:
-        assert torch.autograd.gradcheck(function, (leaf,), fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, (leaf,), fast_mode=True)
 
 
 def test_gradient_of_ll_alone(backend: str, device: str) -> None:
@@ -349,22 +304,6 @@ def test_gradient_of_ll_alone(backend: str, device: str) -> None:
 
 
 # --- The torch ecosystem ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_opcheck(name: str, layout: str) -> None:
-    ops, last = torch.ops.wavemix_kernels, layout == "channels_last"
-    x = image(randn(2, 3, 9, 12), torch.float32, layout=layout).requires_grad_()
-    torch.library.opcheck(ops.haar_analysis, (x, 2, "symmetric", name))
-    ll, highs = wk.haar_dwt2d(x.detach(), 2)
-    leaves = [t.requires_grad_() for t in (ll, *highs)]
-    add = image(randn(2, 3, 9, 12), torch.float32, layout=layout).requires_grad_()
-    torch.library.opcheck(ops.haar_synthesis, (leaves[0], leaves[1:], [9, 12], "zero", add, last, name))
-    even = image(randn(2, 3, 8, 12), torch.float32, layout=layout).requires_grad_()
-    torch.library.opcheck(ops.haar_bands, (even, name))
-    four = bands.haar_bands(even.detach()).requires_grad_()
-    torch.library.opcheck(ops.haar_from_bands, (four, last, name))
 
 
 def roundtrip(x: Tensor) -> Tensor:

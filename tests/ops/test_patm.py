@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.contract import Case, Contract, each_backend_repeats, each_case, image, randn, singles
+from tests.ops import each
+from tests.ops.contract import SHORT, Case, Contract, image, randn, singles
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored, stored_roundoff, sum_bound
 from wavemix_kernels.ops.patm import branches, phases, reference, whole
 from wavemix_kernels.ops.patm.weights import Affine, Weights
@@ -27,6 +28,8 @@ def sine(backend: str, dtype: torch.dtype) -> float:
 NAMES = (
     "z_h", "z_w", "z_c", "theta_h", "theta_w", "scale_h", "shift_h", "scale_w", "shift_w", "taps_h", "taps_w",
 )  # fmt: skip
+#: Two images, rows or columns.
+FAR = (((2, 2, 3, 3), "far"), ((1, 2, 2, 3), "far_rows"), ((1, 2, 3, 2), "far_columns"))
 EVERYWHERE = dict.fromkeys(("reference", "cpu", "triton", "cuda"), DTYPES)
 #: Tensors of a whole PATM.
 FIELDS = (*Weights._fields, *Affine._fields)
@@ -71,7 +74,9 @@ class PhaseAggregate(Contract):
         if backend != "triton":
             return super().cases(backend)
         few = self.axes | {"shape": self.axes["shape"][:6]}  # interpreted, an element takes a microsecond
-        return singles(dtype=DTYPES, **few) + singles(dtype=(torch.float32,), **few | {"way": few["way"][::-1]})
+        dtypes = self.dtypes[backend]
+        again = [torch.float32] if torch.float32 in dtypes else dtypes
+        return singles(dtype=dtypes, **few) + singles(dtype=again, **few | {"way": few["way"][::-1]})
 
     def inputs(self, case: Case, device: str) -> Any:
         turns = 300.0 if case.way == "turns" else 1.0
@@ -291,11 +296,17 @@ class Whole(Contract):
         return made
 
 
-test_phase_aggregate = each_case(PhaseAggregate())
-test_branch_sum = each_case(BranchSum())
-test_whole = each_case(Whole())
-test_same_bits_in_every_run = each_backend_repeats(PhaseAggregate())
-test_same_sums_in_every_run = each_backend_repeats(BranchSum())
+FEW: Any = {"shape": ((2, 4, 3, 5),), "layout": ("channels_slice",)}
+test_contract = each.case(PhaseAggregate(), BranchSum(), Whole())
+test_repeats = each.backend_repeats(PhaseAggregate(), BranchSum())
+EMPTY: Any = {"shape": ((0, 4, 3, 5),), "layout": ("nchw",)}
+test_empty_batch = each.empty_batch(PhaseAggregate(way=("plain", "weighted"), **EMPTY), BranchSum(**EMPTY))
+test_offsets_beyond_32_bits = each.case(
+    *(PhaseAggregate(SHORT, shape=(shape,), layout=(layout,), way=("statistics",)) for shape, layout in FAR),
+    *(BranchSum({b: SHORT[b] for b in ("cpu", "triton")}, shape=(shape,), layout=(layout,)) for shape, layout in FAR),
+)
+test_operators_of_gpus = each.operator(PhaseAggregate(**FEW), BranchSum(**FEW), backends=("triton", "cuda"))
+test_operators = each.operator(PhaseAggregate(**FEW), BranchSum(**FEW), Whole(shape=FEW["shape"], layout=("nchw",)))
 
 
 # --- Phases of any size ----------------------------------------------------------------------------------
@@ -359,62 +370,7 @@ def test_phases_without_a_sine_stay_in_reach_of_their_taps(backend: str, device:
     assert not w.isnan().any()
 
 
-# --- Sizes at the limits ---------------------------------------------------------------------------------
-
-
-@KERNELS
-def test_empty_batch(backend: str, device: str) -> None:
-    inputs = [t.requires_grad_() for t in arguments((0, 4, 3, 5), torch.float32, device).values()]
-    h, w, s = phases.phase_aggregate(*inputs, backend=backend)
-    assert (h.shape, w.shape, s.shape) == ((0, 4, 3, 5), (0, 4, 3, 5), (0, 4))
-    grads = torch.autograd.grad((h.sum() + w.sum() + s.sum()), inputs)
-    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(grads, inputs, strict=True))
-    if backend != "cuda":  # which has no kernel of its own for the sum
-        a, c = torch.ones(3, 0, 4, device=device), inputs[2].detach()
-        out, d_a = branches.backward(h.detach(), h.detach(), w.detach(), c, a, backend)
-        assert (out.shape, d_a.shape) == ((0, 4, 3, 5), (3, 0, 4))
-
-
-@KERNELS
-@pytest.mark.parametrize("axis", [0, 2, 3])
-def test_offsets_beyond_32_bits(axis: int, backend: str, device: str) -> None:
-    """Two images, rows or columns 2^31 elements apart. What lies between is never touched, and a CPU's allocator gives
-    it no memory."""
-    shape = [1, 2, 3, 3]
-    shape[axis] = 2
-    stride = [64, 1, 16, 4]
-    stride[axis] = step = 2**31 + 64
-    store = torch.empty(step + 128, dtype=torch.bfloat16, device=device)
-    far = [store.as_strided(shape, stride, offset) for offset in (0, 2)]
-    near = [randn(*shape, seed=i).to(device, torch.bfloat16) for i in range(2)]
-    for view, values in zip(far, near, strict=True):
-        view.copy_(values)
-    vectors = list(arguments(tuple(shape), torch.bfloat16, device).values())[5:]
-
-    def run(z: Tensor, theta: Tensor) -> Iterator[Tensor]:
-        grad_s = torch.ones(shape[:2], device=device)
-        a = torch.full((3, *shape[:2]), 0.5, device=device)
-        yield from phases.fused(z, z, z, theta, theta, *vectors, backend)
-        made = phases.backward(z, theta, grad_s, a, z, z, theta, theta, *vectors, None, None, True, backend)
-        yield from (*made.images, made.sums, made.taps_h, made.taps_w)
-        if backend != "cuda":
-            yield from branches.backward(theta, z, theta, z, a, backend)
-
-    for value, want in zip(run(*far), run(*near), strict=True):
-        assert torch.equal(value, want)
-
-
 # --- As operators ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "op, backend",
-    [(op, name) for op in (phases, branches, whole) for name in op.BACKENDS if name != "reference"],
-    indirect=["backend"],
-)
-def test_self_test(op: Any, backend: str, device: str) -> None:
-    error, bound = op.self_test(backend, torch.device(device))
-    assert 0 < error <= bound
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
@@ -434,38 +390,6 @@ def test_second_derivatives_are_the_references_alone() -> None:
     (grad,) = torch.autograd.grad(out, inputs[:1], torch.ones_like(out, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-@pytest.mark.parametrize(
-    "backend, joined", [("cpu", True), ("reference", False), ("triton", True), ("cuda", False)], indirect=["backend"]
-)
-def test_opcheck(backend: str, joined: bool, device: str) -> None:
-    ops, contract = torch.ops.wavemix_kernels, PhaseAggregate()
-    case = Case(shape=(2, 4, 3, 5), dtype=torch.float32, layout="channels_slice", way="statistics")
-    given = contract.inputs(case, device)
-    inputs = [given[name].requires_grad_() for name in NAMES]
-    torch.library.opcheck(ops.phase_aggregate, (*inputs, backend))
-    plain = {name: t.detach() for name, t in given.items()}
-    grads = [plain[name] for name in ("grad_h", "grad_w", "grad_s", "a", "z_h", "z_w", *NAMES[3:], "mean", "invstd")]
-    torch.library.opcheck(ops.phase_aggregate_backward, (*grads, joined, backend))
-    if backend in branches.BACKENDS:
-        grad, *images = (plain[name] for name in ("grad_h", "z_h", "z_w", "z_c", "a"))
-        torch.library.opcheck(ops.branch_sum, (*images, backend))
-        torch.library.opcheck(ops.branch_sum_backward, (grad, *images, backend))
-
-
-@pytest.mark.parametrize("of_batch", [True, False])
-def test_opcheck_from_end_to_end(of_batch: bool) -> None:
-    """The reference's backward is autograd, which opcheck turns off."""
-    ops, contract = torch.ops.wavemix_kernels, Whole()
-    given = contract.inputs(Case(shape=(2, 4, 3, 5), dtype=torch.float32, layout="nchw", of_batch=of_batch), "cpu")
-    x, weights = [given[name] for name in ("x", "scale", "shift")], [given[name] for name in FIELDS]
-    batch, path = [given[name] for name in contract.STATISTICS], given["path"]
-    for name in whole.BACKENDS:
-        torch.library.opcheck(ops.patm_moments, (*x, name))
-        torch.library.opcheck(ops.patm_whole, (*x, path, True, *weights, name))
-    _, mean = ops.patm_whole(*x, path, True, *weights, "cpu")
-    torch.library.opcheck(ops.patm_whole_backward, (given["grad"], mean, *batch, *x, path, *weights, "cpu"))
 
 
 # --- Errors ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import each
 from tests.ops.contract import Case, image, pairwise, randn
 from tests.tolerances import UNIT_ROUNDOFF, accumulation, assert_within, stored, sum_bound
 from wavemix_kernels.ops.common import layout
@@ -160,15 +161,15 @@ def test_unserved_types_are_named(backend: str) -> None:
 
 
 @by_image
-def test_opcheck(by_image: bool) -> None:
-    ops = torch.ops.wavemix_kernels
-    x = image(randn(2, 4, 3, 5), F32, layout="channels_last")
-    mean, invstd, _ = ops.pre_norm_stats(x, 1e-5, by_image, "auto")
-    weight = torch.ones(4)
-    for name, arguments in (
-        ("pre_norm_stats", (x, 1e-5, by_image, "auto")),
-        ("pre_norm_apply", (x, mean, invstd, weight, None, by_image, BF16, "auto")),
-        ("pre_norm_backward", (x, x.contiguous(), x, mean, invstd, weight, by_image, True, "auto")),
-        ("pre_norm_join", (x, x, torch.ones(2, 1, 1, 1), "auto")),
-    ):
-        torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
+def test_operators(by_image: bool) -> None:
+    x, weight = image(randn(2, 4, 3, 5), F32, layout="channels_last"), torch.ones(4)
+    norm, kind = pre_norm.Norm(weight, None, None, None), pre_norm.Kind(1e-5, by_image)
+
+    def calls() -> None:
+        stats = pre_norm.statistics(x, norm, kind, "auto")
+        pre_norm.normalise(x, norm, kind, stats, "auto", BF16)
+        pre_norm.backward(x, x.contiguous(), x, norm, kind, stats, "auto")
+        pre_norm.join(x, x, torch.ones(2, 1, 1, 1), "auto")
+        pre_norm.join_backward(x, None, x, "auto")
+
+    each.opcheck(calls)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops.contract import LAYOUTS, Case, Contract, each_backend_repeats, each_case, each_thread_count, image, randn
+from tests.ops import each
+from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
 from tests.tolerances import assert_within, sum_bound
 from wavemix_kernels.ops.reduce_haar import op, reference
 
@@ -131,60 +132,27 @@ class Gradients(ReduceHaar):
         )  # fmt: skip
 
     def also(self, case: Case, tensors: Any, results: Any) -> None:
-        last = case.layout in ("channels_last", "channels_slice") and case.size[0][1] > 1
+        last = case.layout in ("channels_last", "channels_slice", "far") and case.size[0][1] > 1
         assert results["d_x"].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-test_contract = each_case(ReduceHaar())
-test_gradients = each_case(Gradients())
-test_repeats = each_backend_repeats(ReduceHaar())
-test_gradients_repeat = each_backend_repeats(Gradients())
-
-
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
-test_threads = each_thread_count(
+SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
+test_contract = each.case(ReduceHaar())
+test_gradients = each.case(Gradients())
+test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
+test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False
 )
-test_threads_with_one_level = each_thread_count(
+test_threads_with_one_level = each.thread_count(
     Gradients(size=(((40, 8, 14, 10), 2, 1), ((1, 3, 2, 602), 2, 1)), **MANY)
 )
-
-
-def test_empty_batch(backend: str, device: str) -> None:
-    x, weight = torch.randn(0, 8, 4, 4, device=device), torch.randn(8, 8, 1, 1, device=device)
-    zs = op.reduce_haar(x, weight, None, 2, backend=backend)
-    assert [tuple(z.shape) for z in zs] == [(0, 32, 2, 2), (0, 32, 1, 1)]
-    dx, dw, db = op.backward(zs, x, weight, True, x, backend)
-    assert dx.shape == x.shape
-    assert torch.equal(dw, torch.zeros_like(weight))
-    assert torch.equal(db, torch.zeros(8, device=device))
-
-
-def test_offsets_beyond_32_bits(backend: str, device: str) -> None:
-    """Images more than 2**31 elements apart; the pages between are never touched."""
-    apart = 2**31 + 64
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * (apart + 4096):
-        pytest.skip("not enough free GPU memory for 2**31 elements")
-    values = randn(2, 4, 4, 8).to(device, torch.float16)
-    block = torch.empty(apart + 4096, dtype=torch.float16, device=device)
-    x = block.as_strided(values.shape, (apart, 1, 32, 4)).copy_(values)
-    weight = randn(2, 4, 1, 1).to(device, torch.float16)
-    near = values.contiguous(memory_format=torch.channels_last)
-    for got, want in zip(
-        op.reduce_haar(x, weight, None, 2, backend=backend), op.reduce_haar(near, weight, None, 2, backend=backend),
-        strict=True,
-    ):  # fmt: skip
-        assert torch.equal(got, want)
-
-
-def test_gradcheck(backend: str, device: str) -> None:
-    if backend == "triton":
-        pytest.skip("its matrix products accumulate in float32: no float64")
-    x = image(randn(1, 3, 4, 4), device=device, layout="channels_last").requires_grad_()
-    weight, bias = (randn(*shape).to(device).requires_grad_() for shape in ((2, 3, 1, 1), (2,)))
-    function = lambda *leaves: tuple(op.reduce_haar(*leaves, 2, backend=backend))  # noqa: E731
-    assert torch.autograd.gradcheck(function, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+test_empty_batch = each.empty_batch(
+    *(of(size=(((0, 8, 4, 4), 8, 2),), layout=("nchw",)) for of in (ReduceHaar, Gradients))
+)
+test_offsets_beyond_32_bits = each.case(*(of(SHORT, layout=("far",), **SMALL) for of in (ReduceHaar, Gradients)))
+test_gradients_of_every_order = each.gradient(ReduceHaar(size=(((1, 3, 4, 4), 2, 2),), layout=("channels_last",)))
+test_operators = each.operator(*(of(layout=("nchw", "channels_last"), **SMALL) for of in (ReduceHaar, Gradients)))
 
 
 def test_refuses_float64_on_triton(device: str) -> None:
@@ -220,20 +188,3 @@ def test_rounds_to_tf32_only_when_allowed(device: str, allow_tf32: Callable[[boo
     with pytest.raises(AssertionError, match="beyond the bound"):
         assert_within(z, exact, bound)
     assert_within(z, exact, sum_bound(exact, size, 2 * 32 + 2 + 2**14, torch.float32))  # 2 * 2^-11 of both factors
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_opcheck(last: bool) -> None:
-    ops = torch.ops.wavemix_kernels
-    x = image(randn(1, 4, 4, 8), torch.float32, layout="channels_last" if last else "nchw")
-    weight, bias = (randn(*shape).float() for shape in ((2, 4, 1, 1), (2,)))
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(ops.reduce_haar, (*leaves, 2, last, "cpu"))
-    grads = [z.detach() for z in op.reduce_haar(*leaves, 2)]
-    arguments = (grads, x.detach(), weight.detach(), x.detach(), True, "cpu")
-    torch.library.opcheck(ops.reduce_haar_backward, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_self_test_passes(backend: str, device: str) -> None:
-    error, bound = op.self_test(backend, torch.device(device))
-    assert 0 < error <= bound
