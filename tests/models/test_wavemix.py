@@ -81,13 +81,10 @@ def test_patchify_is_pachify() -> None:
 @pytest.mark.parametrize(
     "width, depth, in_channels, upsample, count",
     [
-        (8, 10, 1, "bilinear", 3_566),
-        (8, 10, 1, "nearest", 3_566),
-        (8, 5, 1, "deconv", 7_156),
-        (32, 7, 3, "bilinear", 37_058),
-        (64, 6, 3, "deconv", 520_106),
+        (8, 10, 1, "bilinear", 3_566), (8, 10, 1, "nearest", 3_566), (8, 5, 1, "deconv", 7_156),
+        (32, 7, 3, "bilinear", 37_058), (64, 6, 3, "deconv", 520_106),
     ],
-)
+)  # fmt: skip
 def test_lite_parameter_counts(width: int, depth: int, in_channels: int, upsample: str, count: int) -> None:
     model = classification.WaveMixLite(final_dim=width, depth=depth, in_channels=in_channels, upsample=upsample)
     assert sum(p.numel() for p in model.parameters()) == count
