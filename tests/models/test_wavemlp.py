@@ -245,6 +245,13 @@ class TestPyTorch:
         assert not any(isinstance(module, PATM) for module in model.modules())
         assert sum(isinstance(module, Doubling) for module in model.modules()) == sum(TINY["layers"])
 
+    def test_channels_last(self, device: str) -> None:
+        model = randomised(WaveNet(**TINY, num_classes=3).double()).eval().to(device)
+        x = normal(2, 3, 40, 24).to(device)
+        expected = model(x)
+        actual = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
     @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, MyNorm])
     def test_autocast_trains(self, norm_layer: object, device: str) -> None:
         """bf16 autocast: gradients are fp32 and finite, the result stays near fp32's."""
