@@ -47,10 +47,6 @@ def path(monkeypatch):
     return taken
 
 
-def image(*shape, dtype=torch.float64, seed=0):
-    return randn(*shape, seed=seed).to(dtype)
-
-
 def assert_same(got, want, tolerance=1e-10):
     """Equal shapes, and values equal relative to the largest one ('smooth' extrapolates to large values)."""
     scale = max(1.0, *(float(abs(w).max()) for w in want if w.size))
@@ -64,10 +60,7 @@ def assert_same(got, want, tolerance=1e-10):
 
 def banks():
     rng = np.random.default_rng(0)
-    return {
-        "haar": "haar",
-        "db4": "db4",
-        "bior4.4": "bior4.4",
+    return {name: name for name in ("haar", "db4", "bior4.4")} | {
         "two taps": tuple(rng.standard_normal((2, 2))),
         "three taps": tuple(rng.standard_normal((2, 3))),
         "axes differ": (*rng.standard_normal((2, 4)), *rng.standard_normal((2, 6))),
@@ -81,17 +74,17 @@ def test_equals_original(bank, mode, original, float64_buffers):
     wave = banks()[bank]
     # From 20 on no level is shorter than a filter, where the original errs (docs/wavelets.md).
     for size in ((24, 32), (21, 20), (20, 27)):
-        x = image(2, 3, *size)
+        x = randn(2, 3, *size)
         theirs, mine = original.DWTForward(1, wave, mode)(x), DWTForward(1, wave, mode)(x)
         assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
-        low, high = image(2, 3, *size, seed=1), image(2, 3, 3, *size, seed=2)
+        low, high = randn(2, 3, *size, seed=1), randn(2, 3, 3, *size, seed=2)
         assert_same([DWTInverse(wave, mode)((low, [high]))], [original.DWTInverse(wave, mode)((low, [high])).numpy()])
 
 
 @pytest.mark.parametrize("mode", ORIGINAL_MODES)
 def test_levels_and_crops_equal_original(mode, original, float64_buffers):
     for wave in ("haar", "db2"):
-        x = image(2, 2, 43, 38)
+        x = randn(2, 2, 43, 38)
         theirs, mine = original.DWTForward(3, wave, mode)(x), DWTForward(3, wave, mode)(x)
         assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
         assert_same([DWTInverse(wave, mode)(mine)], [original.DWTInverse(wave, mode)(theirs).numpy()])
@@ -101,10 +94,10 @@ def test_levels_and_crops_equal_original(mode, original, float64_buffers):
 def test_haar_gradient_on_even_sizes_equals_original(mode, original, float64_buffers):
     gradients = []
     for package in (original, ours):
-        x = image(2, 3, 16, 24).requires_grad_()
+        x = randn(2, 3, 16, 24).requires_grad_()
         low, highs = package.DWTForward(2, "haar", mode)(x)
         y = package.DWTInverse("haar", mode)((low, highs))
-        loss = (low**2).sum() + sum((h**3).sum() for h in highs) + (y * image(2, 3, 16, 24, seed=1)).sum()
+        loss = (low**2).sum() + sum((h**3).sum() for h in highs) + (y * randn(2, 3, 16, 24, seed=1)).sum()
         gradients.append(torch.autograd.grad(loss, x)[0])
     assert_same(gradients[1:], [gradients[0].numpy()])
 
@@ -140,7 +133,7 @@ def test_state_dicts_load_both_ways(bank, original):
 
 
 def test_learned_filters_get_their_gradient(path, float64_buffers):
-    x = image(1, 1, 5, 6)
+    x = randn(1, 1, 5, 6)
     dwt, idwt = DWTForward(2, "haar", "reflect"), DWTInverse("haar")
     coefficients = dwt(x)
     names = ("h0_col", "h1_col", "h0_row", "h1_row")
@@ -187,7 +180,7 @@ S = 0.5**0.5
     ],
 )
 def test_path_follows_the_filters(wave, expected, path, float64_buffers):
-    x = image(1, 1, 6, 7)
+    x = randn(1, 1, 6, 7)
     low, highs = DWTForward(1, wave)(x)
     assert path == [expected]
     want, (want_high,) = ours.separable_dwt2d(x, DWTForward(1, wave)._filters())
@@ -196,14 +189,14 @@ def test_path_follows_the_filters(wave, expected, path, float64_buffers):
 
 def test_synthesis_filters_of_haar(path):
     for wave in ("haar", ([S, S], [S, -S])):
-        DWTInverse(wave)((image(1, 1, 2, 2), [None]))
-    DWTInverse(([S, S], [-S, S]))((image(1, 1, 2, 2), [None]))
+        DWTInverse(wave)((randn(1, 1, 2, 2), [None]))
+    DWTInverse(([S, S], [-S, S]))((randn(1, 1, 2, 2), [None]))
     assert path == ["haar", "haar", "separable"]
 
 
 @pytest.mark.parametrize("change", ["load", "in place", "assigned", "assigning load"])
 def test_path_follows_a_change_of_the_buffers(change, path, float64_buffers):
-    x = image(1, 1, 6, 7)
+    x = randn(1, 1, 6, 7)
     other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
     dwt = DWTForward(1, "haar")
     haar = copy.deepcopy(dwt.state_dict())
@@ -228,7 +221,7 @@ def test_loading_into_a_parent_is_noticed(path):
     model = torch.nn.Sequential(DWTForward(1, "haar"))
     state = {"0." + k: v for k, v in DWTForward(1, ([0.6, 0.8], [-0.8, 0.6])).state_dict().items()}
     model.load_state_dict(state)
-    model(image(1, 1, 4, 4))
+    model(randn(1, 1, 4, 4))
     assert path == ["separable"]
 
 
@@ -237,19 +230,12 @@ def test_haar_stays_haar_through_casts_and_copies(path):
     pickled = io.BytesIO()
     torch.save(dwt, pickled)
     pickled.seek(0)
-    copies = [
-        dwt,
-        copy.deepcopy(dwt),
-        pickle.loads(pickle.dumps(dwt)),
-        torch.load(pickled, weights_only=False),
-        copy.deepcopy(dwt).double(),
-        copy.deepcopy(dwt).half(),
-        copy.deepcopy(dwt).bfloat16(),
-        copy.deepcopy(dwt).bfloat16().float(),
-    ]
+    copies = [dwt, copy.deepcopy(dwt), pickle.loads(pickle.dumps(dwt)), torch.load(pickled, weights_only=False)]
+    copies += [copy.deepcopy(dwt).to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+    copies.append(copy.deepcopy(dwt).bfloat16().float())
     for module in copies:
-        low, _ = module(image(1, 1, 6, 7))
-        assert torch.equal(low, dwt(image(1, 1, 6, 7))[0])
+        low, _ = module(randn(1, 1, 6, 7))
+        assert torch.equal(low, dwt(randn(1, 1, 6, 7))[0])
     assert set(path) == {"haar"}
 
 
@@ -259,7 +245,7 @@ def test_meta_device_then_load(path):
     assert dwt(torch.empty(1, 1, 6, 7, device="meta"))[0].shape == (1, 1, 3, 4)
     dwt.to_empty(device="cpu").load_state_dict(DWTForward(1, "haar").state_dict())
     path.clear()
-    dwt(image(1, 1, 6, 7))
+    dwt(randn(1, 1, 6, 7))
     assert path == ["haar"]
 
 
@@ -269,17 +255,17 @@ def test_forward_does_not_read_the_buffers(monkeypatch):
     reads = []
     monkeypatch.setattr(ours._FilterBank, "_equals_haar", lambda self, filters: reads.append(filters) or True)
     for _ in range(3):
-        idwt(dwt(image(1, 1, 6, 7)))
+        idwt(dwt(randn(1, 1, 6, 7)))
     assert reads == []
     dwt.h0_col.mul_(1)
     for _ in range(3):
-        dwt(image(1, 1, 6, 7))
+        dwt(randn(1, 1, 6, 7))
     assert len(reads) == 1
 
 
 def test_inference_mode():
     with torch.inference_mode():
-        x = image(1, 1, 6, 8)
+        x = randn(1, 1, 6, 8)
         torch.testing.assert_close(DWTInverse()(DWTForward(2)(x)), x)
 
 
@@ -288,7 +274,7 @@ def test_autocast_changes_nothing(wave):
     dwt, idwt = DWTForward(2, wave), DWTInverse(wave)
     results = []
     for enabled in (False, True):
-        x = image(1, 2, 8, 8, dtype=torch.float32).requires_grad_()
+        x = randn(1, 2, 8, 8).to(torch.float32).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             low, highs = dwt(x)
             y = idwt((low, highs))
@@ -300,7 +286,7 @@ def test_autocast_changes_nothing(wave):
 
 @pytest.mark.parametrize("wave", ["haar", "db2"])
 def test_autocast_joins_mixed_dtypes(wave):
-    low, high = image(1, 2, 4, 4, dtype=torch.bfloat16), image(1, 2, 3, 4, 4, dtype=torch.float32)
+    low, high = randn(1, 2, 4, 4).to(torch.bfloat16), randn(1, 2, 3, 4, 4).to(torch.float32)
     idwt = DWTInverse(wave)
     with torch.autocast("cpu", torch.bfloat16):
         y = idwt((low, [high]))
@@ -318,7 +304,7 @@ def test_autocast_joins_mixed_dtypes(wave):
 def test_none_is_a_level_of_zeros(missing, wave, dtype):
     # Sizes at which no level is cropped: None says nothing of its size.
     size = (40, 24) if wave == "haar" else (42, 26)
-    low, highs = DWTForward(3, wave)(image(2, 3, *size, dtype=dtype))
+    low, highs = DWTForward(3, wave)(randn(2, 3, *size).to(dtype))
     low.requires_grad_()
     idwt = DWTInverse(wave)
     y = idwt((low, [None if i in missing else h for i, h in enumerate(highs)]))
@@ -330,15 +316,15 @@ def test_none_is_a_level_of_zeros(missing, wave, dtype):
 
 def test_none_without_a_size_doubles(original):
     # As the original: nothing says that the finer size was odd.
-    low = image(1, 1, 3, 2, dtype=torch.float32)
-    for highs in ([None], [None, None], [image(1, 1, 3, 5, 4, dtype=torch.float32), None]):
+    low = randn(1, 1, 3, 2).to(torch.float32)
+    for highs in ([None], [None, None], [randn(1, 1, 3, 5, 4).to(torch.float32), None]):
         want = original.DWTInverse("haar")((low, highs))
         torch.testing.assert_close(DWTInverse("haar")((low, highs)), want)
 
 
 @pytest.mark.parametrize("wave", ["haar", "db2"])
 def test_no_levels_is_the_identity(wave):
-    x = image(1, 1, 3, 5)
+    x = randn(1, 1, 3, 5)
     low, highs = DWTForward(0, wave)(x)
     assert low is x
     assert highs == []
@@ -355,7 +341,7 @@ def test_compiles_to_one_graph(wave, levels, mode):
     for module in (dwt, idwt):
         module.compile(fullgraph=True, backend="aot_eager")
     for size in ((16, 12), (13, 18)):  # the second compiles again, with dynamic sizes
-        x = image(2, 3, *size).requires_grad_()
+        x = randn(2, 3, *size).requires_grad_()
         low, highs = dwt(x)
         y = idwt((low, [None, *highs[1:]]))
         (gradient,) = torch.autograd.grad((y**2).sum(), x)
@@ -367,7 +353,7 @@ def test_compiles_to_one_graph(wave, levels, mode):
 
 def test_compiled_module_follows_load_state_dict():
     torch.compiler.reset()
-    dwt, x = DWTForward(1, "haar"), image(1, 1, 6, 7)
+    dwt, x = DWTForward(1, "haar"), randn(1, 1, 6, 7)
     dwt.compile(fullgraph=True, backend="aot_eager")
     dwt(x)
     other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
@@ -382,7 +368,7 @@ def test_compiled_module_follows_load_state_dict():
 
 @pytest.mark.parametrize("wave", ["haar", "db2"])
 def test_exports(wave):
-    x = image(1, 2, 10, 12, dtype=torch.float32)
+    x = randn(1, 2, 10, 12).to(torch.float32)
     program = torch.export.export(DWTForward(2, wave), (x,))
     torch.testing.assert_close(program.module()(x), DWTForward(2, wave)(x))
 

@@ -166,14 +166,11 @@ def spoil(how: str) -> nn.Module:
 @pytest.mark.parametrize(
     "how, named",
     [
-        ("db2", r"its wt_filter have shape \(16, 1, 4, 4\)"),
-        ("trainable", "its iwt_filter are trainable"),
-        ("order", "compute something else"),
-        ("raises", "could not be run beside ours"),
-        ("method", "its wt_function is a method"),
-        ("meta", "its wt_filter are on the meta device"),
+        ("db2", r"its wt_filter have shape \(16, 1, 4, 4\)"), ("trainable", "its iwt_filter are trainable"),
+        ("order", "compute something else"), ("raises", "could not be run beside ours"),
+        ("method", "its wt_function is a method"), ("meta", "its wt_filter are on the meta device"),
     ],
-)
+)  # fmt: skip
 def test_modules_it_leaves(how: str, named: str) -> None:
     module = spoil(how)
     functions: list[Callable[..., Tensor]] = [module.wt_function, module.iwt_function]

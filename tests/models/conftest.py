@@ -1,4 +1,6 @@
-"""Fixtures of the models: the packages they are compared with, and the choice of PATM's kernels."""
+"""Fixtures of the models: the packages they are compared with, and the choice of PATM's kernels.
+
+This file imports nothing of ours: Triton would be read before tests/conftest.py sets its interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from types import ModuleType
 import pytest
 
 from tests.upstream import original_wavemix
-from wavemix_kernels.ops import choose
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def wavelets() -> ModuleType:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """PATM in kernels of parts, as wide images run; otherwise a CPU takes narrow ones from end to end."""
-    monkeypatch.setattr(choose, "WHOLE", 0)
+    monkeypatch.setattr("wavemix_kernels.ops.choose.WHOLE", 0)
 
 
 @pytest.fixture(params=["whole", "parts"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
 LAYOUTS = ("contiguous", "channels_last", "slices")
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
+STRIDED = SMALL | {"initial_conv": "strided"}
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [4, 6, 8, 8], "mlp_ratios": [2, 2, 2, 2]}
 #: Upstream's order of operations throughout a Wave-MLP.
 PLAIN = {"token_mixer": wavemlp_reference.PATM, "block": wavemlp_reference.WaveBlock}
@@ -80,39 +81,34 @@ def _of(fused: Callable[..., Any], exact: Callable[..., Any], shape: tuple[int, 
 def waveblock(level: int, upsample: str = "deconv") -> Subject:
     options = {"level": level, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0, "upsample": upsample}
     sides = (1 << level, 3 << level) if level > 2 else (12, 20)
-    return Subject(
-        partial(wk.FusedWaveblock, **options), partial(reference.Waveblock, **options), (2, 8, *sides), False, 1e-11
+    return replace(
+        _of(wk.FusedWaveblock, reference.Waveblock, (2, 8, *sides), **options), keeps_format=False, rtol=1e-11
     )
 
 
 def patm(
     dim: int, size: tuple[int, int], mode: str = "fc", qkv_bias: bool = False, recompute: str = "amplitudes"
 ) -> Subject:
-    options = {"dim": dim, "mode": mode, "qkv_bias": qkv_bias}
-    fused = partial(wavemlp.PATM, **options, recompute=recompute)
-    return Subject(fused, partial(wavemlp_reference.PATM, **options), (3, dim, *size))
+    fused, exact = partial(wavemlp.PATM, recompute=recompute), wavemlp_reference.PATM
+    return _of(fused, exact, (3, dim, *size), dim=dim, mode=mode, qkv_bias=qkv_bias)
 
 
 def wave_block(
     size: tuple[int, int], norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d, mode: str = "fc",
     recompute: str = "amplitudes", dim: int = 8, **more: Any,
 ) -> Subject:  # fmt: skip
-    options = {"dim": dim, "mode": mode, "norm_layer": norm_layer} | more
-    fused = partial(wavemlp.WaveBlock, **options, recompute=recompute)
-    return Subject(fused, partial(wavemlp_reference.WaveBlock, **options), (4, dim, *size))
+    fused, exact = partial(wavemlp.WaveBlock, recompute=recompute), wavemlp_reference.WaveBlock
+    return _of(fused, exact, (4, dim, *size), dim=dim, mode=mode, norm_layer=norm_layer, **more)
 
 
 def _model(model: Callable[..., nn.Module], shape: tuple[int, ...], **options: Any) -> Subject:
     """A WaveMix model; its reference has the reference block."""
-    plain = partial(model, **options, block=reference.Waveblock)
-    return Subject(partial(model, **options), plain, shape, False)
+    return Subject(partial(model, **options), partial(model, **options, block=reference.Waveblock), shape, False)
 
 
 def wave_net(norm_layer: Callable[..., nn.Module], mode: str, **more: Any) -> Subject:
-    options = TINY | {"num_classes": 3, "norm_layer": norm_layer, "mode": mode} | more
-    return Subject(
-        partial(wavemlp.WaveNet, **options), partial(wavemlp.WaveNet, **options, **PLAIN), (3, 3, 40, 33), False
-    )
+    fused = partial(wavemlp.WaveNet, **TINY | {"num_classes": 3, "norm_layer": norm_layer, "mode": mode} | more)
+    return Subject(fused, partial(fused, **PLAIN), (3, 3, 40, 33), False)
 
 
 BATCH, GROUP = nn.BatchNorm2d, wavemlp.MyNorm
@@ -141,16 +137,12 @@ WAVE_BLOCKS = {
 }
 WAVEBLOCKS = {
     f"waveblock {level} {upsample}": waveblock(level, upsample)
-    for level, upsample in (
-        *((level, "deconv") for level in (1, 2, 3, 4)),
-        *((level, upsample) for upsample in ("bilinear", "nearest", "pixelshuffle") for level in (1, 3)),
-    )
+    for upsample, levels in (("deconv", (1, 2, 3, 4)), *((u, (1, 3)) for u in ("bilinear", "nearest", "pixelshuffle")))
+    for level in levels
 }
 HEADS = {
-    f"head {sizes}": Subject(
-        partial(FusedExpansion, *sizes), partial(reference.Expansion, *sizes), (2, sizes[0], 5, 3), False
-    )
-    for sizes in ((64, 2, 5), (8, 1, 3), (12, 1, 40))
+    f"head {s}": Subject(partial(FusedExpansion, *s), partial(reference.Expansion, *s), (2, s[0], 5, 3), False)
+    for s in ((64, 2, 5), (8, 1, 3), (12, 1, 40))
 }
 MLPS = {
     f"mlp {size}": Subject(partial(wavemlp.Mlp, 6, 20, 10), partial(wavemlp_reference.Mlp, 6, 20, 10), (2, 6, *size))
@@ -158,15 +150,7 @@ MLPS = {
 }
 MODELS = {
     "classification": _model(classification.WaveMix, (2, 3, 32, 48), **SMALL, level=2, num_classes=3),
-    "strided": _model(
-        classification.WaveMix,
-        (2, 3, 32, 16),
-        **SMALL,
-        level=1,
-        num_classes=3,
-        initial_conv="strided",
-        upsample="nearest",
-    ),
+    "strided": _model(classification.WaveMix, (2, 3, 32, 16), **STRIDED, level=1, num_classes=3, upsample="nearest"),
     "segmentation": _model(SemSegment.WaveMix, (2, 3, 32, 64), **SMALL, level=3, num_classes=5, upsample="bilinear"),
     "super-resolution": _model(sisr.WaveMix, (2, 3, 16, 32), **SMALL, level=2, upsample="pixelshuffle"),
     "lite": _model(classification.WaveMixLite, (4, 3, 16, 8), depth=2, final_dim=8, num_classes=3, dropout=0.0),

@@ -301,17 +301,11 @@ def spoil(block: nn.Module, how: str) -> None:
 @pytest.mark.parametrize(
     "how, named",
     [
-        ("relu", "feedforward.1 is ReLU"),
-        ("gelu", "feedforward.1 is GELU"),
-        ("dilated", "feedforward.0 is Conv2d"),
-        ("missing", "reduction"),
-        ("wider", "feedforward.4 is ConvTranspose2d"),
-        ("extra", "gamma"),
-        ("weight_norm", "reduction"),
-        ("affineless", "feedforward.5.bias"),
-        ("forward", "instance"),
+        ("relu", "feedforward.1 is ReLU"), ("gelu", "feedforward.1 is GELU"), ("dilated", "feedforward.0 is Conv2d"),
+        ("missing", "reduction"), ("wider", "feedforward.4 is ConvTranspose2d"), ("extra", "gamma"),
+        ("weight_norm", "reduction"), ("affineless", "feedforward.5.bias"), ("forward", "instance"),
     ],
-)
+)  # fmt: skip
 def test_leaves_blocks_that_were_changed(original: ModuleType, how: str, named: str) -> None:
     model = nn.Sequential(original.Level1Waveblock())
     spoil(model[0], how)

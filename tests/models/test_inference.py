@@ -12,9 +12,8 @@ import wavemix_kernels as wk
 from tests.models.subjects import BATCH, GROUP, TINY, WAVEBLOCKS, Subject, normal, randomised
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemlp import reference as patm
-from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemix.classification import WaveMix
-from wavemix_kernels.wavemlp import PATM, WaveBlock, WaveNet
+from wavemix_kernels.wavemlp import WaveBlock, WaveNet
 
 
 @pytest.mark.parametrize(
@@ -59,17 +58,6 @@ def test_waveblock_with_its_residual(subject: Subject, backend: str) -> None:
         want = fused(subject.x())
         got = block.float().fuse_for_inference()(subject.x().float())
     assert (got - want).norm() <= 16 * (6 * block.level + 1) * UNIT_ROUNDOFF[torch.float32] * want.norm()
-
-
-def test_the_function_for_any_model() -> None:
-    model = nn.Sequential(randomised(WaveBlock(8).double()), randomised(PATM(8).double())).eval()
-    x = normal(2, 8, 5, 6)
-    expected = model(x).detach()
-    assert wk.fuse_for_inference(model) is model
-    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
-    out = model(x.contiguous(memory_format=torch.channels_last))
-    assert layout.is_channels_last(out)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_moves_and_converts() -> None:

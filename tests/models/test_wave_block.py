@@ -15,7 +15,7 @@ from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemlp import reference as patm
 from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
 from wavemix_kernels.ops.common import layout
-from wavemix_kernels.wavemlp import Mlp, WaveBlock, WaveNet
+from wavemix_kernels.wavemlp import PATM, Mlp, WaveBlock, WaveNet
 
 X = normal(4, 8, 5, 4)
 norms = pytest.mark.parametrize("norm_layer", [BATCH, GROUP])
@@ -155,6 +155,7 @@ def test_models_choose_their_block() -> None:
         return {type(m) for m in WaveNet(**TINY, **kwargs).modules() if isinstance(m, ReferenceBlock)}
 
     assert kinds() == {WaveBlock}
+    assert {type(block.attn) for block in WaveNet(**TINY).modules() if isinstance(block, WaveBlock)} == {PATM}
     assert kinds(token_mixer=patm.PATM) == {ReferenceBlock}  # upstream's order of operations throughout
     assert kinds(token_mixer=patm.PATM, block=WaveBlock) == {WaveBlock}
 

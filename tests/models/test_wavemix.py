@@ -81,35 +81,14 @@ def test_patchify_is_pachify() -> None:
 @pytest.mark.parametrize(
     "width, depth, in_channels, upsample, count",
     [
-        (8, 10, 1, "bilinear", 3_566),
-        (8, 10, 1, "nearest", 3_566),
-        (8, 5, 1, "deconv", 7_156),
-        (32, 7, 3, "bilinear", 37_058),
-        (64, 6, 3, "deconv", 520_106),
+        (8, 10, 1, "bilinear", 3_566), (8, 10, 1, "nearest", 3_566), (8, 5, 1, "deconv", 7_156),
+        (32, 7, 3, "bilinear", 37_058), (64, 6, 3, "deconv", 520_106),
     ],
-)
+)  # fmt: skip
 def test_lite_parameter_counts(width: int, depth: int, in_channels: int, upsample: str, count: int) -> None:
     model = classification.WaveMixLite(final_dim=width, depth=depth, in_channels=in_channels, upsample=upsample)
     assert sum(p.numel() for p in model.parameters()) == count
     assert model(torch.randn(2, in_channels, 28, 28)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("upsample", ["deconv", "bilinear", "nearest", "pixelshuffle"])
-def test_lite_trains(upsample: str) -> None:
-    torch.manual_seed(0)
-    model = classification.WaveMixLite(final_dim=8, depth=2, num_classes=2, dropout=0.0, upsample=upsample)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x = torch.randn(8, 3, 8, 8)
-    y = (x.mean((1, 2, 3)) > 0).long()
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2, losses
-    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("model", [classification, SemSegment, sisr])

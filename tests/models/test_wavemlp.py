@@ -214,11 +214,6 @@ class TestCheckpoints:
             with pytest.raises(RuntimeError, match=r"network\.0\.0\.attn\.tfc_h\.weight"):
                 WaveNet(**TINY, fork_feat=fork_feat).init_weights(tmp_path / "short.pth")
 
-    def test_no_state_dict_raises(self, tmp_path: Path) -> None:
-        torch.save({"epoch": 3}, tmp_path / "empty.pth")
-        with pytest.raises(ValueError, match=r"empty\.pth'.*expected a file with a state dict"):
-            WaveNet(**TINY).init_weights(tmp_path / "empty.pth")
-
     def test_nothing_to_load(self) -> None:
         model = WaveNet(**TINY)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -229,7 +224,7 @@ class TestCheckpoints:
         with torch.device("meta"), pytest.raises(ValueError, match=r"pretrained=True: .* expected the path"):
             wavemlp.WaveMLP_T(pretrained=True)
         torch.save({"epoch": 3}, tmp_path / "empty.pth")
-        with torch.device("meta"), pytest.raises(ValueError, match=r"empty\.pth"):
+        with torch.device("meta"), pytest.raises(ValueError, match=r"empty\.pth'.*expected a file with a state dict"):
             wavemlp.WaveMLP_T(pretrained=str(tmp_path / "empty.pth"))
 
 
@@ -244,13 +239,8 @@ class TestPyTorch:
                 return 2 * x
 
         block = WaveBlock(8, qkv_bias=True, mode="depthwise", token_mixer=Doubling)
-        assert block.attn.arguments == {
-            "dim": 8,
-            "qkv_bias": True,
-            "qk_scale": None,
-            "attn_drop": 0.0,
-            "mode": "depthwise",
-        }
+        rest = {"qk_scale": None, "attn_drop": 0.0}
+        assert block.attn.arguments == {"dim": 8, "qkv_bias": True, "mode": "depthwise"} | rest
         model = WaveNet(**TINY, token_mixer=Doubling)
         assert not any(isinstance(module, PATM) for module in model.modules())
         assert sum(isinstance(module, Doubling) for module in model.modules()) == sum(TINY["layers"])
