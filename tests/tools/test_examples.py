@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from examples import fashion_mnist, super_resolution
 from examples._support import cli, curves, idx, interrupt
@@ -95,9 +96,8 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model(variant: str, data: Path) -> fashion_mnist.Training:
-    return fashion_mnist.Training(
-        fashion_mnist.Recipe(variant, 2, 1e-2, 0.1, None, 1, "auto", "cpu"), *fashion_mnist.load(data)
-    )
+    recipe = fashion_mnist.Recipe(variant, 2, 1e-2, 0.1, None, 1, "auto", "cpu")
+    return fashion_mnist.Training(recipe, *fashion_mnist.load(data))
 
 
 def read_log(out: Path) -> list[dict[str, str]]:
@@ -130,13 +130,9 @@ def test_a_run_leaves_log_curves_and_weights_that_load(straight: Path, data: Pat
 
 
 def same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    (left, form), (right, its) = tree_flatten(one), tree_flatten(other)
+    pairs = zip(left, right, strict=False)
+    return form == its and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 @needs_extras
