@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from examples import train_imagenet
 from wavemix_kernels.wavemix.classification import WaveMixLite
@@ -24,35 +21,19 @@ def tiny(num_classes: int, drop_path_rate: float = 0.0) -> WaveNet:
 train_imagenet.MODELS.update({"tiny": tiny, "lite": WaveMixLite})
 
 
-def die_at(rank: int, step: int) -> None:
-    """Rank ``rank`` is killed in step ``step``, as by a machine that runs out of memory."""
-    whole = train_imagenet.Training._step
-    steps = iter(range(step + 1))
+def signal_at(name: str, rank: str, step: str) -> None:
+    """A rank gets a signal in a step: SIGINT as Ctrl-C, SIGKILL as from a machine that runs out of memory."""
+    whole, steps = train_imagenet.Training._step, itertools.count()
 
-    def dying(self, images, labels):
-        if self.processes.rank == rank and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def signalled(self, images, labels):
+        if self.processes.rank == int(rank) and next(steps) == int(step):
+            os.kill(os.getpid(), signal.Signals[name])
         return whole(self, images, labels)
 
-    train_imagenet.Training._step = dying  # type: ignore[method-assign] - a fault put in on purpose
-
-
-def interrupted_at(rank: int, step: int) -> None:
-    """Rank ``rank`` gets SIGINT in step ``step``."""
-    whole = train_imagenet.Training._step
-    seen: list[int] = []
-
-    def interrupting(self, images, labels):
-        if self.processes.rank == rank and len(seen) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        seen.append(0)
-        return whole(self, images, labels)
-
-    train_imagenet.Training._step = interrupting  # type: ignore[method-assign] - Ctrl-C put in on purpose
+    train_imagenet.Training._step = signalled  # type: ignore[method-assign] - a fault put in on purpose
 
 
 if __name__ == "__main__":
-    for variable, act in (("DIE_AT", die_at), ("INTERRUPT_AT", interrupted_at)):
-        if variable in os.environ:
-            act(*map(int, os.environ[variable].split(":")))
+    if "SIGNAL_AT" in os.environ:
+        signal_at(*os.environ["SIGNAL_AT"].split(":"))
     raise SystemExit(train_imagenet.record(train_imagenet.main)())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import cli
 from benchmarks.harness import traffic
+from tests.tools.helpers import needs
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import batch_norm
@@ -71,10 +71,8 @@ def test_our_operators_move_what_their_kernels_do():
 
 def test_the_upsamplings_gradients():
     with FakeTensorMode():
-        u, y, grad = (
-            torch.zeros(64, *shape).to(memory_format=torch.channels_last)
-            for shape in ((40, 8, 8), (36, 16, 16), (36, 16, 16))
-        )
+        shapes = (64, 40, 8, 8), (64, 36, 16, 16), (64, 36, 16, 16)
+        u, y, grad = (torch.zeros(shape).to(memory_format=torch.channels_last) for shape in shapes)
         weight, mean = torch.zeros(40, 36, 4, 4), torch.zeros(36)
         gradients = moved(lambda: deconv.norm_backward(grad, y, mean, mean, None, True, u, weight, "auto"))
         wide, narrow = traffic.footprint(y), traffic.footprint(u)
@@ -83,18 +81,11 @@ def test_the_upsamplings_gradients():
         assert 0 <= gradients - (4 * wide + 2 * narrow) < small
 
 
-@pytest.mark.parametrize(
-    "name, forward, backward",  # by hand, in sizes of the input
-    [
-        ("Waveblock L1, C=192", 13.5, 17.0),
-        ("Waveblock L3, C=192", 21.4, 29.4),
-        ("Waveblock L4, C=192", 23.6, 34.5),
-        ("PATM fc, C=64", 73, 143),
-    ],
-)
-@pytest.mark.skipif(
-    importlib.util.find_spec("pytorch_wavelets") is None, reason='pip install "wavemix-kernels[bench]" has upstream'
-)
+@pytest.mark.parametrize("name, forward, backward", [  # by hand, in sizes of the input
+    ("Waveblock L1, C=192", 13.5, 17.0), ("Waveblock L3, C=192", 21.4, 29.4), ("Waveblock L4, C=192", 23.6, 34.5),
+    ("PATM fc, C=64", 73, 143),
+])  # fmt: skip
+@needs("bench", ["pytorch_wavelets"])
 def test_upstream_moves_what_a_hand_count_says(name, forward, backward):
     assert traffic.count(name, "upstream").totals == pytest.approx((forward, backward), rel=0.07)
 
@@ -102,19 +93,18 @@ def test_upstream_moves_what_a_hand_count_says(name, forward, backward):
 BLOCKS = [f"Waveblock L{level}, C=192" for level in (1, 3, 4)]
 PATM = "PATM fc, C=64"
 #: Traffic over its budget, and why.
-OVER = {(block, 0): "the statistics' own pass over the upsampling's output" for block in BLOCKS}
-OVER |= {(block, 1): "batch norm in passes of its own, the MLP's inputs read twice" for block in BLOCKS}
-OVER |= {
+OVER = {
     (PATM, 0): "22.02: 9 convolutions, 7 phase_aggregate, 4 branch_sum, 2 statistics",
     (PATM, 1): "50.06: 20 convolutions, 17 phase_aggregate_backward, 7 phases made again",
+    **{(block, 0): "the statistics' own pass over the upsampling's output" for block in BLOCKS},
+    **{(block, 1): "batch norm in passes of its own, the MLP's inputs read twice" for block in BLOCKS},
 }
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
-@pytest.mark.parametrize(
-    "plan, name",
-    [("cpu", PATM), ("gpu", PATM), *((plan, block) for plan in ("cpu", "gpu", "triton") for block in BLOCKS)],
-)
+@pytest.mark.parametrize("plan, name", [
+    ("cpu", PATM), ("gpu", PATM), *((plan, block) for plan in ("cpu", "gpu", "triton") for block in BLOCKS)
+])  # fmt: skip
 def test_traffic_stays_within_the_budget(plan, name, at, request):
     if plan == "gpu":
         request.applymarker(pytest.mark.xfail(strict=True, reason=OVER[name, at]))
@@ -125,9 +115,8 @@ def test_traffic_stays_within_the_budget(plan, name, at, request):
 def test_traffic_around_the_mixers_of_a_wave_block():
     """Each branch: x read for statistics; read and normalised, twice; x, branch and sum; and the norm's gradient, which
     reads two images for its sums, then three, and writes one."""
-    made = traffic.traffic(
-        lambda: WaveBlock(64, norm_layer=MyNorm), (32, 64, 28, 28), traffic.PLANS["gpu"], channels_last=True
-    )
+    build, plan = (lambda: WaveBlock(64, norm_layer=MyNorm)), traffic.PLANS["gpu"]
+    made = traffic.traffic(build, (32, 64, 28, 28), plan, channels_last=True)
     forward, backward = (
         {name.removeprefix("wavemix_kernels::pre_norm_"): count for name, count in one.items() if "pre_norm" in name}
         for one in (made.forward, made.backward)

@@ -9,16 +9,14 @@ which no rendered page shows, speak to this test:
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.helpers import ROOT, python
+
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(r"^(?P<comments>(?:<!--.*?-->\n)*)```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,11 +60,7 @@ def program(page: Path) -> str:
 @pytest.mark.prove
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.not_run is None for b in blocks(p))], ids=name)
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    ran = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", program(page)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    ran = python("-W", "error::DeprecationWarning:__main__", "-c", program(page), cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -15,13 +15,6 @@ from wavemix_kernels import doctor, ops
 from wavemix_kernels.__main__ import main
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ops.OPS)
-def test_self_test_holds(name: str, backend: str) -> None:
-    error, bound = ops.load(name).self_test(backend, torch.device("cpu"))
-    assert error <= bound
-
-
 def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -35,11 +28,9 @@ def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Every backend that is available here computes right." in printed
 
 
-@pytest.mark.parametrize(
-    "found, said",
-    [(float("nan"), "error"), (1.0, "error"), (RuntimeError("no such kernel"), "RuntimeError: no such kernel")],
-    ids=str,
-)
+@pytest.mark.parametrize("found, said", [
+    (float("nan"), "error"), (1.0, "error"), (RuntimeError("no such kernel"), "RuntimeError: no such kernel"),
+], ids=str)  # fmt: skip
 def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, monkeypatch, capsys) -> None:
     def self_test(backend: str, device: torch.device) -> tuple[object, float]:
         if isinstance(found, Exception):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +9,10 @@ import pytest
 import torch
 
 import wavemix_kernels as wk
+from tests.tools.helpers import python
 from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar.pyramid import haar_pyramid
 from wavemix_kernels.ops.mlp.op import pointwise_mlp
 from wavemix_kernels.ops.reduce_haar.op import reduce_haar
@@ -85,9 +84,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_error_names_argument_value_and_remedy(case: int) -> None:
-    call, kind, message = CASES[case]
+@pytest.mark.parametrize("call, kind, message", CASES, ids=range(len(CASES)))
+def test_error_names_argument_value_and_remedy(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         call()
     assert type(caught.value) is kind
@@ -102,36 +100,27 @@ def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.Mon
 
 
 def test_cpu_backend_on_another_device_says_what_it_got() -> None:
-    from wavemix_kernels.ops.haar import op as haar
-
     meta = X.to("meta")
-    with pytest.raises(
-        ValueError,
-        match=r"backend='cpu' cannot serve this call: it takes CPU tensors, got float32\(2, 8, 8, 12\) on meta",
-    ):
+    wanted = r"backend='cpu' cannot serve this call: it takes CPU tensors, got float32\(2, 8, 8, 12\) on meta"
+    with pytest.raises(ValueError, match=wanted):
         choose.select("haar_dwt2d", haar.BACKENDS, "cpu", meta)
     assert choose.select("haar_dwt2d", haar.BACKENDS, "auto", meta) is haar.BACKENDS["reference"]
 
 
-@pytest.mark.parametrize(
-    "arch, runs, runs_not",
-    [
-        ("80", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
-        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
-        ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),
-        ("90a", [(9, 0)], [(10, 0), (8, 0)]),
-        ("100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
-        ("120-real", [(12, 0), (12, 1)], [(10, 0)]),
-    ],
-)
+@pytest.mark.parametrize("arch, runs, runs_not", [
+    ("80", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
+    ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+    ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),
+    ("90a", [(9, 0)], [(10, 0), (8, 0)]),
+    ("100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
+    ("120-real", [(12, 0), (12, 1)], [(10, 0)]),
+])  # fmt: skip
 def test_which_devices_a_build_serves(arch: str, runs: list[tuple[int, int]], runs_not: list[tuple[int, int]]) -> None:
-    assert [backends.runs_on(arch, device) for device in runs] == [True] * len(runs)
-    assert [backends.runs_on(arch, device) for device in runs_not] == [False] * len(runs_not)
+    assert [device for device in (*runs, *runs_not) if backends.runs_on(arch, device)] == runs
 
 
 def test_an_unknown_backend_in_the_environment_fails_at_import() -> None:
-    env = {**os.environ, "WAVEMIX_KERNELS_BACKEND": "gpu"}
-    run = subprocess.run([sys.executable, "-c", "import wavemix_kernels"], env=env, capture_output=True, text=True)
+    run = python("-c", "import wavemix_kernels", WAVEMIX_KERNELS_BACKEND="gpu")
     assert run.returncode != 0
     assert "WAVEMIX_KERNELS_BACKEND='gpu': expected one of 'auto'" in run.stderr
 

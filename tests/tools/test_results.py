@@ -48,13 +48,8 @@ def test_the_later_run_stands() -> None:
 
 
 def test_both_sides_of_a_ratio_come_from_one_run() -> None:
-    compared = [
-        run(1, compile=6.0, auto=3.0),
-        run(2, upstream=8.0, auto=2.0),
-        run(3, upstream=9.0),
-        run(4, compile=1.0),
-    ]
-    (result,) = published.results(compared)
+    first, second = run(1, compile=6.0, auto=3.0), run(2, upstream=8.0, auto=2.0)
+    (result,) = published.results([first, second, run(3, upstream=9.0), run(4, compile=1.0)])
     assert (result.over_upstream, result.run.number) == (4.0, 2)
     assert result.compiled is not None
     assert (result.over_compile, result.compiled.number) == (2.0, 1)

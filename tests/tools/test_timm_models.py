@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tools.timm_or_not import needs_timm, reason
+from tests.tools.helpers import needs_timm, python, why_no_timm
 from wavemix_kernels import pretrained, wavemlp
 from wavemix_kernels.wavemix import classification
 
-if reason() is None:
+if why_no_timm() is None:
     import timm
     from timm import create_model as create
 
@@ -26,11 +24,8 @@ pytestmark = needs_timm
 DROP_INS = {f"WaveMLP_{size}".lower(): getattr(wavemlp, f"WaveMLP_{size}") for size in ("T_dw", "T", "S", "M", "B")}
 WAVE_MLP = list(DROP_INS)
 LITE = {
-    "wavemix_lite_8_10": 3_566,
-    "wavemix_lite_8_5": 7_156,
-    "wavemix_lite_32_7": 37_058,
-    "wavemix_lite_64_6": 520_106,
-}
+    "wavemix_lite_8_10": 3_566, "wavemix_lite_8_5": 7_156, "wavemix_lite_32_7": 37_058, "wavemix_lite_64_6": 520_106
+}  # fmt: skip
 
 
 def count(model: nn.Module) -> int:
@@ -38,8 +33,7 @@ def count(model: nn.Module) -> int:
 
 
 def test_importing_the_package_does_not_import_timm() -> None:
-    code = "import sys, wavemix_kernels; raise SystemExit('timm' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert python("-c", "import sys, wavemix_kernels; raise SystemExit('timm' in sys.modules)").returncode == 0
 
 
 def test_everything_is_registered_with_its_weights() -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
+import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from examples import train_imagenet
 from examples._support import image_folder, imagenet_recipe, processes
 from tests.tolerances import UNIT_ROUNDOFF
+from tests.tools.helpers import needs_timm, python, why_no_timm
 from tests.tools.imagenet_runner import tiny
-from tests.tools.timm_or_not import needs_timm, reason
 from tests.tools.two_processes import WORLD, TwoProcesses
 
 RUNNER = Path(__file__).with_name("imagenet_runner.py")
@@ -68,8 +67,6 @@ class Drawing:
     """A data set whose item is a number drawn by each generator that augmentation uses."""
 
     def __getitem__(self, index: int) -> tuple[float, int]:
-        import random
-
         return random.random() + 10 * np.random.rand() + 100 * float(torch.rand(())), index
 
 
@@ -86,7 +83,7 @@ def test_augmentation_follows_from_seed_epoch_and_position() -> None:
 
 class Schedule:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+        self.optimizer = optimizer  # whose groups load_state_dict replaces
 
     def step(self, epoch: int) -> None:
         for group in self.optimizer.param_groups:
@@ -99,8 +96,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        for mine, its in zip(self.module.parameters(), model.parameters(), strict=True):
-            mine.lerp_(its, 0.1)
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 0.1)
 
 
 def plain(images: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -109,17 +105,12 @@ def plain(images: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tenso
 
 def made(them: processes.Processes, drop_path: float = 0.0) -> train_imagenet.Training:
     recipe = imagenet_recipe.Recipe("tiny", batch=BATCH, epochs=2, cool_down=0, amp="off", device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(IMAGES) % CLASSES
-    dataset = TensorDataset(images, labels)
+    images = torch.randint(256, (IMAGES, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset: Any = TensorDataset(images, torch.arange(IMAGES) % CLASSES)
     each = BATCH // them.world
     order = image_folder.Order(IMAGES, each, them.rank, them.world, repeats=2)
-    data = imagenet_recipe.Data(
-        DataLoader(image_folder.Augmented(dataset, 0), each, sampler=order),  # type: ignore[arg-type]
-        order,
-        DataLoader(Subset(dataset, range(them.rank, 30, them.world)), each),  # type: ignore[arg-type]
-    )
+    loader = DataLoader(image_folder.Augmented(dataset, 0), each, sampler=order)
+    data = imagenet_recipe.Data(loader, order, DataLoader(Subset(dataset, range(them.rank, 30, them.world)), each))
     torch.manual_seed(0)
     model = tiny(CLASSES, drop_path)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -163,9 +154,8 @@ def test_two_processes_train_as_one(two: TwoProcesses) -> None:
         assert abs(its_losses[0] - losses[0]) <= 1000 * UNIT_ROUNDOFF[torch.float32] * losses[0]
         assert its_losses == pytest.approx(losses, rel=1e-3)
         assert mean == pytest.approx(row["train_loss"], rel=1e-3)
-        assert all(
-            abs(a - row[k]) <= 100 / 30 for a, k in zip(accuracies, ("test_accuracy", "ema_accuracy"), strict=True)
-        )
+        wanted = (row["test_accuracy"], row["ema_accuracy"])
+        assert all(abs(a - b) <= 100 / 30 for a, b in zip(accuracies, wanted, strict=True))
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -183,9 +173,8 @@ def test_a_run_put_back_goes_on_bit_for_bit(batches: int) -> None:
     assert (again.epoch, again.batch) == (0, batches)
     found = trained(again)
     assert_alike(found, whole)
-    for rows in (found["rows"], whole["rows"]):
-        for line in rows:
-            del line["seconds"]
+    for line in (*found["rows"], *whole["rows"]):
+        del line["seconds"]
     assert found["rows"] == whole["rows"]
 
 
@@ -211,40 +200,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(CLASSES):
             place = root / split / f"class{number}"
             place.mkdir(parents=True)
-            tint = 150 * (number == np.arange(3))
             for i in range(count):
-                pixels = (generator.integers(0, 100, (20, 24, 3)) + tint).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{i}.png")
+                pixels = generator.integers(0, 100, (20, 24, 3)) + 150 * (number == np.arange(3))
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
     return root
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert train_imagenet.main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1, printed.err
-    return printed.err
-
-
-def test_refusals_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_refusals_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused) -> None:
     monkeypatch.setattr(train_imagenet, "EXTRAS", {"rich": "rich"})
-    out = ["--out", str(tmp_path / "out")]
-    assert "no folder train there; expected the layout" in refused([str(tmp_path), *out], capsys)
+
+    def said(place: Path, *more: str) -> str:
+        return refused(train_imagenet.main, [str(place), "--out", str(tmp_path / "out"), *more])
+
+    assert "no folder train there; expected the layout" in said(tmp_path)
     (tmp_path / "train").mkdir()
-    assert "no folders of classes there" in refused([str(tmp_path), *out], capsys)
+    assert "no folders of classes there" in said(tmp_path)
     for place in ("train/a", "train/b", "val/b"):
         (tmp_path / place).mkdir(parents=True)
-    assert "class a is in train, not in val" in refused([str(tmp_path), *out], capsys)
-    usual = [str(folder), *out]
-    for given, said in {
+    assert "class a is in train, not in val" in said(tmp_path)
+    for given, why in {
         "--model WaveMix --drop-path 0.1": "WaveMix has no stochastic depth",
         "--device cpu --sync-bn": "on GPUs alone",
         "--mixup -1": "--mixup -1: expected 0 or more",
         "--ema 1": "--ema 1: expected",
         "--model resnet50": "invalid choice",
     }.items():
-        assert said in refused([*usual, *given.split()], capsys)
+        assert why in said(folder, *given.split())
     monkeypatch.setattr(train_imagenet, "EXTRAS", {"no_such_module": "timm"})
-    assert 'timm missing: pip install "wavemix-kernels[train]"' in refused(usual, capsys)
+    assert 'timm missing: pip install "wavemix-kernels[train]"' in said(folder)
 
 
 def test_what_is_no_torchrun_is_named() -> None:
@@ -252,26 +235,23 @@ def test_what_is_no_torchrun_is_named() -> None:
         processes.joined("cpu", {"RANK": "0", "WORLD_SIZE": "2"}).__enter__()
 
 
-@pytest.mark.skipif(reason() is None, reason="timm is here, so nothing has to say that it is not")
-def test_without_timm_the_program_says_so(folder: Path, tmp_path: Path, capsys) -> None:
-    message = refused([str(folder), "--device", "cpu", "--out", str(tmp_path / "out")], capsys)
-    assert "timm" in message
+@pytest.mark.skipif(why_no_timm() is None, reason="timm is here, so nothing has to say that it is not")
+def test_without_timm_the_program_says_so(folder: Path, tmp_path: Path, refused) -> None:
+    assert "timm" in refused(train_imagenet.main, [str(folder), "--device", "cpu", "--out", str(tmp_path / "out")])
 
 
 # --- The whole program, with timm ----------------------------------------------------------------------------
 
-USUAL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--img-size", "16", "--warm-up", "1"]
-USUAL += ["--cool-down", "0", "--workers", "1", "--lr", "1e-3"]
+USUAL = "--model tiny --device cpu --threads 1 --img-size 16 --warm-up 1 --cool-down 0 --workers 1 --lr 1e-3 --batch 16"
 #: Without what one process draws for the whole batch and two for its halves.
-ALIKE = ["--mixup", "0", "--cutmix", "0", "--erase", "0", "--drop-path", "0"]
+ALIKE = "--mixup 0 --cutmix 0 --erase 0 --drop-path 0"
 
 
-def run(processes: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, *start, str(RUNNER), *arguments]
-    paths = os.pathsep.join(filter(None, [str(RUNNER.parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def run(world: int, folder: Path, out: Path, more: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two epochs of four batches by torchrun, or with 0 by one process alone; ``more`` overrides USUAL."""
+    start = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split() if world else []
+    given = [str(RUNNER), str(folder), "--out", str(out), *f"{USUAL} --epochs 2 {more}".split()]
+    return python(*start, *given, OMP_NUM_THREADS="1", **environment)
 
 
 def log(out: Path) -> list[dict[str, float]]:
@@ -282,14 +262,14 @@ def log(out: Path) -> list[dict[str, float]]:
 @pytest.mark.prove
 @needs_timm
 def test_torchrun_trains_as_one_process(folder: Path, tmp_path: Path) -> None:
-    usual = [str(folder), *USUAL, *ALIKE, "--batch", str(BATCH), "--epochs", "2"]
-    one = run(0, [*usual, "--out", str(tmp_path / "one")])
-    assert one.returncode == 0, one.stderr
-    two = run(2, [*usual, "--out", str(tmp_path / "two")])
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("epoch 1  ") == 1  # only rank 0 prints
-    left, right = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [row["epoch"] for row in left] == [row["epoch"] for row in right] == [1, 2]
+    logs = []
+    for world in (0, 2):
+        done = run(world, folder, tmp_path / str(world), ALIKE)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 1  ") == 1  # only rank 0 prints
+        logs.append(log(tmp_path / str(world)))
+        assert [row["epoch"] for row in logs[-1]] == [1, 2]
+    left, right = logs
     # The first epoch's rate is the warm-up's, 1e-6, so its losses differ by rounding alone.
     assert left[0]["train_loss"] == pytest.approx(right[0]["train_loss"], rel=1e-5)
     assert left[1]["train_loss"] == pytest.approx(right[1]["train_loss"], rel=1e-2)
@@ -297,41 +277,30 @@ def test_torchrun_trains_as_one_process(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.prove
 @needs_timm
-def test_an_interrupted_run_of_two_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    """With everything drawn that the recipe draws; only one of the ranks is asked to stop."""
-    usual = [str(folder), *USUAL, "--batch", str(BATCH), "--epochs", "2"]
-    assert run(2, [*usual, "--out", str(tmp_path / "whole")]).returncode == 0
-    out = ["--out", str(tmp_path / "stopped")]
-    stopped = run(2, [*usual, *out], INTERRUPT_AT="1:5")
-    assert stopped.returncode != 0
-    assert "interrupted in epoch 2, nothing is lost" in stopped.stdout
-    assert "--resume" in stopped.stdout
-    resumed = run(2, [*usual, *out, "--resume"])
-    assert resumed.returncode == 0, resumed.stderr
-    left, right = (
-        torch.load(tmp_path / n / train_imagenet.CHECKPOINT, weights_only=True) for n in ("whole", "stopped")
-    )
-    assert_alike(right, left)
-
-
-@pytest.mark.prove
-@needs_timm
-def test_a_killed_rank_ends_the_job_and_it_can_go_on(folder: Path, tmp_path: Path) -> None:
-    usual = [str(folder), *USUAL, "--batch", str(BATCH), "--epochs", "2", "--out", str(tmp_path / "out")]
-    killed = run(2, usual, DIE_AT="1:5")  # in the second epoch of four batches
-    assert killed.returncode != 0
-    said = ("SIGKILL", "rank      : 1", "lost another process")  # torchrun's summary names the rank
-    assert not [words for words in said if words not in killed.stderr]
-    assert "Timed out" not in killed.stderr  # nobody waited for the dead one
-    assert len(log(tmp_path / "out")) == 1
-    resumed = run(2, [*usual, "--resume"])
-    assert resumed.returncode == 0, resumed.stderr
-    assert [row["epoch"] for row in log(tmp_path / "out")] == [1, 2]
+def test_two_processes_go_on_bit_for_bit_after_ctrl_c_or_a_killed_rank(folder: Path, tmp_path: Path) -> None:
+    """With everything drawn that the recipe draws. Only one rank is asked to stop, or dies, in the second epoch."""
+    assert run(2, folder, tmp_path / "whole").returncode == 0
+    wanted = torch.load(tmp_path / "whole" / train_imagenet.CHECKPOINT, weights_only=True)
+    for name in ("SIGINT", "SIGKILL"):
+        out = tmp_path / name
+        stopped = run(2, folder, out, SIGNAL_AT=f"{name}:1:5")
+        assert stopped.returncode != 0
+        assert len(log(out)) == 1
+        if name == "SIGINT":
+            said, where = ("interrupted in epoch 2, nothing is lost", "--resume"), stopped.stdout
+        else:  # torchrun's summary names the rank; nobody waited for the dead one
+            said, where = ("SIGKILL", "rank      : 1", "lost another process"), stopped.stderr
+            assert "Timed out" not in stopped.stderr
+        assert not [words for words in said if words not in where]
+        resumed = run(2, folder, out, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert [row["epoch"] for row in log(out)] == [1, 2]
+        assert_alike(torch.load(out / train_imagenet.CHECKPOINT, weights_only=True), wanted)
 
 
 @pytest.mark.prove
 @needs_timm
 def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, tmp_path: Path) -> None:
-    done = run(2, [str(folder), *USUAL, "--batch", "18", "--out", str(tmp_path)])
+    done = run(2, folder, tmp_path, "--batch 18")
     assert done.returncode != 0
     assert done.stderr.count("--batch 18: expected a multiple of 2 processes") == 1
