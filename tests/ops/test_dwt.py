@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.clients.test_pytorch_wavelets import MODES, assert_same, image
-from tests.ops.contract import LAYOUTS
-from tests.ops.contract import image as laid_out
+from tests.clients.test_pytorch_wavelets import MODES, assert_same
+from tests.ops.contract import LAYOUTS, image, randn
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 
 pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
@@ -34,7 +33,7 @@ def outcome(function, *errors):
 def test_equals_pywavelets(wave, mode, float64_buffers):
     for size in SIZES:
         for levels in (1, 2, 3):
-            x = image(2, 3, *size)
+            x = randn(2, 3, *size)
             want = outcome(lambda: pywt.wavedec2(x.numpy(), wave, mode=mode, level=levels), ValueError)  # noqa: B023
             got = outcome(lambda: DWTForward(levels, wave, mode)(x), ValueError)  # noqa: B023
             assert (got is None) == (want is None), f"{size}, {levels} levels: only one of the two raises"
@@ -54,7 +53,7 @@ def test_equals_pywavelets(wave, mode, float64_buffers):
 def test_inverse_of_any_coefficients_equals_pywavelets(wave, mode, float64_buffers):
     # Not only of coefficients that a transform made; 5 is the fewest that filters of 10 taps take.
     for size in ((6, 5), (5, 9)):
-        low, high = image(2, 3, *size), image(2, 3, 3, *size, seed=1)
+        low, high = randn(2, 3, *size), randn(2, 3, 3, *size, seed=1)
         want = pywt.idwt2((low.numpy(), tuple(band.numpy() for band in high.unbind(2))), wave, mode=mode)
         assert_same([DWTInverse(wave, mode)((low, [high]))], [want])
 
@@ -66,7 +65,7 @@ def test_inverse_of_any_coefficients_equals_pywavelets(wave, mode, float64_buffe
 @pytest.mark.parametrize("wave", ["haar", "db2", "bior2.2"])
 def test_gradient_is_true(wave, mode, float64_buffers):
     dwt, idwt = DWTForward(2, wave, mode), DWTInverse(wave, mode)
-    x = image(1, 2, 5, 6).requires_grad_()
+    x = randn(1, 2, 5, 6).requires_grad_()
     assert gradcheck(lambda x: (lambda low, highs: (low, *highs))(*dwt(x)), (x,))
     low, highs = dwt(x.detach())
     coefficients = [t.requires_grad_() for t in (low, *highs)]
@@ -76,7 +75,7 @@ def test_gradient_is_true(wave, mode, float64_buffers):
 @pytest.mark.parametrize("wave", ["haar", "db2"])
 def test_second_gradient_is_true(wave, float64_buffers):
     dwt = DWTForward(1, wave, "symmetric")
-    assert gradgradcheck(lambda x: dwt(x)[1][0] ** 2, (image(1, 1, 5, 4).requires_grad_(),))
+    assert gradgradcheck(lambda x: dwt(x)[1][0] ** 2, (randn(1, 1, 5, 4).requires_grad_(),))
 
 
 # --- Dtypes, layouts, autocast -----------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def test_second_gradient_is_true(wave, float64_buffers):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wave", ["haar", "db3"])
 def test_dtype_follows_the_input(wave, dtype):
-    x = image(2, 3, 13, 10, dtype=dtype)
+    x = randn(2, 3, 13, 10).to(dtype)
     low, highs = DWTForward(2, wave, "symmetric")(x)
     y = DWTInverse(wave, "symmetric")((low, highs))
     assert {t.dtype for t in (low, *highs, y)} == {dtype}
@@ -102,15 +101,15 @@ def test_dtype_follows_the_input(wave, dtype):
 @pytest.mark.parametrize("wave", ["haar", "db2"])
 def test_any_layout_and_empty_batch(wave):
     dwt, idwt = DWTForward(2, wave, "reflect"), DWTInverse(wave)
-    x = image(2, 4, 11, 14)
+    x = randn(2, 4, 11, 14)
     want = dwt(x)
     for layout in LAYOUTS:
-        got = dwt(laid_out(x, layout=layout))
+        got = dwt(image(x, layout=layout))
         for g, w in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=1e-14)
         torch.testing.assert_close(idwt(got), idwt(want), rtol=0, atol=1e-14)
     for shape in ((0, 4, 11, 14), (2, 0, 11, 14)):
-        low, highs = dwt(image(*shape))
+        low, highs = dwt(randn(*shape))
         assert low.shape[2:] == want[0].shape[2:]
         assert idwt((low, highs)).shape == (*shape[:2], *idwt(want).shape[2:])
 
@@ -119,7 +118,7 @@ def test_any_layout_and_empty_batch(wave):
 def test_inductor_has_the_true_gradient_at_odd_sizes():
     # Inductor's vectorised float32 code in torch 2.13 had a wrong one where a signal was joined with its own end.
     torch.compiler.reset()
-    dwt, x = DWTForward(1, "db2", "periodization"), image(2, 3, 9, 11, dtype=torch.float32).requires_grad_()
+    dwt, x = DWTForward(1, "db2", "periodization"), randn(2, 3, 9, 11).float().requires_grad_()
     gradients = []
     for analysis in (dwt, torch.compile(dwt, fullgraph=True, dynamic=False)):
         low, (high,) = analysis(x)
