@@ -26,7 +26,7 @@ FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What was logged, of a logger that has seen nothing yet."""
+    """A function that returns the lines logged since the test began, by a logger that has seen nothing."""
     monkeypatch.setattr(log, "_seen", set())
     monkeypatch.setattr(log, "_told", weakref.WeakKeyDictionary())
     caplog.set_level(logging.INFO, logger="wavemix_kernels")

@@ -17,7 +17,7 @@ SIZES = ((8, 8), (7, 9), (5, 12), (16, 17), (2, 3), (1, 6))
 
 
 def outcome(function, *errors):
-    """What a call returns, or None where it raises one of `errors`."""
+    """The result of a call, or None where it raises one of `errors`."""
     try:
         return function()
     except errors:

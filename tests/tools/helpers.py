@@ -1,4 +1,4 @@
-"""What the tools' tests share: marks for packages that may be missing, and a Python of its own."""
+"""Shared by the tools' tests: marks for packages that may be missing, and a Python of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the emulated CUDA kernels share: orders of threads, huge strides, a sanitized Python."""
+"""Shared by tests of the emulated CUDA kernels: orders of threads, huge strides, a sanitized Python."""
 
 from __future__ import annotations
 

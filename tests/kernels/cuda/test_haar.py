@@ -183,7 +183,7 @@ def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
                      x=tuple(LAYOUTS), z=tuple(LAYOUTS)), ids=str,
 )  # fmt: skip
 def test_reduce_haar_keeps_non_finite_values_in_their_quad(core: ModuleType, case: Case) -> None:
-    """What lies beside an infinity, in the same words and fragments, stays finite; also beyond C and O."""
+    """Neighbours of an infinity, in the same words and fragments, stay finite; also beyond C and O."""
     (dtype, tf32), values = case.kind, torch.ones(1, 5, 8, 8)
     values[0, 2, 3, 4] = float("inf")
     z = image(torch.full((1, 12, 4, 4), float("nan")), dtype, layout=case.z)

@@ -101,7 +101,7 @@ def test_gradients_of_one_launch(config: Any, least: int, splits: int, device: s
 
 
 def test_programs_of_the_same_pixels_are_neighbours(device: str) -> None:
-    """What the first programs of the one launch write: for 3 patches of 16 pixels each split, or the 1 that is left."""
+    """Programs at the start of the launch serve 3 patches of 16 pixels each split, or the 1 that is left."""
     case = Run((5, 8, 12, 4, 8), torch.float32, device, "channels_last")
     du = case.empty(case.u)
     tensors = du, case.g, case.norm, case.u, case.weight
