@@ -80,7 +80,7 @@ class Deconv(Contract):
         return {"y": y, "plus": y + tensors["residual"], "mean_off": nothing, "var_off": nothing}
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
-        n, f, o, h, w = case.size
+        n, _, _, h, w = case.size
         u, weight = tensors["u"].detach(), tensors["weight"].detach()
         offset = 0 if tensors["bias"] is None else tensors["bias"].detach().abs()[:, None, None]
         g = cotangents["y"].abs()
@@ -183,7 +183,11 @@ test_wide = each.case(Deconv(size=WIDE, layout=("nchw", "channels_last", "channe
 test_repeats = each.backend_repeats(*(of(size=WIDE[:1], **ONE) for of in (Deconv, NormGradients)))
 test_threads = each.thread_count(Deconv(size=MANY, bias=(100,), **ONE))
 test_threads_of_sums = each.thread_count(
-    Deconv(size=((2, 64, 40, 12, 11),), bias=(100,), **ONE), NormGradients(size=MANY, **ONE), same=False
+    Deconv(size=((2, 64, 40, 24, 22),), bias=(100,), **ONE), NormGradients(size=MANY, **ONE), same=False
+)
+# |mean| 1e4 standard deviations: a difference of squares would err by 1e4^2 u = 6 of a variance of 1.
+test_statistics_far_from_zero = each.case(
+    Deconv({"triton": (torch.float32,), "cpu": (torch.float32,)}, size=((2, 16, 20, 17, 23),), bias=(1e4,), **ONE)
 )
 test_empty_batch = each.empty_batch(
     Deconv(size=((0, 8, 36, 3, 4), (0, 40, 36, 3, 4)), layout=("nchw",), bias=(0, None))
@@ -197,3 +201,9 @@ test_operators = each.operator(
     Deconv(bias=(0,), cotangents=("channels_last",), **FEW),
     NormGradients(weighted=(True,), batch_stats=(True,), cotangents=("channels_last", "nchw"), **FEW),
 )
+
+
+def test_minimal_filtering_is_the_transposed_convolution() -> None:
+    u, weight, grad = randn(2, 3, 5, 4), randn(3, 2, 4, 4), randn(2, 2, 10, 8)
+    made = minimal_filtering.forward(u, weight), minimal_filtering.input_gradient(grad, weight)
+    torch.testing.assert_close(made, (transposed(u, weight), F.conv2d(grad, weight, None, 2, 1)))

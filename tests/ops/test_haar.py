@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wavemix_kernels as wk
 from tests.ops import each
-from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, pairwise, randn
+from tests.ops.contract import LAYOUTS, Case, Contract, image, pairwise, randn
 from tests.tolerances import haar_bound, stored_roundoff
 from wavemix_kernels import backends
 from wavemix_kernels.ops.haar import bands, op, pyramid, reference
@@ -207,10 +207,6 @@ test_empty_batch = each.empty_batch(
     Analysis(size=EMPTY, layout=("nchw",)), Synthesis(size=EMPTY, layout=("nchw",)),
     Pyramid(size=EMPTY[:2], layout=("nchw",)), Bands(shape=[shape for shape, _ in EMPTY[:2]], layout=("nchw",)),
 )  # fmt: skip
-FAR: Any = {"dtypes": SHORT, "layout": ("far_nchw",)}
-test_offsets_beyond_32_bits = each.case(
-    Analysis(size=(((2, 2, 16, 16), 2),), mode=("zero",), **FAR), Synthesis(size=(((2, 2, 8, 16), 2),), **FAR)
-)
 TINY, BOTH = (((1, 2, 5, 6), 2),), ("nchw", "channels_last")
 test_gradients_of_every_order = each.gradient(
     Analysis(size=TINY, mode=("zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth"), layout=BOTH),
