@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.contract import FAR, LAYOUTS, Case, image, pairwise, randn, untouched, workspaces_hold_nan
+from tests.ops.test_haar import level_sizes
 from tests.tolerances import DTYPES, assert_within, haar_bound
 from wavemix_kernels.ops.haar import pyramid, reference
 
@@ -43,13 +44,6 @@ for backend, cases in CASES.items():
     cases += [far_case(*pair) for pair in pairs if pair[0] != "far_bands"]
 
 
-def level_sizes(shape: tuple[int, ...], levels: int) -> list[tuple[int, int]]:
-    sizes = [shape[2:]]
-    for _ in range(levels):
-        sizes.append(tuple(reference.half_up(n) for n in sizes[-1]))
-    return sizes
-
-
 def peak(tensors: list[Tensor]) -> float:
     return max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
 
@@ -58,7 +52,7 @@ def check_outputs(case: Case, backend: str, device: str) -> None:
     """Both transforms, every output within its bound, nothing around it written."""
     shape, levels = case.size
     n, c, *_ = shape
-    sizes, mode = level_sizes(shape, levels), MODE[case.edge]
+    sizes, mode = [shape[2:], *level_sizes(shape, levels)], MODE[case.edge]
     functions = pyramid.BACKENDS[backend].functions
 
     def made(shape: tuple[int, ...], layout: str, seed: int | None = None) -> Tensor:

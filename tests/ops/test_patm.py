@@ -227,15 +227,13 @@ class BranchSum(Contract):
 def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> dict[str, Tensor]:
     """Phases of a few radians, mostly above 0."""
     hidden, values = max(c // 4, 1), {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc1": (hidden, c, 1, 1), "fc1_bias": (hidden,), "fc2": (3 * c, hidden, 1, 1), "fc2_bias": (3 * c,),
+        "taps_h": (c, 2, 1, 7), "taps_w": (c, 2, 7, 1),
+    }  # fmt: skip
     for i, name in enumerate(FIELDS):
-        if name in ("fc1", "fc2"):
-            shape: tuple[int, ...] = (hidden, c, 1, 1) if name == "fc1" else (3 * c, hidden, 1, 1)
-        elif name.startswith("taps"):
-            shape = (c, 2, 1, 7) if name == "taps_h" else (c, 2, 7, 1)
-        elif name.startswith(("scale", "shift")) or name.endswith("bias"):
-            shape = (hidden if name == "fc1_bias" else 3 * c if name == "fc2_bias" else c,)
-        else:
-            shape = (c, c, 1, 1)
+        vector = name.startswith(("scale", "shift")) or name.endswith("bias")
+        shape = shapes.get(name, (c,) if vector else (c, c, 1, 1))
         value = randn(*shape, seed=i) / (c**0.5 if len(shape) > 1 else 4)
         values[name] = (value + 1 if name.startswith(("scale", "shift")) else value).to(dtype)
         if not biased and name in ("z_h_bias", "theta_w_bias", "z_c_bias", "proj_bias"):

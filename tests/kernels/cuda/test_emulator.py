@@ -19,6 +19,11 @@ def kernels() -> ModuleType:
     return own_kernels()
 
 
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", request.param)
+
+
 def own_kernels() -> ModuleType:
     return build.load(Path(build.emulated_core().__file__).parent, "_emulator_tests")
 
@@ -78,17 +83,15 @@ def run_kernel(kernels: ModuleType, name: str, wrong: bool) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("name", [*CAUGHT, *ONLY_SANITIZED, "order_dependent"])
-def test_right_kernel_passes(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+def test_right_kernel_passes(kernels: ModuleType, name: str) -> None:
     run_kernel(kernels, name, wrong=False)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("name", CAUGHT)
-def test_wrong_kernel_is_caught(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+def test_wrong_kernel_is_caught(kernels: ModuleType, name: str) -> None:
     with pytest.raises(RuntimeError, match=CAUGHT[name]) as caught:
         run_kernel(kernels, name, wrong=True)
     assert str(caught.value).startswith(f"{name}, block (0, 0, 0)")
@@ -122,11 +125,10 @@ def test_wrong_global_access_is_caught_by_the_sanitizers(name: str) -> None:
 # --- Tensor-core instructions -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dtype, name", [("float16", "f16"), ("bfloat16", "bf16"), ("float32", "tf32")])
-def test_mma(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, name: str, order: str) -> None:
+def test_mma(kernels: ModuleType, dtype: str, name: str) -> None:
     """cp.async, ldmatrix (plain and transposed) and mma against a product in float64."""
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
     inner = 8 if name == "tf32" else 16
     a, b = (randn(*shape).to(getattr(torch, dtype)) for shape in ((16, inner), (inner, 16)))
     d = torch.full((16, 16), float("nan"))
