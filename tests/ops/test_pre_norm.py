@@ -76,8 +76,8 @@ class PreNorm(Contract):
         for name, like in (("normal", branch), ("d_branch", branch), ("sum", x), ("d_x", x)):
             t = made[name]
             assert t.dtype == like.dtype
-            if like is branch or layout.is_channels_last(x):
-                assert t.is_contiguous(memory_format=torch.channels_last), name
+            last = like is branch or layout.is_channels_last(x)
+            assert t.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), name
             made[name] = t.to(x.dtype)
         return made
 
