@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.contract import LAYOUTS, Case, image, pairwise, randn, untouched, workspaces_hold_nan
+from tests.ops.contract import FAR, LAYOUTS, Case, image, pairwise, randn, untouched, workspaces_hold_nan
+from tests.ops.test_haar import level_sizes
 from tests.tolerances import DTYPES, assert_within, haar_bound
 from wavemix_kernels.ops.haar import pyramid, reference
 
@@ -27,11 +28,20 @@ CASES = {
 }  # fmt: skip
 
 
-def level_sizes(shape: tuple[int, ...], levels: int) -> list[tuple[int, int]]:
-    sizes = [shape[2:]]
-    for _ in range(levels):
-        sizes.append(tuple(reference.half_up(n) for n in sizes[-1]))
-    return sizes
+def far_case(layout: str, bands: str) -> Case:
+    """Two elements along the axis whose stride is huge, or a kernel's words along another."""
+    axis = FAR[layout if layout in FAR else bands][0]
+    two = 4 if bands in FAR and axis in "hw" else 2  # of the image
+    shape = tuple(two if name == axis else size for name, size in zip("nchw", (2, 8, 4, 16), strict=True))
+    return Case(dtype=torch.float16, size=(shape, 2), edge=1.0, layout=layout, bands=bands, add=True, lows=True,
+                absent="")  # fmt: skip
+
+
+for backend, cases in CASES.items():
+    # Interpreted, a stride counted in words is an int32: images far apart are all that Triton's kernels can show.
+    places = FAR if backend != "triton" else ("far", "far_nchw")
+    pairs = [pair for far in places for pair in ((far, "nchw"), ("nchw", far))]
+    cases += [far_case(*pair) for pair in pairs if pair[0] != "far_bands"]
 
 
 def peak(tensors: list[Tensor]) -> float:
@@ -42,7 +52,7 @@ def check_outputs(case: Case, backend: str, device: str) -> None:
     """Both transforms, every output within its bound, nothing around it written."""
     shape, levels = case.size
     n, c, *_ = shape
-    sizes, mode = level_sizes(shape, levels), MODE[case.edge]
+    sizes, mode = [shape[2:], *level_sizes(shape, levels)], MODE[case.edge]
     functions = pyramid.BACKENDS[backend].functions
 
     def made(shape: tuple[int, ...], layout: str, seed: int | None = None) -> Tensor:

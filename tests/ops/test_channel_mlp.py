@@ -102,36 +102,28 @@ test_operators = each.operator(ChannelMlp(size=((2, 4, 3, 5, 8),), bias=(True,),
 # --- Products --------------------------------------------------------------------------------------------
 
 
-# More pixels than channels, and fewer: the library's convolution and its plain product.
-@pytest.mark.parametrize("pixels", [3, 40])
-def test_products(pixels: int) -> None:
-    given = randn(1, 12, 1, pixels), randn(1, 20, 1, pixels), randn(20, 12, 1, 1), randn(20)
-
-    def all_of(*tensors: Tensor) -> list[Tensor]:
-        x, grad = (image(t, t.dtype, layout="channels_last") for t in tensors[:2])
-        weight, bias = tensors[2:]
-        return [
-            products.project(x, weight, bias),
-            products.backward_x(grad, x, weight),
-            products.backward_weight(grad, x, weight),
-            products.backward_bias(grad),
-        ]
-
-    got = all_of(*(t.float() for t in given))
-    exact = [t.float().double() for t in given]
-    # Products of n terms err by (n + 1) u of the sum of their absolute values; no sum here has more than 40.
-    for value, want, size in zip(got, all_of(*exact), all_of(*(t.abs() for t in exact)), strict=True):
-        assert_within(value, want, 41 * UNIT_ROUNDOFF[torch.float32] * size)
-
-
-@pytest.mark.parametrize("size", [(2, 37, 20, 9, 5), (1, 64, 48, 30, 21), (3, 5, 3, 1, 1)], ids=str)
+# More pixels than channels, and fewer: the library's convolution and its plain product; more than one block of pixels.
+@pytest.mark.parametrize(
+    "size", [(1, 20, 12, 1, 3), (1, 20, 12, 1, 40), (2, 37, 20, 9, 5), (1, 64, 48, 30, 21), (3, 5, 3, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("layout", ["channels_last", "channels_slice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_weight_gradient_of_slices(dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    """Both images are slices of wider ones, and there are pixels for more than one block."""
+def test_products(dtype: torch.dtype, layout: str, size: tuple[int, ...]) -> None:
     n, o, c, h, w = size
-    grad, x = (image(randn(n, k, h, w, seed=k), dtype, layout="channels_slice") for k in (o, c))
-    got = products.backward_weight(grad, x, torch.empty(o, c, 1, 1, dtype=dtype))
-    rows, columns = (t.double().permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x))
-    bound = (n * h * w + 1) * UNIT_ROUNDOFF[dtype] * (rows.abs().t() @ columns.abs())
-    # In float64 the product that it is compared with errs as much.
-    assert_within(got.flatten(1), rows.t() @ columns, 2 * bound)
+    images = (image(randn(n, k, h, w, seed=k), dtype, layout=layout) for k in (c, o))
+    given = *images, randn(o, c, 1, 1).to(dtype), randn(o).to(dtype)
+
+    def rows_of(t: Tensor) -> Tensor:
+        return t.double().permute(0, 2, 3, 1).flatten(0, 2)
+
+    def by_definition(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        columns, rows, w = rows_of(x), rows_of(grad), weight.double().flatten(1)
+        return [columns @ w.t() + bias.double(), rows @ w, rows.t() @ columns, rows.sum(0)]
+
+    x, grad, weight, bias = given
+    images = products.project(x, weight, bias), products.backward_x(grad, x, weight)
+    made = *map(rows_of, images), products.backward_weight(grad, x, weight).flatten(1), products.backward_bias(grad)
+    sizes, terms = by_definition(*(t.abs() for t in given)), (c + 1, o, n * h * w, n * h * w)
+    for got, want, size_of, k in zip(made, by_definition(*given), sizes, terms, strict=True):
+        # In float64 the product that it is compared with errs as much.
+        assert_within(got, want, 2 * (k + 1) * UNIT_ROUNDOFF[dtype] * size_of)

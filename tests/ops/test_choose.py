@@ -57,9 +57,18 @@ def test_self_test_runs_what_was_asked_for(op: str, backend: str, device: str, l
     assert all(f": {backend} (asked for by name" in line for line in ours), ours
 
 
-def test_a_call_that_a_named_backend_cannot_serve_raises() -> None:
-    with pytest.raises(ValueError, match="cannot serve this call: it takes CPU tensors, got float32"):
-        choose.select("deconv", DECONV, "cpu", torch.ones(1, device="meta"))
+WIDE, HALF, META = (torch.ones(1, **kind) for kind in ({"dtype": FP64}, {"dtype": torch.float16}, {"device": "meta"}))
+UNSERVED = [
+    ("deconv", "cpu", [META], "it takes CPU tensors, got float32"),
+    *((op, "triton", [WIDE], "float64") for op in ("deconv", "pointwise_mlp", "reduce_haar")),
+    ("pre_norm", "cpu", [HALF, WIDE], "it takes a branch of x's dtype, or a half type in float32, got torch.float64"),
+]
+
+
+@pytest.mark.parametrize("op, backend, given, why", UNSERVED, indirect=["backend"])
+def test_a_call_that_a_named_backend_cannot_serve_raises(op: str, backend: str, given: list[Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot serve this call: .*{why}"):
+        choose.select(op, ops.load(op).BACKENDS, backend, *given)
 
 
 def test_deconv_on_the_cpu_by_name_is_ours(lines: Callable[[], list[str]]) -> None:

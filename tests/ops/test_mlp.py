@@ -154,12 +154,15 @@ test_repeats = each.backend_repeats(Mlp(size=SIZES[1:2], p=(0.5,), **EVERYTHING)
 test_threads = each.thread_count(Mlp(size=MANY_ROWS, p=(0.25, 0.0), **EVERYTHING), same=False)
 
 
+def case(dtype: torch.dtype) -> Case:
+    return Case(dtype=dtype, size=(12, 5, 4, 9, 7), layout="channels_last", p=0.5, affine=True, bias=True,
+                want_output=False)  # fmt: skip
+
+
 @on("cpu", "triton")
 def test_autograd_is_the_backward_op(backend: str, device: str) -> None:
     """The gradients of second, scale and shift follow from that of their affine map."""
-    case = Case(dtype=torch.float32, size=(12, 5, 4, 9, 7), layout="channels_last", p=0.5, affine=True, bias=True,
-                want_output=False)  # fmt: skip
-    *arguments, grad, seed = Mlp().inputs(case, device).values()
+    *arguments, grad, seed = Mlp().inputs(case(torch.float32), device).values()
     leaves = [t.requires_grad_() for t in arguments]
     got = torch.autograd.grad(op.fused(*leaves, 0.5, seed, backend), leaves, grad)
     want = op.backward(grad, *(t.detach() for t in leaves), 0.5, seed, False, backend)
@@ -173,9 +176,7 @@ def test_autograd_is_the_backward_op(backend: str, device: str) -> None:
 
 def test_gradcheck(device: str) -> None:
     """The formula of the contract's truth is torch's own gradient, and the op's in float64 is right by differences."""
-    case = Case(dtype=torch.float64, size=(4, 3, 2, 5, 2), layout="channels_last", p=0.5, affine=True, bias=True,
-                want_output=False)  # fmt: skip
-    *arguments, _, seed = Mlp().inputs(case, "cpu").values()
+    *arguments, _, seed = Mlp().inputs(case(torch.float64), "cpu").values()
     leaves = [t.requires_grad_() for t in arguments]
     assert torch.autograd.gradcheck(lambda *t: op.fused(*t, 0.5, seed, "cpu"), leaves, fast_mode=True)
 
@@ -207,9 +208,3 @@ def test_dropped_nan_is_zero(backend: str, device: str) -> None:
     x, w2 = torch.zeros(1, 1, 2, 2, device=device), torch.ones(3, 8, device=device)
     out = op.pointwise_mlp(x, w1, b1, w2, None, dropout=1.0, seed=seed, backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
-
-
-def test_refuses_float64_on_triton(device: str) -> None:
-    x, weight = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((1, 4, 2, 2), (4, 4)))
-    with pytest.raises(ValueError, match="float64"):
-        op.pointwise_mlp(x, weight, None, weight, None, backend="triton")

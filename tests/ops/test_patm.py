@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -226,15 +227,13 @@ class BranchSum(Contract):
 def some_weights(c: int, dtype: torch.dtype, biased: bool = True) -> dict[str, Tensor]:
     """Phases of a few radians, mostly above 0."""
     hidden, values = max(c // 4, 1), {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc1": (hidden, c, 1, 1), "fc1_bias": (hidden,), "fc2": (3 * c, hidden, 1, 1), "fc2_bias": (3 * c,),
+        "taps_h": (c, 2, 1, 7), "taps_w": (c, 2, 7, 1),
+    }  # fmt: skip
     for i, name in enumerate(FIELDS):
-        if name in ("fc1", "fc2"):
-            shape: tuple[int, ...] = (hidden, c, 1, 1) if name == "fc1" else (3 * c, hidden, 1, 1)
-        elif name.startswith("taps"):
-            shape = (c, 2, 1, 7) if name == "taps_h" else (c, 2, 7, 1)
-        elif name.startswith(("scale", "shift")) or name.endswith("bias"):
-            shape = (hidden if name == "fc1_bias" else 3 * c if name == "fc2_bias" else c,)
-        else:
-            shape = (c, c, 1, 1)
+        vector = name.startswith(("scale", "shift")) or name.endswith("bias")
+        shape = shapes.get(name, (c,) if vector else (c, c, 1, 1))
         value = randn(*shape, seed=i) / (c**0.5 if len(shape) > 1 else 4)
         values[name] = (value + 1 if name.startswith(("scale", "shift")) else value).to(dtype)
         if not biased and name in ("z_h_bias", "theta_w_bias", "z_c_bias", "proj_bias"):
@@ -322,19 +321,27 @@ def waves(theta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return phases.phase_aggregate(z, z, z, theta, theta, one, zero, one, zero, taps_h, taps_w, backend=backend)[:2]
 
 
-@KERNELS
-@pytest.mark.parametrize("power", [0, 3, 4, 5, 6, 12, 30])
-def test_large_phases(power: int, backend: str, device: str) -> None:
-    """Their own error, and one rounding of the product."""
-    theta = (10.0**power * (1 + randn(1, 8, 3, 12).abs())).float()
-    # Near multiples of pi/2 most of the phase cancels; and both sides of where the long reduction begins.
-    theta[0, 0, 0, :8] = torch.tensor([*(math.pi / 2 * k * 10.0**power for k in range(1, 7)), 8192.0, 8192.001])
-    theta[0, 1, 0, :3] = torch.tensor([1048576.0, 1048577.0, torch.finfo(torch.float32).max])
-    unit = UNIT_ROUNDOFF[torch.float32] * (sine(backend, torch.float32) + 1)
-    for out, channels in zip(waves(theta.to(device), backend), (slice(0, None, 2), slice(1, None, 2)), strict=True):
-        exact = theta.double()[:, channels]
-        want = torch.cat((exact.cos(), exact.sin()), 1)
-        assert_within(out, want, torch.full_like(want, unit), "waves")
+@pytest.mark.parametrize(
+    "backend, dtype", [*((name, torch.float32) for name in SHORT), ("cuda", torch.float64)], indirect=["backend"]
+)
+def test_phases_of_any_size(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Sine and cosine of numbers of all sizes, dense below 9000, near multiples of pi/2, where most of the phase
+    cancels, and on both sides of where reductions begin. Their own error alone: products with 1 are exact."""
+    bits = torch.randint(0, 0x7F800000, (2500,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    numbers = torch.cat((bits.view(torch.float32).double(), torch.linspace(0, 9000, 1286, dtype=torch.float64)))
+    if dtype == torch.float64:
+        numbers *= 1 + 2.0**-30  # more digits than float32 has
+    special = [math.pi / 2 * k * 10.0**power for power in (0, 3.5, 4, 5, 6, 12, 30) for k in range(1, 7)]
+    special += [16367173 * 2.0**72, 16367173 * 2.0**104, 8192.0, 8192.001, 8193.0, 1048576.0, 1048577.0, 0.0, 1e-40]
+    special += [-1.0, -1e30, torch.finfo(dtype).max]  # of which ReLU leaves nothing, and all
+    theta = torch.cat((numbers, torch.tensor(special, dtype=torch.float64))).to(dtype).view(1, 1, 40, 96)
+    with mpmath.workprec(1200):
+        phases = theta.double().relu()
+        exact = [phases.clone().apply_(lambda x, f=f: float(f(mpmath.mpf(x)))) for f in (mpmath.cos, mpmath.sin)]
+    want = torch.cat(exact, 1)
+    bound = torch.full_like(want, sine(backend, dtype) * UNIT_ROUNDOFF[dtype])
+    for out in waves(theta.repeat(1, 2, 1, 1).to(device), backend):
+        assert_within(out, want, bound, "waves")
 
 
 @pytest.mark.parametrize("power", [3, 4, 6])

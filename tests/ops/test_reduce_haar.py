@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -155,36 +155,22 @@ test_gradients_of_every_order = each.gradient(ReduceHaar(size=(((1, 3, 4, 4), 2,
 test_operators = each.operator(*(of(layout=("nchw", "channels_last"), **SMALL) for of in (ReduceHaar, Gradients)))
 
 
-def test_refuses_float64_on_triton(device: str) -> None:
-    x, weight = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((1, 4, 2, 2), (4, 4, 1, 1)))
-    with pytest.raises(ValueError, match="float64"):
-        op.reduce_haar(x, weight, backend="triton")
-
-
-@pytest.fixture
-def allow_tf32() -> Iterator[Callable[[bool], None]]:
-    """Sets torch's switch; as it was afterwards."""
-    before = torch.backends.cuda.matmul.allow_tf32
-
-    def allow(value: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = value
-
-    yield allow
-    allow(before)
-
-
 @pytest.mark.usefixtures("core")
-def test_rounds_to_tf32_only_when_allowed(device: str, allow_tf32: Callable[[bool], None]) -> None:
+def test_rounds_to_tf32_only_when_allowed(device: str) -> None:
     x, weight = (randn(*shape).to(device, torch.float32) for shape in ((1, 32, 8, 16), (8, 32, 1, 1)))
     wide = [t.double().cpu() for t in (x, weight)]
     (exact,) = reference.reduce_haar(*wide, None, 1)
     (size,) = absolute_pyramid(F.conv2d(*(t.abs() for t in wide)), 1)
     bound = sum_bound(exact, size, 32 + 2, torch.float32)
-    allow_tf32(False)
-    (z,) = op.reduce_haar(x, weight, backend="cuda")
-    assert_within(z, exact, bound)
-    allow_tf32(True)
-    (z,) = op.reduce_haar(x, weight, backend="cuda")
+    before, made = torch.backends.cuda.matmul.allow_tf32, []
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            made += op.reduce_haar(x, weight, backend="cuda")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert_within(made[0], exact, bound)
     with pytest.raises(AssertionError, match="beyond the bound"):
-        assert_within(z, exact, bound)
-    assert_within(z, exact, sum_bound(exact, size, 2 * 32 + 2 + 2**14, torch.float32))  # 2 * 2^-11 of both factors
+        assert_within(made[1], exact, bound)
+    of_both = 2**14  # 2 * 2^-11 of both factors
+    assert_within(made[1], exact, sum_bound(exact, size, 2 * 32 + 2 + of_both, torch.float32))

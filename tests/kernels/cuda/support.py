@@ -1,42 +1,18 @@
-"""Shared by tests of the emulated CUDA kernels: orders of threads, huge strides, a sanitized Python."""
+"""Shared by tests of the emulated CUDA kernels: orders of threads, a sanitized Python."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from tests.emulator import build
 
 #: Orders of the threads of a block, as WAVEMIX_EMULATOR_ORDER takes them.
 ORDERS = ("forward", "reverse", "7")
-HUGE = 2**31 + 64  # elements; a multiple of every word
-
-
-@contextmanager
-def huge_view(shape: tuple[int, ...], position: int) -> Iterator[np.ndarray]:
-    """float16 with one stride beyond 2^31 elements, in memory of which only the touched pages exist."""
-    extent = shape[position]
-    strides, step = [0] * len(shape), 1
-    for i in reversed(range(len(shape))):
-        if i != position:
-            strides[i], step = step, step * shape[i]
-    strides[position] = HUGE
-    size = 2 * (HUGE * (extent - 1) + step)
-    reserve = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE; named since Python 3.13
-    with mmap.mmap(-1, size, flags=reserve) as memory:
-        huge = np.ndarray(shape, np.float16, memory, strides=[2 * s for s in strides])
-        try:
-            yield huge
-        finally:
-            del huge  # a mapping with a live view cannot be closed
 
 
 def sanitized_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,34 +19,35 @@ def kernels() -> ModuleType:
     return own_kernels()
 
 
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", request.param)
+
+
 def own_kernels() -> ModuleType:
     return build.load(Path(build.emulated_core().__file__).parent, "_emulator_tests")
 
 
-#: Every instantiation of the kernels, layouts of all kinds, thin and empty images: files, and the cases of each family.
+#: Files of each family with the fewest tests that they run in the emulator: every instantiation of the kernels, layouts
+#: of all kinds, thin and empty images.
 SANITIZED = {
-    "haar": ("kernels/test_haar_outputs.py", "[cuda or reach_the_kernel"),
-    "reduce_haar": (
-        "ops/test_reduce_haar.py",
-        "(contract or gradients or empty_batch) and cuda or tf32 or takes_the or finite",
-    ),
-    "patm": (
-        "ops/test_patm.py",
-        "(contract or empty_batch or large_phases or without_a_sine) and cuda or read_in_place",
-    ),
+    "haar": (300, "tests/kernels/test_haar_outputs.py", "tests/kernels/cuda/test_haar.py"),
+    "reduce_haar": (100, "tests/ops/test_reduce_haar.py"),
+    "patm": (50, "tests/ops/test_patm.py", "tests/kernels/cuda/test_patm.py"),
 }
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("family", SANITIZED)
 def test_kernels_pass_the_sanitizers(family: str) -> None:
-    file, cases = SANITIZED[family]
+    least, *files = SANITIZED[family]
     build.build(build.ADDRESS_AND_UNDEFINED)  # or skips
-    files = (f"tests/{file}", f"tests/kernels/cuda/test_{'patm' if family == 'patm' else 'haar'}.py")
     # -v and -s: the report of a sanitizer follows the name of the case that it ends.
-    done = sanitized_python("-m", "pytest", "-vs", "-pno:cacheprovider", "-k", cases, *files)
+    done = sanitized_python("-m", "pytest", "-vs", "-pno:cacheprovider", "-m", "emulated", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert re.search(r"= \d{2,} passed", done.stdout), done.stdout[-3000:]
+    passed = re.search(r"= (\d+) passed", done.stdout)
+    assert passed, done.stdout[-3000:]
+    assert int(passed[1]) >= least, f"{passed[1]} tests of {family} ran in the emulator, expected {least} at least"
     assert " skipped" not in done.stdout, done.stdout[-3000:]
 
 
@@ -82,17 +83,15 @@ def run_kernel(kernels: ModuleType, name: str, wrong: bool) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("name", [*CAUGHT, *ONLY_SANITIZED, "order_dependent"])
-def test_right_kernel_passes(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+def test_right_kernel_passes(kernels: ModuleType, name: str) -> None:
     run_kernel(kernels, name, wrong=False)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("name", CAUGHT)
-def test_wrong_kernel_is_caught(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
+def test_wrong_kernel_is_caught(kernels: ModuleType, name: str) -> None:
     with pytest.raises(RuntimeError, match=CAUGHT[name]) as caught:
         run_kernel(kernels, name, wrong=True)
     assert str(caught.value).startswith(f"{name}, block (0, 0, 0)")
@@ -126,11 +125,10 @@ def test_wrong_global_access_is_caught_by_the_sanitizers(name: str) -> None:
 # --- Tensor-core instructions -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dtype, name", [("float16", "f16"), ("bfloat16", "bf16"), ("float32", "tf32")])
-def test_mma(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, name: str, order: str) -> None:
+def test_mma(kernels: ModuleType, dtype: str, name: str) -> None:
     """cp.async, ldmatrix (plain and transposed) and mma against a product in float64."""
-    monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", order)
     inner = 8 if name == "tf32" else 16
     a, b = (randn(*shape).to(getattr(torch, dtype)) for shape in ((16, inner), (inner, 16)))
     d = torch.full((16, 16), float("nan"))

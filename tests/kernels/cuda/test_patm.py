@@ -1,4 +1,4 @@
-"""The CUDA kernels of `phase_aggregate` inside the emulator, and their sines in float64 on either."""
+"""The CUDA kernels of `phase_aggregate` inside the emulator."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import math
 from types import ModuleType
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 
 from tests.emulator.build import launches
 from tests.kernels.cuda.support import ORDERS
 from tests.ops.contract import Case, check, results
-from tests.ops.test_patm import NAMES, PhaseAggregate, arguments, waves
-from tests.tolerances import DTYPES, UNIT_ROUNDOFF, assert_within
+from tests.ops.test_patm import NAMES, PhaseAggregate, arguments
+from tests.tolerances import DTYPES
 from wavemix_kernels.ops.patm import phases
-
-pytestmark = pytest.mark.usefixtures("core")
 
 
 @pytest.fixture
@@ -25,22 +22,6 @@ def emulated(core: ModuleType | None) -> ModuleType:
     if core is None:
         pytest.skip("--device cuda: it looks into the emulator")
     return core
-
-
-@pytest.mark.parametrize("power", [0, 3.5, 4, 6, 12, 30])
-def test_sine_and_cosine_of_any_phase(power: float, device: str) -> None:
-    """In float64, whose truth needs more digits; tests/ops/test_patm.py has float32's."""
-    generator = torch.Generator().manual_seed(int(power))
-    theta = 10.0**power * (1 + torch.rand(1, 32, 3, 8, generator=generator, dtype=torch.float64))
-    # Near multiples of pi/2 most of the phase cancels; and both sides of where the long reduction begins.
-    theta[0, 0, 0, :] = torch.tensor([*(math.pi / 2 * k * 10.0**power for k in range(1, 7)), 8192.0, 8193.0])
-    theta[0, 1, 0, :3] = torch.tensor([1048576.0, 1048577.0, torch.finfo(torch.float64).max], dtype=torch.float64)
-    outputs = waves(theta.to(device), "cuda")
-    with mpmath.workprec(1200):
-        exact = [theta.clone().apply_(lambda x, f=f: float(f(mpmath.mpf(x)))) for f in (mpmath.cos, mpmath.sin)]
-    for out, start in zip(outputs, (0, 1), strict=True):
-        want = torch.cat([value[:, start::2] for value in exact], 1)
-        assert_within(out, want, torch.full_like(want, 3.5 * UNIT_ROUNDOFF[torch.float64]), "waves")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install wavem
 
 from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis  # they import triton
 
+LL = torch.zeros(1, 2, 2, 2)
+TWO_LEVELS = {"levels": 2, "ll": LL, "highs": [torch.zeros(1, 2, 3, n, n) for n in (4, 2)]}
+
 
 @pytest.mark.parametrize(
     "change, error, words",
@@ -24,6 +27,8 @@ from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthe
         ({"highs": []}, ValueError, "highs: 0 levels"),
         ({"highs": [torch.zeros(1, 2, 4, 4, 3)]}, ValueError, r"highs\[0\].shape"),
         ({"ll": torch.zeros(1, 2, 4, 4, dtype=torch.float16)}, TypeError, "ll is torch.float16"),
+        ({**TWO_LEVELS, "lows": [LL, LL]}, ValueError, "lows: 2 for levels=2"),
+        ({**TWO_LEVELS, "lows": [LL]}, ValueError, r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"),
         ({"config": TileConfig(2, 24, 1, 4)}, ValueError, "cols=24 must be a power of two"),
         ({"config": TileConfig(1, 32, 1, 4)}, ValueError, "rows=1, cols=32 must hold a whole block"),
         ({"config": TileConfig(256, 256, 1, 4)}, ValueError, "more warps or a smaller tile"),
@@ -34,16 +39,9 @@ def test_errors_name_argument_and_value(change: dict[str, object], error: type[E
         "image": torch.zeros(1, 2, 8, 8), "ll": torch.zeros(1, 2, 4, 4), "highs": [torch.zeros(1, 2, 3, 4, 4)],
         "levels": 1, "edge": 0,
     }  # fmt: skip
-    with pytest.raises(error, match=words):
-        triton_analysis.analysis(**{**arguments, **change})
-
-
-def test_lows_are_checked() -> None:
-    x, *highs, ll = (torch.zeros(1, 2, *shape) for shape in ((8, 8), (3, 4, 4), (3, 2, 2), (2, 2)))
-    for run, lows in ((triton_analysis.analysis, [ll, ll]), (triton_synthesis.synthesis, [ll])):
-        words = "lows: 2 for levels=2" if len(lows) > 1 else r"lows\[0\].shape=\(1, 2, 2, 2\): must be \(1, 2, 4, 4\)"
-        with pytest.raises(ValueError, match=words):
-            run(x, ll, highs, levels=2, lows=lows)
+    for run in (triton_analysis.analysis, triton_synthesis.synthesis):
+        with pytest.raises(error, match=words):
+            run(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("layout", tiles.LAYOUTS)
