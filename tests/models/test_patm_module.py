@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from wavemix_kernels.benchmarks.harness import memory
+from torch import nn
 
 from tests.models import subjects
 from tests.models.subjects import PATM as PATMS
-from tests.models.subjects import Subject, assert_same_step, normal, operators, randomised
+from tests.models.subjects import Subject, assert_same_step, autocast_step, normal, operators, randomised, saved_bytes
+from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels import backends, wavemlp
+from wavemix_kernels import backends
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
 from wavemix_kernels.ops import choose
 from wavemix_kernels.wavemlp import PATM
@@ -124,32 +124,6 @@ def test_frozen_norms_train_the_rest(frozen: tuple[int, ...], runs: bool, either
     assert bool(FUSED & set(operators(fused, FC.x()))) == runs
 
 
-class Branch(nn.Module):
-    """x + path mixer(norm(x)), in one function or of the modules."""
-
-    def __init__(self, mixer: nn.Module, norm: nn.Module, path: Tensor) -> None:
-        super().__init__()
-        self.mixer, self.norm, self.path = mixer, norm, path
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.mixer, PATM):
-            return self.mixer.residual(x, self.norm, self.path, "auto")
-        return x + self.path * self.mixer(self.norm(x))
-
-
-@pytest.mark.parametrize("order", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("frozen", ["none", "norm", "phases", "all"])
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_norm_in_front_and_sum_behind(norm: str, frozen: str, order: str, either: str) -> None:
-    branches = []
-    for mixer in subjects.patm(8, (5, 12), "fc", True).pair():
-        in_front = randomised(nn.BatchNorm2d(8) if norm == "batch" else nn.GroupNorm(1, 8)).double()
-        branches.append(Branch(mixer, in_front, torch.tensor([0.0, 1.25, 1.25]).double().reshape(3, 1, 1, 1)))
-        in_front.train(frozen not in ("norm", "all"))
-        mixer.train(frozen not in ("phases", "all"))
-    assert_same_step(*branches, subjects.laid_out(1 + normal(3, 8, 5, 12), order))
-
-
 # --- Which kernels run -----------------------------------------------------------------------------------
 
 
@@ -158,10 +132,10 @@ def test_runs_whole_up_to_a_width() -> None:
     x, wide = torch.randn(2, 8, 5, 4), choose.WHOLE + 2
     for module in (PATM(8), PATM(8).eval().fuse_for_inference()):
         assert "patm_whole" in operators(module, x)
-    for module, image in (
+    for module, other in (
         (PATM(8, mode="depthwise"), x), (PATM(5), torch.randn(2, 5, 5, 4)), (PATM(wide), torch.randn(2, wide, 2, 2)),
     ):  # fmt: skip
-        assert "patm_whole" not in operators(module, image)
+        assert "patm_whole" not in operators(module, other)
     with backends.backend("cpu"):
         assert "patm_whole" in operators(PATM(8), x)
     assert operators(PATM(5), torch.randn(2, 5, 5, 4)).count("phase_aggregate") == 1
@@ -215,16 +189,8 @@ def test_autocast(mode: str, dtype: torch.dtype, either: str) -> None:
         module.eval()
     x = normal(2, 8, 6, 7, dtype=torch.float32)
 
-    def run(module: nn.Module, x: Tensor, enabled: bool) -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype, enabled=enabled):
-            out = module(leaf)
-        out.float().square().sum().backward()
-        return [out, leaf.grad, *(p.grad for p in module.parameters())]
-
-    got, want = run(fused, x, True), run(exact, x.double(), False)
+    got, want = autocast_step(fused, x, dtype), autocast_step(exact, x.double(), None)
     assert got[0].dtype == dtype
-    assert all(g.dtype == torch.float32 for g in got[1:])
     # These are rounded one after the other: x and weights, theta (which turns waves by phase times that), z, h, the
     # weighted sum, the output. The backward pass doubles the chain, and squares double the error of the output's
     # gradient.
@@ -235,15 +201,13 @@ def test_autocast(mode: str, dtype: torch.dtype, either: str) -> None:
 
 
 def saved(module: nn.Module, order: str) -> int:
-    """Bytes of distinct storages that a step keeps, parameters and buffers excluded."""
-    x = subjects.laid_out(torch.randn(2, 32, 28, 28), order).requires_grad_()
-    return memory.saved_bytes(lambda: module(x), [*module.parameters(), *module.buffers()])
+    return saved_bytes(module, image(randn(2, 32, 28, 28), torch.float32, layout=order))
 
 
 @pytest.mark.usefixtures("parts")
 @modes
 @pytest.mark.parametrize("recompute, allowed", [("amplitudes", 0.20), ("all", 0.06)])
-@pytest.mark.parametrize("order", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("order", ["nchw", "channels_last"])
 def test_memory_saved_for_backward(mode: str, recompute: str, allowed: float, order: str) -> None:
     """Against upstream's order of operations."""
     upstream = saved(wavemlp_reference.PATM(32, mode=mode), order)
@@ -268,49 +232,3 @@ def test_dropout() -> None:
     mlp(normal(1, 4, 3, 3, dtype=torch.float32))
     assert dropped == [6, 5]  # the hidden activations and the output
     assert mlp.drop.p == 0.3
-
-
-# --- Errors ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        *(((dim,), f"dim={dim}: expected at least 4") for dim in (1, 2, 3)),
-        ((8, False, None, 0.0, 0.0, "conv"), "mode='conv': expected one of 'fc', 'depthwise'"),
-    ],
-)
-def test_rejects_arguments(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PATM(*arguments)
-
-
-def test_rejects_a_choice_of_what_is_made_again() -> None:
-    for kind, choice in ((PATM, "some"), (wavemlp.WaveBlock, "none")):
-        with pytest.raises(ValueError, match=f"recompute='{choice}': expected one of 'amplitudes', 'all'"):
-            kind(8, recompute=choice)
-
-
-@pytest.mark.parametrize(
-    "x, error, message",
-    [
-        (torch.zeros(1, 4, 5, 5), ValueError, r"x: expected 8 channels \(dim\), got shape \(1, 4, 5, 5\)"),
-        (torch.zeros(1, 8, 5, 5, dtype=torch.int64), TypeError, "x: expected float64, float32, float16 or bfloat16"),
-        (torch.zeros(1, 8, 1, 1), ValueError, "expected more than one value per channel in training"),
-        (
-            torch.zeros(2, 8, 1, 1).double(), TypeError,
-            r"x: expected the dtype of the weights, torch\.float32, got torch\.float64",
-        ),
-    ],
-    ids=["channels", "integers", "one value", "dtype"],
-)  # fmt: skip
-def test_rejects_inputs(x: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        PATM(8)(x)
-
-
-@pytest.mark.parametrize("argument", [{"qk_scale": 0.5}, {"attn_drop": 0.1}], ids=str)
-def test_arguments_without_effect_warn(argument: dict[str, float]) -> None:
-    (name,) = argument
-    with pytest.warns(UserWarning, match=f"{name}=.* has no effect"):
-        PATM(8, **argument)
