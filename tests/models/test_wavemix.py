@@ -17,9 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness.rivals import UpstreamWaveblock, upstream_wavelets
-from tests.models.subjects import peak_bytes
+from tests.models.subjects import assert_same_step, peak_bytes
+from tests.ops.contract import image, randn
 from wavemix_kernels import pretrained, wavemix
-from wavemix_kernels.reference import Waveblock
+from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
+from wavemix_kernels.reference import Expansion, Waveblock
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8}
@@ -99,6 +101,16 @@ def test_upsample_reaches_the_blocks(model: ModuleType) -> None:
     built = model.WaveMix(**SMALL, level=2, upsample="nearest", block=Waveblock)
     assert all(type(block) is Waveblock and block.upsample == "nearest" for block in built.layers)
     assert not any(isinstance(m, nn.ConvTranspose2d) for m in built.layers.modules())
+
+
+@pytest.mark.parametrize("model", [SemSegment.WaveMix, sisr.WaveMix])
+def test_models_take_the_head_of_their_blocks(model: type[nn.Module]) -> None:
+    """A reference model has the standard one. Results come in the images' memory format."""
+    fused, reference = (model(depth=1, ff_channel=8, final_dim=64, **more) for more in ({}, {"block": Waveblock}))
+    assert (type(fused.expand), type(reference.expand)) == (FusedExpansion, Expansion)
+    for layout in ("nchw", "channels_last"):
+        x = image(randn(2, 3, 64, 64), torch.float32, layout=layout)
+        assert fused.eval()(x).stride() == reference.eval()(x).stride()
 
 
 # --- Sizes of images -------------------------------------------------------------------------------------
@@ -198,18 +210,17 @@ def test_a_wide_stem_forgets_its_first_activations(stem: str) -> None:
     reference = classification.WaveMix(**arguments, initial_conv=stem, block=Waveblock).double()
     reference.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    kept: dict[bool, list[torch.Size]] = {}
-    results = {}
-    for model, fused in ((ours, True), (reference, False)):
-        shapes = kept.setdefault(fused, [])
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: (s.append(t.shape), t)[1], lambda t: t):
-            out = model(x)
-        results[fused] = [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
-    for got, want in zip(results[True], results[False], strict=True):
-        assert (got - want).norm() <= 1e-10 * max(float(want.norm()), float(out.norm()))
-    first = model.conv[0](x).shape
-    assert first in kept[False]
-    assert first not in kept[True]
+    assert_same_step(ours, reference, x)
+
+    def kept(model: nn.Module) -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t):
+            model(x)
+        return shapes
+
+    first = ours.conv[0](x).shape
+    assert first in kept(reference)
+    assert first not in kept(ours)
     called: list[int] = []
     ours.conv[0].register_forward_hook(lambda *_: called.append(1))
     ours(x).sum().backward()
