@@ -16,23 +16,7 @@ from torch import Tensor, nn
 import wavemix_kernels as wk
 from tests import golden_models
 from tests.models import subjects
-from tests.models.subjects import (
-    HEADS,
-    LAYOUTS,
-    MLPS,
-    MODELS,
-    PATM,
-    SUBJECTS,
-    WAVE_BLOCKS,
-    WAVEBLOCKS,
-    Subject,
-    assert_accelerates,
-    assert_close,
-    assert_same_step,
-    normal,
-    operators,
-    training_step,
-)
+from tests.models.subjects import HEADS, LAYOUTS, MLPS, MODELS, PATM, SUBJECTS, WAVE_BLOCKS, WAVEBLOCKS, Subject
 from wavemix_kernels import wavemix, wavemlp
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.reference import Waveblock
@@ -136,10 +120,10 @@ def test_fused_is_the_reference(subject: Subject, training: bool, order: str) ->
     """Output, every gradient and running statistic; the memory format is the input's."""
     fused, exact = (module.train(training) for module in subject.pair())
     x = subject.x(order)
-    assert_same_step(fused, exact, x, subject.rtol)
+    subjects.assert_same_step(fused, exact, x, subject.rtol)
     if not training:
-        plain, last = (training_step(exact, subject.x(order)) for order in LAYOUTS[:2])
-        assert_close(last, plain, subject.rtol)
+        plain, last = (subjects.training_step(exact, subject.x(order)) for order in LAYOUTS[:2])
+        subjects.assert_close(last, plain, subject.rtol)
     if subject.keeps_format and order != "sliced" and min(subject.shape[2:]) > 1:
         leaf = x.clone().requires_grad_()
         out = fused(leaf)
@@ -154,7 +138,7 @@ def test_fused_is_the_reference(subject: Subject, training: bool, order: str) ->
 @pytest.mark.parametrize("training, order", [(True, "channels_last"), (False, "sliced")], ids=["train", "eval"])
 def test_fused_is_the_reference_in_kernels_of_parts(subject: Subject, training: bool, order: str) -> None:
     fused, exact = (module.train(training) for module in subject.pair())
-    assert_same_step(fused, exact, subject.x(order))
+    subjects.assert_same_step(fused, exact, subject.x(order))
 
 
 SMALL_PATM = {
@@ -177,14 +161,14 @@ def test_patm_on_a_gpus_kernels(
         pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
     fused, exact = (module.train(training) for module in subject.pair())
     x = subject.x("channels_last")
-    got = training_step(fused.to(device), x.to(device), name)
-    assert_close(got, training_step(exact, x.contiguous(), "reference"))
+    got = subjects.training_step(fused.to(device), x.to(device), name)
+    subjects.assert_close(got, subjects.training_step(exact, x.contiguous(), "reference"))
 
 
 @each(SUBJECTS)
 def test_fused_runs_its_operators(subject: Subject) -> None:
     fused, exact = (module.eval() for module in subject.pair())
-    ours = set(operators(fused, subject.x())) - {"haar_pyramid", "haar_analysis"}
+    ours = set(subjects.operators(fused, subject.x())) - {"haar_pyramid", "haar_analysis"}
     assert ours or subject.shape[1] % 2, "no operator ran"
     with wk.backend("reference"):
         torch.testing.assert_close(fused(subject.x()), exact(subject.x()), rtol=1e-10, atol=1e-10)
@@ -200,7 +184,7 @@ def test_parts_with_hooks_run_themselves(subject: Subject) -> None:
             seen: list[int] = []
             module.get_submodule(name).register_forward_hook(lambda *_, to=seen: to.append(1))
             calls.append(seen)
-        assert_same_step(*modules, subject.x(), subject.rtol)
+        subjects.assert_same_step(*modules, subject.x(), subject.rtol)
         assert calls[0] == calls[1] != [], name
 
 
@@ -251,14 +235,14 @@ def test_compiles_whole(subject: Subject, dynamic: bool) -> None:
     fused, _ = subject.pair()
     compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     state = {name: value.clone() for name, value in fused.state_dict().items()}
-    other = normal(3, subject.shape[1], 8, 4)  # another batch, height and width
+    other = subjects.normal(3, subject.shape[1], 8, 4)  # another batch, height and width
     for x in (subject.x(), other) if dynamic else (subject.x(),):
         results = []
         for run in (fused, compiled):
             fused.load_state_dict(state)
-            step = training_step(run, x)
+            step = subjects.training_step(run, x)
             results.append({name.removeprefix("_orig_mod."): value for name, value in step.items()})
-        assert_close(results[1], results[0], 1e-9)
+        subjects.assert_close(results[1], results[0], 1e-9)
 
 
 # --- Inference and acceleration --------------------------------------------------------------------------
@@ -290,7 +274,7 @@ def test_accelerated_reference_is_the_reference(subject: Subject) -> None:
     """Upstream's modules, or ours of upstream's structure: the same tensors in the fused modules."""
     fused, exact = subject.pair()
     model = copy.deepcopy(exact)
-    assert assert_accelerates(model).replaced
+    assert subjects.assert_accelerates(model).replaced
     wanted = {name: type(part) for name, part in fused.named_modules() if "Fused" in type(part).__name__}
     assert {name: type(part) for name, part in model.named_modules()}.items() >= wanted.items()
-    assert_same_step(model, exact, subject.x(), subject.rtol)
+    subjects.assert_same_step(model, exact, subject.x(), subject.rtol)

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.harness.rivals import UpstreamPATM
 from tests.models import subjects
 from tests.models.subjects import PATM as PATMS
-from tests.models.subjects import Subject, assert_same_step, autocast_step, normal, operators, randomised, saved_bytes
+from tests.models.subjects import Subject, assert_same_step, normal, operators, randomised
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import backends
@@ -141,7 +141,7 @@ def test_autocast(mode: str, dtype: torch.dtype, either: str) -> None:
         module.eval()
     x = normal(2, 8, 6, 7, dtype=torch.float32)
 
-    got, want = autocast_step(fused, x, dtype), autocast_step(exact, x.double(), None)
+    got, want = subjects.autocast_step(fused, x, dtype), subjects.autocast_step(exact, x.double(), None)
     assert got[0].dtype == dtype
     # These are rounded one after the other: x and weights, theta (which turns waves by phase times that), z, h, the
     # weighted sum, the output. The backward pass doubles the chain, and squares double the error of the output's
@@ -153,7 +153,7 @@ def test_autocast(mode: str, dtype: torch.dtype, either: str) -> None:
 
 
 def saved(module: nn.Module, order: str) -> int:
-    return saved_bytes(module, image(randn(2, 32, 28, 28), torch.float32, layout=order))
+    return subjects.saved_bytes(module, image(randn(2, 32, 28, 28), torch.float32, layout=order))
 
 
 @pytest.mark.usefixtures("parts")

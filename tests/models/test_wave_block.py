@@ -9,19 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.subjects import (
-    BATCH,
-    GROUP,
-    PLAIN,
-    TINY,
-    assert_same_step,
-    autocast_step,
-    normal,
-    operators,
-    peak_bytes,
-    saved_bytes,
-    wave_block,
-)  # fmt: skip
+from tests.models import subjects
+from tests.models.subjects import BATCH, GROUP, PLAIN, TINY, assert_same_step, normal, operators, wave_block
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemlp import reference as patm
@@ -73,7 +62,7 @@ def test_untracked_norms() -> None:
 def test_autocast_keeps_the_sum_in_the_inputs_dtype(dtype: torch.dtype) -> None:
     fused, _ = blocks(norm_layer=GROUP)
     fused.float()
-    assert autocast_step(fused, normal(2, 8, 6, 5, dtype=dtype), torch.bfloat16)[0].dtype == dtype
+    assert subjects.autocast_step(fused, normal(2, 8, 6, 5, dtype=dtype), torch.bfloat16)[0].dtype == dtype
 
 
 @pytest.mark.usefixtures("parts")
@@ -123,17 +112,16 @@ def test_images_kept_for_backward(
 ) -> None:
     x = image(randn(2, 32, 28, 28), torch.float32, layout="channels_last")
     fused = WaveBlock(32, mode=mode, norm_layer=norm_layer, recompute=recompute)
-    assert saved_bytes(fused, x) <= images * x.nbytes
-    assert saved_bytes(ReferenceBlock(32, mode=mode, norm_layer=norm_layer), x) > 30 * x.nbytes
+    assert subjects.saved_bytes(fused, x) <= images * x.nbytes
+    assert subjects.saved_bytes(ReferenceBlock(32, mode=mode, norm_layer=norm_layer), x) > 30 * x.nbytes
 
 
 def test_peak_of_a_training_step() -> None:
     """Live bytes above parameters and gradients, against upstream's order of operations."""
     x = torch.randn(2, 3, 128, 128)
     sizes = {"layers": [2, 2, 3, 2], "embed_dims": [32, 48, 64, 64], "mlp_ratios": [4, 4, 4, 4], "num_classes": 10}
-
-    upstream = peak_bytes(WaveNet(**sizes, norm_layer=GROUP, **PLAIN), x)
-    assert peak_bytes(WaveNet(**sizes, norm_layer=GROUP), x) <= 0.45 * upstream
+    upstream = subjects.peak_bytes(WaveNet(**sizes, norm_layer=GROUP, **PLAIN), x)
+    assert subjects.peak_bytes(WaveNet(**sizes, norm_layer=GROUP), x) <= 0.45 * upstream
 
 
 def test_models_choose_their_block() -> None:
