@@ -200,6 +200,13 @@ def operators(module: nn.Module, x: Tensor) -> list[str]:
     return [name for name, _ in calls(module, x)]
 
 
+def changed(module: nn.Module, path: str = "", /, **attributes: Any) -> nn.Module:
+    """``module``, of whose part at ``path`` some attributes are others."""
+    for name, value in attributes.items():
+        setattr(module.get_submodule(path), name, value)
+    return module
+
+
 def assert_accelerates(model: nn.Module) -> Report:
     """accelerate() leaves no candidate, keeps every tensor and draws no number; a second time it changes nothing."""
     before = [*model.parameters(), *model.buffers()]

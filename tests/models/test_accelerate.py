@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import wavemix_kernels as wk
 from tests import vendored_wavemlp as vendored
-from tests.models.subjects import assert_accelerates, training_step
+from tests.models.subjects import assert_accelerates, changed, training_step
 from wavemix_kernels import pytorch_wavelets as our_wavelets
 from wavemix_kernels.accelerate import Report, accelerate
 
@@ -175,13 +175,6 @@ def test_wavemixs_own_dwt(original: ModuleType) -> None:
 
 
 # --- What it leaves --------------------------------------------------------------------------------------
-
-
-def changed(module: nn.Module, path: str = "", /, **attributes: Any) -> nn.Module:
-    """``module``, of whose part at ``path`` some attributes are others."""
-    for name, value in attributes.items():
-        setattr(module.get_submodule(path), name, value)
-    return module
 
 
 def own(kind: type[nn.Module], **methods: Any) -> type[nn.Module]:
