@@ -164,6 +164,8 @@ def training_step(module: nn.Module, x: Tensor, backend: str = "auto") -> dict[s
         out = module(leaf)
     out.backward(normal(*out.shape, seed=3).to(out))
     assert leaf.grad is not None
+    # DistributedDataParallel compares these strides with its buckets'.
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in module.parameters())
     values = {"out": out.detach(), "x": leaf.grad, "drawn": torch.rand(1)} | {
         name: p.grad for name, p in module.named_parameters()
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wavemix_kernels as wk
 from tests import golden_models
@@ -197,22 +197,6 @@ def test_empty_batch(subject: Subject) -> None:
     out.sum().backward()
     assert x.grad.shape == x.shape
     assert all(p.grad is not None and (p.grad == 0).all() for p in fused.parameters())
-
-
-@each(
-    {"patm": subjects.patm(4, (2, 3)), "wave block": subjects.wave_block((2, 3), subjects.GROUP, dim=4)},
-    depthwise=subjects.patm(4, (2, 3), "depthwise"),
-    odd=subjects.patm(5, (3, 4)),
-)
-def test_gradcheck(subject: Subject, either: str) -> None:
-    fused, _ = subject.pair()
-    names = [name for name, _ in fused.named_parameters()]
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(fused, dict(zip(names, parameters, strict=True)), x)
-
-    inputs = (subject.x()[:2].requires_grad_(), *(p.detach().requires_grad_() for p in fused.parameters()))
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 SHALLOW = {"layers": [1, 1], "embed_dims": [4, 6], "mlp_ratios": [2, 2], "drop_path_rate": 0.5}

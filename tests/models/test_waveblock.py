@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wavemix_kernels as wk
 from benchmarks.harness.rivals import UpstreamWaveblock
+from tests.models import subjects
 from tests.models.subjects import autocast_step, calls, saved_bytes
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemix.reference import UPSAMPLES
@@ -61,27 +63,17 @@ def test_autocast_bfloat16(block: type[nn.Module], level: int) -> None:
 
 
 def test_upsamplings_compute_what_they_say() -> None:
-    torch.manual_seed(0)
-    z = torch.randn(1, 8, 5, 6)
-
-    def upsampling(upsample: str) -> nn.Module:
-        return small(Waveblock, level=1, upsample=upsample).get_submodule("feedforward.4")
-
-    nearest = upsampling("nearest")(z)
-    torch.testing.assert_close(nearest, z.repeat_interleave(2, 2).repeat_interleave(2, 3), rtol=0, atol=0)
-    # Bilinear by two, centres aligned: 3/4 and 1/4 of the neighbours, replicated at the border.
-    padded = nn.functional.pad(z, (1, 1, 1, 1), mode="replicate")
-    even = 0.75 * z + 0.25 * padded[:, :, :-2, 1:-1]
-    even_padded = 0.75 * padded[:, :, 1:-1] + 0.25 * padded[:, :, :-2]
-    even_even = 0.75 * even + 0.25 * even_padded[..., :-2]
-    torch.testing.assert_close(upsampling("bilinear")(z)[:, :, ::2, ::2], even_even, rtol=1e-5, atol=1e-6)
-    shuffle = upsampling("pixelshuffle")
-    n, c, h, w = z.shape
-    interleaved = z.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
-    convolution = shuffle[1]
-    expected = nn.functional.conv2d(interleaved, convolution.weight, convolution.bias, padding=1)
-    torch.testing.assert_close(shuffle(z), expected, rtol=0, atol=0)
-    assert not list(upsampling("nearest").parameters()) + list(upsampling("bilinear").parameters())
+    """Bilinear by two with the pixels' centres aligned, not their corners."""
+    z, made = torch.randn(1, 8, 5, 6), {}
+    for upsample in ("nearest", "bilinear", "pixelshuffle"):
+        made[upsample] = small(Waveblock, level=1, upsample=upsample).get_submodule("feedforward.4")
+    convolution = made["pixelshuffle"][1]
+    shuffled = F.conv2d(F.pixel_shuffle(z, 2), convolution.weight, convolution.bias, padding=1)
+    assert torch.equal(made["pixelshuffle"](z), shuffled)
+    assert torch.equal(made["nearest"](z), z.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    bilinear = F.interpolate(z, scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.equal(made["bilinear"](z), bilinear)
+    assert not [*made["nearest"].parameters(), *made["bilinear"].parameters()]
 
 
 @pytest.mark.parametrize("recompute, share", [("mlp", 0.52), ("all", 0.27)])
@@ -126,16 +118,13 @@ def test_dropout_is_reproducible_and_its_mask_the_same_in_backward(block: type[n
     assert torch.equal(module(x), module(x))
 
 
-def test_residual_frozen_statistics_and_synchronised_ones() -> None:
-    block, twin = small(wk.FusedWaveblock, level=2).double(), small(Waveblock, level=2).double()
-    twin.load_state_dict(block.state_dict())
-    x = torch.randn(2, 8, 8, 12, dtype=torch.float64)
-    torch.testing.assert_close(block(x, residual=True), x + twin(x), rtol=1e-10, atol=1e-10)
-    for module in (block, twin):
+def test_frozen_cumulative_and_synchronised_statistics() -> None:
+    pair, x = subjects.waveblock(2).pair(), subjects.waveblock(2).x()
+    for module in pair:
         module.feedforward1[5].eval()  # frozen while the rest trains
         module.feedforward2[5].momentum = None
-    torch.testing.assert_close(block(x), twin(x), rtol=1e-10, atol=1e-10)
-    for (name, got), want in zip(block.named_buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(small(wk.FusedWaveblock)).double()
-    torch.testing.assert_close(synchronised.eval()(x), small(Waveblock).double().eval()(x), rtol=1e-10, atol=1e-10)
+    subjects.assert_same_step(*pair, x)
+    fused, exact = (module.eval() for module in pair)
+    torch.testing.assert_close(fused(x, residual=True), x + exact(x), rtol=1e-10, atol=1e-10)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    torch.testing.assert_close(synchronised(x), exact(x), rtol=1e-10, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -154,8 +155,7 @@ class TestCheckpoints:
         content = state if wrapped == "plain" else {wrapped: state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
         torch.save(content, tmp_path / "checkpoint.pth.tar")
         target.init_weights(tmp_path / "checkpoint.pth.tar")
-        for name, value in target.state_dict().items():
-            assert torch.equal(value, source.state_dict()[name]), name
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
     def test_backbone_from_a_classifiers_file(self, tmp_path: Path) -> None:
         source, target = randomised(WaveNet(**TINY)), WaveNet(**TINY, fork_feat=True)
@@ -176,9 +176,9 @@ class TestCheckpoints:
 
     def test_nothing_to_load(self) -> None:
         model = WaveNet(**TINY)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = copy.deepcopy(model.state_dict())
         model.init_weights()
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
     def test_pretrained_argument(self, tmp_path: Path) -> None:
         torch.save({"epoch": 3}, tmp_path / "empty.pth")

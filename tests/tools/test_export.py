@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import wavemix_kernels as wk
 from benchmarks.harness import photographs
 from examples import export as program
+from tests.models.test_accelerate import RoundTrip
 from tests.tools.helpers import needs
 from wavemix_kernels import wavemlp
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
@@ -23,18 +24,6 @@ TOLERANCE = 1e-4
 
 needs_onnx = needs("export", program.EXTRAS)
 prove = pytest.mark.prove
-
-
-class RoundTrip(nn.Module):
-    """A stranger's model with wavelets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forth, self.back = DWTForward(J=2, wave="haar", mode="symmetric"), DWTInverse(wave="haar")
-
-    def forward(self, x: Tensor) -> Tensor:
-        ll, highs = self.forth(x)
-        return self.back((ll, [2 * high for high in highs]))
 
 
 def wave_net(**arguments: Any) -> wavemlp.WaveNet:
@@ -52,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "wavemlp-dw": (lambda: wave_net(mode="depthwise"), 64, 1),
     "wavemlp-groupnorm": (lambda: wave_net(norm_layer=wavemlp.MyNorm), 64, 1),
     "wavemlp-features": (lambda: wave_net(fork_feat=True), 64, 1),
-    "wavelets": (RoundTrip, 16, 4),
+    "wavelets": (lambda: RoundTrip(DWTForward(J=2, wave="haar", mode="symmetric"), DWTInverse(wave="haar")), 16, 4),
 }
 
 
