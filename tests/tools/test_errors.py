@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import wavemix_kernels as wk
-from tests.models.subjects import TINY
+from tests.models.subjects import TINY, changed
 from tests.tools.helpers import python
 from wavemix_kernels import backends, reference
 from wavemix_kernels.ops import choose
@@ -40,13 +40,7 @@ def hooked(module: Any, part: str) -> Any:
 
 
 def untracked(module: Any, norm: str) -> Any:
-    module.set_submodule(norm, nn.BatchNorm2d(module.get_submodule(norm).num_features, track_running_stats=False))
-    return module
-
-
-def patched(module: nn.Module) -> nn.Module:
-    module.forward = lambda x: x  # type: ignore[method-assign] - what it is to be refused for
-    return module
+    return changed(module, norm, running_mean=None, running_var=None, track_running_stats=False)
 
 
 # (what is called, the exception, what the message must say)
@@ -169,7 +163,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: given(Level1Waveblock(final_dim=8).fuse_for_inference(), 1, 4, 8, 8), ValueError, r"final_dim"),
     (lambda: wk.export_form(3), TypeError, r"model: expected a torch.nn.Module, got int"),
     (lambda: wk.export_form(hooked(sisr.WaveMix(**SMALL), "layers.1.reduction")), ValueError, r"layers\.1: fuse_for_inference: reduction has hooks"),
-    (lambda: wk.export_form(patched(nn.Linear(2, 2))), ValueError, r"the forward of this Linear is overridden on the instance"),
+    (lambda: wk.export_form(changed(nn.Linear(2, 2), forward=lambda x: x)), ValueError, r"the forward of this Linear is overridden on the instance"),
 ]  # fmt: skip
 
 
