@@ -1,4 +1,4 @@
-"""Inference forms: what they fold, what they leave, and what has none (values: tests/models/test_every_model.py)."""
+"""Inference forms: what they fold and what they leave (values: tests/models/test_every_model.py)."""
 
 from __future__ import annotations
 
