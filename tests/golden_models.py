@@ -39,6 +39,7 @@ def assert_reproduces(
         arrays = {key: torch.from_numpy(recorded[key]) for key in recorded.files if key != "config"}
     model = build(**arguments, dropout=0.0).to(dtype)
     state = {key.removeprefix("state/"): value for key, value in arrays.items() if key.startswith("state/")}
+    assert list(model.state_dict()) == list(state)  # an optimizer's state refers to parameters by their position
     model.load_state_dict(state, strict=True)
     compared = {"state/" + key for key in state} | {"x", "g"}
     largest = max(value.abs().max().item() for key, value in arrays.items() if key.startswith("train/grad"))

@@ -1,11 +1,12 @@
 """Wave-MLP's modules as a user's repository holds them: upstream's class, argument and layer names, written from the
-published structure around this file's own stochastic depth."""
+published structure around this file's own stochastic depth. PATM's order of operations is the benchmarks'."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.harness.rivals import UpstreamPATM
 
 
 class DropPath(nn.Module):
@@ -32,35 +33,14 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-class PATM(nn.Module):
+class PATM(UpstreamPATM):
     def __init__(self, dim, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0, mode="fc"):
-        super().__init__()
-        self.fc_h, self.fc_w, self.fc_c = (nn.Conv2d(dim, dim, 1, bias=qkv_bias) for _ in range(3))
-        self.tfc_h = nn.Conv2d(2 * dim, dim, (1, 7), padding=(0, 3), groups=dim, bias=False)
-        self.tfc_w = nn.Conv2d(2 * dim, dim, (7, 1), padding=(3, 0), groups=dim, bias=False)
+        super().__init__(dim, qkv_bias, mode=mode)
         self.reweight = Mlp(dim, dim // 4, dim * 3)
-        self.proj = nn.Conv2d(dim, dim, 1)
         self.proj_drop = nn.Dropout(proj_drop)
-        fc = mode == "fc"
-        self.theta_h_conv, self.theta_w_conv = (
-            nn.Sequential(
-                nn.Conv2d(dim, dim, 1) if fc else nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
-                nn.BatchNorm2d(dim),
-                nn.ReLU(),
-            )
-            for _ in range(2)
-        )
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, _, _ = x.shape
-        theta_h, theta_w = self.theta_h_conv(x), self.theta_w_conv(x)
-        z_h, z_w = self.fc_h(x), self.fc_w(x)
-        h = self.tfc_h(torch.cat([z_h * torch.cos(theta_h), z_h * torch.sin(theta_h)], dim=1))
-        w = self.tfc_w(torch.cat([z_w * torch.cos(theta_w), z_w * torch.sin(theta_w)], dim=1))
-        c_branch = self.fc_c(x)
-        a = self.reweight(F.adaptive_avg_pool2d(h + w + c_branch, 1))
-        a = a.reshape(n, c, 3).permute(2, 0, 1).softmax(dim=0)[..., None, None]
-        return self.proj_drop(self.proj(h * a[0] + w * a[1] + c_branch * a[2]))
+        return self.proj_drop(super().forward(x))
 
 
 class WaveBlock(nn.Module):

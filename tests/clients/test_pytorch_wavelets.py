@@ -26,11 +26,8 @@ ORIGINAL_MODES = ("zero", "symmetric", "reflect", "periodic", "periodization", "
 
 @pytest.fixture(scope="module")
 def original():
-    try:
-        import pytorch_wavelets
-    except ImportError as error:  # 1.3.0 imports pkg_resources, which setuptools >= 81 no longer has
-        pytest.skip(f"pytorch_wavelets does not import here: {error}")
-    return pytorch_wavelets
+    # 1.3.0 imports pkg_resources, which setuptools >= 81 no longer has.
+    return pytest.importorskip("pytorch_wavelets", exc_type=ImportError)
 
 
 @pytest.fixture
@@ -73,33 +70,14 @@ def banks():
 def test_equals_original(bank, mode, original, float64_buffers):
     wave = banks()[bank]
     # From 20 on no level is shorter than a filter, where the original errs (docs/wavelets.md).
-    for size in ((24, 32), (21, 20), (20, 27)):
-        x = randn(2, 3, *size)
-        theirs, mine = original.DWTForward(1, wave, mode)(x), DWTForward(1, wave, mode)(x)
-        assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
-        low, high = randn(2, 3, *size, seed=1), randn(2, 3, 3, *size, seed=2)
-        assert_same([DWTInverse(wave, mode)((low, [high]))], [original.DWTInverse(wave, mode)((low, [high])).numpy()])
-
-
-@pytest.mark.parametrize("mode", ORIGINAL_MODES)
-def test_levels_and_crops_equal_original(mode, original, float64_buffers):
-    for wave in ("haar", "db2"):
-        x = randn(2, 2, 43, 38)
-        theirs, mine = original.DWTForward(3, wave, mode)(x), DWTForward(3, wave, mode)(x)
-        assert_same([mine[0], *mine[1]], [theirs[0].numpy(), *(h.numpy() for h in theirs[1])])
-        assert_same([DWTInverse(wave, mode)(mine)], [original.DWTInverse(wave, mode)(theirs).numpy()])
-
-
-@pytest.mark.parametrize("mode", ORIGINAL_MODES)
-def test_haar_gradient_on_even_sizes_equals_original(mode, original, float64_buffers):
-    gradients = []
-    for package in (original, ours):
-        x = randn(2, 3, 16, 24).requires_grad_()
-        low, highs = package.DWTForward(2, "haar", mode)(x)
-        y = package.DWTInverse("haar", mode)((low, highs))
-        loss = (low**2).sum() + sum((h**3).sum() for h in highs) + (y * randn(2, 3, 16, 24, seed=1)).sum()
-        gradients.append(torch.autograd.grad(loss, x)[0])
-    assert_same(gradients[1:], [gradients[0].numpy()])
+    for levels, size in ((1, (24, 32)), (1, (21, 20)), (1, (20, 27)), (3, (87, 78))):
+        x, low, high = randn(2, 3, *size), randn(2, 3, *size, seed=1), randn(2, 3, 3, *size, seed=2)
+        results = []
+        for package in (original, ours):
+            made = package.DWTForward(levels, wave, mode)(x)
+            idwt = package.DWTInverse(wave, mode)
+            results.append([made[0], *made[1], idwt((low, [high])), idwt(made)])
+        assert_same(results[1], [t.numpy() for t in results[0]])
 
 
 def test_signatures_equal_original(original):
@@ -194,7 +172,18 @@ def test_synthesis_filters_of_haar(path):
     assert path == ["haar", "haar", "separable"]
 
 
-@pytest.mark.parametrize("change", ["load", "in place", "assigned", "assigning load"])
+CHANGES = {
+    "load": lambda dwt, state: dwt.load_state_dict(state),
+    "assigning load": lambda dwt, state: dwt.load_state_dict(state, assign=True),
+    "load of a parent": lambda dwt, state: torch.nn.ModuleDict({"a": dwt}).load_state_dict(
+        {f"a.{name}": value for name, value in state.items()}
+    ),
+    "in place": lambda dwt, state: [buffer.copy_(state[name]) for name, buffer in dwt.named_buffers()],
+    "assigned": lambda dwt, state: [setattr(dwt, name, value.clone()) for name, value in state.items()],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_path_follows_a_change_of_the_buffers(change, path, float64_buffers):
     x = randn(1, 1, 6, 7)
     other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
@@ -202,27 +191,10 @@ def test_path_follows_a_change_of_the_buffers(change, path, float64_buffers):
     haar = copy.deepcopy(dwt.state_dict())
     for state, expected in ((other.state_dict(), "separable"), (haar, "haar")):
         path.clear()
-        if change == "load":
-            dwt.load_state_dict(state)
-        elif change == "assigning load":
-            dwt.load_state_dict(state, assign=True)
-        elif change == "in place":
-            for name, buffer in dwt.named_buffers():
-                buffer.copy_(state[name])
-        else:
-            for name in list(dwt.state_dict()):
-                setattr(dwt, name, state[name].clone())
+        change(dwt, state)
         low, _ = dwt(x)
         assert path == [expected]
         assert_same([low], [ours.separable_dwt2d(x, dwt._filters())[0].numpy()])
-
-
-def test_loading_into_a_parent_is_noticed(path):
-    model = torch.nn.Sequential(DWTForward(1, "haar"))
-    state = {"0." + k: v for k, v in DWTForward(1, ([0.6, 0.8], [-0.8, 0.6])).state_dict().items()}
-    model.load_state_dict(state)
-    model(randn(1, 1, 4, 4))
-    assert path == ["separable"]
 
 
 def test_haar_stays_haar_through_casts_and_copies(path):
@@ -379,10 +351,17 @@ X = torch.zeros(1, 2, 4, 4)
 HIGH = torch.zeros(1, 2, 3, 4, 4)
 
 
+def changed_mode(mode):
+    dwt = DWTForward()
+    dwt.mode = mode
+    return dwt
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
         (lambda: DWTForward(mode="mirror"), ValueError, "mode='mirror'.*'zero'.*'per'"),
+        (lambda: changed_mode("mirror")(X), ValueError, "mode='mirror'"),
         (lambda: DWTInverse(mode="replicate"), ValueError, "mode='replicate'"),
         (lambda: DWTForward(J=-1), ValueError, "J: .*-1"),
         (lambda: DWTForward(J=1.5), TypeError, "J: .*1.5"),
@@ -416,13 +395,6 @@ HIGH = torch.zeros(1, 2, 3, 4, 4)
 def test_errors_say_what_would_work(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-def test_changed_mode_is_checked_again():
-    dwt = DWTForward()
-    dwt.mode = "mirror"
-    with pytest.raises(ValueError, match="mode='mirror'"):
-        dwt(X)
 
 
 def test_without_pywavelets(monkeypatch, path):

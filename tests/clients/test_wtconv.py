@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import wavemix_kernels as wk
 from tests import tolerances
+from tests.models.subjects import assert_accelerates, changed
 from tests.ops.contract import Case, pairwise
 from wavemix_kernels import wtconv
 from wavemix_kernels.accelerate import accelerate
@@ -63,20 +64,10 @@ def test_modules_compute_the_same(case: Case) -> None:
     x = torch.randn(2, 6, *size).to(dtype).contiguous(memory_format=FORMATS[layout])
     exact = in_float64(theirs)
     ours = copy.deepcopy(theirs)
-    state = {name: value.clone() for name, value in ours.state_dict().items()}
-    tensors = {id(p) for p in ours.parameters()}
-
-    report = accelerate(nn.Sequential(ours))
-
-    was = "tests.vendored_wtconv.WTConv2d"
-    assert [(r.path, r.was, r.now) for r in report.replaced] == [("0", was, wtconv.NOW)]
-    assert report.left == ()
+    (replaced,) = assert_accelerates(nn.Sequential(ours)).replaced
+    assert (replaced.path, replaced.was, replaced.now) == ("0", "tests.vendored_wtconv.WTConv2d", wtconv.NOW)
     assert type(ours) is vendored.WTConv2d
-    assert {id(p) for p in ours.parameters()} == tensors
-    assert list(ours.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     assert_as_good(step(ours, x), step(theirs, x), step(exact, x.double()), dtype)
-    assert accelerate(ours).replaced == accelerate(ours).left == ()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -145,35 +136,42 @@ def test_autocast_compile_and_export() -> None:
     torch.testing.assert_close(program.module()(y), theirs(y).detach(), rtol=1e-5, atol=1e-5)
 
 
-def spoil(how: str) -> nn.Module:
-    module = vendored.WTConv2d(4, 4, 3, wt_type="db2" if how == "db2" else "db1")
-    if how == "trainable":
-        module.iwt_filter.requires_grad_()
-    elif how == "order":
-        module.wt_function = lambda x: vendored.wavelet_transform(x, module.wt_filter).flip(2)
-    elif how == "raises":
-        module.iwt_function = partial(vendored.inverse_wavelet_transform, filters=torch.zeros(3, 1, 2, 2))
-    elif how == "method":
-        kind = type("Other", (nn.Module,), {"wt_function": lambda self, x: x, "iwt_function": lambda self, x: x})
-        other = kind()
-        other.wt_filter, other.iwt_filter = module.wt_filter, module.iwt_filter
-        return other
-    elif how == "meta":
-        return module.to("meta")
+def conv(**arguments: str) -> nn.Module:
+    return vendored.WTConv2d(4, 4, 3, **arguments)
+
+
+def learning(module: nn.Module) -> nn.Module:
+    module.iwt_filter.requires_grad_()
     return module
 
 
+def with_methods() -> nn.Module:
+    module = type("Other", (vendored.WTConv2d,), {"wt_function": lambda self, x: x})(4, 4)
+    del module.wt_function  # the instance's
+    return module
+
+
+def flipped(x: Tensor) -> Tensor:
+    return vendored.wavelet_transform(x, conv().wt_filter).flip(2)
+
+
+NO_FILTERS = partial(vendored.inverse_wavelet_transform, filters=torch.zeros(3, 1, 2, 2))
+
+
 @pytest.mark.parametrize(
-    "how, named",
+    "build, named",
     [
-        ("db2", r"its wt_filter have shape \(16, 1, 4, 4\)"), ("trainable", "its iwt_filter are trainable"),
-        ("order", "compute something else"), ("raises", "could not be run beside ours"),
-        ("method", "its wt_function is a method"), ("meta", "its wt_filter are on the meta device"),
+        (lambda: conv(wt_type="db2"), r"its wt_filter have shape \(16, 1, 4, 4\)"),
+        (lambda: learning(conv()), "its iwt_filter are trainable"),
+        (lambda: changed(conv(), wt_function=flipped), "compute something else"),
+        (lambda: changed(conv(), iwt_function=NO_FILTERS), "could not be run beside ours"),
+        (lambda: with_methods(), "its wt_function is a method"),
+        (lambda: conv().to("meta"), "its wt_filter are on the meta device"),
     ],
-)  # fmt: skip
-def test_modules_it_leaves(how: str, named: str) -> None:
-    module = spoil(how)
-    functions: list[Callable[..., Tensor]] = [module.wt_function, module.iwt_function]
+)
+def test_modules_it_leaves(build: Callable[[], nn.Module], named: str) -> None:
+    module = build()
+    functions = [module.wt_function, module.iwt_function]
     report = accelerate(module)
     assert report.replaced == ()
     (left,) = report.left

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import wavemix_kernels as wk
+from benchmarks.harness import memory
+from tests.ops.contract import image
+from tests.ops.each import Calls
 from wavemix_kernels import reference, wavemlp
+from wavemix_kernels.accelerate import Report
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
-LAYOUTS = ("contiguous", "channels_last", "slices")
+LAYOUTS = ("nchw", "channels_last", "sliced")
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
 STRIDED = SMALL | {"initial_conv": "strided"}
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [4, 6, 8, 8], "mlp_ratios": [2, 2, 2, 2]}
@@ -42,16 +45,6 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout; "slices" are every other element of a larger tensor."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "slices":
-        n, c, h, w = x.shape
-        return x.new_full((n, 2 * c + 1, h + 1, 2 * w), float("nan"))[:, 1::2, 1:, ::2].copy_(x)
-    return x
-
-
 @dataclass(frozen=True)
 class Subject:
     """How a fused module and its reference are built, and a shape that they take."""
@@ -70,8 +63,8 @@ class Subject:
         exact.load_state_dict(fused.state_dict(), strict=True)
         return fused.to(dtype), exact
 
-    def x(self, layout: str = "contiguous", dtype: torch.dtype = torch.float64) -> Tensor:
-        return laid_out(normal(*self.shape, dtype=dtype), layout)
+    def x(self, layout: str = "nchw") -> Tensor:
+        return image(normal(*self.shape), layout=layout)
 
 
 def _of(fused: Callable[..., Any], exact: Callable[..., Any], shape: tuple[int, ...], **options: Any) -> Subject:
@@ -162,15 +155,20 @@ SUBJECTS = PATM | WAVE_BLOCKS | WAVEBLOCKS | HEADS | MLPS | MODELS
 
 
 def training_step(module: nn.Module, x: Tensor, backend: str = "auto") -> dict[str, Tensor]:
-    """Output, gradients and buffers of a seeded step. The choice of the forward pass holds in backward."""
+    """Output, gradients and buffers of a seeded step, and the number that would be drawn next. The choice of the
+    forward pass holds in backward."""
     torch.manual_seed(5)
     module.zero_grad()
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    leaf = x.detach().requires_grad_()
     with wk.backend(backend):
         out = module(leaf)
     out.backward(normal(*out.shape, seed=3).to(out))
     assert leaf.grad is not None
-    values = {"out": out.detach(), "x": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
+    # DistributedDataParallel compares these strides with its buckets'.
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in module.parameters())
+    values = {"out": out.detach(), "x": leaf.grad, "drawn": torch.rand(1)} | {
+        name: p.grad for name, p in module.named_parameters()
+    }
     return values | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
@@ -193,23 +191,66 @@ def assert_same_step(fused: nn.Module, exact: nn.Module, x: Tensor, rtol: float 
     assert_close(training_step(fused, x), training_step(exact, x.contiguous()), rtol)
 
 
-class Operators(TorchDispatchMode):
-    """Names of our operators as they run, each with the arguments of its call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "wavemix_kernels":
-            self.calls.append((func._schema.name.partition("::")[2], args))
-        return func(*args, **(kwargs or {}))
+def calls(module: nn.Module, x: Tensor) -> list[tuple[str, tuple[Any, ...]]]:
+    """Our operators as they run, by name, each with the arguments of its call."""
+    with Calls() as ran:
+        module(x)
+    return [(op._schema.name.partition("::")[2], args) for op, args in ran.made]
 
 
 def operators(module: nn.Module, x: Tensor) -> list[str]:
-    with Operators() as ran:
-        module(x)
-    return [name for name, _ in ran.calls]
+    return [name for name, _ in calls(module, x)]
+
+
+def changed(module: nn.Module, path: str = "", /, **attributes: Any) -> nn.Module:
+    """``module``, of whose part at ``path`` some attributes are others."""
+    for name, value in attributes.items():
+        setattr(module.get_submodule(path), name, value)
+    return module
+
+
+def assert_accelerates(model: nn.Module) -> Report:
+    """accelerate() leaves no candidate, keeps every tensor and draws no number; a second time it changes nothing."""
+    before = [*model.parameters(), *model.buffers()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    report = wk.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert report.model is model
+    assert report.left == ()
+    assert {id(t) for t in (*model.parameters(), *model.buffers())} == {id(t) for t in before}
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    again = wk.accelerate(model)
+    assert again.replaced == again.left == ()
+    return report
+
+
+def autocast_step(module: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+    """Output, and gradients of the sum of its squares by x and the parameters; in autocast, if there is a dtype."""
+    module.zero_grad()
+    leaf = x.detach().requires_grad_()
+    with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        out = module(leaf)
+    out.float().square().sum().backward()
+    grads = [leaf.grad, *(p.grad for p in module.parameters())]
+    assert all(g is not None and g.isfinite().all() and g.dtype == t.dtype
+               for g, t in zip(grads, (x, *module.parameters()), strict=True))  # fmt: skip
+    return [out.detach(), *grads]
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct storages that a step keeps for backward, parameters and buffers excluded."""
+    leaf = x.detach().requires_grad_()
+    return memory.saved_bytes(lambda: module(leaf), [*module.parameters(), *module.buffers()])
+
+
+def peak_bytes(model: nn.Module, x: Tensor) -> int:
+    """Most live bytes of a step of a classifier above x, parameters and gradients."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [x, *model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    return memory.tracked_peak_bytes(lambda: model(x).logsumexp(1).sum().backward(), known)
 
 
 @contextmanager

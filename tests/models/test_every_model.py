@@ -9,32 +9,15 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wavemix_kernels as wk
 from tests import golden_models
 from tests.models import subjects
-from tests.models.subjects import (
-    HEADS,
-    LAYOUTS,
-    MLPS,
-    MODELS,
-    PATM,
-    SUBJECTS,
-    WAVE_BLOCKS,
-    WAVEBLOCKS,
-    Subject,
-    assert_close,
-    assert_same_step,
-    normal,
-    operators,
-    training_step,
-)
+from tests.models.subjects import HEADS, LAYOUTS, MLPS, MODELS, PATM, SUBJECTS, WAVE_BLOCKS, WAVEBLOCKS, Subject
 from wavemix_kernels import wavemix, wavemlp
-from wavemix_kernels.nn.wavemlp.reference import MODES
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.reference import Waveblock
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
@@ -97,15 +80,6 @@ def test_wave_mlp_reproduces_upstream(name: str, kernels: str, request: pytest.F
         golden_models.assert_reproduces(name, partial(of_wavemlp, golden_models.config(name)["kind"]))
 
 
-@pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize("mode", MODES)
-def test_keeping_x_alone_reproduces_upstream(mode: str) -> None:
-    def build(*, dropout: float, **arguments: Any) -> nn.Module:
-        return wavemlp.PATM(**arguments, recompute="all")
-
-    golden_models.assert_reproduces(f"patm_{mode}", build)
-
-
 def recorded(kind: str) -> dict[str, dict[str, list[int]]]:
     return json.loads((golden_models.FOLDER / f"{kind}_state_dicts.json").read_text())
 
@@ -135,29 +109,22 @@ def test_state_dict_of_a_block_is_upstreams(level: int, model: str, width: int) 
     assert shapes(drop_in(level=level, ff_channel=width, final_dim=width)) == list(state.items())
 
 
-def test_state_dict_of_level_2_is_upstreams() -> None:
-    """No model of upstream's defaults to level 2: its recorded block has the names."""
-    with np.load(golden_models.FOLDER / "waveblock_level2.npz") as arrays:
-        state = [(k.removeprefix("state/"), list(arrays[k].shape)) for k in arrays.files if k.startswith("state/")]
-    assert shapes(drop_in(level=2, mult=3, ff_channel=8, final_dim=8)) == state
-
-
 # --- Fused is the reference ------------------------------------------------------------------------------
 
 
 @each(SUBJECTS)
 @pytest.mark.parametrize(
-    "training, order", [*((True, order) for order in LAYOUTS), (False, "contiguous")], ids=[*LAYOUTS, "evaluation"]
+    "training, order", [*((True, order) for order in LAYOUTS), (False, "nchw")], ids=[*LAYOUTS, "evaluation"]
 )
 def test_fused_is_the_reference(subject: Subject, training: bool, order: str) -> None:
     """Output, every gradient and running statistic; the memory format is the input's."""
     fused, exact = (module.train(training) for module in subject.pair())
     x = subject.x(order)
-    assert_same_step(fused, exact, x, subject.rtol)
+    subjects.assert_same_step(fused, exact, x, subject.rtol)
     if not training:
-        plain, last = (training_step(exact, subject.x(order)) for order in LAYOUTS[:2])
-        assert_close(last, plain, subject.rtol)
-    if subject.keeps_format and order != "slices" and min(subject.shape[2:]) > 1:
+        plain, last = (subjects.training_step(exact, subject.x(order)) for order in LAYOUTS[:2])
+        subjects.assert_close(last, plain, subject.rtol)
+    if subject.keeps_format and order != "sliced" and min(subject.shape[2:]) > 1:
         leaf = x.clone().requires_grad_()
         out = fused(leaf)
         out.sum().backward()
@@ -168,10 +135,10 @@ def test_fused_is_the_reference(subject: Subject, training: bool, order: str) ->
 
 @pytest.mark.usefixtures("parts")
 @each(PATM | WAVE_BLOCKS)
-@pytest.mark.parametrize("training, order", [(True, "channels_last"), (False, "slices")], ids=["train", "eval"])
+@pytest.mark.parametrize("training, order", [(True, "channels_last"), (False, "sliced")], ids=["train", "eval"])
 def test_fused_is_the_reference_in_kernels_of_parts(subject: Subject, training: bool, order: str) -> None:
     fused, exact = (module.train(training) for module in subject.pair())
-    assert_same_step(fused, exact, subject.x(order))
+    subjects.assert_same_step(fused, exact, subject.x(order))
 
 
 SMALL_PATM = {
@@ -194,14 +161,14 @@ def test_patm_on_a_gpus_kernels(
         pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
     fused, exact = (module.train(training) for module in subject.pair())
     x = subject.x("channels_last")
-    got = training_step(fused.to(device), x.to(device), name)
-    assert_close(got, training_step(exact, x.contiguous(), "reference"))
+    got = subjects.training_step(fused.to(device), x.to(device), name)
+    subjects.assert_close(got, subjects.training_step(exact, x.contiguous(), "reference"))
 
 
 @each(SUBJECTS)
 def test_fused_runs_its_operators(subject: Subject) -> None:
     fused, exact = (module.eval() for module in subject.pair())
-    ours = set(operators(fused, subject.x())) - {"haar_pyramid", "haar_analysis"}
+    ours = set(subjects.operators(fused, subject.x())) - {"haar_pyramid", "haar_analysis"}
     assert ours or subject.shape[1] % 2, "no operator ran"
     with wk.backend("reference"):
         torch.testing.assert_close(fused(subject.x()), exact(subject.x()), rtol=1e-10, atol=1e-10)
@@ -217,7 +184,7 @@ def test_parts_with_hooks_run_themselves(subject: Subject) -> None:
             seen: list[int] = []
             module.get_submodule(name).register_forward_hook(lambda *_, to=seen: to.append(1))
             calls.append(seen)
-        assert_same_step(*modules, subject.x(), subject.rtol)
+        subjects.assert_same_step(*modules, subject.x(), subject.rtol)
         assert calls[0] == calls[1] != [], name
 
 
@@ -230,22 +197,6 @@ def test_empty_batch(subject: Subject) -> None:
     out.sum().backward()
     assert x.grad.shape == x.shape
     assert all(p.grad is not None and (p.grad == 0).all() for p in fused.parameters())
-
-
-@each(
-    {"patm": subjects.patm(4, (2, 3)), "wave block": subjects.wave_block((2, 3), subjects.GROUP, dim=4)},
-    depthwise=subjects.patm(4, (2, 3), "depthwise"),
-    odd=subjects.patm(5, (3, 4)),
-)
-def test_gradcheck(subject: Subject, either: str) -> None:
-    fused, _ = subject.pair()
-    names = [name for name, _ in fused.named_parameters()]
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(fused, dict(zip(names, parameters, strict=True)), x)
-
-    inputs = (subject.x()[:2].requires_grad_(), *(p.detach().requires_grad_() for p in fused.parameters()))
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 SHALLOW = {"layers": [1, 1], "embed_dims": [4, 6], "mlp_ratios": [2, 2], "drop_path_rate": 0.5}
@@ -268,14 +219,14 @@ def test_compiles_whole(subject: Subject, dynamic: bool) -> None:
     fused, _ = subject.pair()
     compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     state = {name: value.clone() for name, value in fused.state_dict().items()}
-    other = normal(3, subject.shape[1], 8, 4)  # another batch, height and width
+    other = subjects.normal(3, subject.shape[1], 8, 4)  # another batch, height and width
     for x in (subject.x(), other) if dynamic else (subject.x(),):
         results = []
         for run in (fused, compiled):
             fused.load_state_dict(state)
-            step = training_step(run, x)
+            step = subjects.training_step(run, x)
             results.append({name.removeprefix("_orig_mod."): value for name, value in step.items()})
-        assert_close(results[1], results[0], 1e-9)
+        subjects.assert_close(results[1], results[0], 1e-9)
 
 
 # --- Inference and acceleration --------------------------------------------------------------------------
@@ -296,7 +247,7 @@ def test_inference_form_is_the_module_in_evaluation(subject: Subject, backend: s
         with wk.backend(backend):
             got, want = form(x), module(x).detach()
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-        if subject.keeps_format and order != "slices":
+        if subject.keeps_format and order != "sliced" and min(subject.shape[2:]) > 1:
             assert layout.is_channels_last(got) == layout.is_channels_last(want)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -307,13 +258,7 @@ def test_accelerated_reference_is_the_reference(subject: Subject) -> None:
     """Upstream's modules, or ours of upstream's structure: the same tensors in the fused modules."""
     fused, exact = subject.pair()
     model = copy.deepcopy(exact)
-    tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
-    random_state = torch.get_rng_state()
-    report = wk.accelerate(model)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert report.left == ()
-    assert report.replaced
-    assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
+    assert subjects.assert_accelerates(model).replaced
     wanted = {name: type(part) for name, part in fused.named_modules() if "Fused" in type(part).__name__}
     assert {name: type(part) for name, part in model.named_modules()}.items() >= wanted.items()
-    assert_same_step(model, exact, subject.x(), subject.rtol)
+    subjects.assert_same_step(model, exact, subject.x(), subject.rtol)

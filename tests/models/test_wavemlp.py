@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.models.subjects import TINY, normal, randomised
+from tests.models.subjects import TINY, autocast_step, normal, randomised
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import wavemlp
 from wavemix_kernels.wavemlp import PATM, MyNorm, WaveBlock, WaveNet
@@ -27,11 +28,6 @@ class TestModels:
         assert out.isfinite().all()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
-    @pytest.mark.parametrize("axis, size", [("H", (2, 8)), ("W", (8, 1))])
-    def test_image_smaller_than_a_patch(self, axis: str, size: tuple[int, int]) -> None:
-        with pytest.raises(ValueError, match=f"x: {axis}={min(size)} has no room .* expected at least 3"):
-            WaveNet(**TINY)(torch.zeros(1, 3, *size))
-
     def test_arguments_reach_every_block(self) -> None:
         with torch.device("meta"):
             model = WaveNet(**TINY, qkv_bias=True, mode="depthwise")
@@ -45,8 +41,6 @@ class TestModels:
     def test_image_channels(self) -> None:
         model = WaveNet(**TINY, in_chans=1, num_classes=2).eval()
         assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 2)
-        with pytest.raises(ValueError, match=r"x: expected 1 channels \(in_chans\), got shape \(1, 3, 16, 16\)"):
-            model(torch.zeros(1, 3, 16, 16))
 
     def test_group_norm_sees_one_image_at_a_time(self) -> None:
         """GroupNorm models still hold PATM's BatchNorms: independent in evaluation, not in training."""
@@ -74,38 +68,12 @@ class TestModels:
         features = model(x)
         model.reset_classifier(5, global_pool="avg")
         torch.testing.assert_close(model(x), model.head(features))
-        with pytest.raises(ValueError, match="global_pool='max': expected one of '', 'avg'"):
-            model.reset_classifier(5, global_pool="max")
-        with pytest.raises(ValueError, match="num_classes: expected a positive int, got -1"):
-            model.reset_classifier(-1)
 
     def test_head_initialisation(self) -> None:
         torch.manual_seed(0)
         head = WaveNet(**TINY).get_classifier()
         assert head.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert (head.bias == 0).all()
-
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            ({"embed_dims": [4, 8]}, r"embed_dims=\[4, 8\]: expected one for each of the 4 stages"),
-            ({"mlp_ratios": None}, "mlp_ratios=None: expected one for each of the 4 stages"),
-            ({"transitions": [True]}, r"transitions=\[True\]: expected one for each of the 4 stages"),
-            ({"transitions": [False] * 4}, "patch_size=1: expected 2"),
-            ({"drop_path_rate": 1.5}, "drop_path_rate=1.5: expected a probability"),
-            ({"num_classes": -2}, "num_classes: expected a positive int, got -2"),
-            ({"mode": "dw"}, "mode='dw': expected one of"),
-        ],
-        ids=str,
-    )
-    def test_bad_arguments(self, change: dict[str, object], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            WaveNet(**(TINY | change))
-
-    @pytest.mark.parametrize("argument", [{"drop_rate": 0.1}, {"attn_drop_rate": 0.1}, {"patch_size": 16}], ids=str)
-    def test_arguments_without_effect_warn(self, argument: dict[str, float]) -> None:
-        with pytest.warns(UserWarning, match="has no effect"):
-            WaveNet(**TINY, **argument)
 
     def test_stages_of_one_width_need_no_transition(self) -> None:
         model = WaveNet([1, 1], embed_dims=[4, 4], mlp_ratios=[2, 2], transitions=[False], fork_feat=True).eval()
@@ -176,13 +144,6 @@ class TestBackbone:
         assert isinstance(model.norm2, nn.BatchNorm2d)
         assert len(model(normal(1, 3, 64, 64, dtype=torch.float32))) == 4
 
-    def test_no_classifier(self) -> None:
-        model = WaveNet(**TINY, fork_feat=True)
-        with pytest.raises(ValueError, match=r"get_classifier\(\): a model with fork_feat=True has no classifier"):
-            model.get_classifier()
-        with pytest.raises(ValueError, match=r"reset_classifier\(5\): a model with fork_feat=True has no classifier"):
-            model.reset_classifier(5)
-
 
 class TestCheckpoints:
     @pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model"])
@@ -194,8 +155,7 @@ class TestCheckpoints:
         content = state if wrapped == "plain" else {wrapped: state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
         torch.save(content, tmp_path / "checkpoint.pth.tar")
         target.init_weights(tmp_path / "checkpoint.pth.tar")
-        for name, value in target.state_dict().items():
-            assert torch.equal(value, source.state_dict()[name]), name
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
     def test_backbone_from_a_classifiers_file(self, tmp_path: Path) -> None:
         source, target = randomised(WaveNet(**TINY)), WaveNet(**TINY, fork_feat=True)
@@ -216,13 +176,11 @@ class TestCheckpoints:
 
     def test_nothing_to_load(self) -> None:
         model = WaveNet(**TINY)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = copy.deepcopy(model.state_dict())
         model.init_weights()
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
     def test_pretrained_argument(self, tmp_path: Path) -> None:
-        with torch.device("meta"), pytest.raises(ValueError, match=r"pretrained=True: .* expected the path"):
-            wavemlp.WaveMLP_T(pretrained=True)
         torch.save({"epoch": 3}, tmp_path / "empty.pth")
         with torch.device("meta"), pytest.raises(ValueError, match=r"empty\.pth'.*expected a file with a state dict"):
             wavemlp.WaveMLP_T(pretrained=str(tmp_path / "empty.pth"))
@@ -230,20 +188,17 @@ class TestCheckpoints:
 
 class TestPyTorch:
     def test_token_mixer_by_keyword(self) -> None:
-        class Doubling(nn.Module):
-            def __init__(self, dim: int, **kwargs: object) -> None:
-                super().__init__()
-                self.arguments = {"dim": dim, **kwargs}
+        made: list[dict[str, object]] = []
 
-            def forward(self, x: Tensor) -> Tensor:
-                return 2 * x
+        def mixer(dim: int, **arguments: object) -> nn.Module:
+            made.append({"dim": dim, **arguments})
+            return nn.Identity()
 
-        block = WaveBlock(8, qkv_bias=True, mode="depthwise", token_mixer=Doubling)
-        rest = {"qk_scale": None, "attn_drop": 0.0}
-        assert block.attn.arguments == {"dim": 8, "qkv_bias": True, "mode": "depthwise"} | rest
-        model = WaveNet(**TINY, token_mixer=Doubling)
+        WaveBlock(8, qkv_bias=True, mode="depthwise", token_mixer=mixer)
+        assert made == [{"dim": 8, "qkv_bias": True, "mode": "depthwise", "qk_scale": None, "attn_drop": 0.0}]
+        model = WaveNet(**TINY, token_mixer=mixer)
         assert not any(isinstance(module, PATM) for module in model.modules())
-        assert sum(isinstance(module, Doubling) for module in model.modules()) == sum(TINY["layers"])
+        assert len(made) == 1 + sum(TINY["layers"])
 
     def test_channels_last(self, device: str) -> None:
         model = randomised(WaveNet(**TINY, num_classes=3).double()).eval().to(device)
@@ -258,13 +213,7 @@ class TestPyTorch:
         torch.manual_seed(0)
         model = WaveNet(**TINY, num_classes=3, norm_layer=norm_layer).train().to(device)
         x = normal(8, 3, 64, 64, dtype=torch.float32).to(device)
-        exact = model(x)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            out = model(x)
+        exact, out = model(x), autocast_step(model, x, torch.bfloat16)[0]
         assert out.dtype == torch.bfloat16
         # Some forty roundings to bf16 in a row, of independent signs: about the square root of their number.
         assert (out - exact).norm() <= 8 * UNIT_ROUNDOFF[torch.bfloat16] * exact.norm()
-        out.float().square().sum().backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad.dtype == torch.float32, name
-            assert parameter.grad.isfinite().all(), name

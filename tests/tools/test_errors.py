@@ -7,21 +7,41 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import wavemix_kernels as wk
+from tests.models.subjects import TINY, changed
 from tests.tools.helpers import python
-from wavemix_kernels import backends
+from wavemix_kernels import backends, reference
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar.pyramid import haar_pyramid
 from wavemix_kernels.ops.mlp.op import pointwise_mlp
 from wavemix_kernels.ops.reduce_haar.op import reduce_haar
 from wavemix_kernels.reference import Waveblock
-from wavemix_kernels.wavemix import Level2Waveblock
+from wavemix_kernels.wavemix import Level1Waveblock, Level2Waveblock, SemSegment, sisr
+from wavemix_kernels.wavemix.classification import WaveMix
+from wavemix_kernels.wavemlp import PATM, Mlp, WaveBlock, WaveMLP_T, WaveNet
 
+SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8}
+STRIDED = SMALL | {"initial_conv": "strided"}
 X = torch.zeros(2, 8, 8, 12)
 W = torch.zeros(2, 8, 1, 1)
 LL, HIGHS = wk.haar_dwt2d(X, 2)
+
+
+def given(module: nn.Module, *shape: int) -> Any:
+    return module(torch.zeros(shape))
+
+
+def hooked(module: Any, part: str) -> Any:
+    module.get_submodule(part).register_forward_hook(lambda *_: None)
+    return module
+
+
+def untracked(module: Any, norm: str) -> Any:
+    return changed(module, norm, running_mean=None, running_var=None, track_running_stats=False)
+
 
 # (what is called, the exception, what the message must say)
 CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -81,6 +101,69 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Level2Waveblock(final_dim=16)(X), ValueError, r"x: expected 16 channels \(final_dim\), got shape \(2, 8"),
     (lambda: Level2Waveblock(final_dim=8)(X.long()), TypeError, r"x: expected float64.*got int64"),
     (lambda: Level2Waveblock(final_dim=8)(X.double()), TypeError, r"x: expected the dtype of the block's weights, torch.float32"),
+    (lambda: wk.FusedWaveblock(level=2.0), ValueError, r"level=2.0"),
+    (lambda: wk.FusedWaveblock(upsample="pixelshuffle", ff_channel=6), ValueError, r"ff_channel=6"),
+    (lambda: given(wk.FusedWaveblock(level=3, final_dim=8), 1, 8, 28, 32), ValueError, r"H=28.*24 or 32"),
+    (lambda: given(wk.FusedWaveblock(final_dim=8), 8, 32, 32), ValueError, r"4 dimensions"),
+    # WaveMix
+    (lambda: given(WaveMix(**SMALL), 1, 3, 224, 250), ValueError, r"W=250 arrives at layers.0 as 62.* 227 or 256"),
+    (lambda: given(WaveMix(**SMALL), 1, 3, 20, 64), ValueError, r"H=20 arrives at layers.0 as 5.* work: 32"),
+    (lambda: given(WaveMix(**SMALL), 1, 3, 2, 64), ValueError, r"H=2 arrives at layers.0 as 0.* work: 32"),
+    (lambda: given(WaveMix(**STRIDED, level=1), 1, 3, 33, 32), ValueError, r"H=33 arrives at layers.0 as 9.* 32 or 37"),
+    (lambda: given(SemSegment.WaveMix(**SMALL), 1, 3, 72, 64), ValueError, r"H=72 arrives at layers.0 as 18.* 64 or 125"),
+    (lambda: given(sisr.WaveMix(**SMALL), 1, 3, 9, 8), ValueError, r"H=9 arrives at layers.0 as 9.* 8 or 10"),
+    (lambda: given(sisr.WaveMix(**SMALL), 1, 1, 8, 8), ValueError, r"3 channels"),
+    (lambda: given(sisr.WaveMix(**SMALL), 3, 8, 8), ValueError, r"4 dimensions"),
+    (lambda: WaveMix(**SMALL, level=5), ValueError, r"level=5: expected 1, 2, 3 or 4"),
+    (lambda: WaveMix(**SMALL, initial_conv="patch"), ValueError, r"initial_conv='patch': expected one of 'pachify', 'patchify', 'strided'"),
+    (lambda: WaveMix(**SMALL | {"final_dim": 10}), ValueError, r"final_dim=10"),
+    (lambda: WaveMix(**SMALL | {"depth": 0}), ValueError, r"depth"),
+    (lambda: WaveMix(**SMALL, num_classes=0), ValueError, r"num_classes"),
+    (lambda: WaveMix(**SMALL, patch_size=0), ValueError, r"patch_size"),
+    (lambda: WaveMix(**STRIDED, stride=0), ValueError, r"stride"),
+    (lambda: WaveMix(**SMALL, pretrained="imagenet_99"), ValueError, r"pretrained='imagenet_99': expected one of 'imagenet_75.06'"),
+    (lambda: WaveMix(**SMALL, pretrained="imagenet_70.66"), ValueError, r"pretrained='imagenet_70.66': these weights are of WaveMix\(level=1\)"),
+    # Wave-MLP
+    *((lambda dim=dim: PATM(dim), ValueError, f"dim={dim}: expected at least 4") for dim in (1, 2, 3)),
+    (lambda: PATM(8, mode="conv"), ValueError, r"mode='conv': expected one of 'fc', 'depthwise'"),
+    (lambda: PATM(8, recompute="some"), ValueError, r"recompute='some': expected one of 'amplitudes', 'all'"),
+    (lambda: WaveBlock(8, recompute="none"), ValueError, r"recompute='none': expected one of 'amplitudes', 'all'"),
+    (lambda: given(PATM(8), 1, 4, 5, 5), ValueError, r"x: expected 8 channels \(dim\), got shape \(1, 4, 5, 5\)"),
+    (lambda: PATM(8)(X.long()), TypeError, r"x: expected float64, float32, float16 or bfloat16"),
+    (lambda: given(PATM(8), 1, 8, 1, 1), ValueError, r"expected more than one value per channel in training"),
+    (lambda: PATM(8)(X.double()), TypeError, r"x: expected the dtype of the weights, torch\.float32, got torch\.float64"),
+    (lambda: WaveBlock(8)(X.double()), TypeError, r"x: expected the dtype of the weights, torch\.float32, got torch\.float64"),
+    (lambda: given(Mlp(4, 6), 1, 5, 3, 3), ValueError, r"x: expected 4 channels \(in_features\), got shape \(1, 5, 3, 3\)"),
+    (lambda: given(WaveNet(**TINY), 1, 3, 2, 8), ValueError, r"x: H=2 has no room .* expected at least 3"),
+    (lambda: given(WaveNet(**TINY), 1, 3, 8, 1), ValueError, r"x: W=1 has no room .* expected at least 3"),
+    (lambda: given(WaveNet(**TINY, in_chans=1), 1, 3, 16, 16), ValueError, r"x: expected 1 channels \(in_chans\), got shape \(1, 3, 16, 16\)"),
+    (lambda: WaveNet(**TINY | {"embed_dims": [4, 8]}), ValueError, r"embed_dims=\[4, 8\]: expected one for each of the 4 stages"),
+    (lambda: WaveNet(**TINY | {"mlp_ratios": None}), ValueError, r"mlp_ratios=None: expected one for each of the 4 stages"),
+    (lambda: WaveNet(**TINY, transitions=[True]), ValueError, r"transitions=\[True\]: expected one for each of the 4 stages"),
+    (lambda: WaveNet(**TINY, transitions=[False] * 4), ValueError, r"patch_size=1: expected 2"),
+    (lambda: WaveNet(**TINY, drop_path_rate=1.5), ValueError, r"drop_path_rate=1.5: expected a probability"),
+    (lambda: WaveNet(**TINY, num_classes=-2), ValueError, r"num_classes: expected a positive int, got -2"),
+    (lambda: WaveNet(**TINY, mode="dw"), ValueError, r"mode='dw': expected one of"),
+    (lambda: WaveNet(**TINY).reset_classifier(5, global_pool="max"), ValueError, r"global_pool='max': expected one of '', 'avg'"),
+    (lambda: WaveNet(**TINY).reset_classifier(-1), ValueError, r"num_classes: expected a positive int, got -1"),
+    (lambda: WaveNet(**TINY, fork_feat=True).get_classifier(), ValueError, r"get_classifier\(\): a model with fork_feat=True has no classifier"),
+    (lambda: WaveNet(**TINY, fork_feat=True).reset_classifier(5), ValueError, r"reset_classifier\(5\): a model with fork_feat=True has no classifier"),
+    (lambda: WaveMLP_T(pretrained=True), ValueError, r"pretrained=True: .* expected the path"),
+    # accelerate, fuse_for_inference, export_form
+    *((lambda of=of: wk.accelerate(of), TypeError, r"model: expected a torch\.nn\.Module") for of in (None, X, [nn.Linear(1, 1)])),
+    (lambda: hooked(WaveBlock(8), "mlp.fc1").fuse_for_inference(), ValueError, r"mlp: fc1 has hooks"),
+    (lambda: WaveBlock(8, token_mixer=reference.PATM).fuse_for_inference(), ValueError, r"attn is a PATM, expected FusedPATM"),
+    (lambda: untracked(WaveBlock(8), "attn.theta_h_conv.1").fuse_for_inference(), ValueError, r"theta_h_conv\.1: track_running_stats=False"),
+    (lambda: hooked(WaveNet(**TINY), "network.2.1.attn.fc_h").fuse_for_inference(), ValueError, r"network\.2\.1: fuse_for_inference: fc_h has hooks"),
+    (lambda: untracked(Level1Waveblock(final_dim=8), "feedforward.5").fuse_for_inference(), ValueError, r"feedforward\.5: track_running_stats=False"),
+    (lambda: hooked(Level1Waveblock(final_dim=8), "feedforward.0").fuse_for_inference(), ValueError, r"hooks"),
+    (lambda: wk.fuse_for_inference(nn.Sequential(untracked(Level1Waveblock(), "feedforward.5"))), ValueError, r"0: feedforward\.5"),
+    (lambda: wk.fuse_for_inference(nn.Linear(2, 2)), ValueError, r"accelerate"),
+    (lambda: wk.fuse_for_inference(nn.functional.relu), TypeError, r"expected a torch"),
+    (lambda: given(Level1Waveblock(final_dim=8).fuse_for_inference(), 1, 4, 8, 8), ValueError, r"final_dim"),
+    (lambda: wk.export_form(3), TypeError, r"model: expected a torch.nn.Module, got int"),
+    (lambda: wk.export_form(hooked(sisr.WaveMix(**SMALL), "layers.1.reduction")), ValueError, r"layers\.1: fuse_for_inference: reduction has hooks"),
+    (lambda: wk.export_form(changed(nn.Linear(2, 2), forward=lambda x: x)), ValueError, r"the forward of this Linear is overridden on the instance"),
 ]  # fmt: skip
 
 
@@ -89,6 +172,18 @@ def test_error_names_argument_value_and_remedy(call: Callable[[], Any], kind: ty
     with pytest.raises(kind, match=message) as caught:
         call()
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("call, named", [
+    (lambda: PATM(8, qk_scale=0.5), "qk_scale=0.5"),
+    (lambda: PATM(8, attn_drop=0.1), "attn_drop=0.1"),
+    (lambda: WaveNet(**TINY, drop_rate=0.1), "drop_rate=0.1"),
+    (lambda: WaveNet(**TINY, attn_drop_rate=0.1), "attn_drop=0.1"),
+    (lambda: WaveNet(**TINY, patch_size=16), "patch_size=16"),
+])  # fmt: skip
+def test_arguments_without_effect_warn(call: Callable[[], nn.Module], named: str) -> None:
+    with pytest.warns(UserWarning, match=f"{named}.* has no effect"):
+        call()
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

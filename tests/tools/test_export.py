@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import wavemix_kernels as wk
 from benchmarks.harness import photographs
 from examples import export as program
+from tests.models.test_accelerate import RoundTrip
 from tests.tools.helpers import needs
 from wavemix_kernels import wavemlp
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
@@ -23,18 +24,6 @@ TOLERANCE = 1e-4
 
 needs_onnx = needs("export", program.EXTRAS)
 prove = pytest.mark.prove
-
-
-class RoundTrip(nn.Module):
-    """A stranger's model with wavelets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forth, self.back = DWTForward(J=2, wave="haar", mode="symmetric"), DWTInverse(wave="haar")
-
-    def forward(self, x: Tensor) -> Tensor:
-        ll, highs = self.forth(x)
-        return self.back((ll, [2 * high for high in highs]))
 
 
 def wave_net(**arguments: Any) -> wavemlp.WaveNet:
@@ -52,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "wavemlp-dw": (lambda: wave_net(mode="depthwise"), 64, 1),
     "wavemlp-groupnorm": (lambda: wave_net(norm_layer=wavemlp.MyNorm), 64, 1),
     "wavemlp-features": (lambda: wave_net(fork_feat=True), 64, 1),
-    "wavelets": (RoundTrip, 16, 4),
+    "wavelets": (lambda: RoundTrip(DWTForward(J=2, wave="haar", mode="symmetric"), DWTInverse(wave="haar")), 16, 4),
 }
 
 
@@ -207,19 +196,6 @@ def test_a_fused_model_and_a_block_have_a_form_too(name: str) -> None:
     assert not [t for t in targets(torch.export.export(form, (x,)).graph_module) if "wavemix_kernels" in t]
     block = wk.FusedWaveblock(final_dim=8, ff_channel=8, level=2).eval()
     assert_same(wk.export_form(block), block, torch.rand(1, 8, 8, 8))
-
-
-def test_what_cannot_be_exported() -> None:
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
-        wk.export_form(3)  # type: ignore[arg-type]
-    hooked = MODELS["sisr"][0]()
-    hooked.layers[1].reduction.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"layers\.1: fuse_for_inference: reduction has hooks"):
-        wk.export_form(hooked)
-    patched = nn.Linear(2, 2)
-    patched.forward = lambda x: x
-    with pytest.raises(ValueError, match="the forward of this Linear is overridden on the instance"):
-        wk.export_form(patched)
 
 
 # --- The program -----------------------------------------------------------------------------------------
