@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from wavemix_kernels.benchmarks.harness import memory
 
+from benchmarks.harness import memory
 from tests.models import subjects
 from tests.models.subjects import PATM as PATMS
 from tests.models.subjects import Subject, assert_same_step, normal, operators, randomised

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from wavemix_kernels.benchmarks.harness import memory
 
+from benchmarks.harness import memory
 from tests.models.subjects import BATCH, GROUP, PLAIN, TINY, assert_same_step, normal, operators, wave_block
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemlp import reference as patm
