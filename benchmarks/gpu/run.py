@@ -53,7 +53,7 @@ def main(
     if not gpu:
         gpu = requirements.Gpu("none: a rehearsal on the CPU", "rehearsal", "") if arguments.rehearse else find_gpu()
     if isinstance(gpu, str):
-        print(f"gpu.sh: nothing can start: {gpu}", file=sys.stderr)
+        print(f"gpu.sh: nothing can start: {gpu} (python: {sys.executable}; PYTHON names another)", file=sys.stderr)
         return NOTHING
     try:
         (arguments.out / "parity").mkdir(parents=True, exist_ok=True)
