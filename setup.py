@@ -103,7 +103,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", "_core", "--parallel", jobs], check=True)
         target.mkdir(parents=True, exist_ok=True)
         for built in build.glob("_core*.so"):
-            shutil.copy2(built, target / built.name)
+            # Renamed into place: a process that has the older one loaded keeps it.
+            shutil.copy2(built, target / f"{built.name}.part")
+            os.replace(target / f"{built.name}.part", target / built.name)
 
 
 setup(ext_modules=[Extension("wavemix_kernels._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

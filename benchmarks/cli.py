@@ -18,12 +18,21 @@ from .cases import registry
 from .harness import traffic
 from .harness.case import Case
 from .harness.clock import Effort
-from .harness.machine import copy_bandwidth, environment
+from .harness.machine import copy_bandwidth, device_is_lost, environment
 from .harness.measure import Meter, Row
-from .harness.providers import OURS, PROVIDERS
+from .harness.providers import COMPILED, ON_CPU, OURS, PROVIDERS
+from .report import html as report
 from .report.results import Results
+from .report.terminal import Terminal
 
-EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "skimage": "scikit-image"}
+#: Module -> its package, and what a run is without.
+EXTRAS = {
+    "rich": ("rich", "no progress bar"),
+    "matplotlib": ("matplotlib", "no pictures"),
+    "skimage": ("scikit-image", "inputs are made up"),
+}
+#: Exit status of a run whose GPU was lost: an error stays in it, and another process has to go on.
+LOST = 86
 DEFAULT_OUT = "bench-results"
 
 # Seconds of rounds per case, and of wall time for the run; past the latter no compilation and no case is begun.
@@ -48,8 +57,8 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         cases: what to choose from, the registry if None.
 
     Returns:
-        0; 1 where one of our own implementations was wrong or raised; 2 for arguments that cannot be served; 130
-        after Ctrl-C.
+        0; 1 where one of our own implementations was wrong or raised; 2 for arguments that cannot be served; 86 where
+        an error stayed in the GPU; 130 after Ctrl-C.
     """
     parser = _parser()
     try:
@@ -63,9 +72,6 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         if arguments.list:
             _list(chosen)
             return 0
-        missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise _Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[bench]"')
         _make_folder(arguments.out)
     except _Refused as refused:
         print(f"{parser.prog}: {refused}", file=sys.stderr)
@@ -120,8 +126,7 @@ def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[
         raise _Refused("--device cuda: torch sees no GPU here; --device cpu works")
     if arguments.limit is not None and not arguments.limit > 0:
         raise _Refused(f"--limit {arguments.limit:g}: expected a positive number of seconds")
-    # On a CPU "auto" is "cpu", and the others do not run: by default each row is measured once.
-    providers = [name for name in PROVIDERS if arguments.device != "cpu" or name == "auto" or name not in OURS]
+    providers = [*PROVIDERS] if arguments.device != "cpu" else [*ON_CPU]
     if arguments.providers is not None:
         asked = [name.strip() for name in arguments.providers.split(",") if name.strip()]
         unknown = [name for name in asked if name not in PROVIDERS]
@@ -153,7 +158,7 @@ def _list(cases: Sequence[Case]) -> None:
         print(f"{case.name:<{width}}  {'quick' if case.quick else 'extra' if case.extra else ''}".rstrip())
     print("\nproviders")
     for name, meaning in PROVIDERS.items():
-        print(f"  {name:<10} {meaning}")
+        print(f"  {name:<16} {meaning}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -165,12 +170,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequence[str]) -> int:
-    # Imported here: --list and the message about missing extras must work without them.
-    from rich.console import Console
-
-    from .report import table
-
-    console = Console()
+    terminal = _terminal()
     begin = time.monotonic()
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -187,8 +187,8 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
     results.save()
     said: set[str] = set()
     try:
-        with table.progress(console) as progress:
-            task = progress.add_task("benchmarks", total=len(cases), doing="this machine's copy bandwidth")
+        with terminal.progress(len(cases)) as progress:
+            progress.doing("this machine's copy bandwidth")
             results.machine = {"copy_gbps": copy_bandwidth(device)}
             meter = Meter(device, effort, may_compile=_within(begin + limit))
             for number, case in enumerate(cases):
@@ -200,29 +200,56 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
                 # Rounds get at most half of the case's share; the rest is for checks and compilation.
                 share = left / (len(cases) - number) / 2
                 meter.effort = dataclasses.replace(effort, seconds=min(effort.seconds, share))
-                meter.announce = lambda doing, name=case.name: progress.update(task, doing=f"{name}  {doing}")
+                meter.announce = lambda doing, name=case.name: progress.doing(f"{name}  {doing}")
                 rows: list[Row] = []
                 try:
                     for row in meter.measure(case, providers):
                         rows.append(row)
+                except RuntimeError:
+                    if not device_is_lost(device):
+                        raise
                 finally:
                     results.seconds = time.monotonic() - begin
                     results.add(rows)
-                table.show(console, case.name, _first_time_only(rows, said))
-                progress.advance(task)
-        results.complete = True
-        late = sorted({row.case for row in results.rows if row.status == "skipped" and row.provider != "compile"})
+                terminal.show(case.name, _first_time_only(rows, said))
+                progress.advance()
+                if device_is_lost(device):
+                    results.lost = case.name
+                    break
+        results.complete = results.lost is None
+        late = sorted({row.case for row in results.rows if row.status == "skipped" and row.provider not in COMPILED})
         if late:
-            console.print(f"skipped, since --limit {limit:g} seconds were over: {', '.join(late)}", highlight=False)
+            terminal.say(f"skipped, since --limit {limit:g} seconds were over: {', '.join(late)}")
+        if results.lost is not None:
+            terminal.say(f"an error stays in the GPU since {results.lost}: nothing after it can be measured here")
     except KeyboardInterrupt:
-        console.print("interrupted: what was measured so far is written")
+        terminal.say("interrupted: what was measured so far is written")
     results.seconds = time.monotonic() - begin
     results.save()
-    for path in _write_pictures(results):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    for path in _write_report(results):
+        terminal.say(f"wrote {path}")
+    if results.lost is not None:
+        return LOST
     if not results.complete:
         return 130
     return int(any(row.provider in OURS and row.status in ("wrong", "failed") for row in results.rows))
+
+
+def _terminal() -> Terminal:
+    """Rich's where it is installed. What is missing is said once, with the line that installs it."""
+    missing = {package: without for module, (package, without) in EXTRAS.items() if not _there(module)}
+    if missing:
+        names, without = " and ".join(missing), ", ".join(missing.values())
+        print(f'{names} missing: {without} (pip install "wavemix-kernels[bench]")')
+    if "rich" in missing:
+        return Terminal()
+    from .report.table import RichTerminal
+
+    return RichTerminal()
+
+
+def _there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _within(deadline: float) -> Callable[[float], bool]:
@@ -242,19 +269,20 @@ def _first_time_only(rows: Sequence[Row], said: set[str]) -> list[Row]:
     return shown
 
 
-def _write_pictures(results: Results) -> list[Path]:
-    from .report import html as report
-    from .report import plots
-
+def _write_report(results: Results) -> list[Path]:
+    """The page, and its pictures where there is matplotlib."""
     folder = results.path.parent
     written = [results.path]
     drawn = []
-    for chart in plots.charts(results):
-        light = plots.draw(chart, plots.LIGHT)
-        path = folder / f"{chart.name}.png"
-        path.write_bytes(light)
-        written.append(path)
-        drawn.append(report.Picture(chart.caption, light, plots.draw(chart, plots.DARK)))
+    if _there("matplotlib"):
+        from .report import plots
+
+        for chart in plots.charts(results):
+            light = plots.draw(chart, plots.LIGHT)
+            path = folder / f"{chart.name}.png"
+            path.write_bytes(light)
+            written.append(path)
+            drawn.append(report.Picture(chart.caption, light, plots.draw(chart, plots.DARK)))
     page = folder / "report.html"
     page.write_text(report.page(results, drawn), encoding="utf-8")
     return [*written, page]

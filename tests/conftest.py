@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports triton: it reads the variable when kernels are defined.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    else:
+        import torch
+
+        # By default cuDNN's convolutions round fp32 to TF32, where an op leaves a part to them.
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from wavemix_kernels import _native
 
+from . import photographs
 from .clock import Effort, clock_for, interleave, quantile
 
 PACKAGES = ("torch", "triton", "numpy", "pytorch_wavelets", "PyWavelets", "wavemix-kernels")
@@ -32,6 +33,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device.type),
+        "inputs": photographs.source(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
     if device.type == "cuda":
@@ -91,6 +93,17 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Whether an error stays in the GPU's context: nothing in this process can be measured any more."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def copy_bandwidth(device: torch.device, size: int = 64 << 20) -> dict[str, float]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import memory
+from . import graphs, memory
 from .case import Case, Expectation, Setting
 from .clock import Clock, Effort, clock_for, interleave, quantile
 from .gate import Verdict, judge, rms
 from .machine import matmul_rate
-from .providers import Subject, make, oracle
+from .providers import COMPILED, Subject, make, oracle
 from .rivals import Unavailable
 
 
@@ -40,7 +40,7 @@ class Row:
             their arithmetic at this machine's measured rate) over the median.
         frames_per_second: images over the median, for whole models.
         peak_bytes: held at most above inputs, parameters and their gradients, by the allocator's own account; the
-            result included.
+            result included. None for a CUDA graph, as the next two.
         tracked_peak_bytes: the same counted from operators' results, device-independent; None for compiled code.
         saved_bytes: kept for backward, beside inputs and parameters.
     """
@@ -104,9 +104,11 @@ class Meter:
             yield from rows.values()
             return
         steps: dict[str, Callable[[], object]] = {}
+        if not set(COMPILED).isdisjoint(providers):
+            torch._dynamo.reset()  # else guards of earlier cases are walked at each call
         for name in providers:
             row = rows[name]
-            if name == "compile" and not self.may_compile(self._last_compile_s):
+            if name in COMPILED and not self.may_compile(self._last_compile_s):
                 row.status, row.reason = "skipped", "no time left in this run's limit; ask for --cases with fewer"
                 continue
             self.announce(f"{name}: check and memory")
@@ -119,7 +121,7 @@ class Meter:
                 row.status, row.reason = "wrong", str(wrong)
             except Exception as error:  # noqa: BLE001 - whatever a rival raises is its result; the row shows it
                 row.status, row.reason = "failed", _one_line(error)
-            if name == "compile":
+            if name in COMPILED:
                 self._last_compile_s = time.perf_counter() - begin
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -160,12 +162,14 @@ class Meter:
             cotangents = _laid_out_as([_cotangent(out, seed) for seed, out in enumerate(shaped)], shaped)
             del shaped
         step = _step(case, timed, inputs, cotangents)
+        if timed.graphed:
+            return graphs.captured(step)  # its memory is the graph's own for good: no step has a peak
         step()  # lazy set-up (workspaces, autotuning, compilation) is no part of a step's memory
         with _standing_gradients(timed.parameters.values()) as gradients:
             update = _update(case, timed, inputs, cotangents) if case.backward else step
             known = [*inputs, *timed.standing, *cotangents, *gradients]
             row.peak_bytes = memory.peak_bytes(update, self.device)
-            if name != "compile":  # torch.compile refuses to run under a dispatch mode
+            if name not in COMPILED:  # torch.compile refuses to run under a dispatch mode
                 row.tracked_peak_bytes = memory.tracked_peak_bytes(update, known)
         if case.backward:
             with timed.scope():
@@ -283,6 +287,11 @@ class _Task:
 
     def results(self, case: Case, subject: Subject) -> list[Tensor]:
         """Outputs, and gradients where the outputs have the right shapes to have some."""
+        if subject.graphed:
+            return graphs.captured(lambda: self._results(case, subject))()
+        return self._results(case, subject)
+
+    def _results(self, case: Case, subject: Subject) -> list[Tensor]:
         with subject.scope():
             with torch.set_grad_enabled(case.backward):
                 outputs = subject.forward(*self.judged)

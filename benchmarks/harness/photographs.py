@@ -1,7 +1,8 @@
 """Inputs cut from real photographs, so that bands have the magnitudes and edges that images have.
 
-The photographs are those inside scikit-image's wheel; nothing is downloaded. Everything is seeded: the same
-arguments give the same tensors on every machine.
+The photographs are those inside scikit-image's wheel; nothing is downloaded. Where that is not installed, noise with
+the mean spectrum of photographs takes their place, which `source` says and a run records. Everything is seeded: the
+same arguments give the same tensors on every machine.
 """
 
 from __future__ import annotations
@@ -27,18 +28,43 @@ NAMES = (
 )
 
 
-@functools.cache
-def _photograph(name: str) -> torch.Tensor:
-    """One photograph, (3, H, W) float32 in [0, 1]."""
-    from PIL import Image
+def source() -> str:
+    """What inputs are cut from on this machine."""
+    return "photographs" if _folder() is not None else "noise with the spectrum of photographs"
 
-    # Found, not imported: only the files are wanted, and importing the package pulls in scipy.
+
+def _folder() -> Path | None:
+    """Of the photographs. Found, not imported: importing the package pulls in scipy."""
     package = importlib.util.find_spec("skimage")
     if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError('scikit-image is missing: pip install "wavemix-kernels[bench]"', name="skimage")
-    with Image.open(Path(package.submodule_search_locations[0]) / "data" / name) as image:
+        return None
+    return Path(package.submodule_search_locations[0]) / "data"
+
+
+def _photograph(name: str) -> torch.Tensor:
+    """One photograph, (3, H, W) float32 in [0, 1]."""
+    folder = _folder()
+    return _noise(NAMES.index(name)) if folder is None else _read(folder / name)
+
+
+@functools.cache
+def _read(path: Path) -> torch.Tensor:
+    from PIL import Image
+
+    with Image.open(path) as image:
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+@functools.cache
+def _noise(seed: int, side: int = 512) -> torch.Tensor:
+    """Amplitudes falling as 1 / frequency, as they do on the average of photographs [Field, 1987]."""
+    white = torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed))
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None])
+    amplitude = 1 / frequency.clamp_min(1 / side)
+    image = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=(side, side))
+    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    return (image - low) / (high - low)
 
 
 def crops(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""Who takes part: upstream, the reference, its compiled form, and ours as users get it and backend by backend."""
+"""Who takes part: upstream, the reference, its compiled forms, and ours as users get it, compiled, as a CUDA graph, and
+backend by backend."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from . import graphs
 from .case import Case, Forward, Setting
 from .rivals import Unavailable
 
@@ -20,13 +23,19 @@ PROVIDERS = {
     "upstream": "what users have today: pytorch_wavelets, and wavemix's own order of operations around it, eager",
     "reference": "wavemix_kernels.reference, eager",
     "compile": "torch.compile of the reference, in its best setting",
+    "reduce-overhead": "torch.compile of the reference in CUDA graphs (mode reduce-overhead); needs a GPU",
     "auto": "wavemix_kernels as users get it",
+    "auto+compile": "wavemix_kernels as users get it, inside torch.compile",
+    "auto+graph": "wavemix_kernels as users get it, the whole step one CUDA graph; needs a GPU",
     "cpu": "wavemix_kernels, C++ kernels",
     "triton": "wavemix_kernels, Triton kernels",
     "cuda": "wavemix_kernels, CUDA C++ kernels",
 }
 BACKENDS = ("cpu", "triton", "cuda")
-OURS = ("auto", *BACKENDS)
+OURS = ("auto", "auto+compile", "auto+graph", *BACKENDS)
+COMPILED = ("compile", "reduce-overhead", "auto+compile")
+#: What a CPU measures by default. "auto" is "cpu" there: each row is measured once.
+ON_CPU = ("upstream", "reference", "compile", "auto")
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,13 @@ class Subject:
         forward: from inputs to the flat list of outputs.
         scope: a context for the whole step, the backward included.
         module: what holds the parameters, if the callable is a module.
+        graphed: its step is to be captured as a CUDA graph.
     """
 
     forward: Callable[..., list[Tensor]]
     scope: Callable[[], AbstractContextManager[Any]]
     module: nn.Module | None
+    graphed: bool = False
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -64,6 +75,9 @@ def make(case: Case, provider: str, setting: Setting, inputs: Sequence[Tensor]) 
         Unavailable: it does not serve this case on this machine.
     """
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    graphed = provider == "auto+graph"
+    if (graphed or provider == "reduce-overhead") and (reason := graphs.why_not(setting.device)) is not None:
+        raise Unavailable(reason)
     if provider in OURS:
         import wavemix_kernels
 
@@ -75,11 +89,13 @@ def make(case: Case, provider: str, setting: Setting, inputs: Sequence[Tensor]) 
                 return wavemix_kernels.backend(provider)
 
         call = case.makers["ours"](setting)
-    elif provider == "compile":
-        call = _compiled(case, case.makers["reference"](setting), setting)
     else:
-        call = case.makers[provider](setting)
-    return subject(call, case, setting.device, scope)
+        call = case.makers["reference" if provider in COMPILED else provider](setting)
+    if provider == "reduce-overhead":
+        call = _compiled(call, mode="reduce-overhead")
+    elif provider in COMPILED:
+        call = _compiled(call, **_best(case, setting))
+    return dataclasses.replace(subject(call, case, setting.device, scope), graphed=graphed)
 
 
 def oracle(case: Case, device: torch.device) -> Subject:
@@ -118,13 +134,13 @@ def _why_not(backend: str, setting: Setting, inputs: Sequence[Tensor]) -> str | 
     return probe[backend](*inputs)
 
 
-def _compiled(case: Case, call: Forward, setting: Setting) -> Forward:
-    """Static shapes and one whole graph; on a GPU tuned matrix products, on a CPU weights packed for inference."""
-    torch._dynamo.reset()  # else guards of earlier cases are walked at each call
-    # None rather than an empty dict or a name: torch.compile takes a mode or options, never both.
-    mode, options = None, None
+def _best(case: Case, setting: Setting) -> dict[str, Any]:
+    """On a GPU tuned matrix products, on a CPU weights packed for inference."""
     if setting.device.type == "cuda":
-        mode = "max-autotune-no-cudagraphs" if case.tensor_cores else None
-    elif case.tensor_cores and not case.backward:
-        options = {"freezing": True}
-    return torch.compile(call, fullgraph=True, dynamic=False, mode=mode, options=options)
+        return {"mode": "max-autotune-no-cudagraphs"} if case.tensor_cores else {}
+    return {"options": {"freezing": True}} if case.tensor_cores and not case.backward else {}
+
+
+def _compiled(call: Forward, **arguments: Any) -> Forward:
+    """Static shapes and one whole graph."""
+    return torch.compile(call, fullgraph=True, dynamic=False, **arguments)

@@ -46,8 +46,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 _METHOD = """
 <ul>
-<li>Inputs are crops of real photographs (scikit-image's), through one fixed random 3x3 convolution where an
-operation takes feature maps. Everything is seeded.</li>
+<li>Inputs are crops of real photographs (scikit-image's; where "inputs" below says so, noise with their spectrum),
+through one fixed random 3x3 convolution where an operation takes feature maps. Everything is seeded.</li>
 <li>Every provider is compared with the same computation in float64 before it is timed, gradients included; a wrong
 one gets no number. <b>error</b> is the largest deviation in units of what rounding explains: above 1 is refused. For
 whole models that unit follows from the reference's own error in the same arithmetic. Dropout is off when compared and

@@ -20,6 +20,7 @@ class Results:
 
     Attributes:
         complete: False until the last case is in, and for good after an interrupt.
+        lost: the case in which an error stayed in the GPU, which ends a run.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class Results:
     options: dict[str, Any]
     rows: list[Row] = dataclasses.field(default_factory=list)
     complete: bool = False
+    lost: str | None = None
     seconds: float = 0.0
 
     def add(self, rows: list[Row]) -> None:
@@ -38,6 +40,7 @@ class Results:
         content = {
             "format": FORMAT,
             "complete": self.complete,
+            "lost": self.lost,
             "seconds": round(self.seconds, 1),
             "environment": self.environment,
             "machine": self.machine,

@@ -1,4 +1,4 @@
-"""The benchmark harness from outside: command line, what it writes, how it ends, and the script for GPU machines."""
+"""The benchmark harness from outside: command line, what it writes, how it ends."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +60,11 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, given, exists, refus
     assert exists in said
 
 
-def test_what_cannot_be_served_is_refused(monkeypatch, tmp_path, refused):
+def test_what_cannot_be_served_is_refused(tmp_path, refused):
     if not torch.cuda.is_available():
         assert "sees no GPU" in refused(cli.main, ["--device", "cuda"])
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(cli.main, ["--out", str(tmp_path / "file" / "below")])
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
-    assert 'rich missing: pip install "wavemix-kernels[bench]"' in refused(cli.main, ["--out", str(tmp_path)])
 
 
 def test_list_names_every_case_of_the_device_once(capsys):
@@ -124,6 +119,43 @@ def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
         assert str(tmp_path) not in text
     said = [value for part in ("environment", "machine", "options") for value in found[part].values()]
     assert os.uname().nodename not in said
+
+
+def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name in cli.EXTRAS else find(name, *of))
+    assert run(tmp_path, [tiny()], "--providers", "reference,auto,auto+graph") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == (
+        "rich and matplotlib and scikit-image missing: no progress bar, no pictures, inputs are made up "
+        '(pip install "wavemix-kernels[bench]")'
+    )
+    assert [line.split()[0] for line in printed[1:6]] == [tiny().name, "provider", "reference", "auto", "auto+graph"]
+    found = results(tmp_path)
+    assert found["environment"]["inputs"] == "noise with the spectrum of photographs"
+    assert [row["status"] for row in found["rows"]] == ["ok", "ok", "unavailable"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html"}
+
+
+@needs_extras
+def test_a_lost_gpu_ends_the_run(tmp_path, brief, monkeypatch, capsys):
+    """What came before is kept; the next process is told where to go on."""
+    second, measured = dataclasses.replace(tiny(), name="haar/second/forward+backward"), []
+    monkeypatch.setattr(cli, "device_is_lost", lambda device: len(measured) == 2)
+    measure_one = measure.Meter.measure
+
+    def counted(self, case, providers):
+        measured.append(case.name)
+        yield from measure_one(self, case, providers)
+        if len(measured) == 2:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure.Meter, "measure", counted)
+    assert run(tmp_path, [tiny(), second, tiny(False)], "--providers", "auto") == cli.LOST
+    found = results(tmp_path)
+    assert (found["complete"], found["lost"]) == (False, second.name)
+    assert [row["case"] for row in found["rows"]] == [tiny().name, second.name]
+    assert f"an error stays in the GPU since {second.name}" in capsys.readouterr().out
 
 
 @needs_extras
@@ -197,53 +229,10 @@ def test_interrupt_keeps_what_was_measured(tmp_path, brief, monkeypatch, capsys)
     assert "interrupted" in capsys.readouterr().out
 
 
-# --- The script for GPU machines -----------------------------------------------------------------------------
-
-
-def script(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": python})
-
-
-@pytest.mark.parametrize("arguments", [(), ("out", "x"), ("out", "0"), ("a", "1", "b")], ids=str)
-def test_gpu_script_usage(arguments):
-    done = script(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the script would do its work")
-def test_gpu_script_without_a_gpu(tmp_path):
-    done = script(str(tmp_path / "out"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "sees no NVIDIA GPU" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("failing", ["", "pytest", "pip"])
-def test_gpu_script_stages_and_status(tmp_path, failing):
-    """The script's own logic, with an interpreter that only records what it is asked to do."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        "#!/usr/bin/env bash\n"
-        f'echo "$WAVEMIX_KERNELS_CUDA $WAVEMIX_KERNELS_CUDA_ARCHS $*" >> {tmp_path}/calls\n'
-        "[[ $1 == -c ]] && { echo 90; exit 0; }\n"
-        f'[[ $2 == "{failing}" ]] && {{ echo "it broke"; exit 1; }}\n'
-        "echo done\n"
-    )
-    fake.chmod(0o755)
-    done = script(str(tmp_path / "out"), "5", python=str(fake))
-    summary = (tmp_path / "out" / "summary.txt").read_text()
-    calls = (tmp_path / "calls").read_text()
-    assert done.returncode == (1 if failing else 0), done.stderr
-    assert "1 90 -m pip install --no-build-isolation --no-deps" in calls
-    assert calls.index("-m pip") < calls.index("-m pytest") < calls.index("-m benchmarks --device cuda")
-    if failing == "pytest":
-        assert "FAIL  parity-haar" in summary
-        assert "it broke" in summary
-    if failing == "pip":
-        assert "FAIL  build" in summary
-        assert "\n0 90 -m pip" in calls  # again, without the CUDA kernels
-        assert "exercise cuda" not in calls
-    assert "PASS  exercise-triton" in summary
-    assert (tmp_path / "out" / "benchmarks.log").read_text() == "done\n"
+@needs_extras
+def test_past_the_limit_cases_are_skipped_and_say_so(tmp_path, brief, capsys):
+    assert run(tmp_path, [tiny()], "--limit", "1e-9", "--providers", "auto") == 0
+    (row,) = results(tmp_path)["rows"]
+    assert row["status"] == "skipped"
+    assert "--limit" in row["reason"]
+    assert tiny().name in capsys.readouterr().out

@@ -96,6 +96,31 @@ def test_past_the_limit_nothing_is_compiled():
     assert {row.provider: row.status for row in found} == {"reference": "ok", "compile": "skipped"}
 
 
+def test_ours_compiled_is_judged_as_the_others_are():
+    rows = meter().measure(tiny(False), ["reference", "auto+compile", "auto+graph", "reduce-overhead"])
+    found = {row.provider: row for row in rows}
+    assert found["auto+compile"].status == "ok"
+    assert 0 <= found["auto+compile"].error <= 1
+    for name in ("auto+graph", "reduce-overhead"):
+        assert (found[name].status, found[name].reason) == ("unavailable", "CUDA graphs need a GPU")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_graph_is_judged_by_its_replays(right, monkeypatch):
+    """By a stand-in whose replays are right, or a tenth off."""
+    captures = []
+
+    def captured(step):
+        captures.append(step)
+        return step if right else lambda: [value * 1.1 for value in step()]
+
+    monkeypatch.setattr(measure.graphs, "captured", captured)
+    monkeypatch.setattr(providers.graphs, "why_not", lambda device: None)
+    (row,) = meter().measure(tiny_model(True), ["auto+graph"])
+    assert (row.status, row.peak_bytes, row.saved_bytes) == ("ok" if right else "wrong", None, None), row.reason
+    assert len(captures) == (2 if right else 1)  # the exact twin's for the gate, and the timed step's
+
+
 def test_gate_admits_rounding_and_refuses_more():
     exact = torch.linspace(1, 2, 100, dtype=torch.float64)
     rounded = exact.to(torch.bfloat16)
@@ -224,6 +249,17 @@ def test_photographs_are_reproducible_and_real():
     assert crops.flatten(1).std(1).min() > 0.01  # no crop is flat
     torch.testing.assert_close(maps.mean((0, 2, 3)), torch.zeros(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(maps.std((0, 2, 3), unbiased=False), torch.ones(16), atol=1e-4, rtol=0)
+
+
+def test_noise_takes_the_place_of_photographs(monkeypatch):
+    """Reproducible, in range, and smooth as photographs are."""
+    monkeypatch.setattr(photographs, "_folder", lambda: None)
+    crops = photographs.crops(9, 40, 600)
+    assert torch.equal(crops, photographs.crops(9, 40, 600))
+    assert not torch.equal(crops[0], crops[1])
+    assert (crops.shape, 0 <= crops.min() < crops.max() <= 1) == ((9, 3, 40, 600), True)
+    steps = (crops[..., 1:] - crops[..., :-1]).std() / crops.std()
+    assert 0.05 < steps < 0.7  # of white noise: 1.4
 
 
 def test_rounds_are_interleaved_and_their_order_changes(monkeypatch):
