@@ -81,6 +81,15 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     yield name
 
 
+@pytest.fixture(autouse=True, scope="session")
+def exact_products() -> Iterator[None]:
+    """fp32 is multiplied in fp32: bounds are those of its roundings."""
+    from wavemix_kernels.ops.common.precision import products_in
+
+    with products_in("ieee"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs hold NaN before a kernel writes them, so that an element left out shows."""

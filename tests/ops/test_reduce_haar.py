@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import each
 from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
 from tests.tolerances import assert_within, sum_bound
+from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.reduce_haar import op, reference
 
 # (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
@@ -161,30 +162,18 @@ def test_refuses_float64_on_triton(device: str) -> None:
         op.reduce_haar(x, weight, backend="triton")
 
 
-@pytest.fixture
-def allow_tf32() -> Iterator[Callable[[bool], None]]:
-    """Sets torch's switch; as it was afterwards."""
-    before = torch.backends.cuda.matmul.allow_tf32
-
-    def allow(value: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = value
-
-    yield allow
-    allow(before)
-
-
 @pytest.mark.usefixtures("core")
-def test_rounds_to_tf32_only_when_allowed(device: str, allow_tf32: Callable[[bool], None]) -> None:
+def test_rounds_to_tf32_only_when_allowed(device: str) -> None:
     x, weight = (randn(*shape).to(device, torch.float32) for shape in ((1, 32, 8, 16), (8, 32, 1, 1)))
     wide = [t.double().cpu() for t in (x, weight)]
     (exact,) = reference.reduce_haar(*wide, None, 1)
     (size,) = absolute_pyramid(F.conv2d(*(t.abs() for t in wide)), 1)
     bound = sum_bound(exact, size, 32 + 2, torch.float32)
-    allow_tf32(False)
-    (z,) = op.reduce_haar(x, weight, backend="cuda")
+    with products_in("ieee"):
+        (z,) = op.reduce_haar(x, weight, backend="cuda")
     assert_within(z, exact, bound)
-    allow_tf32(True)
-    (z,) = op.reduce_haar(x, weight, backend="cuda")
+    with products_in("tf32"):
+        (z,) = op.reduce_haar(x, weight, backend="cuda")
     with pytest.raises(AssertionError, match="beyond the bound"):
         assert_within(z, exact, bound)
     assert_within(z, exact, sum_bound(exact, size, 2 * 32 + 2 + 2**14, torch.float32))  # 2 * 2^-11 of both factors

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, cover, input_precision
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch, cover
 from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, products_of
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation,

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_analysis import _interleave
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, config_for, why_invalid
