@@ -194,15 +194,18 @@ def assert_same_step(fused: nn.Module, exact: nn.Module, x: Tensor, rtol: float 
 
 
 class Operators(TorchDispatchMode):
-    """Names of our operators as they run, each with the arguments of its call."""
+    """Names of our operators as they run, each with the arguments of its call; names of all others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.others: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "wavemix_kernels":
             self.calls.append((func._schema.name.partition("::")[2], args))
+        else:
+            self.others.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 

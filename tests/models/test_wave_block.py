@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from wavemix_kernels.benchmarks.harness import memory
 
-from tests.models.subjects import BATCH, GROUP, PLAIN, TINY, assert_same_step, normal, operators, wave_block
+import wavemix_kernels as wk
+from tests.models.subjects import BATCH, GROUP, PLAIN, TINY, Operators, assert_same_step, normal, operators, wave_block
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels.nn.wavemlp import reference as patm
 from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
@@ -185,3 +186,28 @@ def test_mlp_in_autocast_and_with_dropout() -> None:
     assert mlp.eval()(torch.ones(1, 4, 3, 3)).any()
     with pytest.raises(ValueError, match=r"x: expected 4 channels \(in_features\), got shape \(1, 5, 3, 3\)"):
         mlp(torch.zeros(1, 5, 3, 3))
+
+
+#: They bring a value to Python: on a GPU they wait for it.
+WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
+
+
+@pytest.mark.parametrize("made", [lambda: wk.FusedWaveblock(level=2, final_dim=8), lambda: WaveBlock(8)])
+def test_a_step_waits_for_no_value(made: Callable[[], nn.Module]) -> None:
+    """Also with cumulative averages (momentum=None), which count batches on the device."""
+    module = made()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None
+    with Operators() as ran:
+        module(normal(2, 8, 8, 8).float()).sum().backward()
+    assert WAITS.isdisjoint(ran.others)
+
+
+def test_inference_behind_a_group_norm_runs_its_kernel() -> None:
+    """The library's GroupNorm would copy a channels_last image to NCHW and back."""
+    form = WaveBlock(8, norm_layer=lambda dim: nn.GroupNorm(1, dim)).eval().fuse_for_inference()
+    with Operators() as ran:
+        form(normal(2, 8, 6, 5).float())
+    assert "aten::native_group_norm" not in ran.others
+    assert [name for name, _ in ran.calls].count("pre_norm_apply") == 2
