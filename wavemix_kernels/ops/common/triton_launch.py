@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common import chips
 
 
 class Launch(NamedTuple):
@@ -20,7 +21,7 @@ class Launch(NamedTuple):
         if 0 in self.grid:
             return
         with _native.on(like.device):
-            self.kernel[self.grid](*self.args, **self.constants)
+            self.kernel[self.grid](*self.args, **chips.for_chip(self.constants))
 
 
 def cover(columns: int, least: int = 16) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import BY_WARPS, products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, widths
@@ -159,8 +160,7 @@ def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
 
 
 def _config(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
-    # By warps: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100).
-    by_warps = image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
+    by_warps = products_of(image.device) in BY_WARPS
     count = _native.multiprocessors(image.device)
     return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision(), count)
 

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.haar.triton_synthesis import _deinterleave
-from wavemix_kernels.ops.mlp.tiles import products_of
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, why_invalid
 from wavemix_kernels.ops.reduce_haar.triton import _in_block, _pairs
 
@@ -223,8 +223,7 @@ def launch(
     levels, itemsize, (outputs, channels) = len(grads), x.dtype.itemsize, weight.shape
     if config is None:
         of_rows = channels > 1 and not x.stride(1) == dx.stride(1) == 1
-        products = products_of(torch.cuda.get_device_capability(x.device)) if x.is_cuda else "wgmma"
-        config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products)
+        config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products_of(x.device))
     if (reason := why_invalid(config, levels)) is not None:
         raise ValueError(f"config: {reason}")
     rows, cols = x.shape[2] >> levels, x.shape[3] >> levels
