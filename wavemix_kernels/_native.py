@@ -50,18 +50,23 @@ def cpu_reason() -> str | None:
     return core_error
 
 
-@functools.cache
 def cuda_reason() -> str | None:
     """Why the CUDA C++ kernels cannot run here, or None."""
     if cuda_core is None:
         return core_error or (core.BUILD_NOTE if core is not None else None) or "this install has no CUDA kernels"
-    built, driver = cuda_core.CUDA_VERSION // 1000, cuda_core.cuda_driver_version() // 1000
-    if 0 < driver < built:
-        return (
-            f"the NVIDIA driver serves CUDA {driver}, these kernels were built with CUDA {built}; update the driver or "
-            f"build with CUDA {driver}"
-        )
-    return None
+    return _driver_reason(cuda_core)
+
+
+@functools.cache
+def _driver_reason(with_cuda: ModuleType) -> str | None:
+    """CUDA's minor versions are compatible, its major versions are not. Without a driver torch sees no device."""
+    built, driver = with_cuda.CUDA_VERSION // 1000, with_cuda.cuda_driver_version() // 1000
+    if not 0 < driver < built:
+        return None
+    return (
+        f"the NVIDIA driver serves CUDA {driver}, these kernels were built with CUDA {built}; "
+        f"update the driver or build with CUDA {driver}"
+    )
 
 
 def address(tensor: Tensor | None) -> Sequence[int]:
