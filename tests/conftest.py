@@ -21,11 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports triton: it reads the variable when kernels are defined.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    else:
-        import torch
-
-        # By default cuDNN's convolutions round fp32 to TF32, where an op leaves a part to them.
-        torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,6 +83,15 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     if name != "auto" and (reason := getattr(backends, f"{name}_why_not")()) is not None:
         pytest.skip(f"{name}: {reason}")
     yield name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact_products() -> Iterator[None]:
+    """fp32 is multiplied in fp32: bounds are those of its roundings."""
+    from wavemix_kernels.ops.common.precision import products_in
+
+    with products_in("ieee"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # first: the core then shares torch's OpenMP runtime (same soname, one thread pool)
 from torch import Tensor
@@ -47,10 +51,22 @@ def cpu_reason() -> str | None:
 
 
 def cuda_reason() -> str | None:
-    """Why the CUDA C++ kernels are missing, or None."""
-    if cuda_core is not None:
+    """Why the CUDA C++ kernels cannot run here, or None."""
+    if cuda_core is None:
+        return core_error or (core.BUILD_NOTE if core is not None else None) or "this install has no CUDA kernels"
+    return _driver_reason(cuda_core)
+
+
+@functools.cache
+def _driver_reason(with_cuda: ModuleType) -> str | None:
+    """CUDA's minor versions are compatible, its major versions are not. Without a driver torch sees no device."""
+    built, driver = with_cuda.CUDA_VERSION // 1000, with_cuda.cuda_driver_version() // 1000
+    if not 0 < driver < built:
         return None
-    return core_error or (core.BUILD_NOTE if core is not None else None) or "this install has no CUDA kernels"
+    return (
+        f"the NVIDIA driver serves CUDA {driver}, these kernels were built with CUDA {built}; "
+        f"update the driver or build with CUDA {driver}"
+    )
 
 
 def address(tensor: Tensor | None) -> Sequence[int]:
@@ -58,8 +74,28 @@ def address(tensor: Tensor | None) -> Sequence[int]:
     return () if tensor is None else (tensor.data_ptr(), *tensor.stride())
 
 
-def stream(device: torch.device) -> tuple[int, int]:
-    """Device index and current stream handle for a launch on ``device``."""
-    if device.type != "cuda":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+def stream(device: torch.device) -> int:
+    """Handle of torch's current stream on ``device``, for a launch."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+#: Of an H100, for grids that no device runs: those of emulators, of the interpreter and of tensors without storage.
+MULTIPROCESSORS = 132
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many ``device`` has: grids and the order of their sums depend on it."""
+    return _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` current for a launch. Going back is torch's business: it leaves a GPU alone that nothing has
+    used yet, where switching to it would make a context there."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

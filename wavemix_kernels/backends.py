@@ -115,7 +115,8 @@ def cuda_why_not(*tensors: Tensor) -> str | None:
     """Probe of the CUDA C++ kernels: built, a device there, tensors on it, a dtype they have."""
     if (reason := _native.cuda_reason()) is not None:
         return reason
-    if _native.cuda_device_type == "cuda" and not torch.cuda.is_available():
+    on_gpu = bool(tensors) and tensors[0].is_cuda  # then torch need not be asked, which costs more than all the rest
+    if _native.cuda_device_type == "cuda" and not on_gpu and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     for t in tensors:
         if t.device.type != _native.cuda_device_type:
@@ -172,7 +173,8 @@ def triton_why_not(*tensors: Tensor) -> str | None:
     if (reason := triton_reason()) is not None:
         return reason
     devices = ("cpu", "cuda") if triton_interpreted() else ("cuda",)
-    if not triton_interpreted() and not torch.cuda.is_available():
+    on_gpu = bool(tensors) and tensors[0].is_cuda
+    if not on_gpu and not triton_interpreted() and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     for t in tensors:
         if t.device.type not in devices:

@@ -48,8 +48,6 @@ def ops_of(backend: str) -> list[str]:
 def main(backend: str, *names: str) -> int:
     """1 if an op is wrong or raises. The process ends there: an error of the device stays."""
     device = torch.device("cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda")
-    # The library's convolutions, where an op leaves a part to them, must not round to TF32 against an fp32 bound.
-    torch.backends.cudnn.allow_tf32 = False
     for name in names or ops_of(backend):
         if name == "haar":
             exact_haar(backend, device)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from wavemix_kernels.ops.common.precision import products_in
+
 from . import graphs, memory
 from .case import Case, Expectation, Setting
 from .clock import Clock, Effort, clock_for, interleave, quantile
@@ -410,15 +412,9 @@ def _copy(ideal_bytes: int, device: torch.device) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def _tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
     """TF32 in convolutions where a case allows it: a wavelet's own convolutions must keep float32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed and before
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    return contextlib.nullcontext() if allowed else products_in("ieee")
 
 
 def _one_line(error: Exception) -> str:

@@ -57,23 +57,23 @@ void bind_haar(py::module_& m) {
   m.def(
       "haar_analysis_cuda",
       [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& ll,
-         const std::vector<Ints>& highs, int device, uintptr_t stream, const std::vector<Ints>& lows) {
+         const std::vector<Ints>& highs, uintptr_t stream, const std::vector<Ints>& lows) {
         const auto args = haar_args(dtype, levels, shape, edge, image, {}, ll, highs, lows);
         py::gil_scoped_release unlocked;
-        haar_analysis_cuda(args, device, pointer(stream));
+        haar_analysis_cuda(args, pointer(stream));
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("ll"),
-      py::arg("highs"), py::arg("device"), py::arg("stream"), no_lows);
+      py::arg("highs"), py::arg("stream"), no_lows);
   m.def(
       "haar_synthesis_cuda",
       [](int dtype, int levels, const Ints& shape, double edge, const Ints& image, const Ints& add, const Ints& ll,
-         const std::vector<Ints>& highs, int device, uintptr_t stream, const std::vector<Ints>& lows) {
+         const std::vector<Ints>& highs, uintptr_t stream, const std::vector<Ints>& lows) {
         const auto args = haar_args(dtype, levels, shape, edge, image, add, ll, highs, lows);
         py::gil_scoped_release unlocked;
-        haar_synthesis_cuda(args, device, pointer(stream));
+        haar_synthesis_cuda(args, pointer(stream));
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("edge"), py::arg("image"), py::arg("add"),
-      py::arg("ll"), py::arg("highs"), py::arg("device"), py::arg("stream"), no_lows);
+      py::arg("ll"), py::arg("highs"), py::arg("stream"), no_lows);
 #endif
 }
 

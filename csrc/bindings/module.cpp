@@ -24,6 +24,10 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
 #endif
 #if WAVEMIX_WITH_CUDA
   m.attr("CUDA_VERSION") = CUDART_VERSION;
+  m.def("cuda_driver_version", [] {
+    int version = 0;  // of the newest CUDA that the driver serves, as CUDA_VERSION; 0 without a driver
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  });
   m.attr("CUDA_ARCHS") = WAVEMIX_CUDA_ARCHS;
 #endif
 }

@@ -245,48 +245,49 @@ void bind_patm(py::module_& m) {
 #if WAVEMIX_WITH_CUDA
   m.def(
       "phase_workspace_cuda",
-      [](const Ints& shape, bool backward) {
+      [](const Ints& shape, int multiprocessors, bool backward) {
         const auto args = shaped<PhaseArgs>(0, shape, false);
-        return phase_workspace_cuda(args.n, args.c, args.h, args.w, backward);
+        return phase_workspace_cuda(args.n, args.c, args.h, args.w, multiprocessors, backward);
       },
-      py::arg("shape"), py::arg("backward"));
+      py::arg("shape"), py::arg("multiprocessors"), py::arg("backward"));
   m.def(
       "phase_forward_cuda",
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& out,
-         const Ints& also, uintptr_t sums, uintptr_t workspace, int device, uintptr_t stream) {
+         const Ints& also, uintptr_t sums, uintptr_t workspace, int multiprocessors, uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
         const Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
         const auto third = plane(also, "also", shape);
         py::gil_scoped_release unlocked;
-        phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), device, pointer(stream));
+        phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), multiprocessors, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("out"), py::arg("also"), py::arg("sums"),
-      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
   m.def(
       "phase_backward_cuda",
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Gradient, 2>& gradients,
-         uintptr_t a_c, const Ints& d_c, uintptr_t workspace, int device, uintptr_t stream) {
+         uintptr_t a_c, const Ints& d_c, uintptr_t workspace, int multiprocessors, uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
         PhaseGradArgs grads[2] = {gradient_args(shape, gradients[0]), gradient_args(shape, gradients[1])};
         add_third(grads[0], shape, a_c, d_c);
         py::gil_scoped_release unlocked;
-        phase_backward_cuda(args.of, grads, pointer(workspace), device, pointer(stream));
+        phase_backward_cuda(args.of, grads, pointer(workspace), multiprocessors, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("gradients"), py::arg("a_c"), py::arg("d_c"),
-      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
   m.def(
       "phase_statistics_cuda",
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
-         const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int device, uintptr_t stream) {
+         const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int multiprocessors,
+         uintptr_t stream) {
         const Branches args = both(dtype, shape, branches);
         const Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
         const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
         const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
         py::gil_scoped_release unlocked;
-        phase_statistics_cuda(args.of, to, slope, constant, device, pointer(stream));
+        phase_statistics_cuda(args.of, to, slope, constant, multiprocessors, pointer(stream));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("d_theta"), py::arg("rise"), py::arg("offset"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("multiprocessors"), py::arg("stream"));
 #endif
 }
 

@@ -81,13 +81,13 @@ void bind_reduce_haar(py::module_& m) {
   m.def(
       "reduce_haar_cuda",
       [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
-         const std::vector<Ints>& z, bool allow_tf32, int device, uintptr_t stream) {
+         const std::vector<Ints>& z, bool allow_tf32, uintptr_t stream) {
         const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, allow_tf32);
         py::gil_scoped_release unlocked;
-        reduce_haar_cuda(args, device, pointer(stream));
+        reduce_haar_cuda(args, pointer(stream));
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
-      py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("device"), py::arg("stream"));
+      py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("stream"));
 #endif
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from tests.aot.table import WIDE, Demands
 from tests.kernels.triton import search_spaces
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.common.precision import input_precision, products_in
+from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
@@ -53,19 +53,6 @@ class Point(NamedTuple):
 def meta(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
     t = torch.empty(shape, dtype=dtype, device="meta")
     return t.to(memory_format=LAST) if last else t
-
-
-@contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """fp32 with torch's own switch for matrix products."""
-    matmul: Any = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, precision if name == "fp32_precision" else precision == "tf32")
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 # --- Haar ----------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ __global__ void matmul_tf32_kernel(const float* a, const float* b, float* d) {
 
 template <class T>
 void one_warp(const char* what, void (*kernel)(const T*, const T*, float*), const void* a, const void* b, float* d) {
-  Launch{what, 1, 32, 0, nullptr}(kernel, static_cast<const T*>(a), static_cast<const T*>(b), d);
+  Launch{[what] { return std::string(what); }, 1, 32, 0, nullptr}(kernel, static_cast<const T*>(a),
+                                                                  static_cast<const T*>(b), d);
 }
 
 }  // namespace

@@ -174,7 +174,7 @@ KERNEL(order_dependent) {
 void run_wrong_kernel(const std::string& name, bool wrong, const float* input, float* output, int count) {
   if (count != kThreads) throw std::invalid_argument("count: got " + std::to_string(count) + ", these kernels take 64");
   const auto& [right_kernel, wrong_kernel] = kernels().at(name);
-  const Launch launch{name, 1, kThreads, kThreads * sizeof(float), nullptr};
+  const Launch launch{[&] { return name; }, 1, kThreads, kThreads * sizeof(float), nullptr};
   launch(wrong ? wrong_kernel : right_kernel, input, output, count);
 }
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import wavemix_kernels as wk
 from benchmarks.harness.rivals import UpstreamPATM
 from tests.models import subjects
 from tests.models.subjects import BATCH, GROUP, PLAIN, TINY, assert_same_step, changed, normal, operators, wave_block
 from tests.ops.contract import image, randn
+from tests.ops.each import Calls
 from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import backends
 from wavemix_kernels.nn.wavemlp import reference
@@ -330,3 +332,28 @@ def test_dropout() -> None:
     mlp(normal(1, 4, 3, 3, dtype=torch.float32))
     assert dropped == [6, 5]  # the hidden activations and the output
     assert mlp.drop.p == 0.3
+
+
+#: They bring a value to Python: on a GPU they wait for it.
+WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
+
+
+@pytest.mark.parametrize("made", [lambda: wk.FusedWaveblock(level=2, final_dim=8), lambda: WaveBlock(8)])
+def test_a_step_waits_for_no_value(made: Callable[[], nn.Module]) -> None:
+    """Also with cumulative averages (momentum=None), which count batches on the device."""
+    module = made()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None
+    with Calls() as ran:
+        module(normal(2, 8, 8, 8).float()).sum().backward()
+    assert WAITS.isdisjoint(ran.others)
+
+
+def test_inference_behind_a_group_norm_runs_its_kernel() -> None:
+    """The library's GroupNorm would copy a channels_last image to NCHW and back."""
+    form = WaveBlock(8, norm_layer=lambda dim: nn.GroupNorm(1, dim)).eval().fuse_for_inference()
+    with Calls() as ran:
+        form(normal(2, 8, 6, 5).float())
+    assert "aten::native_group_norm" not in ran.others
+    assert [op._schema.name for op, _ in ran.made].count("wavemix_kernels::pre_norm_apply") == 2

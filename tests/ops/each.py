@@ -64,15 +64,18 @@ def _few(dtype: torch.dtype, contracts: Sequence[Contract]) -> Rows:
 
 
 class Calls(TorchDispatchMode):
-    """The calls of this project's operators, with their arguments."""
+    """The calls of this project's operators, with their arguments; names of all others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[Any, Any]] = []
+        self.others: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "wavemix_kernels":
             self.made.append((op, args))
+        else:
+            self.others.append(op._schema.name)
         return op(*args, **(kwargs or {}))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from wavemix_kernels import _native, backends, log, ops, pytorch_wavelets
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import deconv
 from wavemix_kernels.ops.deconv.op import BACKENDS as DECONV
+from wavemix_kernels.ops.haar.op import BACKENDS as HAAR
 
 CPU = torch.device("cpu")
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -69,6 +71,14 @@ UNSERVED = [
 def test_a_call_that_a_named_backend_cannot_serve_raises(op: str, backend: str, given: list[Any], why: str) -> None:
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot serve this call: .*{why}"):
         choose.select(op, ops.load(op).BACKENDS, backend, *given)
+
+
+def test_a_driver_older_than_the_build_leaves_the_op_to_the_next_backend() -> None:
+    core = ModuleType("core")
+    core.CUDA_VERSION, core.cuda_driver_version = 13000, lambda: 12080
+    with backends.emulated_cuda(core):
+        assert "the NVIDIA driver serves CUDA 12, these kernels were built with CUDA 13" in backends.cuda_why_not()
+        assert choose.pick("haar", HAAR, "auto", torch.zeros(1, 4, 2, 2), order=("cuda", "cpu")) == "cpu"
 
 
 def test_deconv_on_the_cpu_by_name_is_ours(lines: Callable[[], list[str]]) -> None:

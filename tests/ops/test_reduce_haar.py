@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import each
 from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
 from tests.tolerances import assert_within, sum_bound
+from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.reduce_haar import op, reference
 
 # (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
@@ -162,13 +163,10 @@ def test_rounds_to_tf32_only_when_allowed(device: str) -> None:
     (exact,) = reference.reduce_haar(*wide, None, 1)
     (size,) = absolute_pyramid(F.conv2d(*(t.abs() for t in wide)), 1)
     bound = sum_bound(exact, size, 32 + 2, torch.float32)
-    before, made = torch.backends.cuda.matmul.allow_tf32, []
-    try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+    made = []
+    for precision in ("ieee", "tf32"):
+        with products_in(precision):
             made += op.reduce_haar(x, weight, backend="cuda")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     assert_within(made[0], exact, bound)
     with pytest.raises(AssertionError, match="beyond the bound"):
         assert_within(made[1], exact, bound)

@@ -59,6 +59,6 @@ def update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    # momentum=None: the cumulative average of all batches.
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    # momentum=None: the cumulative average of all batches; their number stays on its device.
+    momentum = norm.num_batches_tracked.double().reciprocal() if norm.momentum is None else norm.momentum
     batch_norm.update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)

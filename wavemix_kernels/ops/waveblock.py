@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -184,7 +185,7 @@ class _Waveblock(torch.autograd.Function):
             batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
             for m, s, level in zip(means, invstds, levels, strict=True)
         ]
-        zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
+        zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
         us: list[Tensor] = []
         if recompute == "mlp":
             ys = list(rest[:count])

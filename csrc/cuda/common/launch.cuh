@@ -9,40 +9,24 @@
 #endif
 
 #include <cstddef>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 namespace wavemix {
 
-inline void check(cudaError_t status, const std::string& action) {
+// `action` says what was tried: a callable, since it is wanted only after a failure.
+template <class Action>
+void check(cudaError_t status, const Action& action) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the failure is reported here; do not leave it for the next caller to trip over
-  throw std::runtime_error(action + " failed: " + cudaGetErrorString(status));
+  throw std::runtime_error(action() + " failed: " + cudaGetErrorString(status));
 }
 
-// Makes `device` current and gives the caller's own device back at the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device == previous_) return;
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
+// On the current device, which the caller has chosen.
 struct Launch {
-  std::string what;  // names the kernel in errors
+  std::function<std::string()> what;  // names the kernel in errors
   unsigned blocks = 0;
   unsigned threads = 0;
   size_t shared_bytes = 0;
@@ -54,17 +38,19 @@ struct Launch {
     constexpr size_t kDefaultSharedLimit = 48 * 1024;
     if (shared_bytes > kDefaultSharedLimit) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            "asking " + std::to_string(shared_bytes) + " bytes of shared memory for " + what);
+            [&] { return "asking " + std::to_string(shared_bytes) + " bytes of shared memory for " + what(); });
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
-          "launch of " + what + " (" + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads)");
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), [&] {
+      return "launch of " + what() + " (" + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+             " threads)";
+    });
 #else
-    emulator::launch(what, dim3(blocks), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
+    emulator::launch(what(), dim3(blocks), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
 #endif
   }
 };

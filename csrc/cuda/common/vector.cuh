@@ -62,18 +62,31 @@ struct Vector {
   static_assert(sizeof(Word) == kBytes && kPerWord * kWords == N, "words tile the vector");
 };
 
+// N elements as they lie in memory. To have several accesses in flight a thread fetches them all before it widens any.
+template <class T, int N>
+using Raw = typename Vector<T, N>::Word[Vector<T, N>::kWords];
+
 // The read-only path: these loads may be moved above the kernel's own stores, so inputs must not overlap outputs.
 template <class T, int N>
+__device__ inline void fetch(const T* source, Raw<T, N>& raw) {
+#pragma unroll
+  for (int w = 0; w < Vector<T, N>::kWords; ++w)
+    raw[w] = __ldg(reinterpret_cast<const typename Vector<T, N>::Word*>(source) + w);
+}
+
+template <class T, int N>
+__device__ inline void widen(const Raw<T, N>& raw, Arithmetic<T> (&x)[N]) {
+  T elements[N];
+  memcpy(static_cast<void*>(elements), raw, sizeof(raw));
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = widen(elements[k]);
+}
+
+template <class T, int N>
 __device__ inline void load(const T* source, Arithmetic<T> (&x)[N]) {
-  using V = Vector<T, N>;
-#pragma unroll
-  for (int w = 0; w < V::kWords; ++w) {
-    const typename V::Word word = __ldg(reinterpret_cast<const typename V::Word*>(source) + w);
-    T elements[V::kPerWord];
-    memcpy(static_cast<void*>(elements), &word, sizeof(word));
-#pragma unroll
-    for (int k = 0; k < V::kPerWord; ++k) x[w * V::kPerWord + k] = widen(elements[k]);
-  }
+  Raw<T, N> raw;
+  fetch<T, N>(source, raw);
+  widen<T, N>(raw, x);
 }
 
 // Narrowing in pairs is one instruction for both halves.

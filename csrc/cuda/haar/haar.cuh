@@ -266,11 +266,12 @@ struct Grid {
 };
 
 inline Launch make_launch(const char* direction, const HaarArgs& args, const Form& form, uint32_t tasks, void* stream) {
-  constexpr const char* kDTypeName[] = {"float64", "float32", "float16", "bfloat16"};
   Launch launch;
-  launch.what = std::string("haar_") + direction + (form.layout == Layout::rows ? "_rows" : "_channels") +
-                (form.wide ? " (wide, " : " (narrow, ") + kDTypeName[static_cast<int>(args.dtype)] + ", " +
-                std::to_string(args.levels) + " levels)";
+  launch.what = [direction, rows = form.layout == Layout::rows, wide = form.wide, dtype = args.dtype,
+                 levels = args.levels] {
+    return std::string("haar_") + direction + (rows ? "_rows" : "_channels") + (wide ? " (wide, " : " (narrow, ") +
+           name_of(dtype) + ", " + std::to_string(levels) + " levels)";
+  };
   launch.blocks = (tasks + kThreads - 1) / kThreads;
   launch.threads = kThreads;
   launch.stream = static_cast<cudaStream_t>(stream);

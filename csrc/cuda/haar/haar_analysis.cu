@@ -67,33 +67,35 @@ struct RowsAnalysis {
   // x = row `i` of LL at level `level`, this thread's columns.
   template <int level>
   __device__ void reduce(int i, A (&x)[width(V, level)]) const {
-    if constexpr (level == 0) {
-      load_row(i, x);
-    } else {
-      constexpr int N = width(V, level);
-      A bands[4][N] = {};
-      const PairWeights<A> rows(2 * i + 1 < p.level[level - 1].h, p.edge, A(0.5));
+    constexpr int N = width(V, level);
+    A bands[4][N] = {};
+    const PairWeights<A> rows(2 * i + 1 < p.level[level - 1].h, p.edge, A(0.5));
+    Row raw[2];
+    if constexpr (level == 1) fetch_rows(i, raw);
 #pragma unroll(level <= 2 ? 2 : 1)
-      for (int below = 0; below < 2; ++below) {
-        A finer[width(V, level - 1)], low[N], high[N];
+    for (int below = 0; below < 2; ++below) {
+      A finer[width(V, level - 1)], low[N], high[N];
+      if constexpr (level == 1) {
+        widen_inside(2 * i + below, raw[below], finer);
+      } else {
         reduce<level - 1>(2 * i + below, finer);
-        reduce_columns<level>(finer, low, high);
-        const A add = below ? A(0.5) : rows.low, subtract = below ? A(-0.5) : rows.high;
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          bands[0][k] += add * low[k];
-          bands[1][k] += subtract * low[k];
-          bands[2][k] += add * high[k];
-          bands[3][k] += subtract * high[k];
-        }
       }
-      const int j = column >> level;
-      // A level coarser than the thread's columns is shared by neighbouring lanes: the first one writes it.
-      const bool first = level <= kColumnLevels<V> || (column & ((1 << level) - 1)) == 0;
-      if (active && first && i < p.level[level].h && j < p.level[level].w) store_bands(level, i, j, bands);
+      reduce_columns<level>(finer, low, high);
+      const A add = below ? A(0.5) : rows.low, subtract = below ? A(-0.5) : rows.high;
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = bands[0][k];
+      for (int k = 0; k < N; ++k) {
+        bands[0][k] += add * low[k];
+        bands[1][k] += subtract * low[k];
+        bands[2][k] += add * high[k];
+        bands[3][k] += subtract * high[k];
+      }
     }
+    const int j = column >> level;
+    // A level coarser than the thread's columns is shared by neighbouring lanes: the first one writes it.
+    const bool first = level <= kColumnLevels<V> || (column & ((1 << level) - 1)) == 0;
+    if (active && first && i < p.level[level].h && j < p.level[level].w) store_bands(level, i, j, bands);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = bands[0][k];
   }
 
   template <int level>
@@ -114,22 +116,38 @@ struct RowsAnalysis {
     }
   }
 
-  __device__ void load_row(int i, A (&x)[2 * V]) const {
-#pragma unroll
-    for (int k = 0; k < 2 * V; ++k) x[k] = 0;
-    const int w = p.level[0].w;
-    if (!active || i >= p.level[0].h || column >= w) return;
+  // A thread's columns of one row as they lie in memory; narrow: two elements, wherever the stride puts them.
+  struct Row {
+    Raw<T, V> part[2];
+  };
+
+  __device__ bool inside(int i, int part) const {
+    return active && i < p.level[0].h && column + (V > 1 ? 0 : part) < p.level[0].w;
+  }
+
+  // What lies outside is read from the image's first place: no branch keeps the accesses apart.
+  __device__ void fetch_rows(int i, Row (&raw)[2]) const {
     const int64_t* stride = p.image_stride;
-    const T* source =
-        static_cast<const T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + column * stride[3];
-    if constexpr (V > 1) {
-      load<T, 2 * V>(source, x);
-    } else {
-      A first[1], second[1] = {0};
-      load<T, 1>(source, first);
-      if (column + 1 < w) load<T, 1>(source + stride[3], second);
-      x[0] = first[0];
-      x[1] = second[0];
+    const T* image = static_cast<const T*>(p.image);
+    const int64_t first = n * stride[0] + c * stride[1] + 2 * i * stride[2] + column * stride[3];
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int64_t offset = first + below * stride[2] + part * (V > 1 ? V : stride[3]);
+        fetch<T, V>(image + (inside(2 * i + below, part) ? offset : 0), raw[below].part[part]);
+      }
+    }
+  }
+
+  __device__ void widen_inside(int i, const Row& raw, A (&x)[2 * V]) const {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      A half[V];
+      widen<T, V>(raw.part[part], half);
+      const bool counts = inside(i, part);
+#pragma unroll
+      for (int k = 0; k < V; ++k) x[part * V + k] = counts ? half[k] : A(0);
     }
   }
 
@@ -187,39 +205,55 @@ struct ChannelsAnalysis {
 
   template <int level>
   __device__ void reduce(int i, int j, A (&x)[V]) const {
-    if constexpr (level == 0) {
-      load_pixel(i, j, x);
-    } else {
-      A bands[4][V] = {};
-      const PairWeights<A> rows(2 * i + 1 < p.level[level - 1].h, p.edge, A(0.5));
-      const PairWeights<A> columns(2 * j + 1 < p.level[level - 1].w, p.edge, A(1));
+    A bands[4][V] = {};
+    const PairWeights<A> rows(2 * i + 1 < p.level[level - 1].h, p.edge, A(0.5));
+    const PairWeights<A> columns(2 * j + 1 < p.level[level - 1].w, p.edge, A(1));
+    Raw<T, V> raw[4];
+    if constexpr (level == 1) fetch_quad(i, j, raw);
 #pragma unroll(level == 1 ? 4 : 1)
-      for (int q = 0; q < 4; ++q) {
-        const bool below = q >> 1, right = q & 1;
-        A finer[V];
+    for (int q = 0; q < 4; ++q) {
+      const bool below = q >> 1, right = q & 1;
+      A finer[V];
+      if constexpr (level == 1) {
+        widen_inside(2 * i + below, 2 * j + right, raw[q], finer);
+      } else {
         reduce<level - 1>(2 * i + below, 2 * j + right, finer);
-        const A row_low = below ? A(0.5) : rows.low, row_high = below ? A(-0.5) : rows.high;
-        const A column_low = right ? A(1) : columns.low, column_high = right ? A(-1) : columns.high;
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          bands[0][k] += row_low * column_low * finer[k];
-          bands[1][k] += row_high * column_low * finer[k];
-          bands[2][k] += row_low * column_high * finer[k];
-          bands[3][k] += row_high * column_high * finer[k];
-        }
       }
-      if (active && i < p.level[level].h && j < p.level[level].w) store_bands(level, i, j, bands);
+      const A row_low = below ? A(0.5) : rows.low, row_high = below ? A(-0.5) : rows.high;
+      const A column_low = right ? A(1) : columns.low, column_high = right ? A(-1) : columns.high;
 #pragma unroll
-      for (int k = 0; k < V; ++k) x[k] = bands[0][k];
+      for (int k = 0; k < V; ++k) {
+        bands[0][k] += row_low * column_low * finer[k];
+        bands[1][k] += row_high * column_low * finer[k];
+        bands[2][k] += row_low * column_high * finer[k];
+        bands[3][k] += row_high * column_high * finer[k];
+      }
+    }
+    if (active && i < p.level[level].h && j < p.level[level].w) store_bands(level, i, j, bands);
+#pragma unroll
+    for (int k = 0; k < V; ++k) x[k] = bands[0][k];
+  }
+
+  __device__ bool inside(int i, int j) const { return active && i < p.level[0].h && j < p.level[0].w; }
+
+  // Pixels outside are read from the image's first one: no branch keeps the four accesses apart.
+  __device__ void fetch_quad(int i, int j, Raw<T, V> (&raw)[4]) const {
+    const int64_t* stride = p.image_stride;
+    const T* image = static_cast<const T*>(p.image);
+    const int64_t first = n * stride[0] + c * stride[1] + 2 * i * stride[2] + 2 * j * stride[3];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int below = q >> 1, right = q & 1;
+      const int64_t offset = first + below * stride[2] + right * stride[3];
+      fetch<T, V>(image + (inside(2 * i + below, 2 * j + right) ? offset : 0), raw[q]);
     }
   }
 
-  __device__ void load_pixel(int i, int j, A (&x)[V]) const {
+  __device__ void widen_inside(int i, int j, const Raw<T, V>& raw, A (&x)[V]) const {
+    widen<T, V>(raw, x);
+    const bool counts = inside(i, j);
 #pragma unroll
-    for (int k = 0; k < V; ++k) x[k] = 0;
-    if (!active || i >= p.level[0].h || j >= p.level[0].w) return;
-    const int64_t* stride = p.image_stride;
-    load<T, V>(static_cast<const T*>(p.image) + n * stride[0] + c * stride[1] + i * stride[2] + j * stride[3], x);
+    for (int k = 0; k < V; ++k) x[k] = counts ? x[k] : A(0);
   }
 
   __device__ void store_bands(int level, int i, int j, const A (&bands)[4][V]) const {
@@ -337,10 +371,9 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
 
 namespace wavemix {
 
-void haar_analysis_cuda(const HaarArgs& args, int device, void* stream) {
+void haar_analysis_cuda(const HaarArgs& args, void* stream) {
   haar::check_args(args);
   if (haar::is_empty(args)) return;
-  const DeviceGuard guard(device);
   const HaarArgs settled = haar::normalised(args);
   haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);

@@ -304,10 +304,9 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
 
 namespace wavemix {
 
-void haar_synthesis_cuda(const HaarArgs& args, int device, void* stream) {
+void haar_synthesis_cuda(const HaarArgs& args, void* stream) {
   haar::check_args(args);
   if (haar::is_empty(args)) return;
-  const DeviceGuard guard(device);
   const HaarArgs settled = haar::normalised(args);
   haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);

@@ -27,9 +27,8 @@ namespace wavemix::phase {
 constexpr int kThreads = 128;
 constexpr int kReach = kPhaseTaps / 2;
 constexpr int kBranches = 2;  // along W, then along H
-// Blocks that fill the chip: two for each of an H100's 132 multiprocessors. From the upper number on, more of them make
-// partial sums and nothing else.
-constexpr int64_t kFewBlocks = 264, kManyBlocks = std::min<int64_t>(2048, WAVEMIX_MAX_BLOCKS);
+// Blocks of a multiprocessor: fewer leave it idle; more than the upper number make partial sums and nothing else.
+constexpr int64_t kFewBlocks = 2, kManyBlocks = 16;
 // Six waves beyond a segment's ends are made a second time: a quarter of this many.
 constexpr int64_t kShortestSegment = 24;
 
@@ -47,7 +46,9 @@ struct Plan {
   int64_t parts_of_image() const { return parts[0] + parts[1]; }
 
   // `per_image`: sums belong to an image, so that no block may go on to another.
-  Plan(const PhaseArgs& args, int pairs_of_thread, bool per_image) {
+  Plan(const PhaseArgs& args, int pairs_of_thread, int multiprocessors, bool per_image) {
+    const int64_t few = kFewBlocks * multiprocessors;
+    const int64_t many = std::min<int64_t>(kManyBlocks * multiprocessors, WAVEMIX_MAX_BLOCKS);
     const int64_t groups = ceil_div(args.c / 2, pairs_of_thread);
     const int64_t length[kBranches] = {args.w, args.h};
     for (int b = 0; b < kBranches; ++b) {
@@ -57,18 +58,18 @@ struct Plan {
     }
     choose_lanes(groups);
     const int64_t blocks = args.n * chunks * parts_of_image();
-    if (blocks < kFewBlocks) {
+    if (blocks < few) {
       for (int b = 0; b < kBranches; ++b) {
         const int64_t most = std::max<int64_t>(length[b] / kShortestSegment, 1);
-        segment[b] = ceil_div(length[b], std::min(ceil_div(kFewBlocks, blocks), most));
+        segment[b] = ceil_div(length[b], std::min(ceil_div(few, blocks), most));
         tasks[b] = lines[b] * ceil_div(length[b], segment[b]);
       }
       choose_lanes(groups);
     }
     images = args.n;
-    const int64_t most = std::max<int64_t>(kManyBlocks / (kBranches * chunks * (per_image ? args.n : 1)), 1);
+    const int64_t most = std::max<int64_t>(many / (kBranches * chunks * (per_image ? args.n : 1)), 1);
     for (int64_t& count : parts) count = evenly(count, most);
-    if (!per_image) images = evenly(args.n, std::max<int64_t>(kManyBlocks / (chunks * parts_of_image()), 1));
+    if (!per_image) images = evenly(args.n, std::max<int64_t>(many / (chunks * parts_of_image()), 1));
   }
 
  private:
@@ -274,14 +275,9 @@ inline void check_args(const PhaseArgs& args) {
 
 inline bool is_empty(const PhaseArgs& args) { return args.n == 0 || args.c == 0 || args.h == 0 || args.w == 0; }
 
-inline const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float64", "float32", "float16", "bfloat16"};
-  return kNames[static_cast<int>(dtype)];
-}
-
 inline Launch prepared(const char* what, DType dtype, bool wide, void* stream) {
   Launch launch;
-  launch.what = std::string(what) + (wide ? " (wide, " : " (narrow, ") + name_of(dtype) + ")";
+  launch.what = [=] { return std::string(what) + (wide ? " (wide, " : " (narrow, ") + name_of(dtype) + ")"; };
   launch.threads = kThreads;
   launch.stream = static_cast<cudaStream_t>(stream);
   return launch;

@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kThreads) phase_sum_rows(const __grid_constant
 
 template <class T, int P, bool wide>
 void launch(const PhaseArgs (&branches)[kBranches], const Plane (&out)[kBranches], const Plane& also, void* sums,
-            void* workspace, void* stream) {
+            void* workspace, int multiprocessors, void* stream) {
   const PhaseArgs& args = branches[0];
-  const Plan plan(args, P, true);
+  const Plan plan(args, P, multiprocessors, true);
   Params p = {};
   p.dealt = dealt(plan, args, P);
   for (int b = 0; b < kBranches; ++b) {
@@ -235,7 +235,7 @@ void sum_rows(DType dtype, const Rows (&rows)[kBranches], void* stream) {
   }
   if (p.blocks[0] + p.blocks[1] == 0) return;
   Launch launch;
-  launch.what = std::string("phase_sum_rows (") + name_of(dtype) + ")";
+  launch.what = [=] { return std::string("phase_sum_rows (") + name_of(dtype) + ")"; };
   launch.blocks = p.blocks[0] + p.blocks[1];
   launch.threads = kThreads;
   launch.stream = static_cast<cudaStream_t>(stream);
@@ -250,7 +250,7 @@ void sum_rows(DType dtype, const Rows (&rows)[kBranches], void* stream) {
 
 namespace wavemix {
 
-int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, bool backward) {
+int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, int multiprocessors, bool backward) {
   PhaseArgs args;
   args.n = n;
   args.c = c;
@@ -259,19 +259,19 @@ int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, bool ba
   phase::check_args(args);
   if (phase::is_empty(args)) return 0;
   if (backward) {
-    const phase::Plan plan(args, 1, false);
+    const phase::Plan plan(args, 1, multiprocessors, false);
     return plan.images * plan.parts_of_image() * phase::kSums * c;
   }
   // Which form a call takes depends on its addresses, too.
-  return std::max(phase::Plan(args, 1, true).parts_of_image(), phase::Plan(args, 2, true).parts_of_image()) * n * c;
+  const auto parts = [&](int pairs) { return phase::Plan(args, pairs, multiprocessors, true).parts_of_image(); };
+  return std::max(parts(1), parts(2)) * n * c;
 }
 
 void phase_forward_cuda(const PhaseArgs (&branches)[2], const Plane (&out)[2], const Plane& also, void* sums,
-                        void* workspace, int device, void* stream) {
+                        void* workspace, int multiprocessors, void* stream) {
   using namespace phase;
   const PhaseArgs& args = branches[0];
   check_args(args);
-  const DeviceGuard guard(device);
   if (is_empty(args)) {  // sums over nothing
     const int64_t width = args.n * args.c;
     return sum_rows(args.dtype, {{nullptr, 0, width, {sums}, {width, width, width}}, {}}, stream);
@@ -284,9 +284,9 @@ void phase_forward_cuda(const PhaseArgs (&branches)[2], const Plane (&out)[2], c
       wide = wide && words_fit<T>(branches[b].z, args, 2 * P) && words_fit<T>(branches[b].theta, args, 2 * P) &&
              words_fit<T>(out[b], args, P);
     if (wide) {
-      launch<T, P, true>(branches, out, also, sums, workspace, stream);
+      launch<T, P, true>(branches, out, also, sums, workspace, multiprocessors, stream);
     } else {
-      launch<T, 1, false>(branches, out, also, sums, workspace, stream);
+      launch<T, 1, false>(branches, out, also, sums, workspace, multiprocessors, stream);
     }
   });
 }

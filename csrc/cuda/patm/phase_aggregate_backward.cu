@@ -300,9 +300,9 @@ Rows rows_of_gradients(const PhaseArgs& args, const PhaseGradArgs& grads, const 
 
 template <class T, bool wide>
 void launch_backward(const PhaseArgs (&branches)[kBranches], const PhaseGradArgs (&grads)[kBranches], void* workspace,
-                     void* stream) {
+                     int multiprocessors, void* stream) {
   const PhaseArgs& args = branches[0];
-  const Plan plan(args, P, false);
+  const Plan plan(args, P, multiprocessors, false);
   Params p = {};
   p.dealt = dealt(plan, args, P);
   Rows rows[kBranches] = {};
@@ -335,9 +335,10 @@ void launch_backward(const PhaseArgs (&branches)[kBranches], const PhaseGradArgs
 
 template <class T, int pairs_of_thread, bool wide>
 void launch_statistics(const PhaseArgs (&branches)[kBranches], const Plane (&d_theta)[kBranches],
-                       const void* const (&rise)[kBranches], const void* const (&offset)[kBranches], void* stream) {
+                       const void* const (&rise)[kBranches], const void* const (&offset)[kBranches],
+                       int multiprocessors, void* stream) {
   const PhaseArgs& args = branches[0];
-  const Plan plan(args, pairs_of_thread, false);
+  const Plan plan(args, pairs_of_thread, multiprocessors, false);
   StatisticsParams p = {};
   p.dealt = dealt(plan, args, pairs_of_thread);
   for (int b = 0; b < kBranches; ++b)
@@ -352,12 +353,11 @@ void launch_statistics(const PhaseArgs (&branches)[kBranches], const Plane (&d_t
 
 namespace wavemix {
 
-void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace, int device,
-                         void* stream) {
+void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace,
+                         int multiprocessors, void* stream) {
   using namespace phase;
   const PhaseArgs& args = branches[0];
   check_args(args);
-  const DeviceGuard guard(device);
   if (is_empty(args)) {  // sums over nothing
     return sum_rows(args.dtype,
                     {rows_of_gradients(args, grads[0], nullptr, 0), rows_of_gradients(args, grads[1], nullptr, 0)},
@@ -371,20 +371,19 @@ void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&g
              words_fit<T>(grads[b].grad, args, P) && words_fit<T>(grads[b].d_z, args, N) &&
              words_fit<T>(grads[b].d_theta, args, N);
     if (wide) {
-      launch_backward<T, true>(branches, grads, workspace, stream);
+      launch_backward<T, true>(branches, grads, workspace, multiprocessors, stream);
     } else {
-      launch_backward<T, false>(branches, grads, workspace, stream);
+      launch_backward<T, false>(branches, grads, workspace, multiprocessors, stream);
     }
   });
 }
 
 void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const void* const (&rise)[2],
-                           const void* const (&offset)[2], int device, void* stream) {
+                           const void* const (&offset)[2], int multiprocessors, void* stream) {
   using namespace phase;
   const PhaseArgs& args = branches[0];
   check_args(args);
   if (is_empty(args)) return;
-  const DeviceGuard guard(device);
   with_type(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = kVectorBytes / static_cast<int>(sizeof(T));
@@ -392,9 +391,9 @@ void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta
     for (int b = 0; b < kBranches; ++b)
       wide = wide && words_fit<T>(branches[b].theta, args, V) && words_fit<T>(d_theta[b], args, V);
     if (wide) {
-      launch_statistics<T, V / 2, true>(branches, d_theta, rise, offset, stream);
+      launch_statistics<T, V / 2, true>(branches, d_theta, rise, offset, multiprocessors, stream);
     } else {
-      launch_statistics<T, 1, false>(branches, d_theta, rise, offset, stream);
+      launch_statistics<T, 1, false>(branches, d_theta, rise, offset, multiprocessors, stream);
     }
   });
 }

@@ -141,12 +141,12 @@ void launch(const ReduceHaarArgs& args, int64_t chunks, void* stream) {
   p.tiles_across = Divisor(static_cast<uint32_t>(across));
   p.tiles_down = Divisor(static_cast<uint32_t>(down));
 
-  constexpr const char* kDTypeName[] = {"float64", "float32", "float16", "bfloat16"};
   Launch launch;
-  launch.what = std::string("reduce_haar (") + kDTypeName[static_cast<int>(args.dtype)] +
-                (kTensorCores ? ", tensor cores, " : ", fma, ") + std::to_string(NT) + " tiles of outputs, " +
-                std::to_string(p.x_bytes) + " bytes along " + (p.x_along_w ? "W, " : "C, ") +
-                std::to_string(args.levels) + " levels)";
+  launch.what = [&] {
+    return std::string("reduce_haar (") + name_of(args.dtype) + (kTensorCores ? ", tensor cores, " : ", fma, ") +
+           std::to_string(NT) + " tiles of outputs, " + std::to_string(p.x_bytes) + " bytes along " +
+           (p.x_along_w ? "W, " : "C, ") + std::to_string(args.levels) + " levels)";
+  };
   launch.threads = kThreads;
   launch.stream = static_cast<cudaStream_t>(stream);
   const int64_t images = std::max<int64_t>(most / per_image, 1);
@@ -200,10 +200,9 @@ void check_args(const ReduceHaarArgs& args) {
 
 namespace wavemix {
 
-void reduce_haar_cuda(const ReduceHaarArgs& args, int device, void* stream) {
+void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream) {
   reduce_haar::check_args(args);
   if (args.n == 0 || args.h == 0 || args.w == 0 || args.o == 0) return;
-  const DeviceGuard guard(device);
   const ReduceHaarArgs settled = reduce_haar::normalised(args);
   switch (args.dtype) {
     case DType::f64:

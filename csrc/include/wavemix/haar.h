@@ -40,8 +40,8 @@ inline int64_t half_up(int64_t size) { return size / 2 + size % 2; }
 void haar_analysis_cpu(const HaarArgs& args, int threads);
 void haar_synthesis_cpu(const HaarArgs& args, int threads);
 
-// Launched on `stream` of `device`; throws std::runtime_error with CUDA's own words on a failed launch.
-void haar_analysis_cuda(const HaarArgs& args, int device, void* stream);
-void haar_synthesis_cuda(const HaarArgs& args, int device, void* stream);
+// Launched on `stream` of the current device; throws std::runtime_error with CUDA's own words on a failed launch.
+void haar_analysis_cuda(const HaarArgs& args, void* stream);
+void haar_synthesis_cuda(const HaarArgs& args, void* stream);
 
 }  // namespace wavemix

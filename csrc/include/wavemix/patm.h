@@ -43,15 +43,16 @@ struct PhaseGradArgs {
 void phase_backward_cpu(const PhaseArgs& args, const PhaseGradArgs& grads, int threads);
 
 // On a GPU both branches are one launch: along W, then along H, of one shape and dtype. The workspace holds that many
-// elements of the arithmetic type. Every sum is added up in an order that depends on shapes alone.
-int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, bool backward);
+// elements of the arithmetic type. Launched on `stream` of the current device; every sum is added up in an order that
+// depends on shapes and on the device's number of multiprocessors alone.
+int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, int multiprocessors, bool backward);
 void phase_forward_cuda(const PhaseArgs (&branches)[2], const Plane (&out)[2], const Plane& also, void* sums,
-                        void* workspace, int device, void* stream);
-void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace, int device,
-                         void* stream);
+                        void* workspace, int multiprocessors, void* stream);
+void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace,
+                         int multiprocessors, void* stream);
 // Adds what batch statistics contribute, in place: d_theta += theta * rise + offset, per channel (c).
 void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const void* const (&rise)[2],
-                           const void* const (&offset)[2], int device, void* stream);
+                           const void* const (&offset)[2], int multiprocessors, void* stream);
 
 // The three branches and their weights a (3, n, c), in the arithmetic type.
 struct BranchArgs {

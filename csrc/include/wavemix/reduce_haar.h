@@ -35,7 +35,8 @@ struct ReduceHaarGradArgs {
 // `args` as in the forward pass, but z is read: the gradients of Z_1 and on.
 void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads);
 
-// f64 sums in double, everything else in float; each output is rounded once. Launched on `stream` of `device`.
-void reduce_haar_cuda(const ReduceHaarArgs& args, int device, void* stream);
+// f64 sums in double, everything else in float; each output is rounded once. Launched on `stream` of the current
+// device.
+void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream);
 
 }  // namespace wavemix

@@ -8,6 +8,11 @@ namespace wavemix {
 
 enum class DType : int { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
+inline const char* name_of(DType dtype) {
+  constexpr const char* kNames[] = {"float64", "float32", "float16", "bfloat16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
 // An image. Strides are in elements; any value is allowed, overlapping reads included.
 struct Plane {
   void* data = nullptr;

@@ -65,10 +65,10 @@ def test_results_do_not_depend_on_the_order_of_threads(
 
 def test_argument_errors(emulated: Any) -> None:
     with pytest.raises(ValueError, match="shape: expected an even number of channels, got 3"):
-        emulated.phase_forward_cuda(1, (1, 3, 2, 2), [((), (), 0, 0, 0)] * 2, [(), ()], (), 0, 0, 0, 0)
+        emulated.phase_forward_cuda(1, (1, 3, 2, 2), [((), (), 0, 0, 0)] * 2, [(), ()], (), 0, 0, 132, 0)
     strided = torch.zeros(1, 4, 2, 2)
     bad = [strided.data_ptr(), *strided.stride()]
     with pytest.raises(ValueError, match="z: expected contiguous channels, got a channel stride of 4"):
-        emulated.phase_forward_cuda(1, (1, 4, 2, 2), [(bad, bad, 0, 0, 0)] * 2, [(), ()], (), 0, 0, 0, 0)
+        emulated.phase_forward_cuda(1, (1, 4, 2, 2), [(bad, bad, 0, 0, 0)] * 2, [(), ()], (), 0, 0, 132, 0)
     with pytest.raises(ValueError, match=r"z: an image has 65536 x 65536 pixels; up to 1073741824 would work"):
-        emulated.phase_workspace_cuda((1, 2, 65536, 65536), True)
+        emulated.phase_workspace_cuda((1, 2, 65536, 65536), 132, True)

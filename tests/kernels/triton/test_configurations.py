@@ -16,6 +16,7 @@ from tests.ops.test_haar import Analysis
 from tests.ops.test_mlp import Mlp
 from tests.ops.test_patm import BranchSum, PhaseAggregate
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
+from wavemix_kernels import _native
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig
 
@@ -130,7 +131,7 @@ def test_splits_of_the_reduction_s_gradients(
         shapes.append([tuple(partial.shape) for partial in made[1:]])
         return made
 
-    monkeypatch.setattr(reduction_backward, "_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(_native, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(reduction_backward, "launch", spy)
     case = Case(dtype=F16, size=((3, 6, 10 * levels, 14 * levels), 20, levels), layout=memory, bias=True, add=None,
                 cotangents="channels_last")  # fmt: skip

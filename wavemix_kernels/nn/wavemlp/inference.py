@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks
 from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
@@ -83,10 +84,10 @@ class InferencePATM(_Constants):
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
         tensors: list[Any] = [getattr(self, name) for name in patm.Folded._fields]
-        image = x if self.norm is None else self.norm(x)
         # The convolutions' tensors come first.
-        image, *convolutions = checks.autocast(image, *tensors[:6])
-        checks.check_same_dtype("x", image, "the weights", convolutions[0])
+        like, *convolutions = checks.autocast(x.new_empty(0), *tensors[:6])
+        checks.check_same_dtype("x", like, "the weights", convolutions[0])
+        image = _normalised(x, self.norm, like.dtype, backends.requested())
         folded = patm.Folded(*convolutions, *tensors[6:])
         # Entered only where it changes something: an exported graph would hold it as a graph within.
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -127,9 +128,9 @@ class InferenceWaveBlock(_Constants):
         backend = backends.requested()
         with _without_gradient():
             x = _sum(x, self.attn.branch(x), backend)
-            image = x if self.norm is None else self.norm(x)
             tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]
-            image, *weights = checks.autocast(image, *tensors)
+            like, *weights = checks.autocast(x.new_empty(0), *tensors)
+            image = _normalised(x, self.norm, like.dtype, backend)
             if backend == "reference":
                 w1, b1, w2, b2 = weights
                 return _sum(x, F.conv2d(F.gelu(F.conv2d(image, w1, b1)), w2, b2), backend)
@@ -140,6 +141,16 @@ class InferenceWaveBlock(_Constants):
 
 def _sum(x: Tensor, branch: Tensor, backend: str) -> Tensor:
     return x + branch if backend == "reference" else pre_norm.join(x, branch, None, backend)
+
+
+def _normalised(x: Tensor, norm: nn.Module | None, dtype: torch.dtype, backend: str) -> Tensor:
+    """``norm(x)`` in ``dtype``; by kernels, which keep channels_last, where they stand for the norm."""
+    if norm is None:
+        return x.to(dtype)
+    if backend == "reference" or norms.why_not("norm", norm) is not None:
+        return norm(x).to(dtype)
+    given, kind = norms.read(norm, x)
+    return pre_norm.normalise(x, given, kind, pre_norm.statistics(x, given, kind, backend), backend, dtype)
 
 
 def _without_gradient() -> AbstractContextManager[Any]:

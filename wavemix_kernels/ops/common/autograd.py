@@ -114,3 +114,11 @@ def differentiable(
         return op(*args)
 
     return call
+
+
+def again(x: Tensor) -> Tensor:
+    """``x`` as the input of a recomputation. AOTAutograd merges equal calls of forward and backward and keeps their
+    results, which voids a recomputation; a call on this view equals none of the forward pass. Outside tracing: x."""
+    if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    return x.as_strided(x.size(), x.stride())

@@ -1,10 +1,11 @@
 """Shared by the launches of every kernel family."""
 
-import contextlib
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from wavemix_kernels import _native
+from wavemix_kernels.ops.common import chips
 
 
 class Launch(NamedTuple):
@@ -19,8 +20,8 @@ class Launch(NamedTuple):
         """On the device of ``like``; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
-        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            self.kernel[self.grid](*self.args, **self.constants)
+        with _native.on(like.device):
+            self.kernel[self.grid](*self.args, **chips.for_chip(self.constants))
 
 
 def cover(columns: int, least: int = 16) -> tuple[int, int]:
@@ -35,11 +36,3 @@ def cover(columns: int, least: int = 16) -> tuple[int, int]:
 
 def pow2_at_least(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
-
-
-def input_precision() -> str:
-    """How ``tl.dot`` multiplies fp32: in TF32 where torch's own setting for matrix products says so."""
-    matmul: Any = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 on; reading the older flag beside it is an error there
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"

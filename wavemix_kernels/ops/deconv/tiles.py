@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import cover, pow2_at_least
 
 Kind = Literal["forward", "input", "weight"]
-_MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,14 @@ def widths(columns: int, most: int) -> tuple[int, int]:
 
 
 def config_for(
-    kernel: Kind, itemsize: int, columns: int, inner: int, rows: int, by_warps: bool = False, precision: str = "ieee"
+    kernel: Kind,
+    itemsize: int,
+    columns: int,
+    inner: int,
+    rows: int,
+    by_warps: bool = False,
+    precision: str = "ieee",
+    multiprocessors: int = _native.MULTIPROCESSORS,
 ) -> DeconvConfig:
     """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
 
@@ -48,7 +55,7 @@ def config_for(
     tall, widest, stages = 128, 512 // itemsize, 3
     if kernel == "weight":
         tall, widest = min(tall, max(64, pow2_at_least(rows))), min(widest, 96 if by_warps else 192)
-    elif _cdiv(rows, tall) * (4 if kernel == "forward" else 1) < _MULTIPROCESSORS:
+    elif _cdiv(rows, tall) * (4 if kernel == "forward" else 1) < multiprocessors:
         tall = 64
     if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4

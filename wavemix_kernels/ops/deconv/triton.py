@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import BY_WARPS, products_of
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, widths
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
@@ -157,9 +160,9 @@ def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
 
 
 def _config(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
-    # By warps: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100).
-    by_warps = image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
-    return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision())
+    by_warps = products_of(image.device) in BY_WARPS
+    count = _native.multiprocessors(image.device)
+    return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision(), count)
 
 
 def _constants(config: DeconvConfig, columns: int) -> tuple[int, dict[str, Any]]:

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv.tiles import DeconvConfig
 from wavemix_kernels.ops.deconv.triton import FREE, _config, _constants, _matrix, _places, _sizes, _strides
 
-_MULTIPROCESSORS = 132  # of an H100
 _REDUCED = 64  # weights of all 16 taps that a program adds up
 # Bytes of g and y in a split of the launch that reads them for both gradients: they stay in L2 (50 MB in an H100, 40 in
 # an A100) while the split is worked on and the next begins. Large batches pay with more partial sums.
@@ -344,8 +344,8 @@ def backward_weight_launch(
     patches = u.shape[0] * triton.cdiv(h, down) * triton.cdiv(w, across)
     rows = triton.cdiv(4 * f, config.rows)
     tiles = 4 * rows * blocks
-    # Deterministic: a function of the shapes. Two programs for each multiprocessor; no fewer than four patches each.
-    splits = max(least, min(2 * _MULTIPROCESSORS // tiles, triton.cdiv(patches, 4)))
+    # Deterministic: a function of shapes and device. Two programs for each multiprocessor, of four patches at least.
+    splits = max(least, min(2 * _native.multiprocessors(u.device) // tiles, triton.cdiv(patches, 4)))
     each = triton.cdiv(patches, splits)
     splits = max(1, triton.cdiv(patches, max(each, 1)))
     partial = u.new_empty((splits, 4, 4, o, f), dtype=torch.float32)

@@ -212,26 +212,27 @@ def _empty_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend:
     """The C++ kernels of the CPU or of CUDA."""
 
-    def core_and_queue(image: Tensor) -> tuple[Any, Sequence[int]]:
-        if device == "cpu":
-            return _native.core, (torch.get_num_threads(),)
-        return _native.cuda_core, _native.stream(image.device)
+    def call(direction: str, image: Tensor, *arguments: Any) -> None:
+        core, queue = (
+            (_native.core, torch.get_num_threads())
+            if device == "cpu"
+            else (_native.cuda_core, _native.stream(image.device))
+        )
+        *planes, highs, edge, lows = arguments
+        a = _native.address
+        with _native.on(image.device):
+            getattr(core, f"haar_{direction}_{device}")(
+                _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), *map(a, planes), [*map(a, highs)],
+                queue, [*map(a, lows)],
+            )  # fmt: skip
 
     def analyse(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-        a, (core, queue) = _native.address, core_and_queue(image)
-        getattr(core, f"haar_analysis_{device}")(
-            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(ll), [a(h) for h in highs], *queue,
-            [a(t) for t in lows],
-        )  # fmt: skip
+        call("analysis", image, ll, highs, edge, lows)
 
     def synthesise(
         image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
     ) -> None:
-        a, (core, queue) = _native.address, core_and_queue(image)
-        getattr(core, f"haar_synthesis_{device}")(
-            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), a(add), a(ll), [a(h) for h in highs],
-            *queue, [a(t) for t in lows],
-        )  # fmt: skip
+        call("synthesis", image, add, ll, highs, edge, lows)
 
     return backends.Backend(probe, {"analysis": analyse, "synthesis": synthesise})
 

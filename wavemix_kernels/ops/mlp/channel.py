@@ -17,7 +17,7 @@ from torch import Tensor
 from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products, selftest
-from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.autograd import again, differentiable
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import pre_norm
 
@@ -184,7 +184,7 @@ class _Branch(torch.autograd.Function):
         x, path, *rest = ctx.saved_tensors
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)
-        image = pre_norm.normalise(x, norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
+        image = pre_norm.normalise(again(x), norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
         of_branch = pre_norm.join_backward(grad, path, image, ctx.backend)
         d_image, d_weights = backward(of_branch, image, weights, choose.for_part(ctx.backend, BACKENDS))
         del image, of_branch

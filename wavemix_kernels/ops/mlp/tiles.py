@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import cover
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 
 Kind = Literal["forward", "input", "input and output", "weight"]
-#: Units that multiply half types: by warps, out of registers (sm_80, sm_120), or by groups of them, out of shared
-#: memory into registers (sm_90) or into a memory of its own (sm_100).
-Products = Literal["mma", "wgmma", "tcgen05"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
@@ -24,10 +22,6 @@ class MlpConfig:
     channels: int
     num_warps: int
     num_stages: int
-
-
-def products_of(capability: tuple[int, int]) -> Products:
-    return {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")  # type: ignore[return-value]
 
 
 def config_for(
@@ -54,12 +48,14 @@ def config_for(
     together = held((a, b, o), 16)
     by_warps = MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
     if kernel == "weight":
-        if products != "mma" and together <= 160:
+        if products == "mfma" and held((a, b, o), 64) > 256:
+            return MlpConfig(32, 16, 0, 8, 2) if held((a, b, o), 64) <= _MOST_HELD else MlpConfig(16, 16, 64, 8, 2)
+        if products not in BY_WARPS and together <= 160:
             return MlpConfig(32, 64, 0, 4, 2)
         if products == "tcgen05" and together <= 480:
             return MlpConfig(32, 64, 0, 8, 2)
         return MlpConfig(32, 32, 0, 4, 2) if held((a, b, o), 64) <= 256 else by_warps
-    if products == "mma":
+    if products in BY_WARPS:
         return by_warps
     if kernel == "input and output":
         if together <= 160 or (products == "tcgen05" and together <= 480):

@@ -12,13 +12,14 @@ holds stays in shared memory, what it goes through arrives there one step ahead,
 # (Triton's functions are traced, not called: their arguments have no Python types.)
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, cover, input_precision
-from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, products_of
+from wavemix_kernels.ops.common.chips import products_of
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch, cover
+from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation,
     _input_tiles,
@@ -128,9 +129,7 @@ class Mlp(NamedTuple):
         }  # fmt: skip
 
     def config(self, kernel: Kind) -> MlpConfig:
-        on_gpu = self.x.is_cuda
-        products = products_of(torch.cuda.get_device_capability(self.x.device)) if on_gpu else "wgmma"
-        tf32 = input_precision() == "tf32"
+        products, tf32 = products_of(self.x.device), input_precision() == "tf32"
         return config_for(kernel, self.x.dtype.itemsize, **self.sizes, products=products, tf32=tf32)
 
 

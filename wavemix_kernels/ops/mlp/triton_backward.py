@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.mlp.tiles import MlpConfig, holds_output, weights_together
 from wavemix_kernels.ops.mlp.triton import FREE, Mlp, forward, launch_by_name
@@ -34,8 +35,6 @@ from wavemix_kernels.ops.mlp.triton_blocks import (
     _z_of_loops,
     _z_of_tiles,
 )
-
-_MULTIPROCESSORS = 132  # of an H100
 
 
 @triton.jit
@@ -269,9 +268,10 @@ def backward_weight_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = 
     config = config or mlp.config("weight")
     a, b, k, o = mlp.sizes.values()
     rows, blocks = grad.shape[0], triton.cdiv(k, config.hidden)
-    # Deterministic: a function of the shapes. Eight warps to a multiprocessor; no fewer than four blocks of rows each,
-    # for the sums' sake.
-    splits = max(1, min(_MULTIPROCESSORS * 8 // config.num_warps // blocks, triton.cdiv(rows, 4 * config.rows)))
+    # Deterministic: a function of shapes and device. Eight warps to a multiprocessor; for the sums' sake at least four
+    # blocks of rows each.
+    warps = 8 * _native.multiprocessors(grad.device)
+    splits = max(1, min(warps // config.num_warps // blocks, triton.cdiv(rows, 4 * config.rows)))
     rows_each = triton.cdiv(triton.cdiv(rows, splits), config.rows) * config.rows
     shapes = (splits, k, a + b), (splits, k), (splits, o, k)
     partials = Partials(*(grad.new_empty(shape, dtype=torch.float32) for shape in shapes))

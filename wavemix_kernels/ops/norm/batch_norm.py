@@ -41,12 +41,19 @@ def affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | Tensor,
 ) -> None:
-    """Moves the running statistics towards a batch of ``count`` values per channel (``var`` biased)."""
+    """Moves the running statistics towards a batch of ``count`` values per channel (``var`` biased) by ``momentum``, a
+    number or a tensor of one element on their device."""
     with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+        for running, batch in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
+            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(batch.to(running.dtype), weight)
 
 
 # --- Backends: stats(x), apply(x, scale, shift, residual, out), reduce(grad, x, mean, invstd),

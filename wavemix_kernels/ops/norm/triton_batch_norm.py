@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 
-_PROGRAMS = 528  # four for each multiprocessor of an H100, to hide the latency of a pass over memory
+_PROGRAMS = 4  # for each multiprocessor, to hide the latency of a pass over memory
 _MAX_SPLITS = 128  # partial sums of a channel, which one warp adds up
 
 
@@ -214,7 +215,8 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
     config = config or config_for(made.channels, made.run, [s[3] == 1 for s in made.strides])
     tiles = made.runs * triton.cdiv(made.run, config.positions)
     blocks = triton.cdiv(made.channels, config.channels)
-    splits = max(1, min(_MAX_SPLITS, _PROGRAMS // max(blocks, 1), tiles))
+    programs = _PROGRAMS * _native.multiprocessors(tensors[0].device)
+    splits = max(1, min(_MAX_SPLITS, programs // max(blocks, 1), tiles))
     constants = {
         "CHANNELS": config.channels, "POSITIONS": config.positions,
         "REAL": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 from wavemix_kernels.ops.norm.triton_batch_norm import NormConfig, _offsets, config_for
 
-_PROGRAMS = 528  # four for each multiprocessor of an H100
+_PROGRAMS = 4  # for each multiprocessor
 
 
 @triton.jit(do_not_specialize=("tiles", "outer0"))
@@ -157,7 +158,7 @@ def image_sums_launch(
     """A launch and the (2, splits, N, C) partial sums it fills."""
     plan = _plan([grad, x], mean.dtype, config)
     n, c = x.shape[:2]
-    splits = max(1, min(_PROGRAMS // max(plan.blocks * n, 1), plan.tiles))
+    splits = max(1, min(_PROGRAMS * _native.multiprocessors(x.device) // max(plan.blocks * n, 1), plan.tiles))
     partial = mean.new_empty((2, splits, n, c))
     args = (*partial.unbind(0), grad, x, mean, invstd, *plan.scalars, splits, *plan.strides)
     return Launch(_image_sums_kernel, (plan.blocks * n * splits,), args, plan.constants), partial

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole
@@ -195,7 +196,7 @@ class _ByParts(torch.autograd.Function):
         saved = _load(ctx)
         options, x, path, arguments, of_norm, mean, invstd, branch_mean, thetas = saved
         w, channels = arguments.weights, x.shape[1]
-        image = _image(x, arguments, options, of_norm)
+        image = _image(again(x), arguments, options, of_norm)
         grad = pre_norm.join_backward(around, path, image, options.backend)
         z_h, z_w, z_c = _amplitudes(image, w)
         thetas = thetas or _thetas(image, arguments)
@@ -306,7 +307,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         saved = _load(ctx)
         options, x, path, arguments, of_norm, mean, invstd, branch_mean, moments = saved
-        image = _mapped(layout.channels_inner(x), arguments.norm, options, of_norm)
+        image = _mapped(layout.channels_inner(again(x)), arguments.norm, options, of_norm)
         maps = statistics.affine(arguments.norms(), mean, invstd)
         batch = whole.Batch(mean, invstd, *moments) if moments else None
         out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, "cpu")

@@ -74,9 +74,16 @@ def _cuda_arguments(branches: list[Branch]) -> tuple[Any, ...]:
     return _native.DTYPES[z.dtype], z.shape, [_addresses(branch) for branch in branches]
 
 
+def _where(device: torch.device) -> tuple[int, int]:
+    return _native.multiprocessors(device), _native.stream(device)
+
+
 def _cuda_workspace(like: Tensor, backward: bool) -> Tensor:
     core: Any = _native.cuda_core
-    return like.new_empty(core.phase_workspace_cuda(like.shape, backward), dtype=accumulate_dtype(like.dtype))
+    return like.new_empty(
+        core.phase_workspace_cuda(like.shape, _native.multiprocessors(like.device), backward),
+        dtype=accumulate_dtype(like.dtype),
+    )
 
 
 def cuda_forward(branches: Branches, z_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +93,11 @@ def cuda_forward(branches: Branches, z_c: Tensor) -> tuple[Tensor, Tensor, Tenso
     h, w = (layout.empty(z_c, z_c.shape, True) for _ in range(2))
     sums = z_c.new_empty(z_c.shape[:2], dtype=accumulate_dtype(z_c.dtype))
     workspace = _cuda_workspace(z_c, False)
-    core.phase_forward_cuda(
-        *_cuda_arguments(read), [_native.address(h), _native.address(w)], _native.address(z_c), sums.data_ptr(),
-        workspace.data_ptr(), *_native.stream(z_c.device),
-    )  # fmt: skip
+    with _native.on(z_c.device):
+        core.phase_forward_cuda(
+            *_cuda_arguments(read), [_native.address(h), _native.address(w)], _native.address(z_c), sums.data_ptr(),
+            workspace.data_ptr(), *_where(z_c.device),
+        )  # fmt: skip
     return h, w, sums
 
 
@@ -99,7 +107,7 @@ def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | Non
     images = waves.empty_images(z, joined)
     d_z_h, d_z_w, d_c, *d_thetas = waves.slots(images)
     read = [branch.for_kernels() for branch in branches]
-    arguments, where = _cuda_arguments(read), _native.stream(z.device)
+    arguments, where = _cuda_arguments(read), _where(z.device)
     given = [cotangents.of(i, batch) for i in range(2)]
     if cotangents.a is None:
         d_c.copy_(waves.wide(cotangents.grad_s, z)[:, :, None, None].expand(d_c.shape))
@@ -109,16 +117,18 @@ def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | Non
     written = zip(given, (d_z_h, d_z_w), d_thetas, taps, sums, strict=True)
     gradients = [_gradient(*of_branch) for of_branch in written]
     a_c = given[0].a_c
-    core.phase_backward_cuda(
-        *arguments, gradients, _pointer(a_c), _native.address(None if a_c is None else d_c), workspace.data_ptr(),
-        *where,
-    )  # fmt: skip
+    with _native.on(z.device):
+        core.phase_backward_cuda(
+            *arguments, gradients, _pointer(a_c), _native.address(None if a_c is None else d_c), workspace.data_ptr(),
+            *where,
+        )  # fmt: skip
     if batch is not None:
         scales = torch.stack([branch.scale for branch in read])
         lines = waves.line(z, sums, scales, Batch(*(waves.wide(t, z) for t in batch)))
-        core.phase_statistics_cuda(
-            *arguments, [_native.address(d_theta) for d_theta in d_thetas],
-            *([values[i].data_ptr() for i in range(2)] for values in lines), *where,
-        )  # fmt: skip
+        with _native.on(z.device):
+            core.phase_statistics_cuda(
+                *arguments, [_native.address(d_theta) for d_theta in d_thetas],
+                *([values[i].data_ptr() for i in range(2)] for values in lines), *where,
+            )  # fmt: skip
     dtypes = (branch.taps.dtype for branch in branches)
     return Gradients(images, sums, *(d.to(dtype) for d, dtype in zip(taps, dtypes, strict=True)))

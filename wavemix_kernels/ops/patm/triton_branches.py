@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.norm.triton_batch_norm import geometry
 
-_PROGRAMS = 528  # four for each multiprocessor of an H100, to hide the latency of a pass over memory
+_PROGRAMS = 4  # for each multiprocessor, to hide the latency of a pass over memory
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def launch(
     blocks, n = triton.cdiv(made.channels, config.channels), out.shape[0]
     splits = tiles
     if grad is not None:
-        splits = max(1, min(tiles, triton.cdiv(_PROGRAMS, max(1, n * blocks))))
+        splits = max(1, min(tiles, triton.cdiv(_PROGRAMS * _native.multiprocessors(out.device), max(1, n * blocks))))
     partial = a.new_empty((splits if grad is not None else 0, 3, n, made.channels))
     strides = [s for t, of in zip(tensors, made.strides, strict=True) for s in (t.stride(0), of[1], of[2])]
     align = 8 if all(s % 8 == 0 for s in (made.channels, *strides)) else 1

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, store_halves, tap, within
 from wavemix_kernels.ops.patm.waves import Branch
 
-PROGRAMS = 1584  # of one warp each: twelve for each multiprocessor of an H100, which is what registers leave room for
+PROGRAMS = 12  # of one warp each, for each multiprocessor: registers leave room for so many
 _SHORTEST = 32  # pixels of a segment: the 6 beyond its ends, read twice, stay below a fifth
 
 
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     blocks: int  # of channels
     sizes: dict[str, int]
     units: int
+    programs: int  # that fill the device
     strides: dict[str, int]
     constants: dict[str, Any]
 
@@ -59,7 +61,8 @@ def make_plan(branch: Branch, tensors: dict[str, Tensor], backward: bool, config
     length, lines = plane[branch.axis - 2], plane[3 - branch.axis]
     config = config or config_for(backward, branch.z.dtype.itemsize, lines, c)
     blocks, line_blocks = triton.cdiv(c, config.channels), triton.cdiv(lines, config.lines)
-    wanted = triton.cdiv(PROGRAMS, max(1, n * blocks * line_blocks))
+    programs = PROGRAMS * _native.multiprocessors(branch.z.device)
+    wanted = triton.cdiv(programs, max(1, n * blocks * line_blocks))
     segment = max(1, triton.cdiv(length, max(1, min(wanted, length // _SHORTEST))))
     segments = triton.cdiv(length, segment)
     axes = {"n": 0, "l": 5 - branch.axis, "a": branch.axis}
@@ -72,7 +75,7 @@ def make_plan(branch: Branch, tensors: dict[str, Tensor], backward: bool, config
     sizes = {"channels": c // align, "length": length, "lines": lines, "line_blocks": line_blocks, "segment": segment,
              "segments": segments}  # fmt: skip
     strides = {name: stride // align for name, stride in strides.items()}
-    return Plan(config, blocks, sizes, n * line_blocks * segments, strides, constants)
+    return Plan(config, blocks, sizes, n * line_blocks * segments, programs, strides, constants)
 
 
 def launch_by_name(kernel: Any, programs: int, given: dict[str, Any], constants: dict[str, Any]) -> Launch:

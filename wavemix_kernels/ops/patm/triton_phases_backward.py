@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch
-from wavemix_kernels.ops.patm.triton_phases import PROGRAMS, SIZES, PhaseConfig, launch_by_name, make_plan
+from wavemix_kernels.ops.patm.triton_phases import SIZES, PhaseConfig, launch_by_name, make_plan
 from wavemix_kernels.ops.patm.triton_waves import even_odd, gradient, interleave, position, sincos, tap
 from wavemix_kernels.ops.patm.waves import Branch, Cotangent
 
@@ -187,7 +187,7 @@ def backward_launch(
               "d_c": d_z if d_c is None else d_c}  # fmt: skip
     plan = make_plan(branch, images, True, config)
     # Each program gets the same number of units: the smallest that leaves enough programs.
-    each = max(1, plan.units * plan.blocks // PROGRAMS)
+    each = max(1, plan.units * plan.blocks // plan.programs)
     splits = triton.cdiv(plan.units, each)
     c = branch.z.shape[1]
     partial_taps = b.new_empty((splits, c, 2, 7))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common import layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
@@ -122,10 +122,11 @@ def _cpu_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
     a = _native.address
-    _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
-        _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
-        [a(z) for z in out], torch.backends.cuda.matmul.allow_tf32, *_native.stream(x.device),
-    )  # fmt: skip
+    with _native.on(x.device):
+        _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
+            _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
+            [a(z) for z in out], precision.tf32(), _native.stream(x.device),
+        )  # fmt: skip
     return out
 
 

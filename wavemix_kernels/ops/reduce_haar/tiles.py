@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wavemix_kernels.ops.common.chips import Products
 from wavemix_kernels.ops.common.triton_launch import pow2_at_least
-from wavemix_kernels.ops.mlp.tiles import Products
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def why_invalid(config: ReduceConfig, levels: int) -> str | None:
     return None
 
 
-def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> ReduceConfig:
+def config_for(itemsize: int, levels: int, outputs: int, channels: int, products: Products = "wgmma") -> ReduceConfig:
     """The default: a deterministic function of its arguments.
 
     64 KB of accumulators on eight warps; all of the usual 16 to 64 outputs in one program, so that x is read once.
@@ -36,7 +36,10 @@ def config_for(itemsize: int, levels: int, outputs: int, channels: int) -> Reduc
     quads = max(64, 4 ** (levels - 1))
     across = min(4096 // quads, max(16, pow2_at_least(outputs)))
     depth = min(32 if itemsize == 2 else 16, max(16, pow2_at_least(channels)))
-    return ReduceConfig(quads, across, depth, 8 if quads * across > 2048 else 4, 3 if itemsize == 2 else 2)
+    stages = 3 if itemsize == 2 else 2
+    if products == "mfma" and levels == 5:
+        stages = 1  # 64 KB of shared memory hold no second one
+    return ReduceConfig(quads, across, depth, 8 if quads * across > 2048 else 4, stages)
 
 
 def backward_config_for(

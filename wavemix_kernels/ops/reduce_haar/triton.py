@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels.ops.common.chips import products_of
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_analysis import _interleave
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, config_for, why_invalid
@@ -169,7 +171,7 @@ def launch(
 ) -> Launch:
     levels, itemsize, outputs = len(zs), x.dtype.itemsize, weight.shape[0]
     n, c, h, w = x.shape
-    config = config or config_for(itemsize, levels, outputs, c)
+    config = config or config_for(itemsize, levels, outputs, c, products_of(x.device))
     if (reason := why_invalid(config, levels)) is not None:
         raise ValueError(f"config: {reason}")
     rows, cols = h >> levels, w >> levels

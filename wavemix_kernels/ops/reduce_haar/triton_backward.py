@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
+from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import products_of
+from wavemix_kernels.ops.common.precision import input_precision
+from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.haar.triton_synthesis import _deinterleave
-from wavemix_kernels.ops.mlp.tiles import products_of
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, why_invalid
 from wavemix_kernels.ops.reduce_haar.triton import _in_block, _pairs
-
-_MULTIPROCESSORS = 132  # of an H100
 
 # ------------------------------------------------------------------------------------------------- on tiles
 
@@ -223,16 +223,15 @@ def launch(
     levels, itemsize, (outputs, channels) = len(grads), x.dtype.itemsize, weight.shape
     if config is None:
         of_rows = channels > 1 and not x.stride(1) == dx.stride(1) == 1
-        products = products_of(torch.cuda.get_device_capability(x.device)) if x.is_cuda else "wgmma"
-        config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products)
+        config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products_of(x.device))
     if (reason := why_invalid(config, levels)) is not None:
         raise ValueError(f"config: {reason}")
     rows, cols = x.shape[2] >> levels, x.shape[3] >> levels
     blocks, step = x.shape[0] * rows * cols, config.quads >> (2 * (levels - 1))
     chunks = triton.cdiv(outputs, config.outputs)
     programs = triton.cdiv(channels, config.channels) * chunks
-    # Deterministic: a function of the shapes. Two programs for each multiprocessor.
-    splits = max(1, min(2 * _MULTIPROCESSORS // programs, triton.cdiv(blocks, step)))
+    # Deterministic: a function of shapes and device. Two programs for each multiprocessor.
+    splits = max(1, min(2 * _native.multiprocessors(x.device) // programs, triton.cdiv(blocks, step)))
     each = triton.cdiv(triton.cdiv(blocks, splits), step) * step
     splits = triton.cdiv(blocks, each) if each else 1  # rounding may leave the last ones nothing
     partial = x.new_empty((splits, outputs, channels), dtype=torch.float32)

@@ -1,0 +1,32 @@
+"""What tiles depend on of a GPU. Free of triton."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+
+#: Units that multiply half types: by warps, out of registers (sm_80, sm_120; AMD's "mfma"), or by groups of them, out
+#: of shared memory into registers (sm_90) or into a memory of its own (sm_100).
+Products = Literal["mma", "wgmma", "tcgen05", "mfma"]
+#: Those that take both operands from registers.
+BY_WARPS: tuple[Products, ...] = ("mma", "mfma")
+ROCM = torch.version.hip is not None
+
+
+def products_of(device: torch.device) -> Products:
+    """The unit of ``device``; an H100's where there is no GPU to ask."""
+    return _products_of(device) if device.type == "cuda" else "wgmma"
+
+
+@functools.cache
+def _products_of(device: torch.device) -> Products:
+    if ROCM:
+        return "mfma"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")  # type: ignore[return-value]
+
+
+def for_chip(constants: dict[str, Any], rocm: bool = ROCM) -> dict[str, Any]:
+    """A launch's constants with as many threads on AMD's chips, whose warps have 64 threads instead of 32."""
+    return constants | {"num_warps": max(1, constants["num_warps"] // 2)} if rocm else constants
