@@ -48,10 +48,10 @@ _SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
-    """The wide forms move 16 bytes at a time. No threads exchange anything."""
-    wide = int(match[3]) * _SIZE[DTYPES[match[2]]] == 16
-    accesses = (r"LDG\.E\.128", r"STG\.E\.128") if wide else ()
-    return f"{match[3]}, {match[4]}", Demands(accesses=accesses, never=("BAR",) if wide else (), most_shared=0)
+    """The forms move 16, 8 or 4 bytes at a time. No threads exchange anything by shared memory."""
+    bits = {16: r"\.128", 8: r"\.64"}.get(int(match[3]) * _SIZE[DTYPES[match[2]]], "")
+    accesses = (rf"LDG\.E{bits}", rf"STG\.E{bits}")
+    return f"{match[3]}, {match[4]}", Demands(accesses=accesses, never=("BAR",), most_shared=0)
 
 
 def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:

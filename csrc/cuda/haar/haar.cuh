@@ -1,7 +1,8 @@
 // Shared by analysis and synthesis: the parameters of a launch, the weights of one level, and the choice of layout
 // and access width.
 //
-// Two families of kernels, each with a wide form (16-byte accesses) and a narrow one (single elements, any strides):
+// Two families of kernels, each in forms of 16-, 8- and 4-byte accesses and a narrow one (single elements, any
+// strides):
 //   rows      a thread owns 2V neighbouring columns; lanes go along the row        (NCHW, and anything unusual)
 //   channels  a thread owns V neighbouring channels; lanes go along the channels   (channels_last)
 // V columns of level-1 coefficients come out of 2V columns of the image, so both sides move whole 16-byte words.
@@ -112,7 +113,7 @@ enum class Layout { rows, channels };
 
 struct Form {
   Layout layout;
-  bool wide;
+  int bytes;  // of an access; an element's: the narrow form, whatever the strides
 };
 
 // An axis of one element is never stepped along: stride 0 restricts nothing, whatever it came with.
@@ -146,12 +147,8 @@ bool word_aligned(const void* data, size_t element, int64_t per_word, Strides...
          ((strides % per_word == 0) && ...);
 }
 
-template <class T>
-constexpr int64_t kPerWord = kVectorBytes / static_cast<int>(sizeof(T));
-
-template <class T>
-bool rows_wide(const HaarArgs& args) {
-  constexpr int64_t V = kPerWord<T>;
+template <class T, int V>
+bool rows_fit(const HaarArgs& args) {
   auto plane_fits = [](const Plane& p, int64_t per_word) {
     return !p.data || per_word == 1 ||
            (p.stride[3] == 1 && word_aligned(p.data, sizeof(T), per_word, p.stride[0], p.stride[1], p.stride[2]));
@@ -169,9 +166,8 @@ bool rows_wide(const HaarArgs& args) {
   return true;
 }
 
-template <class T>
-bool channels_wide(const HaarArgs& args) {
-  constexpr int64_t V = kPerWord<T>;
+template <class T, int V>
+bool channels_fit(const HaarArgs& args) {
   auto plane_fits = [](const Plane& p) {
     return !p.data || (p.stride[1] == 1 && word_aligned(p.data, sizeof(T), V, p.stride[0], p.stride[2], p.stride[3]));
   };
@@ -184,11 +180,20 @@ bool channels_wide(const HaarArgs& args) {
   });
 }
 
-// Lanes follow the image's unit stride; with none, the rows kernels take it element by element.
-template <class T>
-Form choose_form(const HaarArgs& args) {
-  if (args.image.stride[3] != 1 && args.image.stride[1] == 1) return {Layout::channels, channels_wide<T>(args)};
-  return {Layout::rows, rows_wide<T>(args)};
+// Elements of an access: the most that sizes, strides and addresses allow. Accesses of 4 bytes at least: below, a form
+// of its own saves nothing.
+template <class T, int V, class Run>
+void with_vector(const HaarArgs& args, Layout layout, const Run& run) {
+  if constexpr (V > 1) {
+    if (layout == Layout::rows ? rows_fit<T, V>(args) : channels_fit<T, V>(args)) {
+      run(std::integral_constant<int, V>{});
+    } else {
+      constexpr int kNext = V / 2 * sizeof(T) >= 4 ? V / 2 : 1;
+      with_vector<T, kNext>(args, layout, run);
+    }
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
 }
 
 template <class A>
@@ -267,10 +272,9 @@ struct Grid {
 
 inline Launch make_launch(const char* direction, const HaarArgs& args, const Form& form, uint32_t tasks, void* stream) {
   Launch launch;
-  launch.what = [direction, rows = form.layout == Layout::rows, wide = form.wide, dtype = args.dtype,
-                 levels = args.levels] {
-    return std::string("haar_") + direction + (rows ? "_rows" : "_channels") + (wide ? " (wide, " : " (narrow, ") +
-           name_of(dtype) + ", " + std::to_string(levels) + " levels)";
+  launch.what = [direction, form, dtype = args.dtype, levels = args.levels] {
+    return std::string("haar_") + direction + (form.layout == Layout::rows ? "_rows (" : "_channels (") +
+           std::to_string(form.bytes) + " bytes, " + name_of(dtype) + ", " + std::to_string(levels) + " levels)";
   };
   launch.blocks = (tasks + kThreads - 1) / kThreads;
   launch.threads = kThreads;
@@ -283,9 +287,12 @@ template <class Run>
 void with_form(const HaarArgs& args, const Run& run) {
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    const Form form = choose_form<T>(args);
-    if (form.wide) return run(zero, std::integral_constant<int, static_cast<int>(kPerWord<T>)>{}, form);
-    return run(zero, std::integral_constant<int, 1>{}, form);
+    // Lanes follow the image's unit stride; with none, the rows kernels take it element by element.
+    const bool last = args.image.stride[3] != 1 && args.image.stride[1] == 1;
+    const Layout layout = last ? Layout::channels : Layout::rows;
+    with_vector<T, kVectorBytes / static_cast<int>(sizeof(T))>(args, layout, [&](auto per_access) {
+      run(zero, per_access, Form{layout, per_access * static_cast<int>(sizeof(T))});
+    });
   };
   switch (args.dtype) {
     case DType::f64:

@@ -54,7 +54,6 @@ constexpr int kMaxRowLevels = V == 8 || V == 1 ? 4 : 3;
 template <class T, int V, int M>  // M levels of rows within the thread
 struct RowsAnalysis {
   using A = Arithmetic<T>;
-  static_assert(V == 1 || V == kPerWord<T>, "one element or one word");
   static_assert(kMaxHaarLevels - kColumnLevels<V> + kMaxHaarLevels - kMaxRowLevels<V> <= 5,
                 "a group of lanes fits a warp");
   static_assert(kMaxRowLevels<V> >= kColumnLevels<V>, "a thread's columns are spent when it starts to climb");
@@ -197,7 +196,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) analysis_rows(const __gr
 template <class T, int V, int M>  // the thread's own tile has 2^M x 2^M pixels of V channels
 struct ChannelsAnalysis {
   using A = Arithmetic<T>;
-  static_assert(V == 1 || V == kPerWord<T>, "one element or one word");
 
   const Params& p;
   int64_t n, c;  // c: the first of V channels

@@ -64,7 +64,6 @@ constexpr int kMaxTileLevels = kColumnLevels<V> > 3 ? kColumnLevels<V> : 3;
 template <class T, int V>
 struct RowsSynthesis {
   using A = Arithmetic<T>;
-  static_assert(V == 1 || V == kPerWord<T>, "one element or one word");
 
   const Params& p;
   int64_t n, c;
@@ -168,7 +167,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) synthesis_rows(const __g
 template <class T, int V>
 struct ChannelsSynthesis {
   using A = Arithmetic<T>;
-  static_assert(V == 1 || V == kPerWord<T>, "one element or one word");
 
   const Params& p;
   int64_t n, c;  // c: the first of V channels
