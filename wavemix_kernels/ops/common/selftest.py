@@ -1,8 +1,9 @@
-"""The self-test of each op: fp32 forward and gradients beside the float64 reference, within a second."""
+"""The self-test of each op: forward and gradients beside the float64 reference, within a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,23 +21,55 @@ def against_reference(
     exact: Callable[..., Sequence[Tensor]],
     tensors: Sequence[Tensor],
     device: torch.device,
+    dtype: torch.dtype,
 ) -> float:
     """Largest error of outputs and gradients, each relative to the largest value of its exact tensor."""
-    leaves = [t.to(device, torch.float32).requires_grad_() for t in tensors]
+    leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
     wide = [t.detach().double().cpu().requires_grad_() for t in leaves]
     got, want = list(function(*leaves)), list(exact(*wide))
     cotangents = [pattern(*t.shape, phase=1.0) for t in want]
-    got += torch.autograd.grad(got, leaves, [c.to(device, torch.float32) for c in cotangents])
-    want += torch.autograd.grad(want, wide, [c.float().double() for c in cotangents])
+    got += torch.autograd.grad(got, leaves, [c.to(device, dtype) for c in cotangents])
+    want += torch.autograd.grad(want, wide, [c.to(dtype).double() for c in cotangents])
     return largest_error(got, want)
 
 
 def largest_error(got: Sequence[Any], want: Sequence[Any]) -> float:
     """Each error relative to the largest value of its exact tensor."""
     pairs = zip(got, want, strict=True)
-    return max(((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return largest(*(((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs))
 
 
-def rounding_bound(terms: int) -> float:
-    """Relative error of an fp32 sum of ``terms`` products, twice over (a forward and a backward pass)."""
-    return 2 * terms * 2.0**-24
+def largest(*errors: float) -> float:
+    """The largest, or NaN where there is one, which Python's ``max`` may pass over."""
+    return torch.tensor(errors, dtype=torch.float64).max().item()
+
+
+def rounding_bound(terms: int, dtype: torch.dtype) -> float:
+    """Relative error of a sum of ``terms`` products, twice over (a forward and a backward pass), in what ``dtype``
+    accumulates in. The roundings of stored half types come on top (:func:`half_bound`)."""
+    return 2 * terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+
+
+def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> float:
+    """What a kernel in a half type may be off: as much again as the reference in that type, whose intermediate tensors
+    are rounded as often, and one rounding of the result, which the reference may be spared by luck."""
+    return bound + 2 * reference_error + torch.finfo(dtype).eps
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products without TF32, whose roundings no bound here counts. The switches are the process's: what other
+    threads multiply meanwhile is the more exact for it."""
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None))
+    name: str = "fp32_precision"
+    off: object = "ieee"
+    if not all(hasattr(switch, name) for switch in products):  # before torch 2.9
+        products, name, off = (torch.backends.cuda.matmul, torch.backends.cudnn), "allow_tf32", False
+    before = [getattr(switch, name) for switch in products]
+    try:
+        for switch in products:
+            setattr(switch, name, off)
+        yield
+    finally:
+        for switch, value in zip(products, before, strict=True):
+            setattr(switch, name, value)
