@@ -3,7 +3,8 @@
 A rule is a pure function of shape, dtype, layout and device. It returns the name of an implementation, or names of
 backends in the order to try them. Each states what was measured; the tables are in docs/develop/tuning.md. Rules serve
 backend ``"auto"``: a backend asked for by name is obeyed or raises. What a backend can do at all is asked of its
-``why_not`` (:mod:`wavemix_kernels.backends`).
+``why_not`` (:mod:`wavemix_kernels.backends`), and whether it computes right on this device of
+:mod:`wavemix_kernels.ops.verify`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from wavemix_kernels import log
 from wavemix_kernels.backends import NAMES, Backend
+from wavemix_kernels.ops import verify
 
 Order = tuple[str, ...]
 
@@ -40,9 +42,11 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
         order: what a rule of this file answers; default: :func:`order` of the tensors' device.
 
     Raises:
-        RuntimeError: ``name`` is not installed here.
+        RuntimeError: ``name`` is not installed here, or computes wrong on this device.
         ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
     """
+    device = tensors[0].device.type
+    unproven = device in verify.DEVICES
     if name != "auto":
         if name not in table:
             raise RuntimeError(f"{op}: backend={name!r} has no kernels for it; it has {', '.join(map(repr, table))}")
@@ -50,9 +54,13 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
             raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
         if (reason := table[name].why_not(*tensors)) is not None:
             raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
+        if unproven and (fault := verify.fault(table, name, tensors[0])) is not None:
+            raise RuntimeError(f"{op}: backend={name!r} failed its self-test: {fault}")
         return name
-    for candidate in AUTO.get(tensors[0].device.type, _LIBRARY) if order is None else order:
-        if candidate in table and table[candidate].why_not(*tensors) is None:
+    for candidate in AUTO.get(device, _LIBRARY) if order is None else order:
+        if candidate not in table or table[candidate].why_not(*tensors) is not None:
+            continue
+        if not unproven or verify.fault(table, candidate, tensors[0]) is None:
             return candidate
     raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
 
@@ -72,7 +80,9 @@ def _explain(op: str, table: Mapping[str, Backend], name: str, chosen: str, tens
     for other in NAMES:
         if other in ("auto", "reference", chosen):
             continue
-        reason = table[other].why_not(*tensors) if other in table else "it has no kernels for this op"
+        reason: str | None = "it has no kernels for this op"
+        if other in table:
+            reason = table[other].why_not(*tensors) or verify.known_fault(table, other, tensors[0])
         if reason is None and name == "auto":
             reason = "it serves, auto does not take it here"
         if reason is not None:
