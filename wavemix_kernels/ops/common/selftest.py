@@ -60,16 +60,32 @@ def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> floa
 def full_precision() -> Iterator[None]:
     """fp32 products without TF32, whose roundings no bound here counts. The switches are the process's: what other
     threads multiply meanwhile is the more exact for it."""
-    products: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None))
-    name: str = "fp32_precision"
-    off: object = "ieee"
-    if not all(hasattr(switch, name) for switch in products):  # before torch 2.9
-        products, name, off = (torch.backends.cuda.matmul, torch.backends.cudnn), "allow_tf32", False
-    before = [getattr(switch, name) for switch in products]
+    cudnn: Any = torch.backends.cudnn
+    # Torch 2.9 and later have a second set. Both must agree, or whoever reads the first one gets an error.
+    newer = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []
+    precision, conv = _unless_mixed(torch.get_float32_matmul_precision), _unless_mixed(lambda: cudnn.allow_tf32)
+    matmul = _unless_mixed(lambda: torch.backends.cuda.matmul.allow_tf32)
+    before = [switch.fp32_precision for switch in newer]
     try:
-        for switch in products:
-            setattr(switch, name, off)
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for switch in newer:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        for switch, value in zip(products, before, strict=True):
-            setattr(switch, name, value)
+        if matmul is not None:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        if conv is not None:
+            cudnn.allow_tf32 = conv
+        for switch, value in zip(newer, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _unless_mixed(read: Callable[[], Any]) -> Any:
+    """None where the user has set the switches apart."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
