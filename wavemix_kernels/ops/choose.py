@@ -3,20 +3,22 @@
 A rule is a pure function of shape, dtype, layout and device. It returns the name of an implementation, or names of
 backends in the order to try them. Each states what was measured; the tables are in docs/develop/tuning.md. Rules serve
 backend ``"auto"``: a backend asked for by name is obeyed or raises. What a backend can do at all is asked of its
-``why_not`` (:mod:`wavemix_kernels.backends`), and whether it computes right on this device of
+``why_not`` (:mod:`wavemix_kernels.backends`), what was measured on this very device of
+:mod:`wavemix_kernels.ops.tuned`, whose answer comes before the rules', and whether it computes right on this device of
 :mod:`wavemix_kernels.ops.verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels import log
 from wavemix_kernels.backends import NAMES, Backend
-from wavemix_kernels.ops import verify
+from wavemix_kernels.ops import tuned, verify
 
 Order = tuple[str, ...]
 
@@ -26,6 +28,23 @@ AUTO: dict[str, Order] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 _LIBRARY: Order = ("reference",)
+#: Operator, backend, dtype and device of a call.
+Call = tuple[str, str, torch.dtype, torch.device]
+
+
+class _State:
+    calls: dict[Call, None] | None = None  # in the order of their first time, where somebody watches
+
+
+@contextmanager
+def watched() -> Iterator[dict[Call, None]]:
+    """The calls of :func:`select` inside, on all threads, as keys."""
+    before, _State.calls = _State.calls, {}
+    try:
+        yield _State.calls
+    finally:
+        _State.calls = before
+
 
 # --- Backends of an op -----------------------------------------------------------------------------------
 
@@ -57,7 +76,10 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
         if unproven and (fault := verify.fault(table, name, tensors[0])) is not None:
             raise RuntimeError(f"{op}: backend={name!r} failed its self-test: {fault}")
         return name
-    for candidate in AUTO.get(device, _LIBRARY) if order is None else order:
+    rule = AUTO.get(device, _LIBRARY) if order is None else order
+    if not torch.compiler.is_compiling():  # a graph is traced by the rule; the operators in it ask again when they run
+        rule = tuned.order(op, rule, table, tensors)
+    for candidate in rule:
         if candidate not in table or table[candidate].why_not(*tensors) is not None:
             continue
         if not unproven or verify.fault(table, candidate, tensors[0]) is None:
@@ -68,6 +90,8 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
 def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, order: Order | None = None) -> Backend:
     """The implementation that :func:`pick` names; logged once per op, shapes and dtype."""
     chosen = pick(op, table, name, *tensors, order=order)
+    if _State.calls is not None:
+        _State.calls[op, chosen, tensors[0].dtype, tensors[0].device] = None
     if log.enabled():
         key = (op, name, chosen, *((t.dtype, tuple(t.shape)) for t in tensors))
         log.once(key, lambda: _explain(op, table, name, chosen, tensors))

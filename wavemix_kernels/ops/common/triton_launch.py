@@ -1,10 +1,14 @@
 """Shared by the launches of every kernel family."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Called with every kernel that was launched: what Triton compiled, or None in its interpreter.
+observers: list[Callable[[Any], None]] = []
 
 
 class Launch(NamedTuple):
@@ -20,7 +24,10 @@ class Launch(NamedTuple):
         if 0 in self.grid:
             return
         with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            self.kernel[self.grid](*self.args, **self.constants)
+            made = self.kernel[self.grid](*self.args, **self.constants)
+        if observers:
+            for observe in observers:
+                observe(made)
 
 
 def cover(columns: int, least: int = 16) -> tuple[int, int]:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch, input_precision
-from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, widths
+from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, search_space, widths
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
 _GROUPS = 128  # of partial statistics, which batch_norm's combination takes
@@ -157,6 +158,13 @@ def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
 
 
 def _config(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
+    found: DeconvConfig | None = tuned.tile(
+        f"deconv {kernel} tile", DeconvConfig, lambda: search_space(image.itemsize), image, extra=(columns,)
+    )
+    return found or _default(kernel, image, columns, inner, rows)
+
+
+def _default(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
     # By warps: mma.sync of sm_80 and sm_120, not wgmma (sm_90) or tcgen05 (sm_100).
     by_warps = image.is_cuda and torch.cuda.get_device_capability(image.device)[0] in (8, 12)
     return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision())

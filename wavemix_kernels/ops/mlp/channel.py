@@ -116,7 +116,7 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
 def _backward_op(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str
 ) -> list[Tensor]:
-    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, x, w1, order=_order(x, w1))
+    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, w1, x, order=_order(x, w1))
     out = chosen.functions["backward"](grad, x, Weights(w1, b1, w2, b2))
     d_x, *d_weights = out
     d_x = d_x if layout.is_channels_last(d_x) else layout.laid_out(d_x, True)

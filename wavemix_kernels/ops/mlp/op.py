@@ -287,7 +287,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
 
 def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, want_output, backend = arguments
-    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
+    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[4], inputs[0])
     function = chosen.functions["backward"] if chosen.functions else _reference_backward
     out = function(grad, *inputs, want_output)
     return [grad.new_empty(0) if t is None else t for t in out]
