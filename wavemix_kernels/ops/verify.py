@@ -15,8 +15,9 @@ import datetime
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -51,6 +52,11 @@ class Verdict:
     bound: float | None
     fault: str | None
     date: str
+
+    @property
+    def share(self) -> float:
+        """Of what rounding explains; NaN where the test raised."""
+        return float("nan") if self.error is None or self.bound is None else self.error / self.bound
 
 
 class _Thread(threading.local):
@@ -101,6 +107,11 @@ def known_fault(table: Mapping[str, Backend], backend: str, tensor: Tensor) -> s
     return _faults.get((id(table), backend, tensor.device, tensor.dtype))
 
 
+def refused(devices: Container[torch.device]) -> list[str]:
+    """What is wrong with the kernels that failed on ``devices`` so far."""
+    return [fault for (_, _, device, _), fault in _faults.items() if fault is not None and device in devices]
+
+
 def forget() -> None:
     """Drops the verdicts of this process: the next calls look into the list and the cache again."""
     with _lock:
@@ -133,7 +144,8 @@ def _first(table: Mapping[str, Backend], backend: str, tensor: Tensor) -> str | 
 
 
 def examine(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Runs the self-test, keeps the verdict, and warns where the kernel fails. Later calls go by it."""
+    """Runs the self-test and says how it ended. On a GPU the verdict is kept, later calls go by it, and a warning tells
+    of a failure."""
     table = ops.load(op).BACKENDS
     with _lock:
         _faults.pop((id(table), backend, device, dtype), None)
@@ -183,7 +195,7 @@ def _self_test(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
 
 
 def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device if device.type == "cuda" else None)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _is_lost(device: torch.device) -> bool:
@@ -219,8 +231,10 @@ def _name_of(table: Mapping[str, Backend]) -> str:
 
 
 def _subject(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    where = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    return f"{op}, backend {backend!r}, {_dtype(dtype)} on {device} ({where}{cache.architecture(device)})"
+    where = ""
+    if device.type == "cuda":
+        where = f" ({torch.cuda.get_device_name(device)}, {cache.architecture(device)})"
+    return f"{op}, backend {backend!r}, {_dtype(dtype)} on {device}{where}"
 
 
 def _dtype(dtype: torch.dtype) -> str:
