@@ -70,9 +70,10 @@ def read(device: torch.device, section: str) -> Mapping[str, Any]:
     """The entries of ``device`` in ``section``: name to value. The file is read once in a process; :func:`write` brings
     in what other processes wrote meanwhile.
     """
+    _check(section)
     with _lock:
         devices = _copy()
-        return devices.get(key(device), {}).get(_checked(section), {}) if devices else {}
+        return devices.get(key(device), {}).get(section, {}) if devices else {}
 
 
 def write(device: torch.device, section: str, entries: Mapping[str, Any]) -> bool:
@@ -81,8 +82,9 @@ def write(device: torch.device, section: str, entries: Mapping[str, Any]) -> boo
     Returns:
         Whether they are in the file. They hold for this process in any case.
     """
+    _check(section)
     with _lock:
-        _merge(_copy(), key(device), _checked(section), entries)
+        _merge(_copy(), key(device), section, entries)
         if _State.failed:
             return False
         try:
@@ -175,10 +177,9 @@ def _build() -> str:
 # --- The file ----------------------------------------------------------------------------------------------
 
 
-def _checked(section: str) -> str:
+def _check(section: str) -> None:
     if section not in SECTIONS:
         raise ValueError(f"section={section!r}: expected one of {', '.join(map(repr, SECTIONS))}")
-    return section
 
 
 def _copy() -> _Devices:
