@@ -14,10 +14,11 @@ from typing import NoReturn
 
 import torch
 
+from wavemix_kernels.clock import Effort
+
 from .cases import registry
 from .harness import traffic
 from .harness.case import Case
-from .harness.clock import Effort
 from .harness.machine import copy_bandwidth, environment
 from .harness.measure import Meter, Row
 from .harness.providers import OURS, PROVIDERS

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from wavemix_kernels import _native
-
-from .clock import Effort, clock_for, interleave, quantile
+from wavemix_kernels.clock import Effort, clock_for, interleave, quantile
 
 PACKAGES = ("torch", "triton", "numpy", "pytorch_wavelets", "PyWavelets", "wavemix-kernels")
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.cases import wavemix as cases_wavemix
 from benchmarks.cases import wavemlp as cases_wavemlp
-from benchmarks.harness import case, clock, gate, machine, measure, memory, photographs, providers
+from benchmarks.harness import case, gate, machine, measure, memory, photographs, providers
 from tests.tools.test_benchmarks_cli import needs_extras, tiny
+from wavemix_kernels import clock
 from wavemix_kernels.wavemix.classification import WaveMixLite
 
 MIB = 2**20

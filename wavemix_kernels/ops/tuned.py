@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ class _State:
     recorder: Recorder | None = None
     #: Whether calls leave notes: somebody records, or a tile did not fit.
     watching: bool = False
+    #: Whether tables are read from files.
+    reads: bool = True
 
 
 class _Notes(threading.local):
@@ -249,13 +252,13 @@ def _bar(name: str, backend: str, error: Exception) -> None:
 def load(device: torch.device) -> dict[Key, Ranking]:
     """The table of a device, from the user's cache and from what is shipped."""
     table: dict[Key, Ranking] = {}
-    if device.type in ("cpu", "cuda"):
+    if _State.reads and device.type in ("cpu", "cuda"):
         entries = {**shipped(cache.architecture(device)), **cache.read(device, SECTION)}
         for name, entry in entries.items():
-            if (threads := entry.get("threads")) is not None and threads != torch.get_num_threads():
-                continue
             try:
-                table[_key_from(entry["key"])] = list(entry["ranking"])
+                if entry.get("threads", torch.get_num_threads()) == torch.get_num_threads():
+                    key, ranking = from_entry(entry)
+                    table[key] = ranking
             except (KeyError, TypeError, AttributeError) as error:
                 log.logger.warning("tuned: left out %r, which is no entry of a table (%r)", name, error)
     _tables[device] = table
@@ -297,6 +300,34 @@ def entry(key: Key, ranking: Ranking, device: torch.device) -> tuple[str, dict[s
         value["threads"] = torch.get_num_threads()
         name += f", {value['threads']} threads"
     return name, value
+
+
+def from_entry(value: Mapping[str, Any]) -> tuple[Key, Ranking]:
+    """What :func:`entry` made the value of; tiles are made when they are asked for."""
+    return _key_from(value["key"]), list(value["ranking"])
+
+
+@contextmanager
+def rules_alone() -> Iterator[None]:
+    """Inside, tables hold what is put into them alone. Then they are read again."""
+    forget()
+    _State.reads = False
+    try:
+        yield
+    finally:
+        _State.reads = True
+        forget()
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Every call goes through ``recorder``. Nothing gives way meanwhile: what fails is to be seen."""
+    before = _State.recorder, _State.watching
+    _State.recorder, _State.watching = recorder, True
+    try:
+        yield
+    finally:
+        _State.recorder, _State.watching = before
 
 
 def _word(part: Any) -> Any:
