@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import cache, log
-from wavemix_kernels.backends import NAMES, Backend
+from wavemix_kernels.backends import NAMES, Backend, triton_interpreted
 from wavemix_kernels.ops.common.triton_launch import input_precision
 
 Key = tuple[Any, ...]
@@ -98,6 +98,8 @@ def _watched_order(
     _notes.order = (device, key)
     if _State.recorder is not None:
         serving = [name for name in NAMES if name in table and table[name].why_not(*tensors) is None]
+        if triton_interpreted() and "triton" not in rule:  # a test's tool, thousands of times as slow as any other
+            serving = [name for name in serving if name != "triton"]
         default = next((name for name in rule if name in serving), None)
         _State.recorder.met(key, default, serving)
     best = _tables[device].get(key, [])[:1]
@@ -187,9 +189,9 @@ def unit(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except Exception as error:
-            if not _does_not_fit(error):
+            if not does_not_fit(error):
                 raise
-            return _again(name, function, args, error)
+            return again(name, function, args, error)
 
     return run
 
@@ -208,14 +210,16 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def _does_not_fit(error: Exception) -> bool:
+def does_not_fit(error: Exception) -> bool:
+    """Whether Triton finds that a kernel needs more of something than the device has."""
     if isinstance(error, NoTile):
         return True
     # By name: a process without Triton has no such class.
     return type(error).__name__ == "OutOfResources" and type(error).__module__.startswith("triton")
 
 
-def _again(name: str, function: Callable[..., Any], args: tuple[Any, ...], error: Exception) -> Any:
+def again(name: str, function: Callable[..., Any], args: tuple[Any, ...], error: Exception) -> Any:
+    """``function(*args)`` after :func:`does_not_fit`, with the next tile or backend."""
     watched, _State.watching = _State.watching, True
     while True:
         if watched:
@@ -223,7 +227,7 @@ def _again(name: str, function: Callable[..., Any], args: tuple[Any, ...], error
         try:
             return function(*args)
         except Exception as another:
-            if not _does_not_fit(another):
+            if not does_not_fit(another):
                 raise
             # The first time it ran without notes: only now is it known which tile it was.
             watched, error = True, another
@@ -321,7 +325,7 @@ def rules_alone() -> Iterator[None]:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Every call goes through ``recorder``. Nothing gives way meanwhile: what fails is to be seen."""
+    """Every call goes through ``recorder``."""
     before = _State.recorder, _State.watching
     _State.recorder, _State.watching = recorder, True
     try:

@@ -77,6 +77,8 @@ def tune(
     started = time.perf_counter()
     with tuned.rules_alone():
         recorder = record(model, *example, train=train)
+        recorder.gives_way = False
+        tuned.forget()  # what did not fit is tried, and named, again
         settler = Settler(recorder, seconds, PREDICTOR, progress, clock)
         settler.settle_all()
     saved = save

@@ -114,9 +114,14 @@ def _cotangent(result: Tensor) -> Tensor:
 
 
 class Recorder:
-    """Notes each new call with backend "auto", and which choices it made; see :class:`tuned.Recorder`."""
+    """Notes each new call with backend "auto", and which choices it made; see :class:`tuned.Recorder`.
+
+    Attributes:
+        gives_way: whether a tile that does not fit the device makes room for the next, or the call fails.
+    """
 
     def __init__(self) -> None:
+        self.gives_way = True
         self.units: dict[str, Unit] = {}
         #: Choices outside of every call: what a module decides before it calls one operator or another.
         self.loose: dict[tuned.Key, Choice] = {}
@@ -126,6 +131,10 @@ class Recorder:
         self._stack.append(self._unit(name, function, args, kwargs))
         try:
             return function(*args, **kwargs)
+        except Exception as error:
+            if not (self.gives_way and tuned.does_not_fit(error)):
+                raise
+            return tuned.again(name, function, args, error)
         finally:
             self._stack.pop()
 

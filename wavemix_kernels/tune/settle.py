@@ -117,6 +117,10 @@ class Settler:
                 continue
             self._put(device, key, candidate)
             reason, spilled = self._try(unit, arguments, judge)
+            if reason is not None and self._open(unit):  # it may be its default tile that fails
+                self._settle_choices(unit, arguments, judge)
+                self._put(device, key, candidate)
+                reason, spilled = self._try(unit, arguments, judge)
             if candidate == choice.default:
                 spills = spilled
             elif reason is None and spills is not None and spilled > spills:
