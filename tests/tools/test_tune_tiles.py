@@ -7,6 +7,7 @@ spills, how long it takes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tools.helpers import python
 from wavemix_kernels import cache
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import triton_launch
@@ -204,3 +206,32 @@ def test_a_default_that_does_not_fit_gives_way(gpu: Gpu) -> None:
 
 def test_the_space_holds_other_tiles_than_the_default() -> None:
     assert {config.channels for config in search_space()} > {DEFAULT}
+
+
+# --- Compiled for a chip, launched by a stub -----------------------------------------------------------------
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("too_many_threads, chosen, left_out, default_fits", [
+    ([], "SumConfig(positions=64, channels=32, num_warps=4)", {128: "it spills 12 registers, the default 0"}, True),
+    ([64, 32], "SumConfig(positions=16, channels=128, num_warps=4)", {
+        32: "OutOfResources: out of resource: threads, Required: 128, Hardware limit: 64. Reducing block sizes or "
+            "`num_stages` may help.",
+    }, False),
+])  # fmt: skip
+def test_on_a_stub_of_a_driver(
+    tmp_path: Any, too_many_threads: list[int], chosen: str, left_out: dict[int, str], default_fits: bool
+) -> None:
+    """The same with what Triton compiled: its limits are those of loading, its spills those of the binary."""
+    done = python(
+        "-m", "tests.tools.stub_gpu", *map(str, too_many_threads),
+        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path / "triton"), WAVEMIX_KERNELS_CACHE=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["chosen"] == {"branch_sum": "triton", "branch_sum tile": chosen}
+    for channels, why in left_out.items():
+        assert found["left out"][str(SumConfig(2048 // channels, channels))] == why
+    assert ("None" in found["timed"]["branch_sum tile"]) == default_fits
+    assert [("the default tile does not fit" in line) for line in found["lines"]] == [True] * (not default_fits)
+    assert found["seconds of a call"] == pytest.approx(2e-6 if default_fits else 1e-6)

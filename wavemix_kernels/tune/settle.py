@@ -122,7 +122,7 @@ class Settler:
                 self._put(device, key, candidate)
                 reason, spilled = self._try(unit, arguments, judge)
             if candidate == choice.default:
-                spills = spilled
+                spills = spilled if reason is None else None
             elif reason is None and spills is not None and spilled > spills:
                 reason = f"it spills {spilled} registers, the default {spills}"
             if reason is not None:
