@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import wavemix_kernels as wk
-from wavemix_kernels import cache
+from wavemix_kernels import cache, log
 from wavemix_kernels.backends import Backend
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.haar import op as haar
@@ -152,6 +152,14 @@ def test_an_entry_serves_sizes_up_to_the_next_power_of_two(monkeypatch: pytest.M
     assert taken(torch.ones(1, 8, 10, 14)) == "reference"
     for other in (X.double(), torch.ones(2, 9, 12, 10), X.contiguous(memory_format=torch.channels_last)):
         assert taken(other) == "cpu"
+
+
+def test_the_log_says_what_was_measured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tune_transform(monkeypatch, Clock(cpu=1.0, reference=0.5))
+    caplog.set_level(logging.INFO, logger="wavemix_kernels")
+    monkeypatch.setattr(log, "_seen", set())
+    Transform()(X)
+    assert "haar_dwt2d float32 (2, 8, 12, 10): reference (measured on this device; cuda: " in caplog.text
 
 
 def test_a_backend_asked_for_by_name_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +338,11 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "backward" not in printed
     entries = json.loads((tmp_path / "t.json").read_text())["entries"]
     assert entries == cache.read(CPU, tuned.SECTION)
+
+
+def test_a_model_without_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["torch.nn:Conv2d(3, 4, 1)", "--shape", "1,3,4,4"]) == 1
+    assert "accelerate(model) first?" in capsys.readouterr().out
 
 
 def test_the_command_on_every_operator(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,9 @@ def _explain(op: str, table: Mapping[str, Backend], name: str, chosen: str, tens
             reason = "it serves, auto does not take it here"
         if reason is not None:
             others.append(f"{other}: {reason}")
-    asked = [] if name == "auto" else ["asked for by name"]
+    asked = ["asked for by name"]
+    if name == "auto":
+        asked = ["measured on this device"] if tuned.is_measured(op, chosen, tensors) else []
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     return f"{op} {dtype} {shapes}: {chosen}" + (f" ({'; '.join(asked + others)})" if asked + others else "")

@@ -106,6 +106,11 @@ def _watched_order(
     return tuple(name for name in (*best, *rule) if (device, key, name) not in _barred)
 
 
+def is_measured(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether a table says so."""
+    return _tables.get(tensors[0].device, {}).get(key_of(op, tensors), [])[:1] == [backend]
+
+
 def either(what: str, default: str, other: str, *tensors: Tensor, extra: tuple[int, ...] = ()) -> str:
     """Of two forms of a composite the measured one, else ``default``. A graph is traced with the default."""
     if torch.compiler.is_compiling():

@@ -42,6 +42,8 @@ class Report:
     seconds: float
 
     def __str__(self) -> str:
+        if not self.results:
+            return "tune: the model calls no operator of wavemix_kernels that has a choice; accelerate(model) first?"
         changed = sum(result.chosen != result.default for result in self.results)
         where = "kept for later processes" if self.saved else "for this process only"
         last = f"tune: {len(self.results)} choices in {self.seconds:.0f} s, {changed} other than the default, {where}"

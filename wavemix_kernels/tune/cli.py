@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, x, train=not given.inference, seconds=given.seconds, progress=lambda result: print(result, flush=True)
     )
     print(str(report).splitlines()[-1])
+    if not report.results:
+        return 1
     if given.export is not None:
         export(report, given.export)
     return 0

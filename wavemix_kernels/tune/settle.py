@@ -133,6 +133,7 @@ class Settler:
             admitted.append(candidate)
         result = self._time(unit, choice, admitted, arguments)
         result = dataclasses.replace(result, left_out=left_out)
+        del self.results[key]  # in the order in which they are settled
         self.results[key] = result
         self._keep(device, result)
         self._done(result)
