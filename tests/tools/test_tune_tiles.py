@@ -122,6 +122,15 @@ def test_after_the_measured_tile_its_next_best_then_the_default(gpu: Gpu) -> Non
     assert gpu.launched == [16, DEFAULT]
 
 
+def test_tiles_of_other_fields_are_left_out(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
+    tuned.put(CPU, key(), [[1, 2, 3, 4, 5]])
+    check()
+    check()
+    assert gpu.launched == [DEFAULT, DEFAULT]
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert line.startswith("tuned: left out the tiles of branch_sum tile (")
+
+
 def test_where_no_tile_fits_the_next_backend_serves(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
     gpu.too_large = {16, 32, 64, 128}
     check()
