@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -142,6 +143,12 @@ def test_what_a_gpu_has_verified_is_not_tested(tests: Tests, monkeypatch: pytest
     monkeypatch.setattr(verify, "MODE", "1")
     results()
     assert len(tests) == 1
+
+
+def test_the_list_names_what_there_is() -> None:
+    for (op, backend, architecture), (commit, date) in VERIFIED.items():
+        assert backend in ops.load(op).BACKENDS
+        assert re.fullmatch(r"(sm_\d+|gfx\w+) [0-9a-f]{40} \d{4}-\d\d-\d\d", f"{architecture} {commit} {date}")
 
 
 @pytest.mark.parametrize("mode, times", [("", 1), ("0", 0), ("1", 2)])
