@@ -344,30 +344,16 @@ def _norm_backward_fake(
     return _empty_input(grad, weight), weight.new_empty(weight.shape), d_norm_weight, d_norm_bias
 
 
-_library.impl("deconv", _forward, "CompositeExplicitAutograd")
-_library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
-_library.impl("deconv_backward_x", _backward_x, "CompositeExplicitAutograd")
-_library.impl("deconv_backward_weight", _backward_weight, "CompositeExplicitAutograd")
-_library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_backward", _norm_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::deconv_norm_backward", _norm_backward_fake, lib=_library)
-torch.library.register_fake(
-    "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_residual",
-    lambda u, weight, bias, residual, backend: _empty_output(u, weight),
-    lib=_library,
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_backward_x", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_backward_weight",
-    lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias),
-    lib=_library,
-)
+for _name, _implementation, _fake in (
+    ("deconv", _forward, lambda u, weight, bias, backend: _empty_output(u, weight)),
+    ("deconv_residual", _residual, lambda u, weight, bias, residual, backend: _empty_output(u, weight)),
+    ("deconv_backward_x", _backward_x, lambda grad, weight, backend: _empty_input(grad, weight)),
+    ("deconv_backward_weight", _backward_weight, lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias)),
+    ("deconv_stats", _stats, _stats_fake),
+    ("deconv_norm_backward", _norm_backward, _norm_backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wavemix_kernels::{_name}", _fake, lib=_library)
 
 
 def backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:

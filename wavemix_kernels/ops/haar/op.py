@@ -18,10 +18,9 @@ from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import reference
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 
 MODES = tuple(reference.MODES)
-#: Levels one launch takes; deeper transforms chain.
-MAX_LEVELS = 5
 
 _library = Library("DEF")
 _library.define("haar_analysis(Tensor x, int levels, str mode, str backend) -> Tensor[]")
