@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import wavemix_kernels as wk
 from tests.tools.helpers import python
 from wavemix_kernels import backends, cache, ops
-from wavemix_kernels.ops import choose, verify
+from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import selftest
 from wavemix_kernels.ops.mlp import channel
 from wavemix_kernels.ops.verified import VERIFIED, Verified
@@ -174,6 +174,37 @@ def test_it_neither_sees_nor_changes_the_state_of_the_caller(tests: Tests) -> No
     assert tests == [("haar", "cpu", FP32)]
     assert torch.equal(torch.get_rng_state(), before)
     assert verify.known_fault(ops.load("haar").BACKENDS, "cpu", torch.ones(1)) is None
+
+
+def test_backward_stays_in_the_thread_of_the_self_test(tests: Tests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would run in another one, which would wait for the verdict."""
+    haar, seen = ops.load("haar"), []
+    own = haar.self_test
+
+    def noted(*call: Any) -> tuple[float, float]:
+        seen.append((torch._C._is_multithreading_enabled(), threading.current_thread() is threading.main_thread()))
+        return own(*call)
+
+    monkeypatch.setattr(haar, "self_test", noted)
+    wk.haar_dwt2d(torch.ones(1, 1, 4, 4), backend="cpu")
+    assert seen == [(False, False)]
+
+
+def test_the_tuner_does_not_record_self_tests(tests: Tests) -> None:
+    met: list[Any] = []
+
+    class Recorder:
+        def met(self, key: Any, *rest: Any) -> None:
+            met.append(key)
+
+        def run(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+            met.append(name)
+            return function(*args, **kwargs)
+
+    with tuned.recording(Recorder()):  # type: ignore[arg-type]
+        wk.haar_dwt2d(torch.ones(1, 1, 4, 4), backend="cpu")
+    assert tests == [("haar", "cpu", FP32)]
+    assert met == ["haar_analysis"]
 
 
 class NoSelfTest(torch.utils._python_dispatch.TorchDispatchMode):

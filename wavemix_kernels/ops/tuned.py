@@ -365,6 +365,16 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _State.recorder, _State.watching = before
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Calls inside are nobody's that tunes, such as those of a self-test at a kernel's first use."""
+    before, _State.recorder = _State.recorder, None
+    try:
+        yield
+    finally:
+        _State.recorder = before
+
+
 def _word(part: Any) -> Any:
     return str(part) if isinstance(part, torch.dtype) else part
 
