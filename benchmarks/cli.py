@@ -14,10 +14,11 @@ from typing import NoReturn
 
 import torch
 
+from wavemix_kernels.clock import Effort
+
 from .cases import registry
 from .harness import traffic
 from .harness.case import Case
-from .harness.clock import Effort
 from .harness.machine import copy_bandwidth, device_is_lost, environment
 from .harness.measure import Meter, Row
 from .harness.providers import COMPILED, ON_CPU, OURS, PROVIDERS
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=("traffic", "results"),
-        help="traffic: count each operator's memory traffic; results: make docs/results.md and the README's table and "
-        "chart from benchmarks/results/",
+        help="traffic: count each operator's memory traffic; results: make docs/results.md, the README's table and "
+        "chart from benchmarks/results/, and the table of docs/gpu-status.md",
     )
     parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
     parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")

@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports triton: it reads the variable when kernels are defined.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The tests verify the kernels themselves: one that fails must show, instead of giving way to the next backend.
+    os.environ["WAVEMIX_KERNELS_VERIFY"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,6 +94,17 @@ def exact_products() -> Iterator[None]:
 
     with products_in("ieee"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out about this machine before does not matter, and what tests find out stays in their folder."""
+    from wavemix_kernels import cache
+    from wavemix_kernels.ops import verify
+
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path_factory.getbasetemp() / "cache"))
+    cache.forget()
+    verify.forget()
 
 
 @pytest.fixture(autouse=True)

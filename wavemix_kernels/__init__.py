@@ -8,6 +8,8 @@ from wavemix_kernels.inference import export_form, fuse_for_inference
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.ops.haar.op import haar_dwt2d, haar_idwt2d
+from wavemix_kernels.tune import tune
+from wavemix_kernels.warmup import warmup
 
 __all__ = [
     "FusedPATM",
@@ -19,5 +21,7 @@ __all__ = [
     "fuse_for_inference",
     "haar_dwt2d",
     "haar_idwt2d",
+    "tune",
+    "warmup",
     "wavemix",
 ]

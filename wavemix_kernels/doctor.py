@@ -1,19 +1,23 @@
-"""Reports what is installed here, which backend serves which op, why others do not, and whether they compute right."""
+"""Reports what is installed here, which backend serves which op, why others do not, and whether they compute right.
+
+On a GPU the verdicts are kept for the processes to come (:mod:`wavemix_kernels.ops.verify`).
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-from wavemix_kernels import _native, backends, ops
+from wavemix_kernels import _native, backends, cache, ops
 from wavemix_kernels._version import __version__
-from wavemix_kernels.ops import choose
+from wavemix_kernels.ops import choose, verify
 
 NO_KERNELS = "-"
+#: What users run. A kernel in float64 is verified at first use.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _devices() -> list[torch.device]:
@@ -41,6 +45,8 @@ def environment() -> list[tuple[str, str]]:
         ("triton", _triton_version()),
         ("compiled core", _native.core_error or f"CPU kernels ({core.cpu_isa()}); {core.BUILD_NOTE}"),  # type: ignore[union-attr]
         (backends.VARIABLE, os.environ.get(backends.VARIABLE) or "not set (auto)"),
+        (verify.VARIABLE, os.environ.get(verify.VARIABLE) or "not set (kernels that no GPU of the kind has verified)"),
+        ("cache", _cache()),
     ]
     for device in _devices()[1:]:
         major, minor = torch.cuda.get_device_capability(device)
@@ -48,19 +54,30 @@ def environment() -> list[tuple[str, str]]:
     return lines
 
 
-def _examine(op: ModuleType, backend: str, device: torch.device) -> tuple[str, str | None, str | None]:
-    """(cell of the table, why the backend does not serve, what is wrong with it)."""
-    if backend not in op.BACKENDS:
-        return NO_KERNELS, None, None
-    if (reason := op.BACKENDS[backend].why_not(torch.empty(1, 4, 2, 2, device=device))) is not None:
-        return "no", reason, None
+def _cache() -> str:
     try:
-        error, bound = op.self_test(backend, device)
-    except (RuntimeError, ValueError, TypeError) as failure:
-        return "BROKEN", None, f"{type(failure).__name__}: {failure}"
-    if error <= bound:
-        return f"ok {error / bound:.0%}", None, None
-    return "WRONG", None, f"error {error:.1e}, where rounding explains {bound:.1e}"
+        return str(cache.path())
+    except OSError as error:
+        return f"none: {error}"
+
+
+def _examine(name: str, backend: str, device: torch.device) -> tuple[str, str | None, list[str]]:
+    """(cell of the table, why the backend does not serve float32, what is wrong with it)."""
+    table = ops.load(name).BACKENDS
+    if backend not in table:
+        return NO_KERNELS, None, []
+    reasons = {dtype: table[backend].why_not(_example(device, dtype)) for dtype in DTYPES}
+    if reasons[torch.float32] is not None:
+        return "no", reasons[torch.float32], []
+    verdicts = [verify.examine(name, backend, device, dtype) for dtype, reason in reasons.items() if reason is None]
+    faults = [verdict.fault for verdict in verdicts if verdict.fault is not None]
+    if faults:
+        return "BROKEN" if any(verdict.error is None for verdict in verdicts) else "WRONG", None, faults
+    return f"ok {max(verdict.share for verdict in verdicts):.0%}", None, []
+
+
+def _example(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(1, 4, 2, 2, device=device, dtype=dtype)
 
 
 def main() -> int:
@@ -68,8 +85,8 @@ def main() -> int:
     for what, value in environment():
         print(f"{what:<24} {value}")
     print(
-        "\nForward and gradients of every op against the float64 reference (ok, and its error as a share of what "
-        "rounding may do):"
+        "\nForward and gradients of every op against the float64 reference, in float32, float16 and bfloat16 (ok, and "
+        "the largest error as a share of what rounding may do):"
     )
     names = [name for name in backends.NAMES if name != "auto"]
     broken: list[str] = []
@@ -78,17 +95,15 @@ def main() -> int:
         reasons: dict[str, list[str]] = {}
         print(f"\n{f'on {device}':<17}" + "".join(f"{name:<11}" for name in names) + "auto takes")
         for name in ops.OPS:
-            op = ops.load(name)
             row = f"{name:<17}"
             for backend in names:
-                cell, reason, fault = _examine(op, backend, device)
+                cell, reason, faults = _examine(name, backend, device)
                 row += f"{cell:<11}"
                 if reason is not None:
                     reasons.setdefault(f"{backend}: {reason}", []).append(name)
-                if fault is not None:
-                    broken.append(f"{name}, {backend} on {device}: {fault}")
+                broken += faults
                 absent |= {cell} & {NO_KERNELS}
-            print(row + choose.pick(name, op.BACKENDS, "auto", torch.empty(1, 4, 2, 2, device=device)), flush=True)
+            print(row + choose.pick(name, ops.load(name).BACKENDS, "auto", _example(device)), flush=True)
         for reason, concerned in reasons.items():
             print(f"  no, {reason}{'' if len(concerned) > 1 else f' ({concerned[0]})'}")
     if absent:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from wavemix_kernels import _native
+from wavemix_kernels.clock import Effort, clock_for, interleave, quantile
 
 from . import photographs
-from .clock import Effort, clock_for, interleave, quantile
 
 PACKAGES = ("torch", "triton", "numpy", "pytorch_wavelets", "PyWavelets", "wavemix-kernels")
 

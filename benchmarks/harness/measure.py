@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from wavemix_kernels.clock import Clock, Effort, clock_for, interleave, quantile
 from wavemix_kernels.ops.common.precision import products_in
 
 from . import graphs, memory
 from .case import Case, Expectation, Setting
-from .clock import Clock, Effort, clock_for, interleave, quantile
 from .gate import Verdict, judge, rms
 from .machine import matmul_rate
 from .providers import COMPILED, Subject, make, oracle

@@ -1,16 +1,19 @@
-"""docs/results.md and the README's table, from the committed runs: ``python -m benchmarks results``."""
+"""The generated pages: ``python -m benchmarks results``.
+
+docs/results.md and the README's table are made from the committed runs, the table of docs/gpu-status.md from the list
+of what a GPU has verified.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import chart, published
+from . import chart, gpu_status, published
 from .published import Result, Run
 from .text import NONE, duration, size
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 _GROUPS = {
     "haar": "Haar",
@@ -35,11 +38,12 @@ def files() -> dict[Path, str]:
     """Every generated file of the repository, and what it must contain."""
     runs = published.runs()
     headline = {name: published.latest(case, runs) for case, name in HEADLINE.items()}
-    readme = ROOT / "README.md"
+    readme, status = ROOT / "README.md", ROOT / "docs/gpu-status.md"
     return {
         ROOT / "docs/results.md": page(runs),
         ROOT / "docs/assets/headline.svg": chart.svg(headline),
-        readme: _between_markers(readme.read_text(encoding="utf-8"), table(headline)),
+        readme: _between_markers(readme, "results", table(headline)),
+        status: _between_markers(status, "verified", gpu_status.table()),
     }
 
 
@@ -54,11 +58,12 @@ def write() -> list[Path]:
     return written
 
 
-def _between_markers(text: str, content: str) -> str:
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def _between_markers(path: Path, name: str, content: str) -> str:
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, begin, rest = path.read_text(encoding="utf-8").partition(first)
+    _, end, tail = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"README.md: expected {BEGIN} and {END}, between which the table goes")
+        raise ValueError(f"{path.name}: expected {first} and {last}, between which the table goes")
     return f"{head}{begin}\n{content}{end}{tail}"
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tests.aot.table import WIDE, Demands
-from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.common.precision import input_precision, products_in
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
@@ -22,7 +21,7 @@ from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis
-from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, search_space
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
@@ -101,7 +100,7 @@ def haar_points() -> Iterator[Point]:
     for layout in dense:
         for levels in range(1, MAX_LEVELS + 1):
             default = config_for(layout, levels, 2, BIG)  # type: ignore[arg-type]
-            others = [config for config in search_spaces.haar(layout, levels, 2) if config != default]  # type: ignore[arg-type]
+            others = [config for config in search_space(layout, levels, 2) if config != default]  # type: ignore[arg-type]
             for synthesis in both:
                 yield haar_point(90, HALF, layout, levels, synthesis)
             for i, config in enumerate(others):

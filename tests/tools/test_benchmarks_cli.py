@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks import cases, cli
 from benchmarks.cases import haar, wavemix
-from benchmarks.harness import case, clock, measure
+from benchmarks.harness import case, measure
 from tests.tools.helpers import PNG, ROOT, needs
+from wavemix_kernels import clock
 
 needs_extras = needs("bench", cli.EXTRAS)
 

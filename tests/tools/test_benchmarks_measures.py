@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import cli
 from benchmarks.cases import wavemix as cases_wavemix
 from benchmarks.cases import wavemlp as cases_wavemlp
-from benchmarks.harness import case, clock, gate, machine, measure, memory, photographs, providers, traffic
+from benchmarks.harness import case, gate, machine, measure, memory, photographs, providers, traffic
 from tests.tools.helpers import needs
 from tests.tools.test_benchmarks_cli import needs_extras, tiny
+from wavemix_kernels import clock
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import batch_norm

@@ -3,18 +3,22 @@
 A rule is a pure function of shape, dtype, layout and device. It returns the name of an implementation, or names of
 backends in the order to try them. Each states what was measured; the tables are in docs/develop/tuning.md. Rules serve
 backend ``"auto"``: a backend asked for by name is obeyed or raises. What a backend can do at all is asked of its
-``why_not`` (:mod:`wavemix_kernels.backends`).
+``why_not`` (:mod:`wavemix_kernels.backends`), what was measured on this very device of
+:mod:`wavemix_kernels.ops.tuned`, whose answer comes before the rules', and whether it computes right on this device of
+:mod:`wavemix_kernels.ops.verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels import log
 from wavemix_kernels.backends import NAMES, Backend
+from wavemix_kernels.ops import tuned, verify
 
 Order = tuple[str, ...]
 
@@ -24,6 +28,23 @@ AUTO: dict[str, Order] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 _LIBRARY: Order = ("reference",)
+#: Operator, backend, dtype and device of a call.
+Call = tuple[str, str, torch.dtype, torch.device]
+
+
+class _State:
+    calls: dict[Call, None] | None = None  # in the order of their first time, where somebody watches
+
+
+@contextmanager
+def watched() -> Iterator[dict[Call, None]]:
+    """The calls of :func:`select` inside, on all threads, as keys."""
+    before, _State.calls = _State.calls, {}
+    try:
+        yield _State.calls
+    finally:
+        _State.calls = before
+
 
 # --- Backends of an op -----------------------------------------------------------------------------------
 
@@ -40,9 +61,11 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
         order: what a rule of this file answers; default: :func:`order` of the tensors' device.
 
     Raises:
-        RuntimeError: ``name`` is not installed here.
+        RuntimeError: ``name`` is not installed here, or computes wrong on this device.
         ValueError: ``name`` cannot serve these tensors. Both say why, with the values.
     """
+    device = tensors[0].device.type
+    unproven = device in verify.DEVICES
     if name != "auto":
         if name not in table:
             raise RuntimeError(f"{op}: backend={name!r} has no kernels for it; it has {', '.join(map(repr, table))}")
@@ -50,9 +73,16 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
             raise RuntimeError(f"{op}: backend={name!r} is not available: {missing}")
         if (reason := table[name].why_not(*tensors)) is not None:
             raise ValueError(f"{op}: backend={name!r} cannot serve this call: {reason}")
+        if unproven and (fault := verify.fault(table, name, tensors[0])) is not None:
+            raise RuntimeError(f"{op}: backend={name!r} failed its self-test: {fault}")
         return name
-    for candidate in AUTO.get(tensors[0].device.type, _LIBRARY) if order is None else order:
-        if candidate in table and table[candidate].why_not(*tensors) is None:
+    rule = AUTO.get(device, _LIBRARY) if order is None else order
+    if not torch.compiler.is_compiling():  # a graph is traced by the rule; the operators in it ask again when they run
+        rule = tuned.order(op, rule, table, tensors)
+    for candidate in rule:
+        if candidate not in table or table[candidate].why_not(*tensors) is not None:
+            continue
+        if not unproven or verify.fault(table, candidate, tensors[0]) is None:
             return candidate
     raise ValueError(f"{op}: no backend serves this call: {table['reference'].why_not(*tensors)}")
 
@@ -60,6 +90,8 @@ def pick(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, ord
 def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, order: Order | None = None) -> Backend:
     """The implementation that :func:`pick` names; logged once per op, shapes and dtype."""
     chosen = pick(op, table, name, *tensors, order=order)
+    if _State.calls is not None:
+        _State.calls[op, chosen, tensors[0].dtype, tensors[0].device] = None
     if log.enabled():
         key = (op, name, chosen, *((t.dtype, tuple(t.shape)) for t in tensors))
         log.once(key, lambda: _explain(op, table, name, chosen, tensors))
@@ -72,12 +104,16 @@ def _explain(op: str, table: Mapping[str, Backend], name: str, chosen: str, tens
     for other in NAMES:
         if other in ("auto", "reference", chosen):
             continue
-        reason = table[other].why_not(*tensors) if other in table else "it has no kernels for this op"
+        reason: str | None = "it has no kernels for this op"
+        if other in table:
+            reason = table[other].why_not(*tensors) or verify.known_fault(table, other, tensors[0])
         if reason is None and name == "auto":
             reason = "it serves, auto does not take it here"
         if reason is not None:
             others.append(f"{other}: {reason}")
-    asked = [] if name == "auto" else ["asked for by name"]
+    asked = ["asked for by name"]
+    if name == "auto":
+        asked = ["measured on this device"] if tuned.is_measured(op, chosen, tensors) else []
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     return f"{op} {dtype} {shapes}: {chosen}" + (f" ({'; '.join(asked + others)})" if asked + others else "")

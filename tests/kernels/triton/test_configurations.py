@@ -17,12 +17,15 @@ from tests.ops.test_mlp import Mlp
 from tests.ops.test_patm import BranchSum, PhaseAggregate
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from wavemix_kernels import _native
+from wavemix_kernels.ops.deconv import tiles as deconv_tiles
+from wavemix_kernels.ops.haar import tiles as haar_tiles
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
+from wavemix_kernels.ops.mlp import tiles as mlp_tiles
+from wavemix_kernels.ops.reduce_haar import tiles as reduce_tiles
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
 
-from tests.kernels.triton import search_spaces
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.haar import triton_plan
 from wavemix_kernels.ops.mlp import triton as mlp
@@ -57,7 +60,7 @@ def by_all(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
 @pytest.mark.parametrize("levels", range(1, MAX_LEVELS + 1))
 @pytest.mark.parametrize("layout, memory", [("rows", "nchw"), ("channels", "channels_last")])
 def test_every_haar_tile(by_all: Callable[..., None], layout: Any, memory: str, levels: int) -> None:
-    configs = {(c.rows, c.cols, c.planes): c for c in search_spaces.haar(layout, levels, 2)}
+    configs = {(c.rows, c.cols, c.planes): c for c in haar_tiles.search_space(layout, levels, 2)}
     assert configs
     for (rows, cols, planes), config in configs.items():
         # Ends inside the tile in rows, just past it in columns or planes: two programs, and planes straddle images.
@@ -71,7 +74,7 @@ def test_every_haar_tile(by_all: Callable[..., None], layout: Any, memory: str, 
 def test_every_reduction(by_all: Callable[..., None], levels: int) -> None:
     size = ((1, 6, 2**levels, 3 * 2**levels), 20, levels)
     case = Case(dtype=F32, size=size, last=True, bias=True, **LAST)
-    by_all(reduction, "config_for", set(search_spaces.reduce_haar(4, levels)), (ReduceHaar(), case))
+    by_all(reduction, "config_for", set(reduce_tiles.search_space(4, levels)), (ReduceHaar(), case))
 
 
 @pytest.mark.prove
@@ -79,7 +82,7 @@ def test_every_reduction(by_all: Callable[..., None], levels: int) -> None:
 def test_every_gradient_of_the_reduction(by_all: Callable[..., None], levels: int) -> None:
     """More outputs and channels than a tile has, and more blocks than a program."""
     case = Case(dtype=F32, size=((3, 70, 2**levels, 3 * 2**levels), 20, levels), bias=True, add="nchw", **LAST)
-    configs = {c.quads * c.outputs * c.channels: c for c in search_spaces.reduce_haar_backward(4, levels)}
+    configs = {c.quads * c.outputs * c.channels: c for c in reduce_tiles.backward_search_space(4, levels)}
     by_all(reduction_backward, "backward_config_for", configs.values(), (Gradients(), case))
 
 
@@ -88,7 +91,7 @@ def test_every_gradient_of_the_reduction(by_all: Callable[..., None], levels: in
 def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, size=(40, 20, 6, 36, 24), layout="channels_last", p=0.5, affine=True, bias=True,
                 want_output=True)  # fmt: skip
-    configs = {(c.rows, c.hidden): c for c in search_spaces.mlp(dtype.itemsize)}  # the interpreter has no warps
+    configs = {(c.rows, c.hidden): c for c in mlp_tiles.search_space(dtype.itemsize)}  # the interpreter has no warps
     by_all(mlp, "config_for", configs.values(), (Mlp(), case))
 
 
@@ -97,7 +100,7 @@ def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
 def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
     forward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), bias=0, **LAST)
     backward = Case(dtype=dtype, size=(1, 20, 36, 2, 3), weighted=True, batch_stats=True, **LAST)
-    configs = {(c.rows, c.columns, c.depth): c for c in search_spaces.deconv(dtype.itemsize)}
+    configs = {(c.rows, c.columns, c.depth): c for c in deconv_tiles.search_space(dtype.itemsize)}
     by_all(deconv, "config_for", configs.values(), (Deconv(), forward), (NormGradients(), backward))
 
 
@@ -105,17 +108,17 @@ def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
 def test_every_norm(by_all: Callable[..., None]) -> None:
     case = Case(dtype=F32, shape=(2, 10, 5, 13), layout="channels_last", offset=1, other="nchw", last=True,
                 weighted=False, batch_stats=True)  # fmt: skip
-    by_all(norm, "config_for", search_spaces.batch_norm(), (Stats(), case), (Apply(), case), (Backward(), case))
+    by_all(norm, "config_for", norm.search_space(), (Stats(), case), (Apply(), case), (Backward(), case))
 
 
 @pytest.mark.prove
 def test_every_tile_of_patm(by_all: Callable[..., None]) -> None:
-    spaces = (*search_spaces.phase_aggregate(False), *search_spaces.phase_aggregate(True))
+    spaces = (*triton_phases.search_space(False), *triton_phases.search_space(True))
     configs = {(c.lines, c.channels): c for c in spaces}
     case = Case(dtype=F32, shape=(1, 20, 2, 5), layout="channels_last", way="weighted")
     by_all(triton_phases, "config_for", configs.values(), (PhaseAggregate(), case))
     case = Case(dtype=F32, shape=(2, 20, 5, 13), layout="channels_last")
-    by_all(triton_branches, "config_for", search_spaces.branch_sum(), (BranchSum(), case))
+    by_all(triton_branches, "config_for", triton_branches.search_space(), (BranchSum(), case))
 
 
 @pytest.mark.parametrize("levels, memory", [(1, "channels_last"), (2, "nchw")])

@@ -1,14 +1,13 @@
-"""The self-test of each op: fp32 forward and gradients beside the float64 reference, within a second."""
+"""The self-test of each op: forward and gradients beside the float64 reference, within a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from wavemix_kernels.ops.common import precision
 
 
 def pattern(*shape: int, phase: float = 0.0) -> Tensor:
@@ -22,26 +21,72 @@ def against_reference(
     exact: Callable[..., Sequence[Tensor]],
     tensors: Sequence[Tensor],
     device: torch.device,
+    dtype: torch.dtype,
 ) -> float:
-    """Largest error of outputs and gradients, each relative to the largest value of its exact tensor. Products keep
-    fp32's precision meanwhile."""
-    leaves = [t.to(device, torch.float32).requires_grad_() for t in tensors]
+    """Largest error of outputs and gradients, each relative to the largest value of its exact tensor."""
+    leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
     wide = [t.detach().double().cpu().requires_grad_() for t in leaves]
     want = list(exact(*wide))
     cotangents = [pattern(*t.shape, phase=1.0) for t in want]
-    with precision.products_in("ieee"):
-        got = list(function(*leaves))
-        got += torch.autograd.grad(got, leaves, [c.to(device, torch.float32) for c in cotangents])
-    want += torch.autograd.grad(want, wide, [c.float().double() for c in cotangents])
+    got = list(function(*leaves))
+    got += torch.autograd.grad(got, leaves, [c.to(device, dtype) for c in cotangents])
+    want += torch.autograd.grad(want, wide, [c.to(dtype).double() for c in cotangents])
     return largest_error(got, want)
 
 
 def largest_error(got: Sequence[Any], want: Sequence[Any]) -> float:
     """Each error relative to the largest value of its exact tensor."""
     pairs = zip(got, want, strict=True)
-    return max(((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return largest(*(((a.detach().double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs))
 
 
-def rounding_bound(terms: int) -> float:
-    """Relative error of an fp32 sum of ``terms`` products, twice over (a forward and a backward pass)."""
-    return 2 * terms * 2.0**-24
+def largest(*errors: float) -> float:
+    """The largest, or NaN where there is one, which Python's ``max`` may pass over."""
+    return torch.tensor(errors, dtype=torch.float64).max().item()
+
+
+def rounding_bound(terms: int, dtype: torch.dtype) -> float:
+    """Relative error of a sum of ``terms`` products, twice over (a forward and a backward pass), in what ``dtype``
+    accumulates in. The roundings of stored half types come on top (:func:`half_bound`)."""
+    return 2 * terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+
+
+def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> float:
+    """What a kernel in a half type may be off: as much again as the reference in that type, whose intermediate tensors
+    are rounded as often, and one rounding of the result, which the reference may be spared by luck."""
+    return bound + 2 * reference_error + torch.finfo(dtype).eps
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products without TF32, whose roundings no bound here counts. The switches are the process's: what other
+    threads multiply meanwhile is the more exact for it."""
+    cudnn: Any = torch.backends.cudnn
+    # Torch 2.9 and later have a second set. Both must agree, or whoever reads the first one gets an error.
+    newer = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []
+    precision, conv = _unless_mixed(torch.get_float32_matmul_precision), _unless_mixed(lambda: cudnn.allow_tf32)
+    matmul = _unless_mixed(lambda: torch.backends.cuda.matmul.allow_tf32)
+    before = [switch.fp32_precision for switch in newer]
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for switch in newer:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        if conv is not None:
+            cudnn.allow_tf32 = conv
+        for switch, value in zip(newer, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _unless_mixed(read: Callable[[], Any]) -> Any:
+    """None where the user has set the switches apart."""
+    try:
+        return read()
+    except RuntimeError:
+        return None

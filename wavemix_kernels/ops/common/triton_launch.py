@@ -1,11 +1,15 @@
 """Shared by the launches of every kernel family."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops.common import chips
+
+#: Called with every kernel that was launched: what Triton compiled, or None in its interpreter.
+observers: list[Callable[[Any], None]] = []
 
 
 class Launch(NamedTuple):
@@ -21,7 +25,10 @@ class Launch(NamedTuple):
         if 0 in self.grid:
             return
         with _native.on(like.device):
-            self.kernel[self.grid](*self.args, **chips.for_chip(self.constants))
+            made = self.kernel[self.grid](*self.args, **chips.for_chip(self.constants))
+        if observers:
+            for observe in observers:
+                observe(made)
 
 
 def cover(columns: int, least: int = 16) -> tuple[int, int]:

@@ -20,9 +20,10 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
 _library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
 _library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> Tensor")
@@ -317,7 +318,14 @@ def _norm_backward(
     )
     line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
     functions = _functions("deconv_norm_backward", backend, grad, weight)
-    return *functions["norm_backward"](grad, u, weight, line), d_norm_weight, d_norm_bias
+    if "norm_backward" in functions:
+        return *functions["norm_backward"](grad, u, weight, line), d_norm_weight, d_norm_bias
+    # The library's kernels take the gradient of y itself.
+    dy = layout.empty(y, y.shape, True)
+    run = choose.select("batch_norm_backward", batch_norm.BACKENDS, norm, grad, y).functions["backward"]
+    run(grad, y, line[1], b, d - b * line[3], dy)
+    gradients = backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0]
+    return *gradients, d_norm_weight, d_norm_bias
 
 
 def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
@@ -336,30 +344,16 @@ def _norm_backward_fake(
     return _empty_input(grad, weight), weight.new_empty(weight.shape), d_norm_weight, d_norm_bias
 
 
-_library.impl("deconv", _forward, "CompositeExplicitAutograd")
-_library.impl("deconv_residual", _residual, "CompositeExplicitAutograd")
-_library.impl("deconv_backward_x", _backward_x, "CompositeExplicitAutograd")
-_library.impl("deconv_backward_weight", _backward_weight, "CompositeExplicitAutograd")
-_library.impl("deconv_stats", _stats, "CompositeExplicitAutograd")
-_library.impl("deconv_norm_backward", _norm_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("wavemix_kernels::deconv_stats", _stats_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::deconv_norm_backward", _norm_backward_fake, lib=_library)
-torch.library.register_fake(
-    "wavemix_kernels::deconv", lambda u, weight, bias, backend: _empty_output(u, weight), lib=_library
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_residual",
-    lambda u, weight, bias, residual, backend: _empty_output(u, weight),
-    lib=_library,
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_backward_x", lambda grad, weight, backend: _empty_input(grad, weight), lib=_library
-)
-torch.library.register_fake(
-    "wavemix_kernels::deconv_backward_weight",
-    lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias),
-    lib=_library,
-)
+for _name, _implementation, _fake in (
+    ("deconv", _forward, lambda u, weight, bias, backend: _empty_output(u, weight)),
+    ("deconv_residual", _residual, lambda u, weight, bias, residual, backend: _empty_output(u, weight)),
+    ("deconv_backward_x", _backward_x, lambda grad, weight, backend: _empty_input(grad, weight)),
+    ("deconv_backward_weight", _backward_weight, lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias)),
+    ("deconv_stats", _stats, _stats_fake),
+    ("deconv_norm_backward", _norm_backward, _norm_backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wavemix_kernels::{_name}", _fake, lib=_library)
 
 
 def backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -422,12 +416,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 fused = differentiable(_library, "deconv", _setup, _backward, once=True)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
-    """An odd size, 40 channels to 36, and all gradients: (error, bound)."""
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """An odd size, 40 channels to 36, with all gradients, a residual, statistics and a BatchNorm's gradients:
+    (error, bound)."""
+    p, results = selftest.pattern, []
     error = selftest.against_reference(
         lambda u, w, b: [deconv(u, w, b, backend=backend)],
         lambda u, w, b: [F.conv_transpose2d(u, w, b, STRIDE, PADDING)],
-        [selftest.pattern(2, 40, 5, 7), selftest.pattern(40, 36, 4, 4), selftest.pattern(36)],
+        [p(2, 40, 5, 7), p(40, 36, 4, 4), p(36)],
         device,
+        dtype,
     )
-    return error, selftest.rounding_bound(4 * 40)
+    tensors = p(2, 40, 5, 7), p(40, 36, 4, 4), p(36), p(2, 36, 10, 14, phase=1), p(2, 36, 10, 14, phase=2)
+    for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+        u, weight, bias, residual, grad = (t.to(dtype).to(where, wide) for t in tensors)
+        y, mean, var = with_stats(u, weight, bias, name)
+        norm = mean, torch.rsqrt(var + 1e-5), None, True
+        if "norm_backward" in BACKENDS[name].functions:
+            gradients: Sequence[Any] = norm_backward(grad, y, *norm, u, weight, name)
+        else:
+            dy, *of_norm = batch_norm.backward(grad, y, *norm, False, choose.for_part(name, batch_norm.BACKENDS))
+            gradients = backward_x(dy, weight, name), backward_weight(dy, u, False, name)[0], *of_norm
+        results.append([plus_residual(u, weight, bias, residual, name), y, mean, var, *gradients])
+    terms = 4 * 40 + 2 * 10 * 14  # of the convolution, and behind it of the statistics
+    return selftest.largest(error, selftest.largest_error(*results)), selftest.rounding_bound(terms, dtype)

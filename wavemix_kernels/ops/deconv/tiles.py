@@ -1,5 +1,6 @@
 """Tiles of the transposed convolution's kernels: what runs by default. Free of triton."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,3 +61,11 @@ def config_for(
     if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4
     return DeconvConfig(tall, widest, depth, 4 if tall * sum(widths(columns, widest)) <= 8192 else 8, stages)
+
+
+def search_space(itemsize: int) -> list[DeconvConfig]:
+    """Tiles worth timing; those of 256 rows spill, and may be faster all the same."""
+    if itemsize == 4:
+        return [DeconvConfig(rows, 64, 16, num_warps, 2) for rows in (32, 64) for num_warps in (4, 8)]
+    tiles = itertools.product(((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)), ((32, 3), (32, 4), (64, 3)))
+    return [DeconvConfig(rows, columns, depth, warps, stages) for (rows, columns, warps), (depth, stages) in tiles]

@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.chips import BY_WARPS, products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
-from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, widths
+from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, search_space, widths
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
 
 _GROUPS = 128  # of partial statistics, which batch_norm's combination takes
@@ -160,6 +161,13 @@ def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
 
 
 def _config(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
+    found: DeconvConfig | None = tuned.tile(
+        f"deconv {kernel} tile", DeconvConfig, lambda: search_space(image.itemsize), image, extra=(columns,)
+    )
+    return found or _default(kernel, image, columns, inner, rows)
+
+
+def _default(kernel: Kind, image: Tensor, columns: int, inner: int, rows: int) -> DeconvConfig:
     by_warps = products_of(image.device) in BY_WARPS
     count = _native.multiprocessors(image.device)
     return config_for(kernel, image.dtype.itemsize, columns, inner, rows, by_warps, input_precision(), count)

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch
-from wavemix_kernels.ops.deconv.tiles import DeconvConfig
-from wavemix_kernels.ops.deconv.triton import FREE, _config, _constants, _matrix, _places, _sizes, _strides
+from wavemix_kernels.ops.deconv.tiles import DeconvConfig, search_space
+from wavemix_kernels.ops.deconv.triton import FREE, _config, _constants, _default, _matrix, _places, _sizes, _strides
 
 _REDUCED = 64  # weights of all 16 taps that a program adds up
 # Bytes of g and y in a split of the launch that reads them for both gradients: they stay in L2 (50 MB in an H100, 40 in
@@ -385,6 +386,20 @@ def backward_weight(
         db.copy_(bias.sum((0, 1)))
 
 
+_Pair = tuple[DeconvConfig | None, DeconvConfig | None]
+
+
+def _pair(of_input: list[int] | None, of_weight: list[int] | None) -> _Pair:
+    first, second = (None if fields is None else DeconvConfig(*fields) for fields in (of_input, of_weight))
+    return first, second
+
+
+def _pairs(itemsize: int) -> list[_Pair]:
+    """Tiles worth timing for both gradients in one launch: one of them other than its default."""
+    others = search_space(itemsize)
+    return [*((config, None) for config in others), *((None, config) for config in others)]
+
+
 def norm_backward_launch(
     du: Tensor, g: Tensor, norm: Norm, u: Tensor, weight: Tensor,
     configs: tuple[DeconvConfig | None, DeconvConfig | None] = (None, None), least: int | None = None,
@@ -393,10 +408,15 @@ def norm_backward_launch(
     if least is None:
         least = max(1, triton.cdiv(2 * g.numel() * g.itemsize, _SPLIT_BYTES))
     f, o = weight.shape[:2]
-    default = _config("input", du, f, o, du[:, :1].numel())
+    if configs == (None, None):
+        found = tuned.tile("deconv both gradients tile", _pair, lambda: _pairs(du.itemsize), du, extra=(o,))
+        configs = found or configs
+    pixels = du[:, :1].numel()
+    default = _default("input", du, f, o, pixels)
     config = configs[0] or replace(default, columns=min(default.columns, 192))  # 256 spill beside the other gradient
     of_input = backward_x_launch(du, g, norm, weight, config)
-    of_weight, partial, _ = backward_weight_launch(g, norm, u, False, configs[1], least)
+    other = configs[1] or _default("weight", u, o, pixels, 4 * f)
+    of_weight, partial, _ = backward_weight_launch(g, norm, u, False, other, least)
     patches, each, *_ = of_weight.args
     (programs,), (all_inputs,), splits = of_weight.grid, of_input.grid, partial.shape[0]
     weights, inputs = programs // splits, triton.cdiv(each * all_inputs, max(patches, 1))

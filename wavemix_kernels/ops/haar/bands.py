@@ -15,12 +15,13 @@ from wavemix_kernels import backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import reference
 
 BACKENDS = haar.BACKENDS
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("haar_bands(Tensor x, str backend) -> Tensor")
 _library.define("haar_from_bands(Tensor bands, bool channels_last, str backend) -> Tensor")
 
@@ -138,7 +139,7 @@ torch.library.register_vmap("wavemix_kernels::haar_bands", _analysis_vmap, lib=_
 torch.library.register_vmap("wavemix_kernels::haar_from_bands", _synthesis_vmap, lib=_library)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """There and back with the bands scaled, and the gradient of that: (error, bound)."""
     scale = selftest.pattern(4, 1, 1)
 
@@ -150,5 +151,5 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         ll, (high,) = reference.analysis(x)
         return [reference.synthesis(ll * scale[0], [high * scale[1:]])]
 
-    error = selftest.against_reference(scaled, exact, [selftest.pattern(2, 4, 14, 12)], device)
-    return error, selftest.rounding_bound(2 * 4)
+    error = selftest.against_reference(scaled, exact, [selftest.pattern(2, 4, 14, 12)], device, dtype)
+    return error, selftest.rounding_bound(2 * 4, dtype)

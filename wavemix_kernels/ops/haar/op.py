@@ -16,13 +16,13 @@ from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import reference
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 
 MODES = tuple(reference.MODES)
-#: Levels one launch takes; deeper transforms chain.
-MAX_LEVELS = 5
 
-_library = torch.library.Library("wavemix_kernels", "DEF")
+_library = Library("DEF")
 _library.define("haar_analysis(Tensor x, int levels, str mode, str backend) -> Tensor[]")
 _library.define(
     "haar_synthesis(Tensor ll, Tensor[] highs, SymInt[] size, str mode, Tensor? add, bool channels_last, "
@@ -435,7 +435,7 @@ torch.library.register_vmap("wavemix_kernels::haar_analysis", _analysis_vmap, li
 torch.library.register_vmap("wavemix_kernels::haar_synthesis", _synthesis_vmap, lib=_library)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """An odd-sized three-level transform and its gradient: (error, bound)."""
 
     def flat(out: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
@@ -446,5 +446,6 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         lambda x: flat(reference.analysis(x, 3, "symmetric")),
         [selftest.pattern(2, 4, 21, 24)],
         device,
+        dtype,
     )
-    return error, selftest.rounding_bound(4**3)
+    return error, selftest.rounding_bound(4**3, dtype)

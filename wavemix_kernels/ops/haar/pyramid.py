@@ -14,10 +14,11 @@ from wavemix_kernels import backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import reference
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("haar_pyramid(Tensor x, int levels, bool channels_last, str backend) -> Tensor[]")
 _library.define("haar_pyramid_backward(Tensor[] grads, bool channels_last, str backend) -> Tensor")
 
@@ -124,12 +125,13 @@ pyramid = differentiable(_library, "haar_pyramid", _pyramid_setup, _pyramid_back
 backward = differentiable(_library, "haar_pyramid_backward", _backward_setup, _backward_backward)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """A three-level pyramid and its gradient: (error, bound)."""
     error = selftest.against_reference(
         lambda x: haar_pyramid(x, 3, backend=backend),
         lambda x: reference.haar_pyramid(x, 3),
         [selftest.pattern(2, 4, 16, 24)],
         device,
+        dtype,
     )
-    return error, selftest.rounding_bound(4**3)
+    return error, selftest.rounding_bound(4**3, dtype)

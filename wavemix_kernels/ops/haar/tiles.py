@@ -3,6 +3,7 @@
 Free of triton, so that a configuration can be inspected, stored or pruned anywhere.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,3 +100,34 @@ def config_for(layout: Layout, levels: int, itemsize: int, shape: tuple[int, int
     while num_warps > 1 and rows * cols * planes < 8 * 32 * num_warps:
         num_warps //= 2
     return TileConfig(rows, cols, planes, num_warps)
+
+
+def search_space(layout: Layout, levels: int, itemsize: int) -> Iterator[TileConfig]:
+    """All tiles worth timing: innermost runs about a cache line long, 64 or 128 bytes of samples a thread.
+
+    Eight warps only where a block of that many channels does not fit four.
+    """
+    block = 1 << levels
+    runs = (LINE, LINE // 2, LINE // 4, LINE // 8) if layout == "channels" else (2 * LINE, LINE)
+    for run_bytes in runs:
+        run = run_bytes // itemsize
+        is_large = layout == "channels" and block * block * run_bytes > 16384
+        for tile_bytes, num_warps in ((32768, 8),) if is_large else ((16384, 4), (8192, 4)):
+            samples = tile_bytes // itemsize
+            cols = max(run, block)
+            rows = TileConfig(samples // cols, cols, 1, num_warps)
+            config = TileConfig(block, samples // (run * block), run, num_warps) if layout == "channels" else rows
+            if _is_worthwhile(config, layout, levels, itemsize):
+                yield config
+
+
+def _is_worthwhile(config: TileConfig, layout: Layout, levels: int, itemsize: int) -> bool:
+    """Whether a tile is legal and touches whole sectors."""
+    if why_invalid(config, levels, itemsize) is not None:
+        return False
+    if layout != "channels":
+        return config.cols * itemsize >= LINE
+    # A deep channels-last tile is 2**levels wide and high, which leaves room for few channels. Half a sector per
+    # pixel is accepted there: the program next to it, running at the same time, finds the other half in L2.
+    shortest = {4: SECTOR, 5: SECTOR // 2}.get(levels, 2 * SECTOR)
+    return config.planes * itemsize >= shortest

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.tiles import TileConfig
-from wavemix_kernels.ops.haar.triton_plan import HIGH, IMAGE, LL, SIZES, check, plan
+from wavemix_kernels.ops.haar.triton_plan import HIGH, IMAGE, LL, SIZES, check, plan, tile
 from wavemix_kernels.ops.haar.triton_quads import (
     _band_vectors,
     _butterfly,
@@ -150,6 +150,7 @@ def launch(
     config: TileConfig | None = None,
 ) -> Launch:  # fmt: skip
     """The launch for arguments that :func:`analysis` has checked."""
+    config = config or tile("analysis", image, len(highs))
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), None, ll.stride(), tuple(high.stride() for high in highs),
         int(edge), False, config, tuple(low.stride() for low in lows),

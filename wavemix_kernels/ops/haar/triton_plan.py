@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, Layout, TileConfig, config_for, why_invalid
+from wavemix_kernels.ops import tuned
+from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, Layout, TileConfig, config_for, search_space, why_invalid
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EDGES = (0, 1, -1)
@@ -62,6 +63,16 @@ def _layout_of(width: int, tensors: Sequence[tuple[_Strides, Sequence[int]]]) ->
     if rows and (width > 1 or not channels):
         return "rows"
     return "channels" if channels else "strided"
+
+
+def tile(direction: str, image: Tensor, levels: int) -> TileConfig | None:
+    """The one measured on this device, or None."""
+    layout: Layout = "channels" if image.shape[1] > 1 and image.stride(1) == 1 else "rows"
+    found: TileConfig | None = tuned.tile(
+        f"haar {direction} tile", TileConfig, lambda: search_space(layout, levels, image.itemsize), image,
+        extra=(levels,),
+    )  # fmt: skip
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.tiles import TileConfig
-from wavemix_kernels.ops.haar.triton_plan import ADD, HIGH, IMAGE, LL, SIZES, check, plan
+from wavemix_kernels.ops.haar.triton_plan import ADD, HIGH, IMAGE, LL, SIZES, check, plan, tile
 from wavemix_kernels.ops.haar.triton_quads import (
     _band_vectors,
     _butterfly,
@@ -179,6 +179,7 @@ def launch(
     lows: Sequence[Tensor] = (), config: TileConfig | None = None,
 ) -> Launch:  # fmt: skip
     """The launch for arguments that :func:`synthesis` has checked."""
+    config = config or tile("synthesis", image, len(highs))
     made = plan(
         image.dtype, tuple(image.shape), image.stride(), None if add is None else add.stride(), ll.stride(),
         tuple(None if high is None else high.stride() for high in highs), int(edge), True, config,

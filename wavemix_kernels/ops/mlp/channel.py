@@ -18,10 +18,11 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import pre_norm
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("channel_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str backend) -> Tensor")
 _library.define(
     "channel_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str backend) -> Tensor[]"
@@ -115,7 +116,7 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
 def _backward_op(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str
 ) -> list[Tensor]:
-    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, x, w1, order=_order(x, w1))
+    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, w1, x, order=_order(x, w1))
     out = chosen.functions["backward"](grad, x, Weights(w1, b1, w2, b2))
     d_x, *d_weights = out
     d_x = d_x if layout.is_channels_last(d_x) else layout.laid_out(d_x, True)
@@ -217,7 +218,7 @@ def branch(
         return _Branch.apply(kind, backend, x, path, *norm, *weights)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Few pixels and many, with all gradients: (error, bound)."""
     p, errors = selftest.pattern, []
     for width in (2, 9):
@@ -228,6 +229,7 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
                 lambda x, *w: [F.conv2d(F.gelu(F.conv2d(x, *w[:2])), *w[2:])],
                 tensors,
                 device,
+                dtype,
             )
         )
-    return max(errors), selftest.rounding_bound(3 * 2 * 9 + 24)
+    return selftest.largest(*errors), selftest.rounding_bound(3 * 2 * 9 + 24, dtype)

@@ -16,6 +16,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.common.products import matrix
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 from wavemix_kernels.ops.mlp import reference
@@ -24,7 +25,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor? second, Tensor? scale, Tensor? shift, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "float p, Tensor? seed"
 )
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define(f"pointwise_mlp({_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"pointwise_mlp_backward(Tensor grad, {_ARGUMENTS}, bool want_output, str backend) -> Tensor[]")
 
@@ -286,7 +287,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
 
 def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, want_output, backend = arguments
-    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[0], inputs[4])
+    chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[4], inputs[0])
     function = chosen.functions["backward"] if chosen.functions else _reference_backward
     out = function(grad, *inputs, want_output)
     return [grad.new_empty(0) if t is None else t for t in out]
@@ -340,7 +341,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 fused = differentiable(_library, "pointwise_mlp", _setup, _backward, once=True)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Two inputs, dropout and all gradients: (error, bound)."""
     seed = 12345
     p = selftest.pattern
@@ -359,4 +360,6 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         second, scale, shift = rest
         return [reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=0.25, seed=seed)]
 
-    return selftest.against_reference(run, exact, tensors, device), selftest.rounding_bound(2 * 6 * 10 + 24)
+    return selftest.against_reference(run, exact, tensors, device, dtype), selftest.rounding_bound(
+        2 * 6 * 10 + 24, dtype
+    )

@@ -96,3 +96,11 @@ def weights_together(itemsize: int, a: int, b: int, o: int, config: MlpConfig) -
     parts = ("x", "second", "w2") if b else ("x", "w2")
     registers = held((a, b, o), narrowest("weight", itemsize, config)) * config.hidden // (32 * config.num_warps)
     return (parts,) if registers <= (80 if config.channels else 128) else tuple((part,) for part in parts)
+
+
+def search_space(itemsize: int) -> list[MlpConfig]:
+    """Tiles worth timing."""
+    if itemsize == 4:
+        return [MlpConfig(16, 16, 16, 4, 2), MlpConfig(32, 16, 16, 8, 2)]
+    tiles = ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4))
+    return [MlpConfig(rows, hidden, 0, num_warps, 2) for rows, hidden, num_warps in tiles]

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, cover
-from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest
+from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, search_space
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation,
     _input_tiles,
@@ -130,7 +131,11 @@ class Mlp(NamedTuple):
 
     def config(self, kernel: Kind) -> MlpConfig:
         products, tf32 = products_of(self.x.device), input_precision() == "tf32"
-        return config_for(kernel, self.x.dtype.itemsize, **self.sizes, products=products, tf32=tf32)
+        itemsize = self.x.dtype.itemsize
+        found: MlpConfig | None = tuned.tile(
+            f"mlp {kernel} tile", MlpConfig, lambda: search_space(itemsize), self.x, self.w1
+        )
+        return found or config_for(kernel, itemsize, **self.sizes, products=products, tf32=tf32)
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:

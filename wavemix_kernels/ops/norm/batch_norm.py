@@ -14,8 +14,9 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("batch_norm_stats(Tensor x, str backend) -> (Tensor, Tensor)")
 _library.define(
     "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) "
@@ -244,14 +245,14 @@ def backward(
     )
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Batch statistics, the norm with a residual, and gradients: (error, bound)."""
     p, ops, results = selftest.pattern, torch.ops.wavemix_kernels, []
     tensors = p(3, 8, 7, 5) + 2, p(3, 8, 7, 5, phase=1), p(3, 8, 7, 5, phase=2), p(8), p(8, phase=1)
-    for name, dtype, where in ((backend, torch.float32, device), ("reference", torch.float64, torch.device("cpu"))):
-        x, grad, residual, weight, bias = (t.float().to(where, dtype) for t in tensors)
+    for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+        x, grad, residual, weight, bias = (t.to(dtype).to(where, wide) for t in tensors)
         mean, var = ops.batch_norm_stats(x, name)
         invstd = torch.rsqrt(var + 1e-5)
         out = ops.batch_norm_apply(x, *affine(mean, invstd, weight, bias), residual, False, name)
         results.append([mean, var, out, *backward(grad, x, mean, invstd, weight, True, False, name)])
-    return selftest.largest_error(*results), selftest.rounding_bound(3 * 7 * 5)
+    return selftest.largest_error(*results), selftest.rounding_bound(3 * 7 * 5, dtype)

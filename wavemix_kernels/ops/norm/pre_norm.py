@@ -16,9 +16,10 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("pre_norm_stats(Tensor x, float eps, bool by_image, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "pre_norm_apply(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool by_image, "
@@ -350,20 +351,20 @@ def join_backward(grad: Tensor, path: Tensor | None, image: Tensor, backend: str
     )
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Statistics, norm, gradient and sum, by channel and by image: (error, bound)."""
     p, errors = selftest.pattern, []
     path = torch.tensor([0.0, 1.25], dtype=torch.float64)[:, None, None, None]
     images = [p(2, 6, 5, 7, phase=i) + 2 for i in range(3)]  # no mean is near 0
     for by_image in (False, True):
         results = []
-        for name, dtype, where in ((backend, torch.float32, device), ("reference", torch.float64, torch.device("cpu"))):
-            x, grad, around = (t.float().to(where, dtype) for t in images)
-            norm = Norm(p(6).float().to(where, dtype), p(6, phase=2).float().to(where, dtype), None, None)
+        for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+            x, grad, around = (t.to(dtype).to(where, wide) for t in images)
+            norm = Norm(p(6).to(dtype).to(where, wide), p(6, phase=2).to(dtype).to(where, wide), None, None)
             kind = Kind(1e-5, by_image)
             stats = statistics(x, norm, kind, name)
             image = normalise(x, norm, kind, stats, name)
             gradients = backward(grad, x, around, norm, kind, stats, name)
-            results.append([*stats, image, *gradients, join(x, image, path.to(where, dtype), name)])
+            results.append([*stats, image, *gradients, join(x, image, path.to(where, wide), name)])
         errors.append(selftest.largest_error(*results))
-    return max(errors), selftest.rounding_bound(6 * 5 * 7)
+    return selftest.largest(*errors), selftest.rounding_bound(6 * 5 * 7, dtype)

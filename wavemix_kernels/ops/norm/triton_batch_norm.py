@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 
@@ -45,6 +46,12 @@ def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig
         across = 2
     across = min(across, pow2_at_least(channels))
     return NormConfig(across, min(2048 // across, pow2_at_least(run)), 4)
+
+
+def search_space() -> list[NormConfig]:
+    """Tiles worth timing."""
+    tiles = ((1, 1024), (2, 1024), (4, 512), (16, 64), (32, 64), (64, 32), (128, 16))
+    return [NormConfig(channels, positions, 4) for channels, positions in tiles]
 
 
 class Geometry(NamedTuple):
@@ -212,7 +219,9 @@ class _Plan(NamedTuple):
 
 def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
     made = geometry(tensors)
-    config = config or config_for(made.channels, made.run, [s[3] == 1 for s in made.strides])
+    innermost = [s[3] == 1 for s in made.strides]
+    config = config or tuned.tile("batch_norm tile", NormConfig, search_space, *tensors, extra=(*innermost,))
+    config = config or config_for(made.channels, made.run, innermost)
     tiles = made.runs * triton.cdiv(made.run, config.positions)
     blocks = triton.cdiv(made.channels, config.channels)
     programs = _PROGRAMS * _native.multiprocessors(tensors[0].device)

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
-from wavemix_kernels.ops.norm.triton_batch_norm import NormConfig, _offsets, config_for
+from wavemix_kernels.ops.norm.triton_batch_norm import NormConfig, _offsets, config_for, search_space
 
 _PROGRAMS = 4  # for each multiprocessor
 
@@ -110,7 +111,9 @@ def _real(dtype: torch.dtype) -> Any:
 
 def _plan(tensors: Sequence[Tensor], dtype: torch.dtype, config: NormConfig | None) -> _Plan:
     made = batch_norm.geometry([t[:1] for t in tensors])
-    config = config or config_for(made.channels, made.run, [s[3] == 1 for s in made.strides])
+    innermost = [s[3] == 1 for s in made.strides]
+    config = config or tuned.tile("pre_norm tile", NormConfig, search_space, *tensors, extra=(*innermost,))
+    config = config or config_for(made.channels, made.run, innermost)
     tiles = made.runs * triton.cdiv(made.run, config.positions)
     strides = tuple(s for t, own in zip(tensors, made.strides, strict=True) for s in (t.stride(0), *own))
     constants = {

@@ -11,9 +11,10 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.patm import reference
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define("branch_sum(Tensor h, Tensor w, Tensor c, Tensor a, str backend) -> Tensor")
 _library.define(
     "branch_sum_backward(Tensor grad, Tensor h, Tensor w, Tensor c, Tensor a, str backend) -> (Tensor, Tensor)"
@@ -128,12 +129,11 @@ def backward(grad: Tensor, h: Tensor, w: Tensor, c: Tensor, a: Tensor, backend: 
     return torch.ops.wavemix_kernels.branch_sum_backward(grad, h, w, c, a, backend)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
-    """The sum and the gradient of its weights: (error, bound)."""
-    p = selftest.pattern
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """The sum, again with the gradient of its weights: (error, bound)."""
+    p, results = selftest.pattern, []
     tensors = (*(p(2, 6, 5, 9, phase=i) for i in range(4)), p(3, 2, 6))
-    grad, h, w, c, a = (t.to(device, torch.float32) for t in tensors)
-    got = backward(grad, h, w, c, a, backend)
-    want = _reference_backward(grad.double(), h.double(), w.double(), c.double(), a.double())
-    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
-    return error, selftest.rounding_bound(5 * 9)
+    for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+        grad, h, w, c, a = (t.to(dtype).to(where, wide) for t in tensors)
+        results.append([branch_sum(h, w, c, a, name), *backward(grad, h, w, c, a, name)])
+    return selftest.largest_error(*results), selftest.rounding_bound(5 * 9, dtype)

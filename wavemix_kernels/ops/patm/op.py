@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels.ops import choose
+from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import layout, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
@@ -68,6 +68,7 @@ class Output(NamedTuple):
     norm: tuple[Tensor, Tensor]
 
 
+@tuned.composite("patm")
 def patm(
     x: Tensor, weights: Weights, norm_h: PhaseNorm, norm_w: PhaseNorm, *, eps: tuple[float, float], recompute: str,
     backend: str, norm: pre_norm.Norm | None = None, kind: pre_norm.Kind | None = None, path: Tensor | None = None,
@@ -94,11 +95,13 @@ def patm(
 
 
 def runs_whole(x: Tensor, backend: str, depthwise: bool) -> bool:
-    return (
-        choose.patm(x.device.type, x.shape[1], depthwise) == "whole"
-        and backend in ("auto", "cpu")
-        and whole.BACKENDS["cpu"].why_not(x) is None
-    )
+    if depthwise or backend not in ("auto", "cpu") or whole.BACKENDS["cpu"].why_not(x) is not None:
+        return False
+    form = choose.patm(x.device.type, x.shape[1], depthwise)
+    if backend == "auto":
+        other = "parts" if form == "whole" else "whole"
+        form = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
+    return form == "whole"
 
 
 # --- What both functions save and return ----------------------------------------------------------------------

@@ -16,6 +16,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.patm import phases_native as native
 from wavemix_kernels.ops.patm import reference, waves
 from wavemix_kernels.ops.patm.waves import Batch, Branch, Branches, Cotangent, Cotangents, Gradients
@@ -24,7 +25,7 @@ _PHASES = (
     "Tensor theta_h, Tensor theta_w, Tensor scale_h, Tensor shift_h, Tensor scale_w, Tensor shift_w, "
     "Tensor taps_h, Tensor taps_w"
 )
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define(
     f"phase_aggregate(Tensor z_h, Tensor z_w, Tensor z_c, {_PHASES}, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -252,7 +253,7 @@ def _backward(ctx: Any, grad_h: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple
 fused = differentiable(_library, "phase_aggregate", _setup, _backward, once=True)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """A thin image and all gradients: (error, bound)."""
     p = selftest.pattern
     shape = (2, 6, 5, 9)
@@ -267,5 +268,6 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         lambda *t: list(reference.phase_aggregate(*t)),
         tensors,
         device,
+        dtype,
     )
-    return error, selftest.rounding_bound(2 * 5 * 9 + 14)
+    return error, selftest.rounding_bound(2 * 5 * 9 + 14, dtype)

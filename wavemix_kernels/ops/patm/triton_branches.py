@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.norm.triton_batch_norm import geometry
 
@@ -32,6 +33,11 @@ def config_for(run: int, channels: int) -> SumConfig:
     """The default: 2048 values, two 16-byte vectors of a half type in each thread."""
     across = min(64, pow2_at_least(channels))
     return SumConfig(min(2048 // across, pow2_at_least(run)), across)
+
+
+def search_space() -> list[SumConfig]:
+    """Tiles worth timing."""
+    return [SumConfig(2048 // channels, channels) for channels in (16, 32, 64, 128)]
 
 
 _STRIDES = tuple(f"{t}_{d}" for t in ("out", "grad", "h", "w", "c") for d in "nrp")
@@ -103,6 +109,7 @@ def launch(
     tensors = [out, out if grad is None else grad, *branches]
     # Weights are an image's own, so positions run over one image.
     made = geometry([t[:1] for t in tensors])
+    config = config or tuned.tile("branch_sum tile", SumConfig, search_space, out, extra=(grad is not None,))
     config = config or config_for(made.run, made.channels)
     tiles = made.runs * triton.cdiv(made.run, config.positions)
     blocks, n = triton.cdiv(made.channels, config.channels), out.shape[0]

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, store_halves, tap, within
 from wavemix_kernels.ops.patm.waves import Branch
@@ -44,6 +45,12 @@ def config_for(backward: bool, itemsize: int, lines: int, channels: int) -> Phas
     return PhaseConfig(deep, min(values // deep, all_channels))
 
 
+def search_space(backward: bool) -> list[PhaseConfig]:
+    """Tiles worth timing."""
+    values = 64 if backward else 128
+    return [PhaseConfig(values * warps // channels, channels, warps) for warps in (1, 4) for channels in (16, 32, 64)]
+
+
 class Plan(NamedTuple):
     """How a pass is cut: a unit is a segment of some lines of an image."""
 
@@ -59,6 +66,9 @@ class Plan(NamedTuple):
 def make_plan(branch: Branch, tensors: dict[str, Tensor], backward: bool, config: PhaseConfig | None) -> Plan:
     n, c, *plane = branch.z.shape
     length, lines = plane[branch.axis - 2], plane[3 - branch.axis]
+    config = config or tuned.tile(
+        "phases tile", PhaseConfig, lambda: search_space(backward), branch.z, extra=(backward, branch.axis)
+    )
     config = config or config_for(backward, branch.z.dtype.itemsize, lines, c)
     blocks, line_blocks = triton.cdiv(c, config.channels), triton.cdiv(lines, config.lines)
     programs = PROGRAMS * _native.multiprocessors(branch.z.device)

@@ -18,6 +18,7 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.patm import reference, statistics
 from wavemix_kernels.ops.patm.waves import in_pairs
 from wavemix_kernels.ops.patm.weights import Affine, Weights
@@ -71,7 +72,7 @@ def _schema(fields: Any) -> str:
 
 
 _WEIGHTS, _IMAGE = f"{_schema(Weights)}, {_schema(Affine)}", _schema(Image)
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define(f"patm_moments({_IMAGE}, str backend) -> (Tensor, Tensor)")
 _library.define(f"patm_whole({_IMAGE}, Tensor? path, bool residual, {_WEIGHTS}, str backend) -> (Tensor, Tensor)")
 _library.define(
@@ -351,7 +352,7 @@ def backward(
     return Gradients(image_, dict(zip(_WITH_GRADIENT, made, strict=True)), sums)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Two images behind an affine map, as a residual branch, with all gradients through statistics: (error, bound)."""
     p = selftest.pattern
     c, hidden, shape = 6, 3, (2, 6, 9, 5)
@@ -360,9 +361,9 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
     shapes = *projection * 6, (c, 2, 1, 7), (c, 2, 7, 1), *mlp
     phases = (0, 0, 1, 1, 4, 0, 2, 2, 3, 3, 5, 0, 0, 1, 0, 0, 0, 0)
 
-    def run(name: str, where: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def run(name: str, where: torch.device, wide: torch.dtype) -> list[Tensor]:
         def to(t: Tensor) -> Tensor:
-            return t.to(where, torch.float32).to(dtype)
+            return t.to(where, dtype).to(wide)
 
         image = Image(to(p(*shape)), to(p(2, c) + 2), to(p(2, c, phase=1)))
         w = Weights(*(to(p(*shape, phase=phase)) for shape, phase in zip(shapes, phases, strict=True)))
@@ -373,7 +374,6 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, maps, name)
         return [mean, covariance, out, branch_mean, grads.image, *grads.weights.values(), grads.sums]
 
-    got = run(backend, device, torch.float32)
+    got = run(backend, device, dtype)
     want = run("reference", torch.device("cpu"), torch.float64)
-    error = max(((a.double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
-    return error, selftest.rounding_bound(2 * 9 * 5 + 14 + 5 * c)
+    return selftest.largest_error(got, want), selftest.rounding_bound(2 * 9 * 5 + 14 + 5 * c, dtype)

@@ -12,11 +12,12 @@ from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
 
-_library = torch.library.Library("wavemix_kernels", "FRAGMENT")
+_library = Library()
 _library.define(
     "reduce_haar(Tensor x, Tensor weight, Tensor? bias, int levels, bool channels_last, str backend) -> Tensor[]"
 )
@@ -239,12 +240,24 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 fused = differentiable(_library, "reduce_haar", _setup, _backward)
 
 
-def self_test(backend: str, device: torch.device) -> tuple[float, float]:
-    """Two levels on 16 channels and all gradients: (error, bound)."""
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Two levels on 16 channels and all gradients, differentiable and in one launch: (error, bound)."""
+    p, results = selftest.pattern, []
     error = selftest.against_reference(
         lambda x, w, b: reduce_haar(x, w, b, 2, backend=backend),
         lambda x, w, b: reference.reduce_haar(x, w, b, 2),
-        [selftest.pattern(2, 16, 8, 12), selftest.pattern(4, 16, 1, 1), selftest.pattern(4)],
+        [p(2, 16, 8, 12), p(4, 16, 1, 1), p(4)],
         device,
+        dtype,
     )
-    return error, selftest.rounding_bound(2 * 8 * 12)
+    tensors = (
+        p(2, 16, 4, 6, phase=1),
+        p(2, 16, 2, 3, phase=2),
+        p(2, 16, 8, 12),
+        p(4, 16, 1, 1),
+        p(2, 16, 8, 12, phase=3),
+    )
+    for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+        *grads, x, weight, add = (t.to(dtype).to(where, wide) for t in tensors)
+        results.append(backward(grads, x, weight, True, add, name))
+    return selftest.largest(error, selftest.largest_error(*results)), selftest.rounding_bound(2 * 8 * 12, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wavemix_kernels.ops.common.chips import Products
@@ -62,3 +64,20 @@ def backward_config_for(
     outputs = max(16, min(64, 4096 // quads, pow2_at_least(outputs)))
     num_warps = 8 if quads * max(outputs, across) > (2048 if in_groups else 1024) else 4
     return ReduceConfig(quads, outputs, across, num_warps, 2 if levels < 5 else 1)
+
+
+def search_space(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
+    """Tiles worth timing."""
+    for quads, outputs in itertools.product((64, 128, 256), (16, 32, 64)):
+        config = ReduceConfig(quads, outputs, 32, 8, 3 if itemsize == 2 else 2)
+        if quads * outputs <= 4096 and why_invalid(config, levels) is None:
+            yield config
+
+
+def backward_search_space(itemsize: int, levels: int) -> Iterator[ReduceConfig]:
+    """Tiles worth timing."""
+    most, chunks = 8192 if itemsize == 2 else 1024, ((16, 16), (16, 64), (32, 32), (64, 64), (64, 128))
+    for quads, (outputs, channels) in itertools.product((16, 64, 256), chunks):
+        config = ReduceConfig(quads, outputs, channels, 8, 2)
+        if quads * max(outputs, channels) <= most and why_invalid(config, levels) is None:
+            yield config

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_analysis import _interleave
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
-from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, config_for, why_invalid
+from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, config_for, search_space, why_invalid
 
 
 @triton.jit
@@ -171,6 +172,9 @@ def launch(
 ) -> Launch:
     levels, itemsize, outputs = len(zs), x.dtype.itemsize, weight.shape[0]
     n, c, h, w = x.shape
+    config = config or tuned.tile(
+        "reduce_haar tile", ReduceConfig, lambda: search_space(itemsize, levels), x, weight, extra=(levels,)
+    )
     config = config or config_for(itemsize, levels, outputs, c, products_of(x.device))
     if (reason := why_invalid(config, levels)) is not None:
         raise ValueError(f"config: {reason}")

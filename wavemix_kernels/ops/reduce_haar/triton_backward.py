@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.haar.triton_synthesis import _deinterleave
-from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, why_invalid
+from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, backward_search_space, why_invalid
 from wavemix_kernels.ops.reduce_haar.triton import _in_block, _pairs
 
 # ------------------------------------------------------------------------------------------------- on tiles
@@ -221,6 +222,10 @@ def launch(
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
     """A launch and the partial sums it fills: (splits, O, C), and (splits, O) for the bias."""
     levels, itemsize, (outputs, channels) = len(grads), x.dtype.itemsize, weight.shape
+    config = config or tuned.tile(
+        "reduce_haar_backward tile", ReduceConfig, lambda: backward_search_space(itemsize, levels), x, weight,
+        extra=(levels,),
+    )  # fmt: skip
     if config is None:
         of_rows = channels > 1 and not x.stride(1) == dx.stride(1) == 1
         config = backward_config_for(itemsize, levels, outputs, channels, of_rows, products_of(x.device))

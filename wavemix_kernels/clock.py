@@ -1,4 +1,4 @@
-"""Clocks: interleaved rounds, so that every provider meets the same machine, warm or throttled or disturbed."""
+"""Clocks: interleaved rounds, so that all that is compared meets the same machine, warm or throttled or disturbed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        seconds: wall time for one case, shared by its providers.
+        seconds: wall time for all that is compared.
         fewest: rounds made whatever they cost.
         most: rounds after which more would change nothing.
     """
@@ -77,24 +77,32 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def interleave(steps: Mapping[str, Step], clock: Clock, effort: Effort, samples: dict[str, list[float]]) -> None:
-    """Time all `steps` in rounds, appending seconds per call to `samples`.
+def interleave(
+    steps: Mapping[str, Step],
+    clock: Clock,
+    effort: Effort,
+    samples: dict[str, list[float]],
+    before: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Time all `steps` in rounds, appending seconds per call to `samples`; `before(name)` goes ahead of each, untimed.
 
     Each round has a new random order, not a rotated one: whoever always followed the same neighbour would always
     find the caches and the allocator as that one leaves them. The caller owns `samples`, so an interrupted
     measurement keeps what it has.
     """
-    names = list(steps)
+    names, repeats = list(steps), dict[str, int]()
     for name in names:
         samples[name] = []
+        before(name)
         steps[name]()
-    repeats = {name: clock.repeats(steps[name]) for name in names}
+        repeats[name] = clock.repeats(steps[name])
     order = random.Random(0)
     begin = time.perf_counter()
     for round_number in range(effort.most):
         if round_number >= effort.fewest and time.perf_counter() - begin > effort.seconds:
             break
         for name in order.sample(names, len(names)):
+            before(name)
             samples[name].append(clock.sample(steps[name], repeats[name]))
 
 

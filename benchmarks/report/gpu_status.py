@@ -1,0 +1,45 @@
+"""The table of docs/gpu-status.md, from :mod:`wavemix_kernels.ops.verified` and the operators' tables of backends."""
+
+from __future__ import annotations
+
+from wavemix_kernels import ops
+from wavemix_kernels.ops.verified import VERIFIED
+
+BACKENDS = ("cuda", "triton")
+
+#: What an operator's kernels do, beside its name.
+_NOTES = {
+    "haar": "analysis, synthesis",
+    "haar_pyramid": "forward, backward",
+    "haar_bands": "WTConv; haar's kernels on strided bands",
+    "reduce_haar": "forward; backward: one kernel by triton, haar_pyramid's backward and library convolutions by cuda",
+    "pointwise_mlp": "forward, backward",
+    "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
+    "takes cuDNN",
+    "batch_norm": "statistics, apply, backward",
+    "phase_aggregate": "PATM: forward, backward",
+    "branch_sum": "PATM",
+    "pre_norm": "norm, residual and stochastic depth around Wave-MLP's mixers",
+    "patm_whole": "PATM in one kernel; a GPU runs PATM in parts",
+    "channel_mlp": "Wave-MLP's MLP: pointwise_mlp's kernels",
+}
+
+
+def table() -> str:
+    """A row for each operator, a column for each kind of GPU kernels."""
+    lines = [] if VERIFIED else ["No GPU has verified anything yet.", ""]
+    lines += ["| op | " + " | ".join(BACKENDS) + " |", "| --- " * (len(BACKENDS) + 1) + "|"]
+    for op in ops.OPS:
+        lines.append("| " + " | ".join([f"{op} ({_NOTES[op]})", *(_cell(op, backend) for backend in BACKENDS)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(op: str, backend: str) -> str:
+    if backend not in ops.load(op).BACKENDS:
+        return "no kernels"
+    found = [
+        f"{architecture}: {entry.commit[:10]}, {entry.date}"
+        for (of, by, architecture), entry in sorted(VERIFIED.items())
+        if (of, by) == (op, backend)
+    ]
+    return "; ".join(found) or "not yet"
