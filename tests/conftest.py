@@ -1,7 +1,8 @@
 """Backends under test, on whatever machine this is.
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in the host emulation of the
-same .cu sources, both on CPU tensors. With `--device cuda` everything runs on the GPU.
+same .cu sources, both on CPU tensors. With `--device cuda` everything runs on the GPU. With `--device ptx` both run
+from what was compiled (tests/ptx), on CPU tensors again; Triton then needs TRITON_INTERPRET=0 in the environment.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors under test live")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "ptx"), help="where the tensors under test live")
+    parser.addoption("--launches", help="with --device ptx: a file for what every launch executed, a line each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +33,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
         if not torch.cuda.is_available():
             pytest.exit("--device cuda: torch sees no CUDA device", returncode=4)
-    return name
+    return "cpu" if name == "ptx" else name
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +68,14 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     from wavemix_kernels import backends
 
     name = request.param
+    if request.config.getoption("--device") == "ptx":
+        from tests.ptx import launch
+
+        if name not in launch.EXECUTED:
+            pytest.skip(f"{name} has no PTX")
+        with launch.EXECUTED[name](launch.recorder(request.config.getoption("--launches"))):
+            yield name
+        return
     probe = {
         "auto": lambda: None, "reference": backends.reference_why_not, "cpu": backends.cpu_why_not,
         "triton": backends.triton_why_not, "cuda": backends.cuda_why_not,

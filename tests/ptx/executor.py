@@ -1,22 +1,24 @@
 """Runs one launch of a kernel from its PTX, many blocks at a time, on host memory.
 
-Threads go on together: of those that stand at different places the first in the text runs next, so that branches meet
-again behind what they skip. A block's barriers, and whatever is `.aligned`, want all of its threads, or a warp's, there.
+Threads go on together. Of those that stand at different places those run next which others may still follow, so that
+branches meet again as soon as they can. A block's barriers, and whatever is `.aligned`, want all of its threads, or a
+warp's, there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import networkx as nx
 import numpy as np
 
 from tests.ptx import threads as warps
 from tests.ptx.arithmetic import U32, U64, meaning, numpy_type, work
 from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Range, Shared
-from tests.ptx.parser import Address, Either, Instruction, Kernel, Module, Operand
+from tests.ptx.parser import Address, Either, Instruction, Module, Operand
 from tests.ptx.threads import Reader, Threads, reader
 
 #: Threads that run side by side: NumPy's own cost of a call is small beside so many, and their registers fit a cache.
@@ -58,7 +60,21 @@ class Program:
         self.symbols = symbols | self.kernel.parameter_offsets
         every = [made for block in self.kernel.blocks for made in block.instructions]
         self.cell = min((_narrowest(made) for made in every if "shared" in made.modifiers), default=4)
+        self.rank = {block: i for i, block in enumerate(self._order())}
         self.code = [self._code(block.instructions) for block in self.kernel.blocks]
+
+    def _order(self) -> list[int]:
+        """Blocks such that each comes behind all that lead to it, and a loop's exits behind the whole loop."""
+        graph = nx.DiGraph()
+        for i, block in enumerate(self.kernel.blocks):
+            graph.add_node(i)
+            last = block.instructions[-1] if block.instructions else None
+            if last is not None and last.opcode == "bra":
+                graph.add_edge(i, self.kernel.labels[last.operands[0]])  # type: ignore[index]
+            falls = last is None or last.opcode not in ("bra", "ret", "exit") or last.guard is not None
+            if falls and i + 1 < len(self.kernel.blocks):
+                graph.add_edge(i, i + 1)
+        return list(_in_order(graph, 0))
 
     def _code(self, instructions: list[Instruction]) -> Code:
         ends = instructions and instructions[-1].opcode in ("bra", "ret", "exit")
@@ -83,6 +99,8 @@ class Program:
         space = next((word for word in words if word in ("global", "shared", "param", "const")), "global")
         if code == "mov" and (tuple in (type(operands[0]), type(operands[1]))):
             return self._pack(made)
+        if code == "call" or (space == "param" and not self._known(operands[code == "ld"])):
+            return _uncalled(made)
         if code in ("ld", "st"):
             address = self._address(operands[code == "ld"], U32 if space == "shared" else U64)
             if code == "ld":
@@ -110,6 +128,11 @@ class Program:
             raise NotImplementedError(f"PTX: {made.text}")
         kinds, _, function = found
         return _compute(function, [self._read(o, k) for o, k in zip(operands[1:], kinds, strict=True)], operands[0])
+
+    def _known(self, operand: Operand) -> bool:
+        """Of parameters: the kernel's own, not those of a function that it calls."""
+        assert isinstance(operand, Address), operand
+        return str(operand.base).startswith("%") or operand.base in self.symbols
 
     def _pack(self, made: Instruction) -> Step:
         """Between one register and the registers that make it up."""
@@ -145,6 +168,29 @@ class Program:
             return lambda s: s.shared.wait(s.active, most)
         readers = [self._address(made.operands[0], U32), self._address(made.operands[1], U64)]
         return warps.copy(made, readers + [self._read(o, U32) for o in made.operands[3:]])
+
+
+def _uncalled(made: Instruction) -> Step:
+    """Functions are libdevice's, for arguments that are rare: float64's sine of more than 2**20 or so."""
+
+    def run(s: Threads) -> None:
+        raise NotImplementedError(f"PTX: calls are not executed: {made.text}")
+
+    return run
+
+
+def _in_order(graph: nx.DiGraph, entry: int) -> Iterator[int]:
+    """Of a loop's blocks its head comes first; without the way back to it the rest is ordered likewise."""
+    parts = nx.condensation(graph)
+    for part in nx.topological_sort(parts):
+        members = parts.nodes[part]["members"]
+        if len(members) == 1:
+            yield from members
+            continue
+        entered = [b for b in sorted(members) if b == entry or any(p not in members for p in graph.predecessors(b))]
+        loop = graph.subgraph(members).copy()
+        loop.remove_edges_from([*loop.in_edges(entered[0])])
+        yield from _in_order(loop, entered[0])
 
 
 def _narrowest(made: Instruction) -> int:
@@ -250,7 +296,7 @@ def _run(made: Program, s: Threads) -> None:
         if not at_block:
             s.counts.instructions = dict(classes)
             return
-        now = min(at_block)
+        now = min(at_block, key=made.rank.__getitem__)
         mask = at_block.pop(now)
         s.enter(mask, not at_block)
         code = made.code[now]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.aot.table import ROOT
+from tests.ptx import build
 from tests.ptx.executor import launch
 from tests.ptx.memory import POISON, TAG_BITS, Counts, Global, Range
 from tests.ptx.parser import Kernel, Module
@@ -21,10 +25,9 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.triton_launch import Launch
 
-FOLDER = ROOT / "build" / "ptx"
 ARCH = 80  # its instructions run on every later chip
-#: Told of each launch: the kernel as the compile tables call it, and what it executed.
-Met = Callable[[str, Counts], None]
+#: Told of each launch: what it executed.
+Met = Callable[[Counts], None]
 
 
 def poison(tensor: Tensor) -> Tensor:
@@ -57,17 +60,20 @@ class Ranges:
         self.by_pointer: dict[int, Range] = {}
 
     def address(self, tensor: Tensor) -> int:
-        storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
-        pointer = storage.data_ptr()
-        if pointer == 0:
+        storage = tensor.untyped_storage()
+        return self.tagged(tensor.data_ptr(), storage.data_ptr(), storage.nbytes(), tensor.dtype.itemsize)
+
+    def tagged(self, address: int, start: int, size: int, itemsize: int) -> int:
+        """An address in the storage at `start`; null stays null."""
+        if start == 0:
             return 0
-        found = self.by_pointer.get(pointer)
+        found = self.by_pointer.get(start)
         if found is None:
-            found = Range(len(self.by_pointer) + 1, pointer, storage.nbytes(), itemsize)
-            self.by_pointer[pointer] = found
+            found = Range(len(self.by_pointer) + 1, start, size, itemsize)
+            self.by_pointer[start] = found
         elif itemsize < found.itemsize:
             found.grain(itemsize)
-        return tensor.data_ptr() + (found.start >> TAG_BITS << TAG_BITS)
+        return address + (found.start >> TAG_BITS << TAG_BITS)
 
     def memory(self) -> Global:
         return Global(list(self.by_pointer.values()))
@@ -90,11 +96,22 @@ def run_triton(given: Launch, met: Met) -> None:
     (name,) = module.names()
     values = dict(zip(given.kernel.arg_names, given.args, strict=False)) | given.constants
     ranges = Ranges()
-    passed = [(kind, values[n]) for n, kind in binary.src.signature.items() if kind != "constexpr"]
+    passed = list(_flat([(kind, values[n]) for n, kind in binary.src.signature.items()]))
     parameters = _packed(module.kernel(name), passed, ranges)
     threads = 32 * given.constants["num_warps"]
     counts = launch(module, name, given.grid, threads, binary.metadata.shared, parameters, ranges.memory())
-    met(f"{given.kernel.fn.__module__}.{name}", counts)
+    types = [str(kind).lstrip("*") for kind, _ in passed]
+    narrowest = next(t for t in ("bf16", "fp16", "fp32", "fp64") if t in types)
+    met(replace(counts, kernel=f"{given.kernel.fn.__module__}.{name} {narrowest}"))
+
+
+def _flat(passed: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """(type, value) of what is passed; tuples are taken apart, and constants are in the code."""
+    for kind, value in passed:
+        if isinstance(kind, tuple):
+            yield from _flat(list(zip(kind, value, strict=True)))
+        elif kind != "constexpr":
+            yield kind, value
 
 
 def _packed(kernel: Kernel, passed: list[tuple[str, Any]], ranges: Ranges) -> bytes:
@@ -125,7 +142,108 @@ def executed_triton(met: Met) -> Iterator[None]:
         get_current_target=lambda: GPUTarget("cuda", ARCH, 32),
     ))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, backends.executed_triton(), unwritten():
-        patch.setenv("TRITON_CACHE_DIR", str(FOLDER / "triton"))
+        patch.setenv("TRITON_CACHE_DIR", str(build.FOLDER / "triton"))
         patch.setattr(CUDABackend, "make_cubin", lambda *args: b"not assembled")
         patch.setattr(Launch, "run", lambda self, like: run_triton(self, met))
         yield
+
+
+# --- CUDA ----------------------------------------------------------------------------------------------------------
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+class Core:
+    """A module with kernels, whose launches run from PTX. Its functions take addresses of `ranges`, which they get with
+    tags; `recorded` says where tensors are."""
+
+    def __init__(self, built: build.Built, met: Met) -> None:
+        self._module, self._met = built.module, met
+        self._kernels = {name: module for text in built.ptx.values() for module in [_module(text)] for name in module.names()}
+        self._storages: dict[int, tuple[int, int]] = {}
+        self._ranges = Ranges()
+        self._error: bytes = b""
+        self._callback = _CALLBACK(self._launch)
+        library = ctypes.CDLL(built.module.__file__)
+        library.wavemix_on_launch.argtypes = [_CALLBACK]
+        library.wavemix_on_launch(self._callback)
+
+    def record(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        for other, (length, _) in list(self._storages.items()):  # freed meanwhile
+            if other < start + size and start < other + length:
+                del self._storages[other]
+        self._storages[start] = (size, tensor.dtype.itemsize)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return functools.partial(self._call, value) if callable(value) else value
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        self._ranges = Ranges()
+        return function(*map(self._tagged, arguments), **{n: self._tagged(v) for n, v in named.items()})
+
+    def _tagged(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._tagged(v) for v in value]
+        if type(value) is int and value > 1 << 32:
+            for start, (size, itemsize) in self._storages.items():
+                if start <= value <= start + size:
+                    return self._ranges.tagged(value, start, size, itemsize)
+        return value
+
+    def _launch(self, name: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int | None:
+        try:
+            module = self._kernels[name.decode()]
+            kernel = module.kernel(name.decode())
+            parameters = bytearray()
+            for i, variable in enumerate(kernel.parameters.values()):
+                parameters = parameters.ljust(kernel.parameter_offsets[variable.name], b"\0")
+                parameters += ctypes.string_at(arguments[i], variable.size)
+            sizes = tuple(grid[axis] for axis in range(3))
+            counts = launch(module, name.decode(), sizes, threads, shared, bytes(parameters), self._ranges.memory())
+            self._met(counts)
+        except Exception as error:  # noqa: BLE001 (an exception cannot pass through the host code; the message can)
+            self._error = f"{type(error).__name__}: {error}".encode()
+            return ctypes.cast(ctypes.c_char_p(self._error), ctypes.c_void_p).value
+        return None
+
+
+@contextmanager
+def recorded(core: Core) -> Iterator[None]:
+    """Tells the core of every tensor whose address is asked for."""
+    plain = Tensor.data_ptr
+
+    def data_ptr(tensor: Tensor) -> int:
+        core.record(tensor)
+        return plain(tensor)
+
+    with pytest.MonkeyPatch.context() as patch, unwritten():
+        patch.setattr(Tensor, "data_ptr", data_ptr)
+        yield
+
+
+@contextmanager
+def executed_cuda(met: Met) -> Iterator[None]:
+    """Serves backend "cuda" on CPU tensors."""
+    core = Core(build.core(), met)
+    with recorded(core), backends.emulated_cuda(core):
+        yield
+
+
+EXECUTED: dict[str, Callable[[Met], AbstractContextManager[None]]] = {"triton": executed_triton, "cuda": executed_cuda}
+
+
+def recorder(file: str | None) -> Met:
+    """Adds a line of JSON for every launch."""
+
+    def met(counts: Counts) -> None:
+        if file is not None:
+            with open(file, "a") as lines:
+                lines.write(json.dumps(asdict(counts)) + "\n")
+
+    return met

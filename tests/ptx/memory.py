@@ -163,8 +163,8 @@ class Shared:
     """Shared memory of several blocks, each thread's accesses ordered by barriers alone.
 
     An access is ordered before another thread's if a barrier of the block, or one of their common warp, lies between.
-    A cell is as wide as the kernel's narrowest access. Readers are told apart by warps. Where threads of a warp write to
-    one place in one instruction, one of them does, which Triton's reductions count on.
+    A cell is as wide as the kernel's narrowest access. Readers are told apart by warps. Where threads of one warp write
+    to one place in one instruction, one of them does, which Triton's reductions count on.
     """
 
     def __init__(self, blocks: int, size: int, cell: int, gaps: list[tuple[int, int]], threads: int) -> None:

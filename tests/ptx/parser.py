@@ -143,7 +143,7 @@ def _kernel(name: str, parameters: str, body: str, shared: list[Variable]) -> Ke
     for kind, names in _REGISTERS.findall(body):
         for register in names.split(","):
             registers[re.sub(r"<\d+>", "", register.strip())] = 0 if kind == "pred" else int(kind[1:]) // 8
-    own = [_variable(match) for match in _VARIABLE.finditer(body)]
+    own = [_variable(match) for match in _VARIABLE.finditer(body) if match["space"] == "shared"]
     body = re.sub(r"^\s*\.pragma[^;]*;", "", _VARIABLE.sub("", _REGISTERS.sub("", body)), flags=re.MULTILINE)
     blocks, labels = [Block()], {}
     for statement in body.split(";"):
