@@ -54,7 +54,11 @@ def _built(name: str, bindings: list[Path], kernels: list[Path], defines: list[s
     for tool in ("nvcc", "g++"):
         if shutil.which(tool) is None or include is None:
             pytest.skip(f"PTX: {tool} is not on PATH, or CUDA's headers are missing")
-    headers = [path for pattern in ("*.h", "*.cuh") for path in (*CSRC.rglob(pattern), *Path(__file__).parent.parent.rglob(pattern))]
+    headers = [
+        path
+        for pattern in ("*.h", "*.cuh")
+        for path in (*CSRC.rglob(pattern), *Path(__file__).parent.parent.rglob(pattern))
+    ]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     sources = [*kernels, *bindings, Path(__file__).with_name("runtime.cpp")]
     folder = FOLDER / f"{name}-{key([*sources, *headers, Path(__file__)], version)}"
@@ -77,7 +81,9 @@ def _built(name: str, bindings: list[Path], kernels: list[Path], defines: list[s
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compiled, sources))
             _run(["g++", "-shared", *objects, "-o", str(library)])
-    return Built(emulator.load(folder, name), {path.stem: (folder / f"{path.stem}.ptx").read_text() for path in kernels})
+    return Built(
+        emulator.load(folder, name), {path.stem: (folder / f"{path.stem}.ptx").read_text() for path in kernels}
+    )
 
 
 def _run(command: list[str]) -> None:

@@ -100,9 +100,14 @@ def run_triton(given: Launch, met: Met) -> None:
     parameters = _packed(module.kernel(name), passed, ranges)
     threads = 32 * given.constants["num_warps"]
     counts = launch(module, name, given.grid, threads, binary.metadata.shared, parameters, ranges.memory())
-    types = [str(kind).lstrip("*") for kind, _ in passed]
-    narrowest = next(t for t in ("bf16", "fp16", "fp32", "fp64") if t in types)
-    met(replace(counts, kernel=f"{given.kernel.fn.__module__}.{name} {narrowest}"))
+    met(replace(counts, kernel=kernel_name(given)))
+
+
+def kernel_name(given: Launch) -> str:
+    """Of a Triton kernel: its module, its name and the narrowest floating-point type that it is given."""
+    dtypes = [t.dtype for t in given.args if isinstance(t, Tensor) and t.is_floating_point()]
+    function = given.kernel.fn
+    return f"{function.__module__}.{function.__name__} {str(min(dtypes, key=lambda d: d.itemsize))[6:]}"
 
 
 def _flat(passed: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
@@ -162,7 +167,9 @@ class Core:
 
     def __init__(self, built: build.Built, met: Met) -> None:
         self._module, self._met = built.module, met
-        self._kernels = {name: module for text in built.ptx.values() for module in [_module(text)] for name in module.names()}
+        self._kernels = {
+            name: module for text in built.ptx.values() for module in [_module(text)] for name in module.names()
+        }
         self._storages: dict[int, tuple[int, int]] = {}
         self._ranges = Ranges()
         self._error: bytes = b""

@@ -266,9 +266,9 @@ class Shared:
         at, cells = self._cells(address, value.itemsize, thread)
         if not self.written[cells].all():
             raise Fault("adds to shared memory that nobody wrote")
-        where = self.bytes.view(value.dtype)[at // value.itemsize :][:1]
-        before = where.copy()
-        where += value
+        memory, where = self.bytes.view(value.dtype), at // value.itemsize
+        before = memory[where]
+        memory[where] += value
         self._wrote(cells, thread)
         return before
 

@@ -288,7 +288,7 @@ def atomic_add(made: Instruction, address: Reader, value: Reader) -> Callable[[T
         at, values = s.whole(address(s))[threads], s.whole(value(s))[threads]
         before = np.empty(len(threads), kind)
         for i in range(len(threads)):
-            before[i] = s.shared.add(at[i : i + 1], values[i : i + 1], threads[i : i + 1])
+            before[i : i + 1] = s.shared.add(at[i : i + 1], values[i : i + 1], threads[i : i + 1])
         if made.opcode == "atom":
             s.put_active(made.operands[0], before)
 
