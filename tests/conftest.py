@@ -15,7 +15,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "ptx"), help="where the tensors under test live")
+    places = ("cpu", "cuda", "ptx")
+    parser.addoption("--device", default="cpu", choices=places, help="where the tensors under test live")
     parser.addoption("--launches", help="with --device ptx: a file for what every launch executed, a line each")
 
 

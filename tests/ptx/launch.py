@@ -32,10 +32,10 @@ Met = Callable[[Counts], None]
 
 def poison(tensor: Tensor) -> Tensor:
     """Fills memory with what the executor takes for unwritten."""
-    if tensor.dtype.itemsize > 1 and tensor.numel():
-        tensor.untyped_storage().copy_(
-            torch.tensor([POISON], dtype=torch.uint16).repeat(tensor.untyped_storage().nbytes() // 2).untyped_storage()
-        )
+    storage = tensor.untyped_storage()
+    if tensor.dtype.itemsize > 1 and storage.nbytes() > 0:
+        held = (ctypes.c_uint16 * (storage.nbytes() // 2)).from_address(storage.data_ptr())
+        np.frombuffer(held, np.uint16)[:] = POISON
     return tensor
 
 

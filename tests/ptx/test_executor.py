@@ -14,7 +14,6 @@ from tests.ptx.parser import Module
 
 COUNT = 64
 NAN, INF = float("nan"), float("inf")
-WIDTHS = {"pred": "pred", "u16": "b16", "f16": "b16"}
 TYPES = {"u16": np.uint16, "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "f16": np.float16,
          "f32": np.float32, "f64": np.float64}  # fmt: skip
 
@@ -60,6 +59,7 @@ def evaluate(instruction: str, kinds: list[str], *values: list[float]) -> np.nda
     return out[: max(map(len, values))]
 
 
+LANES = list(range(32))
 F = ["f32", "f32", "f32", "f32"]
 KNOWN = [
     ("add.s32 %d, %a, %b", ["s32"] * 3, [[2**31 - 1], [1]], [-(2**31)]),
@@ -106,10 +106,10 @@ KNOWN = [
     ("cvt.u64.u32 %d, %a", ["u32", "u64"], [[2**32 - 5]], [2**32 - 5]),
     ("cvt.rn.f32.u64 %d, %a", ["u64", "f32"], [[2**24 + 1, 2**24 + 3]], [2**24, 2**24 + 4]),
     ("redux.sync.max.s32 %d, %a, -1", ["s32"] * 2, [list(range(-16, 16))], [15] * 32),
-    ("shfl.sync.bfly.b32 %d, %a, 5, 31, -1", ["u32"] * 2, [list(range(32))], [i ^ 5 for i in range(32)]),
-    ("shfl.sync.down.b32 %d, %a, 3, 31, -1", ["u32"] * 2, [list(range(32))], [i + 3 if i < 29 else i for i in range(32)]),
-    ("shfl.sync.up.b32 %d, %a, 3, 0, -1", ["u32"] * 2, [list(range(32))], [i - 3 if i > 2 else i for i in range(32)]),
-    ("shfl.sync.idx.b32 %d, %a, 9, 7199, -1", ["u32"] * 2, [list(range(32))], [i // 4 * 4 + 1 for i in range(32)]),
+    ("shfl.sync.bfly.b32 %d, %a, 5, 31, -1", ["u32"] * 2, [LANES], [i ^ 5 for i in LANES]),
+    ("shfl.sync.down.b32 %d, %a, 3, 31, -1", ["u32"] * 2, [LANES], [i + 3 if i < 29 else i for i in LANES]),
+    ("shfl.sync.up.b32 %d, %a, 3, 0, -1", ["u32"] * 2, [LANES], [i - 3 if i > 2 else i for i in LANES]),
+    ("shfl.sync.idx.b32 %d, %a, 9, 7199, -1", ["u32"] * 2, [LANES], [i // 4 * 4 + 1 for i in LANES]),
 ]  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def test_address_tags_leave_host_addresses_alone() -> None:
 
 @pytest.mark.parametrize("body, message", [
     ("st.global.u32 [%rd0], %r0;", "a block writes what another block of the same launch writes"),
-    (f"{at(0, '9', 4, '%r1')} ld.global.u32 %r2, [%rd0]; st.global.u32 [%rd9], %r2;", "writes what another block .* reads"),
+    (f"{at(0, '9', 4, '%r1')} ld.global.u32 %r2, [%rd0]; st.global.u32 [%rd9], %r2;",
+     "writes what another block of the same launch reads"),
     ("ld.global.v2.u32 {%r2, %r3}, [%rd0+4];", "misaligned access of 8 bytes"),
     ("ld.global.u32 %r2, [%rd0+-4];", "out of bounds, to byte -4 of range 1 of 256 bytes"),
     ("ld.global.u32 %r2, [%rd1];", "reads global memory that nobody wrote: element 0"),

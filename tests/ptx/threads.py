@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.ptx.arithmetic import F32, F64, U16, U32, U64, from_bf16, is_type, numpy_type
+from tests.ptx.arithmetic import F32, F64, U16, U32, from_bf16, is_type, numpy_type
 from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Shared, count_sectors, count_wavefronts
 from tests.ptx.parser import Either, Instruction, Kernel, Literal, Operand
 
