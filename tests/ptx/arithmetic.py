@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -144,19 +145,10 @@ def funnel(low: Array, high: Array, by: Array, left: bool, wraps: bool) -> Array
     return (((both << by) >> U64(32)) if left else both >> by).astype(U32)
 
 
-def logic(a: Array, b: Array, c: Array, table: Array) -> Array:
-    out = np.zeros_like(a)
-    for i in range(8):
-        if int(table[0]) >> i & 1:
-            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return out
-
-
 # --- The table ---------------------------------------------------------------------------------------------------
 
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 _UNARY = {
     "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": lambda x: F32(1) / x,
@@ -187,9 +179,9 @@ def work(made: Instruction) -> str:
     return {"mov": "move", "cvt": "convert"}.get(code, "integer")
 
 
-def meaning(made: Instruction) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+@functools.cache
+def meaning(code: str, words: tuple[str, ...]) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
     """(types of the sources, of the result, the function); None for what does not compute."""
-    code, words = made.opcode, made.modifiers
     types = [word for word in words if is_type(word)]
     kinds = [numpy_type(word) for word in types]
     found = _meaning(code, words, types, kinds)
@@ -213,7 +205,7 @@ def _meaning(
         return _convert(words, types, kinds)
     if any("bf16" in t or "x2" in t for t in types):
         return None
-    if code in ("setp", "set"):
+    if code == "setp":
         return [kind, kind], np.bool_, _comparison(words[0], floating)
     if code == "selp":
         return [kind, kind, np.bool_], kind, lambda a, b, p: np.where(p, a, b)
@@ -236,8 +228,6 @@ def _meaning(
     if code == "shf":
         left, wraps = words[0] == "l", words[1] == "wrap"
         return [U32] * 3, U32, lambda low, high, by: funnel(low, high, by, left, wraps)
-    if code == "lop3":
-        return [U32] * 4, U32, logic
     if code in _UNARY:
         return [kind], kind, _UNARY[code]
     if code in _BINARY:
@@ -246,8 +236,6 @@ def _meaning(
 
 
 def _comparison(word: str, floating: bool) -> Callable[..., Array]:
-    if floating and word in ("num", "nan"):
-        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (word == "nan")
     if floating and word.endswith("u") and word[:-1] in _COMPARE:
         ordered = _COMPARE[word[:-1]]
         return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
@@ -300,9 +288,6 @@ def _convert(
             return np.where(top, limits.max, np.where(top, 0, inside).astype(kind)).astype(kind)
 
         return [of], kind, to_integer
-    if from_float and to_float and words[0] in ("rni", "rzi", "rmi", "rpi"):
-        by = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-        return [of], kind, by[words[0]]
-    if to_float and words[0] not in ("rn", to, "ftz"):
+    if to_float and words[0] not in ("rn", to):
         return None
     return [of], kind, lambda x: x.astype(kind)

@@ -60,6 +60,7 @@ class Program:
         self.symbols = symbols | self.kernel.parameter_offsets
         every = [made for block in self.kernel.blocks for made in block.instructions]
         self.cell = min((_narrowest(made) for made in every if "shared" in made.modifiers), default=4)
+        self.readers: dict[tuple[Operand, type], Reader] = {}
         self.rank = {block: i for i, block in enumerate(self._order())}
         self.code = [self._code(block.instructions) for block in self.kernel.blocks]
 
@@ -83,7 +84,9 @@ class Program:
         return Code([(self._step(made), made) for made in body], instructions[-1] if ends else None, classes)
 
     def _read(self, operand: Operand, kind: type) -> Reader:
-        return reader(self.kernel, operand, kind, self.symbols)
+        if (operand, kind) not in self.readers:
+            self.readers[operand, kind] = reader(self.kernel, operand, kind, self.symbols)
+        return self.readers[operand, kind]
 
     def _address(self, operand: Operand, kind: type) -> Reader:
         assert isinstance(operand, Address), operand
@@ -107,9 +110,6 @@ class Program:
                 return warps.load(made, address, space)
             kind = warps.unit_of(made)
             return warps.store(made, address, [self._read(o, kind) for o in warps.spread(operands[1])], space)
-        if code in ("atom", "red") and space == "shared" and "add" in words:
-            value = self._read(operands[-1], warps.unit_of(made))
-            return warps.atomic_add(made, self._address(operands[code == "atom"], U32), value)
         if code == "mma":
             kinds = [numpy_type("f32") if i == 3 else U32 for i in range(4)]
             groups = [[self._read(o, kinds[i]) for o in operands[i]] for i in (1, 2, 3)]
@@ -124,7 +124,7 @@ class Program:
             return self._copy(made)
         if code in ("bar", "barrier"):
             return _barrier(made)
-        if (found := meaning(made)) is None:
+        if (found := meaning(code, words)) is None:
             raise NotImplementedError(f"PTX: {made.text}")
         kinds, _, function = found
         return _compute(function, [self._read(o, k) for o, k in zip(operands[1:], kinds, strict=True)], operands[0])

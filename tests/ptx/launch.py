@@ -199,7 +199,7 @@ class Core:
             return [self._tagged(v) for v in value]
         if type(value) is int and value > 1 << 32:
             for start, (size, itemsize) in self._storages.items():
-                if start <= value <= start + size:
+                if start <= value < start + size:
                     return self._ranges.tagged(value, start, size, itemsize)
         return value
 

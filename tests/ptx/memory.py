@@ -261,17 +261,6 @@ class Shared:
         self.written[cells] = self.now
         self.writer[cells] = threads[:, None]
 
-    def add(self, address: Array, value: Array, thread: Array) -> Array:
-        """One thread's atomic addition, which no other's disturbs; returns what was there."""
-        at, cells = self._cells(address, value.itemsize, thread)
-        if not self.written[cells].all():
-            raise Fault("adds to shared memory that nobody wrote")
-        memory, where = self.bytes.view(value.dtype), at // value.itemsize
-        before = memory[where]
-        memory[where] += value
-        self._wrote(cells, thread)
-        return before
-
     def copy(self, addresses: Array, words: Array, threads: Array) -> None:
         """Begins an asynchronous copy."""
         at, cells = self._cells(addresses, words.shape[1], threads)

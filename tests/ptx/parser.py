@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -176,6 +177,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
 
 
+@functools.cache
 def _operand(text: str) -> Operand:
     if text[0] == "{":
         return tuple(_operand(part) for part in _split(text[1:-1]))

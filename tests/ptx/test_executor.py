@@ -80,7 +80,6 @@ KNOWN = [
     ("bfi.b32 %d, %a, %b, 8, 4", ["u32"] * 3, [[0xFF], [0]], [0xF00]),
     ("prmt.b32 %d, %a, %b, 0x5410U", ["u32"] * 3, [[0x44332211], [0x88776655]], [0x66552211]),
     ("prmt.b32 %d, %a, 0, 0x9180U", ["u32"] * 2, [[0x80]], [0xFF80]),
-    ("lop3.b32 %d, %a, %b, %c, 0x96", ["u32"] * 4, [[12], [10], [1]], [12 ^ 10 ^ 1]),
     ("fma.rn.f32 %d, %a, %b, %c", F, [[1 + 2**-12], [1 + 2**-12], [-1 - 2**-11]], [2.0**-24]),
     ("fma.rn.f64 %d, %a, %b, %c", ["f64"] * 4, [[1 + 2**-30], [1 + 2**-30], [-1 - 2**-29]], [2.0**-60]),
     ("mul.ftz.f32 %d, %a, %b", F[:3], [[2.0**-100], [2.0**-30]], [0.0]),
@@ -183,7 +182,8 @@ def test_fault_is_caught(body: str, message: str) -> None:
         run(body, [written, unwritten], blocks=2)
 
 
-#: Kernel of tests/emulator/wrong_kernels.cu -> what its wrong form is caught at.
+#: Kernel of tests/emulator/wrong_kernels.cu -> what its wrong form is caught at. Its atomic sum is left out, as none of
+#: the package's kernels has an atomic instruction.
 CAUGHT = {
     "global_out_of_bounds": r"access of 4 bytes out of bounds, to byte 260 of range \d of 256 bytes",
     "global_misaligned": "misaligned access of 16 bytes",
@@ -199,7 +199,6 @@ CAUGHT = {
     "missing_copy_wait": "asynchronous copy writes and nobody has waited for",
     "copy_wait_too_short": "asynchronous copy writes and nobody has waited for",
     "missing_copy_barrier": r"race: reads what thread \d+ wrote",
-    "unordered_sum": "race: writes what another",
 }
 
 

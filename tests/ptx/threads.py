@@ -277,19 +277,3 @@ def copy(made: Instruction, readers: Sequence[Reader]) -> Callable[[Threads], No
         s.shared.copy(s.whole(readers[0](s))[threads], words, threads)
 
     return run
-
-
-def atomic_add(made: Instruction, address: Reader, value: Reader) -> Callable[[Threads], None]:
-    """Of shared memory, one thread after the other."""
-    kind = unit_of(made)
-
-    def run(s: Threads) -> None:
-        threads = s.active
-        at, values = s.whole(address(s))[threads], s.whole(value(s))[threads]
-        before = np.empty(len(threads), kind)
-        for i in range(len(threads)):
-            before[i : i + 1] = s.shared.add(at[i : i + 1], values[i : i + 1], threads[i : i + 1])
-        if made.opcode == "atom":
-            s.put_active(made.operands[0], before)
-
-    return run

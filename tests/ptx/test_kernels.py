@@ -1,0 +1,82 @@
+"""Every kernel of the package run from its PTX, held to the contracts of tests/ops: Triton's and nvcc's, forward and
+backward, in every dtype that they serve."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from tests.aot.table import ROOT
+from tests.ptx import build, session
+from tests.ptx.parser import Module
+
+pytestmark = pytest.mark.prove
+
+
+class Session(NamedTuple):
+    """Tests of one family; the modules of Triton kernels, or the .cu files, all of whose kernels they have to run."""
+
+    files: tuple[str, ...]
+    tests: str
+    kernels: tuple[str, ...]
+
+
+HAAR_OUTPUTS = "tests/kernels/test_haar_outputs.py"
+SESSIONS = {
+    "batch_norm-triton": Session(("tests/ops/test_batch_norm.py",), "contract and triton", ("norm.triton_batch_norm",)),
+    "pre_norm-triton": Session(("tests/ops/test_pre_norm.py",), "triton and not empty", ("norm.triton_pre_norm",)),
+    "haar-triton": Session(("tests/ops/test_haar.py", HAAR_OUTPUTS), "triton and (analysis or pyramid or outputs)",
+                           ("haar.triton_analysis", "haar.triton_synthesis")),
+    "haar-cuda": Session(("tests/ops/test_haar.py", HAAR_OUTPUTS), "cuda and (analysis or pyramid or outputs)",
+                         ("haar_analysis", "haar_synthesis")),
+    "reduce_haar-triton": Session(("tests/ops/test_reduce_haar.py",), "triton and (contract or test_gradients)",
+                                  ("reduce_haar.triton", "reduce_haar.triton_backward")),
+    "reduce_haar-cuda": Session(("tests/ops/test_reduce_haar.py",), "cuda and (contract or test_gradients or tf32)",
+                                ("reduce_haar",)),
+    "mlp-triton": Session(("tests/ops/test_mlp.py",), "contract and triton", ("mlp.triton", "mlp.triton_backward")),
+    "deconv-triton": Session(("tests/ops/test_deconv.py",), "(contract or wide) and triton",
+                             ("deconv.triton", "deconv.triton_backward")),
+    "patm-triton": Session(("tests/ops/test_patm.py",), "contract and triton",
+                           ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")),
+    "patm-cuda": Session(("tests/ops/test_patm.py",), "contract and cuda",
+                         ("phase_aggregate", "phase_aggregate_backward")),
+}  # fmt: skip
+
+
+@functools.cache
+def triton_kernels() -> list[str]:
+    """`module.kernel dtype` of the compile tables; bfloat16 wherever float16 is."""
+    command, environment = [sys.executable, "-m", "tests.ptx.tables"], os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    rows = done.stdout.split("\n")[:-1]
+    return sorted({*rows, *(row.replace(" float16", " bfloat16") for row in rows)})
+
+
+def expected(name: str) -> set[str]:
+    if name.endswith("triton"):
+        prefixes = [f"wavemix_kernels.ops.{module}." for module in SESSIONS[name].kernels]
+        return {row for row in triton_kernels() if row.rpartition(".")[0] + "." in prefixes}
+    return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_kernels_run_from_ptx(name: str) -> None:
+    wanted = expected(name)  # or skips
+    last, launches = session.run(SESSIONS[name].files, SESSIONS[name].tests)
+    met = {launch["kernel"] for launch in launches}
+    print(f"{name}: {len(met)} kernels, {len(launches)} launches, {last}")
+    assert wanted - met == set(), f"{len(wanted - met)} of {len(wanted)} kernels were never run"
+
+
+def test_no_kernel_is_left_out() -> None:
+    """The sessions answer for every Triton kernel of the compile tables, and for every .cu file."""
+    answered = {name: expected(name) for name in SESSIONS}
+    assert set().union(*(rows for name, rows in answered.items() if name.endswith("triton"))) == set(triton_kernels())
+    sources = {source for name, one in SESSIONS.items() if name.endswith("cuda") for source in one.kernels}
+    assert sources == set(build.core().ptx)
+    assert all(answered.values())
