@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -45,12 +46,24 @@ def emulated_core() -> object:
     return emulated_core()
 
 
+def from_ptx(request: pytest.FixtureRequest, backend: str) -> AbstractContextManager[None]:
+    from tests.ptx import launch
+
+    if backend not in launch.EXECUTED:
+        pytest.skip(f"{backend} has no PTX")
+    return launch.EXECUTED[backend](launch.recorder(request.config.getoption("--launches")))
+
+
 @pytest.fixture
 def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
-    """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU."""
+    """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU, and for kernels run from PTX."""
     from tests.emulator.build import launches
     from wavemix_kernels import backends
 
+    if request.config.getoption("--device") == "ptx":
+        with from_ptx(request, "cuda"):
+            yield None
+        return
     if device == "cuda":
         if (reason := backends.cuda_why_not()) is not None:
             pytest.skip(f"cuda: {reason}")
@@ -70,11 +83,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 
     name = request.param
     if request.config.getoption("--device") == "ptx":
-        from tests.ptx import launch
-
-        if name not in launch.EXECUTED:
-            pytest.skip(f"{name} has no PTX")
-        with launch.EXECUTED[name](launch.recorder(request.config.getoption("--launches"))):
+        with from_ptx(request, name):
             yield name
         return
     probe = {

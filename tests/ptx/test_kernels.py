@@ -26,14 +26,13 @@ class Session(NamedTuple):
     kernels: tuple[str, ...]
 
 
-HAAR_OUTPUTS = "tests/kernels/test_haar_outputs.py"
+HAAR = ("tests/ops/test_haar.py", "tests/kernels/test_haar_outputs.py")
+HAAR_TESTS = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
 SESSIONS = {
     "batch_norm-triton": Session(("tests/ops/test_batch_norm.py",), "contract and triton", ("norm.triton_batch_norm",)),
     "pre_norm-triton": Session(("tests/ops/test_pre_norm.py",), "triton and not empty", ("norm.triton_pre_norm",)),
-    "haar-triton": Session(("tests/ops/test_haar.py", HAAR_OUTPUTS), "triton and (analysis or pyramid or outputs)",
-                           ("haar.triton_analysis", "haar.triton_synthesis")),
-    "haar-cuda": Session(("tests/ops/test_haar.py", HAAR_OUTPUTS), "cuda and (analysis or pyramid or outputs)",
-                         ("haar_analysis", "haar_synthesis")),
+    "haar-triton": Session(HAAR, f"triton and {HAAR_TESTS}", ("haar.triton_analysis", "haar.triton_synthesis")),
+    "haar-cuda": Session(HAAR, f"cuda and {HAAR_TESTS}", ("haar_analysis", "haar_synthesis")),
     "reduce_haar-triton": Session(("tests/ops/test_reduce_haar.py",), "triton and (contract or test_gradients)",
                                   ("reduce_haar.triton", "reduce_haar.triton_backward")),
     "reduce_haar-cuda": Session(("tests/ops/test_reduce_haar.py",), "cuda and (contract or test_gradients or tf32)",

@@ -14,6 +14,18 @@ from tests.ptx.parser import Either, Instruction, Kernel, Literal, Operand
 Reader = Callable[["Threads"], Array]
 
 
+class Registers(dict[str, Array]):
+    """By name. One that nothing was written to holds NaN, in every type: compiled code may compute with it, if it selects
+    the result away."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __missing__(self, name: str) -> Array:
+        width = self.kernel.width(name)
+        return np.full(width, 0xFF, np.uint8).view(UINT[width]) if width else np.zeros(1, bool)
+
+
 class Threads:
     """Registers are arrays of all threads; `mask` says which of them the present instruction is for."""
 
@@ -27,7 +39,7 @@ class Threads:
         self.block = np.repeat(blocks.astype(np.int32) + 1, threads)  # no block is zero
         self.special, self.parameters = special, parameters
         self.memory, self.shared = memory, shared
-        self.registers: dict[str, Array] = {}
+        self.registers = Registers(kernel)
         self.all = np.ones(self.count, bool)
         self.exited = ~self.all
         self.enter(self.all, True)
@@ -52,8 +64,8 @@ class Threads:
             if value.itemsize < width:  # signed types extend their sign
                 value = value.astype(np.dtype(f"{'i' if value.dtype.kind == 'i' else 'u'}{width}"))
             value = value.view(UINT[width])
-        if not self.everyone and (before := self.registers.get(register)) is not None:
-            value = np.where(self.mask, value, before)
+        if not self.everyone:
+            value = np.where(self.mask, value, self.registers[register])
         self.registers[register] = value
 
     def put_active(self, register: str, values: Array) -> None:
