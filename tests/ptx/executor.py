@@ -245,7 +245,7 @@ def _barrier(made: Instruction) -> Step:
     return of_warp if "warp" in made.modifiers else of_block
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)  # a family's CUDA kernels are 96 at most; each takes some megabytes
 def program(module: Module, name: str) -> Program:
     return Program(module, name)
 

@@ -63,6 +63,10 @@ def expected(name: str) -> set[str]:
     return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
 
 
+def test_triton_products_in_tf32() -> None:
+    assert "passed" in session.run(["tests/ptx/tf32_triton.py"])[0]
+
+
 @pytest.mark.parametrize("name", SESSIONS)
 def test_kernels_run_from_ptx(name: str) -> None:
     wanted = expected(name)  # or skips

@@ -15,8 +15,8 @@ Reader = Callable[["Threads"], Array]
 
 
 class Registers(dict[str, Array]):
-    """By name. One that nothing was written to holds NaN, in every type: compiled code may compute with it, if it selects
-    the result away."""
+    """By name. One that nothing was written to holds NaN, in every type: compiled code may compute with it, as long as
+    it selects the result away."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
