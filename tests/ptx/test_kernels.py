@@ -19,32 +19,34 @@ pytestmark = pytest.mark.prove
 
 
 class Session(NamedTuple):
-    """Tests of one family; the modules of Triton kernels, or the .cu files, all of whose kernels they have to run."""
+    """Tests of tests/ops/test_<family>.py and of `more` files; all kernels of these Triton modules, or .cu files, have
+    to run."""
 
-    files: tuple[str, ...]
     tests: str
     kernels: tuple[str, ...]
+    more: tuple[str, ...] = ()
 
 
-HAAR = ("tests/ops/test_haar.py", "tests/kernels/test_haar_outputs.py")
-HAAR_TESTS = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
+OUTPUTS, FORMS = "tests/kernels/test_haar_outputs.py", "tests/ptx/cuda_forms.py"
+HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
+#: By family and backend, the longest first.
 SESSIONS = {
-    "batch_norm-triton": Session(("tests/ops/test_batch_norm.py",), "contract and triton", ("norm.triton_batch_norm",)),
-    "pre_norm-triton": Session(("tests/ops/test_pre_norm.py",), "triton and not empty", ("norm.triton_pre_norm",)),
-    "haar-triton": Session(HAAR, f"triton and {HAAR_TESTS}", ("haar.triton_analysis", "haar.triton_synthesis")),
-    "haar-cuda": Session(HAAR, f"cuda and {HAAR_TESTS}", ("haar_analysis", "haar_synthesis")),
-    "reduce_haar-triton": Session(("tests/ops/test_reduce_haar.py",), "triton and (contract or test_gradients)",
-                                  ("reduce_haar.triton", "reduce_haar.triton_backward")),
-    "reduce_haar-cuda": Session(("tests/ops/test_reduce_haar.py",), "cuda and (contract or test_gradients or tf32)",
-                                ("reduce_haar",)),
-    "mlp-triton": Session(("tests/ops/test_mlp.py",), "contract and triton", ("mlp.triton", "mlp.triton_backward")),
-    "deconv-triton": Session(("tests/ops/test_deconv.py",), "(contract or wide) and triton",
-                             ("deconv.triton", "deconv.triton_backward")),
-    "patm-triton": Session(("tests/ops/test_patm.py",), "contract and triton",
-                           ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")),
-    "patm-cuda": Session(("tests/ops/test_patm.py",), "contract and cuda",
-                         ("phase_aggregate", "phase_aggregate_backward")),
-}  # fmt: skip
+    "deconv-triton": Session("triton and (contract or wide)", ("deconv.triton", "deconv.triton_backward")),
+    "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
+    "reduce_haar-triton": Session(
+        "triton and (contract or test_gradients) and not every_order",
+        ("reduce_haar.triton", "reduce_haar.triton_backward"),
+    ),
+    "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward")),
+    "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
+    "reduce_haar-cuda": Session("cuda and (contract or test_gradients) or tf32", ("reduce_haar",)),
+    "pre_norm-triton": Session("triton and not empty", ("norm.triton_pre_norm",)),
+    "patm-triton": Session(
+        "triton and contract", ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")
+    ),
+    "patm-cuda": Session("cuda and contract", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)),
+    "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
+}
 
 
 @functools.cache
@@ -70,7 +72,8 @@ def test_triton_products_in_tf32() -> None:
 @pytest.mark.parametrize("name", SESSIONS)
 def test_kernels_run_from_ptx(name: str) -> None:
     wanted = expected(name)  # or skips
-    last, launches = session.run(SESSIONS[name].files, SESSIONS[name].tests)
+    family, one = name.split("-")[0], SESSIONS[name]
+    last, launches = session.run([f"tests/ops/test_{family}.py", *one.more], one.tests)
     met = {launch["kernel"] for launch in launches}
     print(f"{name}: {len(met)} kernels, {len(launches)} launches, {last}")
     assert wanted - met == set(), f"{len(wanted - met)} of {len(wanted)} kernels were never run"
