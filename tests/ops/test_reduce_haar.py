@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import each
 from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
 from tests.tolerances import assert_within, sum_bound
+from wavemix_kernels.ops.common.triton_launch import input_precision
 from wavemix_kernels.ops.reduce_haar import op, reference
 
 # (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
@@ -161,14 +162,17 @@ def test_refuses_float64_on_triton(device: str) -> None:
         op.reduce_haar(x, weight, backend="triton")
 
 
-@pytest.fixture
-def allow_tf32() -> Iterator[Callable[[bool], None]]:
-    """Sets torch's switch; as it was afterwards."""
-    before = torch.backends.cuda.matmul.allow_tf32
+@pytest.fixture(params=["allow_tf32", "fp32_precision"])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], None]]:
+    """Sets torch's switch, by its older or (from torch 2.9 on) its newer name; as it was afterwards."""
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, request.param):
+        pytest.skip(f"this torch has no {request.param}")
 
     def allow(value: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = value
+        setattr(matmul, request.param, value if request.param == "allow_tf32" else "tf32" if value else "ieee")
 
+    before = input_precision() == "tf32"
     yield allow
     allow(before)
 

@@ -12,6 +12,7 @@ from wavemix_kernels import _native, backends, checks
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.triton_launch import input_precision
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
@@ -124,7 +125,7 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_
     a = _native.address
     _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
         _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
-        [a(z) for z in out], torch.backends.cuda.matmul.allow_tf32, *_native.stream(x.device),
+        [a(z) for z in out], input_precision() == "tf32", *_native.stream(x.device),
     )  # fmt: skip
     return out
 
