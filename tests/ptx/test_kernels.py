@@ -39,12 +39,14 @@ SESSIONS = {
     ),
     "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward")),
     "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
-    "reduce_haar-cuda": Session("cuda and (contract or test_gradients) or tf32", ("reduce_haar",)),
+    "reduce_haar-cuda": Session("cuda and (contract or test_gradients or widths) or tf32", ("reduce_haar",), (FORMS,)),
     "pre_norm-triton": Session("triton and not empty", ("norm.triton_pre_norm",)),
     "patm-triton": Session(
         "triton and contract", ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")
     ),
-    "patm-cuda": Session("cuda and contract", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)),
+    "patm-cuda": Session(
+        "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
+    ),
     "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
 }
 
