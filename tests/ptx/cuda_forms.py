@@ -14,7 +14,7 @@ from tests.ops import each
 from tests.ops.contract import Case, check, on, pairwise
 from tests.ops.test_patm import PhaseAggregate
 from tests.ops.test_reduce_haar import ReduceHaar
-from tests.ptx.tf32_triton import Forward
+from tests.ptx.triton_forms import Forward
 from tests.tolerances import DTYPES
 
 
@@ -27,7 +27,9 @@ def test_outputs_of_every_form(one: Case, backend: str, device: str) -> None:
 
 
 test_phase_statistics = each.case(
-    PhaseAggregate({"cuda": DTYPES}, shape=((2, 32, 5, 7),), layout=("channels_last", "nchw"), way=("statistics",))
+    PhaseAggregate(
+        {"cuda": DTYPES}, shape=((2, 32, 5, 7),), layout=("channels_last", "channels_slice"), way=("statistics",)
+    )
 )
 
 #: As many tiles of outputs as a block takes, each number once.

@@ -28,18 +28,24 @@ class Session(NamedTuple):
 
 
 OUTPUTS, FORMS = "tests/kernels/test_haar_outputs.py", "tests/ptx/cuda_forms.py"
+TRITON_FORMS = "tests/ptx/triton_forms.py"
 HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
 #: By family and backend, the longest first.
 SESSIONS = {
-    "deconv-triton": Session("triton and (contract or wide)", ("deconv.triton", "deconv.triton_backward")),
+    "deconv-triton": Session(
+        "triton and (contract or wide or many_parts)", ("deconv.triton", "deconv.triton_backward"), (TRITON_FORMS,)
+    ),
     "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
     "reduce_haar-triton": Session(
-        "triton and (contract or test_gradients) and not every_order",
+        "triton and (contract or test_gradients or tf32) and not every_order and not only_when",
         ("reduce_haar.triton", "reduce_haar.triton_backward"),
+        (TRITON_FORMS,),
     ),
     "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward")),
     "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
-    "reduce_haar-cuda": Session("cuda and (contract or test_gradients or widths) or tf32", ("reduce_haar",), (FORMS,)),
+    "reduce_haar-cuda": Session(
+        "cuda and (contract or test_gradients or widths) or tf32_only", ("reduce_haar",), (FORMS,)
+    ),
     "pre_norm-triton": Session("triton and not empty", ("norm.triton_pre_norm",)),
     "patm-triton": Session(
         "triton and contract", ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")
@@ -65,10 +71,6 @@ def expected(name: str) -> set[str]:
         prefixes = [f"wavemix_kernels.ops.{module}." for module in SESSIONS[name].kernels]
         return {row for row in triton_kernels() if row.rpartition(".")[0] + "." in prefixes}
     return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
-
-
-def test_triton_products_in_tf32() -> None:
-    assert "passed" in session.run(["tests/ptx/tf32_triton.py"])[0]
 
 
 @pytest.mark.parametrize("name", SESSIONS)

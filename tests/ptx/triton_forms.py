@@ -1,4 +1,5 @@
-"""Triton's products in TF32, which its interpreter does not know; run by test_kernels.py in a session of its own."""
+"""Triton kernels in forms that the contracts leave out: products in TF32, which the interpreter does not know, and
+statistics of many parts; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from tests.aot.triton_launches import products_in
+from tests.conftest import from_ptx
+from tests.kernels.triton import test_deconv
 from tests.ops.contract import Case, Contract, check, singles
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.ptx.launch import executed_triton
@@ -36,8 +39,13 @@ CASES = [(of, case) for of in (Forward(), Backward()) for case in singles(dtype=
 
 
 @pytest.mark.parametrize("contract, case", CASES, ids=str)
-def test_products_in_tf32(contract: Contract, case: Case) -> None:
+def test_reduce_haar_products_in_tf32(contract: Contract, case: Case) -> None:
     met: list[Counts] = []
     with executed_triton(met.append), products_in("tf32"):
         check(contract, case, "triton", "cpu")
     assert any("tensor" in counts.instructions for counts in met)
+
+
+def test_deconv_statistics_of_many_parts(request: pytest.FixtureRequest, device: str) -> None:
+    with from_ptx(request, "triton"):
+        test_deconv.test_statistics_of_many_parts(device)
