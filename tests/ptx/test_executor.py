@@ -12,6 +12,8 @@ from tests.ptx.launch import Core, recorded
 from tests.ptx.memory import POISON, TAG_BITS, Counts, Fault, Global, Range
 from tests.ptx.parser import Module
 
+pytestmark = pytest.mark.prove
+
 COUNT = 64
 NAN, INF = float("nan"), float("inf")
 TYPES = {"u16": np.uint16, "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "f16": np.float16,
@@ -211,7 +213,6 @@ def cuda(name: str, wrong: bool) -> torch.Tensor:
     return output
 
 
-@pytest.mark.prove
 @pytest.mark.parametrize("name", CAUGHT)
 def test_wrong_cuda_kernel_is_caught(name: str) -> None:
     data = torch.arange(1.0, COUNT + 1)
@@ -220,7 +221,6 @@ def test_wrong_cuda_kernel_is_caught(name: str) -> None:
         cuda(name, True)
 
 
-@pytest.mark.prove
 @pytest.mark.parametrize("name, dtype, k", [
     ("f16", torch.float16, 16), ("bf16", torch.bfloat16, 16), ("tf32", torch.float32, 8),
 ])  # fmt: skip
@@ -235,7 +235,6 @@ def test_matrix_product(name: str, dtype: torch.dtype, k: int) -> None:
     assert torch.equal(d, a.float() @ b.float())
 
 
-@pytest.mark.prove
 def test_wrong_triton_kernels_are_caught() -> None:
     """tests/ptx/wrong_triton_kernels.py, where Triton compiles."""
     assert "passed" in session.run(["tests/ptx/wrong_triton_kernels.py"])[0]
