@@ -1,20 +1,24 @@
 """Backends under test, on whatever machine this is.
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in the host emulation of the
-same .cu sources, both on CPU tensors. With `--device cuda` everything runs on the GPU.
+same .cu sources, both on CPU tensors. With `--device cuda` everything runs on the GPU. With `--device ptx` both run
+from what was compiled (tests/ptx), on CPU tensors again; Triton then needs TRITON_INTERPRET=0 in the environment.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors under test live")
+    places = ("cpu", "cuda", "ptx")
+    parser.addoption("--device", default="cpu", choices=places, help="where the tensors under test live")
+    parser.addoption("--launches", help="with --device ptx: a file for what every launch executed, a line each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
         if not torch.cuda.is_available():
             pytest.exit("--device cuda: torch sees no CUDA device", returncode=4)
-    return name
+    return "cpu" if name == "ptx" else name
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +56,24 @@ def emulated_core() -> object:
     return emulated_core()
 
 
+def from_ptx(request: pytest.FixtureRequest, backend: str) -> AbstractContextManager[None]:
+    from tests.ptx import launch
+
+    if backend not in launch.EXECUTED:
+        pytest.skip(f"{backend} has no PTX")
+    return launch.EXECUTED[backend](launch.recorder(request.config.getoption("--launches")))
+
+
 @pytest.fixture
 def core(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType | None]:
-    """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU."""
+    """Backend "cuda" at work: the emulated core, serving CPU tensors; None on a GPU, and for kernels run from PTX."""
     from tests.emulator.build import launches
     from wavemix_kernels import backends
 
+    if request.config.getoption("--device") == "ptx":
+        with from_ptx(request, "cuda"):
+            yield None
+        return
     if device == "cuda":
         if (reason := backends.cuda_why_not()) is not None:
             pytest.skip(f"cuda: {reason}")
@@ -76,6 +92,10 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     from wavemix_kernels import backends
 
     name = request.param
+    if request.config.getoption("--device") == "ptx":
+        with from_ptx(request, name):
+            yield name
+        return
     if name == "cpu" and device != "cpu":
         pytest.skip("the CPU kernels take CPU tensors")
     if name == "cuda" and device == "cpu":

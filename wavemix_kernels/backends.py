@@ -30,6 +30,7 @@ class _State:
     """Process-wide like torch.backends' flags: a plain attribute is what torch.compile can guard on."""
 
     requested: str = "auto"
+    triton_on_cpu: bool = False
 
 
 def _checked(name: str, source: str) -> str:
@@ -172,9 +173,10 @@ def triton_why_not(*tensors: Tensor) -> str | None:
     """Probe of the Triton kernels: Triton there, a GPU it serves (or its interpreter), a dtype they have."""
     if (reason := triton_reason()) is not None:
         return reason
-    devices = ("cpu", "cuda") if triton_interpreted() else ("cuda",)
+    on_cpu = triton_interpreted() or _State.triton_on_cpu
+    devices = ("cpu", "cuda") if on_cpu else ("cuda",)
     on_gpu = bool(tensors) and tensors[0].is_cuda
-    if not on_gpu and not triton_interpreted() and not torch.cuda.is_available():
+    if not on_gpu and not on_cpu and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     for t in tensors:
         if t.device.type not in devices:
@@ -213,3 +215,14 @@ def emulated_cuda(core: Any) -> Iterator[None]:
         yield
     finally:
         _native.cuda_core, _native.cuda_device_type = previous
+
+
+@contextmanager
+def executed_triton() -> Iterator[None]:
+    """Serves backend ``"triton"`` on CPU tensors, for tests that replace ``Launch.run``
+    (wavemix_kernels/ops/common/triton_launch.py)."""
+    previous, _State.triton_on_cpu = _State.triton_on_cpu, True
+    try:
+        yield
+    finally:
+        _State.triton_on_cpu = previous

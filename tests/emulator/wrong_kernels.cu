@@ -1,4 +1,5 @@
-// Kernels that are wrong on purpose, each with its right twin: the emulator must reject the one and pass the other.
+// Kernels that are wrong on purpose, each with its right twin: the emulator, and the executor of their PTX (tests/ptx),
+// must reject the one and pass the other.
 // Right ones write output[i] = input[i] + input[(i + 1) % count].
 #include <map>
 #include <stdexcept>
@@ -20,14 +21,14 @@ std::map<std::string, std::pair<Kernel, Kernel>>& kernels() {
 // Begins the body of a kernel and of its twin, `i` the thread, and enters both in the table.
 #define KERNEL(name)                                                                                 \
   template <bool wrong>                                                                              \
-  void name##_of(const float* input, float* output, int count, int i);                               \
+  __device__ void name##_of(const float* input, float* output, int count, int i);                    \
   template <bool wrong>                                                                              \
   __global__ void name(const float* input, float* output, int count) {                               \
     name##_of<wrong>(input, output, count, static_cast<int>(threadIdx.x));                           \
   }                                                                                                  \
   const bool name##_entered = kernels().emplace(#name, std::pair{&name<false>, &name<true>}).second; \
   template <bool wrong>                                                                              \
-  void name##_of([[maybe_unused]] const float* input, float* output, [[maybe_unused]] int count, int i)
+  __device__ void name##_of([[maybe_unused]] const float* input, float* output, [[maybe_unused]] int count, int i)
 
 KERNEL(global_out_of_bounds) {
   const int next = wrong ? i + 1 : (i + 1) % count;  // the last thread reads one past the end
@@ -38,9 +39,11 @@ KERNEL(global_misaligned) {
   const int first = i / 4 * 4, part = i % 4;
   const float4 own = *reinterpret_cast<const float4*>(input + first);
   const float mine = part == 0 ? own.x : part == 1 ? own.y : part == 2 ? own.z : own.w;
-  // A whole word at an odd element: the device would trap.
-  const float next =
-      wrong ? reinterpret_cast<const float4*>(input + first + 1 - 4 * (first > 0))->x : input[(i + 1) % count];
+  float next = input[(i + 1) % count];
+  if (wrong) {  // a whole word at an odd element: the device would trap
+    const float4 odd = *reinterpret_cast<const float4*>(input + first + 1 - 4 * (first > 0));
+    next = part == 0 ? odd.x : part == 1 ? odd.y : part == 2 ? odd.z : odd.w;
+  }
   output[i] = mine + next;
 }
 

@@ -1,0 +1,293 @@
+"""Instructions that compute: for each opcode and its types, what it reads, and a NumPy function of all threads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tests.ptx.memory import UINT, Array
+from tests.ptx.parser import SIZES, Instruction
+
+F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
+
+
+def numpy_type(name: str) -> type:
+    """Of a type's name in PTX; bfloat16 is its bits, and so are packed pairs."""
+    if name == "pred":
+        return np.bool_
+    if name in ("f16", "f32", "f64"):
+        return {"f16": np.float16, "f32": F32, "f64": F64}[name]
+    bits = name.removeprefix("bf").removeprefix("tf").lstrip("busf")
+    size = 4 if name == "tf32" else SIZES[bits]
+    return {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[size] if name[0] == "s" else UINT[size]
+
+
+def is_type(name: str) -> bool:
+    return name == "pred" or (name.lstrip("busft") in SIZES and name[0] in "busft")
+
+
+# --- Floating point ----------------------------------------------------------------------------------------------
+
+
+def from_bf16(bits: Array) -> Array:
+    return (bits.astype(U32) << U32(16)).view(F32)
+
+
+def to_bf16(x: Array) -> Array:
+    """To nearest, ties to even."""
+    bits = x.view(U32)
+    rounded = (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)
+    return np.where(np.isnan(x), U32(0x7FFF), rounded).astype(U16)
+
+
+def to_tf32(x: Array) -> Array:
+    """To nearest, ties away from zero; infinities and NaN have no bits to round."""
+    bits = x.view(U32)
+    special = (bits & U32(0x7F800000)) == U32(0x7F800000)
+    return np.where(special, bits, (bits + U32(0x1000)) & U32(0xFFFFE000))
+
+
+def pair(high: Array, low: Array) -> Array:
+    return low.view(U16).astype(U32) | high.view(U16).astype(U32) << U32(16)
+
+
+def flushed(x: Array) -> Array:
+    return np.where(np.abs(x) < np.finfo(F32).tiny, np.copysign(F32(0), x), x)
+
+
+def fma32(a: Array, b: Array, c: Array) -> Array:
+    """The product is exact in float64."""
+    return (a.astype(F64) * b + c).astype(F32)
+
+
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    """Dekker's exact product, Knuth's exact sum; their errors are added at the end."""
+
+    def split(x: Array) -> tuple[Array, Array]:
+        big = x * F64(134217729)
+        high = big - (big - x)
+        return high, x - high
+
+    product = a * b
+    (a1, a2), (b1, b2) = split(a), split(b)
+    error = a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
+    total = product + c
+    part = total - product
+    error = error + ((product - (total - part)) + (c - part))
+    return np.where(np.isfinite(error), total + error, total)
+
+
+# --- Integers ----------------------------------------------------------------------------------------------------
+
+
+def divide(a: Array, b: Array) -> Array:
+    """Towards zero; by zero all bits are set, as on the chips."""
+    safe = np.where(b == 0, b.dtype.type(1), b)
+    quotient = a // safe
+    if a.dtype.kind == "i":
+        quotient = quotient + ((a % safe != 0) & ((a < 0) != (safe < 0)))
+    return np.where(b == 0, ~np.zeros_like(quotient), quotient)
+
+
+def remainder(a: Array, b: Array) -> Array:
+    return np.where(b == 0, a, a - divide(a, b) * b)
+
+
+def high_product(a: Array, b: Array) -> Array:
+    if a.itemsize < 8:
+        wide = np.int64 if a.dtype.kind == "i" else U64
+        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    half, low = U64(32), U64(0xFFFFFFFF)
+    x, y = a.view(U64), b.view(U64)
+    (x1, x0), (y1, y0) = ((v >> half, v & low) for v in (x, y))
+    middle = x1 * y0 + ((x0 * y0) >> half)
+    other = x0 * y1 + (middle & low)
+    result = x1 * y1 + (middle >> half) + (other >> half)
+    if a.dtype.kind == "i":
+        result = result - np.where(a < 0, y, U64(0)) - np.where(b < 0, x, U64(0))
+    return result.view(a.dtype)
+
+
+def field_extract(a: Array, position: Array, length: Array) -> Array:
+    bits = 8 * a.itemsize
+    position, length = (np.minimum(v & U32(255), bits).astype(np.int64) for v in (position, length))
+    length = np.minimum(length, bits - position)
+    up = bits - position - length
+    shifted = (a << up.astype(a.dtype)) >> (bits - length).astype(a.dtype)
+    return np.where(length == 0, a.dtype.type(0), shifted)
+
+
+def field_insert(a: Array, b: Array, position: Array, length: Array) -> Array:
+    one, bits = U64(1), 8 * a.itemsize
+    position, length = ((v & U32(255)).astype(U64) for v in (position, length))
+    mask = (np.where(length >= 64, U64(0), one << length) - one) << position
+    out = (b.astype(U64) & ~mask) | ((a.astype(U64) << position) & mask)
+    return (out & U64(2**bits - 1)).astype(a.dtype)
+
+
+def permute(a: Array, b: Array, selector: Array) -> Array:
+    both = a.astype(U64) | b.astype(U64) << U64(32)
+    out = np.zeros(np.broadcast_shapes(both.shape, selector.shape), U32)
+    for i in range(4):
+        chosen = (selector >> U32(4 * i)) & U32(15)
+        byte = ((both >> ((chosen & U32(7)).astype(U64) * U64(8))) & U64(255)).astype(U32)
+        sign = np.where(byte & U32(128), U32(255), U32(0))
+        out |= np.where(chosen & U32(8), sign, byte) << U32(8 * i)
+    return out
+
+
+def funnel(low: Array, high: Array, by: Array, left: bool, wraps: bool) -> Array:
+    """A word out of two that are shifted together."""
+    both = high.astype(U64) << U64(32) | low.astype(U64)
+    by = (by & U32(31) if wraps else np.minimum(by, U32(32))).astype(U64)
+    return (((both << by) >> U64(32)) if left else both >> by).astype(U32)
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+_COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+_UNARY = {
+    "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": lambda x: F32(1) / x,
+    "rsqrt": lambda x: F32(1) / np.sqrt(x), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos,
+    "tanh": np.tanh, "mov": lambda x: x, "cvta": lambda x: x,
+}  # fmt: skip
+_BINARY = {
+    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "rem": remainder,
+}  # fmt: skip
+#: What the chips' classes of work are; everything else is integer work.
+MUFU = ("rcp", "rsqrt", "sqrt", "ex2", "lg2", "sin", "cos", "tanh")
+
+
+def work(made: Instruction) -> str:
+    """The class in which an instruction is counted."""
+    code, kind = made.opcode, made.modifiers[-1] if made.modifiers else ""
+    if code in ("ld", "st", "ldmatrix", "atom", "red", "cp"):
+        return "load/store"
+    if code in ("bar", "barrier"):
+        return "barrier"
+    if code in ("mma", "shfl", "redux", "bra", "ret"):
+        return {"mma": "tensor", "shfl": "shuffle", "redux": "shuffle"}.get(code, "branch")
+    if code in MUFU or (code == "div" and kind.startswith("f")):
+        return "MUFU"
+    if code in ("add", "sub", "mul", "fma", "min", "max", "neg", "abs") and kind[0] == "f":
+        return "FMA"
+    return {"mov": "move", "cvt": "convert"}.get(code, "integer")
+
+
+@functools.cache
+def meaning(code: str, words: tuple[str, ...]) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+    """(types of the sources, of the result, the function); None for what does not compute."""
+    types = [word for word in words if is_type(word)]
+    kinds = [numpy_type(word) for word in types]
+    found = _meaning(code, words, types, kinds)
+    if found is None or "ftz" not in words or code == "cvt":
+        return found
+    function = found[2]
+    flush = [flushed if kind is F32 else (lambda x: x) for kind in (*found[0], found[1])]
+
+    def with_flush(*sources: Array) -> Array:
+        return flush[-1](function(*(f(x) for f, x in zip(flush, sources, strict=False))))
+
+    return found[0], found[1], with_flush
+
+
+def _meaning(
+    code: str, words: tuple[str, ...], types: list[str], kinds: list[type]
+) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+    kind = kinds[-1] if kinds else U32
+    floating = np.issubdtype(kind, np.floating)
+    if code == "cvt":
+        return _convert(words, types, kinds)
+    if any("bf16" in t or "x2" in t for t in types):
+        return None
+    if code == "setp":
+        return [kind, kind], np.bool_, _comparison(words[0], floating)
+    if code == "selp":
+        return [kind, kind, np.bool_], kind, lambda a, b, p: np.where(p, a, b)
+    if code in ("shl", "shr"):
+        shift = np.left_shift if code == "shl" else np.right_shift
+        most = kind(8 * np.dtype(kind).itemsize)  # NumPy's shifts by a word's width and more are PTX's
+        return [kind, U32], kind, lambda a, n: shift(a, np.minimum(n, U32(most)).astype(kind))
+    if code in ("min", "max"):
+        quiet = (np.fmin if code == "min" else np.fmax) if floating and "NaN" not in words else None
+        return [kind, kind], kind, quiet or (np.minimum if code == "min" else np.maximum)
+    if code in ("mul", "mad", "fma"):
+        return _product(code, words, kind, floating)
+    if code == "div":
+        return [kind, kind], kind, np.divide if floating else divide
+    if code in ("bfe", "bfi"):
+        plain = [kind] if code == "bfe" else [kind, kind]
+        return [*plain, U32, U32], kind, field_extract if code == "bfe" else field_insert
+    if code == "prmt":
+        return [U32] * 3, U32, permute
+    if code == "shf":
+        left, wraps = words[0] == "l", words[1] == "wrap"
+        return [U32] * 3, U32, lambda low, high, by: funnel(low, high, by, left, wraps)
+    if code in _UNARY:
+        return [kind], kind, _UNARY[code]
+    if code in _BINARY:
+        return [kind, kind], kind, _BINARY[code]
+    return None
+
+
+def _comparison(word: str, floating: bool) -> Callable[..., Array]:
+    if floating and word.endswith("u") and word[:-1] in _COMPARE:
+        ordered = _COMPARE[word[:-1]]
+        return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
+    if floating and word == "ne":
+        return lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)
+    return _COMPARE[word]
+
+
+def _product(
+    code: str, words: tuple[str, ...], kind: type, floating: bool
+) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+    if code == "fma":
+        return {F32: ([F32] * 3, F32, fma32), F64: ([F64] * 3, F64, fma64)}.get(kind)
+    if "wide" in words:
+        wide = {np.int16: np.int32, U16: U32, np.int32: np.int64, U32: U64}[kind]
+        if code == "mul":
+            return [kind, kind], wide, lambda a, b: a.astype(wide) * b.astype(wide)
+        return [kind, kind, wide], wide, lambda a, b, c: a.astype(wide) * b.astype(wide) + c
+    multiply = high_product if "hi" in words else np.multiply
+    if code == "mul":
+        return [kind, kind], kind, multiply
+    return None if floating else ([kind] * 3, kind, lambda a, b, c: multiply(a, b) + c)
+
+
+def _convert(
+    words: tuple[str, ...], types: list[str], kinds: list[type]
+) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+    """cvt.to.from; rounding to an integer is by `rni`, `rzi`, `rmi` or `rpi`."""
+    (to, source), (kind, of) = types, kinds
+    if "sat" in words:
+        return None
+    if to in ("f16x2", "bf16x2"):
+        narrow = to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16)
+        return [of, of], U32, lambda high, low: pair(narrow(high), narrow(low))
+    if to == "tf32":
+        return ([of], U32, to_tf32) if "rna" in words else None
+    if to == "bf16":
+        return ([of], U16, to_bf16) if source == "f32" and "rn" in words else None
+    if source == "bf16":
+        return ([of], F32, from_bf16) if to == "f32" else None
+    from_float, to_float = source[0] == "f", to[0] == "f"
+    if from_float and not to_float:
+        by = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+        rounding = next(by[word] for word in words if word in by)
+        limits = np.iinfo(kind)
+
+        def to_integer(x: Array) -> Array:
+            inside = np.clip(rounding(np.nan_to_num(x.astype(F64), nan=0.0)), limits.min, limits.max)
+            top = inside >= float(limits.max)
+            return np.where(top, limits.max, np.where(top, 0, inside).astype(kind)).astype(kind)
+
+        return [of], kind, to_integer
+    if to_float and words[0] not in ("rn", to):
+        return None
+    return [of], kind, lambda x: x.astype(kind)

@@ -1,0 +1,256 @@
+"""Backends "triton" and "cuda" on CPU tensors, every launch run from its PTX."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ptx import build
+from tests.ptx.executor import launch
+from tests.ptx.memory import POISON, TAG_BITS, Counts, Global, Range
+from tests.ptx.parser import Kernel, Module
+from wavemix_kernels import backends
+from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.triton_launch import Launch
+
+ARCH = 80  # its instructions run on every later chip
+#: Told of each launch: what it executed.
+Met = Callable[[Counts], None]
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fills memory with what the executor takes for unwritten."""
+    storage = tensor.untyped_storage()
+    if tensor.dtype.itemsize > 1 and storage.nbytes() > 0:
+        held = (ctypes.c_uint16 * (storage.nbytes() // 2)).from_address(storage.data_ptr())
+        np.frombuffer(held, np.uint16)[:] = POISON
+    return tensor
+
+
+@contextmanager
+def unwritten() -> Iterator[None]:
+    """What `empty` returns counts as unwritten until a kernel, or torch, writes it."""
+    patch = pytest.MonkeyPatch()
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
+                        (Tensor, "new_empty_strided"), (layout, "empty")):  # fmt: skip
+        plain = getattr(owner, name)
+        patch.setattr(owner, name, functools.wraps(plain)(lambda *a, _plain=plain, **k: poison(_plain(*a, **k))))
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+class Ranges:
+    """The storages of tensors, each with a tag."""
+
+    def __init__(self) -> None:
+        self.by_pointer: dict[int, Range] = {}
+
+    def address(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        return self.tagged(tensor.data_ptr(), storage.data_ptr(), storage.nbytes(), tensor.dtype.itemsize)
+
+    def tagged(self, address: int, start: int, size: int, itemsize: int) -> int:
+        """An address in the storage at `start`; null stays null."""
+        if start == 0:
+            return 0
+        found = self.by_pointer.get(start)
+        if found is None:
+            found = Range(len(self.by_pointer) + 1, start, size, itemsize)
+            self.by_pointer[start] = found
+        elif itemsize < found.itemsize:
+            found.grain(itemsize)
+        return address + (found.start >> TAG_BITS << TAG_BITS)
+
+    def memory(self) -> Global:
+        return Global(list(self.by_pointer.values()))
+
+
+# --- Triton --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _module(ptx: str) -> Module:
+    return Module(ptx)
+
+
+def run_triton(given: Launch, met: Met) -> None:
+    """One launch: compiled as on a GPU of that architecture, then executed."""
+    if 0 in given.grid:
+        return
+    binary = given.kernel.warmup(*given.args, grid=given.grid, **given.constants)
+    module = _module(binary.asm["ptx"])
+    (name,) = module.names()
+    values = dict(zip(given.kernel.arg_names, given.args, strict=False)) | given.constants
+    ranges = Ranges()
+    passed = list(_flat([(kind, values[n]) for n, kind in binary.src.signature.items()]))
+    parameters = _packed(module.kernel(name), passed, ranges)
+    threads = 32 * given.constants["num_warps"]
+    counts = launch(module, name, given.grid, threads, binary.metadata.shared, parameters, ranges.memory())
+    met(replace(counts, kernel=kernel_name(given)))
+
+
+def kernel_name(given: Launch) -> str:
+    """Of a Triton kernel: its module, its name and the narrowest floating-point type that it is given."""
+    dtypes = [t.dtype for t in given.args if isinstance(t, Tensor) and t.is_floating_point()]
+    function = given.kernel.fn
+    return f"{function.__module__}.{function.__name__} {str(min(dtypes, key=lambda d: d.itemsize))[6:]}"
+
+
+def _flat(passed: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """(type, value) of what is passed; tuples are taken apart, and constants are in the code."""
+    for kind, value in passed:
+        if isinstance(kind, tuple):
+            yield from _flat(list(zip(kind, value, strict=True)))
+        elif kind != "constexpr":
+            yield kind, value
+
+
+def _packed(kernel: Kernel, passed: list[tuple[str, Any]], ranges: Ranges) -> bytes:
+    """In the order of the PTX's parameters; Triton's own scratch pointers behind ours are null."""
+    out = bytearray(sum(v.size + 16 for v in kernel.parameters.values()))
+    for (kind, value), variable in zip(passed, kernel.parameters.values(), strict=False):
+        if isinstance(value, Tensor):
+            value = ranges.address(value)
+        if kind in ("fp32", "fp64"):
+            data = struct.pack("<f" if kind == "fp32" else "<d", value)
+        else:
+            data = (int(value) % (1 << 8 * variable.size)).to_bytes(variable.size, "little")
+        assert len(data) == variable.size, f"{kernel.name}: {variable.name} has {variable.size} bytes, {kind} passed"
+        at = kernel.parameter_offsets[variable.name]
+        out[at : at + variable.size] = data
+    return bytes(out)
+
+
+@contextmanager
+def executed_triton(met: Met) -> Iterator[None]:
+    """Serves backend "triton" on CPU tensors."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    driver.set_active(SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", ARCH, 32),
+    ))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, backends.executed_triton(), unwritten():
+        patch.setenv("TRITON_CACHE_DIR", str(build.FOLDER / "triton"))
+        patch.setattr(CUDABackend, "make_cubin", lambda *args: b"not assembled")
+        patch.setattr(Launch, "run", lambda self, like: run_triton(self, met))
+        yield
+
+
+# --- CUDA ----------------------------------------------------------------------------------------------------------
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+class Core:
+    """A module with kernels, whose launches run from PTX. Its functions take addresses of `ranges`, which they get with
+    tags; `recorded` says where tensors are."""
+
+    def __init__(self, built: build.Built, met: Met) -> None:
+        self._module, self._met = built.module, met
+        self._kernels = {
+            name: module for text in built.ptx.values() for module in [_module(text)] for name in module.names()
+        }
+        self._storages: dict[int, tuple[int, int]] = {}
+        self._ranges = Ranges()
+        self._error: bytes = b""
+        self._callback = _CALLBACK(self._launch)
+        library = ctypes.CDLL(built.module.__file__)
+        library.wavemix_on_launch.argtypes = [_CALLBACK]
+        library.wavemix_on_launch(self._callback)
+
+    def record(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        for other, (length, _) in list(self._storages.items()):  # freed meanwhile
+            if other < start + size and start < other + length:
+                del self._storages[other]
+        self._storages[start] = (size, tensor.dtype.itemsize)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return functools.partial(self._call, value) if callable(value) else value
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        self._ranges = Ranges()
+        return function(*map(self._tagged, arguments), **{n: self._tagged(v) for n, v in named.items()})
+
+    def _tagged(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._tagged(v) for v in value]
+        if type(value) is int and value > 1 << 32:
+            for start, (size, itemsize) in self._storages.items():
+                if start <= value < start + size:
+                    return self._ranges.tagged(value, start, size, itemsize)
+        return value
+
+    def _launch(self, name: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int | None:
+        try:
+            module = self._kernels[name.decode()]
+            kernel = module.kernel(name.decode())
+            parameters = bytearray()
+            for i, variable in enumerate(kernel.parameters.values()):
+                parameters = parameters.ljust(kernel.parameter_offsets[variable.name], b"\0")
+                parameters += ctypes.string_at(arguments[i], variable.size)
+            sizes = tuple(grid[axis] for axis in range(3))
+            counts = launch(module, name.decode(), sizes, threads, shared, bytes(parameters), self._ranges.memory())
+            self._met(counts)
+        except Exception as error:  # noqa: BLE001 (an exception cannot pass through the host code; the message can)
+            self._error = f"{type(error).__name__}: {error}".encode()
+            return ctypes.cast(ctypes.c_char_p(self._error), ctypes.c_void_p).value
+        return None
+
+
+@contextmanager
+def recorded(core: Core) -> Iterator[None]:
+    """Tells the core of every tensor whose address is asked for."""
+    plain = Tensor.data_ptr
+
+    def data_ptr(tensor: Tensor) -> int:
+        core.record(tensor)
+        return plain(tensor)
+
+    with pytest.MonkeyPatch.context() as patch, unwritten():
+        patch.setattr(Tensor, "data_ptr", data_ptr)
+        yield
+
+
+@contextmanager
+def executed_cuda(met: Met) -> Iterator[None]:
+    """Serves backend "cuda" on CPU tensors."""
+    core = Core(build.core(), met)
+    with recorded(core), backends.emulated_cuda(core):
+        yield
+
+
+EXECUTED: dict[str, Callable[[Met], AbstractContextManager[None]]] = {"triton": executed_triton, "cuda": executed_cuda}
+
+
+def recorder(file: str | None) -> Met:
+    """Adds a line of JSON for every launch."""
+
+    def met(counts: Counts) -> None:
+        if file is not None:
+            with open(file, "a") as lines:
+                lines.write(json.dumps(asdict(counts)) + "\n")
+
+    return met

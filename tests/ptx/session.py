@@ -1,0 +1,36 @@
+"""Test sessions of their own in which kernels run from PTX: Triton's do not compile where its interpreter is on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.aot.table import ROOT
+
+
+def run(files: Sequence[str], expression: str = "") -> tuple[str, list[dict[str, Any]]]:
+    """pytest on `files` with `--device ptx`: (its last line, what each launch executed). A test that fails, or is
+    skipped, fails here."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    with tempfile.TemporaryDirectory(prefix="wavemix-ptx-") as folder:
+        launches = Path(folder) / "launches.jsonl"
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:xdist", "--device=ptx"),
+            *(f"--launches={launches}", *files, *(["-k", expression] if expression else [])),
+        ]
+        environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+        if done.returncode != 0 or "skipped" in last:
+            pytest.fail(f"{' '.join(command)}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}", pytrace=False)
+        lines = launches.read_text().splitlines() if launches.is_file() else []
+        return last, [json.loads(line) for line in lines]

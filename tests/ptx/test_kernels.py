@@ -1,0 +1,93 @@
+"""Every kernel of the package run from its PTX, held to the contracts of tests/ops: Triton's and nvcc's, forward and
+backward, in every dtype that they serve."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from tests.aot.table import ROOT
+from tests.ptx import build, session
+from tests.ptx.parser import Module
+
+pytestmark = pytest.mark.prove
+
+
+class Session(NamedTuple):
+    """Tests of tests/ops/test_<family>.py and of `more` files; all kernels of these Triton modules, or .cu files, have
+    to run."""
+
+    tests: str
+    kernels: tuple[str, ...]
+    more: tuple[str, ...] = ()
+
+
+OUTPUTS, FORMS = "tests/kernels/test_haar_outputs.py", "tests/ptx/cuda_forms.py"
+TRITON_FORMS = "tests/ptx/triton_forms.py"
+HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
+#: By family and backend, the longest first.
+SESSIONS = {
+    "deconv-triton": Session(
+        "triton and (contract or wide or many_parts)", ("deconv.triton", "deconv.triton_backward"), (TRITON_FORMS,)
+    ),
+    "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
+    "reduce_haar-triton": Session(
+        "triton and (contract or test_gradients or tf32) and not every_order and not only_when",
+        ("reduce_haar.triton", "reduce_haar.triton_backward"),
+        (TRITON_FORMS,),
+    ),
+    "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward")),
+    "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
+    "reduce_haar-cuda": Session(
+        "cuda and (contract or test_gradients or widths) or tf32_only", ("reduce_haar",), (FORMS,)
+    ),
+    "pre_norm-triton": Session("triton and not empty", ("norm.triton_pre_norm",)),
+    "patm-triton": Session(
+        "triton and contract", ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")
+    ),
+    "patm-cuda": Session(
+        "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
+    ),
+    "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
+}
+
+
+@functools.cache
+def triton_kernels() -> list[str]:
+    """`module.kernel dtype` of the compile tables; bfloat16 wherever float16 is."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    command, environment = [sys.executable, "-m", "tests.ptx.tables"], os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    rows = done.stdout.split("\n")[:-1]
+    return sorted({*rows, *(row.replace(" float16", " bfloat16") for row in rows)})
+
+
+def expected(name: str) -> set[str]:
+    if name.endswith("triton"):
+        prefixes = [f"wavemix_kernels.ops.{module}." for module in SESSIONS[name].kernels]
+        return {row for row in triton_kernels() if row.rpartition(".")[0] + "." in prefixes}
+    return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_kernels_run_from_ptx(name: str) -> None:
+    wanted = expected(name)  # or skips
+    family, one = name.split("-")[0], SESSIONS[name]
+    last, launches = session.run([f"tests/ops/test_{family}.py", *one.more], one.tests)
+    met = {launch["kernel"] for launch in launches}
+    print(f"{name}: {len(met)} kernels, {len(launches)} launches, {last}")
+    assert wanted - met == set(), f"{len(wanted - met)} of {len(wanted)} kernels were never run"
+
+
+def test_no_kernel_is_left_out() -> None:
+    """The sessions answer for every Triton kernel of the compile tables, and for every .cu file."""
+    answered = {name: expected(name) for name in SESSIONS}
+    assert set().union(*(rows for name, rows in answered.items() if name.endswith("triton"))) == set(triton_kernels())
+    sources = {source for name, one in SESSIONS.items() if name.endswith("cuda") for source in one.kernels}
+    assert sources == set(build.core().ptx)
+    assert all(answered.values())
