@@ -1,0 +1,65 @@
+"""The programs that compile and disassemble, and the folder that keeps what they made."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "predict"
+
+
+class Missing(RuntimeError):
+    """A program that predictions need is not here; the message says which, and how to get it."""
+
+
+def program(name: str) -> str:
+    """``cuobjdump`` or ``nvdisasm``: on PATH, or as Triton's package carries it.
+
+    Raises:
+        Missing: neither has it.
+    """
+    if (found := shutil.which(name)) is not None:
+        return found
+    if (triton := importlib.util.find_spec("triton")) is not None:
+        for place in triton.submodule_search_locations or []:
+            if (path := Path(place) / "backends/nvidia/bin" / name).is_file():
+                return str(path)
+    raise Missing(f"{name} is neither on PATH nor in a triton package: pip install triton, or the CUDA toolkit")
+
+
+def run(command: Iterable[object], **options: object) -> str:
+    """What a program printed, errors included.
+
+    Raises:
+        Missing: it failed; the message has its last words.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if done.returncode != 0:
+        raise Missing(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout + done.stderr
+
+
+def key(files: Iterable[Path], *versions: object) -> str:
+    """Changes with any of the files, their names and the versions."""
+    digest = hashlib.sha256(repr(versions).encode())
+    for file in sorted(files):
+        digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """The cache folder, for one process at a time under this name."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield CACHE
