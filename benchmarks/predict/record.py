@@ -159,7 +159,7 @@ class _Recorder(TorchDispatchMode):
                     return func.redispatch(_KEYS, *args, **kwargs)
             finally:
                 self.step.operators.pop()
-        if func._can_decompose():  # below autograd the library's composites arrive whole
+        if func.namespace == "aten" and func._can_decompose():  # below autograd the library's composites arrive whole
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -179,7 +179,8 @@ class _Recorder(TorchDispatchMode):
 
 def _asked_by_us() -> bool:
     """Whether the caller's caller is a module of this package."""
-    return sys._getframe(2).f_globals.get("__name__", "").startswith(_OURS)
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name.startswith(_OURS) and not name.startswith(f"{_OURS}.benchmarks")
 
 
 @contextmanager

@@ -1,0 +1,267 @@
+"""What a launch asks of a chip: instructions by unit, bytes by tensor, and how long a warp alone would take."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from .chips import Chip
+from .compiled import Compiled, compiled
+from .execute import Trace, trace
+from .record import Array, Launch
+from .sass import Instruction, Kernel
+
+SECTOR = 32  # bytes that device memory and L2 move at least
+_STEPS = 500_000  # instructions that one profile may follow
+#: Clocks from an instruction to its result, where no unit has a queue (microbenchmarks of sm_80 and sm_90).
+_LATENCY = {
+    "fp32": 4,
+    "imad": 5,
+    "alu": 5,
+    "fp64": 8,
+    "mufu": 20,
+    "shared": 28,
+    "tensor": 33,
+    "barrier": 20,
+    "other": 8,
+}
+_L2_CLOCKS = 280
+_REUSED = 4  # a tensor that is read so often, on average, is found in L2
+
+
+@dataclass
+class Profile:
+    """Of one warp on average, if not said otherwise.
+
+    Attributes:
+        counts: instructions by class (:data:`benchmarks.predict.sass.CLASSES`).
+        shared_clocks: clocks of a multiprocessor's shared memory and first-level cache, without bank conflicts.
+        warp_flops, flops: of tensor cores, by mma.sync and by the chip's own matrix instruction.
+        loaded, stored: bytes of the whole launch by tensor's address, in sectors.
+        dram: bytes of the whole launch that device memory moves.
+        clocks: of one warp that has the multiprocessor for itself.
+        flight: bytes that a thread has on the way, on average over its time.
+        guessed: branches that data decide.
+    """
+
+    compiled: Compiled
+    counts: Counter[str] = field(default_factory=Counter)
+    shared_clocks: float = 0.0
+    warp_flops: float = 0.0
+    flops: float = 0.0
+    loaded: dict[int, float] = field(default_factory=dict)
+    stored: dict[int, float] = field(default_factory=dict)
+    dram: float = 0.0
+    clocks: float = 0.0
+    guessed: int = 0
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.counts.values())
+
+    @property
+    def sectors(self) -> float:
+        """Bytes between L2 and the multiprocessors."""
+        return sum(self.loaded.values()) + sum(self.stored.values())
+
+
+class _Arrays:
+    """Finds the tensor that an address belongs to."""
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        largest: dict[int, Array] = {}
+        for array in arrays:
+            if array.address not in largest or array.bytes > largest[array.address].bytes:
+                largest[array.address] = array
+        self.by_address = dict(sorted(largest.items()))
+        self._starts = list(self.by_address)
+
+    def of(self, address: int | None) -> int | None:
+        """Its address, or None."""
+        if address is None:
+            return None
+        i = bisect.bisect_right(self._starts, address) - 1
+        return self._starts[i] if i >= 0 else None
+
+
+def _samples(blocks: int, warps: int) -> Iterator[tuple[int, int]]:
+    """Blocks in the midst of the grid and warps of both ends, the most typical first."""
+    for block in dict.fromkeys((blocks // 2, blocks // 3, min(7 * blocks // 9 + 1, blocks - 1))):
+        for warp in dict.fromkeys((0, warps - 1)):
+            yield block, warp
+
+
+def profile(launch: Launch, chip: Chip) -> Profile:
+    """Follows some warps of a launch through its machine code.
+
+    Raises:
+        execute.NotUnderstood: its way could not be followed.
+        tools.Missing: a compiler is missing.
+    """
+    made = compiled(launch, chip)
+    result, arrays = Profile(made), _Arrays(launch.arrays)
+    warps = -(-made.threads // 32)
+    loaded: dict[int, float] = defaultdict(float)
+    stored: dict[int, float] = defaultdict(float)
+    paths: list[Trace] = []
+    steps = 0
+    for block, warp in _samples(made.blocks, warps):
+        lanes = _lanes(made, block, warp, steps)
+        if not lanes:
+            break
+        steps += sum(len(lane.path) for lane in lanes)
+        longest = max(lanes, key=lambda lane: len(lane.path))
+        paths.append(longest)
+        _count(made.kernel, longest, result, chip)
+        _touch(made.kernel, lanes, 32 / len(lanes), arrays, loaded, stored)
+    n = len(paths)
+    for name in result.counts:
+        result.counts[name] /= n  # type: ignore[assignment]
+    result.shared_clocks, result.warp_flops, result.flops = (
+        value / n for value in (result.shared_clocks, result.warp_flops, result.flops)
+    )
+    result.guessed = sum(sum(path.guessed.values()) for path in paths)
+    whole = made.blocks * warps / n
+    result.loaded = {at: value * whole for at, value in loaded.items()}
+    result.stored = {at: value * whole for at, value in stored.items()}
+    result.dram = sum(
+        _from_memory(value, arrays.by_address[at].bytes)
+        for side in (result.loaded, result.stored) for at, value in side.items()
+    )  # fmt: skip
+    reused = {
+        at for at, value in result.loaded.items() if value >= _REUSED * max(arrays.by_address[at].bytes, 1)
+    }  # fmt: skip
+    result.clocks = sum(_alone(made.kernel, path, arrays, reused, chip) for path in paths) / n
+    return result
+
+
+def _from_memory(touched: float, footprint: int) -> float:
+    """Bytes of a tensor that device memory moves: each once, however often it is asked for; a part of it if only a
+    part was asked for, which half of it is taken for an uneven sample of."""
+    return footprint if touched > 0.5 * footprint else touched
+
+
+def _lanes(made: Compiled, block: int, warp: int, steps: int) -> list[Trace]:
+    x, y, _ = made.grid
+    at = block % x, block // x % y, block // (x * y)
+    first = trace(made.kernel, made.constants, at, 32 * warp, made.grid)
+    if steps and steps + 2 * len(first.path) > _STEPS:
+        return []
+    lanes = [first]
+    every = next((n for n in (1, 2, 4, 8, 16) if 32 // n * len(first.path) <= _STEPS), 32)
+    # Neighbours, so that sectors are seen whole.
+    count = min(32 // every, made.threads - 32 * warp)
+    for lane in range(1, count):
+        lanes.append(trace(made.kernel, made.constants, at, 32 * warp + lane, made.grid))
+    return lanes
+
+
+def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
+    shapes = dict(path.descriptors)
+    for position, i in enumerate(path.path):
+        instruction = kernel.code[i]
+        result.counts[instruction.kind] += 1
+        if position in path.skipped:
+            continue
+        if instruction.kind in ("shared", "load", "store"):
+            result.shared_clocks += _clocks_of_shared(instruction)
+        elif instruction.kind == "tensor":
+            own, flops = _flops(instruction, shapes.get(position), result.compiled.threads // 32)
+            if own:
+                result.flops += flops
+            else:
+                result.warp_flops += flops
+
+
+def _clocks_of_shared(instruction: Instruction) -> float:
+    if instruction.base == "SHFL":
+        return 1
+    if instruction.base == "LDSM":
+        return 4 if "4" in instruction.modifiers else 2 if "2" in instruction.modifiers else 1
+    return max(1.0, instruction.width * 32 / 128)
+
+
+def _flops(instruction: Instruction, descriptor: int | None, warps: int) -> tuple[bool, float]:
+    """Whether it is the chip's own matrix instruction (of groups of warps) and the FLOP of one warp's share."""
+    if instruction.base == "HMMA":
+        m, n, k = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}[
+            next(m for m in instruction.modifiers if m in ("16816", "1688", "1684"))
+        ]
+        return False, 2.0 * m * n * k
+    if match := re.search(r"(\d+)x(\d+)x(\d+)", instruction.op):
+        m, n, k = map(int, match.groups())
+        return True, 2.0 * m * n * k / 4
+    if descriptor is not None:  # PTX ISA, instruction descriptor of tcgen05.mma
+        n, m = (descriptor >> 17 & 63) * 8, (descriptor >> 24 & 31) * 16
+        return True, 2.0 * m * n * 16
+    return True, 0.0
+
+
+def _touch(
+    kernel: Kernel, lanes: list[Trace], scale: float, arrays: _Arrays,
+    loaded: dict[int, float], stored: dict[int, float],
+) -> None:  # fmt: skip
+    """Adds the bytes of the sectors that a warp touches, request by request."""
+    requests: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for lane in lanes:
+        seen: Counter[int] = Counter()
+        for position, address in lane.accesses:
+            i = lane.path[position]
+            seen[i] += 1
+            if address is not None:
+                width = kernel.code[i].width
+                requests[i, seen[i]].update(range(address // SECTOR, (address + width - 1) // SECTOR + 1))
+    for (i, _), sectors in requests.items():
+        at = arrays.of(min(sectors) * SECTOR + SECTOR - 1)
+        if at is not None:
+            side = stored if kernel.code[i].kind == "store" else loaded
+            side[at] += SECTOR * len(sectors) * scale
+
+
+def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip: Chip) -> float:
+    """Clocks of one warp: each instruction waits for its operands, copies to shared memory are waited for by group."""
+    memory = chip.latency * chip.clock
+    addresses = dict(path.accesses)
+    ready: dict[str, float] = {}
+    now, group, tensor = 0.0, 0.0, 0.0
+    groups: list[float] = []
+    flops_a_clock = chip.tensor_flops[next(iter(chip.tensor_flops))] / chip.sms / chip.clock
+    shapes = dict(path.descriptors)
+    for position, i in enumerate(path.path):
+        instruction = kernel.code[i]
+        now = max([now + 1, *(ready[r] for r in instruction.reads if r in ready)])
+        if position in path.skipped:
+            continue
+        if instruction.kind == "load":
+            latency = _L2_CLOCKS if arrays.of(addresses.get(position)) in reused else memory
+            if instruction.base == "LDGSTS":
+                group = max(group, now + latency)
+        elif instruction.base == "LDGDEPBAR":
+            groups.append(group)
+            group = 0.0
+            continue
+        elif instruction.base == "DEPBAR" or (instruction.base, "DEPBAR" in instruction.modifiers) == ("LDGSTS", True):
+            pending = next((int(t, 16) for t in instruction.operands[1:] if t.startswith("0x")), 0)
+            done = groups[: len(groups) - pending] if pending else groups
+            now = max([now, *done])
+            groups = groups[len(groups) - pending :] if pending else []
+            continue
+        elif instruction.kind == "tensor":
+            own, flops = _flops(instruction, shapes.get(position), 4)
+            if own:
+                tensor = max(tensor, now) + 4 * flops / flops_a_clock
+                continue
+            latency = _LATENCY["tensor"]
+        elif instruction.base == "WARPGROUP" or instruction.base == "SYNCS":
+            now = max(now, tensor) if "DEPBAR" in instruction.modifiers or instruction.base == "SYNCS" else now
+            latency = 0
+        else:
+            latency = _LATENCY.get(instruction.kind, 5)
+            if instruction.kind == "barrier" and instruction.base == "BAR":
+                now += latency
+        for register in instruction.writes:
+            ready[register] = now + latency
+    return now
