@@ -6,12 +6,13 @@ arithmetic is unknown, None, and so is all that follows from it.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Callable
 from typing import Any
 
-from .sass import Instruction
+from .sass import IS_PREDICATE, Instruction
 
 Value = int | None
 MASK = 0xFFFFFFFF
@@ -45,48 +46,63 @@ class Thread:
 
     def read(self, text: str, size: int = 4) -> Value:
         """A source: registers, constant bank or immediate; negated or complemented where it says so."""
-        text = text.replace(".reuse", "")
-        sign, text = (text[0], text[1:]) if text[0] in "-~" else ("", text)
-        if text.startswith("0x"):
-            value: Value = int(text, 16)
-        elif match := re.fullmatch(r"(U?R)(\d+)(?:\.\w+)*", text):
-            value = self.register(match[1], int(match[2]), size)
-        elif re.fullmatch(r"U?RZ(\.\w+)*|SRZ", text):
-            value = 0
-        elif text.startswith("c["):
-            value = self._bank(text, size)
-        else:  # a floating-point immediate, |x|, a descriptor
-            return None
+        sign, kind, content = _operand(text)
+        if kind == "register":
+            value = self.register(content, size)
+        elif kind == "bank":
+            base = 0 if content[0] is None else self.read(content[0])
+            value = None if base is None else self.constant(base + content[1], size)
+        else:
+            value = content
         if value is None or not sign:
             return value
         whole = 1 << 8 * size
         return whole - value if sign == "-" else value ^ (whole - 1)  # -0 is 2^32: its carry counts
 
-    def _bank(self, text: str, size: int) -> Value:
-        match = re.fullmatch(r"c\[0x0\]\[(?:(U?R\w+)(?:\.\w+)?\+?)?(-?0x[0-9a-f]+)?\]", text)
-        if match is None:
-            return None
-        base = self.read(match[1]) if match[1] else 0
-        return None if base is None else self.constant(base + int(match[2] or "0", 16), size)
-
-    def register(self, kind: str, number: int, size: int = 4) -> Value:
-        low = self.values.get(f"{kind}{number}")
+    def register(self, name: tuple[str, str], size: int = 4) -> Value:
+        """A register, or with the one behind it a value of 8 bytes."""
+        low = self.values.get(name[0])
         if size == 4 or low is None:
             return low
-        high = self.values.get(f"{kind}{number + 1}")
+        high = self.values.get(name[1])
         return None if high is None else high << 32 | low
 
     def write(self, text: str, value: Value, size: int = 4) -> None:
-        match = re.fullmatch(r"(U?R)(\d+)(?:\.\w+)*", text)
-        if match is None:
+        _, kind, content = _operand(text)
+        if kind != "register":
             return
-        for word in range(size // 4):
-            part = None if value is None else value >> 32 * word & MASK
-            self.values[f"{match[1]}{int(match[2]) + word}"] = part
+        if size == 4:
+            self.values[content[0]] = None if value is None else value & MASK
+            return
+        for word, name in enumerate(_run(content[0], size // 4)):
+            self.values[name] = None if value is None else value >> 32 * word & MASK
+
+
+@functools.cache
+def _run(name: str, count: int) -> tuple[str, ...]:
+    """A register and those behind it."""
+    kind, number = name[: name.index("R") + 1], int(name[name.index("R") + 1 :])
+    return tuple(f"{kind}{number + i}" for i in range(count))
+
+
+@functools.cache
+def _operand(text: str) -> tuple[str, str, Any]:
+    """Sign, kind and content: a register and the next one, (register or None, offset) of the constant bank, or a value.
+    Unknown are floating-point immediates, |x| and descriptors."""
+    text = text.replace(".reuse", "")
+    sign, text = (text[0], text[1:]) if text[0] in "-~" else ("", text)
+    if text.startswith("0x"):
+        return sign, "value", int(text, 16)
+    if match := re.fullmatch(r"(U?R\d+)(?:\.\w+)*", text):
+        return sign, "register", _run(match[1], 2)
+    if re.fullmatch(r"U?RZ(\.\w+)*|SRZ", text):
+        return sign, "value", 0
+    if match := re.fullmatch(r"c\[0x0\]\[(?:(U?R\w+)(?:\.\w+)?\+?)?(-?0x[0-9a-f]+)?\]", text):
+        return sign, "bank", (match[1], int(match[2] or "0", 16))
+    return sign, "value", None
 
 
 Action = Callable[[Thread], None]
-_IS_PREDICATE = re.compile(r"!?U?P(T|\d)")
 
 
 def _float_pair(high: str, low: str) -> Value:
@@ -115,24 +131,8 @@ def _lut(table: int, values: list[int], bits: int) -> int:
     return found & whole
 
 
-def _sources(instruction: Instruction) -> tuple[list[str], list[str], list[str]]:
-    """Predicates in front, result and sources, predicates behind."""
-    operands = list(instruction.operands)
-    front, back = [], []
-    result = []
-    if operands and not _IS_PREDICATE.fullmatch(operands[0]):
-        result = [operands.pop(0)]
-    while operands and _IS_PREDICATE.fullmatch(operands[0]):
-        front.append(operands.pop(0))
-    if not result and operands:
-        result = [operands.pop(0)]
-    while operands and _IS_PREDICATE.fullmatch(operands[-1]):
-        back.insert(0, operands.pop())
-    return front, result + operands, back
-
-
 def _add(instruction: Instruction, thread: Thread) -> None:
-    front, (result, *sources), back = _sources(instruction)
+    front, (result, *sources), back = instruction.parts
     size = 8 if "64" in instruction.modifiers else 4
     values = [thread.read(text, size) for text in sources]
     values += [_bit(thread, text) for text in back] if "X" in instruction.modifiers else []
@@ -153,7 +153,7 @@ def _sum(values: list[Value]) -> Value:
 
 
 def _imad(instruction: Instruction, thread: Thread) -> None:
-    front, (result, *sources), back = _sources(instruction)
+    front, (result, *sources), back = instruction.parts
     modifiers = instruction.modifiers
     wide = modifiers & {"WIDE", "HI"}
     a, b = (thread.read(text) for text in sources[:2])
@@ -178,16 +178,14 @@ def _imad(instruction: Instruction, thread: Thread) -> None:
 
 
 def _lea(instruction: Instruction, thread: Thread) -> None:
-    front, (result, *sources), back = _sources(instruction)
+    front, (result, *sources), back = instruction.parts
     modifiers = instruction.modifiers
     low, base = thread.read(sources[0].lstrip("-")), thread.read(sources[1])
     shift = int(sources[-1], 16) if sources[-1].startswith("0x") else thread.read(sources[-1])
     high: Value = 0
     if "HI" in modifiers:
-        if "SX32" in modifiers:
-            high = None if low is None else MASK * (low >> 31)
-        else:
-            high = thread.read(sources[2])
+        upper = None if low is None else MASK * (low >> 31)
+        high = upper if "SX32" in modifiers else thread.read(sources[2])
     total: Value = None
     if low is not None and base is not None and high is not None and shift is not None:
         value = (high << 32 | low) << shift
@@ -224,7 +222,7 @@ def _shift(instruction: Instruction, thread: Thread) -> None:
 
 
 def _logic(instruction: Instruction, thread: Thread) -> None:
-    front, (result, *sources), back = _sources(instruction)
+    front, (result, *sources), _ = instruction.parts
     table = int(sources[3], 16)
     values = [thread.read(text) for text in sources[:3]]
     known = [0 if value is None else value & MASK for value in values]
@@ -263,10 +261,7 @@ def _set_predicate(instruction: Instruction, thread: Thread) -> None:
             x, y = signed(x, 8 * size), signed(y, 8 * size)
         if "EX" in modifiers:
             before = thread.predicate(lower[0])
-            if x != y:
-                found = op == "NE" if op in ("EQ", "NE") else _compare(op, x, y)
-            else:
-                found = before
+            found = before if x == y else _compare(op, x, y)
         else:
             found = _compare(op, x, y)
     other = thread.predicate(combined)
@@ -291,7 +286,7 @@ def _select(instruction: Instruction, thread: Thread) -> None:
 
 
 def _minimum(instruction: Instruction, thread: Thread) -> None:
-    operands = [text for text in instruction.operands if not _IS_PREDICATE.fullmatch(text)]
+    operands = [text for text in instruction.operands if not IS_PREDICATE.fullmatch(text)]
     result, *sources = operands
     least = thread.predicate(instruction.operands[-1])
     values = [thread.read(text) for text in sources]
@@ -312,8 +307,8 @@ def _load_constant(instruction: Instruction, thread: Thread) -> None:
     text = instruction.operands[1]
     if instruction.modifiers & {"U8", "S8", "U16", "S16"}:
         size = 1 if instruction.modifiers & {"U8", "S8"} else 2
-        return thread.write(instruction.operands[0], thread._bank(text, size))
-    return thread.write(instruction.operands[0], thread._bank(text, size), max(size, 4))
+        return thread.write(instruction.operands[0], thread.read(text, size))
+    return thread.write(instruction.operands[0], thread.read(text, size), max(size, 4))
 
 
 def _special(instruction: Instruction, thread: Thread) -> None:
@@ -408,7 +403,7 @@ def _absolute(instruction: Instruction, thread: Thread) -> None:
 
 def _elect(instruction: Instruction, thread: Thread) -> None:
     for text in instruction.operands:
-        if _IS_PREDICATE.fullmatch(text) and text != "PT":
+        if IS_PREDICATE.fullmatch(text) and text != "PT":
             thread.predicates[text] = True
 
 
@@ -441,7 +436,7 @@ def step(instruction: Instruction, thread: Thread) -> None:
         action(instruction, thread)
         return
     for text in instruction.operands:  # unknown arithmetic: predicates and registers that it sets
-        if not _IS_PREDICATE.fullmatch(text):
+        if not IS_PREDICATE.fullmatch(text):
             break
         thread.predicates[text] = None
     for register in instruction.writes:

@@ -61,18 +61,17 @@ def predict(launch: Launch, chip: Chip) -> Prediction:
 
 def of_profile(found: Profile, launch: Launch, chip: Chip) -> Prediction:
     """:func:`predict` from what a launch asks for."""
-    made = found.compiled
-    warps = -(-made.threads // 32)
-    blocks = -(-made.blocks // chip.sms)  # of the multiprocessor with most
+    warps = found.warps
+    blocks = -(-found.blocks // chip.sms)  # of the multiprocessor with most
     dtype = next((a.dtype for a in launch.arrays if a.dtype in (torch.float16, torch.bfloat16)), torch.float32)
     bounds = {"memory": found.dram / chip.copy_bandwidth, "L2": found.sectors / chip.l2_bandwidth}
     clocks = _clocks(found, chip, dtype)
     bounds |= {name: blocks * warps * value / chip.clock for name, value in clocks.items()}
-    rounds = made.blocks / (chip.sms * made.resident(chip))
+    rounds = found.blocks / (chip.sms * found.resident)
     rounds = float(math.ceil(rounds)) if rounds < _EVEN else rounds + 0.5
     bounds["latency"] = rounds * found.clocks / chip.clock
     seconds = sum(value**_NORM for value in bounds.values()) ** (1 / _NORM)
-    flops = (found.flops + found.warp_flops) * warps * made.blocks
+    flops = (found.flops + found.warp_flops) * warps * found.blocks
     ideal = max(bounds["memory"], flops / chip.tensor_flops[dtype])
     bound = max(bounds, key=lambda name: bounds[name])
     return Prediction(seconds, bound, ideal / seconds, found.dram, flops, bounds, found)

@@ -29,11 +29,21 @@ class Compiled:
         shared: bytes of a block, static and dynamic, without the system's.
     """
 
-    kernel: sass.Kernel
+    cubin: bytes
+    entry: elf.Entry
     constants: bytes
     grid: tuple[int, int, int]
     threads: int
     shared: int
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def kernel(self) -> sass.Kernel:
+        """Its machine code."""
+        return sass.disassemble(self.cubin)[self.name]
 
     @property
     def blocks(self) -> int:
@@ -41,7 +51,7 @@ class Compiled:
 
     def resident(self, chip: Chip) -> int:
         """Blocks that a multiprocessor holds; registers are handed out by eights to each thread."""
-        registers = max(-(-self.kernel.entry.registers // 8) * 8, 16)
+        registers = max(-(-self.entry.registers // 8) * 8, 16)
         return max(1, min(
             chip.registers // (registers * self.threads), chip.shared_bytes // (self.shared + _RESERVED),
             chip.warps * 32 // self.threads, chip.blocks,
@@ -57,17 +67,18 @@ def compiled(launch: Launch, chip: Chip) -> Compiled:
     """
     if launch.kind == "cuda":
         path, entry = elf.cuda_entries(chip.arch)[launch.name]
-        kernel, values = sass.of_file(path)[launch.name], [launch.parameters]
+        cubin, values = path.read_bytes(), [launch.parameters]
         shared = launch.shared + entry.shared - (_RESERVED if chip.arch >= 90 else 0)
     elif launch.kind == "triton":
         binary = _by_triton(launch, chip)
-        ((_, kernel),) = sass.disassemble(binary.asm["cubin"]).items()
+        cubin = binary.asm["cubin"]
+        (entry,) = elf.entries(cubin)
         values, shared = list(_parameters(binary.src.signature, launch)), binary.metadata.shared
     else:
         raise ValueError(f"launch={launch.name!r}: machine code is known of our own kernels only")
     x, y, z = (*launch.grid, 1, 1)[:3]
-    constants = _bank(kernel.entry, values, (launch.threads, 1, 1), (x, y, z), chip.arch)
-    return Compiled(kernel, constants, (x, y, z), launch.threads, max(shared, 0))
+    constants = _bank(entry, values, (launch.threads, 1, 1), (x, y, z), chip.arch)
+    return Compiled(cubin, entry, constants, (x, y, z), launch.threads, max(shared, 0))
 
 
 def _by_triton(launch: Launch, chip: Chip) -> Any:

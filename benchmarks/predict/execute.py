@@ -7,6 +7,7 @@ shorter way is taken: a jump forward is made, one backward is not.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,34 +41,34 @@ class Trace:
     guessed: Counter[int] = field(default_factory=Counter)
 
 
-def _address(instruction: Instruction, thread: Thread) -> int | None:
-    text = next((t for t in instruction.operands[::-1] if "[" in t and not t.startswith("c[")), "")
-    if instruction.base == "LDGSTS":
-        text = next((t for t in instruction.operands if t.startswith("desc")), instruction.operands[1])
+@functools.cache
+def _parts_of_address(base: str, operands: tuple[str, ...]) -> tuple[tuple[tuple[str, int], ...], int] | None:
+    """Registers with their sizes, and an offset, whose sum is the address."""
+    text = next((t for t in operands[::-1] if "[" in t and not t.startswith("c[")), "")
+    if base == "LDGSTS":
+        text = next((t for t in operands if t.startswith("desc")), operands[1])
     match = _ADDRESS.search(text)
     if match is None:
         return None
     register, wide, uniform, offset = match.groups()
     size = 8 if wide == ".64" or (register and "desc" in text) else 4
-    total = int(offset or "0", 16)
-    for name, bytes_ in ((register, size), (uniform, 8 if size == 4 else 8)):
-        if name and name != "RZ":
-            value = thread.read(name, bytes_)
-            if value is None:
-                return None
-            total += value
-    return total
+    named = [(name, bytes_) for name, bytes_ in ((register, size), (uniform, 8)) if name and name != "RZ"]
+    return tuple(named), int(offset or "0", 16)
 
 
-def trace(
-    kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_index: int, grid: tuple[int, int, int],
-    addresses: bool = True,
-) -> Trace:  # fmt: skip
+def _address(instruction: Instruction, thread: Thread) -> int | None:
+    parts = _parts_of_address(instruction.base, instruction.operands)
+    if parts is None:
+        return None
+    values = [thread.read(name, size) for name, size in parts[0]]
+    return None if None in values else sum(v for v in values if v is not None) + parts[1]
+
+
+def trace(kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_index: int) -> Trace:
     """The way of one thread of one block.
 
     Args:
         constants: bank 0 with the parameters in place.
-        addresses: compute those of global accesses too.
 
     Raises:
         NotUnderstood: an instruction that changes the way is not known, or the way does not end.
@@ -96,8 +97,7 @@ def trace(
         if runs is False:
             made.skipped.add(len(made.path) - 1)
         elif instruction.kind in ("load", "store"):
-            if addresses:
-                made.accesses.append((len(made.path) - 1, _address(instruction, thread)))
+            made.accesses.append((len(made.path) - 1, _address(instruction, thread)))
             for register in instruction.writes:
                 thread.values[register] = None
         elif instruction.base == "SYNCS" and "TRYWAIT" in instruction.modifiers:
@@ -148,7 +148,7 @@ def _branch(
             made.guessed[instruction.at] += 1
         return bool(runs), None
     if instruction.base == "RET":
-        register = next(t for t in instruction.operands if t.startswith("R"))
+        register = instruction.operands[0].split()[0]
         target = thread.read(register)
         if target is None:
             raise NotUnderstood(f"{kernel.entry.name}: return to an unknown address at {instruction.at:#x}")

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import bisect
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .chips import Chip
 from .compiled import Compiled, compiled
 from .execute import Trace, trace
 from .record import Array, Launch
 from .sass import Instruction, Kernel
+from .tools import key, locked
 
 SECTOR = 32  # bytes that device memory and L2 move at least
-_STEPS = 500_000  # instructions that one profile may follow
+_STEPS = 300_000  # instructions that one profile may follow
 #: Clocks from an instruction to its result, where no unit has a queue (microbenchmarks of sm_80 and sm_90).
-_LATENCY = {
-    "fp32": 4,
-    "imad": 5,
-    "alu": 5,
-    "fp64": 8,
-    "mufu": 20,
-    "shared": 28,
-    "tensor": 33,
-    "barrier": 20,
-    "other": 8,
-}
+_LATENCY = {"fp32": 4, "imad": 5, "alu": 5, "fp64": 8, "mufu": 20, "shared": 28, "tensor": 33, "barrier": 20}
 _L2_CLOCKS = 280
 _REUSED = 4  # a tensor that is read so often, on average, is found in L2
 
@@ -37,17 +30,22 @@ class Profile:
     """Of one warp on average, if not said otherwise.
 
     Attributes:
+        blocks, threads: of the grid, of a block.
+        resident: blocks that a multiprocessor holds.
         counts: instructions by class (:data:`benchmarks.predict.sass.CLASSES`).
         shared_clocks: clocks of a multiprocessor's shared memory and first-level cache, without bank conflicts.
         warp_flops, flops: of tensor cores, by mma.sync and by the chip's own matrix instruction.
         loaded, stored: bytes of the whole launch by tensor's address, in sectors.
         dram: bytes of the whole launch that device memory moves.
         clocks: of one warp that has the multiprocessor for itself.
-        flight: bytes that a thread has on the way, on average over its time.
+        footprints: bytes of each tensor that is touched, by its address.
         guessed: branches that data decide.
     """
 
-    compiled: Compiled
+    name: str
+    blocks: int
+    threads: int
+    resident: int
     counts: Counter[str] = field(default_factory=Counter)
     shared_clocks: float = 0.0
     warp_flops: float = 0.0
@@ -56,7 +54,20 @@ class Profile:
     stored: dict[int, float] = field(default_factory=dict)
     dram: float = 0.0
     clocks: float = 0.0
+    footprints: dict[int, int] = field(default_factory=dict)
     guessed: int = 0
+
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return -(-self.threads // 32)
+
+    @property
+    def coverage(self) -> dict[int, float]:
+        """Bytes touched for each byte of a tensor, by its address: below 1 the way through the kernel is misread, or a
+        part of the tensor is not asked for; above, sectors are used in part or values more than once."""
+        sides = (self.loaded, self.stored)
+        return {at: sum(side.get(at, 0.0) for side in sides) / size for at, size in self.footprints.items()}
 
     @property
     def instructions(self) -> float:
@@ -102,14 +113,37 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         tools.Missing: a compiler is missing.
     """
     made = compiled(launch, chip)
-    result, arrays = Profile(made), _Arrays(launch.arrays)
-    warps = -(-made.threads // 32)
+    where = [(a.address, a.bytes) for a in launch.arrays]
+    made_of = key(_SOURCES, made.cubin, made.name, made.constants, made.grid, made.threads, made.shared, where, chip)
+    with locked(f"profile-{made_of[:2]}") as folder:
+        file = folder / "profiles" / f"{made_of}.json"
+        if file.exists():
+            return _read(file.read_text())
+        found = _profiled(made, launch, chip)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(vars(found)))
+        return found
+
+
+_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "arithmetic", "sass")]
+
+
+def _read(text: str) -> Profile:
+    stored = json.loads(text)
+    for name in ("loaded", "stored", "footprints"):
+        stored[name] = {int(at): value for at, value in stored[name].items()}
+    return Profile(**{**stored, "counts": Counter(stored["counts"])})
+
+
+def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
+    result, arrays = Profile(made.name, made.blocks, made.threads, made.resident(chip)), _Arrays(launch.arrays)
+    warps = result.warps
     loaded: dict[int, float] = defaultdict(float)
     stored: dict[int, float] = defaultdict(float)
     paths: list[Trace] = []
     steps = 0
     for block, warp in _samples(made.blocks, warps):
-        lanes = _lanes(made, block, warp, steps)
+        lanes = _lanes(made, block, warp, 8 if paths else 32, _STEPS - steps)
         if not lanes:
             break
         steps += sum(len(lane.path) for lane in lanes)
@@ -131,6 +165,7 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         _from_memory(value, arrays.by_address[at].bytes)
         for side in (result.loaded, result.stored) for at, value in side.items()
     )  # fmt: skip
+    result.footprints = {at: arrays.by_address[at].bytes for at in {*result.loaded, *result.stored}}
     reused = {
         at for at, value in result.loaded.items() if value >= _REUSED * max(arrays.by_address[at].bytes, 1)
     }  # fmt: skip
@@ -144,19 +179,22 @@ def _from_memory(touched: float, footprint: int) -> float:
     return footprint if touched > 0.5 * footprint else touched
 
 
-def _lanes(made: Compiled, block: int, warp: int, steps: int) -> list[Trace]:
+def _lanes(made: Compiled, block: int, warp: int, wanted: int, steps: int) -> list[Trace]:
+    """The ways of a warp's first threads, side by side so that sectors are seen whole: as many as are wanted and may be
+    followed in so many steps; at least one of the first warp."""
     x, y, _ = made.grid
     at = block % x, block // x % y, block // (x * y)
-    first = trace(made.kernel, made.constants, at, 32 * warp, made.grid)
-    if steps and steps + 2 * len(first.path) > _STEPS:
+
+    def way(lane: int) -> Trace:
+        return trace(made.kernel, made.constants, at, 32 * warp + lane)
+
+    if wanted < 32 and steps < wanted * 64:
         return []
-    lanes = [first]
-    every = next((n for n in (1, 2, 4, 8, 16) if 32 // n * len(first.path) <= _STEPS), 32)
-    # Neighbours, so that sectors are seen whole.
-    count = min(32 // every, made.threads - 32 * warp)
-    for lane in range(1, count):
-        lanes.append(trace(made.kernel, made.constants, at, 32 * warp + lane, made.grid))
-    return lanes
+    lanes = [way(0)]
+    count = wanted
+    while count > 1 and count * len(lanes[0].path) > steps:
+        count //= 2
+    return lanes + [way(lane) for lane in range(1, min(count, made.threads - 32 * warp))]
 
 
 def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
@@ -169,7 +207,7 @@ def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
         if instruction.kind in ("shared", "load", "store"):
             result.shared_clocks += _clocks_of_shared(instruction)
         elif instruction.kind == "tensor":
-            own, flops = _flops(instruction, shapes.get(position), result.compiled.threads // 32)
+            own, flops = _flops(instruction, shapes.get(position), result.warps)
             if own:
                 result.flops += flops
             else:
@@ -204,21 +242,26 @@ def _touch(
     kernel: Kernel, lanes: list[Trace], scale: float, arrays: _Arrays,
     loaded: dict[int, float], stored: dict[int, float],
 ) -> None:  # fmt: skip
-    """Adds the bytes of the sectors that a warp touches, request by request."""
+    """Adds the bytes of the sectors that a warp moves from and to L2."""
     requests: dict[tuple[int, int], set[int]] = defaultdict(set)
     for lane in lanes:
         seen: Counter[int] = Counter()
         for position, address in lane.accesses:
             i = lane.path[position]
+            instruction = kernel.code[i]
             seen[i] += 1
             if address is not None:
-                width = kernel.code[i].width
-                requests[i, seen[i]].update(range(address // SECTOR, (address + width - 1) // SECTOR + 1))
+                # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
+                cached = instruction.base == "LDG" and "STRONG" not in instruction.modifiers
+                request = (-1, 0) if cached else (i, seen[i])
+                last = (address + instruction.width - 1) // SECTOR
+                requests[request].update(range(address // SECTOR, last + 1))
     for (i, _), sectors in requests.items():
-        at = arrays.of(min(sectors) * SECTOR + SECTOR - 1)
-        if at is not None:
-            side = stored if kernel.code[i].kind == "store" else loaded
-            side[at] += SECTOR * len(sectors) * scale
+        side = stored if i >= 0 and kernel.code[i].kind == "store" else loaded
+        for sector in sectors:
+            at = arrays.of(sector * SECTOR + SECTOR - 1)
+            if at is not None:
+                side[at] += SECTOR * scale
 
 
 def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip: Chip) -> float:
@@ -259,7 +302,7 @@ def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip:
             now = max(now, tensor) if "DEPBAR" in instruction.modifiers or instruction.base == "SYNCS" else now
             latency = 0
         else:
-            latency = _LATENCY.get(instruction.kind, 5)
+            latency = _LATENCY.get(instruction.kind, 8)
             if instruction.kind == "barrier" and instruction.base == "BAR":
                 now += latency
         for register in instruction.writes:

@@ -6,34 +6,16 @@ import functools
 import re
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import elf
 from .tools import program, run
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
+IS_PREDICATE = re.compile(r"!?U?P(T|\d)")
+#: Their first operand is no result.
 _NO_RESULT = {
-    *[
-        "STG",
-        "STS",
-        "ST",
-        "STL",
-        "RED",
-        "BAR",
-        "LDGSTS",
-        "BRA",
-        "RET",
-        "EXIT",
-        "CALL",
-        "BRX",
-        "BRXU",
-        "VOTE",
-        "VOTEU",
-        "PLOP3",
-        "UPLOP3",
-        "R2P",
-        "WARPSYNC",
-    ]
+    *("STG", "STS", "ST", "STL", "RED", "LDGSTS", "R2P", "VOTE", "VOTEU", "PLOP3", "UPLOP3"),
+    *("BAR", "BRA", "RET", "EXIT", "CALL", "BRX", "BRXU", "WARPSYNC"),
 }
 _REGISTER = re.compile(r"(?<![\w.])(U?R)(\d+)((?:\.\w+)*)")
 
@@ -82,6 +64,20 @@ class Instruction:
     kind: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+
+    @functools.cached_property
+    def parts(self) -> tuple[list[str], list[str], list[str]]:
+        """Predicates that it sets, result and sources, predicates that it takes."""
+        operands, front, back, result = list(self.operands), [], [], []
+        if operands and not IS_PREDICATE.fullmatch(operands[0]):
+            result = [operands.pop(0)]
+        while operands and IS_PREDICATE.fullmatch(operands[0]):
+            front.append(operands.pop(0))
+        if not result and operands:
+            result = [operands.pop(0)]
+        while operands and IS_PREDICATE.fullmatch(operands[-1]):
+            back.insert(0, operands.pop())
+        return front, result + operands, back
 
     @property
     def width(self) -> int:
@@ -163,7 +159,7 @@ def _decode(at: str, negated: str, guard: str, op: str, rest: str) -> Instructio
     results, sources = _counts(base, modifiers, made.width)
     writes: list[str] = []
     reads: list[str] = []
-    registers = [text for text in operands if not re.fullmatch(r"!?U?P(T|\d)", text)]
+    registers = [text for text in operands if not IS_PREDICATE.fullmatch(text)]
     stores = results == 0 or base in _NO_RESULT or "SETP" in base
     for i, text in enumerate(registers):
         if i == 0 and not stores and re.match(r"U?R", text):
@@ -185,6 +181,7 @@ def parse(text: str) -> dict[str, tuple[Instruction, ...]]:
     }
 
 
+@functools.lru_cache(maxsize=32)
 def disassemble(cubin: bytes) -> dict[str, Kernel]:
     """Every kernel of a cubin by its (mangled) name.
 
@@ -196,9 +193,3 @@ def disassemble(cubin: bytes) -> dict[str, Kernel]:
         file.flush()
         code = parse(run([program("cuobjdump"), "-sass", file.name]))
     return {entry.name: Kernel(entry, code[entry.name]) for entry in elf.entries(cubin)}
-
-
-@functools.lru_cache(maxsize=64)
-def of_file(path: Path) -> dict[str, Kernel]:
-    """:func:`disassemble` of a file."""
-    return disassemble(path.read_bytes())

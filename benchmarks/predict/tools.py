@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -59,7 +58,7 @@ def key(files: Iterable[Path], *versions: object) -> str:
 @contextmanager
 def locked(name: str) -> Iterator[Path]:
     """The cache folder, for one process at a time under this name."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock", "w") as lock:
+    (CACHE / "locks").mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "locks" / name, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield CACHE
