@@ -286,15 +286,33 @@ def _select(instruction: Instruction, thread: Thread) -> None:
 
 
 def _minimum(instruction: Instruction, thread: Thread) -> None:
-    operands = [text for text in instruction.operands if not IS_PREDICATE.fullmatch(text)]
-    result, *sources = operands
-    least = thread.predicate(instruction.operands[-1])
+    """Of two values, of three, or of a sum and a value; RELU: at least 0."""
+    _, (result, *sources), back = instruction.parts
+    least = thread.predicate(back[0]) if back else True
     values = [thread.read(text) for text in sources]
     if least is None or None in values:
         return thread.write(result, None)
     known = [value & MASK for value in values if value is not None]
+    if "ADD" in instruction.base:
+        known = [known[0] + known[1] & MASK, known[2]]
     ordered = sorted(known, key=(lambda v: v) if "U32" in instruction.modifiers else signed)
-    return thread.write(result, ordered[0] if least else ordered[-1])
+    found = ordered[0] if least else ordered[-1]
+    return thread.write(result, 0 if "RELU" in instruction.modifiers and signed(found) < 0 else found)
+
+
+def _pack_predicates(instruction: Instruction, thread: Thread) -> None:
+    result, _, _, mask = instruction.operands
+    values = [thread.predicate(f"P{i}") if int(mask, 16) >> i & 1 else False for i in range(7)]
+    packed = None if None in values else sum(int(bool(value)) << i for i, value in enumerate(values))
+    thread.write(result, packed)
+
+
+def _unpack_predicates(instruction: Instruction, thread: Thread) -> None:
+    _, source, mask = instruction.operands
+    value = thread.read(source)
+    for i in range(7):
+        if int(mask, 16) >> i & 1:
+            thread.predicates[f"P{i}"] = None if value is None else bool(value >> i & 1)
 
 
 def _move(instruction: Instruction, thread: Thread) -> None:
@@ -415,7 +433,7 @@ ACTIONS: dict[str, Callable[[Instruction, Thread], Any]] = {
     **dict.fromkeys(("PLOP3", "UPLOP3"), _logic_of_predicates),
     **dict.fromkeys(("ISETP", "UISETP"), _set_predicate),
     **dict.fromkeys(("SEL", "USEL"), _select),
-    **dict.fromkeys(("IMNMX", "VIMNMX", "UIMNMX", "UVIMNMX"), _minimum),
+    **dict.fromkeys(("IMNMX", "VIMNMX", "VIMNMX3", "VIADDMNMX", "UIMNMX", "UVIMNMX"), _minimum),
     **dict.fromkeys(("MOV", "UMOV", "R2UR"), _move),
     **dict.fromkeys(("LDC", "ULDC", "LDCU"), _load_constant),
     **dict.fromkeys(("S2R", "S2UR", "CS2R", "CS2UR"), _special),
@@ -425,7 +443,8 @@ ACTIONS: dict[str, Callable[[Instruction, Thread], Any]] = {
     **dict.fromkeys(("F2I", "UF2I"), _to_integer),
     **dict.fromkeys(("FLO", "UFLO", "POPC", "UPOPC", "BREV", "UBREV"), _count_bits),
     **dict.fromkeys(("IABS", "UIABS"), _absolute),
-    "IMAD": _imad, "UIMAD": _imad, "HFMA2": _halves, "MUFU": _reciprocal, "ELECT": _elect,
+    "P2R": _pack_predicates, "R2P": _unpack_predicates, "IMAD": _imad, "UIMAD": _imad, "HFMA2": _halves,
+    "MUFU": _reciprocal, "ELECT": _elect,
 }  # fmt: skip
 
 

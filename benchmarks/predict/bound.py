@@ -10,7 +10,9 @@ The bounds are
   blocks that the chip takes: too few bytes on the way, too few warps, or a last round that is not full.
 
 Work is dealt out by blocks: the multiprocessor with most of them decides. Bounds near each other hold each other up, so
-the time is their 4-norm: 1.19 times the larger where two are equal. Shared memory is taken without bank conflicts.
+the time is their p-norm. Where many blocks work side by side, or copies run in the background, p is 4, which gives 1.19
+times the larger of two equal ones. The phases of one block, with barriers between them, follow each other: p is the
+number of blocks there, and one block alone takes the sum. Shared memory is taken without bank conflicts.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .chips import Chip
 from .profile import Profile, profile
 from .record import Launch
 
-_NORM = 4
+_MOST = 4  # of p
 _EVEN = 4  # from so many rounds on blocks end at different times, and half a round is lost instead of a whole one
 
 
@@ -70,7 +72,8 @@ def of_profile(found: Profile, launch: Launch, chip: Chip) -> Prediction:
     rounds = found.blocks / (chip.sms * found.resident)
     rounds = float(math.ceil(rounds)) if rounds < _EVEN else rounds + 0.5
     bounds["latency"] = rounds * found.clocks / chip.clock
-    seconds = sum(value**_NORM for value in bounds.values()) ** (1 / _NORM)
+    p = min(found.resident, _MOST) if found.counts["barrier"] and not found.background else _MOST
+    seconds = sum(value**p for value in bounds.values()) ** (1 / p)
     flops = (found.flops + found.warp_flops) * warps * found.blocks
     ideal = max(bounds["memory"], flops / chip.tensor_flops[dtype])
     bound = max(bounds, key=lambda name: bounds[name])

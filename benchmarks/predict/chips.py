@@ -9,7 +9,8 @@ Sources, by their letters below:
 - M: microbenchmarks. Luo et al. 2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
   Microbenchmarking" (mma.sync reaches 62 % of what wgmma does on an H100; memory latencies); Jia et al. 2018 and its
   successors for the shares of L2.
-- E: estimated, where nothing was found: 85 % (HBM2e, HBM3e) to 90 % (HBM3) of the data sheet for a copy; 80 % of a
+- C: what :mod:`benchmarks.predict.calibration` has: the time that a larger copy or sum of vectors takes longer.
+- E: estimated, where nothing was found: 90 % of the data sheet for a copy by HBM3; about 80 % of a
   chip's tensor peak for a library's products; latency under load 1.3 times the unloaded one.
 """
 
@@ -93,7 +94,7 @@ CHIPS: dict[str, Chip] = {
     "a100": Chip(
         name="A100 SXM 80GB", capability=(8, 0),
         sms=108, clock=1.41e9,  # D
-        copy_bandwidth=1.70e12, latency=0.60e-6,  # E of 2,039 GB/s (D); M: 466 to 570 clocks unloaded
+        copy_bandwidth=1.70e12, latency=0.60e-6,  # C (2,039 GB/s by D); M: 466 to 570 clocks unloaded
         l2_bytes=40 * MIB, l2_bandwidth=4.5e12,  # D; M
         tensor_flops=_rates(108, 1.41e9, 1024), warp_tensor_flops=_rates(108, 1.41e9, 1024),  # D: one kind
         library_share=0.85,  # E; cuBLAS is reported at 250 to 270 of 312 TFLOP/s
@@ -102,7 +103,7 @@ CHIPS: dict[str, Chip] = {
     "h100": Chip(
         name="H100 SXM", capability=(9, 0),
         sms=132, clock=1.755e9,  # D: boost 1.98 GHz; what it keeps under load
-        copy_bandwidth=3.0e12, latency=0.75e-6,  # 90 % of 3.35 TB/s (D); 0.65 to 0.8 us under load
+        copy_bandwidth=3.0e12, latency=0.75e-6,  # E of 3.35 TB/s (D); M, E: 0.65 to 0.8 us
         l2_bytes=50 * MIB, l2_bandwidth=7.0e12,  # D; M
         tensor_flops=_rates(132, 1.755e9, 2048), warp_tensor_flops=_rates(132, 1.755e9, 2048, 0.62),  # D; M
         library_share=0.83,  # about 790 TFLOP/s of bf16
@@ -111,7 +112,7 @@ CHIPS: dict[str, Chip] = {
     "b200": Chip(
         name="B200", capability=(10, 0),
         sms=148, clock=1.85e9,  # D
-        copy_bandwidth=6.8e12, latency=0.85e-6,  # E of 8 TB/s (D); E
+        copy_bandwidth=6.4e12, latency=0.85e-6,  # C; E
         l2_bytes=126 * MIB, l2_bandwidth=12e12,  # D; E
         tensor_flops=_rates(148, 1.85e9, 4096),  # D
         warp_tensor_flops=_rates(148, 1.85e9, 1024),  # E: mma.sync at sm_80's rate

@@ -108,7 +108,7 @@ def reduce_haar_cases() -> Iterator[Case]:
         product = 2.0 * 64 * 64 * 64 * c * c / 4
         shape = f"L{level} {'channels_last' if last else 'nchw'} 64x{c}x64x64"
         for backend in ("cuda", "triton"):
-            flops = {"reduce_haar": product, "_forward_kernel": product}
+            flops = {"reduce_haar": product, "_reduce_haar_kernel": product}
             yield Case(f"{backend} reduce_haar {shape}", _reduce_haar(backend, c, level, last, False), flops)
         made = _reduce_haar("triton", c, level, last, True)
         yield Case(f"triton reduce_haar gradients {shape}", made, {"_backward_kernel": 2 * product})

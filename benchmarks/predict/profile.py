@@ -40,6 +40,7 @@ class Profile:
         clocks: of one warp that has the multiprocessor for itself.
         footprints: bytes of each tensor that is touched, by its address.
         guessed: branches that data decide.
+        background: whether it copies to shared memory in the background.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Profile:
     clocks: float = 0.0
     footprints: dict[int, int] = field(default_factory=dict)
     guessed: int = 0
+    background: bool = False
 
     @property
     def warps(self) -> int:
@@ -161,22 +163,19 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
     whole = made.blocks * warps / n
     result.loaded = {at: value * whole for at, value in loaded.items()}
     result.stored = {at: value * whole for at, value in stored.items()}
+    # Each tensor once, and both ways where it is read and written: samples miss what few threads touch.
     result.dram = sum(
-        _from_memory(value, arrays.by_address[at].bytes)
-        for side in (result.loaded, result.stored) for at, value in side.items()
-    )  # fmt: skip
+        array.bytes * max(1, (at in result.loaded) + (at in result.stored)) for at, array in arrays.by_address.items()
+    )
     result.footprints = {at: arrays.by_address[at].bytes for at in {*result.loaded, *result.stored}}
     reused = {
         at for at, value in result.loaded.items() if value >= _REUSED * max(arrays.by_address[at].bytes, 1)
     }  # fmt: skip
+    result.background = any(
+        made.kernel.code[i].base in ("LDGSTS", "UBLKCP", "UTMALDG") for path in paths for i in path.path
+    )
     result.clocks = sum(_alone(made.kernel, path, arrays, reused, chip) for path in paths) / n
     return result
-
-
-def _from_memory(touched: float, footprint: int) -> float:
-    """Bytes of a tensor that device memory moves: each once, however often it is asked for; a part of it if only a
-    part was asked for, which half of it is taken for an uneven sample of."""
-    return footprint if touched > 0.5 * footprint else touched
 
 
 def _lanes(made: Compiled, block: int, warp: int, wanted: int, steps: int) -> list[Trace]:
