@@ -38,7 +38,8 @@ def build() -> Path:
     """The folder with the module and each chip's cubins, made where the sources have changed.
 
     Raises:
-        Missing: nvcc or pybind11 is not installed, or a source does not compile.
+        Missing: nvcc, cuobjdump or pybind11 is not installed.
+        RuntimeError: a source does not compile.
     """
     if shutil.which("nvcc") is None:
         raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")

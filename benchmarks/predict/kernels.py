@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One of our kernels, as a case launches it; `name` is the case's with the kernel's function."""
+    """One of our kernels, as a case launches it; `name` is the case's, and of several kernels the function's too."""
 
     name: str
     launch: Launch
@@ -252,16 +252,23 @@ def function_of(launch: Launch) -> str:
     return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
 
 
+def cases(pattern: str = "*") -> list[Case]:
+    """Those whose name matches a pattern as the shell has them."""
+    return [case for family in FAMILIES for case in family() if fnmatch.fnmatch(case.name, pattern)]
+
+
+def recorded(case: Case, chip: Chip) -> list[Recorded]:
+    """Our kernels that a case launches."""
+    with recording(chip.capability) as step:
+        case.run()
+    named = [(function_of(launch), launch) for launch in step.launches if launch.kind != "aten"]
+    named = [(name, launch) for name, launch in named if name not in _SMALL]
+    return [
+        Recorded(case.name + (f": {name}" if len(named) > 1 else ""), launch, case.flops.get(name, 0.0))
+        for name, launch in named
+    ]
+
+
 def kernels(chip: Chip, pattern: str = "*") -> list[Recorded]:
-    """Our kernels of every case whose name matches a pattern as the shell has them."""
-    found = []
-    for case in (case for family in FAMILIES for case in family()):
-        if not fnmatch.fnmatch(case.name, pattern):
-            continue
-        with recording(chip.capability) as step:
-            case.run()
-        for launch in step.launches:
-            name = function_of(launch)
-            if launch.kind != "aten" and name not in _SMALL:
-                found.append(Recorded(f"{case.name}: {name}", launch, case.flops.get(name, 0.0)))
-    return found
+    """Our kernels of every case whose name matches."""
+    return [one for case in cases(pattern) for one in recorded(case, chip)]
