@@ -12,7 +12,9 @@ whatever follows.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +41,7 @@ _COPIES = {
         *("lift_fresh_copy", "scalar_tensor", "new_full", "index_select", "rand_like", "bernoulli"),
     )
 }
-#: A value of so many reads is written where a value of another shape is made of it.
+#: A value of so many reads is written rather than made twice, or where parts of it are read; Inductor has this rule.
 _READS = 4
 
 
@@ -128,7 +130,10 @@ class _Flow:
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.bytes: dict[int, int] = {}  # of each storage
-        self.size: dict[int, int] = {}  # elements
+        self.elements: dict[int, int] = {}
+        self.size: dict[int, int] = {}  # elements of the pass that makes it: of the largest part of what is joined
+        self.reads: dict[int, int] = {}  # for one element of those that are not in memory
+        self.uses: Counter[int] = Counter()  # in this graph
         self.made_of: dict[int, set[Array]] = {}  # of those that are not in memory
         self.made_in: dict[int, int] = {}  # number of the kernel that wrote it
         self.used: set[int] = set()
@@ -141,23 +146,24 @@ class _Flow:
         if at >= 0 and array.address < self.starts[at] + max(self.bytes[self.starts[at]], 1):
             return self.starts[at]
         bisect.insort(self.starts, array.address)
-        self.bytes[array.address], self.size[array.address] = array.bytes, math.prod(array.shape)
+        self.bytes[array.address] = array.bytes
+        self.elements[array.address] = self.size[array.address] = math.prod(array.shape)
         return array.address
 
-    def sources(self, arrays: Sequence[Array], size: int | None) -> set[Array]:
-        """What has to be read for some values; size: elements of what is made of them, None for a copy."""
+    def sources(self, arrays: Sequence[Array], joined: bool = False) -> set[Array]:
+        """What has to be read for what is made of these. A value of many reads is written first where it would be made
+        more than once, or is needed by parts."""
         found: set[Array] = set()
         for array in arrays:
             storage = self.storage(array)
             self.used.add(storage)
-            behind = self.made_of.get(storage)
-            if behind is not None and size not in (None, self.size[storage]) and len(behind) >= _READS:
+            part = not joined and math.prod(array.shape) != self.elements[storage]
+            if storage in self.made_of and self.reads[storage] >= _READS and (part or self.uses[storage] > 1):
                 self.write(storage)
-                behind = None
-            found |= {array} if behind is None else behind
+            found |= self.made_of.get(storage, {array})
         return found
 
-    def write(self, storage: int, total: bool = False) -> None:
+    def write(self, storage: int) -> None:
         """Puts a value that is made of others into memory."""
         behind = self.made_of.pop(storage, None)
         if behind is not None:
@@ -182,8 +188,14 @@ class _Flow:
         for storage in writes:
             self.made_in[storage] = kernel.number
 
+    def begin(self, graph: Sequence[Launch]) -> None:
+        """Passes of one graph do not join those of another."""
+        self.first = len(self.kernels)
+        inputs = ({self.storage(a) for a in _inputs(launch)} for launch in graph)
+        self.uses = Counter(storage for one in inputs for storage in one)
+
     def add(self, launch: Launch) -> None:
-        inputs = [a for a in tree_leaves((launch.args, launch.constants)) if isinstance(a, Array)]
+        inputs = _inputs(launch)
         outputs = list(launch.arrays[len(inputs) :])
         if launch.name in _PRODUCTS or not (inputs or outputs):
             self.library(launch, inputs, outputs)
@@ -207,25 +219,29 @@ class _Flow:
         self.kernels.append(operator(launch))
 
     def pointwise(self, name: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        joins = name in ("aten::cat", "aten::stack")
+        reads = self.sources(inputs, joins)
         for array in outputs:
-            storage = self.storage(array)
-            size = None if name in ("aten::cat", "aten::stack") else math.prod(array.shape)
-            reads = self.sources(inputs, size)
+            storage, elements = self.storage(array), math.prod(array.shape)
             if name.endswith("_") and storage not in self.made_of and storage in self.used:
                 reads = reads | {array}
+            alike = [self.size[s] for a in inputs if self.elements[s := self.storage(a)] == elements]
+            self.size[storage] = max(math.prod(a.shape) for a in inputs) if joins else max(alike, default=elements)
+            large = [self.storage(a) for a in inputs if 16 * math.prod(a.shape) >= elements]
+            self.reads[storage] = sum(self.reads[s] if s in self.made_of else 1 for s in large)
             self.made_of[storage] = self.made_of.get(storage, set()) | reads
             self.used.discard(storage)
 
     def reduce(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         size = max(math.prod(a.shape) for a in inputs)
         storages = {self.storage(a): a.bytes for a in outputs}
-        self.join(size, self.sources(inputs, size), storages, list(storages))
+        self.join(size, self.sources(inputs), storages, list(storages))
         self.used |= set(storages)
 
     def norm(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         image, *small = sorted(outputs, key=lambda a: -a.bytes)
         size = math.prod(image.shape)
-        reads = self.sources(inputs, size)
+        reads = self.sources(inputs)
         sums = {self.storage(a): a.bytes for a in small}
         if not sums:  # softmax: its sums are a value for each row, which nobody sees
             self.join(size, reads, {self.storage(image): image.bytes}, [])
@@ -233,6 +249,7 @@ class _Flow:
         self.join(size, reads, sums, list(sums))
         self.used |= set(sums)
         self.made_of[self.storage(image)] = reads | set(small)
+        self.reads[self.storage(image)] = sum(16 * a.bytes >= image.bytes for a in inputs)
 
     def passes(self) -> list[Pass]:
         """Every kernel, after what is left for the caller has been written."""
@@ -248,6 +265,11 @@ class _Flow:
         return sum(min(total, self.bytes[s]) for s, total in read.items()) + sum(kernel.writes.values())
 
 
+def _inputs(launch: Launch) -> list[Array]:
+    return [a for a in tree_leaves((launch.args, launch.constants)) if isinstance(a, Array)]
+
+
+@functools.cache
 def _pointwise(name: str) -> bool:
     namespace, _, base = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), base)
@@ -257,9 +279,8 @@ def _pointwise(name: str) -> bool:
 def compiled(forward: Sequence[Launch], backward: Sequence[Launch] = ()) -> list[Pass]:
     """The kernels of an ideal torch.compile for the operators of a step."""
     flow = _Flow()
-    for launch in forward:
-        flow.add(launch)
-    flow.first = len(flow.kernels)
-    for launch in backward:
-        flow.add(launch)
+    for graph in (forward, backward):
+        flow.begin(graph)
+        for launch in graph:
+            flow.add(launch)
     return flow.passes()
