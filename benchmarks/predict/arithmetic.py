@@ -419,6 +419,16 @@ def _absolute(instruction: Instruction, thread: Thread) -> None:
     thread.write(instruction.operands[0], None if value is None else abs(signed(value & MASK)))
 
 
+def _vote(instruction: Instruction, thread: Thread) -> None:
+    """Threads of a warp are taken to agree. Their ballot is not known."""
+    front, registers, back = instruction.parts
+    *results, source = front + back
+    for text in results:
+        thread.predicates[text] = thread.predicate(source)
+    for text in registers:
+        thread.write(text, None)
+
+
 def _elect(instruction: Instruction, thread: Thread) -> None:
     for text in instruction.operands:
         if IS_PREDICATE.fullmatch(text) and text != "PT":
@@ -444,7 +454,7 @@ ACTIONS: dict[str, Callable[[Instruction, Thread], Any]] = {
     **dict.fromkeys(("FLO", "UFLO", "POPC", "UPOPC", "BREV", "UBREV"), _count_bits),
     **dict.fromkeys(("IABS", "UIABS"), _absolute),
     "P2R": _pack_predicates, "R2P": _unpack_predicates, "IMAD": _imad, "UIMAD": _imad, "HFMA2": _halves,
-    "MUFU": _reciprocal, "ELECT": _elect,
+    "MUFU": _reciprocal, "ELECT": _elect, "VOTE": _vote, "VOTEU": _vote,
 }  # fmt: skip
 
 

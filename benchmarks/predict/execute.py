@@ -64,11 +64,14 @@ def _address(instruction: Instruction, thread: Thread) -> int | None:
     return None if None in values else sum(v for v in values if v is not None) + parts[1]
 
 
-def trace(kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_index: int) -> Trace:
+def trace(
+    kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_index: int, most: int | None = None
+) -> Trace:
     """The way of one thread of one block.
 
     Args:
         constants: bank 0 with the parameters in place.
+        most: end after so many instructions; None: at the thread's end.
 
     Raises:
         NotUnderstood: an instruction that changes the way is not known, or the way does not end.
@@ -79,7 +82,7 @@ def trace(kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_
     special |= {"SR_CgaCtaId": 0, "SR_SWINHI": 0, "SR_SWINLO": 0, "SR_VIRTUALSMID": 0}
     thread, made = Thread(constants, special), Trace()
     code, at = kernel.code, 0
-    while True:
+    while most is None or len(made.path) < most:
         if len(made.path) > MOST:
             raise NotUnderstood(f"{kernel.entry.name}: more than {MOST} instructions, last at {code[at].at:#x}")
         instruction = code[at]
@@ -111,6 +114,7 @@ def trace(kernel: Kernel, constants: bytes, block: tuple[int, int, int], thread_
             else:
                 step(instruction, thread)
         at += 1
+    return made
 
 
 def _forget(instruction: Instruction, thread: Thread) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -263,10 +264,13 @@ def recorded(case: Case, chip: Chip) -> list[Recorded]:
         case.run()
     named = [(function_of(launch), launch) for launch in step.launches if launch.kind != "aten"]
     named = [(name, launch) for name, launch in named if name not in _SMALL]
-    return [
-        Recorded(case.name + (f": {name}" if len(named) > 1 else ""), launch, case.flops.get(name, 0.0))
-        for name, launch in named
-    ]
+    found, seen = [], Counter[str]()
+    for name, launch in named:
+        seen[name] += 1
+        which = f" {seen[name]}" if seen[name] > 1 else ""
+        full = f"{case.name}: {name}{which}" if len(named) > 1 else case.name
+        found.append(Recorded(full, launch, case.flops.get(name, 0.0)))
+    return found
 
 
 def kernels(chip: Chip, pattern: str = "*") -> list[Recorded]:

@@ -6,7 +6,7 @@ import bisect
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .sass import Instruction, Kernel
 from .tools import key, locked
 
 SECTOR = 32  # bytes that device memory and L2 move at least
-_STEPS = 300_000  # instructions that one profile may follow
+_FEW, _MANY = 3, 12  # blocks that are followed, two warps each: alike, and of several kinds
 #: Clocks from an instruction to its result, where no unit has a queue (microbenchmarks of sm_80 and sm_90).
 _LATENCY = {"fp32": 4, "imad": 5, "alu": 5, "fp64": 8, "mufu": 20, "shared": 28, "tensor": 33, "barrier": 20}
 _L2_CLOCKS = 280
@@ -100,11 +100,10 @@ class _Arrays:
         return self._starts[i] if i >= 0 else None
 
 
-def _samples(blocks: int, warps: int) -> Iterator[tuple[int, int]]:
-    """Blocks in the midst of the grid and warps of both ends, the most typical first."""
-    for block in dict.fromkeys((blocks // 2, blocks // 3, min(7 * blocks // 9 + 1, blocks - 1))):
-        for warp in dict.fromkeys((0, warps - 1)):
-            yield block, warp
+def _blocks(blocks: int, count: int) -> list[int]:
+    """Different ones all over the grid, but for its beginning."""
+    golden = 0.6180339887
+    return list(dict.fromkeys(int(blocks * ((0.5 + i * golden) % 1)) for i in range(count)))
 
 
 def profile(launch: Launch, chip: Chip) -> Profile:
@@ -143,16 +142,20 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
     loaded: dict[int, float] = defaultdict(float)
     stored: dict[int, float] = defaultdict(float)
     paths: list[Trace] = []
-    steps = 0
-    for block, warp in _samples(made.blocks, warps):
-        lanes = _lanes(made, block, warp, 8 if paths else 32, _STEPS - steps)
-        if not lanes:
-            break
-        steps += sum(len(lane.path) for lane in lanes)
-        longest = max(lanes, key=lambda lane: len(lane.path))
-        paths.append(longest)
-        _count(made.kernel, longest, result, chip)
-        _touch(made.kernel, lanes, 32 / len(lanes), arrays, loaded, stored)
+
+    def follow(block: int, window: int) -> None:
+        for warp in dict.fromkeys((0, warps - 1)):
+            whole, lanes = _ways(made, block, warp, window)
+            paths.append(whole)
+            _count(made.kernel, whole, result, chip)
+            _touch(made.kernel, whole, lanes, arrays, loaded, stored)
+
+    for i, block in enumerate(_blocks(made.blocks, _FEW)):
+        follow(block, 200_000 // 32 if i == 0 else 30_000 // 32)
+    lengths = [len(path.path) for path in paths]
+    if max(lengths) > 1.2 * min(lengths):  # blocks of different kinds, or at edges
+        for block in _blocks(made.blocks, _MANY)[_FEW:]:
+            follow(block, 0)
     n = len(paths)
     for name in result.counts:
         result.counts[name] /= n  # type: ignore[assignment]
@@ -178,22 +181,13 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
     return result
 
 
-def _lanes(made: Compiled, block: int, warp: int, wanted: int, steps: int) -> list[Trace]:
-    """The ways of a warp's first threads, side by side so that sectors are seen whole: as many as are wanted and may be
-    followed in so many steps; at least one of the first warp."""
+def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace]]:
+    """The whole way of a warp's first thread, and the beginning of all threads' ways."""
     x, y, _ = made.grid
     at = block % x, block // x % y, block // (x * y)
-
-    def way(lane: int) -> Trace:
-        return trace(made.kernel, made.constants, at, 32 * warp + lane)
-
-    if wanted < 32 and steps < wanted * 64:
-        return []
-    lanes = [way(0)]
-    count = wanted
-    while count > 1 and count * len(lanes[0].path) > steps:
-        count //= 2
-    return lanes + [way(lane) for lane in range(1, min(count, made.threads - 32 * warp))]
+    whole = trace(made.kernel, made.constants, at, 32 * warp)
+    lanes = range(32 * warp, min(32 * warp + 32, made.threads)) if window else []
+    return whole, [trace(made.kernel, made.constants, at, lane, window) for lane in lanes]
 
 
 def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
@@ -238,29 +232,37 @@ def _flops(instruction: Instruction, descriptor: int | None, warps: int) -> tupl
 
 
 def _touch(
-    kernel: Kernel, lanes: list[Trace], scale: float, arrays: _Arrays,
+    kernel: Kernel, whole: Trace, lanes: list[Trace], arrays: _Arrays,
     loaded: dict[int, float], stored: dict[int, float],
 ) -> None:  # fmt: skip
-    """Adds the bytes of the sectors that a warp moves from and to L2."""
+    """Adds the bytes of the sectors that a warp moves from and to L2: for each instruction as many a request as in the
+    beginning of the way, or whole sectors where that did not reach it."""
     requests: dict[tuple[int, int], set[int]] = defaultdict(set)
     for lane in lanes:
         seen: Counter[int] = Counter()
         for position, address in lane.accesses:
             i = lane.path[position]
-            instruction = kernel.code[i]
             seen[i] += 1
             if address is not None:
-                # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
-                cached = instruction.base == "LDG" and "STRONG" not in instruction.modifiers
-                request = (-1, 0) if cached else (i, seen[i])
-                last = (address + instruction.width - 1) // SECTOR
-                requests[request].update(range(address // SECTOR, last + 1))
+                last = (address + kernel.code[i].width - 1) // SECTOR
+                requests[i, seen[i]].update(range(address // SECTOR, last + 1))
+    counted: Counter[int] = Counter()
+    moved: Counter[int] = Counter()
+    cache: set[int] = set()
     for (i, _), sectors in requests.items():
-        side = stored if i >= 0 and kernel.code[i].kind == "store" else loaded
-        for sector in sectors:
-            at = arrays.of(sector * SECTOR + SECTOR - 1)
-            if at is not None:
-                side[at] += SECTOR * scale
+        instruction = kernel.code[i]
+        # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
+        if instruction.base == "LDG" and "STRONG" not in instruction.modifiers:
+            sectors, _ = sectors - cache, cache.update(sectors)
+        counted[i] += 1
+        moved[i] += len(sectors)
+    for position, address in whole.accesses:
+        i = whole.path[position]
+        at = arrays.of(address)
+        if at is not None:
+            instruction = kernel.code[i]
+            side = stored if instruction.kind == "store" else loaded
+            side[at] += SECTOR * moved[i] / counted[i] if counted[i] else 32 * instruction.width
 
 
 def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip: Chip) -> float:
