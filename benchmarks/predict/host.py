@@ -155,10 +155,9 @@ def _without_products() -> torch.library.Library:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is meant
-        for name, function in {
-            "convolution": convolution, "convolution_backward": convolution_backward, "mm": mm, "bmm": mm, "addmm": addmm,
-        }.items():  # fmt: skip
-            library.impl(name, function, "CPU")
+        for function in (convolution, convolution_backward, mm, addmm):
+            library.impl(function.__name__, function, "CPU")
+        library.impl("bmm", mm, "CPU")
     return library
 
 
@@ -182,7 +181,8 @@ def _timed(calls: dict[Any, Callable[[], object]]) -> dict[Any, tuple[float, flo
     """Microseconds of this thread and adds of each: rounds in turn, so that all meet the machine in the same moods."""
     a = torch.ones(1)
     add: Callable[[], object] = lambda: torch.add(a, a)  # noqa: E731
-    counts = {key: max(1, int(_SECONDS / max(min(_seconds(call, 1) for _ in range(3)), 1e-7))) for key, call in calls.items()}
+    short = {key: min(_seconds(call, 1) for _ in range(3)) for key, call in calls.items()}
+    counts = {key: max(1, int(_SECONDS / max(seconds, 1e-7))) for key, seconds in short.items()}
     times: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
     for _ in range(_ROUNDS):
         for key, call in calls.items():
@@ -193,7 +193,7 @@ def _timed(calls: dict[Any, Callable[[], object]]) -> dict[Any, tuple[float, flo
 
 
 def _main(names: Sequence[str]) -> dict[str, Any]:
-    from ..harness.machine import _cpu_model
+    from ..harness.machine import environment
     from . import stub_gpu
 
     torch.set_num_threads(1)
@@ -230,7 +230,11 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {"machine": {"cpu": _cpu_model(), "add_us": unit, **versions}, "steps": found, "operators": operator_times}
+    return {
+        "machine": {"cpu": environment(torch.device("cpu"))["cpu"], "add_us": unit, **versions},
+        "steps": found,
+        "operators": operator_times,
+    }
 
 
 if __name__ == "__main__":

@@ -36,8 +36,24 @@ _COPIES = {
     f"aten::{name}"
     for name in (
         *("clone", "copy_", "_to_copy", "cat", "stack", "fill_", "zero_", "zeros", "ones", "full", "zeros_like"),
-        *("ones_like", "new_zeros", "new_ones", "constant_pad_nd", "slice_backward", "select_backward", "native_dropout"),
-        *("native_dropout_backward", "randint", "rand", "bernoulli_", "uniform_", "rsub", "_adaptive_avg_pool2d_backward"),
+        *(
+            "ones_like",
+            "new_zeros",
+            "new_ones",
+            "constant_pad_nd",
+            "slice_backward",
+            "select_backward",
+            "native_dropout",
+        ),
+        *(
+            "native_dropout_backward",
+            "randint",
+            "rand",
+            "bernoulli_",
+            "uniform_",
+            "rsub",
+            "_adaptive_avg_pool2d_backward",
+        ),
         *("lift_fresh_copy", "scalar_tensor", "new_full", "index_select", "rand_like", "bernoulli"),
     )
 }

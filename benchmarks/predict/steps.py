@@ -1,8 +1,8 @@
 """Blocks and models whose steps are predicted: ours, the published order of operations, and what a compiler gets.
 
-A step is made twice: at its real size on fake tensors, where its launches are recorded, and narrow on a few pixels, where
-its Python is timed (:mod:`benchmarks.predict.host`). Both take the same way through this package, which
-:func:`benchmarks.predict.predictions.predictions` checks by the launches.
+A step is made twice: at its real size on fake tensors, where its launches are recorded, and narrow on a few pixels,
+where its Python is timed (:mod:`benchmarks.predict.host`). Both take the same way through this package: the command
+line refuses steps with other numbers of launches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..harness.rivals import UpstreamPATM, UpstreamWaveblock, upstream_wavelets
-from ..harness.traffic import _as_on_a_gpu
+from ..harness.traffic import as_on_a_gpu
 
 #: Ours; the published order of operations, one kernel an operator; the order that torch.compile gets, see rivals.py.
 PROVIDERS = ("ours", "eager", "compile")
@@ -61,7 +61,7 @@ class Step:
             if isinstance(made, nn.Module):
                 made.train(training).requires_grad_(training)
                 if provider != "ours":
-                    made = _as_on_a_gpu(made)
+                    made = as_on_a_gpu(made)
                 elif not training:
                     from wavemix_kernels import fuse_for_inference
 
@@ -180,7 +180,6 @@ def _wavemlp(name: str, provider: str, by: int) -> nn.Module:
 def steps() -> list[Step]:
     """Every step, in the order of the tables."""
     found = []
-    image, few = (64, 48, 64, 64), (2, 12, 16, 16)
     for levels in (1, 4):
         for layout in ("nchw", "channels_last"):
             found.append(
