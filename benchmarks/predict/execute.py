@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .arithmetic import Thread, step
+from .arithmetic import step
+from .registers import Thread
 from .sass import Instruction, Kernel
 
 MOST = 2_000_000  # instructions of one thread; beyond, a loop is not understood

@@ -126,7 +126,7 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         return found
 
 
-_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "arithmetic", "sass")]
+_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "arithmetic", "registers", "sass")]
 
 
 def _read(text: str) -> Profile:
@@ -171,9 +171,7 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
         array.bytes * max(1, (at in result.loaded) + (at in result.stored)) for at, array in arrays.by_address.items()
     )
     result.footprints = {at: arrays.by_address[at].bytes for at in {*result.loaded, *result.stored}}
-    reused = {
-        at for at, value in result.loaded.items() if value >= _REUSED * max(arrays.by_address[at].bytes, 1)
-    }  # fmt: skip
+    reused = {at for at, value in result.loaded.items() if value >= _REUSED * result.footprints[at]}
     result.background = any(
         made.kernel.code[i].base in ("LDGSTS", "UBLKCP", "UTMALDG") for path in paths for i in path.path
     )
@@ -287,7 +285,7 @@ def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip:
             groups.append(group)
             group = 0.0
             continue
-        elif instruction.base == "DEPBAR" or (instruction.base, "DEPBAR" in instruction.modifiers) == ("LDGSTS", True):
+        elif instruction.base == "DEPBAR":
             pending = next((int(t, 16) for t in instruction.operands[1:] if t.startswith("0x")), 0)
             done = groups[: len(groups) - pending] if pending else groups
             now = max([now, *done])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.predict import arithmetic, execute, sass
+from benchmarks.predict import arithmetic, execute, registers, sass
 from benchmarks.predict.tools import ROOT
 
 pytestmark = pytest.mark.prove
@@ -127,7 +127,7 @@ def test_loops_run_as_often_as_parameters_say() -> None:
 def test_integers_and_predicates(line: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """By hand, modulo 2^32, with carries; what is not computed becomes unknown."""
     (instruction,) = kernel(f"\n\t\tFunction : one\n        /*0000*/      {line} ;\n").code
-    thread = arithmetic.Thread(b"", {})
+    thread = registers.Thread(b"", {})
     for name, value in before.items():
         (thread.predicates if name.startswith("P") else thread.values)[name] = value
     arithmetic.step(instruction, thread)
