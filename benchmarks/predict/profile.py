@@ -287,9 +287,9 @@ def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip:
             continue
         elif instruction.base == "DEPBAR":
             pending = next((int(t, 16) for t in instruction.operands[1:] if t.startswith("0x")), 0)
-            done = groups[: len(groups) - pending] if pending else groups
-            now = max([now, *done])
-            groups = groups[len(groups) - pending :] if pending else []
+            first = max(len(groups) - pending, 0)
+            now = max([now, *groups[:first]])
+            groups = groups[first:]
             continue
         elif instruction.kind == "tensor":
             own, flops = _flops(instruction, shapes.get(position), 4)
