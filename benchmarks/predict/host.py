@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -43,8 +42,8 @@ class Timed:
     """A step or an operator.
 
     Attributes:
-        us: microseconds, median of the rounds.
-        adds: of the time of one aten.add beside it, median of the rounds.
+        us: microseconds of the thread in the fastest round: others on the machine only add to it.
+        adds: multiples of one aten.add.
         kernels: launches of this package's kernels.
         library: PyTorch's operators that launch one.
     """
@@ -178,18 +177,18 @@ def _seconds(call: Callable[[], object], times: int) -> float:
 
 
 def _timed(calls: dict[Any, Callable[[], object]]) -> dict[Any, tuple[float, float]]:
-    """Microseconds of this thread and adds of each: rounds in turn, so that all meet the machine in the same moods."""
+    """Microseconds of this thread and adds of each: rounds in turn, so that all meet the same machine."""
     a = torch.ones(1)
     add: Callable[[], object] = lambda: torch.add(a, a)  # noqa: E731
     short = {key: min(_seconds(call, 1) for _ in range(3)) for key, call in calls.items()}
     counts = {key: max(1, int(_SECONDS / max(seconds, 1e-7))) for key, seconds in short.items()}
-    times: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    units = []
     for _ in range(_ROUNDS):
         for key, call in calls.items():
-            unit = _seconds(add, 3000)
-            took = _seconds(call, counts[key])
-            times[key].append((took * 1e6, took / unit))
-    return {key: tuple(statistics.median(one) for one in zip(*pairs, strict=True)) for key, pairs in times.items()}  # type: ignore[misc]
+            units.append(_seconds(add, 3000))
+            times[key].append(_seconds(call, counts[key]))
+    return {key: (min(took) * 1e6, min(took) / min(units)) for key, took in times.items()}
 
 
 def _main(names: Sequence[str]) -> dict[str, Any]:
@@ -225,7 +224,7 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
             single[name] = launches.count, calls.library
         operator_times = {name: asdict(Timed(*pair, *single[name])) for name, pair in _timed(alone).items()}
     a = torch.ones(1)
-    unit = statistics.median(_seconds(lambda: torch.add(a, a), 5000) for _ in range(21)) * 1e6
+    unit = min(_seconds(lambda: torch.add(a, a), 3000) for _ in range(21)) * 1e6
     del kept
     import triton
 
