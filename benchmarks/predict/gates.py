@@ -152,7 +152,8 @@ def main(pattern: str = "*") -> int:
     lines = complaints(found, floors)
     gone = [name for name in floors if fnmatch.fnmatch(name, pattern) and name not in {one.name for one in found}]
     lines += [f"{name}: has a floor, and no kernel" for name in gone]
-    print(json.dumps({one.name: _floor_of(one) for one in found}, indent=1))
+    table = (f" {json.dumps(one.name)}: {json.dumps(_floor_of(one))}" for one in found)
+    print("{\n" + ",\n".join(table) + "\n}")
     print(*lines, sep="\n", file=sys.stderr)
     return 1 if lines else 0
 
