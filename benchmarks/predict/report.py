@@ -24,13 +24,14 @@ _INTRODUCTION = """\
 hand. -->
 
 **Nothing on this page was measured on a GPU.** The times of our kernels follow from their machine code and a table of
-chips (`benchmarks/predict/`), those of other operators from their bytes and products. Expect errors of 20 to 30 %; the
-[last table](#calibration) has the errors for published numbers of other kernels. `benchmarks/gpu.sh` measures on your
-card, and what it finds replaces this page ([GPU status](gpu-status.md)).
+chips (`benchmarks/predict/`), those of other operators from their bytes and products. Expect errors of 20 to 30 %, and
+more below 20 us; the [last table](#calibration) has the errors for published numbers of other kernels.
+`benchmarks/gpu.sh` measures on your card, and what it finds replaces this page ([GPU status](gpu-status.md)).
 
 - **device**: all kernels of a step one after the other, with {launch:.1f} us between two. A CUDA graph takes this long.
-- **host**: Python and PyTorch's dispatch, measured on {cpu} with a stub in place of the driver, where one `aten.add`
-  takes {add:.1f} us, and {driver:.0f} us a launch for the driver itself, which is estimated.
+- **host**: Python and PyTorch's dispatch, measured on one core ({cpu}) with a stub in place of the driver, where one
+  `aten.add` takes {add:.1f} us, and {driver:.0f} us a launch for the driver itself, which is estimated. What cuDNN and
+  cuBLAS do before a launch is in nobody's.
 - **step**: the longer of the two, as without a CUDA graph.
 - **eager**: upstream's order of operations, each operator at a library's best rate, one pass over its tensors.
 - **compile**: an ideal torch.compile. Every chain of pointwise operators is one pass, products are the library's,
@@ -116,7 +117,7 @@ def page(data: dict[str, Any]) -> str:
             for training, title in _PASSES.items():
                 parts.append(f"### {title.capitalize()}, {chip.name}\n")
                 parts.append(_table(HEADINGS, rows(line for line in found if line.training == training)))
-    if data["kernels"]:
+    if any(data["kernels"].values()):
         parts.append(_KERNELS)
         parts.append(_kernels(data["kernels"]))
     if data["operators"]:
@@ -127,7 +128,7 @@ def page(data: dict[str, Any]) -> str:
             for name, t in operators
         ]
         parts.append(_table(("operator", "us", "in `aten.add`", "our kernels", "PyTorch's"), cells))
-    parts.append("## Calibration\n")
+    parts.append(_CALIBRATION)
     parts.append(_calibration(data["calibration"], data["notes"]))
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "triton"))
     parts.append(f"Made with {versions}.\n")
@@ -144,6 +145,12 @@ _OPERATORS = """\
 ## Python for an operator
 
 One call below autograd, by the host's measure above without the driver's part.
+"""
+_CALIBRATION = """\
+## Calibration
+
+Published times of kernels that stream are given less a fixed time of their measurement: that of the straight line
+through the two largest sizes.
 """
 
 

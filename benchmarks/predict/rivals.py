@@ -15,7 +15,7 @@ import bisect
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +54,15 @@ _COPIES = {
             "rsub",
             "_adaptive_avg_pool2d_backward",
         ),
-        *("lift_fresh_copy", "scalar_tensor", "new_full", "index_select", "rand_like", "bernoulli"),
+        *(
+            "_native_batch_norm_legit_no_training",
+            "lift_fresh_copy",
+            "scalar_tensor",
+            "new_full",
+            "index_select",
+            "rand_like",
+            "bernoulli",
+        ),
     )
 }
 #: A value of so many reads is written rather than made twice, or where parts of it are read; Inductor has this rule.
@@ -205,10 +213,11 @@ class _Flow:
             self.made_in[storage] = kernel.number
 
     def begin(self, graph: Sequence[Launch]) -> None:
-        """Passes of one graph do not join those of another."""
-        self.first = len(self.kernels)
+        """What the graph before made, and this one does not use, is for the caller; passes of the two do not join."""
         inputs = ({self.storage(a) for a in _inputs(launch)} for launch in graph)
-        self.uses = Counter(storage for one in inputs for storage in one)
+        uses = Counter(storage for one in inputs for storage in one)
+        self.finish(uses)
+        self.uses, self.first = uses, len(self.kernels)
 
     def add(self, launch: Launch) -> None:
         inputs = _inputs(launch)
@@ -267,11 +276,15 @@ class _Flow:
         self.made_of[self.storage(image)] = reads | set(small)
         self.reads[self.storage(image)] = sum(16 * a.bytes >= image.bytes for a in inputs)
 
-    def passes(self) -> list[Pass]:
-        """Every kernel, after what is left for the caller has been written."""
+    def finish(self, still: Container[int] = ()) -> None:
+        """Writes what nobody used, or will still use."""
         for storage in list(self.made_of):
-            if storage not in self.used:
+            if storage not in self.used and storage not in still:
                 self.write(storage)
+
+    def passes(self) -> list[Pass]:
+        """Every kernel."""
+        self.finish()
         return [k if isinstance(k, Pass) else Pass("pointwise", self._moved(k)) for k in self.kernels]
 
     def _moved(self, kernel: _Kernel) -> float:

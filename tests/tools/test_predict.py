@@ -71,6 +71,12 @@ def test_backward_makes_values_again_and_joins_no_pass_of_forward() -> None:
     assert [made.bytes for made in rivals.compiled(forward, backward)][2:] == [4 * BYTES]
 
 
+def test_the_output_is_written_before_backward_begins() -> None:
+    x, y, z, grad, out = (array(i) for i in range(5))
+    forward = [aten("tanh", [x], y), aten("mul", [y, x], z)]
+    assert [made.bytes for made in rivals.compiled(forward, [aten("mul", [grad, y], out)])] == [2 * BYTES, 3 * BYTES]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_of_a_convolution(transposed: bool) -> None:
     large, small = array(0, (2, 6, 8, 8)), array(1, (2, 4, 4, 4))
