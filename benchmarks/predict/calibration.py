@@ -164,8 +164,11 @@ _PUBLISHED: list[tuple[str, str, Callable[[], Launch], float, float, str]] = [
 ]  # fmt: skip
 #: What the sources leave open.
 NOTES = (
-    "softmax: the source says H100 and not which; at 4096 x 12672 it reaches 1.93 TB/s, which is a PCIe card's memory "
-    "(2.0 TB/s) and not an SXM one's (3.35 TB/s), for which we predict",
+    "vector add and copy: the chips' copy bandwidths come from the two largest sizes of these rows, so that only the "
+    "smaller ones test the prediction",
+    "softmax: nothing is taken off for the timing of one launch, which is most of the small sizes; the source says "
+    "H100 and not which; at 4096 x 12672 it reaches 1.93 TB/s, near a PCIe card's memory (2.0 TB/s) and far from an "
+    "SXM one's (3.35 TB/s), for which we predict",
     "LayerNorm: the source says A100, and not which, nor the dtype, for which the tutorial's is taken",
     "copy: the source's card is a GB200, whose memory is a B200's; its GB/s count the read alone",
 )
