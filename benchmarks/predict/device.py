@@ -111,8 +111,13 @@ def _sources() -> str:
     return key([*here, *kernels, *(ROOT / "csrc" / "include").rglob("*.h")], triton.__version__)
 
 
+# Modules that do not decide the prediction of a launch.
 _ABOVE = {
-    f"{name}.py" for name in ("cli", "report", "host", "stub_gpu", "steps", "rivals", "device", "gates", "kernels")
+    f"{name}.py"
+    for name in (
+        *("calibration", "cli", "device", "gates", "host", "kernels"),
+        *("report", "rivals", "steps", "stub_gpu"),
+    )
 }
 
 
