@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +15,7 @@ import torch
 
 from benchmarks import cli
 from benchmarks.predict import report, rivals, steps
-from benchmarks.predict.chips import CHIPS
-from benchmarks.predict.device import device, relocated
+from benchmarks.predict.device import relocated
 from benchmarks.predict.record import Array, Launch
 
 BF16 = torch.bfloat16
@@ -132,12 +135,10 @@ def test_command_line(arguments: list[str], status: int, words: str, capsys: pyt
 
 @pytest.mark.prove
 def test_a_step_is_predicted_and_timed() -> None:
-    from benchmarks.predict import host
-
-    (step,) = (step for step in steps.steps() if step.name.startswith("haar/J1/nchw"))
-    found = device(step, "ours", True, CHIPS["h100"])
-    assert found.launches == {"cuda": 2}
-    assert found.seconds > found.bytes / CHIPS["h100"].copy_bandwidth
-    timed = host.measure([step.name])["steps"][step.name]["training"]["ours"]
-    assert timed["kernels"] == 2
-    assert 1 < timed["adds"] < 10_000
+    environment = {**os.environ, "COLUMNS": "300"}
+    del environment["TRITON_INTERPRET"]  # nothing is launched under it
+    command = [sys.executable, "-m", "benchmarks", "predict", "--gpu", "a100", "--case", "haar/J1/nchw/*"]
+    done = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"A100.*training, predicted", done.stdout)
+    assert len(re.findall("Haar, 1 level, nchw", done.stdout)) == 2
