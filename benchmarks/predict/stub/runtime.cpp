@@ -1,5 +1,6 @@
 // A CUDA runtime without a GPU: launches are handed to a callback, and nothing runs. The .cu files are compiled by nvcc
-// as for a card (-cudart none) and linked with this, so geometry, template arguments and parameters are the host code's.
+// as for a card (-cudart none) and linked with this, so geometry, template arguments and parameters are the host
+// code's.
 #include <cuda_runtime_api.h>
 
 #include <map>
