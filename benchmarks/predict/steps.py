@@ -65,7 +65,9 @@ class Step:
                 elif not training:
                     from wavemix_kernels import fuse_for_inference
 
-                    made = fuse_for_inference(made)
+                    # PyTorch's own copy of a buffer looks at its storage, which fake ones have not.
+                    with mock.patch.object(Tensor, "__deepcopy__", lambda t, memo: t.detach().clone()):
+                        made = fuse_for_inference(made)
         torch.set_default_dtype(before)
         return made
 
