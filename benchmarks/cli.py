@@ -61,6 +61,14 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         0; 1 where one of our own implementations was wrong or raised; 2 for arguments that cannot be served; 86 where
         an error stayed in the GPU; 130 after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["predict"]:
+        if importlib.util.find_spec(f"{__package__}.predict") is None:
+            print("benchmarks: predict compiles the kernels' sources; run it in a checkout", file=sys.stderr)
+            return 2
+        from .predict import cli as predict
+
+        return predict.main(argv[1:])
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
@@ -104,9 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("traffic", "results"),
+        choices=("traffic", "results", "predict"),
         help="traffic: count each operator's memory traffic; results: make docs/results.md, the README's table and "
-        "chart from benchmarks/results/, and the table of docs/gpu-status.md",
+        "chart from benchmarks/results/, and the table of docs/gpu-status.md; predict: what a GPU will do, without one "
+        "(options: predict --help)",
     )
     parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
     parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")

@@ -233,7 +233,8 @@ class _DeviceDropout(nn.Dropout):
         return torch.native_dropout(x, self.p, self.training)[0] if self.p > 0 else x
 
 
-def _as_on_a_gpu(module: nn.Module) -> nn.Module:
+def as_on_a_gpu(module: nn.Module) -> nn.Module:
+    """The module with the operators that a GPU has for it."""
     for name, part in module.named_modules():
         if type(part) is nn.Dropout:
             module.set_submodule(name, _DeviceDropout(part.p))
@@ -257,13 +258,13 @@ def _waveblock(level: int, ours: bool) -> nn.Module:
     config: dict[str, Any] = {"level": level, "mult": 2, "ff_channel": 192, "final_dim": 192, "dropout": 0.5}
     if ours:
         return _Residual(FusedWaveblock(**config), True)
-    return _as_on_a_gpu(_Residual(UpstreamWaveblock(**config), False))
+    return as_on_a_gpu(_Residual(UpstreamWaveblock(**config), False))
 
 
 def _patm(ours: bool) -> nn.Module:
     from wavemix_kernels import FusedPATM
 
-    return FusedPATM(64) if ours else _as_on_a_gpu(UpstreamPATM(64))
+    return FusedPATM(64) if ours else as_on_a_gpu(UpstreamPATM(64))
 
 
 @dataclass(frozen=True)

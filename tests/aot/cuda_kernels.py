@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aot.table import ARCHS, ROOT, Demands, Kernel, cached, key, machine_code
+from benchmarks.predict.tools import ROOT, key
+from tests.aot.table import ARCHS, Demands, Kernel, cached, machine_code
 
 CSRC = ROOT / "csrc"
 THREADS = 128  # of every block

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import importlib.util
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.emulator import build
+from benchmarks.predict.tools import ROOT, Missing, program, run
 
-ROOT = build.ROOT
 CACHE = ROOT / "build" / "aot"
 ARCHS = (80, 90, 100, 120)
 MAX_REGISTERS = 255  # of one thread
@@ -84,24 +79,11 @@ def machine_code(binary: Path, arch: int | None = None) -> dict[str, Counter[str
 
 
 def cuobjdump(binary: Path, *options: str) -> str:
-    tool = shutil.which("cuobjdump")
-    if tool is None and (top := build.toolkit()) is not None and (top / "bin" / "cuobjdump").is_file():
-        tool = str(top / "bin" / "cuobjdump")
-    if tool is None and (triton := importlib.util.find_spec("triton")) is not None:
-        place = Path(next(iter(triton.submodule_search_locations or []))) / "backends/nvidia/bin/cuobjdump"
-        tool = str(place) if place.is_file() else None
-    if tool is None:
-        pytest.skip("cuobjdump is neither on PATH, nor in the toolkit, nor in a triton package")
-    done = subprocess.run([tool, *options, str(binary)], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def key(files: Iterable[Path], *versions: str) -> str:
-    """Changes with any of the files, their names and the versions."""
-    digest = hashlib.sha256(repr(versions).encode())
-    for file in sorted(files):
-        digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    try:
+        tool = program("cuobjdump")
+    except Missing as missing:
+        pytest.skip(str(missing))
+    return run([tool, *options, binary])
 
 
 def cached(name: str, made_of: str, make: Callable[[], list[Kernel]]) -> list[Kernel]:

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.aot.table import CACHE, ROOT, Kernel, cached, cuobjdump, key, machine_code, read
+from benchmarks.predict.tools import ROOT, key
+from tests.aot.table import CACHE, Kernel, cached, cuobjdump, machine_code, read
 
 PTX_PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 

@@ -8,7 +8,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,21 +16,11 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.predict.tools import ROOT, toolkit
+
 #: The sanitizers of the emulated core that the tests of this process load: none, or ADDRESS_AND_UNDEFINED.
 VARIABLE = "WAVEMIX_EMULATOR_SANITIZE"
 ADDRESS_AND_UNDEFINED = "address,undefined"
-
-
-def toolkit() -> Path | None:
-    """The CUDA toolkit's folder as nvcc itself names it (nvcc on PATH may be a wrapper), or None."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-    plan = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    match = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
-    return Path(match[1].strip()).resolve() if match else None
 
 
 def cuda_include() -> Path | None:

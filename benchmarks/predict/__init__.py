@@ -1,0 +1,1 @@
+"""What a card will do, without one: launches recorded, machine code counted, times predicted."""

@@ -1,0 +1,134 @@
+"""``python -m benchmarks predict``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from . import report
+from .chips import CHIPS
+from .execute import NotUnderstood
+from .kernels import cases
+from .steps import steps
+from .tools import Missing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predicts, and prints or writes.
+
+    Returns:
+        0; 1 where a prediction cannot be made; 2 for arguments that cannot be served.
+    """
+    parser = _Parser(
+        prog="benchmarks predict",
+        description="What a GPU will do, without one. The first time takes many minutes; build/predict/ keeps it.",
+    )
+    parser.add_argument("--gpu", choices=tuple(CHIPS), help="default: h100, with --write all")
+    parser.add_argument("--case", metavar="GLOB", default="*", help="only steps and kernels with such names")
+    parser.add_argument("--write", action="store_true", help="put these into docs/predicted.md and its data")
+    parser.add_argument("--list", action="store_true", help="print the names of steps and kernels and stop")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    names = [step.name for step in steps() if fnmatch.fnmatchcase(step.name, arguments.case)]
+    of_kernels = [case.name for case in cases(arguments.case)]
+    if not names and not of_kernels:
+        print(
+            f"benchmarks predict: --case {arguments.case!r}: nothing has such a name; --list names all", file=sys.stderr
+        )
+        return 2
+    if arguments.list:
+        print(*names, *of_kernels, sep="\n")
+        return 0
+    chips = [arguments.gpu] if arguments.gpu else list(CHIPS) if arguments.write else ["h100"]
+    try:
+        data = _predicted(names, arguments.case if of_kernels else None, chips)
+    except (Missing, NotUnderstood, RuntimeError) as error:
+        print(f"benchmarks predict: {error}", file=sys.stderr)
+        return 1
+    if arguments.write:
+        report.save(_merged(report.load(), data))
+        print(f"wrote {report.DATA}\nwrote {report.PAGE}")
+        return 0
+    _show(data, chips)
+    return 0
+
+
+def _predicted(names: Sequence[str], kernels: str | None, chips: Sequence[str]) -> dict[str, Any]:
+    from . import calibration, gates, host
+    from .device import devices
+
+    data: dict[str, Any] = {"chips": {}, "kernels": {}}
+    if names:
+        measured = host.measure(names)
+        data |= {"machine": measured["machine"], "host": measured["steps"], "operators": measured["operators"]}
+    for chip in chips:
+        data["chips"][chip] = devices(names, chip) if names else {}
+        found = gates.predictions(chip, kernels) if kernels else []
+        data["kernels"][chip] = {
+            one.name: {"us": one.prediction.seconds * 1e6, "share": one.share, "bound": one.prediction.bound}
+            for one in found
+        }
+    _same_way(data)
+    data["calibration"] = [asdict(row) | {"error": row.error} for row in calibration.rows()]
+    data["notes"] = list(calibration.NOTES)
+    return data
+
+
+def _same_way(data: dict[str, Any]) -> None:
+    """Raises RuntimeError where a narrow step whose Python was timed launches other kernels than the real one."""
+    for predicted in data["chips"].values():
+        for name, found in predicted.items():
+            for one in (one for one in found if one["provider"] == "ours"):
+                real = one["launches"].get("cuda", 0) + one["launches"].get("triton", 0)
+                timed = data["host"][name]["training" if one["training"] else "inference"]["ours"]["kernels"]
+                if timed != real:
+                    raise RuntimeError(
+                        f"{name}: its Python was timed with {timed} of our kernels, the real one has {real}"
+                    )
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """New ones in place of old ones, and what no longer exists gone."""
+    merged = old | {name: new[name] for name in ("machine", "calibration", "notes") if name in new}
+    known = {step.name for step in steps()}
+    merged["host"] = {k: v for k, v in (old["host"] | new.get("host", {})).items() if k in known}
+    merged["operators"] = old["operators"] | new.get("operators", {})
+    for part in ("chips", "kernels"):
+        merged[part] = {
+            chip: old[part].get(chip, {}) | new[part].get(chip, {})
+            for chip in CHIPS
+            if chip in old[part] or chip in new[part]
+        }
+    return merged
+
+
+def _show(data: dict[str, Any], chips: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for chip in chips:
+        found = report.lines(data, chip) if data["chips"][chip] else []
+        for training, title in ((True, "training"), (False, "inference")):
+            chosen = [line for line in found if line.training == training]
+            if chosen:
+                table = Table(*report.HEADINGS, title=f"{CHIPS[chip].name}, {title}, predicted")
+                for cells in report.rows(chosen):
+                    table.add_row(*cells)
+                console.print(table)
+        if data["kernels"][chip]:
+            table = Table("kernel", "us", "share", "bound", title=f"{CHIPS[chip].name}, kernels, predicted")
+            for name, kernel in data["kernels"][chip].items():
+                table.add_row(name, f"{kernel['us']:.0f}", f"{kernel['share']:.2f}", kernel["bound"])
+            console.print(table)

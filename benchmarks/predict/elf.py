@@ -1,0 +1,102 @@
+"""What a cubin says of its kernels: parameters, registers, shared memory."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import core
+
+# Attributes of section .nv.info.<kernel>, format and number as NVIDIA's tools print them by name.
+_KPARAM_INFO, _PARAM_CBANK, _REGCOUNT = 0x17, 0x0A, 0x2F
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel of a cubin.
+
+    Attributes:
+        base: offset of the parameters in constant bank 0.
+        parameters: (offset from the base, bytes) of each parameter, in order.
+        registers: of a thread.
+        shared: bytes of static shared memory of a block.
+        local: bytes of a thread's stack frame, spills among them.
+    """
+
+    name: str
+    base: int
+    parameters: tuple[tuple[int, int], ...]
+    registers: int
+    shared: int
+    local: int
+
+
+def _sections(code: bytes) -> dict[str, tuple[bytes, int, int]]:
+    """name -> (contents, size, info)."""
+    (at,) = struct.unpack_from("<Q", code, 0x28)
+    size, count, names = struct.unpack_from("<HHH", code, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQII", code, at + i * size) for i in range(count)]
+    strings = headers[names]
+    table = code[strings[4] : strings[4] + strings[5]]
+    found = {}
+    for name, kind, _, _, offset, length, _, info in headers:
+        contents = b"" if kind == 8 else code[offset : offset + length]  # NOBITS: only a size
+        found[table[name : table.index(b"\0", name)].decode()] = (contents, length, info)
+    return found
+
+
+def _attributes(section: bytes) -> list[tuple[int, bytes]]:
+    """(number, value) of one .nv.info section: a byte of format (4: with a length), a byte of number, a value."""
+    at, found = 0, []
+    while at + 4 <= len(section):
+        form, number, value = struct.unpack_from("<BBH", section, at)
+        at += 4
+        if form == 4:
+            found.append((number, section[at : at + value]))
+            at += value
+        else:
+            found.append((number, struct.pack("<H", value)))
+    return found
+
+
+def entries(cubin: bytes) -> list[Entry]:
+    """Every kernel of a cubin."""
+    sections = _sections(cubin)
+    symbols = _symbol_names(sections)
+    registers, frames = {}, {}
+    for number, value in _attributes(sections[".nv.info"][0]):
+        if number in (_REGCOUNT, 0x12):  # 0x12: minimum stack size; both are (symbol, value)
+            symbol, amount = struct.unpack("<II", value)
+            (registers if number == _REGCOUNT else frames)[symbols[symbol]] = amount
+    found = []
+    for name in (section[6:] for section in sections if section.startswith(".text.")):
+        base, parameters = 0, {}
+        for number, value in _attributes(sections[f".nv.info.{name}"][0]):
+            if number == _KPARAM_INFO:
+                _, ordinal, offset, flags = struct.unpack("<IHHI", value)
+                parameters[ordinal] = (offset, flags >> 18)
+            elif number == _PARAM_CBANK:
+                _, base, _ = struct.unpack("<IHH", value)
+        _, shared, _ = sections.get(f".nv.shared.{name}", (b"", 0, 0))
+        ordered = tuple(parameters[i] for i in sorted(parameters))
+        found.append(Entry(name, base, ordered, registers.get(name, 0), shared, frames.get(name, 0)))
+    return found
+
+
+def _symbol_names(sections: dict[str, tuple[bytes, int, int]]) -> list[str]:
+    table, strings = sections[".symtab"][0], sections[".strtab"][0]
+    starts = [struct.unpack_from("<I", table, at)[0] for at in range(0, len(table), 24)]
+    return [strings[start : strings.index(b"\0", start)].decode() for start in starts]
+
+
+@functools.cache
+def cuda_entries(arch: int) -> dict[str, tuple[Path, Entry]]:
+    """Every CUDA kernel of the package for a chip, by its mangled name, with its cubin."""
+    return {entry.name: (path, entry) for path in core.cubins(arch) for entry in entries(path.read_bytes())}
+
+
+def parameter_sizes(arch: int) -> dict[str, int]:
+    """Bytes of each CUDA kernel's one argument."""
+    return {name: entry.parameters[0][1] for name, (_, entry) in cuda_entries(arch).items()}

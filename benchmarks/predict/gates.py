@@ -1,0 +1,162 @@
+"""Floors under the predicted speed of each kernel: a change that makes one slower is red in ``make prove``.
+
+``python -m benchmarks.predict.gates [PATTERN]`` predicts every kernel on an H100, holds it to its floor and prints the
+table anew, for the file `floors.json`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from .bound import Prediction, predict
+from .chips import CHIPS, Chip
+from .kernels import Recorded, cases, recorded
+
+CHIP = "h100"
+FLOORS = Path(__file__).parent / "floors.json"
+_STEP, _FINE = 0.05, 0.01  # floors are rounded down to it; below `_LOW` to the finer one
+_LOW = 0.3
+_SLACK = 0.02  # a new compiler may move a prediction by this share of its floor
+#: Bytes that the followed threads move, scaled to the grid, for each byte of the plan: below this the way through a
+#: kernel was misread. What the samples miss is a tensor that few threads write.
+LEAST_COVERED = 0.85
+#: A tensor that is touched at all, and has a share of the bytes that counts, is touched to this share at least: three
+#: blocks are too few to meet kinds of blocks as often as the grid has them.
+LEAST_OF_TENSOR, COUNTS = 0.4, 0.05
+
+
+#: Why a floor is below :data:`HIGH`: the first pattern that matches.
+REASONS = {
+    "cuda haar analysis L? channels_last 4x*": "each load waits for its conversion: 16 bytes on the way a thread",
+    "cuda haar * channels_last 64x36x*": "single elements: 36 channels are no whole words of 16 bytes",
+    "cuda haar * nchw 64x*": "single elements: rows are no whole words of 16 bytes",
+    "triton haar * nchw 64x320x14x14": "rows of 14 elements: masks and integers for one word of 4 bytes",
+    "triton haar * 64x128x28x28": "rows of 28 elements fill a tile of 32 in part",
+    "triton haar * 64x36x*": "36 channels fill sectors in part",
+    "triton haar analysis L5 *": "few tiles for each multiprocessor, and sectors used in part",
+    "triton haar *": "shared memory and integers of the deeper levels",
+    "cuda reduce_haar *": "55 instructions for each 16 bytes that are copied; two blocks of a multiprocessor",
+    "triton reduce_haar gradients *": "one block of a multiprocessor, waiting for each of its loads; 48 columns as 64",
+    "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
+    "triton mlp gradients*weight*": "operands of mma.sync come from shared memory again for each product",
+    "triton mlp *": "dropout and GELU are most instructions; weights come from L2 again for each block",
+    "triton deconv *: _reduce_kernel": "sums across warps every few KB",
+    "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
+    "triton batch_norm *": "sums across warps every few KB",
+    "triton pre_norm *": "sums across warps every few KB",
+    "cuda phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
+    "triton phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
+    "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
+}
+HIGH = 0.85
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A kernel of :mod:`benchmarks.predict.kernels` and its prediction.
+
+    Attributes:
+        share: of what the chip can do: the larger of its bytes at the speed of a copy and the products that the shape
+            needs at tensor peak, over the time. Products that are made twice do not count.
+        waste: products made for each one needed; 1 without any.
+        covered: see :data:`LEAST_COVERED`.
+        misread: tensors that were touched in part, as (shape, share).
+    """
+
+    name: str
+    prediction: Prediction
+    share: float
+    waste: float
+    covered: float
+    misread: tuple[tuple[tuple[int, ...], float], ...]
+
+
+def predicted(one: Recorded, chip: Chip) -> Predicted:
+    """The prediction of one kernel.
+
+    Raises:
+        execute.NotUnderstood, tools.Missing: see :func:`benchmarks.predict.bound.predict`.
+    """
+    found = predict(one.launch, chip)
+    dtype = next((a.dtype for a in one.launch.arrays if a.dtype in (torch.float16, torch.bfloat16)), torch.float32)
+    ideal = max(found.bounds["memory"], one.flops / chip.tensor_flops[dtype])
+    profile = found.profile
+    coverage = profile.coverage
+    misread = tuple(
+        (array.shape, round(coverage[array.address], 2))
+        for array in one.launch.arrays
+        if array.bytes > COUNTS * one.launch.bytes and coverage.get(array.address, 1.0) < LEAST_OF_TENSOR
+    )
+    waste = found.flops / one.flops if one.flops else 1.0
+    covered = profile.sectors / max(one.launch.bytes, 1)
+    return Predicted(one.name, found, ideal / found.seconds, waste, covered, misread)
+
+
+def _of_case(name: str, chip: str) -> list[Predicted]:
+    return [predicted(one, CHIPS[chip]) for case in cases(name) for one in recorded(case, CHIPS[chip])]
+
+
+def predictions(chip: str = CHIP, pattern: str = "*") -> list[Predicted]:
+    """Every kernel of the cases that match, predicted by several processes; the first time it takes minutes.
+
+    Raises:
+        execute.NotUnderstood, tools.Missing: see :func:`benchmarks.predict.bound.predict`.
+    """
+    names = [case.name for case in cases(pattern)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return [one for found in pool.map(_of_case, names, [chip] * len(names)) for one in found]
+
+
+def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) -> list[str]:
+    """What is worse than its floor, has none or a low one without a reason, or was misread; one line each."""
+    lines = []
+    for one in found:
+        floor = floors.get(one.name)
+        if floor is None:
+            lines.append(f"{one.name}: no floor; today {_floor_of(one)}")
+            continue
+        if floor["share"] < HIGH and not any(fnmatch.fnmatch(one.name, pattern) for pattern in REASONS):
+            lines.append(f"{one.name}: its floor is {floor['share']:.2f} and gates.py has no reason")
+        if one.share < floor["share"] * (1 - _SLACK):
+            lines.append(
+                f"{one.name}: {one.share:.2f} of the chip, its floor is {floor['share']:.2f} "
+                f"({one.prediction.seconds * 1e6:.0f} us, bound by {one.prediction.bound})"
+            )
+        if one.waste > floor["waste"] * (1 + _SLACK):
+            lines.append(f"{one.name}: {one.waste:.2f} products for each one needed, at most {floor['waste']:.2f}")
+        if one.covered < LEAST_COVERED or one.misread:
+            lines.append(f"{one.name}: {one.covered:.2f} of its bytes were followed; in part: {one.misread}")
+    return lines
+
+
+def _floor_of(one: Predicted) -> dict[str, float]:
+    step = _FINE if one.share < _LOW else _STEP
+    share = math.floor(one.share / step + 1e-9) * step
+    return {"share": round(share, 2), "waste": round(math.ceil(one.waste * 20 - 1e-9) / 20, 2)}
+
+
+def main(pattern: str = "*") -> int:
+    found = predictions(CHIP, pattern)
+    floors = json.loads(FLOORS.read_text()) if FLOORS.exists() else {}
+    lines = complaints(found, floors)
+    gone = [name for name in floors if fnmatch.fnmatch(name, pattern) and name not in {one.name for one in found}]
+    lines += [f"{name}: has a floor, and no kernel" for name in gone]
+    table = (f" {json.dumps(one.name)}: {json.dumps(_floor_of(one))}" for one in found)
+    print("{\n" + ",\n".join(table) + "\n}")
+    print(*lines, sep="\n", file=sys.stderr)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

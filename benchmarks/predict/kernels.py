@@ -1,0 +1,278 @@
+"""Every CUDA and Triton kernel at the shapes of the benchmark cases, recorded as its operator launches it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chips import Chip
+from .record import Launch, image, recording
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one shape.
+
+    Attributes:
+        name: ``backend family what shape``.
+        run: calls it on tensors that it makes.
+        flops: kernel function -> products that the shape needs, in FLOP.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    flops: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One of our kernels, as a case launches it; `name` is the case's, and of several kernels the function's too."""
+
+    name: str
+    launch: Launch
+    flops: float
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.wavemix_kernels, name)
+
+
+def _vector(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32)
+
+
+def _sized(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+# --- Haar --------------------------------------------------------------------------------------------------
+
+
+def _bands(n: int, c: int, h: int, w: int, last: bool) -> Tensor:
+    if last:
+        return torch.empty(n, h, w, c, 3, dtype=BF16).permute(0, 3, 4, 1, 2)
+    return torch.empty(n, c, 3, h, w, dtype=BF16)
+
+
+def _haar(backend: str, levels: int, shape: tuple[int, int, int, int], last: bool, inverse: bool) -> Callable[[], Any]:
+    from wavemix_kernels import haar_dwt2d, haar_idwt2d
+
+    def run() -> Any:
+        if not inverse:
+            return haar_dwt2d(image(shape, BF16, last), levels, backend=backend)
+        n, c, h, w = shape
+        sizes = [(-(-h >> level), -(-w >> level)) for level in range(1, levels + 1)]
+        highs = [_bands(n, c, *size, last) for size in sizes]
+        return haar_idwt2d(image((n, c, *sizes[-1]), BF16, last), highs, size=(h, w), backend=backend)
+
+    return run
+
+
+def haar_cases() -> Iterator[Case]:
+    """Both directions and layouts, levels 1 to 5; rows that are no whole words of 16 bytes; 36 channels."""
+    big = (4, 64, 256, 256)
+    made = [(level, big, last) for level in (1, 2, 3, 4, 5) for last in (False, True)]
+    for size, channels in ((56, 64), (28, 128), (14, 320)):
+        made.append((1, (64, channels, size, size), False))
+    made.append((2, (64, 36, 64, 64), True))
+    for backend in ("cuda", "triton"):
+        for level, shape, last in made:
+            for inverse in (False, True):
+                what = f"{'synthesis' if inverse else 'analysis'} L{level} {'channels_last' if last else 'nchw'}"
+                yield Case(f"{backend} haar {what} {_sized(shape)}", _haar(backend, level, shape, last, inverse))
+
+
+# --- A Waveblock's operators -------------------------------------------------------------------------------
+
+
+def _reduce_haar(backend: str, c: int, level: int, last: bool, backward: bool) -> Callable[[], Any]:
+    def run() -> Any:
+        x, weight, bias = image((64, c, 64, 64), BF16, last), image((c // 4, c, 1, 1)), image((c // 4,))
+        if not backward:
+            return _op("reduce_haar")(x, weight, bias, level, True, backend)
+        grads = [image((64, c, 64 >> i, 64 >> i), BF16, True) for i in range(1, level + 1)]
+        return _op("reduce_haar_backward")(grads, x, weight, x, True, backend)
+
+    return run
+
+
+def reduce_haar_cases() -> Iterator[Case]:
+    for c, level, last in ((192, 1, True), (192, 3, True), (192, 3, False), (144, 1, True)):
+        product = 2.0 * 64 * 64 * 64 * c * c / 4
+        shape = f"L{level} {'channels_last' if last else 'nchw'} 64x{c}x64x64"
+        for backend in ("cuda", "triton"):
+            flops = {"reduce_haar": product, "_reduce_haar_kernel": product}
+            yield Case(f"{backend} reduce_haar {shape}", _reduce_haar(backend, c, level, last, False), flops)
+        made = _reduce_haar("triton", c, level, last, True)
+        yield Case(f"triton reduce_haar gradients {shape}", made, {"_backward_kernel": 2 * product})
+
+
+def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) -> Callable[[], Any]:
+    def run() -> Any:
+        n, h, w = size
+        x, second = (image((n, c, h, w), BF16, True) if c else None for c in (a, b))
+        affine = (_vector(b), _vector(b)) if b else (None, None)
+        weights = image((k, a + b)), image((k,)), image((o, k)), image((o,))
+        p, seed = (0.5, torch.empty(1, dtype=torch.int64)) if b else (0.0, None)
+        arguments = (x, second, *affine, *weights, p, seed)
+        if what == "forward":
+            return _op("pointwise_mlp")(*arguments, "triton")
+        grad = image((n, o, h, w), BF16, True)
+        return _op("pointwise_mlp_backward")(grad, *arguments, what == "gradients and output", "triton")
+
+    return run
+
+
+def mlp_cases() -> Iterator[Case]:
+    """A Waveblock's middle level, its last level, and the channel MLPs of Wave-MLP's stages."""
+    made = [(192, 96, 384, 192, (64, 32, 32)), (192, 0, 384, 192, (64, 8, 8))]
+    made += [(c, 0, 4 * c, c, (128, size, size)) for c, size in ((64, 56), (128, 28), (320, 14))]
+    for a, b, k, o, size in made:
+        rows, shape = float(size[0] * size[1] * size[2]), f"{a}|{b} to {k} to {o}, {_sized(size)} pixels"
+        flops = {
+            "_forward_kernel": 2 * rows * k * (a + b + o),
+            "_backward_x_kernel": 2 * rows * k * (2 * (a + b) + o),
+            "_backward_weight_kernel": 4 * rows * k * (a + b + o),
+        }
+        for what in ("forward", "gradients", *(["gradients and output"] if b else [])):
+            extra = {"_backward_x_kernel": flops["_backward_x_kernel"] + 2 * rows * k * o} if "output" in what else {}
+            yield Case(f"triton mlp {what} {shape}", _mlp(a, b, k, o, size, what), flops | extra)
+
+
+def _deconv(c: int, size: int, what: str) -> Callable[[], Any]:
+    def run() -> Any:
+        u, y = image((64, c, size, size), BF16, True), image((64, c, 2 * size, 2 * size), BF16, True)
+        weight, bias = image((c, c, 4, 4)), image((c,))
+        if what == "forward":
+            return _op("deconv_stats")(u, weight, bias, "triton")
+        return _op("deconv_norm_backward")(y, y, *(_vector(c) for _ in range(3)), True, u, weight, "triton")
+
+    return run
+
+
+def deconv_cases() -> Iterator[Case]:
+    product = 2.0 * 64 * 32 * 32 * 16 * 192 * 192
+    yield Case("triton deconv forward 64x192x32x32", _deconv(192, 32, "forward"), {"_forward_kernel": product})
+    flops = {"_backward_kernel": 2 * product}
+    yield Case("triton deconv gradients 64x192x32x32", _deconv(192, 32, "backward"), flops)
+
+
+def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
+    def run() -> Any:
+        x = image((64, c, size, size), BF16, True)
+        if what == "statistics":
+            return _op("batch_norm_stats")(x, "triton")
+        if what == "apply":
+            return _op("batch_norm_apply")(x, _vector(c), _vector(c), x, True, "triton")
+        return _op("batch_norm_backward")(x, x, _vector(c), _vector(c), _vector(c), True, True, "triton")
+
+    return run
+
+
+def batch_norm_cases() -> Iterator[Case]:
+    for what in ("statistics", "apply", "gradients"):
+        yield Case(f"triton batch_norm {what} 64x192x64x64", _batch_norm(192, 64, what))
+
+
+# --- Wave-MLP's operators ----------------------------------------------------------------------------------
+
+
+def _pre_norm(c: int, size: int, by_image: bool, what: str) -> Callable[[], Any]:
+    def run() -> Any:
+        n = 128
+        x, branch = (image((n, c, size, size), dtype, True) for dtype in (torch.float32, BF16))
+        of = _vector(n if by_image else c)
+        if what == "statistics":
+            return _op("pre_norm_stats")(x, 1e-5, by_image, "triton")
+        if what == "apply":
+            return _op("pre_norm_apply")(x, of, of, _vector(c), _vector(c), by_image, BF16, "triton")
+        if what == "join":
+            return _op("pre_norm_join")(x, branch, _vector(n), "triton")
+        return _op("pre_norm_backward")(branch, x, x, of, of, _vector(c), by_image, True, "triton")
+
+    return run
+
+
+def pre_norm_cases() -> Iterator[Case]:
+    for by_image in (False, True):
+        for what in ("statistics", "apply", "gradients", *(["join"] if by_image else [])):
+            name = f"triton pre_norm {what} of {'images' if by_image else 'the batch'} 128x64x56x56"
+            yield Case(name, _pre_norm(64, 56, by_image, what))
+
+
+def _patm(backend: str, shape: tuple[int, int, int, int], what: str) -> Callable[[], Any]:
+    def run() -> Any:
+        n, c, h, w = shape
+        z_h, theta_h, z_w, theta_w, z_c = image((n, 5 * c, h, w), BF16, True).chunk(5, 1)
+        vectors, taps = [_vector(c) for _ in range(4)], [image((c, 2, 1, 7)), image((c, 2, 7, 1))]
+        full = image(shape, BF16, True)
+        if what == "forward":
+            return _op("phase_aggregate")(z_h, z_w, z_c, theta_h, theta_w, *vectors, *taps, backend)
+        if what == "sum":
+            return _op("branch_sum")(full, full, z_c, torch.empty(3, n, c), backend)
+        if what == "sum gradients":
+            return _op("branch_sum_backward")(full, full, full, z_c, torch.empty(3, n, c), backend)
+        a, s = torch.empty(3, n, c), torch.empty(n, c)
+        grads, batch = (full, full, s, a, z_h, z_w), (_vector(2 * c).view(2, c), _vector(2 * c).view(2, c))
+        return _op("phase_aggregate_backward")(*grads, theta_h, theta_w, *vectors, *taps, *batch, True, backend)
+
+    return run
+
+
+def patm_cases() -> Iterator[Case]:
+    for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
+        for backend in ("cuda", "triton"):
+            for what in ("forward", "gradients"):
+                name = f"{backend} phase_aggregate {what} {_sized(shape)}"
+                yield Case(name, _patm(backend, shape, what))
+    for what in ("sum", "sum gradients"):
+        yield Case(f"triton branch_{what.replace(' ', '_')} 64x64x56x56", _patm("triton", (64, 64, 56, 56), what))
+
+
+FAMILIES = (
+    haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
+)  # fmt: skip
+#: Kernels beside the one that a case is about: they add up a few partial sums.
+_SMALL = ("_combine_kernel", "_merge_kernel", "phase_sum_rows")
+
+
+def function_of(launch: Launch) -> str:
+    """The kernel's name in the source."""
+    if launch.kind != "cuda":
+        return launch.name
+    names = ("analysis_rows", "analysis_channels", "synthesis_rows", "synthesis_channels", "reduce_haar",
+             "phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows")  # fmt: skip
+    return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
+
+
+def cases(pattern: str = "*") -> list[Case]:
+    """Those whose name matches a pattern as the shell has them."""
+    return [case for family in FAMILIES for case in family() if fnmatch.fnmatch(case.name, pattern)]
+
+
+def recorded(case: Case, chip: Chip) -> list[Recorded]:
+    """Our kernels that a case launches."""
+    with recording(chip.capability) as step:
+        case.run()
+    named = [(function_of(launch), launch) for launch in step.launches if launch.kind != "aten"]
+    named = [(name, launch) for name, launch in named if name not in _SMALL]
+    found, seen = [], Counter[str]()
+    for name, launch in named:
+        seen[name] += 1
+        which = f" {seen[name]}" if seen[name] > 1 else ""
+        full = f"{case.name}: {name}{which}" if len(named) > 1 else case.name
+        found.append(Recorded(full, launch, case.flops.get(name, 0.0)))
+    return found
+
+
+def kernels(chip: Chip, pattern: str = "*") -> list[Recorded]:
+    """Our kernels of every case whose name matches."""
+    return [one for case in cases(pattern) for one in recorded(case, chip)]

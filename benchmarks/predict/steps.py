@@ -1,0 +1,218 @@
+"""Blocks and models whose steps are predicted: ours, the published order of operations, and what a compiler gets.
+
+A step is made twice: at its real size on fake tensors, where its launches are recorded, and narrow on a few pixels,
+where its Python is timed (:mod:`benchmarks.predict.host`). Both take the same way through this package: the command
+line refuses steps with other numbers of launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..harness.rivals import UpstreamPATM, UpstreamWaveblock, upstream_wavelets
+from ..harness.traffic import as_on_a_gpu
+
+#: Ours; the published order of operations, one kernel an operator; the order that torch.compile gets, see rivals.py.
+PROVIDERS = ("ours", "eager", "compile")
+#: Channels of a narrow step, of a real one's.
+NARROW = 4
+
+Size = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step (output and all gradients) or an inference.
+
+    Attributes:
+        name: as the cases of benchmarks have it: group/what/layout/size.
+        title: for the documentation.
+        size: of the input.
+        few: of the input whose Python is timed.
+        build: called with a provider of :data:`PROVIDERS` and the number that channels are divided by.
+        channels_last: the memory order of a block's input. A model's image is in rows.
+        image: no gradient is taken of the input.
+    """
+
+    name: str
+    title: str
+    size: Size
+    few: Size
+    build: Callable[[str, int], Callable[[Tensor], Any]]
+    channels_last: bool = False
+    image: bool = False
+    narrow: bool = True
+
+    def make(self, provider: str, *, training: bool, narrow: bool = False) -> Callable[[Tensor], Any]:
+        """The module or function in bf16, ours in its inference form where nothing trains."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)  # a fake parameter cannot change its dtype
+        # It looks at the values, which fake parameters have not.
+        with mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor):
+            made = self.build(provider, NARROW if narrow and self.narrow else 1)
+            if isinstance(made, nn.Module):
+                made.train(training).requires_grad_(training)
+                if provider != "ours":
+                    made = as_on_a_gpu(made)
+                elif not training:
+                    from wavemix_kernels import fuse_for_inference
+
+                    # PyTorch's own copy of a buffer looks at its storage, which fake ones have not.
+                    with mock.patch.object(Tensor, "__deepcopy__", lambda t, memo: t.detach().clone()):
+                        made = fuse_for_inference(made)
+        torch.set_default_dtype(before)
+        return made
+
+
+def run(
+    step: Callable[[Tensor], Any], x: Tensor, *, training: bool, between: Callable[[], object] = lambda: None
+) -> None:
+    """One forward pass, and in training all gradients; ``between`` is called before them."""
+    if not training:
+        with torch.no_grad():
+            step(x)
+        return
+    wanted = list(step.parameters()) if isinstance(step, nn.Module) else []
+    out = _flat(step(x))
+    between()
+    torch.autograd.grad(out, [x, *wanted] if x.requires_grad else wanted, [torch.empty_like(y) for y in out])
+
+
+def _flat(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [tensor for one in out for tensor in _flat(one)]
+
+
+@contextmanager
+def narrow_choices() -> Iterator[None]:
+    """Widths that decide between two ways, divided as channels are."""
+    from wavemix_kernels.ops import choose
+    from wavemix_kernels.wavemix import backbone
+
+    with (
+        mock.patch.object(choose, "JOINED", choose.JOINED // NARROW),
+        mock.patch.object(backbone, "_WIDE_STEM", backbone._WIDE_STEM // NARROW),
+    ):
+        yield
+
+
+# --- The steps ------------------------------------------------------------------------------------------------
+
+
+def _haar(levels: int, provider: str, by: int) -> Callable[[Tensor], Any]:
+    if provider == "ours":
+        from wavemix_kernels import haar_dwt2d
+
+        return lambda x: haar_dwt2d(x, levels)
+    if provider == "eager":
+        return upstream_wavelets().DWTForward(J=levels, wave="haar", mode="zero")  # type: ignore[no-any-return]
+    from wavemix_kernels.ops.haar.reference import analysis
+
+    return lambda x: analysis(x, levels)
+
+
+class _Residual(nn.Module):
+    """A Waveblock as the models run it: its input added to its output, ours in the pass that normalises."""
+
+    def __init__(self, block: nn.Module, fused: bool) -> None:
+        super().__init__()
+        self.block, self.fused = block, fused
+        if fused:
+            self.fuse_for_inference = lambda: _Residual(block.fuse_for_inference(), True)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(x, residual=True) if self.fused else self.block(x) + x
+
+
+def _block(provider: str) -> Callable[..., nn.Module]:
+    from wavemix_kernels import FusedWaveblock
+    from wavemix_kernels.reference import Waveblock
+
+    return {"ours": FusedWaveblock, "eager": UpstreamWaveblock, "compile": Waveblock}[provider]
+
+
+def _waveblock(level: int, provider: str, by: int) -> nn.Module:
+    width = 192 // by
+    block = _block(provider)(level=level, mult=2, ff_channel=width, final_dim=width, dropout=0.5)
+    return _Residual(block, provider == "ours")
+
+
+def _mixer(provider: str) -> Callable[..., nn.Module]:
+    from wavemix_kernels import FusedPATM
+    from wavemix_kernels.reference import PATM
+
+    return {"ours": FusedPATM, "eager": UpstreamPATM, "compile": PATM}[provider]
+
+
+def _patm(provider: str, by: int) -> nn.Module:
+    return _mixer(provider)(64 // by)
+
+
+def _wavemix(provider: str, by: int) -> nn.Module:
+    from wavemix_kernels.wavemix.classification import WaveMix
+
+    return WaveMix(final_dim=192 // by, ff_channel=192 // by, block=_block(provider))
+
+
+def _lite(provider: str, by: int) -> nn.Module:
+    from wavemix_kernels.wavemix.classification import WaveMixLite
+
+    return WaveMixLite(num_classes=10, final_dim=8, depth=5, in_channels=1, upsample="deconv", block=_block(provider))
+
+
+def _wavemlp(name: str, provider: str, by: int) -> nn.Module:
+    from wavemix_kernels import wavemlp
+
+    widths = {} if by == 1 else {"embed_dims": tuple(c // by for c in (64, 128, 320, 512))}
+    ours = {} if provider == "ours" else {"token_mixer": _mixer(provider)}
+    layers, norm = {"T": ((2, 2, 4, 2), nn.BatchNorm2d), "S": ((2, 3, 10, 3), wavemlp.MyNorm)}[name]
+    if by == 1:
+        made: nn.Module = getattr(wavemlp, f"WaveMLP_{name}")(**ours)
+        return made
+    return wavemlp.WaveNet(layers, mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.9, norm_layer=norm, **widths, **ours)
+
+
+def steps() -> list[Step]:
+    """Every step, in the order of the tables."""
+    found = []
+    for levels in (1, 4):
+        for layout in ("nchw", "channels_last"):
+            found.append(
+                Step(
+                    f"haar/J{levels}/{layout}/4x64x256x256", f"Haar, {levels} level{'s' * (levels > 1)}, {layout}",
+                    (4, 64, 256, 256), (2, 16, 16, 16), functools.partial(_haar, levels), layout == "channels_last",
+                )
+            )  # fmt: skip
+    for level in (1, 2, 3, 4):
+        for layout in ("nchw", "channels_last") if level == 3 else ("nchw",):
+            found.append(
+                Step(
+                    f"waveblock/L{level}/{layout}/64x192x64x64", f"Waveblock L{level}, C=192, {layout}",
+                    (64, 192, 64, 64), (2, 48, 16, 16), functools.partial(_waveblock, level), layout == "channels_last",
+                )
+            )  # fmt: skip
+    found.append(Step("patm/fc/nchw/64x64x56x56", "PATM, C=64", (64, 64, 56, 56), (2, 16, 8, 8), _patm))
+    small = (2, 3, 32, 32)
+    found.append(
+        Step("wavemix/192-16-L3/64x3x224x224", "WaveMix 192/16 L3, batch 64", (64, 3, 224, 224), small, _wavemix,
+             image=True)
+    )  # fmt: skip
+    found.append(
+        Step("wavemix/lite-8-5/1024x1x28x28", "WaveMix-Lite 8/5, batch 1024", (1024, 1, 28, 28), (2, 1, 28, 28), _lite,
+             image=True, narrow=False)
+    )  # fmt: skip
+    for name in ("T", "S"):
+        for batch in (32, 128):
+            build = functools.partial(_wavemlp, name)
+            found.append(
+                Step(f"wavemlp/{name}/{batch}x3x224x224", f"WaveMLP_{name}, batch {batch}", (batch, 3, 224, 224),
+                     (2, 3, 64, 64), build, image=True)
+            )  # fmt: skip
+    return found

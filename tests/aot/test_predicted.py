@@ -1,0 +1,134 @@
+"""What the compiled kernels are predicted to do on a card, held to floors: a kernel that gets slower is red.
+
+Predictions compile and follow machine code, so they run in processes where kernels are not interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks.predict import arithmetic, execute, registers, sass
+from benchmarks.predict.tools import ROOT
+
+pytestmark = pytest.mark.prove
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python without Triton's interpreter; skips where a compiler is missing."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if "tools.Missing" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    return done
+
+
+def answer(program: str) -> Any:
+    """What a program prints last, as JSON."""
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_kernel_is_below_its_floor() -> None:
+    """Share of the chip, products made twice, and that the followed threads move the bytes of the plan."""
+    done = python("-m", "benchmarks.predict.gates")
+    assert done.returncode == 0, f"{done.stderr[-6000:]}\nfloors of today:\n{done.stdout}"
+
+
+#: A middle level's MLP with a tile: its share of the chip, its products for each one needed, and what gates say.
+MLP = """
+import json
+from benchmarks.predict import gates, kernels
+from benchmarks.predict.chips import CHIPS
+from wavemix_kernels.ops.mlp import tiles
+given = {config}
+if given:
+    tiles.config_for = lambda *a, **k: tiles.MlpConfig(*given)
+    import wavemix_kernels.ops.mlp.triton as mlp
+    mlp.config_for = tiles.config_for
+(name,) = [case.name for case in kernels.cases("triton mlp forward 192|96 *")]
+(one,) = gates._of_case(name, gates.CHIP)
+floors = json.loads(gates.FLOORS.read_text())
+print(json.dumps([one.share, one.waste, gates.complaints([one], floors)]))
+"""
+
+
+def test_a_worse_tile_is_red() -> None:
+    """16 rows are fewer than eight warps cover: fragments are repeated, and each block does less for its weights."""
+    share, waste, complaints = answer(MLP.format(config=None))
+    assert not complaints
+    worse_share, worse_waste, complaints = answer(MLP.format(config=(16, 16, 0, 8, 2)))
+    assert worse_share < 0.7 * share
+    assert worse_waste > 1.5 * waste
+    assert len(complaints) == 2
+
+
+# --- The reading of machine code ------------------------------------------------------------------------------
+
+#: A loop of c[0x0][0x210] rounds, four at a time, that loads 16 bytes a round; then one division.
+CODE = """
+		Function : loop
+        /*0000*/                   ULDC UR4, c[0x0][0x210] ;
+        /*0010*/                   MOV R2, 0x1000 ;
+        /*0020*/                   MOV R3, RZ ;
+        /*0030*/                   MOV R4, RZ ;
+        /*0040*/                   LDG.E.128 R8, desc[UR6][R2.64] ;
+        /*0050*/                   IADD3 R2, P0, R2, 0x10, RZ ;
+        /*0060*/                   IADD3.X R3, RZ, R3, RZ, P0, !PT ;
+        /*0070*/                   IADD3 R4, R4, 0x4, RZ ;
+        /*0080*/                   ISETP.LT.AND P1, PT, R4, UR4, PT ;
+        /*0090*/               @P1 BRA 0x40 ;
+        /*00a0*/                   FSETP.GT.AND P2, PT, R8, 1, PT ;
+        /*00b0*/              @!P2 BRA 0xd0 ;
+        /*00c0*/                   FADD R8, R8, R8 ;
+        /*00d0*/                   EXIT ;
+"""
+
+
+def kernel(text: str) -> sass.Kernel:
+    ((name, code),) = sass.parse(text).items()
+    return sass.Kernel(sass.elf.Entry(name, 0x210, ((0, 4),), 16, 0, 0), code)
+
+
+def test_loops_run_as_often_as_parameters_say() -> None:
+    constants = bytearray(0x400)
+    constants[0x210:0x214] = (20).to_bytes(4, "little")
+    way = execute.trace(kernel(CODE), bytes(constants), (0, 0, 0), 0)
+    assert [address for _, address in way.accesses] == [0x1000 + 16 * i for i in range(5)]
+    # Data decide the branch behind: the shorter way is taken, and it is said.
+    assert dict(way.guessed) == {0xB0: 1}
+    assert 12 not in way.path
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "after"),
+    [
+        ("IMAD.HI.U32 R1, R2, R3, RZ", {"R2": 0xFFFFFFFF, "R3": 0x10}, {"R1": 0xF}),
+        ("IMAD.WIDE R4, R2, 0x4, R6", {"R2": 0xFFFFFFFF, "R6": 8, "R7": 0}, {"R4": 4, "R5": 0}),
+        ("LEA.HI.X R1, R2, R3, R4, 0x2, P0", {"R2": 0xC0000000, "R3": 1, "R4": 1, "P0": True}, {"R1": 9}),
+        ("SHF.R.S32.HI R1, RZ, 0x1f, R2", {"R2": 0x80000000}, {"R1": 0xFFFFFFFF}),
+        ("LOP3.LUT R1, R2, 0xf0, R3, 0x78, !PT", {"R2": 0xFF, "R3": 0x0F}, {"R1": 0xF0 ^ 0x0F}),
+        ("ISETP.LT.AND.EX P0, PT, R2, R3, PT, P1", {"R2": 5, "R3": 5, "P1": True}, {"P0": True}),
+        ("IADD3 R1, P0, -R2, R3, RZ", {"R2": 0, "R3": 0}, {"R1": 0, "P0": True}),
+        ("HFMA2.MMA R1, -RZ, RZ, 0, 5.9604644775390625e-08", {}, {"R1": 1}),
+        ("PRMT R1, R2, 0x7632, R3", {"R2": 0x11223344, "R3": 0x55667788}, {"R1": 0x55661122}),
+        ("VIADDMNMX.RELU R1, R2, R3, 0x8, PT", {"R2": 0xFFFFFFF0, "R3": 4}, {"R1": 0}),
+        ("FADD R1, R2, R3", {"R1": 7, "R2": 1, "R3": 1}, {"R1": None}),
+    ],
+)
+def test_integers_and_predicates(line: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """By hand, modulo 2^32, with carries; what is not computed becomes unknown."""
+    (instruction,) = kernel(f"\n\t\tFunction : one\n        /*0000*/      {line} ;\n").code
+    thread = registers.Thread(b"", {})
+    for name, value in before.items():
+        (thread.predicates if name.startswith("P") else thread.values)[name] = value
+    arithmetic.step(instruction, thread)
+    assert {name: {**thread.values, **thread.predicates}.get(name) for name in after} == after

@@ -1,0 +1,144 @@
+"""Predictions: the page that is generated, the passes of an ideal compiler, the way from steps to tables."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cli
+from benchmarks.predict import report, rivals, steps
+from benchmarks.predict.device import relocated
+from benchmarks.predict.record import Array, Launch
+
+BF16 = torch.bfloat16
+IMAGE = (4, 8, 16, 16)
+BYTES = 2 * math.prod(IMAGE)
+
+
+def array(place: int, shape: tuple[int, ...] = IMAGE) -> Array:
+    """A dense tensor; those of different places do not overlap."""
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return Array(BF16, shape, strides, (1 << 44) + (place << 20), 2 * math.prod(shape))
+
+
+def aten(name: str, inputs: list[Array], *outputs: Array, rest: tuple[Any, ...] = ()) -> Launch:
+    arrays = (*inputs, *outputs)
+    return Launch("aten", f"aten::{name}", "", sum(a.bytes for a in arrays), arrays, args=(*inputs, *rest))
+
+
+def convolution(x: Array, weight: Array, y: Array) -> Launch:
+    return aten("convolution", [x, weight], y, rest=(None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+
+
+def bytes_of(*launches: Launch) -> list[float]:
+    return [made.bytes for made in rivals.compiled(launches)]
+
+
+def test_the_page_is_generated() -> None:
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
+        "run: python -m benchmarks predict --write"
+    )
+
+
+def test_pointwise_operators_are_one_pass() -> None:
+    x, y, z, out = (array(i) for i in range(4))
+    assert bytes_of(aten("mul", [x, y], z), aten("tanh", [z], out)) == [3 * BYTES]
+
+
+def test_a_product_needs_its_input_in_memory() -> None:
+    x, hidden, weight, y, out = array(0), array(1), array(2, (8, 8, 1, 1)), array(3), array(4)
+    launches = aten("tanh", [x], hidden), convolution(hidden, weight, y), aten("tanh", [y], out)
+    assert bytes_of(*launches) == [2 * BYTES, 2 * BYTES + weight.bytes, 2 * BYTES]
+
+
+def test_normalisation_is_two_passes() -> None:
+    x, y, mean, spread, out = array(0), array(1), array(2, (8,)), array(3, (8,)), array(4)
+    norm = aten("native_batch_norm", [x], y, mean, spread, rest=(None, None, None, None, True, 0.1, 1e-5))
+    small = mean.bytes + spread.bytes
+    assert bytes_of(norm, aten("relu", [y], out)) == [BYTES + small, 2 * BYTES + small]
+
+
+def test_backward_makes_values_again_and_joins_no_pass_of_forward() -> None:
+    x, hidden, weight, y, grad, out = array(0), array(1), array(2, (8, 8, 1, 1)), array(3), array(4), array(5)
+    forward = [aten("tanh", [x], hidden), convolution(hidden, weight, y)]
+    sine, twice = array(6), array(7)
+    backward = [aten("sin", [x], sine), aten("mul", [sine, grad], out), aten("mul", [hidden, out], twice)]
+    assert [made.bytes for made in rivals.compiled(forward, backward)][2:] == [4 * BYTES]
+
+
+def test_the_output_is_written_before_backward_begins() -> None:
+    x, y, z, grad, out = (array(i) for i in range(5))
+    forward = [aten("tanh", [x], y), aten("mul", [y, x], z)]
+    assert [made.bytes for made in rivals.compiled(forward, [aten("mul", [grad, y], out)])] == [2 * BYTES, 3 * BYTES]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_a_convolution(transposed: bool) -> None:
+    large, small = array(0, (2, 6, 8, 8)), array(1, (2, 4, 4, 4))
+    x, y = (small, large) if transposed else (large, small)
+    weight = array(2, (4, 6, 2, 2))
+    launch = aten("convolution", [x, weight], y, rest=(None, [2, 2], [0, 0], [1, 1], transposed, [0, 0], 1))
+    assert rivals.flops(launch) == 2 * 2 * 4 * 4 * 4 * 6 * 2 * 2
+    backward = aten(
+        "convolution_backward", [y, x, weight], x, weight,
+        rest=(None, [2, 2], [0, 0], [1, 1], transposed, [0, 0], 1, [True, True, False]),
+    )  # fmt: skip
+    assert rivals.flops(backward) == 2 * rivals.flops(launch)
+
+
+def test_repeated_blocks_are_one_launch_to_predict() -> None:
+    x, y = array(3), array(5)
+    half = replace(x, shape=(4, 4, 16, 16), address=x.address + 512, bytes=x.bytes // 2)
+    words = b"".join(a.address.to_bytes(8, "little") for a in (x, y, half)) + b"\1\0\0\0"
+
+    def at(offset: int, parameters: bytes) -> Launch:
+        arrays = tuple(replace(a, address=a.address + offset) for a in (x, y, half))
+        return Launch("cuda", "kernel", "op", 1, arrays, args=arrays[:1], parameters=parameters)
+
+    one = relocated(at(0, words))
+    moved = b"".join((a.address + (9 << 20)).to_bytes(8, "little") for a in (x, y, half)) + b"\1\0\0\0"
+    assert relocated(at(9 << 20, moved)) == one
+    first, _, third = one.arrays
+    assert third.address - first.address == 512
+    assert one.parameters[:8] == first.address.to_bytes(8, "little")
+    assert one.parameters[24:] == b"\1\0\0\0"
+
+
+def test_steps_have_names_of_their_own() -> None:
+    names = [step.name for step in steps.steps()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--gpu", "v100"], 2, "invalid choice: 'v100'"),
+        (["--case", "nothing*"], 2, "--case 'nothing*': nothing has such a name"),
+        (["--list", "--case", "patm/*"], 0, "patm/fc/nchw/64x64x56x56"),
+    ],
+)
+def test_command_line(arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", *arguments]) == status
+    printed = capsys.readouterr()
+    said = printed.err if status else printed.out
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.prove
+def test_a_step_is_predicted_and_timed() -> None:
+    environment = {**os.environ, "COLUMNS": "300"}
+    del environment["TRITON_INTERPRET"]  # nothing is launched under it
+    command = [sys.executable, "-m", "benchmarks", "predict", "--gpu", "a100", "--case", "haar/J1/nchw/*"]
+    done = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"A100.*training, predicted", done.stdout)
+    assert len(re.findall("Haar, 1 level, nchw", done.stdout)) == 2
