@@ -2,7 +2,7 @@
 
 A step is made twice: at its real size on fake tensors, where its launches are recorded, and narrow on a few pixels,
 where its Python is timed (:mod:`benchmarks.predict.host`). Both take the same way through this package: the command
-line refuses steps with other numbers of launches.
+line refuses steps whose numbers of launches differ by a tenth.
 """
 
 from __future__ import annotations
