@@ -24,6 +24,7 @@ from tests.tools.helpers import python
 from wavemix_kernels import backends, cache, ops
 from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import selftest
+from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.mlp import channel
 from wavemix_kernels.ops.verified import VERIFIED, Verified
 
@@ -433,7 +434,7 @@ def test_self_tests_run_without_tf32(precision: str, convolutions: bool) -> None
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
         before = state()
-        with selftest.full_precision():
+        with products_in("ieee"):
             assert state()[:3] == ["highest", False, False]
         assert state() == before
     finally:

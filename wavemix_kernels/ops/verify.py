@@ -27,7 +27,7 @@ from torch import Tensor
 from wavemix_kernels import cache, log, ops
 from wavemix_kernels.backends import Backend
 from wavemix_kernels.ops import tuned
-from wavemix_kernels.ops.common import selftest
+from wavemix_kernels.ops.common import precision, selftest
 from wavemix_kernels.ops.verified import VERIFIED
 
 VARIABLE = "WAVEMIX_KERNELS_VERIFY"
@@ -188,7 +188,7 @@ def _self_test(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
     _thread.testing = True
     # Backward in this thread too, which may call the kernel unasked.
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with one_thread, selftest.full_precision(), tuned.unrecorded(), _on(device):
+    with one_thread, precision.products_in("ieee"), tuned.unrecorded(), _on(device):
         test = ops.load(op).self_test
         error, bound = test(backend, device, dtype)
         if dtype.itemsize == 2:

@@ -7,7 +7,7 @@ TF32 by default, where matrix products have it off.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,13 +29,36 @@ def input_precision() -> str:
 
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Convolutions, the library's and ours, in ``"ieee"`` or ``"tf32"``."""
+    """fp32 products, the library's and ours, in ``"ieee"`` or ``"tf32"``. The switches are the process's: other threads
+    multiply so meanwhile."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision={precision!r}: must be 'ieee' or 'tf32'")
-    where, name = (_convolutions, "fp32_precision") if _BY_OP else (torch.backends.cudnn, "allow_tf32")
-    before = getattr(where, name)
-    setattr(where, name, precision if _BY_OP else precision == "tf32")
+    allowed, cudnn = precision == "tf32", torch.backends.cudnn
+    # Both sets of switches must agree, or whoever reads the older one gets an error.
+    newer: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn] if _BY_OP else []  # type: ignore[attr-defined]
+    matmul = _unless_mixed(lambda: torch.backends.cuda.matmul.allow_tf32)
+    both, conv = _unless_mixed(torch.get_float32_matmul_precision), _unless_mixed(lambda: cudnn.allow_tf32)
+    before = [switch.fp32_precision for switch in newer]
     try:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        cudnn.allow_tf32 = allowed
+        for switch in newer:
+            switch.fp32_precision = precision
         yield
     finally:
-        setattr(where, name, before)
+        if matmul is not None:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+        if both is not None:
+            torch.set_float32_matmul_precision(both)
+        if conv is not None:
+            cudnn.allow_tf32 = conv
+        for switch, value in zip(newer, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _unless_mixed(read: Callable[[], Any]) -> Any:
+    """None where the user has set the switches apart."""
+    try:
+        return read()
+    except RuntimeError:
+        return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,38 +54,3 @@ def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> floa
     """What a kernel in a half type may be off: as much again as the reference in that type, whose intermediate tensors
     are rounded as often, and one rounding of the result, which the reference may be spared by luck."""
     return bound + 2 * reference_error + torch.finfo(dtype).eps
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products without TF32, whose roundings no bound here counts. The switches are the process's: what other
-    threads multiply meanwhile is the more exact for it."""
-    cudnn: Any = torch.backends.cudnn
-    # Torch 2.9 and later have a second set. Both must agree, or whoever reads the first one gets an error.
-    newer = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []
-    precision, conv = _unless_mixed(torch.get_float32_matmul_precision), _unless_mixed(lambda: cudnn.allow_tf32)
-    matmul = _unless_mixed(lambda: torch.backends.cuda.matmul.allow_tf32)
-    before = [switch.fp32_precision for switch in newer]
-    try:
-        torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32 = False
-        for switch in newer:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        if matmul is not None:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        if conv is not None:
-            cudnn.allow_tf32 = conv
-        for switch, value in zip(newer, before, strict=True):
-            switch.fp32_precision = value
-
-
-def _unless_mixed(read: Callable[[], Any]) -> Any:
-    """None where the user has set the switches apart."""
-    try:
-        return read()
-    except RuntimeError:
-        return None
