@@ -19,7 +19,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -31,10 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wavemix_kernels import _native, backends
-from wavemix_kernels.ops.common import triton_launch
+from wavemix_kernels.ops import tuned, verify
+from wavemix_kernels.ops.common import chips, triton_launch
 
 from ..harness.traffic import PLANS, bytes_moved, footprint
 from . import core, elf
+from .chips import CHIPS
 
 _GPU = torch.device("cuda", 0)
 _OURS = "wavemix_kernels"
@@ -220,6 +222,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
 
     real_device, real_is_cuda = FakeTensor.device, Tensor.is_cuda
     available = torch.cuda.is_available
+    sms = next(chip.sms for chip in CHIPS.values() if chip.arch == 10 * capability[0] + capability[1])
     device = property(lambda self: _GPU if _asked_by_us() else real_device.fget(self))  # type: ignore[attr-defined]
     is_cuda = property(lambda self: True if _asked_by_us() else real_is_cuda.__get__(self))
     patched: list[tuple[Any, str, Any]] = [
@@ -228,7 +231,11 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
         (FakeTensor, "is_cuda", is_cuda),
         (FakeTensor, "data_ptr", step.pointed),
         (_native, "cuda_core", core.load()),
-        (_native, "stream", lambda device: (0, 0)),
+        (_native, "stream", lambda device: 0),
+        (_native, "on", lambda device: nullcontext()),
+        (_native, "_multiprocessors", lambda device: sms),
+        (chips, "_products_of", chips._products_of.__wrapped__),  # what is kept is another chip's
+        (verify, "fault", lambda *_: None),
         (backends, "_has_code_for", lambda device: True),
         (torch.cuda, "is_available", lambda: _asked_by_us() or available()),
         (torch.cuda, "get_device_capability", lambda device=None: capability),
@@ -237,6 +244,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
         for owner, name, value in patched:
             bound = (lambda method: lambda self: method(self))(value) if name == "data_ptr" else value
             stack.enter_context(mock.patch.object(owner, name, bound, create=True))
+        stack.enter_context(mock.patch.dict(tuned._tables, {_GPU: {}}))  # nothing was measured there
         stack.enter_context(core.launches_to(cuda_launch))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(_Recorder(step))

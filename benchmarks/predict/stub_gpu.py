@@ -51,6 +51,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     from triton.runtime import driver
 
     from wavemix_kernels import _native
+    from wavemix_kernels.ops import tuned
 
     from . import core
 
@@ -58,6 +59,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     _native.cuda_core = core.load()
     classes: Any = torch.Tensor
     classes.device, classes.is_cuda = GPU, True
+    tuned._tables[GPU] = {}  # type: ignore[index]  # nothing was measured there
 
 
 def _install_driver() -> None:
@@ -93,6 +95,7 @@ def _install_torch(capability: tuple[int, int]) -> None:
     c._cuda_isInBadFork = lambda: False
     c._cuda_getCurrentStream = lambda index: (0, index, 1)
     c._cuda_getCurrentRawStream = lambda index: 0
+    c._cuda_isCurrentStreamCapturing = lambda: False
     cuda._initialized, cuda._cached_device_count = True, 1
     cuda._is_in_bad_fork = c._cuda_isInBadFork
     cuda._exchange_device = cuda._maybe_exchange_device = lambda index: index
