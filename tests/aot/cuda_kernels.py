@@ -49,10 +49,13 @@ _SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
-    """The forms move 16, 8 or 4 bytes at a time. No threads exchange anything by shared memory."""
-    bits = {16: r"\.128", 8: r"\.64"}.get(int(match[3]) * _SIZE[DTYPES[match[2]]], "")
-    accesses = (rf"LDG\.E{bits}", rf"STG\.E{bits}")
-    return f"{match[3]}, {match[4]}", Demands(accesses=accesses, never=("BAR",), most_shared=0)
+    """The forms move 16, 8 or 4 bytes at a time, and never more: nothing is aligned to that. No threads exchange
+    anything by shared memory."""
+    words = {16: r"\.128", 8: r"\.64", 4: ""}
+    size = int(match[3]) * _SIZE[DTYPES[match[2]]]
+    accesses = tuple(rf"{op}\.E{words.get(size, '')}" for op in ("LDG", "STG"))
+    never = tuple(rf"(LDG|STG)\.E{bits}" for wider, bits in words.items() if bits and wider > size)
+    return f"{match[3]}, {match[4]}", Demands(accesses=accesses, never=("BAR", *never), most_shared=0)
 
 
 def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.aot.table import ROOT, key
+from benchmarks.predict.tools import ROOT, key
 from tests.emulator import build as emulator
 
 FOLDER = ROOT / "build" / "ptx"

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.aot.triton_launches import products_in
 from tests.kernels.cuda.test_haar import FORMS, KERNELS, case
 from tests.kernels.test_haar_outputs import check_outputs
 from tests.ops import each
@@ -16,6 +15,7 @@ from tests.ops.test_patm import PhaseAggregate
 from tests.ops.test_reduce_haar import ReduceHaar
 from tests.ptx.triton_forms import Forward
 from tests.tolerances import DTYPES
+from wavemix_kernels.ops.common.precision import products_in
 
 
 @on("cuda")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.aot.table import ROOT
+from benchmarks.predict.tools import ROOT
 
 
 def run(files: Sequence[str], expression: str = "") -> tuple[str, list[dict[str, Any]]]:

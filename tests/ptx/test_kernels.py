@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.aot.table import ROOT
+from benchmarks.predict.tools import ROOT
 from tests.ptx import build, session
 from tests.ptx.parser import Module
 

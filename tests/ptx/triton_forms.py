@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tests.aot.triton_launches import products_in
 from tests.conftest import from_ptx
 from tests.kernels.triton import test_deconv
 from tests.ops.contract import Case, Contract, check, singles
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.ptx.launch import executed_triton
 from tests.ptx.memory import Counts
+from wavemix_kernels.ops.common.precision import products_in
 
 ONE: Any = {"size": (((2, 32, 8, 16), 16, 2), ((1, 20, 6, 10), 5, 1)), "layout": ("channels_last", "nchw")}
 

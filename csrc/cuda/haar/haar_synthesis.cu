@@ -133,12 +133,13 @@ struct RowsSynthesis {
   }
 
   __device__ void store_row(int i, const A (&x)[2 * V]) const {
-    if constexpr (V > 1) {
-      write(i, column, x);
-    } else {
-      const A first[1] = {x[0]}, second[1] = {x[1]};
-      write(i, column, first);
-      if (column + 1 < p.level[0].w) write(i, column + 1, second);
+    // In two words: rows need not be aligned to more than one.
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      A half[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) half[k] = x[part * V + k];
+      if (V > 1 || part == 0 || column + 1 < p.level[0].w) write(i, column + part * V, half);
     }
   }
 };
