@@ -21,7 +21,7 @@ from wavemix_kernels.ops.common.precision import products_in
 @on("cuda")
 @pytest.mark.parametrize("one", pairwise(form=FORMS, kernel=KERNELS), ids=str)
 def test_outputs_of_every_form(one: Case, backend: str, device: str) -> None:
-    (memory, bands, shape, _), (dtype, levels) = one.form, one.kernel
+    (memory, bands, shape, *_), (dtype, levels) = one.form, one.kernel
     made = case(shape, levels, memory, dtype, edge=1.0, bands=bands, add=False, lows=False, absent="")
     check_outputs(made, backend, device)
 
