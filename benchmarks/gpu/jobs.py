@@ -24,7 +24,7 @@ _PAUSE_S = 0.02
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of an op on a backend after a job.
+    """The outcome of a job for an op on a backend.
 
     Attributes:
         verdict: "PASS"; "FAIL": a wrong result, an exception or a crash; "TIME": stopped before it ended, which says

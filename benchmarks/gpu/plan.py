@@ -1,4 +1,4 @@
-"""What runs in which budget, as data."""
+"""The stages of a run and their budgets, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run needs, looked for before anything starts: all of it in one list, each with the line that installs it."""
+"""The requirements of a run, checked before anything starts, each with the line that installs it."""
 
 from __future__ import annotations
 

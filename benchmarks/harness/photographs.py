@@ -29,12 +29,12 @@ NAMES = (
 
 
 def source() -> str:
-    """What inputs are cut from on this machine."""
+    """Names the images that inputs are cut from on this machine."""
     return "photographs" if _folder() is not None else "noise with the spectrum of photographs"
 
 
 def _folder() -> Path | None:
-    """Of the photographs. Found, not imported: importing the package pulls in scipy."""
+    """The photographs' folder. The package is found, not imported, since importing it pulls in scipy."""
     package = importlib.util.find_spec("skimage")
     if package is None or not package.submodule_search_locations:
         return None

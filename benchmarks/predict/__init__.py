@@ -1,1 +1,1 @@
-"""What a card will do, without one: launches recorded, machine code counted, times predicted."""
+"""Predictions of a card's speed, without one: launches recorded, machine code counted, times predicted."""

@@ -1,4 +1,4 @@
-"""What machine instructions compute, as far as the way through a kernel depends on them: integers and predicates.
+"""Results of machine instructions, as far as the way through a kernel depends on them: integers and predicates.
 
 Everything is done modulo 2^32 as the chip does it. A value that came from memory, another thread or floating-point
 arithmetic is unknown, None, and so is all that follows from it.
@@ -195,7 +195,7 @@ def _select(instruction: Instruction, thread: Thread) -> None:
 
 
 def _minimum(instruction: Instruction, thread: Thread) -> None:
-    """Of two values, of three, or of a sum and a value; RELU: at least 0."""
+    """The minimum of two values, of three, or of a sum and a value; RELU: at least 0."""
     _, (result, *sources), back = instruction.parts
     least = thread.predicate(back[0]) if back else True
     values = [thread.read(text) for text in sources]

@@ -32,7 +32,7 @@ _EVEN = 4  # from so many rounds on blocks end at different times, and half a ro
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one launch.
+    """The predicted time of one launch.
 
     Attributes:
         seconds: of the kernel, without the launch (:attr:`benchmarks.predict.chips.Chip.launch`).

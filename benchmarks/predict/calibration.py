@@ -92,7 +92,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was published."""
+        """The prediction's error, relative to the published time."""
         return self.predicted / self.published - 1
 
 

@@ -1,4 +1,4 @@
-"""What a chip can do, for :mod:`benchmarks.predict.bound`.
+"""The table of chips, for :mod:`benchmarks.predict.bound`.
 
 Sources, by their letters below:
 

@@ -91,7 +91,7 @@ def _sum(launches: Sequence[Launch | rivals.Pass], chip: Chip) -> Device:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a step needs of a :class:`benchmarks.predict.bound.Prediction`."""
+    """The part of a prediction that a step needs, see :class:`benchmarks.predict.bound.Prediction`."""
 
     seconds: float
     bound: str

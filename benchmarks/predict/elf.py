@@ -1,4 +1,4 @@
-"""What a cubin says of its kernels: parameters, registers, shared memory."""
+"""Reads a cubin: each kernel's parameters, registers and shared memory."""
 
 from __future__ import annotations
 

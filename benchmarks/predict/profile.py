@@ -1,4 +1,4 @@
-"""What a launch asks of a chip: instructions by unit, bytes by tensor, and how long a warp alone would take."""
+"""The work of a launch: instructions by unit, bytes by tensor, and how long a warp alone would take."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REUSED = 4  # a tensor that is read so often, on average, is found in L2
 
 @dataclass
 class Profile:
-    """Of one warp on average, if not said otherwise.
+    """The work of a launch, of one warp on average if not said otherwise.
 
     Attributes:
         blocks, threads: of the grid, of a block.
@@ -61,7 +61,7 @@ class Profile:
 
     @property
     def warps(self) -> int:
-        """Of a block."""
+        """Warps of a block."""
         return -(-self.threads // 32)
 
     @property

@@ -90,7 +90,7 @@ class Launch:
 
 
 class Step:
-    """What was recorded so far."""
+    """A recorded step: launches and arrays so far."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -260,7 +260,7 @@ def image(
 
 
 def launches_of(function: Callable[[], Any], capability: tuple[int, int] = (9, 0)) -> list[Launch]:
-    """What ``function`` launches; it makes its own tensors by :func:`image`."""
+    """The launches of ``function``, which makes its own tensors by :func:`image`."""
     with recording(capability) as step:
         function()
     return step.launches

@@ -57,7 +57,7 @@ class Line:
 
 
 def lines(data: dict[str, Any], chip: str) -> list[Line]:
-    """What was predicted for a chip, in the order of the steps."""
+    """The predictions for a chip, in the order of the steps."""
     found, machine = [], data["machine"]
     for step in steps():
         predicted, measured = data["chips"].get(chip, {}).get(step.name), data["host"].get(step.name)
@@ -181,7 +181,7 @@ def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def load() -> dict[str, Any]:
-    """What was predicted so far."""
+    """All predictions so far."""
     empty: dict[str, Any] = {"machine": {}, "host": {}, "operators": {}, "chips": {}, "kernels": {}, "calibration": []}
     return {**empty, "notes": [], **(json.loads(DATA.read_text()) if DATA.exists() else {})}
 

@@ -1,4 +1,4 @@
-"""What a step costs without this package: operator by operator, or as an ideal torch.compile would run it.
+"""The cost of a step without this package: operator by operator, or as an ideal torch.compile would run it.
 
 Both are counted generously. Every operator takes the longer of its bytes at the speed of a copy and its products at the
 rate that a library reaches at its best; conversions between memory orders and a library's own work space are free.
@@ -92,7 +92,7 @@ class Pass:
 
 
 def flops(launch: Launch) -> float:
-    """Of an operator's products, multiplication and addition apart; 0 for others and for depthwise convolutions."""
+    """Multiplications and additions of a product; 0 for other operators and for depthwise convolutions."""
     if launch.name not in _PRODUCTS:
         return 0.0
     shapes = [a.shape for a in tree_leaves(launch.args) if isinstance(a, Array)]
@@ -175,8 +175,8 @@ class _Flow:
         return array.address
 
     def sources(self, arrays: Sequence[Array], joined: bool = False) -> set[Array]:
-        """What has to be read for what is made of these. A value of many reads is written first where it would be made
-        more than once, or is needed by parts."""
+        """The arrays in memory that a kernel reads to make something of ``arrays``. A value of many reads is written first
+        where it would be made more than once, or is needed by parts."""
         found: set[Array] = set()
         for array in arrays:
             storage = self.storage(array)
@@ -213,7 +213,8 @@ class _Flow:
             self.made_in[storage] = kernel.number
 
     def begin(self, graph: Sequence[Launch]) -> None:
-        """What the graph before made, and this one does not use, is for the caller; passes of the two do not join."""
+        """Starts the next graph. Values that the one before made and this one does not use go to the caller, and passes
+        of the two do not join."""
         inputs = ({self.storage(a) for a in _inputs(launch)} for launch in graph)
         uses = Counter(storage for one in inputs for storage in one)
         self.finish(uses)

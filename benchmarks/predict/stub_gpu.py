@@ -22,7 +22,7 @@ _SOURCE = Path(__file__).parent / "stub" / "driver.c"
 
 
 class _Device(str):
-    """What tensors answer. PyTorch's own functions take it as the name of the device that memory comes from."""
+    """The device that tensors name. PyTorch's own functions take it as a string: the device that memory comes from."""
 
     __slots__ = ()
     type, index = "cuda", 0

@@ -52,7 +52,7 @@ def program(name: str) -> str:
 
 
 def run(command: Iterable[object], **options: object) -> str:
-    """What a program printed, errors included.
+    """Runs a program and returns its output, errors included.
 
     Raises:
         RuntimeError: it failed; the message has its last words.

@@ -14,7 +14,7 @@ F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint6
 
 
 def numpy_type(name: str) -> type:
-    """Of a type's name in PTX; bfloat16 is its bits, and so are packed pairs."""
+    """The NumPy type of a PTX type; bfloat16 is its bits, and so are packed pairs."""
     if name == "pred":
         return np.bool_
     if name in ("f16", "f32", "f64"):

@@ -130,7 +130,7 @@ class Program:
         return _compute(function, [self._read(o, k) for o, k in zip(operands[1:], kinds, strict=True)], operands[0])
 
     def _known(self, operand: Operand) -> bool:
-        """Of parameters: the kernel's own, not those of a function that it calls."""
+        """Whether a parameter is the kernel's own, not that of a function it calls."""
         assert isinstance(operand, Address), operand
         return str(operand.base).startswith("%") or operand.base in self.symbols
 
@@ -180,7 +180,7 @@ def _uncalled(made: Instruction) -> Step:
 
 
 def _in_order(graph: nx.DiGraph, entry: int) -> Iterator[int]:
-    """Of a loop's blocks its head comes first; without the way back to it the rest is ordered likewise."""
+    """Blocks in order: a loop's head first, then the rest of the loop, without the way back, likewise."""
     parts = nx.condensation(graph)
     for part in nx.topological_sort(parts):
         members = parts.nodes[part]["members"]

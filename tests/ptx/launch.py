@@ -41,7 +41,7 @@ def poison(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def unwritten() -> Iterator[None]:
-    """What `empty` returns counts as unwritten until a kernel, or torch, writes it."""
+    """Memory from `empty` counts as unwritten until a kernel, or torch, writes it."""
     patch = pytest.MonkeyPatch()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
                         (Tensor, "new_empty_strided"), (layout, "empty")):  # fmt: skip
@@ -104,7 +104,7 @@ def run_triton(given: Launch, met: Met) -> None:
 
 
 def kernel_name(given: Launch) -> str:
-    """Of a Triton kernel: its module, its name and the narrowest floating-point type that it is given."""
+    """Names a Triton kernel: its module, its name and the narrowest floating-point type that it is given."""
     dtypes = [t.dtype for t in given.args if isinstance(t, Tensor) and t.is_floating_point()]
     function = given.kernel.fn
     return f"{function.__module__}.{function.__name__} {str(min(dtypes, key=lambda d: d.itemsize))[6:]}"

@@ -19,12 +19,12 @@ _MANY = -1
 
 
 class Fault(AssertionError):
-    """What a GPU would have done wrong, or undefined."""
+    """A step that a GPU would have done wrong, or undefined."""
 
 
 @dataclass
 class Counts:
-    """What one launch executed.
+    """The counts of one launch.
 
     Attributes:
         instructions: executed by warps, of each class of instructions.
@@ -292,7 +292,7 @@ class Shared:
 
 
 def count_sectors(counts: Counts, addresses: Array, active: Array) -> None:
-    """Of one load or store of global memory; arrays of all threads."""
+    """Counts one load or store of global memory; arrays hold all threads."""
     rows = np.where(active, addresses >> np.uint64(5), np.uint64(2**64 - 1)).reshape(-1, 32)
     rows.sort(axis=1)
     busy = active.reshape(-1, 32).any(1)
@@ -302,7 +302,7 @@ def count_sectors(counts: Counts, addresses: Array, active: Array) -> None:
 
 
 def count_wavefronts(counts: Counts, addresses: Array, size: int, active: Array) -> None:
-    """Of one access to shared memory: words of 8 and 16 bytes go by halves and quarters of a warp."""
+    """Counts one access to shared memory: words of 8 and 16 bytes go by halves and quarters of a warp."""
     lanes, words = min(32, 128 // size), max(1, size // 4)
     first = np.where(active, addresses.astype(np.int64) // 4, -1).reshape(-1, lanes)
     every = np.where(first[..., None] < 0, -1, first[..., None] + np.arange(words)).reshape(len(first), -1)

@@ -20,7 +20,7 @@ ONE: Any = {"size": (((2, 32, 8, 16), 16, 2), ((1, 20, 6, 10), 5, 1)), "layout":
 
 
 class Forward(ReduceHaar):
-    """Of both factors of a product the low bits are cut off, 2^-10 of each at most: 2^15 roundoffs of fp32."""
+    """A product cuts the low bits of both factors, 2^-10 of each at most: 2^15 roundoffs of fp32."""
 
     axes: ClassVar[Any] = {**ReduceHaar.axes, **ONE}
 

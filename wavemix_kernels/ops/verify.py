@@ -40,7 +40,7 @@ Key = tuple[int, str, torch.device, torch.dtype]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one operator, backend, device and dtype.
+    """The outcome of a self-test: one operator, backend, device and dtype.
 
     Attributes:
         error: of forward and gradients, relative to the largest exact value; None where the test raised.
@@ -56,7 +56,7 @@ class Verdict:
 
     @property
     def share(self) -> float:
-        """Of what rounding explains; NaN where the test raised."""
+        """The error as a share of the bound; NaN where the test raised."""
         return float("nan") if self.error is None or self.bound is None else self.error / self.bound
 
 
