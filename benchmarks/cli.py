@@ -15,11 +15,12 @@ from typing import NoReturn
 import torch
 
 from wavemix_kernels.clock import Effort
+from wavemix_kernels.ops.verify import device_is_lost
 
 from .cases import registry
 from .harness import traffic
 from .harness.case import Case
-from .harness.machine import copy_bandwidth, device_is_lost, environment
+from .harness.machine import copy_bandwidth, environment
 from .harness.measure import Meter, Row
 from .harness.providers import COMPILED, ON_CPU, OURS, PROVIDERS
 from .report import html as report

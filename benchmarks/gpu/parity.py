@@ -130,7 +130,7 @@ def _last_words(report: Any) -> str:
 def _device_is_lost() -> bool:
     import torch
 
-    from benchmarks.harness.machine import device_is_lost
+    from wavemix_kernels.ops.verify import device_is_lost
 
     return torch.cuda.is_initialized() and device_is_lost(torch.device("cuda"))
 

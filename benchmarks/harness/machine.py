@@ -95,17 +95,6 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def device_is_lost(device: torch.device) -> bool:
-    """Whether an error stays in the GPU's context: nothing in this process can be measured any more."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
 def copy_bandwidth(device: torch.device, size: int = 64 << 20) -> dict[str, float]:
     """GB/s of a copy of `size` bytes, read and write both counted.
 

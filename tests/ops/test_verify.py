@@ -202,7 +202,7 @@ def test_the_tuner_does_not_record_self_tests(tests: Tests) -> None:
             met.append(name)
             return function(*args, **kwargs)
 
-    with tuned.recording(Recorder()):  # type: ignore[arg-type]
+    with tuned.recording(Recorder()):
         wk.haar_dwt2d(torch.ones(1, 1, 4, 4), backend="cpu")
     assert tests == [("haar", "cpu", FP32)]
     assert met == ["haar_analysis"]
@@ -310,7 +310,7 @@ def test_without_memory_there_is_no_lasting_verdict(tests: Tests, monkeypatch: p
 
 def test_a_lost_device_is_told_of(tests: Tests, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "forward", raise_an_error)
-    monkeypatch.setattr(verify, "_is_lost", lambda device: True)
+    monkeypatch.setattr(verify, "device_is_lost", lambda device: True)
     with pytest.warns(RuntimeWarning, match="No call on cpu works in this process any more; the next process will"):
         results()
 

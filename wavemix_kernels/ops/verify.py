@@ -179,7 +179,7 @@ def _test(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tu
     fault = f"{subject}: its self-test raised {type(failure).__name__}: {failure}; {REPORT}"
     if isinstance(failure, torch.OutOfMemoryError):
         return Verdict(None, None, f"{subject}: no memory is left to verify it: {failure}", date), False
-    if _is_lost(device):
+    if device_is_lost(device):
         fault += f". No call on {device} works in this process any more; the next process will not use this kernel"
     return Verdict(None, None, fault, date), True
 
@@ -200,7 +200,7 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _is_lost(device: torch.device) -> bool:
+def device_is_lost(device: torch.device) -> bool:
     """Whether a kernel has left the device's context unusable, as a wrong address does."""
     if device.type != "cuda":
         return False
