@@ -212,27 +212,22 @@ def _empty_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend:
     """The C++ kernels of the CPU or of CUDA."""
 
-    def call(direction: str, image: Tensor, *arguments: Any) -> None:
-        core, queue = (
-            (_native.core, torch.get_num_threads())
-            if device == "cpu"
-            else (_native.cuda_core, _native.stream(image.device))
-        )
-        *planes, highs, edge, lows = arguments
-        a = _native.address
+    def call(direction: str, image: Tensor, planes: Sequence[Any], highs: Any, edge: float, lows: Any) -> None:
+        a, on_cpu = _native.address, device == "cpu"
+        queue = torch.get_num_threads() if on_cpu else _native.stream(image.device)
         with _native.on(image.device):
-            getattr(core, f"haar_{direction}_{device}")(
+            getattr(_native.core if on_cpu else _native.cuda_core, f"haar_{direction}_{device}")(
                 _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), *map(a, planes), [*map(a, highs)],
                 queue, [*map(a, lows)],
             )  # fmt: skip
 
     def analyse(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
-        call("analysis", image, ll, highs, edge, lows)
+        call("analysis", image, (ll,), highs, edge, lows)
 
     def synthesise(
         image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, add: Tensor | None, lows: Sequence[Tensor] = ()
     ) -> None:
-        call("synthesis", image, add, ll, highs, edge, lows)
+        call("synthesis", image, (add, ll), highs, edge, lows)
 
     return backends.Backend(probe, {"analysis": analyse, "synthesis": synthesise})
 
