@@ -55,7 +55,7 @@ def _out(group: str, about: _About) -> Path:
 
 
 def read(job: Job, end: End) -> tuple[list[Verdict], list[Job]]:
-    """The verdicts of a run. A case at which the process was lost is a failure, and another process takes the next ones."""
+    """The verdicts of a run. A case that lost the process is a failure, and another process takes the next ones."""
     from benchmarks.harness.providers import OURS
 
     about: _About = job.about

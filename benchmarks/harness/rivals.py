@@ -77,7 +77,7 @@ class UpstreamWaveblock(nn.Module):
         self._transforms = [wavelets.DWTForward(J=number, wave="db1", mode="zero") for number in range(1, level + 1)]
 
     # Untyped as nn.Module's own, which changes between torch versions.
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # as nn.Module has it
+    def _apply(self, fn, recurse=True):  # as nn.Module has it
         super()._apply(fn, recurse)
         for transform in self._transforms:
             transform._apply(fn)

@@ -131,7 +131,7 @@ def _without_products() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     shapes: dict[Any, list[int]] = {}
 
-    def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):  # type: ignore[no-untyped-def]
+    def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
         key = (x.shape, weight.shape, *stride, *padding, transposed)
         if key not in shapes:
             with torch.device("meta"):
@@ -142,7 +142,7 @@ def _without_products() -> torch.library.Library:
             shapes[key] = list(made.shape)
         return x.new_empty(shapes[key])
 
-    def convolution_backward(grad, x, weight, bias_sizes, *rest):  # type: ignore[no-untyped-def]
+    def convolution_backward(grad, x, weight, bias_sizes, *rest):
         mask = rest[-1]
         bias = weight.new_empty(bias_sizes) if mask[2] else None
         return torch.empty_like(x) if mask[0] else None, torch.empty_like(weight) if mask[1] else None, bias
@@ -180,7 +180,10 @@ def _seconds(call: Callable[[], object], times: int) -> float:
 def _timed(calls: dict[Any, Callable[[], object]]) -> dict[Any, tuple[float, float]]:
     """Microseconds of this thread and adds of each: rounds in turn, so that all meet the same machine."""
     a = torch.ones(1)
-    add: Callable[[], object] = lambda: torch.add(a, a)  # noqa: E731
+
+    def add() -> object:
+        return torch.add(a, a)
+
     short = {key: min(_seconds(call, 1) for _ in range(3)) for key, call in calls.items()}
     counts = {key: max(1, int(_SECONDS / max(seconds, 1e-7))) for key, seconds in short.items()}
     times: dict[Any, list[float]] = {key: [] for key in calls}

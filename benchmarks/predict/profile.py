@@ -158,7 +158,7 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
             follow(block, 0)
     n = len(paths)
     for name in result.counts:
-        result.counts[name] /= n  # type: ignore[assignment]
+        result.counts[name] /= n
     result.shared_clocks, result.warp_flops, result.flops = (
         value / n for value in (result.shared_clocks, result.warp_flops, result.flops)
     )

@@ -223,7 +223,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
     real_device, real_is_cuda = FakeTensor.device, Tensor.is_cuda
     available = torch.cuda.is_available
     sms = next(chip.sms for chip in CHIPS.values() if chip.arch == 10 * capability[0] + capability[1])
-    device = property(lambda self: _GPU if _asked_by_us() else real_device.fget(self))  # type: ignore[attr-defined]
+    device = property(lambda self: _GPU if _asked_by_us() else real_device.fget(self))
     is_cuda = property(lambda self: True if _asked_by_us() else real_is_cuda.__get__(self))
     patched: list[tuple[Any, str, Any]] = [
         (triton_launch.Launch, "run", triton_run),

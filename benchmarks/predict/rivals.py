@@ -175,8 +175,8 @@ class _Flow:
         return array.address
 
     def sources(self, arrays: Sequence[Array], joined: bool = False) -> set[Array]:
-        """The arrays in memory that a kernel reads to make something of ``arrays``. A value of many reads is written first
-        where it would be made more than once, or is needed by parts."""
+        """The arrays in memory that a kernel reads to make something of ``arrays``. A value of many reads is written
+        first where it would be made more than once, or is needed by parts."""
         found: set[Array] = set()
         for array in arrays:
             storage = self.storage(array)

@@ -112,7 +112,7 @@ def _haar(levels: int, provider: str, by: int) -> Callable[[Tensor], Any]:
 
         return lambda x: haar_dwt2d(x, levels)
     if provider == "eager":
-        return upstream_wavelets().DWTForward(J=levels, wave="haar", mode="zero")  # type: ignore[no-any-return]
+        return upstream_wavelets().DWTForward(J=levels, wave="haar", mode="zero")
     from wavemix_kernels.ops.haar.reference import analysis
 
     return lambda x: analysis(x, levels)
@@ -125,7 +125,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.block, self.fused = block, fused
         if fused:
-            self.fuse_for_inference = lambda: _Residual(block.fuse_for_inference(), True)  # type: ignore[operator]
+            self.fuse_for_inference = lambda: _Residual(block.fuse_for_inference(), True)
 
     def forward(self, x: Tensor) -> Any:
         return self.block(x, residual=True) if self.fused else self.block(x) + x

@@ -47,7 +47,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         raise RuntimeError("TRITON_INTERPRET=1: nothing is launched; measure in a process without it")
     _install_driver()
     _install_torch(capability)
-    from triton.backends.nvidia.driver import CudaDriver  # type: ignore[import-not-found, unused-ignore]
+    from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
     from wavemix_kernels import _native
@@ -59,7 +59,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     _native.cuda_core = core.load()
     classes: Any = torch.Tensor
     classes.device, classes.is_cuda = GPU, True
-    tuned._tables[GPU] = {}  # type: ignore[index]  # nothing was measured there
+    tuned._tables[GPU] = {}  # nothing was measured there
 
 
 def _install_driver() -> None:

@@ -58,7 +58,7 @@ def run(command: Iterable[object], **options: object) -> str:
         RuntimeError: it failed; the message has its last words.
     """
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
     return done.stdout + done.stderr

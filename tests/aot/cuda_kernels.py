@@ -108,15 +108,15 @@ def compiled(source: Path) -> list[Kernel]:
         code = {arch: machine_code(target, arch) for arch in ARCHS}
     rows = []
     for entry in re.split(r"Compiling entry function ", done.stderr)[1:]:
-        mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()  # type: ignore[union-attr]
+        mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
         rows.append(
             Kernel(
                 mangled, int(arch), "", THREADS,
-                registers=int(re.search(r"Used (\d+) registers", entry)[1]),  # type: ignore[index]
+                registers=int(re.search(r"Used (\d+) registers", entry)[1]),
                 shared=int(shared[1]) if shared else 0,
-                local=sum(map(int, stack.groups())),  # type: ignore[union-attr]
+                local=sum(map(int, stack.groups())),
                 instructions=dict(code[int(arch)][mangled]),
             )
         )  # fmt: skip

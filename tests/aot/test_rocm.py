@@ -45,7 +45,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     u, y = (made.meta(64, 192, size, size, dtype=half, last=True) for size in (32, 64))
     weight, norm = made.meta(192, 192, 4, 4, dtype=half), deconv_backward.Norm(y, *(made.meta(192),) * 4)
     configs = [
-        deconv_tiles.config_for(kind, 2, 192, inner, rows, True)  # type: ignore[arg-type]
+        deconv_tiles.config_for(kind, 2, 192, inner, rows, True)
         for kind, inner, rows in (("forward", 192, 65536), ("input", 192, 65536), ("weight", 65536, 768))
     ]
     yield "deconv forward", deconv.forward_launch(y, u, weight, made.meta(192, dtype=half), True, configs[0])[0]
@@ -71,7 +71,7 @@ def compiled(index: int) -> dict[str, Any]:
     binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **for_chip(launch.constants, rocm=True))
     found = {"name": name, "shared memory": binary.metadata.shared}
     for what in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size"):
-        found[what] = int(re.search(rf"\.{what}:\s+(\d+)", binary.asm["amdgcn"])[1])  # type: ignore[index]
+        found[what] = int(re.search(rf"\.{what}:\s+(\d+)", binary.asm["amdgcn"])[1])
     return found
 
 

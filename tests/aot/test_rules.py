@@ -46,7 +46,7 @@ def test_every_form_is_met() -> None:
     products = {("float64", "fma"), ("float32", "fma"), *((dtype, "mma") for dtype in (*halves, "float32"))}
     assert forms(r"reduce_haar<(\w+), (\w+)") == products
     families = {"haar", "haar_pyramid", "patm", "pre_norm", "deconv", "mlp", "reduce_haar", "batch_norm"}
-    assert {re.match(r"triton (?:tf32 )?(\w+)", kernel.name)[1] for kernel in triton} == families  # type: ignore[index]
+    assert {re.match(r"triton (?:tf32 )?(\w+)", kernel.name)[1] for kernel in triton} == families
 
 
 def test_no_kernel_spills(table: list[Kernel]) -> None:

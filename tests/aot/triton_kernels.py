@@ -46,7 +46,7 @@ def compiled(index: int) -> dict[str, Any]:
         file.flush()
         usage = cuobjdump(Path(file.name), "-res-usage")
         ((_, code),) = machine_code(Path(file.name)).items()
-    registers, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))  # type: ignore[index]
+    registers, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))
     dtype = str(point.dtype).removeprefix("torch.")
     return asdict(Kernel(
         f"triton {point.name} {dtype}, {launch.constants['num_warps']} warps", point.arch, dtype,

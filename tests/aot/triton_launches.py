@@ -99,8 +99,8 @@ def haar_points() -> Iterator[Point]:
     both, dense = (False, True), ("rows", "channels")
     for layout in dense:
         for levels in range(1, MAX_LEVELS + 1):
-            default = config_for(layout, levels, 2, BIG)  # type: ignore[arg-type]
-            others = [config for config in search_space(layout, levels, 2) if config != default]  # type: ignore[arg-type]
+            default = config_for(layout, levels, 2, BIG)
+            others = [config for config in search_space(layout, levels, 2) if config != default]
             for synthesis in both:
                 yield haar_point(90, HALF, layout, levels, synthesis)
             for i, config in enumerate(others):
@@ -212,7 +212,7 @@ def deconv_points() -> Iterator[Point]:
         with products_in(precision):
             configs = {
                 kind: deconv_tiles.config_for(
-                    kind, dtype.itemsize, c, columns, rows, arch in (80, 120), precision  # type: ignore[arg-type]
+                    kind, dtype.itemsize, c, columns, rows, arch in (80, 120), precision
                 )
                 for kind, columns, rows in (("forward", c, pixels), ("input", c, pixels), ("weight", pixels, 4 * c))
             }  # fmt: skip
@@ -255,7 +255,7 @@ def mlp_launches(
 
     def config(kernel: str) -> mlp_tiles.MlpConfig:
         tf32 = input_precision() == "tf32"
-        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32)  # type: ignore[arg-type]
+        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32)
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
@@ -275,7 +275,7 @@ def reduction_launches(
     name = f"reduce_haar {c} L{levels}{'' if last else ' of rows'}"
     if forward:
         yield name, reductions.launch(zs, x, weight, bias.to(dtype), True)
-    config = backward_config_for(dtype.itemsize, levels, c // 4, c, not last, products)  # type: ignore[arg-type]
+    config = backward_config_for(dtype.itemsize, levels, c // 4, c, not last, products)
     yield f"{name} gradients", reductions_backward.launch(x, zs, x, weight, x, True, config)[0]
 
 

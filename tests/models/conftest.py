@@ -25,7 +25,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         pytest.skip(f"pip could not get {' and '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1]}")
     # It imports a name it never uses from a module that NumPy 2 has removed.
     removed = ModuleType("numpy.lib.function_base")
-    removed.hamming = None  # type: ignore[attr-defined]
+    removed.hamming = None
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setitem(sys.modules, removed.__name__, removed)

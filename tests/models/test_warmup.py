@@ -119,7 +119,7 @@ def test_arguments_in_containers_are_copied() -> None:
 
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
-        wk.warmup(lambda x: x, torch.ones(1))  # type: ignore[arg-type]
+        wk.warmup(lambda x: x, torch.ones(1))
     with pytest.raises(ValueError, match="train=True, but no output of the model has a gradient"):
         wk.warmup(nn.ReLU(), torch.ones(1), train=True)
 

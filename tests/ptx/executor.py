@@ -71,7 +71,7 @@ class Program:
             graph.add_node(i)
             last = block.instructions[-1] if block.instructions else None
             if last is not None and last.opcode == "bra":
-                graph.add_edge(i, self.kernel.labels[last.operands[0]])  # type: ignore[index]
+                graph.add_edge(i, self.kernel.labels[last.operands[0]])
             falls = last is None or last.opcode not in ("bra", "ret", "exit") or last.guard is not None
             if falls and i + 1 < len(self.kernel.blocks):
                 graph.add_edge(i, i + 1)
@@ -164,7 +164,7 @@ class Program:
 
             return commit
         if "wait_group" in made.modifiers or "wait_all" in made.modifiers:
-            most = made.operands[0].value if made.operands else None  # type: ignore[union-attr]
+            most = made.operands[0].value if made.operands else None
             return lambda s: s.shared.wait(s.active, most)
         readers = [self._address(made.operands[0], U32), self._address(made.operands[1], U64)]
         return warps.copy(made, readers + [self._read(o, U32) for o in made.operands[3:]])
@@ -326,7 +326,7 @@ def _leave(made: Program, s: Threads, end: Instruction | None, now: int, at_bloc
     if leaving.any():
         assert end is not None
         if end.opcode == "bra":
-            target = made.kernel.labels[end.operands[0]]  # type: ignore[index]
+            target = made.kernel.labels[end.operands[0]]
             at_block[target] = at_block[target] | leaving if target in at_block else leaving
         else:
             s.exited = s.exited | leaving

@@ -182,7 +182,7 @@ def _operand(text: str) -> Operand:
     if text[0] == "{":
         return tuple(_operand(part) for part in _split(text[1:-1]))
     if text[0] == "[":
-        base, sign, offset = re.fullmatch(r"\[\s*([\w$%]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", text).groups()  # type: ignore[union-attr]
+        base, sign, offset = re.fullmatch(r"\[\s*([\w$%]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", text).groups()
         at = int(offset, 0) if offset else 0
         return Address(_operand(base), -at if sign == "-" else at)
     if "|" in text:

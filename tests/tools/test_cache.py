@@ -125,7 +125,7 @@ def _somebody_writes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_file_results_last_as_long_as_the_process(
     trouble: object, reason: str, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trouble(file, monkeypatch)  # type: ignore[operator]
+    trouble(file, monkeypatch)
     assert again() == {"verified": {}, "tuned": {}}
     assert not cache.write(CPU, "tuned", {"a": 1})
     assert not cache.write(CPU, "verified", {"b": 2})

@@ -55,8 +55,8 @@ def made(name: str, dtype: torch.dtype, frozen: bool) -> nn.Module:
     model = MODELS[name]().to(dtype).to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
             module.train(not frozen)
     return model
 
@@ -66,7 +66,7 @@ def half(values: Tensor) -> Tensor:
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def distributed_steps(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[str]]:
@@ -238,8 +238,8 @@ def synchronised(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
     mean = all_reduce(x.sum((0, 2, 3), keepdim=True)) / values
     var = all_reduce((x - mean).square().sum((0, 2, 3), keepdim=True)) / values
     with torch.no_grad():
-        norm.running_mean.lerp_(mean.flatten(), norm.momentum)  # type: ignore[union-attr]
-        norm.running_var.lerp_(var.flatten() * values / (values - 1), norm.momentum)  # type: ignore[union-attr]
+        norm.running_mean.lerp_(mean.flatten(), norm.momentum)
+        norm.running_var.lerp_(var.flatten() * values / (values - 1), norm.momentum)
         norm.num_batches_tracked.add_(1)
     weight, bias = norm.weight.view(1, -1, 1, 1), norm.bias.view(1, -1, 1, 1)
     return (x - mean) * torch.rsqrt(var + norm.eps) * weight + bias

@@ -122,7 +122,7 @@ def test_all_passed_and_packed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / run.ARCHIVE) as archive:
         names = {Path(name).relative_to("gpu-results").as_posix() for name in archive.getnames()}
         assert names == {"a.log", "b.log", "c.log", "parity", "summary.txt", "verdicts.jsonl"}
-        assert archive.extractfile("gpu-results/a.log").read() == b"well\n"  # type: ignore[union-attr]
+        assert archive.extractfile("gpu-results/a.log").read() == b"well\n"
 
 
 def test_a_crash_fails_alone(tmp_path: Path) -> None:

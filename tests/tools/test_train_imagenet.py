@@ -71,10 +71,10 @@ class Drawing:
 
 
 def test_augmentation_follows_from_seed_epoch_and_position() -> None:
-    augmented = image_folder.Augmented(Drawing(), seed=0)  # type: ignore[arg-type]
+    augmented = image_folder.Augmented(Drawing(), seed=0)
     assert augmented[5, 0, 7] == augmented[5, 0, 7]
     drawn = {augmented[5, epoch, position][0] for epoch in range(3) for position in range(3)}
-    drawn.add(image_folder.Augmented(Drawing(), seed=1)[5, 0, 0][0])  # type: ignore[arg-type]
+    drawn.add(image_folder.Augmented(Drawing(), seed=1)[5, 0, 0][0])
     assert len(drawn) == 10
 
 

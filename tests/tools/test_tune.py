@@ -82,7 +82,7 @@ def tune_transform(monkeypatch: pytest.MonkeyPatch, clock: Clock, **options: Any
     monkeypatch.setattr(
         haar.reference, "analysis", lambda *args: (setattr(clock, "ran", "reference"), analysis(*args))[1]
     )
-    return tune(Transform(), X, train=False, clock=clock, **options)  # type: ignore[arg-type]
+    return tune(Transform(), X, train=False, clock=clock, **options)
 
 
 def taken(x: torch.Tensor = X, name: str = "auto") -> str:

@@ -175,7 +175,7 @@ class Clock:
 
 
 def tuned_by(gpu: Gpu, seconds: dict[int, float], reference: float) -> dict[str, Any]:
-    report = tune(Sum(), *arguments(), train=False, clock=Clock(gpu, seconds, reference))  # type: ignore[arg-type]
+    report = tune(Sum(), *arguments(), train=False, clock=Clock(gpu, seconds, reference))
     return {result.key[0]: result for result in report.results}
 
 

@@ -151,7 +151,7 @@ def test_dropout_counter_is_64_bits(device: str) -> None:
     from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
     @triton.jit
-    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):  # type: ignore[no-untyped-def]
+    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):
         row = tl.arange(0, 16).to(tl.int64) + first  # the interpreter takes no type from the annotation
         kept = mask(tl.load(seed), row, 4, 26, threshold, 16)
         tl.store(out + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], kept.to(tl.int8))
