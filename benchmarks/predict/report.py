@@ -39,6 +39,8 @@ more below 20 us; the [last table](#calibration) has the errors for published nu
 - **bound**: what the longest part of our device time waits for, with its share, or `Python` where the host takes
   longer.
 - All in bf16. Training is the output and all gradients, without an optimizer.
+- Rows are made one at a time, by `--case`: neighbours may come from neighbouring commits, and host times from a machine
+  that did other work meanwhile. A step or chip without a row has not been predicted yet.
 """
 
 
