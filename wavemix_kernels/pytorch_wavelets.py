@@ -1,6 +1,6 @@
 """Drop-in for the 2-D DWT modules of `pytorch_wavelets`: same constructors, results and state dicts, both ways.
 
-Filters that equal Haar's run on the fused Haar kernels, all others on plain convolutions. docs/wavelets.md says
+Filters that equal Haar's run on the fused Haar kernels, all others on kernels for any filters. docs/wavelets.md says
 where the original and PyWavelets differ, and which of them is followed.
 """
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, log
-from wavemix_kernels.ops.dwt.reference import Filters, cropped, separable_dwt2d, separable_idwt2d, synthesis_sizes
+from wavemix_kernels.ops.dwt.op import dwt2d, idwt2d
+from wavemix_kernels.ops.dwt.reference import Filters, cropped, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
 
 __all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
@@ -81,17 +82,18 @@ class _FilterBank(nn.Module):
             for f in self._buffers_in_order()
         ]
 
-    def _why_not_haar(self) -> str | None:
-        """Why plain convolutions run, or None where the Haar kernels do."""
+    def _runs_haar(self) -> bool:
+        """Whether the Haar kernels run."""
         low_col, high_col, low_row, high_row = filters = self._buffers_in_order()
         if low_col.requires_grad or high_col.requires_grad or low_row.requires_grad or high_row.requires_grad:
-            return "its filters are learned and need a gradient of their own"
+            log.fallback(self, "its filters are learned and need a gradient of their own", "plain convolutions")
+            return False
         if not torch.compiler.is_compiling():
             for now, (then, version) in zip(filters, self._seen, strict=True):
                 if now is not then or (version is not None and now._version != version):
                     self.refresh_filters()
                     break
-        return None if self._haar else "its filters are not Haar's"
+        return self._haar
 
     def _filters(self) -> Filters:
         # The original hands its "col" filters to the pass along W and its "row" filters to the one along H.
@@ -171,9 +173,9 @@ class DWTForward(_FilterBank):
         mode = _checked_mode(self.mode)
         if self.J == 0:
             return x, []
-        if log.fallback(self, self._why_not_haar(), "plain convolutions"):
-            return separable_dwt2d(x, self._filters(), self.J, mode=mode)
-        return haar_dwt2d(x, self.J, mode=mode)
+        if self._runs_haar():
+            return haar_dwt2d(x, self.J, mode=mode)
+        return dwt2d(x, self._filters(), self.J, mode=mode)
 
 
 class DWTInverse(_FilterBank):
@@ -216,8 +218,8 @@ class DWTInverse(_FilterBank):
         yl, yh = _checked_coefficients(*coeffs)
         if not yh:
             return yl
-        if log.fallback(self, self._why_not_haar(), "plain convolutions"):
-            return separable_idwt2d(yl, yh, self._filters(), mode=mode)
+        if not self._runs_haar():
+            return idwt2d(yl, yh, self._filters(), mode=mode)
         *sizes, size = synthesis_sizes(yl, yh, (2, 2), mode)
         # One zero seen from everywhere stands for a level of None: nothing is allocated.
         highs = [

@@ -16,6 +16,7 @@ namespace py = pybind11;
 // Each adds its family's functions to the module; defined in <family>.cpp.
 void bind_conv1x1(py::module_& m);
 void bind_deconv(py::module_& m);
+void bind_dwt(py::module_& m);
 void bind_haar(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_norm(py::module_& m);

@@ -19,6 +19,7 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   m.def("cpu_isa", &wavemix::cpu_isa_name);
   bind_conv1x1(m);
   bind_deconv(m);
+  bind_dwt(m);
   bind_mlp(m);
   bind_norm(m);
 #endif

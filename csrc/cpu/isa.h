@@ -7,6 +7,7 @@
 
 #include "wavemix/conv1x1.h"
 #include "wavemix/deconv.h"
+#include "wavemix/dwt.h"
 #include "wavemix/haar.h"
 #include "wavemix/mlp.h"
 #include "wavemix/norm.h"

@@ -1,13 +1,22 @@
-"""The separable transforms of any filter bank, by the modules that call them: PyWavelets' values, true gradients."""
+"""The separable transforms of any filter bank: every backend beside the reference, and by the modules that call them
+PyWavelets' values and true gradients."""
+
+from __future__ import annotations
 
 import shutil
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.clients.test_pytorch_wavelets import MODES, assert_same
-from tests.ops.contract import LAYOUTS, image, randn
+from tests.ops import each
+from tests.ops.contract import LAYOUTS, Case, Contract, image, randn
+from wavemix_kernels.ops.dwt import op
+from wavemix_kernels.ops.dwt.border import border
+from wavemix_kernels.ops.dwt.reference import Filters, extend, separable_dwt2d, separable_idwt2d
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 
 pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
@@ -22,6 +31,154 @@ def outcome(function, *errors):
         return function()
     except errors:
         return None
+
+
+# --- Every backend ---------------------------------------------------------------------------------------
+
+#: Taps along W and H, then shapes: odd and even, shorter than the filters, wider than a vector, thin.
+TAPS = ((8, 8), (2, 5), (5, 6), (18, 3), (3, 40))
+SHAPES = ((2, 3, 16, 33), (1, 2, 7, 40), (3, 1, 1, 9), (1, 2, 11, 6), (1, 1, 70, 131))
+
+
+def bank(taps: tuple[int, int], dtype: torch.dtype, device: str) -> Filters:
+    """Filters without symmetry, of norm 1 or so."""
+    sizes = (taps[0], taps[0], taps[1], taps[1])
+    return Filters(*((randn(n, seed=i) / n**0.5).to(device, dtype) for i, n in enumerate(sizes)))
+
+
+def analyse_sizes(x: Tensor, filters: Filters, mode: str) -> tuple[Tensor, Tensor]:
+    """One level in which no two terms cancel."""
+
+    def along_last(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        n, taps = x.shape[-1], low.numel()
+        start = op.first_sample(taps, mode)
+        count = op.coefficient_size(n, taps, mode)
+        after = max(0, start + 2 * (count - 1) + taps - n)
+        wide = x @ extend(torch.eye(n, dtype=x.dtype), -1, -start, after, mode).abs()
+        wide = wide.narrow(-1, 0, 2 * (count - 1) + taps)
+        windows = wide.unfold(-1, taps, 2)
+        return windows @ low.abs(), windows @ high.abs()
+
+    along_w = along_last(x, filters.low_w, filters.high_w)
+    (ll, lh), (hl, hh) = ([b.mT for b in along_last(rows.mT, filters.low_h, filters.high_h)] for rows in along_w)
+    return ll, torch.stack((lh, hl, hh), 2)
+
+
+class AnyFilters(Contract):
+    """A level sums `taps` products along either axis; a sample past an end is a sum of at most three."""
+
+    axes: ClassVar[Any] = {
+        "shape": SHAPES, "taps": TAPS, "mode": MODES, "levels": (1, 2),
+        "layout": ("nchw", "channels_last", "sliced", "expanded"),
+    }  # fmt: skip
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu")}
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        return case.levels * (sum(case.taps) + 8)
+
+    def filters(self, case: Case, tensors: Any) -> Filters:
+        first = next(t for t in tensors.values() if t is not None)
+        exact = first.dtype if first.dtype == torch.float64 else torch.float32
+        # The numbers that float32 holds, in the float64 truth too.
+        return Filters(*(f.to(exact) for f in bank(case.taps, torch.float32, str(first.device))))
+
+    def skip(self, case: Case) -> None:
+        if case.mode in ("reflect", "antireflect") and min(case.shape[-2:]) == 1:
+            pytest.skip("a single sample has nothing to reflect: tests/tools/test_errors.py")
+
+
+class Analysis(AnyFilters):
+    name = "dwt2d"
+    differentiable = ("x",)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        self.skip(case)
+        return {"x": image(randn(*case.shape), case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        ll, highs = op.dwt2d(
+            tensors["x"], self.filters(case, tensors), case.levels, mode=case.mode, backend=backend
+        )  # fmt: skip
+        assert all(t.is_contiguous() for t in (ll, *highs))
+        return {"ll": ll, **{f"high{i}": high for i, high in enumerate(highs)}}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        ll, highs = separable_dwt2d(tensors["x"], self.filters(case, tensors), case.levels, mode=case.mode)
+        return {"ll": ll, **{f"high{i}": high for i, high in enumerate(highs)}}
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        ll, highs = tensors["x"], []
+        for _ in range(case.levels):
+            ll, high = analyse_sizes(ll, self.filters(case, tensors), case.mode)
+            highs.append(high)
+        return {"ll": ll, **{f"high{i}": high for i, high in enumerate(highs)}}
+
+
+class Synthesis(AnyFilters):
+    name = "idwt2d"
+    differentiable = ("ll", "high0", "high1")
+    axes: ClassVar[Any] = AnyFilters.axes | {
+        "mode": ("zero", "periodization"), "levels": (1, 2), "odd": (0, 1), "missing": (False, True),
+        "shape": ((2, 3, 24, 21), (1, 2, 21, 70), (1, 1, 40, 23)), "taps": (*TAPS[:4], (3, 10)),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        """The coarser level's coefficients, and finer ones to go with them, one fewer where `odd`."""
+        n, c, *size = case.shape
+        tensors: Any = {"ll": randn(n, c, *size)}
+        for level in reversed(range(case.levels)):
+            tensors[f"high{level}"] = None if case.missing and level else randn(n, c, 3, *size, seed=level + 1)
+            size = [op.sample_size(s, t, case.mode) - case.odd for s, t in zip(size, case.taps[::-1], strict=True)]
+        return {k: t if t is None else image(t, case.dtype, device, case.layout) for k, t in tensors.items()}
+
+    def parts(self, case: Case, tensors: Any) -> Any:
+        return tensors["ll"], [tensors.get(f"high{i}") for i in range(case.levels)], self.filters(case, tensors)
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return {"image": op.idwt2d(*self.parts(case, tensors), mode=case.mode, backend=backend)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return {"image": separable_idwt2d(*self.parts(case, tensors), mode=case.mode)}
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        ll, highs, filters = self.parts(case, tensors)
+        return {"image": separable_idwt2d(ll, highs, Filters(*(f.abs() for f in filters)), mode=case.mode)}
+
+
+test_analysis = each.case(Analysis())
+test_synthesis = each.case(Synthesis())
+test_operators = each.operator(
+    Analysis(layout=("nchw", "channels_last"), mode=("zero", "periodic")),
+    Synthesis(layout=("nchw",)),
+    backends=("auto", "cpu"),
+)
+test_threads_change_nothing = each.thread_count(Analysis(shape=((1, 2, 150, 131), (2, 3, 90, 70)), levels=(1,)))
+test_derivatives = each.gradient(
+    Analysis(shape=((1, 2, 7, 10),), taps=((5, 6), (8, 2)), layout=("nchw",)),
+    Synthesis(shape=((1, 2, 6, 7),), taps=((5, 6), (8, 2)), layout=("nchw",)),
+)
+
+
+def test_border_of_a_long_line_is_that_of_a_short_one():
+    for mode in MODES:
+        for n in (400, 401):
+            whole = extend(torch.eye(n, dtype=torch.float64), -1, 7, 8, mode)
+            table = border(n, 7, 8, mode)
+            dense = torch.zeros(table.before + table.after, n, dtype=torch.float64)
+            for i, (a, b) in enumerate(zip(table.begin[:-1], table.begin[1:], strict=True)):
+                dense[i, table.sample[a:b]] = table.weight[a:b]
+            want = torch.cat((whole[:, :7], whole[:, n + 7 :]), 1).T
+            assert torch.equal(dense, want[: len(dense)])
+            assert len(dense) or not want.any()
+
+
+def test_taps_of_infinity_meet_no_sample_they_do_not_read():
+    # A filter of odd length has no further tap of zero, which would make NaN of an infinity beside its window.
+    x = torch.full((1, 1, 3, 8), 1.0)
+    x[..., 5] = float("inf")
+    filters = bank((3, 3), torch.float32, "cpu")
+    got, want = (f(x, filters, mode="zero")[0] for f in (op.dwt2d, separable_dwt2d))
+    assert torch.equal(got.isfinite(), want.isfinite())
 
 
 # --- PyWavelets --------------------------------------------------------------------------------------------
@@ -56,6 +213,21 @@ def test_inverse_of_any_coefficients_equals_pywavelets(wave, mode, float64_buffe
         low, high = randn(2, 3, *size), randn(2, 3, 3, *size, seed=1)
         want = pywt.idwt2((low.numpy(), tuple(band.numpy() for band in high.unbind(2))), wave, mode=mode)
         assert_same([DWTInverse(wave, mode)((low, [high]))], [want])
+
+
+def test_vmap_over_images_and_over_filters():
+    x, filters = randn(3, 2, 4, 9, 10), bank((4, 4), torch.float64, "cpu")
+    many = Filters(*(torch.stack((f, f.flip(0), f * 2)) for f in filters))
+
+    def there_and_back(x, *filters):
+        ll, highs = op.dwt2d(x, Filters(*filters), mode="symmetric")
+        return ll, op.idwt2d(ll, highs, Filters(*filters))
+
+    for dims, banks in ((None, [filters] * 3), (0, [Filters(*(f[i] for f in many)) for i in range(3)])):
+        got = torch.func.vmap(there_and_back, (0, *[dims] * 4))(x, *(filters if dims is None else many))
+        for i in range(3):
+            for g, w in zip(got, there_and_back(x[i], *banks[i]), strict=True):
+                torch.testing.assert_close(g[i], w)
 
 
 # --- Gradients ---------------------------------------------------------------------------------------------

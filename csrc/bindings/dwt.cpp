@@ -1,0 +1,70 @@
+// The Python face of the wavelet transforms with any filters.
+#include "wavemix/dwt.h"
+
+#include "bindings/common.h"
+
+namespace wavemix::bindings {
+namespace {
+
+// size, count, start, taps, addresses of low and high, before, after, then of the border's three arrays.
+DwtAxis axis(const Ints& ints, const char* name) {
+  if (ints.size() != 11)
+    throw py::value_error(std::string(name) + ": expected 11 integers, got " + std::to_string(ints.size()));
+  if (ints[2] > 0 || ints[3] < 2) throw py::value_error(std::string(name) + ": expected start <= 0 and taps >= 2");
+  DwtAxis out;
+  out.size = ints[0];
+  out.count = ints[1];
+  out.start = ints[2];
+  out.taps = ints[3];
+  out.low = pointer(ints[4]);
+  out.high = pointer(ints[5]);
+  out.border.before = ints[6];
+  out.border.after = ints[7];
+  out.border.begin = static_cast<const int64_t*>(pointer(ints[8]));
+  out.border.index = static_cast<const int64_t*>(pointer(ints[9]));
+  out.border.weight = static_cast<const double*>(pointer(ints[10]));
+  return out;
+}
+
+DwtArgs dwt_args(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const Ints& h, const Ints& w,
+                 const Ints& image, const Ints& ll, const Ints& high) {
+  DwtArgs args;
+  args.image_dtype = dtype_of(dtypes[0]);
+  args.ll_dtype = dtype_of(dtypes[1]);
+  args.high_dtype = dtype_of(dtypes[2]);
+  for (const DType dtype : {args.ll_dtype, args.high_dtype})
+    if ((dtype == DType::f64) != (args.image_dtype == DType::f64))
+      throw py::value_error("dtypes: float64 goes with float64 only");
+  args.n = n;
+  args.c = c;
+  args.h = axis(h, "h");
+  args.w = axis(w, "w");
+  args.image = view<Plane>(image, "image");
+  args.ll = view<Plane>(ll, "ll");
+  args.high = view<Bands>(high, "high");
+  return args;
+}
+
+}  // namespace
+
+void bind_dwt(py::module_& m) {
+#if WAVEMIX_WITH_CPU
+  const auto def = [&m](const char* name, void (*kernel)(const DwtArgs&, int)) {
+    m.def(
+        name,
+        [kernel](const std::array<int, 3>& dtypes, int64_t n, int64_t c, const Ints& h, const Ints& w,
+                 const Ints& image, const Ints& ll, const Ints& high, int threads) {
+          const DwtArgs args = dwt_args(dtypes, n, c, h, w, image, ll, high);
+          check_threads(threads);
+          py::gil_scoped_release unlocked;
+          kernel(args, threads);
+        },
+        py::arg("dtypes"), py::arg("n"), py::arg("c"), py::arg("h"), py::arg("w"), py::arg("image"), py::arg("ll"),
+        py::arg("high"), py::arg("threads"));
+  };
+  def("dwt_analysis_cpu", dwt_analysis_cpu);
+  def("dwt_synthesis_cpu", dwt_synthesis_cpu);
+#endif
+}
+
+}  // namespace wavemix::bindings

@@ -1,0 +1,191 @@
+// One level of wavelet synthesis, the exact transpose of analysis, on the CPU. Compiled once per instruction set (see
+// isa.h).
+//
+// An image row is a sum of `taps` / 2 rows of each band along h, then of the two phases along w. What falls outside the
+// image goes back to where its samples came from: along w within the row, along h by rows of the border that are
+// made again for the rows they belong to.
+
+#include "cpu/dwt/lines.h"
+
+namespace wavemix {
+namespace WAVEMIX_ISA {
+namespace {
+
+template <class A>
+struct Synthesis {
+  const DwtArgs& args;
+  const int64_t half_w, half_h;
+  const int64_t width;   // elements of a row of coefficients
+  const int64_t margin;  // zeros before and behind them
+  const int64_t pairs;   // pairs of samples in an extended row
+  const A *low_w, *high_w, *low_h, *high_h;
+  A *line, *phase[2], *joined[2];
+  A* ring;            // rows k of LL, LH, HL and HH at k % slots
+  int64_t* held;      // k of each slot
+  const A** rows_of;  // rows of LL that an image row adds up
+  int64_t n = 0, c = 0;
+
+  static int64_t most_pairs(const DwtAxis& w) {
+    const int64_t filtered = w.count + (w.taps + 1) / 2, image = (w.size - w.start + 1) / 2;
+    return filtered > image ? filtered : image;
+  }
+  static int64_t scratch_bytes(const DwtArgs& args) {
+    return Synthesis(args, nullptr).line_up(nullptr) * static_cast<int64_t>(sizeof(A));
+  }
+  Synthesis(const DwtArgs& args, A* block)
+      : args(args),
+        half_w((args.w.taps + 1) / 2),
+        half_h((args.h.taps + 1) / 2),
+        width(row_elements<A>(args.w.count)),
+        margin(round_up(half_w, kLanes<A>)),
+        pairs(most_pairs(args.w)),
+        low_w(static_cast<const A*>(args.w.low)),
+        high_w(static_cast<const A*>(args.w.high)),
+        low_h(static_cast<const A*>(args.h.low)),
+        high_h(static_cast<const A*>(args.h.high)) {
+    line_up(block);
+    if (block == nullptr) return;
+    for (A* row : joined)
+      for (int64_t i = -margin; i < joined_elements() - margin; ++i) row[i] = A(0);
+    for (int64_t i = 0; i < 4 * slots() * width; ++i) ring[i] = A(0);
+    point_at(0, 0);
+  }
+  int64_t slots() const { return half_h + 1; }
+  int64_t joined_elements() const { return 2 * margin + (pairs > width ? row_elements<A>(pairs) : width); }
+  int64_t line_up(A* block) {
+    Rows<A> rows(block);
+    for (A*& row : phase) row = rows.take(row_elements<A>(pairs));
+    for (A*& row : joined) row = rows.take(joined_elements()) + (block == nullptr ? 0 : margin);
+    line = rows.take(2 * pairs);
+    ring = rows.take(4 * slots() * width);
+    held = rows.template take<int64_t>(slots());
+    rows_of = rows.template take<const A*>(slots());
+    return rows.used;
+  }
+  void point_at(int64_t sample, int64_t channel) {
+    n = sample;
+    c = channel;
+    for (int64_t i = 0; i < slots(); ++i) held[i] = -1;
+  }
+
+  const A* bands(int64_t k) const {
+    A* row = ring + k % slots() * 4 * width;
+    if (held[k % slots()] != k) {
+      held[k % slots()] = k;
+      const Plane& p = args.ll;
+      load_line(Elements(args.ll_dtype, p.data), n * p.stride[0] + c * p.stride[1] + k * p.stride[2], p.stride[3],
+                args.w.count, row);
+      const Bands& s = args.high;
+      if (s.data != nullptr)
+        for (int i = 0; i < 3; ++i)
+          load_line(Elements(args.high_dtype, s.data),
+                    n * s.stride[0] + c * s.stride[1] + i * s.stride[2] + k * s.stride[3], s.stride[4], args.w.count,
+                    row + (i + 1) * width);
+    }
+    return row;
+  }
+  // Adds `weight` times row y of the extended image, before the pass along w, to the joined rows, or begins with it.
+  void join(int64_t y, A weight, bool begin) const {
+    constexpr int64_t kLane = kLanes<A>;
+    const int64_t above = y - args.h.start;
+    int64_t last = above / 2, first = (above - args.h.taps + 2) / 2;  // taps: above - 2 k = 0 ... taps - 1
+    if (above - args.h.taps + 1 < 0) first = 0;
+    if (last > args.h.count - 1) last = args.h.count - 1;
+    const int64_t tap = above - 2 * first, count = last - first + 1;  // of the first row; two less for each next
+    for (int64_t i = 0; i < count; ++i) rows_of[i] = bands(first + i);
+    for (int64_t x = 0; x < args.w.count; x += kAtOnce * kLane) {
+      Vec<A> l[kAtOnce] = {}, h[kAtOnce] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const A* row = rows_of[i] + x;
+        const A low = low_h[tap - 2 * i], high = high_h[tap - 2 * i];
+        for (int v = 0; v < kAtOnce; ++v, row += kLane) {
+          l[v] += low * get(row) + high * get(row + width);
+          h[v] += low * get(row + 2 * width) + high * get(row + 3 * width);
+        }
+      }
+      for (int v = 0; v < kAtOnce; ++v) {
+        A *to_l = joined[0] + x + v * kLane, *to_h = joined[1] + x + v * kLane;
+        put(to_l, begin ? weight * l[v] : get(to_l) + weight * l[v]);
+        put(to_h, begin ? weight * h[v] : get(to_h) + weight * h[v]);
+      }
+    }
+  }
+  void expand() const {
+    constexpr int64_t kLane = kLanes<A>;
+    for (int64_t m = 0; m < pairs; m += kAtOnce * kLane) {
+      Vec<A> even[kAtOnce] = {}, odd[kAtOnce] = {};
+      for (int64_t t = 0; t < half_w; ++t) {
+        const bool both = 2 * t + 1 < args.w.taps;
+        for (int v = 0; v < kAtOnce; ++v) {
+          const Vec<A> l = get(joined[0] + m - t + v * kLane), h = get(joined[1] + m - t + v * kLane);
+          even[v] += low_w[2 * t] * l + high_w[2 * t] * h;
+          if (both) odd[v] += low_w[2 * t + 1] * l + high_w[2 * t + 1] * h;
+        }
+      }
+      for (int v = 0; v < kAtOnce; ++v) {
+        put(phase[0] + m + v * kLane, even[v]);
+        put(phase[1] + m + v * kLane, odd[v]);
+      }
+    }
+    for (int64_t m = 0; m < pairs; ++m) {
+      line[2 * m] = phase[0][m];
+      line[2 * m + 1] = phase[1][m];
+    }
+  }
+  void fold() const {
+    A* x = line - args.w.start;
+    const DwtBorder& b = args.w.border;
+    for (int64_t i = 0; i < b.before + b.after; ++i) {
+      const int64_t from = i < b.before ? i - b.before : args.w.size + i - b.before;
+      if (from < args.w.start || from - args.w.start >= 2 * pairs) continue;
+      for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t) x[b.index[t]] += static_cast<A>(b.weight[t]) * x[from];
+    }
+  }
+  void run(int64_t begin, int64_t end) const {
+    const DwtBorder& b = args.h.border;
+    const Plane& p = args.image;
+    for (int64_t y = begin; y < end; ++y) {
+      join(y, A(1), true);
+      for (int64_t i = 0; i < b.before + b.after; ++i)
+        for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t)
+          if (b.index[t] == y)
+            join(i < b.before ? i - b.before : args.h.size + i - b.before, static_cast<A>(b.weight[t]), false);
+      expand();
+      fold();
+      store_line(line - args.w.start, Elements(args.image_dtype, p.data),
+                 n * p.stride[0] + c * p.stride[1] + y * p.stride[2], p.stride[3], args.w.size);
+    }
+  }
+};
+
+template <class A>
+void synthesise(const DwtArgs& args, int threads) {
+  const int64_t full[4] = {args.n, args.c, args.h.size, args.w.size};
+  advise(args.image.data, args.image.stride, full, Elements(args.image_dtype, nullptr).bytes());
+  if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
+  const Units units(args.n * args.c, args.h.size, args.h.taps, threads);
+  WAVEMIX_PARALLEL(threads) {
+    Scratch scratch(Synthesis<A>::scratch_bytes(args));
+    Synthesis<A> worker(args, reinterpret_cast<A*>(scratch.block));
+    WAVEMIX_FOR
+    for (int64_t unit = 0; unit < units.count; ++unit) {
+      const int64_t plane = unit / units.per_plane;
+      worker.point_at(plane / args.c, plane % args.c);
+      worker.run(units.begin(unit), units.end(unit));
+    }
+  }
+}
+
+}  // namespace
+
+void dwt_synthesis(const DwtArgs& args, int threads) {
+  if (args.n * args.c * args.h.size * args.w.size == 0) return;
+  if (args.image_dtype == DType::f64) {
+    synthesise<double>(args, threads);
+  } else {
+    synthesise<float>(args, threads);
+  }
+}
+
+}  // namespace WAVEMIX_ISA
+}  // namespace wavemix

@@ -1,0 +1,43 @@
+// One level of a separable 2-D wavelet transform with any filters, and its transpose.
+#pragma once
+
+#include "wavemix/haar.h"
+#include "wavemix/types.h"
+
+namespace wavemix {
+
+// Samples past the ends of a line of n as weighted sums of those within. `before` positions -before ... -1 come first,
+// then `after` positions n ... n + after - 1; position number i has the terms begin[i] ... begin[i + 1] - 1.
+struct DwtBorder {
+  int64_t before = 0, after = 0;
+  const int64_t* begin = nullptr;
+  const int64_t* index = nullptr;
+  const double* weight = nullptr;
+};
+
+// One axis: coefficient k = 0 ... count - 1 is the sum over t of filter[t] * sample[start + 2 k + t], with the samples
+// past the ends as `border` says; start <= 0.
+struct DwtAxis {
+  int64_t size = 0, count = 0, start = 0, taps = 0;
+  const void* low = nullptr;  // filters in the arithmetic type
+  const void* high = nullptr;
+  DwtBorder border;
+};
+
+// Bands: LL, LH (high along h), HL (high along w), HH. Analysis writes ll and high; synthesis, its exact transpose,
+// writes the image, and where high.data is null takes zeros for the three bands. A filter's taps go where nothing
+// borders on the image in the same way: synthesis drops what falls outside and has no terms.
+struct DwtArgs {
+  DType image_dtype = DType::f32, ll_dtype = DType::f32, high_dtype = DType::f32;
+  int64_t n = 0, c = 0;
+  DwtAxis h, w;
+  Plane image;
+  Plane ll;
+  Bands high;
+};
+
+// double where a dtype is f64, else float; each output is rounded once.
+void dwt_analysis_cpu(const DwtArgs& args, int threads);
+void dwt_synthesis_cpu(const DwtArgs& args, int threads);
+
+}  // namespace wavemix

@@ -1,0 +1,303 @@
+"""Separable 2-D wavelet transforms with any filters, on every backend.
+
+One level is a linear map, and `dwt_synthesis` is the exact transpose of `dwt_analysis` with the same filters and mode,
+so the two operators close under differentiation. The inverse transform is such a transpose too: of the analysis
+with the synthesis filters, whose samples outside the image are zero, or periodic in mode 'periodization'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels import _native, backends
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
+from wavemix_kernels.ops.dwt.border import border
+from wavemix_kernels.ops.dwt.reference import (
+    Filters,
+    coefficient_size,
+    cropped,
+    sample_size,
+    separable_dwt2d,
+    separable_idwt2d,
+    synthesis_sizes,
+)
+from wavemix_kernels.ops.haar.op import inlined, into_batch
+
+_library = Library()
+_library.define(
+    "dwt_analysis(Tensor x, Tensor[] filters, str mode, ScalarType low, ScalarType high, str backend) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "dwt_synthesis(Tensor ll, Tensor? high, Tensor[] filters, SymInt[] size, str mode, ScalarType dtype, str backend) "
+    "-> Tensor"
+)
+
+
+# --- Transforms of several levels ------------------------------------------------------------------------
+
+
+def dwt2d(
+    x: Tensor, filters: Filters, levels: int = 1, *, mode: str = "zero", backend: str | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`levels` levels of analysis, as :func:`~wavemix_kernels.ops.dwt.reference.separable_dwt2d` defines them.
+
+    Args:
+        x: (N, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        filters: mirrored, on x's device. Filters that require grad get theirs, and the convolutions of the
+            reference run.
+        mode: a key of `haar.MODES` other than 'per'.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`.
+
+    Returns:
+        ll (N, C, h_L, w_L) and highs, finest first, each (N, C, 3, h_l, w_l) with bands LH, HL, HH, of x's dtype,
+        contiguous.
+
+    Raises:
+        ValueError: mode 'reflect' or 'antireflect' at a size of 1, and a backend that cannot serve the call.
+        RuntimeError: the backend asked for is not installed.
+    """
+    chosen = _chosen("dwt2d", backend, filters, x)
+    if chosen == "reference":
+        return separable_dwt2d(x, filters, levels, mode=mode)
+    highs = []
+    ll, exact = x, accumulate_dtype(x.dtype)
+    for level in range(1, levels + 1):
+        ll, high = analysis(ll, list(filters), mode, exact if level < levels else x.dtype, x.dtype, chosen)
+        highs.append(high)
+    return ll, highs
+
+
+def idwt2d(
+    ll: Tensor, highs: Sequence[Tensor | None], filters: Filters, *, mode: str = "zero", backend: str | None = None
+) -> Tensor:
+    """Inverse of :func:`dwt2d`, as :func:`~wavemix_kernels.ops.dwt.reference.separable_idwt2d` defines it.
+
+    Args:
+        ll: (N, C, h_L, w_L).
+        highs: of ll's dtype, finest first, None for a level of zeros.
+        filters: not mirrored.
+        mode, backend: as for :func:`dwt2d`.
+
+    Returns:
+        (N, C, H, W) of ll's dtype.
+
+    Raises:
+        ValueError: sizes that do not fit together, or fewer coefficients than the filters reach over.
+        ValueError, RuntimeError: a backend that cannot serve the call or is not installed.
+    """
+    taps = (filters.low_h.numel(), filters.low_w.numel())
+    sizes = synthesis_sizes(ll, highs, taps, mode)
+    chosen = _chosen("idwt2d", backend, filters, ll, *(high for high in highs if high is not None))
+    if chosen == "reference":
+        return separable_idwt2d(ll, highs, filters, mode=mode)
+    x, exact = ll, accumulate_dtype(ll.dtype)
+    periodic = mode == "periodization"
+    # PyWavelets counts an odd filter's samples from one further on, as if a tap of zero came first.
+    bank = [F.pad(f.flatten(), (1, 0)) if periodic and f.numel() % 2 else f for f in filters]
+    for level, size, finer in zip(range(len(highs), 0, -1), sizes[:-1], sizes[1:], strict=True):
+        # A line of odd size is a crop in both modes; the transpose in 'periodization' would fold its end instead.
+        whole = (sample_size(size[0], taps[0], mode), sample_size(size[1], taps[1], mode))
+        x = synthesis(
+            cropped(x, size), highs[level - 1], bank, whole if periodic else finer,
+            "periodization" if periodic else "zero", exact if level > 1 else ll.dtype, chosen,
+        )  # fmt: skip
+        x = cropped(x, finer)
+    return x
+
+
+def _chosen(op: str, backend: str | None, filters: Filters, *tensors: Tensor) -> str:
+    asked = backends.requested(backend)
+    if inlined(asked) or (asked == "auto" and any(f.requires_grad for f in filters)):
+        return "reference"
+    return choose.pick(op, BACKENDS, asked, *tensors)
+
+
+# --- Backends: one level on allocated tensors ------------------------------------------------------------
+
+
+def first_sample(taps: int, mode: str) -> int:
+    """The sample that the first tap of coefficient 0 reads: at or before 0."""
+    return taps // 2 + 1 - taps if mode == "periodization" else 2 - taps
+
+
+def _axis(size: int, count: int, low: Tensor, high: Tensor, mode: str) -> tuple[int, ...]:
+    """An axis as the core takes it (csrc/bindings/dwt.cpp)."""
+    taps = low.numel()
+    start = first_sample(taps, mode)
+    table = border(size, -start, max(0, start + 2 * (count - 1) + taps - size), mode)
+    return (
+        size, count, start, taps, low.data_ptr(), high.data_ptr(), table.before, table.after, table.begin.data_ptr(),
+        table.sample.data_ptr(), table.weight.data_ptr(),
+    )  # fmt: skip
+
+
+def _compiled(direction: str) -> Any:
+    def run(image: Tensor, ll: Tensor, high: Tensor | None, filters: Sequence[Tensor], mode: str) -> None:
+        exact = accumulate_dtype(image.dtype)
+        # Kept by name: the core reads their memory.
+        low_w, high_w, low_h, high_h = (f.detach().to(exact).flatten().contiguous() for f in filters)
+        (h, w), (rows, columns) = image.shape[-2:], ll.shape[-2:]
+        dtypes = [_native.DTYPES[t.dtype] for t in (image, ll, ll if high is None else high)]
+        getattr(_native.core, f"dwt_{direction}_cpu")(
+            dtypes, *image.shape[:2], _axis(h, rows, low_h, high_h, mode), _axis(w, columns, low_w, high_w, mode),
+            _native.address(image), _native.address(ll), _native.address(high), torch.get_num_threads(),
+        )  # fmt: skip
+
+    return run
+
+
+BACKENDS: dict[str, backends.Backend] = {
+    "cpu": backends.Backend(
+        backends.cpu_why_not, {"analysis": _compiled("analysis"), "synthesis": _compiled("synthesis")}
+    ),
+    "reference": backends.Backend(backends.reference_why_not, {}),
+}
+
+
+# --- The operators ---------------------------------------------------------------------------------------
+
+
+def _empty_bands(x: Tensor, filters: Sequence[Tensor], mode: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    rows, columns = (coefficient_size(s, f.numel(), mode) for s, f in ((h, filters[2]), (w, filters[0])))
+    return x.new_empty((n, c, rows, columns), dtype=low), x.new_empty((n, c, 3, rows, columns), dtype=high)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, copied where its rows are far from contiguous: kernels go by rows."""
+    return x.contiguous() if layout.is_channels_last(x) else x
+
+
+def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = choose.select("dwt2d", BACKENDS, backend, x)
+    out = _empty_bands(x, filters, mode, low, high)
+    chosen.functions["analysis"](_rows(x), *out, filters, mode)
+    return out
+
+
+def _synthesis(
+    ll: Tensor, high: Tensor | None, filters: list[Tensor], size: Sequence[int], mode: str, dtype: Any, backend: str
+) -> Tensor:
+    chosen = choose.select("idwt2d", BACKENDS, backend, *([ll] if high is None else [ll, high]))
+    image = ll.new_empty((*ll.shape[:2], *size), dtype=dtype)
+    chosen.functions["synthesis"](image, _rows(ll), high, filters, mode)
+    return image
+
+
+def _analysis_fake(
+    x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_bands(x, filters, mode, low, high)
+
+
+def _synthesis_fake(
+    ll: Tensor, high: Tensor | None, filters: list[Tensor], size: Sequence[int], mode: str, dtype: Any, backend: str
+) -> Tensor:
+    return ll.new_empty((*ll.shape[:2], *size), dtype=dtype)
+
+
+_library.impl("dwt_analysis", _analysis, "CompositeExplicitAutograd")
+_library.impl("dwt_synthesis", _synthesis, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::dwt_analysis", _analysis_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::dwt_synthesis", _synthesis_fake, lib=_library)
+
+
+# --- Gradients: each is the other ------------------------------------------------------------------------
+
+
+def _analysis_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, filters, ctx.mode, _, _, ctx.backend = inputs
+    ctx.save_for_backward(*filters)
+    ctx.size, ctx.dtype = x.shape[-2:], x.dtype
+
+
+def _analysis_backward(ctx: Any, d_ll: Tensor, d_high: Tensor) -> tuple[Any, ...]:
+    d_x = synthesis(d_ll, d_high, list(ctx.saved_tensors), ctx.size, ctx.mode, ctx.dtype, ctx.backend)
+    return d_x, None, None, None, None, None
+
+
+def _synthesis_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ll, high, filters, _, ctx.mode, _, ctx.backend = inputs
+    ctx.save_for_backward(*filters)
+    ctx.dtypes = ll.dtype, None if high is None else high.dtype
+
+
+def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    low, high = ctx.dtypes
+    d_ll, d_high = analysis(grad, list(ctx.saved_tensors), ctx.mode, low, low if high is None else high, ctx.backend)
+    return d_ll, None if high is None else d_high, None, None, None, None, None
+
+
+#: The operators with their gradients; filters get none.
+analysis = differentiable(_library, "dwt_analysis", _analysis_setup, _analysis_backward)
+synthesis = differentiable(_library, "dwt_synthesis", _synthesis_setup, _synthesis_backward)
+
+
+# --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------
+
+
+def _each(t: Any, dim: int | None, n: int) -> Sequence[Any]:
+    return [t] * n if t is None or dim is None else t.unbind(dim)
+
+
+def _banks(filters: list[Tensor], dims: Sequence[int | None], n: int) -> list[list[Tensor]]:
+    """The filters of each sample, where they are mapped too."""
+    return [list(bank) for bank in zip(*(_each(f, d, n) for f, d in zip(filters, dims, strict=True)), strict=True)]
+
+
+def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, filters: list[Tensor], *rest: Any) -> Any:
+    n, op = info.batch_size, torch.ops.wavemix_kernels.dwt_analysis
+    if any(d is not None for d in in_dims[1]):
+        each = zip(_each(x, in_dims[0], n), _banks(filters, in_dims[1], n), strict=True)
+        ll, high = zip(*(op(*given, *rest) for given in each), strict=True)
+        return (torch.stack(ll), torch.stack(high)), (0, 0)
+    out = op(into_batch(x, in_dims[0], n), filters, *rest)
+    return tuple(t.unflatten(0, (n, -1)) for t in out), (0, 0)
+
+
+def _synthesis_vmap(
+    info: Any, in_dims: tuple[Any, ...], ll: Tensor, high: Tensor | None, filters: list[Tensor], *rest: Any
+) -> Any:
+    n, op = info.batch_size, torch.ops.wavemix_kernels.dwt_synthesis
+    if any(d is not None for d in in_dims[2]):
+        banks = _banks(filters, in_dims[2], n)
+        each = zip(_each(ll, in_dims[0], n), _each(high, in_dims[1], n), banks, strict=True)
+        return torch.stack([op(*given, *rest) for given in each]), 0
+    high = None if high is None else into_batch(high, in_dims[1], n)
+    return op(into_batch(ll, in_dims[0], n), high, filters, *rest).unflatten(0, (n, -1)), 0
+
+
+torch.library.register_vmap("wavemix_kernels::dwt_analysis", _analysis_vmap, lib=_library)
+torch.library.register_vmap("wavemix_kernels::dwt_synthesis", _synthesis_vmap, lib=_library)
+
+
+def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Two levels with filters of 6 and 5 taps at odd sizes, and their gradient: (error, bound)."""
+    taps = [0.25, 0.875, -0.375, 0.25, 0.125, -0.25]  # exact in every dtype
+
+    def bank(like: Tensor) -> Filters:
+        line = torch.tensor(taps, dtype=like.dtype, device=like.device)
+        return Filters(line, line.flip(0) * 0.5, line[:5].clone(), line[1:].clone())
+
+    def flat(out: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+        return [out[0], *out[1]]
+
+    error = selftest.against_reference(
+        lambda x: flat(dwt2d(x, bank(x), 2, mode="symmetric", backend=backend)),
+        lambda x: flat(separable_dwt2d(x, bank(x), 2, mode="symmetric")),
+        [selftest.pattern(2, 4, 21, 24)],
+        device,
+        dtype,
+    )
+    # Two levels of two passes of at most 6 products each.
+    return error, selftest.rounding_bound(4 * 6, dtype)
