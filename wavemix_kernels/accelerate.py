@@ -60,7 +60,7 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
 
     Replaced are the package ``wavemix``'s Waveblocks (found by class name, parameter names and layers, so copies of
     its source count, if they compute the same), ``pytorch_wavelets``' ``DWTForward`` and ``DWTInverse`` (also
-    ``wavemix``'s own copy) with Haar filters, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock`` (copies of its public
+    ``wavemix``'s own copy) with any filters, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock`` (copies of its public
     source), and this package's own reference modules. A module with WTConv's ``wt_filter``, ``iwt_filter``,
     ``wt_function`` and ``iwt_function`` keeps its class and, where the filters are Haar's and frozen, gets other
     functions (:mod:`wavemix_kernels.wtconv`).

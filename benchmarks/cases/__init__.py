@@ -7,6 +7,7 @@ to one of the lists named here.
 from __future__ import annotations
 
 from ..harness.case import Case
+from .dwt import dwt_cases
 from .haar import haar_cases
 from .wavemix import waveblock_cases, wavemix_cases
 from .wavemlp import patm_cases, wavemlp_cases
@@ -14,4 +15,4 @@ from .wavemlp import patm_cases, wavemlp_cases
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
-    return [*haar_cases(), *waveblock_cases(), *patm_cases(), *wavemix_cases(), *wavemlp_cases()]
+    return [*haar_cases(), *dwt_cases(), *waveblock_cases(), *patm_cases(), *wavemix_cases(), *wavemlp_cases()]

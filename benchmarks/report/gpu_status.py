@@ -12,6 +12,7 @@ _NOTES = {
     "haar": "analysis, synthesis",
     "haar_pyramid": "forward, backward",
     "haar_bands": "WTConv; haar's kernels on strided bands",
+    "dwt": "other wavelets; a GPU runs library convolutions",
     "reduce_haar": "forward; backward: one kernel by triton, haar_pyramid's backward and library convolutions by cuda",
     "pointwise_mlp": "forward, backward",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
