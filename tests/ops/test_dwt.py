@@ -3,6 +3,7 @@ PyWavelets' values and true gradients."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 from typing import Any, ClassVar
 
@@ -16,7 +17,16 @@ from tests.ops import each
 from tests.ops.contract import LAYOUTS, Case, Contract, image, randn
 from wavemix_kernels.ops.dwt import op
 from wavemix_kernels.ops.dwt.border import border
-from wavemix_kernels.ops.dwt.reference import Filters, extend, separable_dwt2d, separable_idwt2d
+from wavemix_kernels.ops.dwt.reference import (
+    Filters,
+    coefficient_size,
+    extend,
+    sample_size,
+    separable_dwt1d,
+    separable_dwt2d,
+    separable_idwt1d,
+    separable_idwt2d,
+)
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 
 pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
@@ -46,21 +56,19 @@ def bank(taps: tuple[int, int], dtype: torch.dtype, device: str) -> Filters:
     return Filters(*((randn(n, seed=i) / n**0.5).to(device, dtype) for i, n in enumerate(sizes)))
 
 
+def line_sizes(x: Tensor, low: Tensor, high: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """One level along the last axis in which no two terms cancel."""
+    n, taps = x.shape[-1], low.numel()
+    start, count = op.first_sample(taps, mode), coefficient_size(n, taps, mode)
+    after = max(0, start + 2 * (count - 1) + taps - n)
+    wide = x @ extend(torch.eye(n, dtype=x.dtype), -1, -start, after, mode).abs()
+    windows = wide.narrow(-1, 0, 2 * (count - 1) + taps).unfold(-1, taps, 2)
+    return windows @ low.abs(), windows @ high.abs()
+
+
 def analyse_sizes(x: Tensor, filters: Filters, mode: str) -> tuple[Tensor, Tensor]:
-    """One level in which no two terms cancel."""
-
-    def along_last(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        n, taps = x.shape[-1], low.numel()
-        start = op.first_sample(taps, mode)
-        count = op.coefficient_size(n, taps, mode)
-        after = max(0, start + 2 * (count - 1) + taps - n)
-        wide = x @ extend(torch.eye(n, dtype=x.dtype), -1, -start, after, mode).abs()
-        wide = wide.narrow(-1, 0, 2 * (count - 1) + taps)
-        windows = wide.unfold(-1, taps, 2)
-        return windows @ low.abs(), windows @ high.abs()
-
-    along_w = along_last(x, filters.low_w, filters.high_w)
-    (ll, lh), (hl, hh) = ([b.mT for b in along_last(rows.mT, filters.low_h, filters.high_h)] for rows in along_w)
+    along_w = line_sizes(x, filters.low_w, filters.high_w, mode)
+    (ll, lh), (hl, hh) = ([b.mT for b in line_sizes(rows.mT, filters.low_h, filters.high_h, mode)] for rows in along_w)
     return ll, torch.stack((lh, hl, hh), 2)
 
 
@@ -128,7 +136,7 @@ class Synthesis(AnyFilters):
         tensors: Any = {"ll": randn(n, c, *size)}
         for level in reversed(range(case.levels)):
             tensors[f"high{level}"] = None if case.missing and level else randn(n, c, 3, *size, seed=level + 1)
-            size = [op.sample_size(s, t, case.mode) - case.odd for s, t in zip(size, case.taps[::-1], strict=True)]
+            size = [sample_size(s, t, case.mode) - case.odd for s, t in zip(size, case.taps[::-1], strict=True)]
         return {k: t if t is None else image(t, case.dtype, device, case.layout) for k, t in tensors.items()}
 
     def parts(self, case: Case, tensors: Any) -> Any:
@@ -145,18 +153,82 @@ class Synthesis(AnyFilters):
         return {"image": separable_idwt2d(ll, highs, Filters(*(f.abs() for f in filters)), mode=case.mode)}
 
 
+class Lines(AnyFilters):
+    """There and, by other filters and from other coefficients, back."""
+
+    name = "dwt1d"
+    differentiable = ("x", "low", "high0", "high1")
+    axes: ClassVar[Any] = {
+        "length": (33, 40, 7), "taps": (8, 5, 2, 12), "mode": MODES, "levels": (1, 2), "step": (1, 3),
+        "missing": (False, True),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        length = 40 + case.length
+        tensors: Any = {
+            "x": randn(2, 3, case.length * case.step)[..., :: case.step],
+            "low": randn(2, 3, length, seed=1),
+        }
+        for level in reversed(range(case.levels)):
+            tensors[f"high{level}"] = None if case.missing and level else randn(2, 3, length, seed=level + 2)
+            length = sample_size(length, case.taps, case.mode) - 1
+        return {k: t if t is None else t.to(device, case.dtype) for k, t in tensors.items()}
+
+    def both(self, case: Case, tensors: Any, there: Any, back: Any) -> Any:
+        filters = bank((case.taps, case.taps), torch.float32, str(tensors["x"].device))
+        exact = [f.to(torch.float64 if tensors["x"].dtype == torch.float64 else torch.float32) for f in filters]
+        low, highs = there(tensors["x"], exact[:2], case.levels, mode=case.mode)
+        details = [tensors.get(f"high{i}") for i in range(case.levels)]
+        made = {"low": low, **{f"high{i}": high for i, high in enumerate(highs)}}
+        return made | {"line": back(tensors["low"], details, exact[2:], mode=case.mode)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        functions = (functools.partial(f, backend=backend) for f in (op.dwt1d, op.idwt1d))
+        return self.both(case, tensors, *functions)
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.both(case, tensors, separable_dwt1d, separable_idwt1d)
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        return case.levels * (case.taps + 8)
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        def there(x: Tensor, filters: Any, levels: int, *, mode: str) -> Any:
+            highs = []
+            for _ in range(levels):
+                x, high = line_sizes(x, *filters, mode)
+                highs.append(high)
+            return x, highs
+
+        def back(low: Tensor, highs: Any, filters: Any, *, mode: str) -> Tensor:
+            return separable_idwt1d(low, highs, [f.abs() for f in filters], mode=mode)
+
+        return self.both(case, tensors, there, back)
+
+
 test_analysis = each.case(Analysis())
 test_synthesis = each.case(Synthesis())
+test_lines = each.case(Lines())
 test_operators = each.operator(
     Analysis(layout=("nchw", "channels_last"), mode=("zero", "periodic")),
     Synthesis(layout=("nchw",)),
+    Lines(mode=("symmetric", "periodization"), length=(33,)),
     backends=("auto", "cpu"),
 )
 test_threads_change_nothing = each.thread_count(Analysis(shape=((1, 2, 150, 131), (2, 3, 90, 70)), levels=(1,)))
 test_derivatives = each.gradient(
     Analysis(shape=((1, 2, 7, 10),), taps=((5, 6), (8, 2)), layout=("nchw",)),
     Synthesis(shape=((1, 2, 6, 7),), taps=((5, 6), (8, 2)), layout=("nchw",)),
+    Lines(length=(7,), taps=(5, 8)),
 )
+
+
+def test_learned_filters_get_their_gradient_or_an_error():
+    x, filters = randn(1, 1, 8, 8), Filters(*(f.requires_grad_() for f in bank((4, 4), torch.float64, "cpu")))
+    op.dwt2d(x, filters)[0].sum().backward()
+    assert all(f.grad is not None for f in filters if f is not filters.high_h and f is not filters.high_w)
+    with pytest.raises(ValueError, match="backend='cpu' has no gradient for filters"):
+        op.dwt2d(x, filters, backend="cpu")
 
 
 def test_border_of_a_long_line_is_that_of_a_short_one():

@@ -87,9 +87,7 @@ struct Analysis {
     }
     for (int64_t i = args.w.size + b.after; i < args.w.start + 2 * (args.w.count + half_w); ++i) x[i] = A(0);
   }
-  void filter(int64_t y) const {
-    const int64_t slot = (y - args.h.start) % (2 * half_h) * width;
-    A *low = low_ring + slot, *high = high_ring + slot;
+  void filter(int64_t y, A* low, A* high) const {
     if (!read_extended(y, line - args.w.start)) {
       for (int64_t k = 0; k < width; ++k) low[k] = high[k] = A(0);
       return;
@@ -135,18 +133,32 @@ struct Analysis {
       for (int i = 0; i < 4; ++i)
         for (int v = 0; v < kAtOnce; ++v) put(out[i] + k + v * kLane, b[i][v]);
     }
+    write(row, 4);
+  }
+  void write(int64_t row, int bands) const {
     const Plane& p = args.ll;
     store_line(out[0], Elements(args.ll_dtype, p.data), n * p.stride[0] + c * p.stride[1] + row * p.stride[2],
                p.stride[3], args.w.count);
     const Bands& s = args.high;
-    for (int i = 0; i < 3; ++i)
-      store_line(out[i + 1], Elements(args.high_dtype, s.data),
-                 n * s.stride[0] + c * s.stride[1] + i * s.stride[2] + row * s.stride[3], s.stride[4], args.w.count);
+    for (int i = 1; i < bands; ++i)
+      store_line(out[i], Elements(args.high_dtype, s.data),
+                 n * s.stride[0] + c * s.stride[1] + (i - 1) * s.stride[2] + row * s.stride[3], s.stride[4],
+                 args.w.count);
   }
   void run(int64_t begin, int64_t end) const {
+    if (args.h.taps == 0) {
+      for (int64_t row = begin; row < end; ++row) {
+        filter(row, out[0], out[1]);
+        write(row, 2);
+      }
+      return;
+    }
     int64_t ready = args.h.start + 2 * begin;  // the first row not yet in the ring
     for (int64_t row = begin; row < end; ++row) {
-      for (; ready < args.h.start + 2 * row + args.h.taps; ++ready) filter(ready);
+      for (; ready < args.h.start + 2 * row + args.h.taps; ++ready) {
+        const int64_t slot = (ready - args.h.start) % (2 * half_h) * width;
+        filter(ready, low_ring + slot, high_ring + slot);
+      }
       combine(row);
     }
   }
@@ -155,7 +167,7 @@ struct Analysis {
 template <class A>
 void analyse(const DwtArgs& args, int threads) {
   const int64_t low[4] = {args.n, args.c, args.h.count, args.w.count};
-  const int64_t high[5] = {args.n, args.c, 3, args.h.count, args.w.count};
+  const int64_t high[5] = {args.n, args.c, args.h.taps == 0 ? 1 : 3, args.h.count, args.w.count};
   advise(args.ll.data, args.ll.stride, low, Elements(args.ll_dtype, nullptr).bytes());
   advise(args.high.data, args.high.stride, high, Elements(args.high_dtype, nullptr).bytes());
   if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;

@@ -1,4 +1,4 @@
-"""Separable 2-D wavelet transforms with any filters, on every backend.
+"""Separable wavelet transforms of images and of lines with any filters, on every backend.
 
 One level is a linear map, and `dwt_synthesis` is the exact transpose of `dwt_analysis` with the same filters and mode,
 so the two operators close under differentiation. The inverse transform is such a transpose too: of the analysis
@@ -20,14 +20,15 @@ from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
-from wavemix_kernels.ops.dwt.border import border
+from wavemix_kernels.ops.dwt.border import Border, border
 from wavemix_kernels.ops.dwt.reference import (
     Filters,
     coefficient_size,
-    cropped,
-    sample_size,
+    separable_dwt1d,
     separable_dwt2d,
+    separable_idwt1d,
     separable_idwt2d,
+    synthesis_lengths,
     synthesis_sizes,
 )
 from wavemix_kernels.ops.haar.op import inlined, into_batch
@@ -69,12 +70,7 @@ def dwt2d(
     chosen = _chosen("dwt2d", backend, filters, x)
     if chosen == "reference":
         return separable_dwt2d(x, filters, levels, mode=mode)
-    highs = []
-    ll, exact = x, accumulate_dtype(x.dtype)
-    for level in range(1, levels + 1):
-        ll, high = analysis(ll, list(filters), mode, exact if level < levels else x.dtype, x.dtype, chosen)
-        highs.append(high)
-    return ll, highs
+    return _analyse(x, list(filters), levels, mode, chosen)
 
 
 def idwt2d(
@@ -100,25 +96,82 @@ def idwt2d(
     chosen = _chosen("idwt2d", backend, filters, ll, *(high for high in highs if high is not None))
     if chosen == "reference":
         return separable_idwt2d(ll, highs, filters, mode=mode)
-    x, exact = ll, accumulate_dtype(ll.dtype)
+    return _synthesise(ll, highs, list(filters), sizes, mode, chosen)
+
+
+def dwt1d(
+    x: Tensor, filters: Sequence[Tensor], levels: int = 1, *, mode: str = "zero", backend: str | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`levels` levels of analysis along the last axis of x (N, C, L), as :func:`dwt2d` for images.
+
+    Args:
+        filters: low and high, mirrored.
+
+    Returns:
+        low (N, C, l_L) and highs, finest first, each (N, C, l_l), of x's dtype, contiguous.
+    """
+    chosen = _chosen("dwt1d", backend, filters, x)
+    if chosen == "reference":
+        return separable_dwt1d(x, filters, levels, mode=mode)
+    return _analyse(x, list(filters), levels, mode, chosen)
+
+
+def idwt1d(
+    low: Tensor, highs: Sequence[Tensor | None], filters: Sequence[Tensor], *, mode: str = "zero",
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Inverse of :func:`dwt1d`, as :func:`idwt2d` for images; filters low and high, not mirrored."""
+    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode)
+    chosen = _chosen("idwt1d", backend, filters, low, *(high for high in highs if high is not None))
+    if chosen == "reference":
+        return separable_idwt1d(low, highs, filters, mode=mode)
+    return _synthesise(low, highs, list(filters), [(size,) for size in sizes], mode, chosen)
+
+
+def _analyse(x: Tensor, filters: list[Tensor], levels: int, mode: str, backend: str) -> tuple[Tensor, list[Tensor]]:
+    highs = []
+    low, exact = x, accumulate_dtype(x.dtype)
+    for level in range(1, levels + 1):
+        low, high = analysis(low, filters, mode, exact if level < levels else x.dtype, x.dtype, backend)
+        highs.append(high)
+    return low, highs
+
+
+def _synthesise(
+    low: Tensor, highs: Sequence[Tensor | None], filters: list[Tensor], sizes: Sequence[tuple[int, ...]], mode: str,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    x, exact = low, accumulate_dtype(low.dtype)
     periodic = mode == "periodization"
     # PyWavelets counts an odd filter's samples from one further on, as if a tap of zero came first.
     bank = [F.pad(f.flatten(), (1, 0)) if periodic and f.numel() % 2 else f for f in filters]
     for level, size, finer in zip(range(len(highs), 0, -1), sizes[:-1], sizes[1:], strict=True):
         # A line of odd size is a crop in both modes; the transpose in 'periodization' would fold its end instead.
-        whole = (sample_size(size[0], taps[0], mode), sample_size(size[1], taps[1], mode))
+        target = [2 * s for s in size] if periodic else finer
         x = synthesis(
-            cropped(x, size), highs[level - 1], bank, whole if periodic else finer,
-            "periodization" if periodic else "zero", exact if level > 1 else ll.dtype, chosen,
+            _first(x, size), highs[level - 1], bank, target, "periodization" if periodic else "zero",
+            exact if level > 1 else low.dtype, backend,
         )  # fmt: skip
-        x = cropped(x, finer)
+        x = _first(x, finer)
     return x
 
 
-def _chosen(op: str, backend: str | None, filters: Filters, *tensors: Tensor) -> str:
+def _first(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first samples along the last axes."""
+    for dim, length in zip(range(-len(size), 0), size, strict=True):
+        x = x if x.shape[dim] == length else x.narrow(dim, 0, length)
+    return x
+
+
+def _chosen(op: str, backend: str | None, filters: Sequence[Tensor], *tensors: Tensor) -> str:
     asked = backends.requested(backend)
-    if inlined(asked) or (asked == "auto" and any(f.requires_grad for f in filters)):
+    learned = any(f.requires_grad for f in filters)
+    if inlined(asked) or (asked == "auto" and learned):
         return "reference"
+    if learned and asked != "reference":
+        raise ValueError(
+            f"{op}: backend={asked!r} has no gradient for filters, which require one; use backend='reference' or 'auto'"
+        )
     return choose.pick(op, BACKENDS, asked, *tensors)
 
 
@@ -130,27 +183,37 @@ def first_sample(taps: int, mode: str) -> int:
     return taps // 2 + 1 - taps if mode == "periodization" else 2 - taps
 
 
-def _axis(size: int, count: int, low: Tensor, high: Tensor, mode: str) -> tuple[int, ...]:
+#: An axis that is not transformed has no taps (csrc/include/wavemix/dwt.h).
+_ONE_ROW = (1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _axis(size: int, count: int, low: Tensor, high: Tensor, table: Border, start: int) -> tuple[int, ...]:
     """An axis as the core takes it (csrc/bindings/dwt.cpp)."""
-    taps = low.numel()
-    start = first_sample(taps, mode)
-    table = border(size, -start, max(0, start + 2 * (count - 1) + taps - size), mode)
     return (
-        size, count, start, taps, low.data_ptr(), high.data_ptr(), table.before, table.after, table.begin.data_ptr(),
-        table.sample.data_ptr(), table.weight.data_ptr(),
+        size, count, start, low.numel(), low.data_ptr(), high.data_ptr(), table.before, table.after,
+        table.begin.data_ptr(), table.sample.data_ptr(), table.weight.data_ptr(),
     )  # fmt: skip
 
 
 def _compiled(direction: str) -> Any:
-    def run(image: Tensor, ll: Tensor, high: Tensor | None, filters: Sequence[Tensor], mode: str) -> None:
+    def run(image: Tensor, low: Tensor, high: Tensor | None, filters: Sequence[Tensor], mode: str) -> None:
         exact = accumulate_dtype(image.dtype)
-        # Kept by name: the core reads their memory.
-        low_w, high_w, low_h, high_h = (f.detach().to(exact).flatten().contiguous() for f in filters)
-        (h, w), (rows, columns) = image.shape[-2:], ll.shape[-2:]
-        dtypes = [_native.DTYPES[t.dtype] for t in (image, ll, ll if high is None else high)]
+        taps = [f.detach().to(exact).flatten().contiguous() for f in filters]
+        kept = []  # what the core reads, until it has
+        axes = []
+        for dim in range(-1, -1 - len(taps) // 2, -1):
+            size, count, (f, g) = image.shape[dim], low.shape[dim], taps[-2 * dim - 2 : -2 * dim]
+            start = first_sample(f.numel(), mode)
+            table = border(size, -start, max(0, start + 2 * (count - 1) + f.numel() - size), mode)
+            kept.append(table)
+            axes.append(_axis(size, count, f, g, table, start))
+        dtypes = [_native.DTYPES[t.dtype] for t in (image, low, low if high is None else high)]
+        if len(axes) == 1:  # lines: images of one row, with one band
+            axes.append(_ONE_ROW)
+            image, low, high = image.unsqueeze(2), low.unsqueeze(2), high if high is None else high[:, :, None, None]
         getattr(_native.core, f"dwt_{direction}_cpu")(
-            dtypes, *image.shape[:2], _axis(h, rows, low_h, high_h, mode), _axis(w, columns, low_w, high_w, mode),
-            _native.address(image), _native.address(ll), _native.address(high), torch.get_num_threads(),
+            dtypes, *image.shape[:2], axes[1], axes[0], _native.address(image), _native.address(low),
+            _native.address(high), torch.get_num_threads(),
         )  # fmt: skip
 
     return run
@@ -168,18 +231,20 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _empty_bands(x: Tensor, filters: Sequence[Tensor], mode: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
-    n, c, h, w = x.shape
-    rows, columns = (coefficient_size(s, f.numel(), mode) for s, f in ((h, filters[2]), (w, filters[0])))
-    return x.new_empty((n, c, rows, columns), dtype=low), x.new_empty((n, c, 3, rows, columns), dtype=high)
+    n, c, *sizes = x.shape
+    taps = [f.numel() for f in filters[::2]][::-1]  # of the axes in the order of x
+    counts = [coefficient_size(s, t, mode) for s, t in zip(sizes, taps, strict=True)]
+    bands = () if len(counts) == 1 else (3,)
+    return x.new_empty((n, c, *counts), dtype=low), x.new_empty((n, c, *bands, *counts), dtype=high)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x, copied where its rows are far from contiguous: kernels go by rows."""
-    return x.contiguous() if layout.is_channels_last(x) else x
+    return x.contiguous() if x.ndim == 4 and layout.is_channels_last(x) else x
 
 
 def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = choose.select("dwt2d", BACKENDS, backend, x)
+    chosen = choose.select(f"dwt{x.ndim - 2}d", BACKENDS, backend, x)
     out = _empty_bands(x, filters, mode, low, high)
     chosen.functions["analysis"](_rows(x), *out, filters, mode)
     return out
@@ -188,7 +253,7 @@ def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, 
 def _synthesis(
     ll: Tensor, high: Tensor | None, filters: list[Tensor], size: Sequence[int], mode: str, dtype: Any, backend: str
 ) -> Tensor:
-    chosen = choose.select("idwt2d", BACKENDS, backend, *([ll] if high is None else [ll, high]))
+    chosen = choose.select(f"idwt{ll.ndim - 2}d", BACKENDS, backend, *([ll] if high is None else [ll, high]))
     image = ll.new_empty((*ll.shape[:2], *size), dtype=dtype)
     chosen.functions["synthesis"](image, _rows(ll), high, filters, mode)
     return image
@@ -218,7 +283,7 @@ torch.library.register_fake("wavemix_kernels::dwt_synthesis", _synthesis_fake, l
 def _analysis_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, filters, ctx.mode, _, _, ctx.backend = inputs
     ctx.save_for_backward(*filters)
-    ctx.size, ctx.dtype = x.shape[-2:], x.dtype
+    ctx.size, ctx.dtype = x.shape[2:], x.dtype
 
 
 def _analysis_backward(ctx: Any, d_ll: Tensor, d_high: Tensor) -> tuple[Any, ...]:

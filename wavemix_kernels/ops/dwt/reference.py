@@ -84,6 +84,70 @@ def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filter
         return x.to(ll.dtype)
 
 
+def separable_dwt1d(
+    x: Tensor, filters: Sequence[Tensor], levels: int = 1, *, mode: str = "zero"
+) -> tuple[Tensor, list[Tensor]]:
+    """`levels` levels of analysis of x (N, C, L) along L by the filters (low, high), mirrored.
+
+    Returns low (N, C, l_L) and highs, finest first, each (N, C, l_l), of x's dtype and contiguous. Raises ValueError
+    as `separable_dwt2d`.
+    """
+    with _without_autocast(x):
+        low = x.to(accumulate_dtype(x.dtype)).unsqueeze(2)
+        bank = [f.to(low.dtype) for f in filters]
+        highs = []
+        for _ in range(levels):
+            bands = _split(low, bank[0], bank[1], -1, mode).unflatten(1, (low.shape[1], 2))
+            low = bands[:, :, 0]
+            highs.append(bands[:, :, 1].squeeze(2).to(x.dtype).contiguous())
+        return low.squeeze(2).to(x.dtype).contiguous(), highs
+
+
+def separable_idwt1d(
+    low: Tensor, highs: Sequence[Tensor | None], filters: Sequence[Tensor], *, mode: str = "zero"
+) -> Tensor:
+    """Inverse of `separable_dwt1d`: low (N, C, l) and highs, finest first, None for a level of zeros.
+
+    Cropped, and refused, as `separable_idwt2d` does. Returns (N, C, L) of low's dtype.
+    """
+    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode)
+    with _without_autocast(low):
+        x = low.to(accumulate_dtype(low.dtype)).unsqueeze(2)
+        bank = tuple(f.to(x.dtype) for f in filters)
+        for high, size in zip(reversed(highs), sizes[:-1], strict=True):
+            x = x[..., :size]
+            if high is None:
+                x = _merge(x, bank[:1], -1, mode)
+            else:
+                bands = torch.stack((x, high.to(x.dtype).unsqueeze(2)), 2).flatten(1, 2)
+                x = _merge(bands, bank, -1, mode)
+        return x.squeeze(2).to(low.dtype)
+
+
+def synthesis_lengths(low: Tensor, highs: Sequence[Tensor | None], taps: int, mode: str) -> list[int]:
+    """The length at which each level reads its low-pass, coarsest first, then that of the result; raises as
+    `synthesis_sizes`."""
+    n, c, size = low.shape
+    sizes = []
+    for level in range(len(highs), 0, -1):
+        high = highs[level - 1]
+        if high is not None:
+            if high.shape[:2] != (n, c) or size - high.shape[2] not in (0, 1):
+                raise ValueError(
+                    f"yh[{level - 1}]: expected shape {(n, c, size)} to go with the low-pass there, or one less where "
+                    f"the finer length is odd, got {tuple(high.shape)}"
+                )
+            size = high.shape[2]
+        sizes.append(size)
+        size = sample_size(size, taps, mode)
+        if size < 1:
+            raise ValueError(
+                f"mode={mode!r}: filters of {taps} taps need at least {taps // 2} coefficients, got {sizes[-1]} at "
+                f"level {level}"
+            )
+    return [*sizes, size]
+
+
 def synthesis_sizes(
     ll: Tensor, highs: Sequence[Tensor | None], taps: tuple[int, int], mode: str
 ) -> list[tuple[int, int]]:
