@@ -1,17 +1,19 @@
 // The Python face of the wavelet transforms with any filters.
 #include "wavemix/dwt.h"
 
+#include <array>
+
 #include "bindings/common.h"
 
 namespace wavemix::bindings {
 namespace {
 
 // size, count, start, taps, addresses of low and high, before, after, then of the border's three arrays.
-DwtAxis axis(const Ints& ints, const char* name, int64_t least_taps) {
+DwtAxis axis(const Ints& ints, const char* name) {
   if (ints.size() != 11)
     throw py::value_error(std::string(name) + ": expected 11 integers, got " + std::to_string(ints.size()));
-  if (ints[2] > 0 || (ints[3] < 2 && ints[3] != least_taps))
-    throw py::value_error(std::string(name) + ": expected start <= 0 and 2 taps or more");
+  if (ints[2] > 0 || ints[3] < 0 || ints[3] == 1 || (ints[3] == 0 && ints[0] != ints[1]))
+    throw py::value_error(std::string(name) + ": expected start <= 0 and 2 taps or more, or none and equal sizes");
   DwtAxis out;
   out.size = ints[0];
   out.count = ints[1];
@@ -38,8 +40,9 @@ DwtArgs dwt_args(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const I
       throw py::value_error("dtypes: float64 goes with float64 only");
   args.n = n;
   args.c = c;
-  args.h = axis(h, "h", 0);
-  args.w = axis(w, "w", 2);
+  args.h = axis(h, "h");
+  args.w = axis(w, "w");
+  if (args.h.taps == 0 && args.w.taps == 0) throw py::value_error("h, w: one of them needs filters");
   args.image = view<Plane>(image, "image");
   args.ll = view<Plane>(ll, "ll");
   args.high = view<Bands>(high, "high");

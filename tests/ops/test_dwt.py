@@ -160,7 +160,7 @@ class Lines(AnyFilters):
     differentiable = ("x", "low", "high0", "high1")
     axes: ClassVar[Any] = {
         "length": (33, 40, 7), "taps": (8, 5, 2, 12), "mode": MODES, "levels": (1, 2), "step": (1, 3),
-        "missing": (False, True),
+        "missing": (False, True), "dim": (-1, 1, 0),
     }  # fmt: skip
 
     def inputs(self, case: Case, device: str) -> Any:
@@ -172,22 +172,37 @@ class Lines(AnyFilters):
         for level in reversed(range(case.levels)):
             tensors[f"high{level}"] = None if case.missing and level else randn(2, 3, length, seed=level + 2)
             length = sample_size(length, case.taps, case.mode) - 1
-        return {k: t if t is None else t.to(device, case.dtype) for k, t in tensors.items()}
+        moved = {k: t if t is None else t.movedim(-1, case.dim) for k, t in tensors.items()}
+        return {k: t if t is None else t.to(device, case.dtype) for k, t in moved.items()}
 
     def both(self, case: Case, tensors: Any, there: Any, back: Any) -> Any:
         filters = bank((case.taps, case.taps), torch.float32, str(tensors["x"].device))
         exact = [f.to(torch.float64 if tensors["x"].dtype == torch.float64 else torch.float32) for f in filters]
-        low, highs = there(tensors["x"], exact[:2], case.levels, mode=case.mode)
+        low, highs = there(tensors["x"], exact[:2], case.levels, dim=case.dim, mode=case.mode)
         details = [tensors.get(f"high{i}") for i in range(case.levels)]
         made = {"low": low, **{f"high{i}": high for i, high in enumerate(highs)}}
-        return made | {"line": back(tensors["low"], details, exact[2:], mode=case.mode)}
+        return made | {"line": back(tensors["low"], details, exact[2:], dim=case.dim, mode=case.mode)}
 
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         functions = (functools.partial(f, backend=backend) for f in (op.dwt1d, op.idwt1d))
         return self.both(case, tensors, *functions)
 
     def exact(self, case: Case, tensors: Any) -> Any:
-        return self.both(case, tensors, separable_dwt1d, separable_idwt1d)
+        return self.both(case, tensors, *(functools.partial(self.last, f) for f in (separable_dwt1d, separable_idwt1d)))
+
+    def last(self, function: Any, x: Tensor, *given: Any, dim: int, mode: str) -> Any:
+        """`function` of lines (N, C, L) along any axis."""
+
+        def lines(t: Any) -> Any:
+            return t.movedim(dim, -1) if isinstance(t, Tensor) and t.ndim == 3 else t
+
+        first, *rest = ([lines(t) for t in g] if isinstance(g, list) else g for g in given)
+        out = function(lines(x), first, *rest, mode=mode)
+        return (
+            out.movedim(-1, dim)
+            if isinstance(out, Tensor)
+            else (out[0].movedim(-1, dim), [t.movedim(-1, dim) for t in out[1]])
+        )
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return case.levels * (case.taps + 8)
@@ -203,7 +218,7 @@ class Lines(AnyFilters):
         def back(low: Tensor, highs: Any, filters: Any, *, mode: str) -> Tensor:
             return separable_idwt1d(low, highs, [f.abs() for f in filters], mode=mode)
 
-        return self.both(case, tensors, there, back)
+        return self.both(case, tensors, *(functools.partial(self.last, f) for f in (there, back)))
 
 
 test_analysis = each.case(Analysis())
@@ -242,6 +257,16 @@ def test_border_of_a_long_line_is_that_of_a_short_one():
             want = torch.cat((whole[:, :7], whole[:, n + 7 :]), 1).T
             assert torch.equal(dense, want[: len(dense)])
             assert len(dense) or not want.any()
+
+
+def test_columns_are_lines_whatever_their_number():
+    x, filters = randn(1, 11, 4500).float(), bank((6, 6), torch.float32, "cpu")[:2]  # in more than one run of columns
+    low, (high,) = op.dwt1d(x, filters, dim=1, mode="symmetric", backend="cpu")
+    want, (want_high,) = op.dwt1d(x.mT, filters, mode="symmetric", backend="cpu")
+    torch.testing.assert_close(low, want.mT)
+    torch.testing.assert_close(high, want_high.mT)
+    back = op.idwt1d(low, [high], filters, dim=1, backend="cpu")
+    torch.testing.assert_close(back, op.idwt1d(want, [want_high], filters, backend="cpu").mT)
 
 
 def test_taps_of_infinity_meet_no_sample_they_do_not_read():

@@ -88,6 +88,11 @@ struct Analysis {
     for (int64_t i = args.w.size + b.after; i < args.w.start + 2 * (args.w.count + half_w); ++i) x[i] = A(0);
   }
   void filter(int64_t y, A* low, A* high) const {
+    if (args.w.taps == 0) {
+      if (!read_extended(y, low))
+        for (int64_t k = 0; k < width; ++k) low[k] = A(0);
+      return;
+    }
     if (!read_extended(y, line - args.w.start)) {
       for (int64_t k = 0; k < width; ++k) low[k] = high[k] = A(0);
       return;
@@ -116,24 +121,31 @@ struct Analysis {
     }
   }
   void combine(int64_t row) const {
-    constexpr int64_t kLane = kLanes<A>;
     for (int64_t t = 0; t < args.h.taps; ++t) slot_of[t] = (2 * row + t) % (2 * half_h) * width;
+    if (args.w.taps == 0) {
+      combine<2>();
+    } else {
+      combine<4>();
+    }
+    write(row, args.w.taps == 0 ? 2 : 4);
+  }
+  template <int bands>
+  void combine() const {
+    constexpr int64_t kLane = kLanes<A>;
     for (int64_t k = 0; k < args.w.count; k += kAtOnce * kLane) {
-      Vec<A> b[4][kAtOnce] = {};
+      Vec<A> b[bands][kAtOnce] = {};
       for (int64_t t = 0; t < args.h.taps; ++t) {
         const int64_t slot = slot_of[t] + k;
-        for (int v = 0; v < kAtOnce; ++v) {
-          const Vec<A> l = get(low_ring + slot + v * kLane), h = get(high_ring + slot + v * kLane);
-          b[0][v] += low_h[t] * l;
-          b[1][v] += high_h[t] * l;
-          b[2][v] += low_h[t] * h;
-          b[3][v] += high_h[t] * h;
-        }
+        for (int v = 0; v < kAtOnce; ++v)
+          for (int i = 0; i < bands; i += 2) {
+            const Vec<A> row = get((i == 0 ? low_ring : high_ring) + slot + v * kLane);
+            b[i][v] += low_h[t] * row;
+            b[i + 1][v] += high_h[t] * row;
+          }
       }
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < bands; ++i)
         for (int v = 0; v < kAtOnce; ++v) put(out[i] + k + v * kLane, b[i][v]);
     }
-    write(row, 4);
   }
   void write(int64_t row, int bands) const {
     const Plane& p = args.ll;
@@ -167,7 +179,7 @@ struct Analysis {
 template <class A>
 void analyse(const DwtArgs& args, int threads) {
   const int64_t low[4] = {args.n, args.c, args.h.count, args.w.count};
-  const int64_t high[5] = {args.n, args.c, args.h.taps == 0 ? 1 : 3, args.h.count, args.w.count};
+  const int64_t high[5] = {args.n, args.c, args.h.taps == 0 || args.w.taps == 0 ? 1 : 3, args.h.count, args.w.count};
   advise(args.ll.data, args.ll.stride, low, Elements(args.ll_dtype, nullptr).bytes());
   advise(args.high.data, args.high.stride, high, Elements(args.high_dtype, nullptr).bytes());
   if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
@@ -189,11 +201,13 @@ void analyse(const DwtArgs& args, int threads) {
 
 void dwt_analysis(const DwtArgs& args, int threads) {
   if (args.n * args.c * args.h.count * args.w.count == 0) return;
-  if (args.image_dtype == DType::f64) {
-    analyse<double>(args, threads);
-  } else {
-    analyse<float>(args, threads);
-  }
+  by_columns(args, [&](const DwtArgs& part) {
+    if (args.image_dtype == DType::f64) {
+      analyse<double>(part, threads);
+    } else {
+      analyse<float>(part, threads);
+    }
+  });
 }
 
 }  // namespace WAVEMIX_ISA

@@ -77,7 +77,7 @@ struct Synthesis {
                 args.w.count, row);
       const Bands& s = args.high;
       if (s.data != nullptr)
-        for (int i = 0; i < 3; ++i)
+        for (int i = 0; i < (args.w.taps == 0 ? 1 : 3); ++i)
           load_line(Elements(args.high_dtype, s.data),
                     n * s.stride[0] + c * s.stride[1] + i * s.stride[2] + k * s.stride[3], s.stride[4], args.w.count,
                     row + (i + 1) * width);
@@ -86,28 +86,35 @@ struct Synthesis {
   }
   // Adds `weight` times row y of the extended image, before the pass along w, to the joined rows, or begins with it.
   void join(int64_t y, A weight, bool begin) const {
-    constexpr int64_t kLane = kLanes<A>;
     const int64_t above = y - args.h.start;
     int64_t last = above / 2, first = (above - args.h.taps + 2) / 2;  // taps: above - 2 k = 0 ... taps - 1
     if (above - args.h.taps + 1 < 0) first = 0;
     if (last > args.h.count - 1) last = args.h.count - 1;
     const int64_t tap = above - 2 * first, count = last - first + 1;  // of the first row; two less for each next
     for (int64_t i = 0; i < count; ++i) rows_of[i] = bands(first + i);
+    if (args.w.taps == 0) {
+      join<1>(weight, begin, tap, count);
+    } else {
+      join<2>(weight, begin, tap, count);
+    }
+  }
+  template <int rows>
+  void join(A weight, bool begin, int64_t tap, int64_t count) const {
+    constexpr int64_t kLane = kLanes<A>;
     for (int64_t x = 0; x < args.w.count; x += kAtOnce * kLane) {
-      Vec<A> l[kAtOnce] = {}, h[kAtOnce] = {};
+      Vec<A> sum[rows][kAtOnce] = {};
       for (int64_t i = 0; i < count; ++i) {
-        const A* row = rows_of[i] + x;
         const A low = low_h[tap - 2 * i], high = high_h[tap - 2 * i];
-        for (int v = 0; v < kAtOnce; ++v, row += kLane) {
-          l[v] += low * get(row) + high * get(row + width);
-          h[v] += low * get(row + 2 * width) + high * get(row + 3 * width);
+        for (int r = 0; r < rows; ++r) {
+          const A* row = rows_of[i] + 2 * r * width + x;
+          for (int v = 0; v < kAtOnce; ++v, row += kLane) sum[r][v] += low * get(row) + high * get(row + width);
         }
       }
-      for (int v = 0; v < kAtOnce; ++v) {
-        A *to_l = joined[0] + x + v * kLane, *to_h = joined[1] + x + v * kLane;
-        put(to_l, begin ? weight * l[v] : get(to_l) + weight * l[v]);
-        put(to_h, begin ? weight * h[v] : get(to_h) + weight * h[v]);
-      }
+      for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < kAtOnce; ++v) {
+          A* to = joined[r] + x + v * kLane;
+          put(to, begin ? weight * sum[r][v] : get(to) + weight * sum[r][v]);
+        }
     }
   }
   // The joined rows of a transform along w alone.
@@ -164,9 +171,11 @@ struct Synthesis {
         for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t)
           if (b.index[t] == y)
             join(i < b.before ? i - b.before : args.h.size + i - b.before, static_cast<A>(b.weight[t]), false);
-      expand();
-      fold();
-      store_line(line - args.w.start, Elements(args.image_dtype, p.data),
+      if (args.w.taps != 0) {
+        expand();
+        fold();
+      }
+      store_line(args.w.taps == 0 ? joined[0] : line - args.w.start, Elements(args.image_dtype, p.data),
                  n * p.stride[0] + c * p.stride[1] + y * p.stride[2], p.stride[3], args.w.size);
     }
   }
@@ -194,11 +203,13 @@ void synthesise(const DwtArgs& args, int threads) {
 
 void dwt_synthesis(const DwtArgs& args, int threads) {
   if (args.n * args.c * args.h.size * args.w.size == 0) return;
-  if (args.image_dtype == DType::f64) {
-    synthesise<double>(args, threads);
-  } else {
-    synthesise<float>(args, threads);
-  }
+  by_columns(args, [&](const DwtArgs& part) {
+    if (args.image_dtype == DType::f64) {
+      synthesise<double>(part, threads);
+    } else {
+      synthesise<float>(part, threads);
+    }
+  });
 }
 
 }  // namespace WAVEMIX_ISA

@@ -71,6 +71,22 @@ struct Rows {
   }
 };
 
+// A transform along h alone goes by so many columns at once that its rows stay in the cache.
+template <class Run>
+static void by_columns(const DwtArgs& args, const Run& run) {
+  constexpr int64_t kColumns = 4096;
+  if (args.w.taps != 0 || args.w.size <= kColumns) return run(args);
+  for (int64_t x = 0; x < args.w.size; x += kColumns) {
+    DwtArgs part = args;
+    part.w.size = part.w.count = args.w.size - x < kColumns ? args.w.size - x : kColumns;
+    part.image.data = Elements(args.image_dtype, args.image.data).at(x * args.image.stride[3]);
+    part.ll.data = Elements(args.ll_dtype, args.ll.data).at(x * args.ll.stride[3]);
+    if (args.high.data != nullptr)
+      part.high.data = Elements(args.high_dtype, args.high.data).at(x * args.high.stride[4]);
+    run(part);
+  }
+}
+
 // A plane is cut into runs of rows where there are too few planes for all threads; each run filters up to `taps` rows
 // that its neighbour filters too, so it has to be long.
 struct Units {

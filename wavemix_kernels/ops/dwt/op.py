@@ -7,6 +7,7 @@ with the synthesis filters, whose samples outside the image are zero, or periodi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,32 +101,59 @@ def idwt2d(
 
 
 def dwt1d(
-    x: Tensor, filters: Sequence[Tensor], levels: int = 1, *, mode: str = "zero", backend: str | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """`levels` levels of analysis along the last axis of x (N, C, L), as :func:`dwt2d` for images.
+    x: Tensor, filters: Sequence[Tensor], levels: int = 1, *, dim: int = -1, mode: str = "zero",
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """`levels` levels of analysis of x (any shape) along `dim`, as :func:`dwt2d` for images.
 
     Args:
         filters: low and high, mirrored.
 
     Returns:
-        low (N, C, l_L) and highs, finest first, each (N, C, l_l), of x's dtype, contiguous.
+        low and highs, finest first, with l_l coefficients along `dim`, of x's dtype.
     """
     chosen = _chosen("dwt1d", backend, filters, x)
+    lines = _as_lines(x, dim, chosen)
     if chosen == "reference":
-        return separable_dwt1d(x, filters, levels, mode=mode)
-    return _analyse(x, list(filters), levels, mode, chosen)
+        low, highs = separable_dwt1d(lines, filters, levels, mode=mode)
+    else:
+        low, highs = _analyse(lines, list(filters), levels, mode, chosen)
+    return _like(low, x, dim, chosen), [_like(high, x, dim, chosen) for high in highs]
 
 
 def idwt1d(
-    low: Tensor, highs: Sequence[Tensor | None], filters: Sequence[Tensor], *, mode: str = "zero",
+    low: Tensor, highs: Sequence[Tensor | None], filters: Sequence[Tensor], *, dim: int = -1, mode: str = "zero",
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Inverse of :func:`dwt1d`, as :func:`idwt2d` for images; filters low and high, not mirrored."""
-    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode)
+    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode, dim)
     chosen = _chosen("idwt1d", backend, filters, low, *(high for high in highs if high is not None))
+    lines = _as_lines(low, dim, chosen)
+    details = [None if high is None else _as_lines(high, dim, chosen) for high in highs]
     if chosen == "reference":
-        return separable_idwt1d(low, highs, filters, mode=mode)
-    return _synthesise(low, highs, list(filters), [(size,) for size in sizes], mode, chosen)
+        return _like(separable_idwt1d(lines, details, filters, mode=mode), low, dim, chosen)
+    rest = lines.shape[3:]
+    return _like(
+        _synthesise(lines, details, list(filters), [(n, *rest) for n in sizes], mode, chosen), low, dim, chosen
+    )
+
+
+def _as_lines(x: Tensor, dim: int, backend: str) -> Tensor:
+    """x as lines (N, C, L) of its axis `dim`, or where that is not the last, as images (N, 1, L, W) of columns."""
+    dim %= x.ndim
+    if backend == "reference":
+        x = x.movedim(dim, -1)
+    if backend == "reference" or dim == x.ndim - 1:
+        return x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:dim]), 1, x.shape[dim], math.prod(x.shape[dim + 1 :]))
+
+
+def _like(lines: Tensor, x: Tensor, dim: int, backend: str) -> Tensor:
+    """Results of :func:`_as_lines` in the shape of x, but for their own length along `dim`."""
+    dim %= x.ndim
+    if backend == "reference":
+        return lines.reshape(*x.shape[:dim], *x.shape[dim + 1 :], lines.shape[-1]).movedim(-1, dim)
+    return lines.reshape(*x.shape[:dim], lines.shape[2], *x.shape[dim + 1 :])
 
 
 def _analyse(x: Tensor, filters: list[Tensor], levels: int, mode: str, backend: str) -> tuple[Tensor, list[Tensor]]:
@@ -142,12 +170,12 @@ def _synthesise(
     backend: str,
 ) -> Tensor:  # fmt: skip
     x, exact = low, accumulate_dtype(low.dtype)
-    periodic = mode == "periodization"
+    axes, periodic = len(filters) // 2, mode == "periodization"
     # PyWavelets counts an odd filter's samples from one further on, as if a tap of zero came first.
     bank = [F.pad(f.flatten(), (1, 0)) if periodic and f.numel() % 2 else f for f in filters]
     for level, size, finer in zip(range(len(highs), 0, -1), sizes[:-1], sizes[1:], strict=True):
         # A line of odd size is a crop in both modes; the transpose in 'periodization' would fold its end instead.
-        target = [2 * s for s in size] if periodic else finer
+        target = (*(2 * s for s in size[:axes]), *size[axes:]) if periodic else finer
         x = synthesis(
             _first(x, size), highs[level - 1], bank, target, "periodization" if periodic else "zero",
             exact if level > 1 else low.dtype, backend,
@@ -183,8 +211,8 @@ def first_sample(taps: int, mode: str) -> int:
     return taps // 2 + 1 - taps if mode == "periodization" else 2 - taps
 
 
-#: An axis that is not transformed has no taps (csrc/include/wavemix/dwt.h).
-_ONE_ROW = (1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+def _untransformed(size: int) -> tuple[int, ...]:
+    return (size, size, *[0] * 9)
 
 
 def _axis(size: int, count: int, low: Tensor, high: Tensor, table: Border, start: int) -> tuple[int, ...]:
@@ -199,21 +227,24 @@ def _compiled(direction: str) -> Any:
     def run(image: Tensor, low: Tensor, high: Tensor | None, filters: Sequence[Tensor], mode: str) -> None:
         exact = accumulate_dtype(image.dtype)
         taps = [f.detach().to(exact).flatten().contiguous() for f in filters]
+        if image.ndim == 3:  # lines: images of one row
+            image, low, high = image.unsqueeze(2), low.unsqueeze(2), None if high is None else high.unsqueeze(2)
+            along: tuple[int, ...] = (-1,)
+        else:
+            along = (-1, -2) if len(taps) == 4 else (-2,)
+        if high is not None and high.ndim == 4:
+            high = high.unsqueeze(2)
+        axes = {dim: _untransformed(image.shape[dim]) for dim in (-1, -2)}
         kept = []  # what the core reads, until it has
-        axes = []
-        for dim in range(-1, -1 - len(taps) // 2, -1):
-            size, count, (f, g) = image.shape[dim], low.shape[dim], taps[-2 * dim - 2 : -2 * dim]
-            start = first_sample(f.numel(), mode)
+        for dim, f, g in zip(along, taps[::2], taps[1::2], strict=True):
+            size, count, start = image.shape[dim], low.shape[dim], first_sample(f.numel(), mode)
             table = border(size, -start, max(0, start + 2 * (count - 1) + f.numel() - size), mode)
             kept.append(table)
-            axes.append(_axis(size, count, f, g, table, start))
-        dtypes = [_native.DTYPES[t.dtype] for t in (image, low, low if high is None else high)]
-        if len(axes) == 1:  # lines: images of one row, with one band
-            axes.append(_ONE_ROW)
-            image, low, high = image.unsqueeze(2), low.unsqueeze(2), high if high is None else high[:, :, None, None]
+            axes[dim] = _axis(size, count, f, g, table, start)
         getattr(_native.core, f"dwt_{direction}_cpu")(
-            dtypes, *image.shape[:2], axes[1], axes[0], _native.address(image), _native.address(low),
-            _native.address(high), torch.get_num_threads(),
+            [_native.DTYPES[t.dtype] for t in (image, low, low if high is None else high)], *image.shape[:2],
+            axes[-2], axes[-1], _native.address(image), _native.address(low), _native.address(high),
+            torch.get_num_threads(),
         )  # fmt: skip
 
     return run
@@ -231,11 +262,11 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _empty_bands(x: Tensor, filters: Sequence[Tensor], mode: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
-    n, c, *sizes = x.shape
-    taps = [f.numel() for f in filters[::2]][::-1]  # of the axes in the order of x
-    counts = [coefficient_size(s, t, mode) for s, t in zip(sizes, taps, strict=True)]
-    bands = () if len(counts) == 1 else (3,)
-    return x.new_empty((n, c, *counts), dtype=low), x.new_empty((n, c, *bands, *counts), dtype=high)
+    shape = list(x.shape)
+    for f, dim in zip(filters[::2], (-1, -2) if len(filters) == 4 else (2,)):  # noqa: B905
+        shape[dim] = coefficient_size(shape[dim], f.numel(), mode)
+    bands = shape if len(filters) == 2 else [*shape[:2], 3, *shape[2:]]
+    return x.new_empty(shape, dtype=low), x.new_empty(bands, dtype=high)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -244,7 +275,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = choose.select(f"dwt{x.ndim - 2}d", BACKENDS, backend, x)
+    chosen = choose.select(f"dwt{len(filters) // 2}d", BACKENDS, backend, x)
     out = _empty_bands(x, filters, mode, low, high)
     chosen.functions["analysis"](_rows(x), *out, filters, mode)
     return out
@@ -253,7 +284,7 @@ def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, 
 def _synthesis(
     ll: Tensor, high: Tensor | None, filters: list[Tensor], size: Sequence[int], mode: str, dtype: Any, backend: str
 ) -> Tensor:
-    chosen = choose.select(f"idwt{ll.ndim - 2}d", BACKENDS, backend, *([ll] if high is None else [ll, high]))
+    chosen = choose.select(f"idwt{len(filters) // 2}d", BACKENDS, backend, *([ll] if high is None else [ll, high]))
     image = ll.new_empty((*ll.shape[:2], *size), dtype=dtype)
     chosen.functions["synthesis"](image, _rows(ll), high, filters, mode)
     return image

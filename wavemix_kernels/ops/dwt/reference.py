@@ -110,7 +110,7 @@ def separable_idwt1d(
 
     Cropped, and refused, as `separable_idwt2d` does. Returns (N, C, L) of low's dtype.
     """
-    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode)
+    sizes = synthesis_lengths(low, highs, filters[0].numel(), mode, -1)
     with _without_autocast(low):
         x = low.to(accumulate_dtype(low.dtype)).unsqueeze(2)
         bank = tuple(f.to(x.dtype) for f in filters)
@@ -124,28 +124,29 @@ def separable_idwt1d(
         return x.squeeze(2).to(low.dtype)
 
 
-def synthesis_lengths(low: Tensor, highs: Sequence[Tensor | None], taps: int, mode: str) -> list[int]:
-    """The length at which each level reads its low-pass, coarsest first, then that of the result; raises as
-    `synthesis_sizes`."""
-    n, c, size = low.shape
+def synthesis_lengths(low: Tensor, highs: Sequence[Tensor | None], taps: int, mode: str, dim: int) -> list[int]:
+    """The length along `dim` at which each level reads its low-pass, coarsest first, then that of the result; raises
+    as `synthesis_sizes`."""
+    shape = list(low.shape)
     sizes = []
     for level in range(len(highs), 0, -1):
         high = highs[level - 1]
         if high is not None:
-            if high.shape[:2] != (n, c) or size - high.shape[2] not in (0, 1):
+            fewer = [s - 1 if d == dim % low.ndim else s for d, s in enumerate(shape)]
+            if list(high.shape) not in (shape, fewer):
                 raise ValueError(
-                    f"yh[{level - 1}]: expected shape {(n, c, size)} to go with the low-pass there, or one less where "
-                    f"the finer length is odd, got {tuple(high.shape)}"
+                    f"yh[{level - 1}]: expected shape {tuple(shape)} to go with the low-pass there, or one less along "
+                    f"axis {dim} where the finer length is odd, got {tuple(high.shape)}"
                 )
-            size = high.shape[2]
-        sizes.append(size)
-        size = sample_size(size, taps, mode)
-        if size < 1:
+            shape[dim] = high.shape[dim]
+        sizes.append(shape[dim])
+        shape[dim] = sample_size(shape[dim], taps, mode)
+        if shape[dim] < 1:
             raise ValueError(
                 f"mode={mode!r}: filters of {taps} taps need at least {taps // 2} coefficients, got {sizes[-1]} at "
                 f"level {level}"
             )
-    return [*sizes, size]
+    return [*sizes, shape[dim]]
 
 
 def synthesis_sizes(
