@@ -67,8 +67,11 @@ def fallback(module: nn.Module, reason: str | None, instead: str = "plain module
     return True
 
 
-@torch.compiler.assume_constant_result
 def _at_trace_time(line: str) -> bool:
     if enabled():
         once(line, lambda: line)
     return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: that takes as long as torch itself.
+_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
