@@ -39,8 +39,10 @@ def step(module: nn.Module, subject: Subject, backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["waveblock 2 deconv", "patm", "wave block", "mlp (9, 8)", "head (8, 1, 3)", "classification",
-                                  "super-resolution", "lite", "wave net"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "waveblock 2 deconv", "patm", "wave block", "mlp (9, 8)", "head (8, 1, 3)", "classification", "super-resolution",
+    "lite", "wave net",
+])  # fmt: skip
 def test_a_memory_tracker_registers_a_hook_on_all_modules(name: str, kind: str) -> None:
     subject = SUBJECTS[name]
     fused, _ = subject.pair()
