@@ -25,7 +25,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or not any(isinstance(g, Tensor) and g.requires_grad for g in grads):
             return out
         flat = out if isinstance(out, tuple) else (out,)
-        fails = torch._C._functions.DelayedError(MESSAGE.encode(), len(flat))  # type: ignore[attr-defined]
+        fails: Any = torch._C._functions.DelayedError(MESSAGE.encode(), len(flat))
         return fails(*(None if g is None else g.detach().requires_grad_() for g in flat))
 
     return wrapper
