@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native
+from wavemix_kernels import _native, _startup
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 VARIABLE = "WAVEMIX_KERNELS_BACKEND"
@@ -49,7 +49,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_State.initial = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+try:
+    _State.initial = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+except ValueError as error:
+    raise _startup.stop(error) from None
 
 
 class backend:
@@ -178,7 +181,7 @@ def triton_reason() -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"Triton does not import ({error}); install with `pip install wavemix-kernels[triton]`"
+        return f"Triton does not import ({error}); install with `pip install triton`"
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 4):
         return f"Triton {triton.__version__} is too old: 3.4 or newer is needed"
     return None
