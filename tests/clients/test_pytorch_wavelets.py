@@ -16,7 +16,7 @@ import wavemix_kernels.pytorch_wavelets as ours
 from tests.ops.contract import randn
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 
-pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
+pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed: pip install PyWavelets")
 
 MODES = (
     "zero", "constant", "symmetric", "reflect", "periodic", "smooth", "antisymmetric", "antireflect", "periodization",
