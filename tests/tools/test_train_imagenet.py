@@ -23,13 +23,24 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from examples import train_imagenet
 from examples._support import image_folder, imagenet_recipe, processes
 from tests.tolerances import UNIT_ROUNDOFF
-from tests.tools.helpers import needs, needs_timm, python, why_no_timm
+from tests.tools.helpers import needs, python, why_no_timm
 from tests.tools.imagenet_runner import tiny
 from tests.tools.two_processes import WORLD, TwoProcesses
 
 RUNNER = Path(__file__).with_name("imagenet_runner.py")
 IMAGES, BATCH, CLASSES = 64, 16, 4
 needs_extras = needs("train", train_imagenet.EXTRAS)
+
+
+def why_no_recipe() -> str | None:
+    try:
+        imagenet_recipe.require_timm()
+    except train_imagenet.cli.Refused as refused:
+        return str(refused)
+    return None
+
+
+needs_timm = pytest.mark.skipif(why_no_recipe() is not None, reason=str(why_no_recipe()))
 
 
 # --- The order of images -------------------------------------------------------------------------------------
