@@ -251,7 +251,7 @@ def _terminal() -> Terminal:
     missing = {package: without for module, (package, without) in EXTRAS.items() if not _there(module)}
     if missing:
         names, without = " and ".join(missing), ", ".join(missing.values())
-        print(f'{names} missing: {without} (pip install "wavemix-kernels[bench]")')
+        print(f"{names} missing: {without} (pip install {' '.join(missing)})")
     if "rich" in missing:
         return Terminal()
     from .report.table import RichTerminal

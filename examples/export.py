@@ -180,7 +180,7 @@ def load(model: nn.Module, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.Parser("python -m examples.export", description=__doc__.splitlines()[0])
+    made = cli.Parser("python -m examples.export", description=cli.first_line(__doc__))
     made.add_argument("--model", choices=MODELS, required=True, metavar="NAME", help=", ".join(MODELS))
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2")
     made.add_argument("--weights", type=Path, metavar="FILE", help="a state dict, .safetensors or torch.save's")
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(parser(), argv, EXTRAS, "export")
+    return cli.run(parser(), argv, EXTRAS)
 
 
 if __name__ == "__main__":

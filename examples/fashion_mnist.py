@@ -25,6 +25,7 @@ from wavemix_kernels.wavemix.classification import WaveMixLite
 from ._support import cli, files
 from ._support.idx import read_idx
 from ._support.interrupt import Interrupt
+from ._support.progress import Progress
 
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))  # Debian's, torchvision's
 REMEDY = "install it with `apt install dataset-fashion-mnist`, or name the folder of its four files by --data DIR"
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="fashion_mnist", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser(prog="fashion_mnist", description=cli.first_line(__doc__))
     commands = parser.add_subparsers(required=True, metavar="train | plot", parser_class=cli.Parser)
     train = commands.add_parser("train", help="train, test after every epoch, keep the best weights")
     train.set_defaults(command=_train)
@@ -300,36 +301,18 @@ def _continue_or_begin(training: Training, checkpoint: Path, resume: bool) -> No
 
 def _run(training: Training, out: Path, again: str) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(highlight=False, soft_wrap=True)
     epochs, batches = training.recipe.epochs, training.batches
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     chosen = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(training.recipe).items())
     console.print(f"{parameters:,} parameters, {len(training.train.images):,} images; {chosen}")
-    bar = Progress(
-        TextColumn("[bold]epoch {task.fields[epoch]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]loss {task.fields[loss]}"),
-        console=console,
-        transient=True,
-    )
     done = training.epoch * batches + training.batch
+    bar = Progress(console, epochs * batches, done, batches)
     with Interrupt() as interrupt, bar:
-        task = bar.add_task("training", total=epochs * batches, completed=done, epoch=training.epoch + 1, loss="")
         while training.epoch < epochs and not interrupt.asked:
             loss = training.step()
-            bar.update(task, advance=1, epoch=training.epoch + 1, loss=f"{loss:.3f}")
+            bar.advance(f"epoch {training.epoch + 1}", f"loss {loss:.3f}")
             if training.batch == batches:
                 row = training.end_epoch()
                 console.print(_line(row, epochs))

@@ -22,6 +22,7 @@ from wavemix_kernels.wavemix.sisr import WaveMix
 
 from ._support import cli, files
 from ._support.interrupt import Interrupt
+from ._support.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where bicubic was not beaten; 2 for arguments that cannot be served; 130 after Ctrl-C.
     """
-    parser = cli.Parser(prog="super_resolution", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser(prog="super_resolution", description=cli.first_line(__doc__))
     parser.set_defaults(command=_run)
     parser.add_argument("--steps", type=cli.positive, default=6000, metavar="N", help="default: %(default)s")
     parser.add_argument("--width", type=cli.positive, default=32, metavar="C", help="channels; default: %(default)s")
@@ -181,33 +182,13 @@ def train(
     model: nn.Module, photographs: Sequence[Tensor], steps: int, seed: int, console: Console
 ) -> tuple[float, int]:
     """Minimises the mean squared error, PSNR's own, on random patches; seconds and steps taken, fewer after Ctrl-C."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=WARM_UP)
     generator = torch.Generator().manual_seed(seed)
-    bar = Progress(
-        TextColumn("[bold]steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[error]}"),
-        console=console,
-        transient=True,
-    )
     begin, done = time.perf_counter(), 0
     model.train()
-    with Interrupt() as interrupt, bar:
-        task = bar.add_task("training", total=steps, error="")
+    with Interrupt() as interrupt, Progress(console, steps) as bar:
         while done < steps and not interrupt.asked:
             truth = patches(photographs, BATCH, SCALE * PATCH, generator)
             error = F.mse_loss(model(shrink(truth).to(device)), truth.to(device))
@@ -216,7 +197,7 @@ def train(
             optimizer.step()
             scheduler.step()
             done += 1
-            bar.update(task, advance=1, error=f"{-10 * error.log10().item():.1f} dB")
+            bar.advance("training", f"{-10 * error.log10().item():.1f} dB")
     return time.perf_counter() - begin, done
 
 

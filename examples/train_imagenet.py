@@ -29,6 +29,7 @@ from ._support import cli, files, image_folder, imagenet_recipe
 from ._support.imagenet_recipe import Data, Recipe
 from ._support.interrupt import Interrupt
 from ._support.processes import Processes, is_first, joined, leave_the_word_to_the_first
+from ._support.progress import Progress
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"WaveMLP_{size}": getattr(wavemlp, f"WaveMLP_{size}") for size in ("T_dw", "T", "S", "M", "B")},
@@ -209,14 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     parser.silent = not is_first()
     parser.set_defaults(given=given)
-    status = cli.run(parser, given, EXTRAS, "train")
+    status = cli.run(parser, given, EXTRAS)
     if status in (1, 2):
         leave_the_word_to_the_first()
     return status
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="train_imagenet", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser(prog="train_imagenet", description=cli.first_line(__doc__))
     parser.set_defaults(command=_train)
     add = parser.add_argument
     shown = "default: %(default)s"
@@ -325,12 +326,18 @@ def _continue_or_begin(training: Training, checkpoint: Path, resume: bool) -> No
 
 
 def _run(training: Training, out: Path, given: Sequence[str]) -> int:
+    # To the last line: after the first end torchrun sends SIGTERM to all, which must not cut off what they say.
+    with Interrupt(patient=training.processes.control is not None) as interrupt:
+        return _trained(training, out, given, interrupt)
+
+
+def _trained(training: Training, out: Path, given: Sequence[str], interrupt: Interrupt) -> int:
     from rich.console import Console
 
     processes = training.processes
     console = Console(highlight=False, soft_wrap=True, quiet=processes.rank > 0)
     try:
-        done = _epochs(training, out, console)
+        done = _epochs(training, out, console, interrupt)
     except Diverged as diverged:
         console.print(f"train_imagenet: {diverged}")
         return 1
@@ -357,38 +364,18 @@ def _run(training: Training, out: Path, given: Sequence[str]) -> int:
     return 0
 
 
-def _epochs(training: Training, out: Path, console: Any) -> bool:
+def _epochs(training: Training, out: Path, console: Any, interrupt: Interrupt) -> bool:
     """Trains to the end, or to where any rank was asked to stop; whether the end was reached."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     processes = training.processes
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     chosen = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(training.recipe).items())
     console.print(f"{parameters:,} parameters, {processes.world} x {processes.device.type}; {chosen}")
-    bar = Progress(
-        TextColumn("[bold]epoch {task.fields[epoch]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]loss {task.fields[loss]}"),
-        console=console,
-        transient=True,
-    )
     done = training.epoch * training.batches + training.batch
-    with Interrupt(patient=processes.control is not None) as interrupt, bar:
-        task = bar.add_task("training", total=training.epochs * training.batches, completed=done, epoch="", loss="")
+    with Progress(console, training.epochs * training.batches, done, training.batches) as bar:
         while training.epoch < training.epochs:
             for loss in training.steps():
-                shown = {"loss": f"{float(loss):.3f}"} if training.batch % SHOWN_EVERY == 0 else {}
-                bar.update(task, advance=1, epoch=training.epoch + 1, **shown)
+                shown = f"loss {float(loss):.3f}" if training.batch % SHOWN_EVERY == 0 else None
+                bar.advance(f"epoch {training.epoch + 1}", shown)
                 if training.batch < training.batches and processes.any(interrupt.asked):
                     _save(training, out)
                     return False

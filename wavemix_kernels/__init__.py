@@ -1,6 +1,6 @@
 """Fused kernels for Haar wavelets, WaveMix and Wave-MLP in PyTorch."""
 
-from wavemix_kernels import wavemix
+from wavemix_kernels import _startup, wavemix  # noqa: F401  (_startup first: it says what is missing)
 from wavemix_kernels._version import __version__
 from wavemix_kernels.accelerate import accelerate
 from wavemix_kernels.backends import backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,16 +15,18 @@ from typing import Any
 import torch  # first: the core then shares torch's OpenMP runtime (same soname, one thread pool)
 from torch import Tensor
 
+from wavemix_kernels import _startup
+
 
 def _why_missing(error: ImportError) -> str:
     """In the folder of a checkout Python imports the sources, whatever is installed."""
     here = Path(__file__).resolve().parent
     if (here.parent / "setup.py").exists() and not list(here.glob("_core*")):
         return (
-            f"{here} holds the sources, without the compiled core; build it there by `pip install -e {here.parent}`, "
-            "or run from another folder to import what is installed"
+            f"{here} holds the sources, without the compiled core; build it there by "
+            f"`pip install -e {shlex.quote(str(here.parent))}`, or run from another folder to import what is installed"
         )
-    return f"the compiled core does not load ({error}); reinstall with `pip install wavemix-kernels`"
+    return f"the compiled core does not load ({error}); reinstall the package"
 
 
 core: ModuleType | None
@@ -36,6 +39,12 @@ except ImportError as error:
     core = None
     core_error = _why_missing(error)
     warnings.warn(f"{core_error}. Until then CPU tensors run on plain PyTorch", RuntimeWarning, stacklevel=2)
+
+if core is not None:
+    try:
+        core.cpu_isa()  # reads WAVEMIX_KERNELS_CPU_ISA
+    except RuntimeError as error:
+        raise _startup.stop(ValueError(str(error))) from None
 
 #: The module with the CUDA launchers and the device type they serve. The tests put the CPU emulation of the
 #: same kernels here.

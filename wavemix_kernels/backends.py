@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native
+from wavemix_kernels import _native, _startup
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 VARIABLE = "WAVEMIX_KERNELS_BACKEND"
@@ -27,10 +28,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _State:
-    """Process-wide like torch.backends' flags: a plain attribute is what torch.compile can guard on."""
-
-    requested: str = "auto"
+    initial: str = "auto"
     triton_on_cpu: bool = False
+
+
+class _Choices(threading.local):
+    """The :class:`backend` blocks that this thread is in, in the order of their beginning. torch.compile guards on what
+    ``__init__`` makes, and not on a default that the class holds."""
+
+    def __init__(self) -> None:
+        self.blocks: tuple[backend, ...] = ()
+
+
+_choices = _Choices()
 
 
 def _checked(name: str, source: str) -> str:
@@ -39,7 +49,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_State.requested = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+try:
+    _State.initial = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+except ValueError as error:
+    raise _startup.stop(error) from None
 
 
 class backend:
@@ -50,23 +63,30 @@ class backend:
         name: ``"auto"`` (the fastest that serves the call), ``"cuda"``, ``"triton"``, ``"cpu"`` or
             ``"reference"``. Anything but ``"auto"`` raises where that backend cannot serve a call.
 
-    The choice made in the forward pass holds for its backward pass, wherever that runs. It is process-wide, as
-    ``torch.backends`` flags are. The variable ``WAVEMIX_KERNELS_BACKEND`` sets the initial value.
+    The choice made in the forward pass holds for its backward pass, wherever that runs. Blocks of other threads see
+    nothing of it: what a thread pool or activation checkpointing runs later is decorated, ``backend("cpu")(model)``.
+    Blocks that overlap, as generators and coroutines can, end one by one; the one begun last counts. The variable
+    ``WAVEMIX_KERNELS_BACKEND`` says what holds outside.
 
     Raises:
         ValueError: for an unknown name. Inside: for a call that the named backend cannot serve.
-        RuntimeError: inside, where the named backend is not installed. Both messages say why.
+        RuntimeError: inside, where the named backend is not installed. Both messages say why. At its end, where a block
+            began on another thread.
     """
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "backend")
 
     def __enter__(self) -> None:
-        self.previous = _State.requested
-        _State.requested = self.name
+        _choices.blocks = (*_choices.blocks, self)
 
     def __exit__(self, *exc: object) -> None:
-        _State.requested = self.previous
+        blocks = _choices.blocks
+        for i in range(len(blocks) - 1, -1, -1):
+            if blocks[i] is self:
+                _choices.blocks = blocks[:i] + blocks[i + 1 :]
+                return
+        raise RuntimeError(f"backend({self.name!r}): its block began on another thread; end it there")
 
     def __call__(self, function: F) -> F:
         @functools.wraps(function)
@@ -78,8 +98,11 @@ class backend:
 
 
 def requested(override: str | None = None) -> str:
-    """The backend asked for: the call's own ``backend=`` argument, else the ambient choice."""
-    return _State.requested if override is None else _checked(override, "backend")
+    """The backend asked for: the call's own ``backend=`` argument, else this thread's choice."""
+    if override is not None:
+        return _checked(override, "backend")
+    blocks = _choices.blocks
+    return blocks[-1].name if blocks else _State.initial
 
 
 @dataclass(frozen=True)
@@ -158,7 +181,7 @@ def triton_reason() -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"Triton does not import ({error}); install with `pip install wavemix-kernels[triton]`"
+        return f"Triton does not import ({error}); install with `pip install triton`"
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 4):
         return f"Triton {triton.__version__} is too old: 3.4 or newer is needed"
     return None

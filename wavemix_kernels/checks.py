@@ -33,9 +33,12 @@ def check_tensor(name: str, value: object, rank: int, layout: str) -> Tensor:
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; call .to_dense() first")
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{name}: expected float64, float32, float16 or bfloat16, got {describe(value)}; convert by .float()"
-        )
+        remedy = "convert by .float()"
+        if value.is_complex():  # .float() drops the imaginary part
+            remedy = "pass .real and .imag one after the other; torch.complex joins two results"
+        elif value.is_quantized:
+            remedy = "convert by .dequantize()"
+        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {describe(value)}; {remedy}")
     if value.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
     if value.shape[-1] == 0 or value.shape[-2] == 0:

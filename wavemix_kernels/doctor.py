@@ -48,10 +48,23 @@ def environment() -> list[tuple[str, str]]:
         (verify.VARIABLE, os.environ.get(verify.VARIABLE) or "not set (kernels that no GPU of the kind has verified)"),
         ("cache", _cache()),
     ]
+    if not torch.cuda.is_available():
+        lines.append(("GPU", _why_no_gpu()))
     for device in _devices()[1:]:
         major, minor = torch.cuda.get_device_capability(device)
         lines.append((str(device), f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"))
     return lines
+
+
+def _why_no_gpu() -> str:
+    """torch's own words: no driver, one too old for this build, or a build for CPUs."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"none: torch {torch.__version__} is built for CPUs"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"none: {' '.join(str(error).split())}"
+    return "none: torch sees no device"
 
 
 def _cache() -> str:

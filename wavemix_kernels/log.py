@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import nn
 
+from wavemix_kernels import _startup
+
 VARIABLE = "WAVEMIX_KERNELS_LOG"
 #: Calls that are told apart; later ones are not logged.
 MOST = 10_000
@@ -31,7 +33,7 @@ def install() -> None:
     """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}={value!r}: expected '0' or '1'")
+        raise _startup.stop(ValueError(f"{VARIABLE}={value!r}: expected '0' or '1'"))
     if value == "1":
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
@@ -67,8 +69,11 @@ def fallback(module: nn.Module, reason: str | None, instead: str = "plain module
     return True
 
 
-@torch.compiler.assume_constant_result
 def _at_trace_time(line: str) -> bool:
     if enabled():
         once(line, lambda: line)
     return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: that takes as long as torch itself.
+_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]

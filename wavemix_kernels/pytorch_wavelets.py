@@ -298,8 +298,8 @@ def _by_name(name: str) -> WaveletLike:
         import pywt
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"wave={name!r}: filters by name come from PyWavelets, which is missing: pip install "
-            f'"wavemix-kernels[wavelets]" ("haar", "db1" and filters in a tuple work without it)'
+            f"wave={name!r}: filters by name come from PyWavelets, which is missing: pip install PyWavelets "
+            f'("haar", "db1" and filters in a tuple work without it)'
         ) from error
     try:
         return pywt.Wavelet(name)

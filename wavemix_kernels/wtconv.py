@@ -1,18 +1,23 @@
 """WTConv's wavelet functions (Finder et al., "Wavelet Convolutions for Large Receptive Fields", ECCV 2024,
 arXiv:2407.05848, BGU-CS-VIL/WTConv) on the Haar kernels, for :func:`wavemix_kernels.accelerate`.
 
-A ``WTConv2d`` keeps its frozen filters as ``wt_filter`` and ``iwt_filter``, (4C, 1, 2, 2), and calls
-``wt_function(x)``, (N, C, H, W) -> (N, C, 4, H/2, W/2), and ``iwt_function(bands)``: two grouped convolutions of stride
-2. With wavelet 'db1' their bands are ours, order, signs and scale included.
+A ``WTConv2d`` keeps its frozen filters as ``wt_filter`` and ``iwt_filter``, (4C, 1, 2, 2), and transforms (N, C, H, W)
+-> (N, C, 4, H/2, W/2) and back by two grouped convolutions of stride 2. With wavelet 'db1' their bands are ours, order,
+signs and scale included. Until November 2024 the two were attributes, ``wt_function(x)`` and ``iwt_function(bands)``;
+since then they are functions beside the class, called with the filters.
 """
 
 from __future__ import annotations
 
+import functools
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from wavemix_kernels import backends, checks, log
 from wavemix_kernels.ops import choose
@@ -36,6 +41,10 @@ def _synthesise(bands: Tensor) -> Tensor:
 
 
 _KERNELS: tuple[Callable[[Tensor], Tensor], ...] = (_analyse, _synthesise)
+
+
+class CannotReplace(Exception):
+    """Carries the reason why a module is left as it is."""
 
 
 class HaarFunction:
@@ -104,46 +113,138 @@ def why_not_haar(filters: Tensor) -> str | None:
     return None
 
 
-def has_wavelet_functions(module: nn.Module) -> bool:
-    """Whether ``module`` has what a WTConv2d has and the functions are not ours yet."""
-    pairs = [(getattr(module, function, None), getattr(module, filters, None)) for function, filters in NAMES]
-    return all(callable(function) and isinstance(filters, Tensor) for function, filters in pairs) and not all(
-        isinstance(function, HaarFunction) for function, _ in pairs
-    )
+class SharedFunction:
+    """Stands for one of the two functions that take their filters, for every caller in the process; calls the original
+    where the filters are not Haar's and frozen, and in compiled graphs, which do not see what filters hold."""
+
+    def __init__(self, original: Callable[..., Tensor], direction: int) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+        self.direction = direction
+        self._by_filters: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __call__(self, x: Tensor, filters: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or torch.compiler.is_compiling():
+            return self.original(x, filters, *args, **kwargs)
+        function = self._by_filters.get(filters)
+        if function is None:
+            bound = functools.partial(self._on, weakref.ref(filters))
+            function = self._by_filters[filters] = HaarFunction(bound, filters.detach(), self.direction)
+        function.filters.requires_grad_(filters.requires_grad)
+        return function(x)
+
+    def _on(self, filters: weakref.ref[Tensor], x: Tensor) -> Tensor:
+        return self.original(x, filters())
 
 
-class Unsuitable(Exception):
-    """Why the functions of a module cannot be replaced."""
+def names_in(code: types.CodeType) -> set[str]:
+    """The global names and attributes that a function's code uses, functions inside of it included."""
+    inner = (names_in(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
-def check(module: nn.Module) -> None:
-    """Raises Unsuitable unless ours can stand for both functions of ``module``."""
+def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
+    """How to replace the functions of a module with WTConv's filters; None for others, and where they are ours."""
+    if not all(isinstance(getattr(module, filters, None), Tensor) for _, filters in NAMES):
+        return None
+    functions = [getattr(module, name, None) for name, _ in NAMES]
+    if all(map(callable, functions)):
+        return None if all(isinstance(f, HaarFunction) for f in functions) else _replace_attributes
+    beside = [found for _, _, found in _functions_beside(module)]
+    directions = {found.direction for found in beside if isinstance(found, SharedFunction)}
+    return None if directions == {0, 1} else _replace_shared
+
+
+def _functions_beside(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """The functions that the methods of a class name, where they are kept: (namespace, name, function)."""
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    for kind in type(module).__mro__:
+        if kind.__module__.split(".")[0] in ("torch", "builtins"):
+            continue
+        for method in vars(kind).values():
+            if not isinstance(method, types.FunctionType):
+                continue
+            names = sorted(names_in(method.__code__))
+            spaces = [method.__globals__]
+            held = [method.__globals__.get(name) for name in names]
+            spaces += [vars(m) for m in held if isinstance(m, types.ModuleType) and not m.__name__.startswith("torch")]
+            found += [
+                (space, name, space[name])
+                for space in spaces
+                for name in names
+                if isinstance(space.get(name), (types.FunctionType, SharedFunction))
+            ]
+    return found
+
+
+def _pattern(filters: Tensor) -> Tensor:
+    """Small integers: their quarter sums are exact in every dtype and in TF32; only a wrong sign or order differs."""
+    channels = filters.shape[0] // 4
+    return (torch.arange(channels * 24) * 5 % 9 - 4).reshape(1, channels, 4, 6).to(filters)
+
+
+def _agree(theirs: object, ours: Tensor) -> bool:
+    return isinstance(theirs, Tensor) and theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-2, rtol=0)
+
+
+def _check_filters(module: nn.Module) -> None:
+    for _, filters in NAMES:
+        if (reason := why_not_haar(getattr(module, filters))) is not None:
+            raise CannotReplace(f"its {filters} {reason}")
+
+
+@torch.no_grad()
+def _replace_attributes(module: nn.Module) -> str:
+    """Puts ours in the place of both functions; the originals stay inside for filters that change."""
+    _check_filters(module)
     theirs: Any = module
-    for name, filters in NAMES:
-        if (reason := why_not_haar(getattr(theirs, filters))) is not None:
-            raise Unsuitable(f"its {filters} {reason}")
+    for name, _ in NAMES:
         if name not in module.__dict__:
-            raise Unsuitable(f"its {name} is a method or module of its class, not an attribute that can be replaced")
-    channels = theirs.wt_filter.shape[0] // 4
-    # Small integers: their quarter sums are exact in every dtype and in TF32, so only a wrong sign or order differs.
-    pattern = (torch.arange(channels * 24) * 5 % 9 - 4).reshape(1, channels, 4, 6).to(theirs.wt_filter)
+            raise CannotReplace(f"its {name} is a method or module of its class, not an attribute that can be replaced")
+    pattern = _pattern(theirs.wt_filter)
     try:
-        with torch.no_grad():
-            bands, ours = theirs.wt_function(pattern), haar_bands(pattern)
-            same = bands.shape == ours.shape and torch.allclose(bands, ours, atol=1e-2, rtol=0)
-            image = theirs.iwt_function(ours)
-            same = same and image.shape == pattern.shape and torch.allclose(image, pattern, atol=1e-2, rtol=0)
+        ours = haar_bands(pattern)
+        same = _agree(theirs.wt_function(pattern), ours) and _agree(theirs.iwt_function(ours), pattern)
     # Whatever a stranger's code raises, the answer is the same: these functions cannot be vouched for.
     except Exception as error:
-        raise Unsuitable(
+        raise CannotReplace(
             f"its functions could not be run beside ours to compare: {type(error).__name__}: {error}"
         ) from error
     if not same:
-        raise Unsuitable("its functions compute something else than WTConv's")
-
-
-def install(module: nn.Module) -> None:
-    """Puts ours in the place of both functions; the originals stay inside for filters that change."""
-    theirs: Any = module
+        raise CannotReplace("its functions compute something else than WTConv's")
     for direction, (name, filters) in enumerate(NAMES):
         setattr(module, name, HaarFunction(getattr(theirs, name), getattr(theirs, filters), direction))
+    return NOW
+
+
+@torch.no_grad()
+def _replace_shared(module: nn.Module) -> str:
+    """Finds the two functions beside the class by what they compute, and puts ours in their place there."""
+    _check_filters(module)
+    theirs: Any = module
+    pattern = _pattern(theirs.wt_filter)
+    ours = haar_bands(pattern)
+    tasks = ((pattern, theirs.wt_filter, ours), (ours, theirs.iwt_filter, pattern))
+    beside = _functions_beside(module)
+    places: list[list[tuple[dict[str, Any], str, Any]]] = [
+        [place for place in beside if isinstance(place[2], SharedFunction) and place[2].direction == direction]
+        or [place for place in beside if _computes(place[2], *task)]
+        for direction, task in enumerate(tasks)
+    ]
+    if not all(places):
+        raise CannotReplace(
+            "no functions beside its class that compute WTConv's transforms with its filters were found"
+        )
+    for direction, found in enumerate(places):
+        for space, name, function in found:
+            if not isinstance(function, SharedFunction):
+                space[name] = SharedFunction(function, direction)
+    named = [f"{found[0][2].__module__}.{found[0][1]}" for found in places]
+    return f"{' and '.join(named)}, for all that call them, on the Haar kernels"
+
+
+def _computes(function: Callable[..., Any], given: Tensor, filters: Tensor, wanted: Tensor) -> bool:
+    try:
+        return _agree(function(given, filters), wanted)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError):
+        return False  # most functions beside a class take other arguments

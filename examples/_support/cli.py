@@ -30,19 +30,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, None if self.silent else f"{self.prog}: {message}\n")
 
 
-def run(parser: Parser, argv: Sequence[str] | None, extras: Mapping[str, str] = EXTRAS, extra: str = "examples") -> int:
+def run(parser: Parser, argv: Sequence[str] | None, extras: Mapping[str, str] = EXTRAS) -> int:
     """Parse, run the command that the parser's defaults name, and turn refusals into status 2.
 
     Args:
         extras: packages that the command needs, by module.
-        extra: the optional dependencies of this package that bring them.
     """
     try:
         arguments = parser.parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
         missing = [package for module, package in extras.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise Refused(f'{" and ".join(missing)} missing: pip install "wavemix-kernels[{extra}]"')
+            raise Refused(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
         return command(arguments)
     except Refused as refused:
         if not parser.silent:
@@ -50,6 +49,11 @@ def run(parser: Parser, argv: Sequence[str] | None, extras: Mapping[str, str] = 
         return 2
     except SystemExit as ended:
         return int(ended.code or 0)
+
+
+def first_line(text: str | None) -> str:
+    """Of a docstring, which is None under python -OO."""
+    return (text or "").partition("\n")[0]
 
 
 def positive(text: str) -> int:

@@ -76,7 +76,7 @@ def compiled(index: int) -> dict[str, Any]:
 
 
 def test_kernels_fit_an_amd_chip() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     command = [sys.executable, "-m", "tests.aot.test_rocm"]

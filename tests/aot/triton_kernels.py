@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def kernels() -> list[Kernel]:
-    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     import torch
 
     sources = [*(ROOT / "wavemix_kernels").rglob("*.py"), *Path(__file__).parent.glob("*.py")]

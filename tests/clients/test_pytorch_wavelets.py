@@ -17,7 +17,7 @@ from tests.ops.contract import randn
 from wavemix_kernels.ops.dwt.reference import separable_dwt2d
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 
-pywt = pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
+pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed: pip install PyWavelets")
 
 MODES = (
     "zero", "constant", "symmetric", "reflect", "periodic", "smooth", "antisymmetric", "antireflect", "periodization",

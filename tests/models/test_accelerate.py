@@ -181,8 +181,8 @@ def doubled(kind: type[nn.Module]) -> type[nn.Module]:
     return own(kind, forward=lambda self, x: 2 * kind.forward(self, x))
 
 
-def positional(kind: type[nn.Module]) -> type[nn.Module]:
-    return own(kind, __init__=lambda self, dim: kind.__init__(self, final_dim=dim))
+def broken(kind: type[nn.Module]) -> type[nn.Module]:
+    return own(kind, forward=lambda self, x: self.missing(x))
 
 
 def post_norm(self: nn.Module, x: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ LEFT: list[tuple[Callable[[Any], nn.Module], str]] = [
     (lambda get: block(get, "feedforward", **{"5": nn.BatchNorm2d(16, affine=False)}), "feedforward.5.bias"),
     (lambda get: block(get, forward=lambda x: x), "instance"),
     (lambda get: doubled(get("original").Level1Waveblock)(), "computes something else"),
-    (lambda get: positional(get("original").Level1Waveblock)(16), "could not be run beside ours"),
+    (lambda get: broken(get("original").Level1Waveblock)(), "could not be run beside ours"),
     (lambda get: doubled(vendored.PATM)(8), "computes something else"),
     (lambda get: own(vendored.WaveBlock, forward=post_norm)(8), "computes something else"),
     (lambda get: changed(vendored.PATM(8), tfc_h=NINE_TAPS), "tfc_h is Conv2d(16, 8, kernel_size=(1, 9)"),

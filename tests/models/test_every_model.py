@@ -158,7 +158,7 @@ def test_patm_on_a_gpus_kernels(
     if name == "cuda":
         request.getfixturevalue("core")
     else:
-        pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+        pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     fused, exact = (module.train(training) for module in subject.pair())
     x = subject.x("channels_last")
     got = subjects.training_step(fused.to(device), x.to(device), name)

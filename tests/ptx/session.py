@@ -19,7 +19,7 @@ from benchmarks.predict.tools import ROOT
 def run(files: Sequence[str], expression: str = "") -> tuple[str, list[dict[str, Any]]]:
     """pytest on `files` with `--device ptx`: (its last line, what each launch executed). A test that fails, or is
     skipped, fails here."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     with tempfile.TemporaryDirectory(prefix="wavemix-ptx-") as folder:
         launches = Path(folder) / "launches.jsonl"
         command = [

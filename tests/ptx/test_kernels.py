@@ -60,7 +60,7 @@ SESSIONS = {
 @functools.cache
 def triton_kernels() -> list[str]:
     """`module.kernel dtype` of the compile tables; bfloat16 wherever float16 is."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     command, environment = [sys.executable, "-m", "tests.ptx.tables"], os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     rows = done.stdout.split("\n")[:-1]

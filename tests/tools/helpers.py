@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def needs(extra: str, packages: Iterable[str]) -> pytest.MarkDecorator:
     missing = ", ".join(name for name in packages if importlib.util.find_spec(name) is None)
-    return pytest.mark.skipif(bool(missing), reason=f'{missing} missing: pip install "wavemix-kernels[{extra}]"')
+    return pytest.mark.skipif(bool(missing), reason=f'{missing} missing: pip install -e ".[{extra}]"')
 
 
 @functools.cache

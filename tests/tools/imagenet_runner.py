@@ -6,16 +6,22 @@ import itertools
 import os
 import signal
 
+from torch import nn
+
 from examples import train_imagenet
 from wavemix_kernels.wavemix.classification import WaveMixLite
-from wavemix_kernels.wavemlp import MyNorm, WaveNet
+from wavemix_kernels.wavemlp import PATM, MyNorm, WaveNet
 
 SIZES = {"layers": (1, 1), "embed_dims": (8, 16), "mlp_ratios": (2, 2)}
 
 
 def tiny(num_classes: int, drop_path_rate: float = 0.0) -> WaveNet:
-    """Without BatchNorm: equal for a batch and for its halves."""
-    return WaveNet(num_classes=num_classes, drop_path_rate=drop_path_rate, norm_layer=MyNorm, **SIZES)
+    """Without BatchNorm, those of PATM's phases included: equal for a batch and for its halves."""
+    model = WaveNet(num_classes=num_classes, drop_path_rate=drop_path_rate, norm_layer=MyNorm, **SIZES)
+    for mixer in [module for module in model.modules() if isinstance(module, PATM)]:
+        mixer.theta_h_conv[1], mixer.theta_w_conv[1] = MyNorm(mixer.dim), MyNorm(mixer.dim)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return model
 
 
 train_imagenet.MODELS.update({"tiny": tiny, "lite": WaveMixLite})

@@ -129,7 +129,7 @@ def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monke
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == (
         "rich and matplotlib and scikit-image missing: no progress bar, no pictures, inputs are made up "
-        '(pip install "wavemix-kernels[bench]")'
+        "(pip install rich matplotlib scikit-image)"
     )
     assert [line.split()[0] for line in printed[1:6]] == [tiny().name, "provider", "reference", "auto", "auto+graph"]
     found = results(tmp_path)

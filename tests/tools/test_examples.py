@@ -230,7 +230,7 @@ def test_bad_arguments_get_one_line(data: Path, straight: Path, tmp_path: Path, 
         assert said in refused(fashion_mnist.main, f"train --data {data} --out {arguments}".split())
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
-    assert 'pip install "wavemix-kernels[examples]"' in refused(fashion_mnist.main, ["plot", "log.csv"])
+    assert "rich missing: pip install rich" in refused(fashion_mnist.main, ["plot", "log.csv"])
 
 
 def test_a_log_without_lines_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import triton_launch
 from wavemix_kernels.ops.patm import branches
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from triton.runtime.errors import OutOfResources
 

@@ -6,6 +6,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks as _backward_of_all
+from torch.nn.modules.module import _global_backward_pre_hooks as _before_backward_of_all
+from torch.nn.modules.module import _global_forward_hooks as _for_all
+from torch.nn.modules.module import _global_forward_pre_hooks as _before_all
 
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -17,6 +21,10 @@ def why_not_plain(name: str, module: nn.Module, kind: type[nn.Module] | None = N
         return f"{name} is {type(module).__name__}, expected {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
+    if _for_all or _before_all or _backward_of_all or _before_backward_of_all:
+        return f"hooks on all modules are registered (torch.nn.modules.module), which would not see {name}"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own on the instance"
     return f"{name} has parametrizations" if hasattr(module, "parametrizations") else None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.autograd import again
+from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -174,7 +175,7 @@ class _Waveblock(torch.autograd.Function):
         return (out, *batch)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count, dropout, kind, recompute, residual, backend = ctx.options
         x, weight, bias, seeds, *rest = ctx.saved_tensors

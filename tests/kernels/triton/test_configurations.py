@@ -24,7 +24,7 @@ from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.reduce_haar import tiles as reduce_tiles
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.haar import triton_plan

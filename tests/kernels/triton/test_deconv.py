@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.ops.contract import image, randn, workspaces_hold_nan
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from wavemix_kernels.ops.deconv import tiles as deconv_config
 from wavemix_kernels.ops.deconv import triton as kernels

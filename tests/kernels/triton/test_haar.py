@@ -8,7 +8,7 @@ import torch
 from wavemix_kernels.ops.haar import tiles
 from wavemix_kernels.ops.haar.tiles import TileConfig
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis  # they import triton
 

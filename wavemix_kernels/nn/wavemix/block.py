@@ -138,10 +138,10 @@ class FusedWaveblock(Waveblock):
         for level in range(1, self.level + 1):
             name = self._feedforward_name(level)
             part = getattr(self, name)
+            if (reason := why_not_plain(name, part, nn.Sequential)) is not None:
+                return reason
             if len(part) != len(kinds):
                 return f"{name} has {len(part)} parts, expected {len(kinds)}"
-            if (reason := why_not_plain(name, part)) is not None:
-                return reason
             for i, (module, kind) in enumerate(zip(part, kinds, strict=True)):
                 if (reason := why_not_plain(f"{name}.{i}", module, kind)) is not None:
                     return reason

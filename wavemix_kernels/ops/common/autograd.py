@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from wavemix_kernels.ops.common.once import once_differentiable
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Sequence[Any]]

@@ -19,6 +19,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
 from wavemix_kernels.ops.common.library import Library
+from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import pre_norm
 
@@ -180,7 +181,7 @@ class _Branch(torch.autograd.Function):
         return pre_norm.join(x, out, path, backend), stats.mean, stats.var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         x, path, *rest = ctx.saved_tensors
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])

@@ -40,6 +40,7 @@ from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import layout, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole
 from wavemix_kernels.ops.patm.weights import COUNT, Affine, Arguments, PhaseNorm, Weights, unflatten
@@ -194,7 +195,7 @@ class _ByParts(torch.autograd.Function):
         return out, *made
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, around: Tensor, *_: Tensor) -> tuple[Any, ...]:
         saved = _load(ctx)
         options, x, path, arguments, of_norm, mean, invstd, branch_mean, thetas = saved
@@ -306,7 +307,7 @@ class _Whole(torch.autograd.Function):
         return out, *_save(ctx, options, (x, path, *flat), of_norm, of_thetas, branch_mean, moments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         saved = _load(ctx)
         options, x, path, arguments, of_norm, mean, invstd, branch_mean, moments = saved
