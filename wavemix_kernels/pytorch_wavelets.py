@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, log
+from wavemix_kernels.ops.common.layout import is_channels_last
 from wavemix_kernels.ops.dwt.reference import Filters, cropped, separable_dwt2d, separable_idwt2d, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
 
@@ -160,7 +161,7 @@ class DWTForward(_FilterBank):
             x: (N, C, H, W), float64, float32, float16 or bfloat16.
 
         Returns:
-            ``(yl, yh)`` of x's dtype: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first,
+            ``(yl, yh)`` of x's dtype, contiguous: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first,
             with bands LH, HL, HH.
 
         Raises:
@@ -173,7 +174,8 @@ class DWTForward(_FilterBank):
             return x, []
         if log.fallback(self, self._why_not_haar(), "plain convolutions"):
             return separable_dwt2d(x, self._filters(), self.J, mode=mode)
-        return haar_dwt2d(x, self.J, mode=mode)
+        # Results are contiguous, as the original's; of one pass over channels_last, reordering x costs least.
+        return haar_dwt2d(x.contiguous() if is_channels_last(x) else x, self.J, mode=mode)
 
 
 class DWTInverse(_FilterBank):
@@ -204,7 +206,7 @@ class DWTInverse(_FilterBank):
             coeffs: ``(yl, yh)`` as :class:`DWTForward` returns them. None in yh is a level of zeros.
 
         Returns:
-            The image (N, C, H, W), of yl's dtype.
+            The image (N, C, H, W), of yl's dtype, contiguous.
 
         Raises:
             TypeError: dtypes other than DWTForward's and, outside autocast, different ones in yl and yh.
@@ -224,7 +226,7 @@ class DWTInverse(_FilterBank):
             yl.new_zeros(()).expand(*yl.shape[:2], 3, *level_size) if high is None else high
             for high, level_size in zip(yh, reversed(sizes), strict=True)
         ]
-        return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size)
+        return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size).contiguous()
 
 
 DWT = DWT2D = DWTForward

@@ -29,6 +29,7 @@ from wavemix_kernels.nn.wavemlp.patm import FusedPATM as PATM
 from wavemix_kernels.nn.wavemlp.reference import DropPath, NormLayer, TokenMixer, warn_unused
 from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.transforms import standard_wanted
 
 __all__ = [
     "PATM",
@@ -339,7 +340,7 @@ class WaveNet(nn.Module):
         return self.patch_embed(x)
 
     def _is_fused(self) -> bool:
-        return backends.requested() != "reference" and any(
+        return backends.requested() != "reference" and standard_wanted() is None and any(
             isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules()
         )
 

@@ -64,4 +64,4 @@ class WaveMix(Backbone):
         self.conv = strided_stem(3, final_dim, stride)
 
     def forward(self, img: Tensor) -> Tensor:
-        return self.expand(self.features(img)).contiguous(memory_format=layout.memory_format(img))
+        return layout.ordered_as(self.expand(self.features(img)), img)

@@ -55,4 +55,4 @@ class WaveMix(Backbone):
         self.conv = strided_stem(3, final_dim, 1)
 
     def forward(self, img: Tensor) -> Tensor:
-        return self.expand(self.features(img)).contiguous(memory_format=layout.memory_format(img))
+        return layout.ordered_as(self.expand(self.features(img)), img)

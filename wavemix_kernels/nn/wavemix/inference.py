@@ -7,11 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, log
 from wavemix_kernels.nn.parts import affine_of, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -68,7 +69,7 @@ class InferenceWaveblock(nn.Module):
         given: Any = (self.weight, self.bias, *(t for level in levels for t in level))
         cast_x, weight, bias, *flat = checks.autocast(x, *given)
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
-        backend = backends.requested()
+        backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
         if backend == "reference":
             zs = reduce_haar_reference.reduce_haar(cast_x, weight, bias, self.level)
         else:
@@ -93,7 +94,7 @@ class InferenceWaveblock(nn.Module):
                 out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
         assert out is not None
         if backend == "reference":
-            return layout.laid_out(x + out if residual else out, order)
+            return layout.ordered_as(x + out if residual else out, x)
         if not adds and (order or has_gradient or cast_x is not x):
             out = x + out if residual else out
             return out.contiguous(memory_format=layout.memory_format(x))

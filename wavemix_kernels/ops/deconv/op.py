@@ -412,8 +412,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _standard(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return F.conv_transpose2d(u, weight, bias, STRIDE, PADDING)
+
+
 #: (u, weight, bias, backend) -> output, with its gradient.
-fused = differentiable(_library, "deconv", _setup, _backward, once=True)
+fused = differentiable(_library, "deconv", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

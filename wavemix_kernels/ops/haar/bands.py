@@ -71,11 +71,19 @@ def _empty_image(bands: Tensor, channels_last: bool) -> Tensor:
     return layout.empty(bands, [n, c, 2 * h, 2 * w], channels_last)
 
 
+def _analysis_standard(x: Tensor, backend: str) -> Tensor:
+    ll, (high,) = reference.analysis(x)
+    return torch.cat((ll.unsqueeze(2), high), 2)
+
+
+def _synthesis_standard(bands: Tensor, channels_last: bool, backend: str) -> Tensor:
+    return reference.synthesis(bands[:, :, 0], [bands[:, :, 1:]])
+
+
 def _analysis(x: Tensor, backend: str) -> Tensor:
     chosen = choose.select("haar_bands", BACKENDS, backend, x)
     if not chosen.functions:
-        ll, (high,) = reference.analysis(x)
-        return layout.laid_out(torch.cat((ll.unsqueeze(2), high), 2), layout.is_channels_last(x))
+        return layout.laid_out(_analysis_standard(x, backend), layout.is_channels_last(x))
     bands = _empty_bands(x)
     chosen.functions["analysis"](x, bands[:, :, 0], [bands[:, :, 1:]], 0.0)
     return bands
@@ -84,7 +92,7 @@ def _analysis(x: Tensor, backend: str) -> Tensor:
 def _synthesis(bands: Tensor, channels_last: bool, backend: str) -> Tensor:
     chosen = choose.select("haar_from_bands", BACKENDS, backend, bands)
     if not chosen.functions:
-        return layout.laid_out(reference.synthesis(bands[:, :, 0], [bands[:, :, 1:]]), channels_last)
+        return layout.laid_out(_synthesis_standard(bands, channels_last, backend), channels_last)
     image = _empty_image(bands, channels_last)
     chosen.functions["synthesis"](image, bands[:, :, 0], [bands[:, :, 1:]], 0.0, None)
     return image
@@ -118,8 +126,12 @@ def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 #: The operators with their gradients: (x, backend) -> bands, and (bands, channels_last, backend) -> image.
-analysis = differentiable(_library, "haar_bands", _analysis_setup, _analysis_backward)
-synthesis = differentiable(_library, "haar_from_bands", _synthesis_setup, _synthesis_backward)
+analysis = differentiable(
+    _library, "haar_bands", _analysis_setup, _analysis_backward, standard=_analysis_standard, linear=True
+)
+synthesis = differentiable(
+    _library, "haar_from_bands", _synthesis_setup, _synthesis_backward, standard=_synthesis_standard, linear=True
+)
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, backend: str) -> tuple[Tensor, int]:

@@ -17,6 +17,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.haar import reference
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 
@@ -121,7 +122,9 @@ def haar_idwt2d(
 
 def inlined(backend: str) -> bool:
     """Whether a graph is being made that is to consist of standard operators."""
-    return backend == "reference" and (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    return backend == "reference" or standard_wanted() is not None
 
 
 # --- Checks ----------------------------------------------------------------------------------------------
@@ -279,12 +282,23 @@ def _spans(x_size: Sequence[int], levels: int, mode: str) -> list[int]:
     return spans
 
 
+def _analysis_standard(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
+    ll, highs = reference.analysis(x, levels, mode)
+    return [ll, *highs]
+
+
+def _synthesis_standard(
+    ll: Tensor, highs: list[Tensor], size: Sequence[int], mode: str, add: Tensor | None, channels_last: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return reference.synthesis(ll, highs, (size[0], size[1]), mode, add)
+
+
 def _analysis(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
     chosen = choose.select("haar_dwt2d", BACKENDS, backend, x)
     if not chosen.functions:
-        ll, highs = reference.analysis(x, levels, mode)
         channels_last = layout.is_channels_last(x)
-        return [layout.laid_out(t, channels_last) for t in (ll, *highs)]
+        return [layout.laid_out(t, channels_last) for t in _analysis_standard(x, levels, mode, backend)]
     edge = reference.MODES[mode]
     out: list[Tensor] = []
     image = x
@@ -305,7 +319,8 @@ def _synthesis(
     tensors = [ll, *highs] if add is None else [ll, *highs, add]
     chosen = choose.select("haar_idwt2d", BACKENDS, backend, *tensors)
     if not chosen.functions:
-        return layout.laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
+        image = _synthesis_standard(ll, highs, size, mode, add, channels_last, backend)
+        return layout.laid_out(image, channels_last)
     edge = reference.MODES[mode]
     done = len(highs)
     for span in reversed(_spans(size, len(highs), mode)):
@@ -397,8 +412,12 @@ def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 #: The operators with their gradients: (x, levels, mode, backend) -> [ll, high_1 …], and
 #: (ll, highs, size, mode, add, channels_last, backend) -> image.
-analysis = differentiable(_library, "haar_analysis", _analysis_setup, _analysis_backward)
-synthesis = differentiable(_library, "haar_synthesis", _synthesis_setup, _synthesis_backward)
+analysis = differentiable(
+    _library, "haar_analysis", _analysis_setup, _analysis_backward, standard=_analysis_standard, linear=True
+)
+synthesis = differentiable(
+    _library, "haar_synthesis", _synthesis_setup, _synthesis_backward, standard=_synthesis_standard, linear=True
+)
 
 
 # --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------

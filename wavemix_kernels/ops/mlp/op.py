@@ -262,9 +262,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     chosen = choose.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
     if not chosen.functions:
-        number = 0 if seed is None or p == 0 else int(seed)
-        out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
-        return layout.laid_out(out, True)
+        return layout.laid_out(_standard(x, second, scale, shift, w1, b1, w2, b2, p, seed, backend), True)
     return chosen.functions["forward"](x, second, scale, shift, w1, b1, w2, b2, p, seed)
 
 
@@ -337,8 +335,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return out.x, gs, dscale, dshift, out.w1, out.b1, out.w2, out.b2, None, None, None
 
 
+def _standard(
+    x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    number = 0 if seed is None or p == 0 else int(seed)
+    return reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
+
+
 #: (x, second, scale, shift, w1, b1, w2, b2, p, seed, backend) -> output, with its gradient.
-fused = differentiable(_library, "pointwise_mlp", _setup, _backward, once=True)
+fused = differentiable(_library, "pointwise_mlp", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -248,9 +248,14 @@ def _backward(ctx: Any, grad_h: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple
     return (*out.slots(), *(d.to(t.dtype) for d, t in affine), out.taps_h, out.taps_w, None)
 
 
+def _standard(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _backend = arguments
+    return reference.phase_aggregate(*tensors)
+
+
 #: (z_h, z_w, z_c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, taps_h, taps_w, backend) -> (h, w, s), with
 #: gradient.
-fused = differentiable(_library, "phase_aggregate", _setup, _backward, once=True)
+fused = differentiable(_library, "phase_aggregate", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -236,8 +236,14 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
 
 
+def _standard(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    return reference.reduce_haar(x, weight, bias, levels)
+
+
 #: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.
-fused = differentiable(_library, "reduce_haar", _setup, _backward)
+fused = differentiable(_library, "reduce_haar", _setup, _backward, standard=_standard)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
