@@ -340,8 +340,10 @@ class WaveNet(nn.Module):
         return self.patch_embed(x)
 
     def _is_fused(self) -> bool:
-        return backends.requested() != "reference" and standard_wanted() is None and any(
-            isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules()
+        return (
+            backends.requested() != "reference"
+            and standard_wanted() is None
+            and any(isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules())
         )
 
     def forward_tokens(self, x: Tensor) -> Tensor | list[Tensor]:

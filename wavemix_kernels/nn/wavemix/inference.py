@@ -55,7 +55,7 @@ class InferenceWaveblock(nn.Module):
 
     def why_not_joined(self) -> str | None:
         """See :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
-        return why_not_plain("it", self)
+        return standard_wanted() or why_not_plain("it", self)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output, with ``residual`` plus x."""

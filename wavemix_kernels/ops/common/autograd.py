@@ -154,9 +154,7 @@ def differentiable(
         forwards = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
         if forwards and not linear:
             return standard(*args)
-        if forwards or (
-            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat)
-        ):
+        if forwards or (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat)):
             out = Eager.apply(keyset, lengths, *flat)
             return list(out) if isinstance(out, tuple) else out
         with torch._C._AutoDispatchBelowAutograd():
