@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wavemix_kernels import pytorch_wavelets, wtconv
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
@@ -185,10 +185,15 @@ def _checked_block(module: nn.Module, level: int, upsample: str) -> FusedWaveblo
     for name in theirs.keys() | expected.keys():
         if name and _layer(theirs.get(name)) != _layer(expected.get(name)):
             raise _CannotReplace(f"{name} is {theirs.get(name)!r}, expected {expected.get(name)!r}")
-    tensors = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    if extra := tensors ^ ({n for n, _ in ours.named_parameters()} | {n for n, _ in ours.named_buffers()}):
+    if extra := _tensors(module).keys() ^ _tensors(ours).keys():
         raise _CannotReplace(f"its parameters and buffers are not a Waveblock's: {', '.join(sorted(extra))}")
     return ours
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, without the counters that thop.profile leaves on every module and no forward reads."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: t for name, t in tensors.items() if name.split(".")[-1] not in ("total_ops", "total_params")}
 
 
 def _layer(module: nn.Module | None) -> tuple[object, ...]:
@@ -251,8 +256,7 @@ def _wave_mlp_form(module: nn.Module) -> nn.Module:
     for path in sorted(modules.keys() | expected.keys()):
         if path and _wave_mlp_layer(modules.get(path)) != _wave_mlp_layer(expected.get(path)):
             raise _CannotReplace(f"{path} is {modules.get(path)!r}, expected {expected.get(path)!r}")
-    tensors = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
-    if extra := tensors ^ ({n for n, _ in ours.named_parameters()} | {n for n, _ in ours.named_buffers()}):
+    if extra := _tensors(module).keys() ^ _tensors(ours).keys():
         raise _CannotReplace(f"its parameters and buffers are not a {name}'s: {', '.join(sorted(extra))}")
     return ours
 
@@ -331,8 +335,8 @@ def _dwt(module: nn.Module) -> nn.Module:
             ours = pytorch_wavelets.DWTInverse(mode=theirs.mode)
     except (AttributeError, TypeError, ValueError) as error:
         raise _CannotReplace(str(error)) from error
-    buffers = dict(module.named_buffers())
-    if buffers.keys() != dict(ours.named_buffers()).keys():
+    buffers = _tensors(module)
+    if buffers.keys() != _tensors(ours).keys():
         raise _CannotReplace(f"its buffers are {', '.join(sorted(buffers)) or 'none'}")
     # The very same buffers, so that ours decides by the numbers that the model will go on to use.
     for name, buffer in buffers.items():

@@ -161,8 +161,8 @@ class DWTForward(_FilterBank):
             x: (N, C, H, W), float64, float32, float16 or bfloat16.
 
         Returns:
-            ``(yl, yh)`` of x's dtype, contiguous: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first,
-            with bands LH, HL, HH.
+            ``(yl, yh)`` of x's dtype, contiguous: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), the
+            finest first, with bands LH, HL, HH.
 
         Raises:
             TypeError: another dtype.
