@@ -190,10 +190,14 @@ def _checked_block(module: nn.Module, level: int, upsample: str) -> FusedWaveblo
     return ours
 
 
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Its buffers without the counters that thop.profile leaves on every module and no forward reads."""
+    counters = ("total_ops", "total_params")
+    return {name: b for name, b in module.named_buffers() if name.split(".")[-1] not in counters}
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, without the counters that thop.profile leaves on every module and no forward reads."""
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {name: t for name, t in tensors.items() if name.split(".")[-1] not in ("total_ops", "total_params")}
+    return dict(module.named_parameters()) | _buffers(module)
 
 
 def _layer(module: nn.Module | None) -> tuple[object, ...]:
@@ -335,8 +339,8 @@ def _dwt(module: nn.Module) -> nn.Module:
             ours = pytorch_wavelets.DWTInverse(mode=theirs.mode)
     except (AttributeError, TypeError, ValueError) as error:
         raise _CannotReplace(str(error)) from error
-    buffers = _tensors(module)
-    if buffers.keys() != _tensors(ours).keys():
+    buffers = _buffers(module)
+    if buffers.keys() != _buffers(ours).keys():
         raise _CannotReplace(f"its buffers are {', '.join(sorted(buffers)) or 'none'}")
     # The very same buffers, so that ours decides by the numbers that the model will go on to use.
     for name, buffer in buffers.items():

@@ -103,9 +103,7 @@ def _register(counter: ModuleType) -> None:
     # oneDNN's product, which stands for 1x1 convolutions on a CPU (ops/common/products.py).
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if linear is not None and linear not in counter.flop_registry:
-        counter.register_flop_formula(linear)(
-            lambda rows, weight, *_, out_shape=None, **__: 2 * prod(rows) * weight[0]
-        )
+        counter.register_flop_formula(linear)(lambda rows, weight, *_, out_shape=None, **__: 2 * prod(rows) * weight[0])
 
 
 class _Import(importlib.abc.MetaPathFinder):
