@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
@@ -59,6 +59,8 @@ class HaarFunction:
         self._why_not = None if reason is None else f"its filters {reason}"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self.original(x)
         # A compiled graph keeps what it was traced with; in eager mode a checkpoint may bring other filters.
         if not torch.compiler.is_compiling() and self._seen != _version(self.filters):
             self._look()

@@ -1,7 +1,5 @@
 """Drop-in for ``wavemix.SemSegment``: the WaveMix model for semantic segmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

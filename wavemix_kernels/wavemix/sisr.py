@@ -1,7 +1,5 @@
 """Drop-in for ``wavemix.sisr``: the WaveMix model for single-image super-resolution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
@@ -71,6 +71,8 @@ class FusedWaveblock(Waveblock):
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output; with ``residual`` plus x, added in the pass that normalises."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward, residual=residual)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             out = super().forward(x)

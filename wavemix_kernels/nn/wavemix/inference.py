@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
@@ -59,6 +59,8 @@ class InferenceWaveblock(nn.Module):
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output, with ``residual`` plus x."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, residual=residual)
         checks.check_tensor("x", x, 4, f"(N, {self.final_dim}, H, W)")
         if x.shape[1] != self.final_dim:
             raise ValueError(f"x: expected {self.final_dim} channels (final_dim), got shape {tuple(x.shape)}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, untouched
 from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
@@ -77,6 +77,8 @@ class InferencePATM(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
         with _without_gradient():
             out = self.branch(x)
             return layout.ordered_as(out, x)
@@ -129,6 +131,8 @@ class InferenceWaveBlock(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
         backend = self._backend()
         with _without_gradient():
             x = _sum(x, self.attn.branch(x), backend)

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.nn.wavemlp.reference import Mlp
 from wavemix_kernels.ops import choose
@@ -27,6 +27,8 @@ class FusedMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)

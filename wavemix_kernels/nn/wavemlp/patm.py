@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import frozen, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
@@ -54,6 +54,8 @@ class FusedPATM(PATM):
         self.recompute = checks.check_choice("recompute", recompute, patm_op.RECOMPUTE)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)

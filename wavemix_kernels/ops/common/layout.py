@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavemix_kernels import fx
 from wavemix_kernels.ops.common.transforms import in_transform
 
 
@@ -24,6 +25,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def ordered_as(out: Tensor, x: Tensor) -> Tensor:
     """``out`` in the memory order of the image ``x``, where tensors have one."""
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(ordered_as, out, x)
     return out if in_transform() else out.contiguous(memory_format=memory_format(x))
 
 

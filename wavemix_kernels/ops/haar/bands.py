@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -40,6 +40,8 @@ def haar_bands(x: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`wavemix_kernels.haar_dwt2d`; an odd H or W.
     """
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(haar_bands, x, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
         checks.check_multiple(f"x: {axis}", size, 2)
@@ -53,6 +55,8 @@ def haar_from_bands(bands: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: no floating-point tensor of that shape, or a backend that cannot serve it.
     """
+    if isinstance(bands, fx.Proxy):
+        return fx.call_function(haar_from_bands, bands, backend=backends.requested(backend))
     checks.check_tensor("bands", bands, 5, "(N, C, 4, h, w)")
     if bands.shape[2] != 4:
         raise ValueError(f"bands: expected shape (N, C, 4, h, w), got {tuple(bands.shape)}")

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
-from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.haar import reference
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
 
@@ -64,6 +63,8 @@ def haar_dwt2d(
 
     Source: Haar 1910; Mallat 1989; band order and modes as PyWavelets and pytorch_wavelets have them.
     """
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(haar_dwt2d, x, levels, mode=mode, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_positive_int("levels", levels)
     checks.check_choice("mode", mode, MODES)
@@ -101,6 +102,9 @@ def haar_idwt2d(
         ValueError: ranks, shapes or devices that do not belong together, unknown mode or backend.
         RuntimeError: the backend asked for is not installed.
     """
+    if isinstance(ll, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(haar_idwt2d, ll, highs, mode=mode, size=size, add=add, backend=name)
     checks.check_choice("mode", mode, MODES)
     checks.check_tensor("ll", ll, 4, "(N, C, h_L, w_L)")
     if isinstance(highs, Tensor) or not isinstance(highs, Sequence) or len(highs) == 0:
@@ -122,9 +126,7 @@ def haar_idwt2d(
 
 def inlined(backend: str) -> bool:
     """Whether a graph is being made that is to consist of standard operators."""
-    if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
-        return False
-    return backend == "reference" or standard_wanted() is not None
+    return backend == "reference" and (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 # --- Checks ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -40,6 +40,9 @@ def haar_pyramid(
     Raises:
         TypeError, ValueError: as :func:`wavemix_kernels.haar_dwt2d`; H or W not a multiple of ``2**levels``.
     """
+    if isinstance(x, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(haar_pyramid, x, levels, channels_last=channels_last, backend=name)
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_positive_int("levels", levels)
     if levels > haar.MAX_LEVELS:

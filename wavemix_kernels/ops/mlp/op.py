@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -89,6 +89,9 @@ def pointwise_mlp(
 
     Source: WaveMix (arXiv:2205.14375), a feed-forward part; Wave-MLP (arXiv:2111.12294), the channel MLP.
     """
+    if isinstance(x, fx.Proxy):
+        given = {"second": second, "scale": scale, "shift": shift, "dropout": dropout, "seed": seed}
+        return fx.call_function(pointwise_mlp, x, w1, b1, w2, b2, **given, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, A, H, W)")
     checks.check_probability("dropout", dropout)
     x, second, w1, b1, w2, b2 = checks.autocast(x, second, w1, b1, w2, b2)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -64,6 +64,9 @@ def phase_aggregate(
 
     Source: Tang et al., arXiv:2111.12294.
     """
+    if isinstance(z_h, fx.Proxy):
+        tensors = z_h, z_w, z_c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, taps_h, taps_w
+        return fx.call_function(phase_aggregate, *tensors, backend=backends.requested(backend))
     checks.check_tensor("z_h", z_h, 4, "(N, C, H, W)")
     z_h, z_w, z_c, theta_h, theta_w = checks.autocast(z_h, z_w, z_c, theta_h, theta_w)
     channels = z_h.shape[1]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -58,6 +58,9 @@ def reduce_haar(
 
     Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
     """
+    if isinstance(x, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(reduce_haar, x, weight, bias, levels, channels_last=channels_last, backend=name)
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_tensor("weight", weight, 4, "(O, C, 1, 1)")
     checks.check_positive_int("levels", levels)
