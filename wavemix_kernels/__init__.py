@@ -7,9 +7,12 @@ from wavemix_kernels.backends import backend
 from wavemix_kernels.inference import export_form, fuse_for_inference
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
+from wavemix_kernels.ops.common import flops
 from wavemix_kernels.ops.haar.op import haar_dwt2d, haar_idwt2d
 from wavemix_kernels.tune import tune
 from wavemix_kernels.warmup import warmup
+
+flops.install()
 
 __all__ = [
     "FusedPATM",

@@ -4,8 +4,6 @@ Filters that equal Haar's run on the fused Haar kernels, all others on kernels f
 where the original and PyWavelets differ, and which of them is followed.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import checks, log
+from wavemix_kernels import checks, fx, log
+from wavemix_kernels.ops.common.layout import is_channels_last
 from wavemix_kernels.ops.dwt.op import dwt2d, idwt2d
 from wavemix_kernels.ops.dwt.reference import Filters, cropped, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
@@ -76,9 +75,10 @@ class _FilterBank(nn.Module):
 
     def _remember(self) -> None:
         # The tensors themselves, not their ids: an id is given again once its tensor is gone. The count of writes
-        # only on the CPU, as refresh_filters says, and inference tensors keep none.
+        # only on the CPU, as refresh_filters says; inference tensors keep none, and a compiler sees none.
+        compiled = torch.compiler.is_compiling()
         self._seen = [
-            (f, f._version if f.device.type == "cpu" and not f.is_inference() else None)
+            (f, None if compiled or f.device.type != "cpu" or f.is_inference() else f._version)
             for f in self._buffers_in_order()
         ]
 
@@ -94,6 +94,10 @@ class _FilterBank(nn.Module):
                     self.refresh_filters()
                     break
         return self._haar
+
+    def _how(self) -> tuple[str, Filters | None]:
+        """The mode, and the filters, None for Haar's."""
+        return _checked_mode(self.mode), None if self._runs_haar() else self._filters()
 
     def _filters(self) -> Filters:
         # The original hands its "col" filters to the pass along W and its "row" filters to the one along H.
@@ -113,7 +117,7 @@ class _FilterBank(nn.Module):
         low, high = (1.0, 1.0), (1.0, -1.0)  # mirrored for analysis or not for synthesis: the same in both
         return all(map(equal, filters, (low, high, low, high)))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FilterBank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FilterBank":
         super()._apply(fn, recurse)
         self.refresh_filters()
         return self
@@ -162,20 +166,17 @@ class DWTForward(_FilterBank):
             x: (N, C, H, W), float64, float32, float16 or bfloat16.
 
         Returns:
-            ``(yl, yh)`` of x's dtype: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), finest first,
-            with bands LH, HL, HH.
+            ``(yl, yh)`` of x's dtype, contiguous: yl (N, C, h_J, w_J), yh a list of J tensors (N, C, 3, h_j, w_j), the
+            finest first, with bands LH, HL, HH.
 
         Raises:
             TypeError: another dtype.
             ValueError: another rank, an empty H or W, or a size of 1 in mode 'reflect' or 'antireflect'.
         """
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, lambda x: fx.call_function(_analyse, x, *self._how(), self.J))
         checks.check_tensor("x", x, 4, "(N, C, H, W)")
-        mode = _checked_mode(self.mode)
-        if self.J == 0:
-            return x, []
-        if self._runs_haar():
-            return haar_dwt2d(x, self.J, mode=mode)
-        return dwt2d(x, self._filters(), self.J, mode=mode)
+        return _analyse(x, *self._how(), self.J)
 
 
 class DWTInverse(_FilterBank):
@@ -206,31 +207,45 @@ class DWTInverse(_FilterBank):
             coeffs: ``(yl, yh)`` as :class:`DWTForward` returns them. None in yh is a level of zeros.
 
         Returns:
-            The image (N, C, H, W), of yl's dtype.
+            The image (N, C, H, W), of yl's dtype, contiguous.
 
         Raises:
             TypeError: dtypes other than DWTForward's and, outside autocast, different ones in yl and yh.
             ValueError: ranks, sizes or devices that do not fit.
         """
+        if isinstance(coeffs, fx.Proxy) or (isinstance(coeffs, tuple) and isinstance(coeffs[0], fx.Proxy)):
+            return fx.call_module(self, coeffs, lambda coeffs: fx.call_function(_synthesise, *coeffs, *self._how()))
         if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
             raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")
-        mode = _checked_mode(self.mode)
         yl, yh = _checked_coefficients(*coeffs)
-        if not yh:
-            return yl
-        if not self._runs_haar():
-            return idwt2d(yl, yh, self._filters(), mode=mode)
-        *sizes, size = synthesis_sizes(yl, yh, (2, 2), mode)
-        # One zero seen from everywhere stands for a level of None: nothing is allocated.
-        highs = [
-            yl.new_zeros(()).expand(*yl.shape[:2], 3, *level_size) if high is None else high
-            for high, level_size in zip(yh, reversed(sizes), strict=True)
-        ]
-        return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size)
+        return _synthesise(yl, yh, *self._how())
 
 
 DWT = DWT2D = DWTForward
 IDWT = IDWT2D = DWTInverse
+
+
+def _analyse(x: Tensor, mode: str, filters: Filters | None, levels: int) -> tuple[Tensor, list[Tensor]]:
+    if levels == 0:
+        return x, []
+    if filters is not None:
+        return dwt2d(x, filters, levels, mode=mode)
+    # Results are contiguous, as the original's; of one pass over channels_last, reordering x costs least.
+    return haar_dwt2d(x.contiguous() if is_channels_last(x) else x, levels, mode=mode)
+
+
+def _synthesise(yl: Tensor, yh: Sequence[Tensor | None], mode: str, filters: Filters | None) -> Tensor:
+    if not yh:
+        return yl
+    if filters is not None:
+        return idwt2d(yl, yh, filters, mode=mode)
+    *sizes, size = synthesis_sizes(yl, yh, (2, 2), mode)
+    # One zero seen from everywhere stands for a level of None: nothing is allocated.
+    highs = [
+        yl.new_zeros(()).expand(*yl.shape[:2], 3, *level_size) if high is None else high
+        for high, level_size in zip(yh, reversed(sizes), strict=True)
+    ]
+    return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size).contiguous()
 
 
 def _checked_mode(mode: str) -> str:
@@ -261,6 +276,7 @@ def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tens
     return yl.to(widest), [high if high is None else high.to(widest) for high in yh]
 
 
+@torch.compiler.assume_constant_result
 def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[list[float]]:
     """The filters low_col, high_col, low_row, high_row of `wave`, whose attributes `low` and `high` count."""
     bank: Any = _by_name(wave) if isinstance(wave, str) else wave

@@ -6,8 +6,6 @@ Four stages of :class:`WaveBlock`, each a residual token mixer (:class:`PATM`) a
 ``block``: the reference model is this one with :class:`wavemix_kernels.reference.WaveBlock`.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import os
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.nn.parts import affine_of, untouched
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock as WaveBlock
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
@@ -29,6 +27,7 @@ from wavemix_kernels.nn.wavemlp.patm import FusedPATM as PATM
 from wavemix_kernels.nn.wavemlp.reference import DropPath, NormLayer, TokenMixer, warn_unused
 from wavemix_kernels.nn.wavemlp.reference import WaveBlock as ReferenceBlock
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.transforms import standard_wanted
 
 __all__ = [
     "PATM",
@@ -84,6 +83,8 @@ class PatchEmbedOverlapping(nn.Module):
         self.norm = norm_layer(embed_dim) if use_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self.norm(self.proj(x))
         channels = self.proj.in_channels
         checks.check_tensor("x", x, 4, f"(N, {channels}, H, W)")
         if x.shape[1] != channels:
@@ -279,7 +280,7 @@ class WaveNet(nn.Module):
             state = own | state
         self.load_state_dict(state)
 
-    def fuse_for_inference(self) -> WaveNet:
+    def fuse_for_inference(self) -> "WaveNet":
         """A new model for inference, equal to this one in evaluation up to rounding: every block in its inference form,
         the BatchNorms of the stem and between stages folded into their convolutions, the last one into the head.
 
@@ -339,8 +340,10 @@ class WaveNet(nn.Module):
         return self.patch_embed(x)
 
     def _is_fused(self) -> bool:
-        return backends.requested() != "reference" and any(
-            isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules()
+        return (
+            backends.requested() != "reference"
+            and standard_wanted() is None
+            and any(isinstance(m, (WaveBlock, InferenceWaveBlock)) for m in self.network[0].modules())
         )
 
     def forward_tokens(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -355,7 +358,7 @@ class WaveNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         tokens = self.forward_tokens(self.forward_embeddings(x))
         if isinstance(tokens, list):
-            return tokens if layout.is_channels_last(x) else [t.contiguous() for t in tokens]
+            return [layout.ordered_as(t, x) for t in tokens]
         return self.head(F.adaptive_avg_pool2d(self.norm(tokens), 1).flatten(1))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
@@ -68,6 +68,8 @@ class HaarFunction:
         self._why_not = None if reason is None else f"its filters {reason}"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self.original(x)
         # A compiled graph keeps what it was traced with; in eager mode a checkpoint may bring other filters.
         if not torch.compiler.is_compiling() and self._seen != _version(self.filters):
             self._look()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common import flops, layout
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
@@ -186,6 +186,7 @@ class _Waveblock(torch.autograd.Function):
             batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
             for m, s, level in zip(means, invstds, levels, strict=True)
         ]
+        before = flops.counted()
         zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
         us: list[Tensor] = []
         if recompute == "mlp":
@@ -197,6 +198,7 @@ class _Waveblock(torch.autograd.Function):
                 arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
                 us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
                 ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
+        flops.forget_since(before)
 
         flat_grads: list[Any] = []
         z_grads: list[Tensor] = []
@@ -212,7 +214,9 @@ class _Waveblock(torch.autograd.Function):
             if kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper):
                 # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
                 # gradients.
+                before = flops.counted()
                 u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
+                flops.forget_since(before)
                 du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
                     upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
                     part.upsample,

@@ -1,7 +1,5 @@
 """Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavemix_kernels import checks
+from wavemix_kernels import checks, fx
 from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
@@ -71,6 +69,11 @@ class Backbone(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`check_image`.
         """
+        if isinstance(img, fx.Proxy):
+            x = self.conv(img)
+            for block in self.layers:
+                x = block(x) + x  # a block's node is the block's own output
+            return x
         self.check_image(img)
         kinds = (FusedWaveblock, InferenceWaveblock)
         fused = [isinstance(block, kinds) and block.why_not_joined() is None for block in self.layers]

@@ -1,7 +1,5 @@
 """Drop-in for ``wavemix.classification``: the WaveMix image classifier, and its WaveMix-Lite form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

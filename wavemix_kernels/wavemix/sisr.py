@@ -1,7 +1,5 @@
 """Drop-in for ``wavemix.sisr``: the WaveMix model for single-image super-resolution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -55,4 +53,4 @@ class WaveMix(Backbone):
         self.conv = strided_stem(3, final_dim, 1)
 
     def forward(self, img: Tensor) -> Tensor:
-        return self.expand(self.features(img)).contiguous(memory_format=layout.memory_format(img))
+        return layout.ordered_as(self.expand(self.features(img)), img)

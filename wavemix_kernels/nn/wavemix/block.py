@@ -6,12 +6,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.haar.op import haar_dwt2d
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 
@@ -70,6 +71,8 @@ class FusedWaveblock(Waveblock):
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output; with ``residual`` plus x, added in the pass that normalises."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward, residual=residual)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             out = super().forward(x)
@@ -124,8 +127,9 @@ class FusedWaveblock(Waveblock):
         return InferenceWaveblock(self)
 
     def why_not_fused(self) -> str | None:
-        """Why the modules themselves run, or None: a part of another class, or one that somebody listens to."""
-        if (reason := why_not_plain("reduction", self.reduction, nn.Conv2d)) is not None:
+        """Why the modules themselves run, or None: a part of another class, or one that somebody listens to, or
+        :func:`wavemix_kernels.ops.common.transforms.standard_wanted`."""
+        if (reason := standard_wanted() or why_not_plain("reduction", self.reduction, nn.Conv2d)) is not None:
             return reason
         kinds: tuple[type[nn.Module], ...] = (
             nn.Conv2d,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, log
+from wavemix_kernels import backends, fx, log
 from wavemix_kernels.nn.parts import untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.ops import choose
@@ -24,6 +24,8 @@ class FusedExpansion(Expansion):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward)
         standard = backends.requested() == "reference"
         for i, layer in enumerate(self):
             # A 1x1 convolution is the library's in any case.
@@ -67,6 +69,8 @@ class InferenceExpansion(nn.Module):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
         for i in range(self.count):
             weight, bias = getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")
             x = F.conv2d(x, weight, bias) if weight.shape[2] == 1 else deconv.deconv(x, weight, bias)

@@ -7,11 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -54,10 +55,12 @@ class InferenceWaveblock(nn.Module):
 
     def why_not_joined(self) -> str | None:
         """See :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""
-        return why_not_plain("it", self)
+        return standard_wanted() or why_not_plain("it", self)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The block's output, with ``residual`` plus x."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, residual=residual)
         checks.check_tensor("x", x, 4, f"(N, {self.final_dim}, H, W)")
         if x.shape[1] != self.final_dim:
             raise ValueError(f"x: expected {self.final_dim} channels (final_dim), got shape {tuple(x.shape)}")
@@ -68,7 +71,7 @@ class InferenceWaveblock(nn.Module):
         given: Any = (self.weight, self.bias, *(t for level in levels for t in level))
         cast_x, weight, bias, *flat = checks.autocast(x, *given)
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
-        backend = backends.requested()
+        backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
         if backend == "reference":
             zs = reduce_haar_reference.reduce_haar(cast_x, weight, bias, self.level)
         else:
@@ -93,7 +96,7 @@ class InferenceWaveblock(nn.Module):
                 out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
         assert out is not None
         if backend == "reference":
-            return layout.laid_out(x + out if residual else out, order)
+            return layout.ordered_as(x + out if residual else out, x)
         if not adds and (order or has_gradient or cast_x is not x):
             out = x + out if residual else out
             return out.contiguous(memory_format=layout.memory_format(x))

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import checks
+from wavemix_kernels import checks, fx
 from wavemix_kernels.ops.haar import reference as haar
 
 LEVELS = (1, 2, 3, 4)
@@ -98,9 +98,13 @@ class Waveblock(nn.Module):
 
     def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One DWT level: (LL, bands)."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_function(haar.analyse_level, x, "zero")
         return haar.analyse_level(x, "zero")
 
     def check_input(self, x: Tensor) -> None:
+        if isinstance(x, fx.Proxy):
+            return
         checks.check_tensor("x", x, 4, f"(N, {self.final_dim}, H, W)")
         if x.shape[1] != self.final_dim:
             raise ValueError(f"x: expected {self.final_dim} channels (final_dim), got shape {tuple(x.shape)}")

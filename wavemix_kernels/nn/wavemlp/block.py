@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
@@ -65,6 +65,11 @@ class FusedWaveBlock(WaveBlock):
         )  # fmt: skip
         if isinstance(self.attn, FusedPATM):
             self.attn.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
+        return super().forward(x)
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         backend, mixer = backends.requested(), self.attn

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, untouched
 from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import evaluate as patm
@@ -25,6 +26,9 @@ from wavemix_kernels.ops.patm import evaluate as patm
 class _Constants(nn.Module):
     """Tensors as buffers: they move and convert with the module, and no optimizer sees them. On backend ``"reference"``
     the forward pass consists of standard operators only, for ``torch.export`` and ONNX."""
+
+    def _backend(self) -> str:
+        return "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, None if tensor is None else tensor.detach().clone())
@@ -73,10 +77,11 @@ class InferencePATM(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
         with _without_gradient():
             out = self.branch(x)
-            order = layout.is_channels_last(x)
-            return out if layout.is_channels_last(out) == order else layout.laid_out(out, order)
+            return layout.ordered_as(out, x)
 
     def branch(self, x: Tensor) -> Tensor:
         """As :meth:`forward`, channels_last and fresh."""
@@ -87,12 +92,13 @@ class InferencePATM(_Constants):
         # The convolutions' tensors come first.
         like, *convolutions = checks.autocast(x.new_empty(0), *tensors[:6])
         checks.check_same_dtype("x", like, "the weights", convolutions[0])
-        image = _normalised(x, self.norm, like.dtype, backends.requested())
+        backend = self._backend()
+        image = _normalised(x, self.norm, like.dtype, backend)
         folded = patm.Folded(*convolutions, *tensors[6:])
         # Entered only where it changes something: an exported graph would hold it as a graph within.
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            return patm.evaluate(image, folded, backends.requested())
+            return patm.evaluate(image, folded, backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -125,7 +131,9 @@ class InferenceWaveBlock(_Constants):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        backend = backends.requested()
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
+        backend = self._backend()
         with _without_gradient():
             x = _sum(x, self.attn.branch(x), backend)
             tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]

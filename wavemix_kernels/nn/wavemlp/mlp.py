@@ -6,11 +6,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.nn.wavemlp.reference import Mlp
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.layout import is_channels_last, laid_out
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 
 
@@ -26,6 +27,8 @@ class FusedMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)
@@ -48,7 +51,7 @@ class FusedMlp(Mlp):
     def why_not_fused(self) -> str | None:
         """Why the operator cannot stand for the modules, or None: it computes something else, or a part's hook or
         parametrization would be left out."""
-        return why_not_mlp(self)
+        return standard_wanted() or why_not_mlp(self)
 
 
 def why_not_mlp(mlp: Mlp) -> str | None:

@@ -6,12 +6,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wavemix_kernels import backends, checks, log
+from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import frozen, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp, why_not_dropping, why_not_mlp
 from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.patm import op as patm_op
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, PhaseNorm, Weights
 
@@ -53,6 +54,8 @@ class FusedPATM(PATM):
         self.recompute = checks.check_choice("recompute", recompute, patm_op.RECOMPUTE)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, super().forward)
         backend = backends.requested()
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             return super().forward(x)
@@ -115,6 +118,8 @@ class FusedPATM(PATM):
     def why_not_fused(self) -> str | None:
         """Why the one function cannot stand for the modules, or None: it computes something else, or a part's hook or
         parametrization would be left out."""
+        if (reason := standard_wanted()) is not None:
+            return reason
         convolutions = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
             *((name, getattr(self, name), nn.Conv2d) for name in convolutions),

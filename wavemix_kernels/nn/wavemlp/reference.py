@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import checks
+from wavemix_kernels import checks, fx
 from wavemix_kernels.ops.patm.reference import TAPS, as_wave, branch_sum
 
 MODES = ("fc", "depthwise")
@@ -123,6 +123,8 @@ class PATM(nn.Module):
         return nn.Sequential(conv, nn.BatchNorm2d(self.dim), nn.ReLU())
 
     def check_input(self, x: Tensor) -> None:
+        if isinstance(x, fx.Proxy):
+            return
         checks.check_tensor("x", x, 4, f"(N, {self.dim}, H, W)")
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
@@ -137,7 +139,8 @@ class PATM(nn.Module):
         w = self.tfc_w(as_wave(self.fc_w(x), self.theta_w_conv(x)))
         c = self.fc_c(x)
         a = self.branch_weights(F.adaptive_avg_pool2d(h + w + c, 1))
-        return self.proj_drop(self.proj(branch_sum(h, w, c, a)))
+        mixed = fx.call_function(branch_sum, h, w, c, a) if isinstance(x, fx.Proxy) else branch_sum(h, w, c, a)
+        return self.proj_drop(self.proj(mixed))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, mode={self.mode!r}"
@@ -152,6 +155,8 @@ class DropPath(nn.Module):
         self.drop_prob = checks.check_probability("drop_prob", drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x)
         if not self.training or self.drop_prob == 0:
             return x
         keep = 1 - self.drop_prob

@@ -1,4 +1,5 @@
-"""Makes an operator of the library differentiable: under eager autograd, torch.compile, export and torch.func.
+"""Makes an operator of the library differentiable: under eager autograd, torch.compile, export and torch.func, forwards
+too.
 
 ``torch.library.register_autograd`` does the same in twice the time (43 against 20 us a call, which small
 launches feel) and refuses torch.func.
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from wavemix_kernels.ops.common.once import once_differentiable
+from wavemix_kernels.ops.common.transforms import in_transform, standard_wanted
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Sequence[Any]]
@@ -43,12 +46,36 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
     return tuple(values)
 
 
+class _Call:
+    """The arguments of a call without its tensors: one leaf to torch.func, which looks into lists."""
+
+    def __init__(self, flat: Sequence[Any], lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.is_tensor = [isinstance(a, Tensor) for a in flat]
+        self.shapes = [tuple(a.shape) for a in flat if isinstance(a, Tensor)]
+        self.rest = [None if isinstance(a, Tensor) else a for a in flat]
+
+    def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        given = iter(tensors)
+        return _unflatten(
+            [next(given) if of_tensor else a for of_tensor, a in zip(self.is_tensor, self.rest, strict=True)],
+            self.lengths,
+        )
+
+
 def _as_outputs(out: Any) -> Any:
     return tuple(out) if isinstance(out, list) else out
 
 
 def differentiable(
-    library: torch.library.Library, name: str, setup: Setup, backward: Backward, *, once: bool = False
+    library: torch.library.Library,
+    name: str,
+    setup: Setup,
+    backward: Backward,
+    *,
+    standard: Callable[..., Any],
+    linear: bool = False,
+    once: bool = False,
 ) -> Callable[..., Any]:
     """Registers the gradient of ``library``'s operator ``name`` and returns the function to call it by.
 
@@ -56,6 +83,11 @@ def differentiable(
         setup: ``(ctx, inputs, output)``, stores what ``backward`` needs (as ``autograd.Function.setup_context``).
         backward: ``(ctx, *output gradients)`` -> one gradient per input, a list for a list of tensors. Built from
             differentiable operations, it makes every higher derivative work.
+        standard: the same function of the same arguments by standard operators. It runs where
+            :func:`~wavemix_kernels.ops.common.transforms.standard_wanted` has a reason.
+        linear: in all its tensors together. Then its tangent is itself of the tangents, and with a rule for vmap too
+            (``torch.library.register_vmap``) the operator serves the transforms of torch.func; only a transform inside
+            of a compiled function takes ``standard``.
         once: the backward pass is not differentiable again; asking for it raises instead of returning nonsense.
     """
     op = getattr(getattr(torch.ops, library.ns), name).default
@@ -69,6 +101,12 @@ def differentiable(
 
     flat_backward: Any = once_differentiable(spread_backward) if once else spread_backward
 
+    def tangents_of(made: _Call, given: Sequence[Tensor | None]) -> Any:
+        """What a linear operator's outputs change by; an input without a tangent does not change."""
+        like = next(t for t in given if t is not None)
+        filled = [like.new_zeros(s) if t is None else t for t, s in zip(given, made.shapes, strict=True)]
+        return _as_outputs(call(*made.arguments(filled)))
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: FunctionCtx, keyset: Any, lengths: list[int], *flat: Any) -> Any:
@@ -77,7 +115,14 @@ def differentiable(
                 out = op.redispatch(keyset & after_autograd, *inputs)
             setup(ctx, inputs, out)
             ctx.lengths = lengths  # type: ignore[attr-defined]
+            if forward_ad._current_level >= 0:
+                ctx.call = _Call(flat, lengths)  # type: ignore[attr-defined]
             return _as_outputs(out)
+
+        @staticmethod
+        def jvp(ctx: Any, _keyset: None, _lengths: None, *tangents: Tensor | None) -> Any:
+            given = (t for t, of_tensor in zip(tangents, ctx.call.is_tensor, strict=True) if of_tensor)
+            return tangents_of(ctx.call, list(given))
 
         backward = staticmethod(flat_backward)
 
@@ -85,21 +130,32 @@ def differentiable(
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(_: None, lengths: list[int], *flat: Any) -> Any:
-            return _as_outputs(op(*_unflatten(flat, lengths)))
+        def forward(made: _Call, *tensors: Tensor) -> Any:
+            return _as_outputs(op(*made.arguments(tensors)))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _, ctx.lengths, *flat = inputs
-            setup(ctx, _unflatten(flat, ctx.lengths), output)
+            ctx.call, *tensors = inputs
+            ctx.lengths = ctx.call.lengths
+            setup(ctx, ctx.call.arguments(tensors), output)
 
-        backward = staticmethod(flat_backward)
+        @staticmethod
+        def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Any:
+            return tangents_of(ctx.call, tangents)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            _, _, *flat = flat_backward(ctx, *grads)
+            return (None, *(g for g, of_tensor in zip(flat, ctx.call.is_tensor, strict=True) if of_tensor))
 
     Eager.__name__ = Eager.__qualname__ = Functional.__name__ = Functional.__qualname__ = name
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         flat, lengths = _flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+        forwards = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        if forwards and not linear:
+            return standard(*args)
+        if forwards or (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat)):
             out = Eager.apply(keyset, lengths, *flat)
             return list(out) if isinstance(out, tuple) else out
         with torch._C._AutoDispatchBelowAutograd():
@@ -108,10 +164,11 @@ def differentiable(
     library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Any:
-        # grad, vjp and vmap of torch.func want an autograd.Function of their own kind around the operator.
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if (torch.compiler.is_compiling() or not linear) and standard_wanted() is not None:
+            return standard(*args)
+        if in_transform():  # it wants an autograd.Function of its own kind around the operator
             flat, lengths = _flatten(args)
-            out = Functional.apply(None, lengths, *flat)
+            out = Functional.apply(_Call(flat, lengths), *(a for a in flat if isinstance(a, Tensor)))
             return list(out) if isinstance(out, tuple) else out
         return op(*args)
 

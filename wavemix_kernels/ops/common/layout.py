@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavemix_kernels import fx
+from wavemix_kernels.ops.common.transforms import in_transform
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are innermost in memory (``x`` 4-D); a sliced view counts, a broadcast one does not."""
@@ -18,6 +21,13 @@ def is_channels_last(x: Tensor) -> bool:
 def memory_format(x: Tensor) -> torch.memory_format:
     """The one to ask torch for, to have a result in ``x``'s order."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def ordered_as(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` in the memory order of the image ``x``, where tensors have one."""
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(ordered_as, out, x)
+    return out if in_transform() else out.contiguous(memory_format=memory_format(x))
 
 
 def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -61,6 +61,8 @@ def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     Source: WaveMix (arXiv:2205.14375), the upsampling of a feed-forward part.
     """
+    if isinstance(u, fx.Proxy):
+        return fx.call_function(deconv, u, weight, bias, backend=backends.requested(backend))
     checks.check_tensor("u", u, 4, "(N, F, H, W)")
     checks.check_tensor("weight", weight, 4, "(F, O, 4, 4)")
     if weight.shape[0] != u.shape[1] or tuple(weight.shape[2:]) != (TAPS, TAPS):
@@ -412,8 +414,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _standard(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return F.conv_transpose2d(u, weight, bias, STRIDE, PADDING)
+
+
 #: (u, weight, bias, backend) -> output, with its gradient.
-fused = differentiable(_library, "deconv", _setup, _backward, once=True)
+fused = differentiable(_library, "deconv", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -21,10 +21,12 @@ from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
+from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.dwt.border import Border, border
 from wavemix_kernels.ops.dwt.reference import (
     Filters,
     coefficient_size,
+    extend,
     separable_dwt1d,
     separable_dwt2d,
     separable_idwt1d,
@@ -32,7 +34,7 @@ from wavemix_kernels.ops.dwt.reference import (
     synthesis_lengths,
     synthesis_sizes,
 )
-from wavemix_kernels.ops.haar.op import inlined, into_batch
+from wavemix_kernels.ops.haar.op import inlined
 
 _library = Library()
 _library.define(
@@ -194,7 +196,7 @@ def _first(x: Tensor, size: Sequence[int]) -> Tensor:
 def _chosen(op: str, backend: str | None, filters: Sequence[Tensor], *tensors: Tensor) -> str:
     asked = backends.requested(backend)
     learned = any(f.requires_grad for f in filters)
-    if inlined(asked) or (asked == "auto" and learned):
+    if inlined(asked) or standard_wanted() is not None or (asked == "auto" and learned):
         return "reference"
     if learned and asked != "reference":
         raise ValueError(
@@ -334,47 +336,62 @@ def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_ll, None if high is None else d_high, None, None, None, None, None
 
 
+# --- The same by standard operators: products with the matrices of the lines ------------------------------
+
+
+def _matrices(size: int, low: Tensor, high: Tensor, mode: str, dtype: torch.dtype) -> list[Tensor]:
+    """The matrices (size, count) of one axis."""
+    taps = low.numel()
+    start, count = first_sample(taps, mode), coefficient_size(size, taps, mode)
+    samples = torch.eye(size, dtype=dtype, device=low.device)
+    wide = extend(samples, -1, -start, max(0, start + 2 * (count - 1) + taps - size), mode)
+    windows = wide.narrow(-1, 0, 2 * (count - 1) + taps).unfold(-1, taps, 2)
+    return [windows @ f.to(dtype).flatten() for f in (low, high)]
+
+
+def _times(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    return (x.movedim(dim, -1) @ matrix).movedim(-1, dim)
+
+
+def _pairs(filters: Sequence[Tensor]) -> list[tuple[int, Tensor, Tensor]]:
+    """(axis, low, high), in the order of analysis."""
+    along = (-1, -2) if len(filters) == 4 else (2,)
+    return list(zip(along, filters[::2], filters[1::2], strict=True))
+
+
+def _standard_analysis(
+    x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str
+) -> tuple[Tensor, Tensor]:
+    exact = accumulate_dtype(x.dtype)
+    bands = [x.to(exact)]
+    for dim, f, g in _pairs(filters):
+        both = _matrices(x.shape[dim], f, g, mode, exact)
+        bands = [_times(band, matrix, dim) for band in bands for matrix in both]
+    return bands[0].to(low), (torch.stack(bands[1:], 2) if len(bands) == 4 else bands[1]).to(high)
+
+
+def _standard_synthesis(
+    ll: Tensor, high: Tensor | None, filters: list[Tensor], size: Sequence[int], mode: str, dtype: Any, backend: str
+) -> Tensor:
+    exact = accumulate_dtype(dtype)
+    shape = (*ll.shape[:2], *size)
+    bands = [ll.to(exact)]
+    if high is not None:
+        bands += [t.to(exact) for t in (high.unbind(2) if len(filters) == 4 else [high])]
+    for dim, f, g in reversed(_pairs(filters)):
+        low, other = (m.mT for m in _matrices(shape[dim], f, g, mode, exact))
+        if len(bands) == 1:
+            bands = [_times(bands[0], low, dim)]
+        else:
+            bands = [_times(a, low, dim) + _times(b, other, dim) for a, b in zip(bands[::2], bands[1::2], strict=True)]
+    return bands[0].to(dtype)
+
+
 #: The operators with their gradients; filters get none.
-analysis = differentiable(_library, "dwt_analysis", _analysis_setup, _analysis_backward)
-synthesis = differentiable(_library, "dwt_synthesis", _synthesis_setup, _synthesis_backward)
-
-
-# --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------
-
-
-def _each(t: Any, dim: int | None, n: int) -> Sequence[Any]:
-    return [t] * n if t is None or dim is None else t.unbind(dim)
-
-
-def _banks(filters: list[Tensor], dims: Sequence[int | None], n: int) -> list[list[Tensor]]:
-    """The filters of each sample, where they are mapped too."""
-    return [list(bank) for bank in zip(*(_each(f, d, n) for f, d in zip(filters, dims, strict=True)), strict=True)]
-
-
-def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, filters: list[Tensor], *rest: Any) -> Any:
-    n, op = info.batch_size, torch.ops.wavemix_kernels.dwt_analysis
-    if any(d is not None for d in in_dims[1]):
-        each = zip(_each(x, in_dims[0], n), _banks(filters, in_dims[1], n), strict=True)
-        ll, high = zip(*(op(*given, *rest) for given in each), strict=True)
-        return (torch.stack(ll), torch.stack(high)), (0, 0)
-    out = op(into_batch(x, in_dims[0], n), filters, *rest)
-    return tuple(t.unflatten(0, (n, -1)) for t in out), (0, 0)
-
-
-def _synthesis_vmap(
-    info: Any, in_dims: tuple[Any, ...], ll: Tensor, high: Tensor | None, filters: list[Tensor], *rest: Any
-) -> Any:
-    n, op = info.batch_size, torch.ops.wavemix_kernels.dwt_synthesis
-    if any(d is not None for d in in_dims[2]):
-        banks = _banks(filters, in_dims[2], n)
-        each = zip(_each(ll, in_dims[0], n), _each(high, in_dims[1], n), banks, strict=True)
-        return torch.stack([op(*given, *rest) for given in each]), 0
-    high = None if high is None else into_batch(high, in_dims[1], n)
-    return op(into_batch(ll, in_dims[0], n), high, filters, *rest).unflatten(0, (n, -1)), 0
-
-
-torch.library.register_vmap("wavemix_kernels::dwt_analysis", _analysis_vmap, lib=_library)
-torch.library.register_vmap("wavemix_kernels::dwt_synthesis", _synthesis_vmap, lib=_library)
+analysis = differentiable(_library, "dwt_analysis", _analysis_setup, _analysis_backward, standard=_standard_analysis)
+synthesis = differentiable(
+    _library, "dwt_synthesis", _synthesis_setup, _synthesis_backward, standard=_standard_synthesis
+)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

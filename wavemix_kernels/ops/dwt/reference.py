@@ -66,8 +66,8 @@ def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filter
     """Inverse of `separable_dwt2d`: ll (N, C, h, w) and highs, finest first, None for a level of zeros.
 
     A running LL one row or column larger than its level's high is cropped, since the finer size was odd.
-    Returns (N, C, H, W) of ll's dtype with H = sample_size(h_1, ...). Raises ValueError where the sizes of a
-    level do not match, and where it has fewer coefficients than the filters reach over.
+    Returns (N, C, H, W) of ll's dtype, contiguous, with H = sample_size(h_1, ...). Raises ValueError where the sizes
+    of a level do not match, and where it has fewer coefficients than the filters reach over.
     """
     sizes = synthesis_sizes(ll, highs, (filters.low_h.numel(), filters.low_w.numel()), mode)
     with _without_autocast(ll):
@@ -81,7 +81,7 @@ def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filter
                 bands = torch.cat((x.unsqueeze(2), high.to(x.dtype)), 2).flatten(1, 2)
                 columns = _merge(bands, (bank.low_h, bank.high_h), -2, mode)
                 x = _merge(columns, (bank.low_w, bank.high_w), -1, mode)
-        return x.to(ll.dtype)
+        return x.to(ll.dtype).contiguous()
 
 
 def separable_dwt1d(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -40,6 +40,8 @@ def haar_bands(x: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`wavemix_kernels.haar_dwt2d`; an odd H or W.
     """
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(haar_bands, x, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
         checks.check_multiple(f"x: {axis}", size, 2)
@@ -53,6 +55,8 @@ def haar_from_bands(bands: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: no floating-point tensor of that shape, or a backend that cannot serve it.
     """
+    if isinstance(bands, fx.Proxy):
+        return fx.call_function(haar_from_bands, bands, backend=backends.requested(backend))
     checks.check_tensor("bands", bands, 5, "(N, C, 4, h, w)")
     if bands.shape[2] != 4:
         raise ValueError(f"bands: expected shape (N, C, 4, h, w), got {tuple(bands.shape)}")
@@ -71,11 +75,19 @@ def _empty_image(bands: Tensor, channels_last: bool) -> Tensor:
     return layout.empty(bands, [n, c, 2 * h, 2 * w], channels_last)
 
 
+def _analysis_standard(x: Tensor, backend: str) -> Tensor:
+    ll, (high,) = reference.analysis(x)
+    return torch.cat((ll.unsqueeze(2), high), 2)
+
+
+def _synthesis_standard(bands: Tensor, channels_last: bool, backend: str) -> Tensor:
+    return reference.synthesis(bands[:, :, 0], [bands[:, :, 1:]])
+
+
 def _analysis(x: Tensor, backend: str) -> Tensor:
     chosen = choose.select("haar_bands", BACKENDS, backend, x)
     if not chosen.functions:
-        ll, (high,) = reference.analysis(x)
-        return layout.laid_out(torch.cat((ll.unsqueeze(2), high), 2), layout.is_channels_last(x))
+        return layout.laid_out(_analysis_standard(x, backend), layout.is_channels_last(x))
     bands = _empty_bands(x)
     chosen.functions["analysis"](x, bands[:, :, 0], [bands[:, :, 1:]], 0.0)
     return bands
@@ -84,7 +96,7 @@ def _analysis(x: Tensor, backend: str) -> Tensor:
 def _synthesis(bands: Tensor, channels_last: bool, backend: str) -> Tensor:
     chosen = choose.select("haar_from_bands", BACKENDS, backend, bands)
     if not chosen.functions:
-        return layout.laid_out(reference.synthesis(bands[:, :, 0], [bands[:, :, 1:]]), channels_last)
+        return layout.laid_out(_synthesis_standard(bands, channels_last, backend), channels_last)
     image = _empty_image(bands, channels_last)
     chosen.functions["synthesis"](image, bands[:, :, 0], [bands[:, :, 1:]], 0.0, None)
     return image
@@ -118,8 +130,12 @@ def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 #: The operators with their gradients: (x, backend) -> bands, and (bands, channels_last, backend) -> image.
-analysis = differentiable(_library, "haar_bands", _analysis_setup, _analysis_backward)
-synthesis = differentiable(_library, "haar_from_bands", _synthesis_setup, _synthesis_backward)
+analysis = differentiable(
+    _library, "haar_bands", _analysis_setup, _analysis_backward, standard=_analysis_standard, linear=True
+)
+synthesis = differentiable(
+    _library, "haar_from_bands", _synthesis_setup, _synthesis_backward, standard=_synthesis_standard, linear=True
+)
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, backend: str) -> tuple[Tensor, int]:

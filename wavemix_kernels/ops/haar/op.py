@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -63,6 +63,8 @@ def haar_dwt2d(
 
     Source: Haar 1910; Mallat 1989; band order and modes as PyWavelets and pytorch_wavelets have them.
     """
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(haar_dwt2d, x, levels, mode=mode, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_positive_int("levels", levels)
     checks.check_choice("mode", mode, MODES)
@@ -100,6 +102,9 @@ def haar_idwt2d(
         ValueError: ranks, shapes or devices that do not belong together, unknown mode or backend.
         RuntimeError: the backend asked for is not installed.
     """
+    if isinstance(ll, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(haar_idwt2d, ll, highs, mode=mode, size=size, add=add, backend=name)
     checks.check_choice("mode", mode, MODES)
     checks.check_tensor("ll", ll, 4, "(N, C, h_L, w_L)")
     if isinstance(highs, Tensor) or not isinstance(highs, Sequence) or len(highs) == 0:
@@ -279,12 +284,23 @@ def _spans(x_size: Sequence[int], levels: int, mode: str) -> list[int]:
     return spans
 
 
+def _analysis_standard(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
+    ll, highs = reference.analysis(x, levels, mode)
+    return [ll, *highs]
+
+
+def _synthesis_standard(
+    ll: Tensor, highs: list[Tensor], size: Sequence[int], mode: str, add: Tensor | None, channels_last: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return reference.synthesis(ll, highs, (size[0], size[1]), mode, add)
+
+
 def _analysis(x: Tensor, levels: int, mode: str, backend: str) -> list[Tensor]:
     chosen = choose.select("haar_dwt2d", BACKENDS, backend, x)
     if not chosen.functions:
-        ll, highs = reference.analysis(x, levels, mode)
         channels_last = layout.is_channels_last(x)
-        return [layout.laid_out(t, channels_last) for t in (ll, *highs)]
+        return [layout.laid_out(t, channels_last) for t in _analysis_standard(x, levels, mode, backend)]
     edge = reference.MODES[mode]
     out: list[Tensor] = []
     image = x
@@ -305,7 +321,8 @@ def _synthesis(
     tensors = [ll, *highs] if add is None else [ll, *highs, add]
     chosen = choose.select("haar_idwt2d", BACKENDS, backend, *tensors)
     if not chosen.functions:
-        return layout.laid_out(reference.synthesis(ll, highs, (size[0], size[1]), mode, add), channels_last)
+        image = _synthesis_standard(ll, highs, size, mode, add, channels_last, backend)
+        return layout.laid_out(image, channels_last)
     edge = reference.MODES[mode]
     done = len(highs)
     for span in reversed(_spans(size, len(highs), mode)):
@@ -397,8 +414,12 @@ def _synthesis_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 #: The operators with their gradients: (x, levels, mode, backend) -> [ll, high_1 …], and
 #: (ll, highs, size, mode, add, channels_last, backend) -> image.
-analysis = differentiable(_library, "haar_analysis", _analysis_setup, _analysis_backward)
-synthesis = differentiable(_library, "haar_synthesis", _synthesis_setup, _synthesis_backward)
+analysis = differentiable(
+    _library, "haar_analysis", _analysis_setup, _analysis_backward, standard=_analysis_standard, linear=True
+)
+synthesis = differentiable(
+    _library, "haar_synthesis", _synthesis_setup, _synthesis_backward, standard=_synthesis_standard, linear=True
+)
 
 
 # --- torch.func.vmap: the mapped dimension joins the batch -----------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -40,6 +40,9 @@ def haar_pyramid(
     Raises:
         TypeError, ValueError: as :func:`wavemix_kernels.haar_dwt2d`; H or W not a multiple of ``2**levels``.
     """
+    if isinstance(x, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(haar_pyramid, x, levels, channels_last=channels_last, backend=name)
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_positive_int("levels", levels)
     if levels > haar.MAX_LEVELS:
@@ -119,10 +122,37 @@ def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return pyramid(grad, ctx.levels, ctx.channels_last, ctx.backend), None, None
 
 
+def _pyramid_standard(x: Tensor, levels: int, channels_last: bool, backend: str) -> list[Tensor]:
+    return reference.haar_pyramid(x, levels)
+
+
+def _backward_standard(grads: list[Tensor], channels_last: bool, backend: str) -> Tensor:
+    return reference.haar_pyramid_backward(grads)
+
+
 #: The operators with their gradients: (x, levels, channels_last, backend) -> [Z_1 …], and
 #: (grads, channels_last, backend) -> gradient of x.
-pyramid = differentiable(_library, "haar_pyramid", _pyramid_setup, _pyramid_backward)
-backward = differentiable(_library, "haar_pyramid_backward", _backward_setup, _backward_backward)
+pyramid = differentiable(
+    _library, "haar_pyramid", _pyramid_setup, _pyramid_backward, standard=_pyramid_standard, linear=True
+)
+backward = differentiable(
+    _library, "haar_pyramid_backward", _backward_setup, _backward_backward, standard=_backward_standard, linear=True
+)
+
+
+def _pyramid_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[list[Tensor], list[int]]:
+    out = torch.ops.wavemix_kernels.haar_pyramid(haar.into_batch(x, in_dims[0], info.batch_size), *rest)
+    return [t.unflatten(0, (info.batch_size, -1)) for t in out], [0] * len(out)
+
+
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], grads: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
+    joined = [haar.into_batch(t, d, info.batch_size) for t, d in zip(grads, in_dims[0], strict=True)]
+    out = torch.ops.wavemix_kernels.haar_pyramid_backward(joined, *rest)
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap("wavemix_kernels::haar_pyramid", _pyramid_vmap, lib=_library)
+torch.library.register_vmap("wavemix_kernels::haar_pyramid_backward", _backward_vmap, lib=_library)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -158,8 +158,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_x, *d_weights, None
 
 
+def _standard(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> Tensor:
+    return F.conv2d(F.gelu(F.conv2d(x, w1, b1)), w2, b2)
+
+
 #: (x, w1, b1, w2, b2, backend) -> (N, O, H, W), channels_last, with its gradient. Tensors are of one dtype.
-fused = differentiable(_library, "channel_mlp", _setup, _backward, once=True)
+fused = differentiable(_library, "channel_mlp", _setup, _backward, standard=_standard, once=True)
 
 
 # --- The residual branch ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -89,6 +89,9 @@ def pointwise_mlp(
 
     Source: WaveMix (arXiv:2205.14375), a feed-forward part; Wave-MLP (arXiv:2111.12294), the channel MLP.
     """
+    if isinstance(x, fx.Proxy):
+        given = {"second": second, "scale": scale, "shift": shift, "dropout": dropout, "seed": seed}
+        return fx.call_function(pointwise_mlp, x, w1, b1, w2, b2, **given, backend=backends.requested(backend))
     checks.check_tensor("x", x, 4, "(N, A, H, W)")
     checks.check_probability("dropout", dropout)
     x, second, w1, b1, w2, b2 = checks.autocast(x, second, w1, b1, w2, b2)
@@ -262,9 +265,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     chosen = choose.select("pointwise_mlp", BACKENDS, backend, x, w1, w2.t())
     if not chosen.functions:
-        number = 0 if seed is None or p == 0 else int(seed)
-        out = reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
-        return layout.laid_out(out, True)
+        return layout.laid_out(_standard(x, second, scale, shift, w1, b1, w2, b2, p, seed, backend), True)
     return chosen.functions["forward"](x, second, scale, shift, w1, b1, w2, b2, p, seed)
 
 
@@ -337,8 +338,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return out.x, gs, dscale, dshift, out.w1, out.b1, out.w2, out.b2, None, None, None
 
 
+def _standard(
+    x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
+    w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    number = 0 if seed is None or p == 0 else int(seed)
+    return reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=p, seed=number)
+
+
 #: (x, second, scale, shift, w1, b1, w2, b2, p, seed, backend) -> output, with its gradient.
-fused = differentiable(_library, "pointwise_mlp", _setup, _backward, once=True)
+fused = differentiable(_library, "pointwise_mlp", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops import choose, tuned
-from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.common import flops, layout, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.once import once_differentiable
@@ -202,6 +202,7 @@ class _ByParts(torch.autograd.Function):
         w, channels = arguments.weights, x.shape[1]
         image = _image(again(x), arguments, options, of_norm)
         grad = pre_norm.join_backward(around, path, image, options.backend)
+        before = flops.counted()
         z_h, z_w, z_c = _amplitudes(image, w)
         thetas = thetas or _thetas(image, arguments)
         maps = statistics.affine(arguments.norms(), mean, invstd)
@@ -209,6 +210,7 @@ class _ByParts(torch.autograd.Function):
         h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
         weighing = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
         a = weighing.by_branch()
+        flops.forget_since(before)
 
         d_mixed = products.backward_x(grad, h, w.proj)
         mixed, d_a = branches.backward(d_mixed, h, v, z_c, a, options.part(branches.BACKENDS))
@@ -298,7 +300,9 @@ class _Whole(torch.autograd.Function):
         arguments = unflatten(flat)
         image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options)
         wide = accumulate_dtype(x.dtype)
+        before = flops.counted()
         of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
+        flops.forget_since(before)  # statistics, of which a counter counts none
         maps = statistics.affine(arguments.norms(), of_thetas.mean, of_thetas.invstd)
         path = None if path is None else path.flatten()
         out, branch_mean = whole.forward(image, path, options.kind is not None, arguments.weights, maps, "cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels import backends, checks
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -64,6 +64,9 @@ def phase_aggregate(
 
     Source: Tang et al., arXiv:2111.12294.
     """
+    if isinstance(z_h, fx.Proxy):
+        tensors = z_h, z_w, z_c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, taps_h, taps_w
+        return fx.call_function(phase_aggregate, *tensors, backend=backends.requested(backend))
     checks.check_tensor("z_h", z_h, 4, "(N, C, H, W)")
     z_h, z_w, z_c, theta_h, theta_w = checks.autocast(z_h, z_w, z_c, theta_h, theta_w)
     channels = z_h.shape[1]
@@ -248,9 +251,14 @@ def _backward(ctx: Any, grad_h: Tensor, grad_w: Tensor, grad_s: Tensor) -> tuple
     return (*out.slots(), *(d.to(t.dtype) for d, t in affine), out.taps_h, out.taps_w, None)
 
 
+def _standard(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _backend = arguments
+    return reference.phase_aggregate(*tensors)
+
+
 #: (z_h, z_w, z_c, theta_h, theta_w, scale_h, shift_h, scale_w, shift_w, taps_h, taps_w, backend) -> (h, w, s), with
 #: gradient.
-fused = differentiable(_library, "phase_aggregate", _setup, _backward, once=True)
+fused = differentiable(_library, "phase_aggregate", _setup, _backward, standard=_standard, once=True)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

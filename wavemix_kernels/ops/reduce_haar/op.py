@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks
+from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
@@ -58,6 +58,9 @@ def reduce_haar(
 
     Source: WaveMix (arXiv:2205.14375), the Waveblock's reduction and DWT.
     """
+    if isinstance(x, fx.Proxy):
+        name = backends.requested(backend)
+        return fx.call_function(reduce_haar, x, weight, bias, levels, channels_last=channels_last, backend=name)
     checks.check_tensor("x", x, 4, "(N, C, H, W)")
     checks.check_tensor("weight", weight, 4, "(O, C, 1, 1)")
     checks.check_positive_int("levels", levels)
@@ -236,8 +239,14 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return (*_library_gradients(reduced, x, weight, (True, True, ctx.has_bias)), None, None, None)
 
 
+def _standard(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
+) -> list[Tensor]:
+    return reference.reduce_haar(x, weight, bias, levels)
+
+
 #: (x, weight, bias, levels, channels_last, backend) -> [Z_1 …], with its gradient.
-fused = differentiable(_library, "reduce_haar", _setup, _backward)
+fused = differentiable(_library, "reduce_haar", _setup, _backward, standard=_standard)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
