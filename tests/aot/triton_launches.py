@@ -26,6 +26,7 @@ from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
+from wavemix_kernels.ops.norm import triton_finish as norm_finish
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
 from wavemix_kernels.ops.patm import triton_branches as branch_sum
 from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
@@ -329,8 +330,11 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
     yield from mlp_launches(dtype, "wgmma")
     stats, partial = norms.stats_launch(x)
     yield "batch_norm stats", stats
-    yield "batch_norm combine", norms.combine_launch(partial)[0]
-    yield "batch_norm reduce", norms.reduce_launch(x, x, meta(c), meta(c))[0]
+    yield "batch_norm statistics", norm_finish.statistics_launch(partial, meta(c), meta(c), 1e-5)[0]
+    reduce, partial = norms.reduce_launch(x, x, meta(c), meta(c))
+    yield "batch_norm reduce", reduce
+    line = norm_finish.line_launch(partial, meta(c), meta(c), meta(c, dtype=dtype), x[:, :1].numel(), True, False)
+    yield "batch_norm line", line[0]
     yield "batch_norm affine", norms.affine_launch(x, x, meta(c), meta(c), rows)
 
 

@@ -46,6 +46,14 @@ class Level(NamedTuple):
 _FIELDS = len(Level._fields)
 
 
+class _Norm(NamedTuple):
+    """What a level's BatchNorm keeps for backward."""
+
+    mean: Tensor
+    invstd: Tensor
+    affine: batch_norm.Affine
+
+
 class _Parts(NamedTuple):
     """The backend of each op of the block."""
 
@@ -121,10 +129,12 @@ class _Waveblock(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         levels, part = _levels(flat), _Parts.of(backend)
+        if not torch.compiler.is_compiling():  # which does not know it
+            ctx.set_materialize_grads(False)  # of statistics
         zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
         # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
         ys: list[Tensor] = []
-        stats: list[tuple[Tensor, Tensor, Tensor]] = []
+        stats: list[batch_norm.Statistics] = []
         second, second_affine = None, None
         for i in range(count - 1, -1, -1):
             level, z = levels[i], zs[-1]
@@ -132,23 +142,21 @@ class _Waveblock(torch.autograd.Function):
             u = pointwise_mlp.fused(
                 *_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
             )
-            frozen = level.mean is not None and level.invstd is not None
-            if kind == "deconv" and not frozen:
+            norm = level.bn_weight, level.bn_bias
+            if level.mean is not None and level.invstd is not None:
+                second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+                affine = batch_norm.affine(level.mean, level.invstd, *norm)
+                of = batch_norm.Statistics(level.mean, level.mean, level.invstd, *affine)
+            elif kind == "deconv":
                 assert level.up_weight is not None
-                second, mean, var = deconv.with_stats(u, level.up_weight, level.up_bias, part.upsample)
+                second, of = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, eps[i], part.upsample)
             else:
                 second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+                of = batch_norm.stats(second, *norm, eps[i], part.norm)
             ys = [second, *ys]
             del z, u
-            if frozen:
-                mean, invstd = cast(Tensor, level.mean), cast(Tensor, level.invstd)
-                var = mean
-            else:
-                if kind != "deconv":
-                    mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
-                invstd = torch.rsqrt(var + eps[i])
-            stats = [(mean, var, invstd), *stats]
-            second_affine = batch_norm.affine(mean, invstd, level.bn_weight, level.bn_bias)
+            stats = [of, *stats]
+            second_affine = batch_norm.Affine(of.scale, of.shift)
         assert second_affine is not None
         out = torch.ops.wavemix_kernels.batch_norm_apply(
             ys[0],
@@ -166,8 +174,7 @@ class _Waveblock(torch.autograd.Function):
             seeds,
             *flat,
             *(ys if recompute == "mlp" else []),
-            *(s[0] for s in stats),
-            *(s[2] for s in stats),
+            *(t for s in stats for t in (s.mean, s.invstd, s.scale, s.shift)),
         )
         batch = [t.detach().clone() if levels[i].mean is not None else t for i, s in enumerate(stats) for t in s[:2]]
         ctx.mark_non_differentiable(*batch)
@@ -180,11 +187,8 @@ class _Waveblock(torch.autograd.Function):
         x, weight, bias, seeds, *rest = ctx.saved_tensors
         flat, rest = rest[: count * _FIELDS], rest[count * _FIELDS :]
         levels, part = _levels(flat), _Parts.of(backend)
-        means, invstds = rest[-2 * count : -count], rest[-count:]
-        affines = [
-            batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
-            for m, s, level in zip(means, invstds, levels, strict=True)
-        ]
+        kept = [rest[i : i + 4] for i in range(len(rest) - 4 * count, len(rest), 4)]
+        norms = [_Norm(mean, invstd, batch_norm.Affine(*affine)) for mean, invstd, *affine in kept]
         zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
         us: list[Tensor] = []
         if recompute == "mlp":
@@ -192,7 +196,7 @@ class _Waveblock(torch.autograd.Function):
         else:
             ys = []
             for i in range(count - 1, -1, -1):
-                second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
+                second, second_affine = (ys[0], norms[i + 1].affine) if ys else (None, None)
                 arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
                 us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
                 ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
@@ -203,8 +207,8 @@ class _Waveblock(torch.autograd.Function):
         for i, level in enumerate(levels):
             assert upper is not None
             z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
-            batch_stats = level.mean is None
-            second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
+            batch_stats, norm = level.mean is None, norms[i]
+            second, second_affine = (ys[0], norms[i + 1].affine) if ys else (None, None)
             arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
             u, us = us[0] if us else None, us[1:]
             dweight: Tensor | None
@@ -213,14 +217,14 @@ class _Waveblock(torch.autograd.Function):
                 # gradients.
                 u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
                 du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
-                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
+                    upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
                     part.upsample,
                 )  # fmt: skip
                 del u, y
                 mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
             else:
                 dy, dbn_weight, dbn_bias = batch_norm.backward(
-                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
+                    upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, True, part.norm
                 )
                 del y
                 du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
@@ -232,7 +236,7 @@ class _Waveblock(torch.autograd.Function):
             # A batch's mean takes the bias before it away; given statistics pass BatchNorm's gradient on.
             dbias = None
             if level.up_bias is not None:
-                dbias = dbn_bias.new_zeros(dbn_bias.shape) if batch_stats else dbn_bias * affines[i].scale
+                dbias = torch.zeros_like(level.up_bias) if batch_stats else dbn_bias * norm.affine.scale
                 dbias = dbias.to(level.up_bias.dtype)
             del du, arguments
             z_grads = [*z_grads, mlp.x]
@@ -240,7 +244,7 @@ class _Waveblock(torch.autograd.Function):
             flat_grads = [
                 *flat_grads,
                 mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
-                None if level.bn_weight is None else dbn_weight.to(level.bn_weight.dtype),
+                None if level.bn_weight is None else dbn_weight,
                 None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
                 None, None,
             ]  # fmt: skip

@@ -57,7 +57,7 @@ def finish_launch(*sums: tuple[Tensor, Tensor]) -> Launch:
     """See :func:`finish`; of one to :data:`MOST` sums that have elements."""
     args: list[Any] = []
     constants: dict[str, Any] = {}
-    ends = []
+    ends: list[int] = []
     for i in range(MOST):
         out, partial = sums[min(i, len(sums) - 1)]
         parts, size = partial.shape[0], out.numel()

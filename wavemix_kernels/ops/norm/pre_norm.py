@@ -7,6 +7,7 @@ the branch is added. What is normalised is never kept, being an affine map of x,
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Statistics(NamedTuple):
     invstd: Tensor
 
 
-# --- Backends: stats(x, by_image); apply(x, mean, invstd, weight, bias, by_image, out);
+# --- Backends: stats(x, by_image, eps); apply(x, mean, invstd, weight, bias, by_image, out);
 #     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias;
 #     join(x, branch, path, out). Small tensors are contiguous, in the statistics' dtype. ------------------------
 
@@ -67,8 +68,9 @@ def _images_as_channels(x: Tensor) -> Tensor:
     return x.permute(order).reshape(1, x.shape[0], 1, -1) if x.numel() else x.new_empty((1, x.shape[0], 1, 0))
 
 
-def _kernel_stats(name: str, x: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
-    return batch_norm.BACKENDS[name].functions["stats"](_images_as_channels(x) if by_image else x)
+def _kernel_stats(name: str, x: Tensor, by_image: bool, eps: float) -> Statistics:
+    run = batch_norm.BACKENDS[name].functions["stats"]
+    return Statistics(*run(_images_as_channels(x) if by_image else x, None, None, eps)[:3])
 
 
 def _cpu_why_not(*tensors: Tensor) -> str | None:
@@ -146,10 +148,10 @@ def _triton_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) ->
     kernels.join(out, x, branch, path)
 
 
-def _reference_stats(x: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
+def _reference_stats(x: Tensor, by_image: bool, eps: float) -> Statistics:
     axes = (1, 2, 3) if by_image else (0, 2, 3)
     var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), axes, correction=0)
-    return mean, var
+    return Statistics(mean, var, torch.rsqrt(var + eps))
 
 
 def _standardised(x: Tensor, mean: Tensor, invstd: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
@@ -191,7 +193,7 @@ BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
         backends.triton_why_not,
         {
-            "stats": lambda x, by_image: _kernel_stats("triton", x, by_image),
+            "stats": functools.partial(_kernel_stats, "triton"),
             "apply": _triton_apply,
             "backward": _triton_backward,
             "join": _triton_join,
@@ -200,7 +202,7 @@ BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
         _cpu_why_not,
         {
-            "stats": lambda x, by_image: _kernel_stats("cpu", x, by_image),
+            "stats": functools.partial(_kernel_stats, "cpu"),
             "apply": _cpu_apply,
             "backward": _cpu_backward,
             "join": _cpu_join,
@@ -233,9 +235,9 @@ def _branch_image(x: Tensor, dtype: torch.dtype) -> Tensor:
     return layout.empty(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), x.shape, True)
 
 
-def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
-    return mean, var, torch.rsqrt(var + eps)
+def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> Statistics:
+    made: Statistics = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image, eps)
+    return made
 
 
 def _apply(

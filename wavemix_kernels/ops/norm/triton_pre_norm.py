@@ -183,26 +183,24 @@ def backward(
     by_image: bool, own: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes the gradient of x plus ``around``; returns those of weight and bias. ``own``: statistics are x's."""
-    n, c, h, w = x.shape
-    if by_image:
-        launch, partial = image_sums_launch(grad, x, mean, invstd)
-        launch.run(x)
-        sum_g, sum_gx = partial.sum(1).unbind(0)
-        d_weight, d_bias = sum_gx.sum(0), sum_g.sum(0)
-        if weight is not None:
-            sum_g, sum_gx = sum_g * weight, sum_gx * weight
-        sum_g, sum_gx = sum_g.sum(1), sum_gx.sum(1)
-        rise = Parameter(invstd, True) if weight is None else Parameter(invstd[:, None] * weight)
-    else:
-        d_bias, d_weight = batch_norm.reduce(grad, x, mean, invstd)
-        sum_g, sum_gx = (t if weight is None else t * weight for t in (d_bias, d_weight))
-        rise = Parameter(invstd if weight is None else invstd * weight)
+    if not by_image:
+        a, b, d, d_weight, d_bias = batch_norm.line(grad, x, mean, invstd, weight, own, True)
+        map_launch(out, x, Parameter(b), (Parameter(mean), Parameter(d)), (grad, Parameter(a)), around).run(x)
+        return d_weight, d_bias
+    launch, partial = image_sums_launch(grad, x, mean, invstd)
+    launch.run(x)
+    sum_g, sum_gx = partial.sum(1).unbind(0)
+    d_weight, d_bias = sum_gx.sum(0), sum_g.sum(0)
+    if weight is not None:
+        sum_g, sum_gx = sum_g * weight, sum_gx * weight
+    sum_g, sum_gx = sum_g.sum(1), sum_gx.sum(1)
+    rise = Parameter(invstd, True) if weight is None else Parameter(invstd[:, None] * weight)
     # With xhat = (x - mean) * invstd and g = weight * grad, over the values that share statistics:
     # dx = invstd * (g - mean(g) - xhat * mean(g * xhat)).
-    share = 1 / max((c if by_image else n) * h * w, 1) if own else 0.0
+    share = 1 / max(x[:1].numel(), 1) if own else 0.0
     scale, shift = invstd.square() * sum_gx * -share, invstd * sum_g * -share
-    norm = Parameter(mean, by_image), Parameter(shift, by_image)
-    map_launch(out, x, Parameter(scale, by_image), norm, (grad, rise), around).run(x)
+    norm = Parameter(mean, True), Parameter(shift, True)
+    map_launch(out, x, Parameter(scale, True), norm, (grad, rise), around).run(x)
     return d_weight, d_bias
 
 
