@@ -114,7 +114,8 @@ def _update_together(moves: Sequence[Move], factors: list[float], momentum: floa
     torch._foreach_lerp_(running, batch, momentum)
 
 
-# --- Backends: stats(x, weight, bias, eps) -> Statistics; apply(x, scale, shift, residual, out);
+# --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
+#     apply(x, scale, shift, residual, out);
 #     line(grad, x, mean, invstd, weight, batch_stats, centred) -> Line, one pass over both images;
 #     backward(grad, x, a, b, d, out): out = a*grad + b*x + d. Small tensors are contiguous, weights of any dtype. ----
 
@@ -125,8 +126,11 @@ _Sums = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def _stats_by(moments: _Moments) -> Callable[..., Statistics]:
     """``stats`` of a backend whose kernel gives mean and variance."""
 
-    def stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Statistics:
-        return from_moments(*moments(x), weight, bias, eps)
+    def stats(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
+    ) -> Statistics:
+        made = from_moments(*moments(x), weight, bias, eps)
+        return made if out is None else Statistics(*torch.stack(made, out=out))
 
     return stats
 
@@ -211,10 +215,10 @@ def _reference_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor
     out.copy_(grad * _channels(a) + x * _channels(b) + _channels(d))
 
 
-def _triton_stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Statistics:
+def _triton_stats(*arguments: Any) -> Statistics:
     from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
-    return Statistics(*kernels.stats(x, weight, bias, eps))
+    return Statistics(*kernels.stats(*arguments))
 
 
 def _triton_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor) -> None:

@@ -225,13 +225,14 @@ def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, T
 
 
 def stats(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, config: NormConfig | None = None
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W), in fp32 (fp64 for
     fp64); see :func:`triton_finish.statistics_launch`."""
     launch, partial = stats_launch(x, config)
     launch.run(x)
-    return finish.statistics(partial, weight, bias, eps)
+    return finish.statistics(partial, weight, bias, eps, out)
 
 
 def reduce_launch(

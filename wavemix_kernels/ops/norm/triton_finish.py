@@ -21,10 +21,10 @@ _CHANNELS = 4  # of a program, a warp, which adds up all splits at once
 
 @triton.jit
 def _statistics_kernel(
-    out, partial, weight, bias, channels, splits,
+    out, partial, weight, bias, channels, splits, row,
     EPS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out (5, channels) from partial (3, splits, channels)."""
+    """out (5, channels), rows so far apart, from partial (3, splits, channels)."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     split = tl.arange(0, SPLITS)
@@ -49,10 +49,10 @@ def _statistics_kernel(
     if BIAS:
         offset += tl.load(bias + channel, mask=inside, other=0.0).to(scale.dtype)
     tl.store(out + channel, mean, mask=inside)
-    tl.store(out + channels + channel, var, mask=inside)
-    tl.store(out + 2 * channels + channel, invstd, mask=inside)
-    tl.store(out + 3 * channels + channel, scale, mask=inside)
-    tl.store(out + 4 * channels + channel, offset, mask=inside)
+    tl.store(out + row + channel, var, mask=inside)
+    tl.store(out + 2 * row + channel, invstd, mask=inside)
+    tl.store(out + 3 * row + channel, scale, mask=inside)
+    tl.store(out + 4 * row + channel, offset, mask=inside)
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -87,6 +87,38 @@ def _line_kernel(
     tl.store(of_bias + channel, sum_g.to(of_bias.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=("values", "splits"))
+def _image_line_kernel(
+    line, partial, invstd, weight, values: tl.int64, images, channels, splits,
+    WEIGHT: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """line (2, images), b and d of one image, from partial (2, splits, images, channels)."""
+    image = tl.program_id(0)
+    split, channel = tl.arange(0, SPLITS), tl.arange(0, CHANNELS)
+    total_g = tl.zeros((SPLITS, CHANNELS), partial.dtype.element_ty)
+    total_gx = tl.zeros((SPLITS, CHANNELS), partial.dtype.element_ty)
+    for first in range(0, splits, SPLITS):
+        for start in range(0, channels, CHANNELS):
+            here, mask = first + split, start + channel < channels
+            at = partial + ((here * images + image).to(tl.int64) * channels)[:, None] + (start + channel)[None, :]
+            both = (here < splits)[:, None] & mask[None, :]
+            g = tl.load(at, mask=both, other=0.0)
+            gx = tl.load(at + splits.to(tl.int64) * images * channels, mask=both, other=0.0)
+            if WEIGHT:
+                factor = tl.load(weight + start + channel, mask=mask, other=0.0).to(g.dtype)[None, :]
+                g, gx = g * factor, gx * factor
+            total_g += g
+            total_gx += gx
+    inverse = tl.load(invstd + image)
+    rise, offset = inverse * 0.0, inverse * 0.0
+    if OWN:
+        each = inverse / values.to(inverse.dtype)
+        offset = -each * tl.sum(tl.sum(total_g, 0), 0)
+        rise = -each * inverse * tl.sum(tl.sum(total_gx, 0), 0)
+    tl.store(line + image, rise)
+    tl.store(line + images + image, offset)
+
+
 # --------------------------------------------------------------------------------------------------- launch
 
 
@@ -94,23 +126,30 @@ def _constants(splits: int) -> dict[str, Any]:
     return {"SPLITS": pow2_at_least(splits), "CHANNELS": _CHANNELS, "num_warps": 1, "enable_fp_fusion": True}
 
 
-def statistics_launch(partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Launch, Tensor]:
+def statistics_launch(
+    partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
+) -> tuple[Launch, Tensor]:
     """A launch and the (5, C) it fills: mean, biased variance, inverse deviation, scale and shift of the affine map.
 
     Args:
         partial: (3, splits, C), means, sums of squared deviations and counts of the splits.
         weight, bias: (C) of any dtype, contiguous, or None.
+        out: what it fills, with contiguous rows; default: a new tensor.
     """
     _, splits, channels = partial.shape
-    out = partial.new_empty((5, channels))
-    args = (out, partial, out if weight is None else weight, out if bias is None else bias, channels, splits)
+    out = partial.new_empty((5, channels)) if out is None else out
+    args = (
+        out, partial, out if weight is None else weight, out if bias is None else bias, channels, splits, out.stride(0),
+    )  # fmt: skip
     constants = {"EPS": eps, "WEIGHT": weight is not None, "BIAS": bias is not None, **_constants(splits)}
     return Launch(_statistics_kernel, (triton.cdiv(channels, _CHANNELS),), args, constants), out
 
 
-def statistics(partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+def statistics(
+    partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """See :func:`statistics_launch`."""
-    launch, out = statistics_launch(partial, weight, bias, eps)
+    launch, out = statistics_launch(partial, weight, bias, eps, out)
     launch.run(partial)
     return out.unbind(0)
 
@@ -147,3 +186,33 @@ def line(
     launch, made, gradients = line_launch(partial, mean, invstd, weight, count, batch_stats, centred)
     launch.run(partial)
     return *made.unbind(0), *gradients.unbind(0)
+
+
+def image_line_launch(
+    partial: Tensor, invstd: Tensor, weight: Tensor | None, values: int, own: bool
+) -> tuple[Launch, Tensor]:
+    """A launch and the (2, N) it fills: b and d of the line ``invstd weight grad + b (x - mean) + d`` of each image.
+
+    Args:
+        partial: (2, splits, N, C), sums of grad and of grad * xhat over the splits of an image's channels.
+        invstd: (N), of partial's dtype, contiguous; weight: (C) of any dtype, contiguous, or None.
+        values: of an image.
+        own: the statistics are the image's, else b and d are zero.
+    """
+    _, splits, images, channels = partial.shape
+    line = partial.new_empty((2, images))
+    args = line, partial, invstd, invstd if weight is None else weight, max(values, 1), images, channels, splits
+    rows = min(pow2_at_least(splits), 16)
+    across = min(pow2_at_least(channels), 1024 // rows)
+    constants = {
+        "WEIGHT": weight is not None, "OWN": own, "SPLITS": rows, "CHANNELS": across, "num_warps": 4,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(_image_line_kernel, (images,), args, constants), line
+
+
+def image_line(partial: Tensor, invstd: Tensor, weight: Tensor | None, values: int, own: bool) -> tuple[Tensor, ...]:
+    """See :func:`image_line_launch`."""
+    launch, made = image_line_launch(partial, invstd, weight, values, own)
+    launch.run(partial)
+    return made.unbind(0)
