@@ -15,12 +15,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def cast_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Each tensor in its dtype, below autograd; on a GPU those that change are copied in one launch."""
-    if tensors[0].device.type != "cuda":
-        return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-    made = [
-        t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)
-    ]
-    pairs = [(new, t) for new, t in zip(made, tensors, strict=True) if new is not t]
-    if pairs:
-        torch._foreach_copy_([new for new, _ in pairs], [t for _, t in pairs])
+    if any(t.device.type == "cuda" for t in tensors):
+        return _copied_together(tensors, dtypes)
+    return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _copied_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    pairs = zip(tensors, dtypes, strict=True)
+    made = [t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t, dtype in pairs]
+    changed = [(new, t) for new, t in zip(made, tensors, strict=True) if new is not t]
+    if changed:
+        torch._foreach_copy_([new for new, _ in changed], [t for _, t in changed])
     return made
