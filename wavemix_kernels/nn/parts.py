@@ -65,11 +65,10 @@ class Batch(NamedTuple):
 def update(*batches: Batch) -> None:
     """Running statistics of those that are BatchNorms in training and keep them."""
     together: dict[Any, list[batch_norm.Move]] = {}
-    for i, (norm, mean, var, values) in enumerate(batches):
+    for i, (norm, *seen) in enumerate(batches):
         if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
-            running = cast(tuple[Tensor, ...], (norm.running_mean, norm.running_var, norm.num_batches_tracked))
-            turn = sum(other.norm is norm for other in batches[:i])  # a module in two places moves twice
-            move = batch_norm.Move._make((*running, mean, var, values))
-            together.setdefault((norm.momentum, turn), []).append(move)
+            turn = sum(other.norm is norm for other in batches[:i]) if i else 0  # a module in two places moves twice
+            running: Any = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            together.setdefault((norm.momentum, turn), []).append(batch_norm.Move(*running, *seen))
     for (momentum, _), moves in together.items():
         batch_norm.update_running(moves, momentum)

@@ -256,11 +256,10 @@ class _Waveblock(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(x, weight, bias, seeds, *flat, *(ys if recompute == "mlp" else []), *of)
         # The mean and the variance of each level's batch. Given ones belong to the caller.
-        batch = [
-            t if level.mean is None else t.detach().clone()
-            for i, level in enumerate(_levels(flat))
-            for t in of[i * _STATISTICS : i * _STATISTICS + 2]
-        ]
+        given = flat[Level._fields.index("mean") :: _FIELDS]
+        batch = [t for i in range(0, len(of), _STATISTICS) for t in of[i : i + 2]]
+        if any(mean is not None for mean in given):
+            batch = [t if given[i // 2] is None else t.detach().clone() for i, t in enumerate(batch)]
         ctx.mark_non_differentiable(*batch)
         return (out, *batch)
 

@@ -104,8 +104,9 @@ class FusedWaveblock(Waveblock):
             residual=residual and cast_x is x,
             backend=backend,
         )
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        update(*(Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)))
+        if any(norm.training for norm in norms):
+            pixels = x.shape[0] * x.shape[2] * x.shape[3]
+            update(*(Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)))
         return x + out if residual and cast_x is not x else out
 
     def why_not_joined(self) -> str | None:
