@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavemix_kernels.ops.common.dtypes import cast_together
+
 _short = reprlib.Repr()
 _short.maxother = _short.maxstring = 120
 
@@ -93,4 +95,27 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
+    if kind == "cuda" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        changing = [t for t in others if t is not None and t.dtype != dtype]
+        made = iter(_Cast.apply(dtype, *changing) if changing else ())
+        return first.to(dtype), *(t if t is None or t.dtype == dtype else next(made) for t in others)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+class _Cast(torch.autograd.Function):
+    """Parameters in one dtype, and their gradients in their own, by one launch each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(cast_together(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        pairs = list(zip(grads, ctx.dtypes, strict=True))
+        if torch.is_grad_enabled():  # this pass is to be differentiable itself
+            return None, *(None if g is None else g.to(dtype) for g, dtype in pairs)
+        there = [(g, dtype) for g, dtype in pairs if g is not None]
+        made = iter(cast_together([g for g, _ in there], [dtype for _, dtype in there]))
+        return None, *(None if g is None else next(made) for g in grads)

@@ -119,12 +119,15 @@ def feature_maps(size: Sequence[int], layout: str) -> Callable[[], list[Tensor]]
     return lambda: [photographs.feature_maps(n, c, h, w).contiguous(memory_format=FORMATS[layout])]
 
 
-def images(size: Sequence[int]) -> Callable[[], list[Tensor]]:
+def images(size: Sequence[int], layout: str = "nchw") -> Callable[[], list[Tensor]]:
     """Crops of photographs in colour, or grey for one channel."""
     n, channels, h, w = size
-    if channels == 1:
-        return lambda: [photographs.crops(n, h, w).mean(1, keepdim=True)]
-    return lambda: [photographs.crops(n, h, w)]
+
+    def made() -> list[Tensor]:
+        crops = photographs.crops(n, h, w)
+        return [(crops if channels == 3 else crops.mean(1, keepdim=True)).contiguous(memory_format=FORMATS[layout])]
+
+    return made
 
 
 def with_sums(limits: Sequence[float], exact: Expectation) -> list[float]:

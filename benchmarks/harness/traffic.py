@@ -132,7 +132,7 @@ _OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
 def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, plan: Plan) -> int:
     """Bytes that one call of an operator reads and writes, by the rules above."""
     schema = func._schema
-    made = list(result) if len(schema.returns) > 1 else [result]
+    made = [result] if len(schema.returns) == 1 else list(result or ())
     aliased = [described.alias_info for described in schema.returns]
     if schema.name in _FREE or (aliased and all(alias is not None and not alias.is_write for alias in aliased)):
         return 0

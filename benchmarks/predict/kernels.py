@@ -152,7 +152,7 @@ def _deconv(c: int, size: int, what: str) -> Callable[[], Any]:
         u, y = image((64, c, size, size), BF16, True), image((64, c, 2 * size, 2 * size), BF16, True)
         weight, bias = image((c, c, 4, 4)), image((c,))
         if what == "forward":
-            return _op("deconv_stats")(u, weight, bias, "triton")
+            return _op("deconv_stats")(u, weight, bias, bias, bias, 1e-5, "triton")
         return _op("deconv_norm_backward")(y, y, *(_vector(c) for _ in range(3)), True, u, weight, "triton")
 
     return run
@@ -169,7 +169,7 @@ def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
     def run() -> Any:
         x = image((64, c, size, size), BF16, True)
         if what == "statistics":
-            return _op("batch_norm_stats")(x, "triton")
+            return _op("batch_norm_stats")(x, _vector(c), _vector(c), 1e-5, "triton")
         if what == "apply":
             return _op("batch_norm_apply")(x, _vector(c), _vector(c), x, True, "triton")
         return _op("batch_norm_backward")(x, x, _vector(c), _vector(c), _vector(c), True, True, "triton")
@@ -241,7 +241,7 @@ FAMILIES = (
     haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
-_SMALL = ("_combine_kernel", "_merge_kernel", "phase_sum_rows")
+_SMALL = ("_statistics_kernel", "_line_kernel", "_image_line_kernel", "_sums_kernel", "_merge_kernel", "phase_sum_rows")
 
 
 def function_of(launch: Launch) -> str:

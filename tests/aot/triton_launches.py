@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.aot.table import WIDE, Demands
+from wavemix_kernels.ops.common import triton_sums
 from wavemix_kernels.ops.common.precision import input_precision, products_in
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
@@ -26,6 +27,7 @@ from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
+from wavemix_kernels.ops.norm import triton_finish as norm_finish
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
 from wavemix_kernels.ops.patm import triton_branches as branch_sum
 from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
@@ -165,7 +167,8 @@ def pre_norm_launch(kernel: str, dtype: torch.dtype) -> Launch:
     by_image, by_both, by_channel = meta(128), meta(128, 64), meta(64)
     per_image, per_channel = pre_norm.Parameter(by_image, True), pre_norm.Parameter(by_channel)
     if kernel == "apply":
-        return pre_norm.map_launch(branch, x, pre_norm.Parameter(by_both), (per_image, per_channel))
+        norm = per_image, per_channel
+        return pre_norm.map_launch(branch, x, pre_norm.Parameter(by_both), norm, weight=("scale", by_channel))
     if kernel == "join":
         return pre_norm.map_launch(x, branch, per_image, w=x)
     if kernel == "image sums":
@@ -329,8 +332,14 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
     yield from mlp_launches(dtype, "wgmma")
     stats, partial = norms.stats_launch(x)
     yield "batch_norm stats", stats
-    yield "batch_norm combine", norms.combine_launch(partial)[0]
-    yield "batch_norm reduce", norms.reduce_launch(x, x, meta(c), meta(c))[0]
+    yield "batch_norm statistics", norm_finish.statistics_launch(partial, meta(c), meta(c), 1e-5)[0]
+    reduce, partial = norms.reduce_launch(x, x, meta(c), meta(c))
+    yield "batch_norm reduce", reduce
+    weight, count = meta(c, dtype=dtype), x[:, :1].numel()
+    yield "batch_norm line", norm_finish.line_launch(partial, meta(c), meta(c), weight, count, True, False)[0]
+    yield "batch_norm image line", norm_finish.image_line_launch(meta(2, 7, 64, c), meta(64), weight, count, True)[0]
+    parts = (meta(11, 384, 288), meta(11, 384), meta(11, 192, 384), meta(2048, 192))
+    yield "sums", triton_sums.finish_launch(*((meta(*part.shape[1:], dtype=dtype), part) for part in parts))
     yield "batch_norm affine", norms.affine_launch(x, x, meta(c), meta(c), rows)
 
 

@@ -55,7 +55,7 @@ class PreNorm(Contract):
         wide, affine = accumulation(around), case.kind != "no affine"
         x, residual = (image(randn(*case.shape, seed=i) + 2 - i, around, device, case.layout) for i in (0, 1))
         var, mean = (randn(c).square(), randn(c, seed=1)) if case.kind == "frozen" else statistics(x, by_image)
-        weight, bias = (randn(c, seed=i).to(device, wide) if affine else None for i in (3, 4))
+        weight, bias = (randn(c, seed=i).to(device, around) if affine else None for i in (3, 4))
         path = torch.full((n, 1, 1, 1), 1.25, dtype=around, device=device)
         path[-1:] = 0
         return {
@@ -118,9 +118,10 @@ class PreNorm(Contract):
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
         around, inside = case.types
-        kept = {"normal": inside, "d_branch": inside, "d_x": around, "sum": around}
-        errors = self.solve(case, tensors)[1]
-        return errors | {name: errors[name] + stored(exact[name], kept[name], backend) for name in kept}
+        kept = dict.fromkeys(("normal", "d_branch"), inside)
+        kept |= dict.fromkeys(("d_x", "sum", "d_weight", "d_bias"), around)
+        errors = {name: error for name, error in self.solve(case, tensors)[1].items() if name in exact}
+        return {name: off + stored(exact[name].abs() + off, kept[name], backend) for name, off in errors.items()}
 
 
 class Statistics(Contract):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,22 @@ def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
     return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
 
 
-def update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Running statistics after a batch of ``count`` values per channel with this mean and biased variance."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    # momentum=None: the cumulative average of all batches; their number stays on its device.
-    momentum = norm.num_batches_tracked.double().reciprocal() if norm.momentum is None else norm.momentum
-    batch_norm.update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)
+class Batch(NamedTuple):
+    """What a norm saw: so many values per channel with this mean and biased variance."""
+
+    norm: nn.Module
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+def update(*batches: Batch) -> None:
+    """Running statistics of those that are BatchNorms in training and keep them."""
+    together: dict[Any, list[batch_norm.Move]] = {}
+    for i, (norm, *seen) in enumerate(batches):
+        if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
+            turn = sum(other.norm is norm for other in batches[:i]) if i else 0  # a module in two places moves twice
+            running: Any = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            together.setdefault((norm.momentum, turn), []).append(batch_norm.Move(*running, *seen))
+    for (momentum, _), moves in together.items():
+        batch_norm.update_running(moves, momentum)

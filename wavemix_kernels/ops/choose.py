@@ -141,7 +141,8 @@ def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, fe
 
     A CPU's library multiplies half types twice as fast as these kernels, which widen them, except for few channels,
     whose kernels save more passes over memory. In fp32 it wins between many channels and fewer than :data:`NARROW`.
-    On a GPU nothing is measured: the library, ours by name only. (docs/develop/tuning.md, transposed convolution)
+    On a GPU, where nothing is measured, the library with BatchNorm's passes around it is predicted faster: ours by name
+    only. (docs/develop/tuning.md, transposed convolution)
 
     Args:
         few: products of channels up to which the CPU has kernels of their own.

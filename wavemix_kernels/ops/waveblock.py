@@ -45,6 +45,16 @@ class Level(NamedTuple):
 
 
 _FIELDS = len(Level._fields)
+_STATISTICS = len(batch_norm.Statistics._fields)
+
+
+class _Options(NamedTuple):
+    levels: int
+    dropout: tuple[float, ...]
+    eps: tuple[float, ...]
+    kind: str
+    residual: bool
+    backend: str
 
 
 class _Parts(NamedTuple):
@@ -88,9 +98,8 @@ def waveblock(
         residual: add x to the output, in the pass that normalises.
     """
     flat = [t for level in levels for t in level]
-    out, *stats = _Waveblock.apply(
-        len(levels), tuple(dropout), tuple(eps), kind, recompute, residual, backend, x, weight, bias, seeds, *flat
-    )
+    options = _Options(len(levels), tuple(dropout), tuple(eps), kind, residual, backend)
+    out, *stats = _Waveblock.apply(options, recompute, x, weight, bias, seeds, *flat)
     return out, list(zip(stats[::2], stats[1::2], strict=True))
 
 
@@ -114,141 +123,154 @@ def _mlp_arguments(
     return z, second, scale, shift, level.w1, level.b1, level.w2, level.b2, p, seed
 
 
+def _affine(of: batch_norm.Statistics) -> batch_norm.Affine:
+    return batch_norm.Affine(of.scale, of.shift)
+
+
+def _forward(
+    options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
+) -> list[Tensor]:
+    """The output, what each level's upsampling gave, and its :class:`batch_norm.Statistics`."""
+    count, dropout, eps, kind, residual, backend = options
+    levels, part = _levels(flat), _Parts.of(backend)
+    zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
+    # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
+    ys: list[Tensor] = []
+    stats: list[batch_norm.Statistics] = []
+    second, second_affine = None, None
+    for i in range(count - 1, -1, -1):
+        level, z = levels[i], zs[-1]
+        zs = zs[:-1]
+        u = pointwise_mlp.fused(*_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp)
+        norm = level.bn_weight, level.bn_bias
+        if level.mean is not None and level.invstd is not None:
+            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+            affine = batch_norm.affine(level.mean, level.invstd, *norm)
+            of = batch_norm.Statistics(level.mean, level.mean, level.invstd, *affine)
+        elif kind == "deconv":
+            assert level.up_weight is not None
+            second, of = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, eps[i], part.upsample)
+        else:
+            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+            of = batch_norm.stats(second, *norm, eps[i], part.norm)
+        ys = [second, *ys]
+        del z, u
+        stats = [of, *stats]
+        second_affine = _affine(of)
+    assert second_affine is not None
+    out = torch.ops.wavemix_kernels.batch_norm_apply(
+        ys[0],
+        *second_affine,
+        x if residual else None,
+        layout.is_channels_last(x),
+        part.norm,
+    )
+    return [out, *ys, *(t for of in stats for t in of)]
+
+
+def _backward(
+    options: _Options, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
+    *rest: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, the outputs of the upsamplings where
+    they were kept, and the statistics."""
+    count, dropout, _, kind, residual, backend = options
+    flat, rest, of = rest[: count * _FIELDS], rest[count * _FIELDS : -count * _STATISTICS], rest[-count * _STATISTICS :]
+    ys = list(rest)
+    levels, part = _levels(flat), _Parts.of(backend)
+    norms = [batch_norm.Statistics(*of[i : i + _STATISTICS]) for i in range(0, len(of), _STATISTICS)]
+    before = flops.counted()
+    zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
+    us: list[Tensor] = []
+    if not ys:
+        for i in range(count - 1, -1, -1):
+            second, second_affine = (ys[0], _affine(norms[i + 1])) if ys else (None, None)
+            arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
+            us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
+            ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
+    flops.forget_since(before)
+
+    # A batch's mean takes the bias before it away; given statistics pass BatchNorm's gradient on.
+    taken = [level.up_bias for level in levels if level.mean is None and level.up_bias is not None]
+    sizes = [t.numel() for t in taken]
+    zeros = list(taken[0].new_zeros(sum(sizes)).split(sizes)) if taken else []
+    flat_grads: list[Any] = []
+    z_grads: list[Tensor] = []
+    upper: Tensor | None = grad
+    for i, level in enumerate(levels):
+        assert upper is not None
+        z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
+        batch_stats, norm = level.mean is None, norms[i]
+        second, second_affine = (ys[0], _affine(norms[i + 1])) if ys else (None, None)
+        arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
+        u, us = us[0] if us else None, us[1:]
+        dweight: Tensor | None
+        if kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper):
+            # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
+            # gradients.
+            before = flops.counted()
+            u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
+            flops.forget_since(before)
+            du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
+                upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
+                part.upsample,
+            )  # fmt: skip
+            del u, y
+            mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
+        else:
+            dy, dbn_weight, dbn_bias = batch_norm.backward(
+                upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, True, part.norm
+            )
+            del y
+            du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
+            mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
+            dweight = upsample.backward_weight(
+                kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
+            )
+            del dy, u
+        dbias = None
+        if level.up_bias is not None and batch_stats:
+            dbias, *zeros = zeros
+        elif level.up_bias is not None:
+            dbias = (dbn_bias * norm.scale).to(level.up_bias.dtype)
+        del du, arguments
+        z_grads = [*z_grads, mlp.x]
+        upper = mlp.second
+        flat_grads = [
+            *flat_grads,
+            mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
+            None if level.bn_weight is None else dbn_weight,
+            None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
+            None, None,
+        ]  # fmt: skip
+    dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, grad if residual else None, part.reduce)
+    dw = layout.like_weight(dw, weight)
+    return [dx, dw, db, None, *flat_grads]
+
+
 class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, count: int, dropout: tuple[float, ...], eps: tuple[float, ...], kind: str, recompute: str,
-        residual: bool, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
-        *flat: Tensor | None,
+        ctx: Any, options: _Options, recompute: str, x: Tensor, weight: Tensor, bias: Tensor | None,
+        seeds: Tensor | None, *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        levels, part = _levels(flat), _Parts.of(backend)
-        zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
-        # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
-        ys: list[Tensor] = []
-        stats: list[tuple[Tensor, Tensor, Tensor]] = []
-        second, second_affine = None, None
-        for i in range(count - 1, -1, -1):
-            level, z = levels[i], zs[-1]
-            zs = zs[:-1]
-            u = pointwise_mlp.fused(
-                *_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp
-            )
-            frozen = level.mean is not None and level.invstd is not None
-            if kind == "deconv" and not frozen:
-                assert level.up_weight is not None
-                second, mean, var = deconv.with_stats(u, level.up_weight, level.up_bias, part.upsample)
-            else:
-                second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
-            ys = [second, *ys]
-            del z, u
-            if frozen:
-                mean, invstd = cast(Tensor, level.mean), cast(Tensor, level.invstd)
-                var = mean
-            else:
-                if kind != "deconv":
-                    mean, var = torch.ops.wavemix_kernels.batch_norm_stats(second, part.norm)
-                invstd = torch.rsqrt(var + eps[i])
-            stats = [(mean, var, invstd), *stats]
-            second_affine = batch_norm.affine(mean, invstd, level.bn_weight, level.bn_bias)
-        assert second_affine is not None
-        out = torch.ops.wavemix_kernels.batch_norm_apply(
-            ys[0],
-            second_affine.scale,
-            second_affine.shift,
-            x if residual else None,
-            layout.is_channels_last(x),
-            part.norm,
-        )
-        ctx.options = count, dropout, kind, recompute, residual, backend
-        ctx.save_for_backward(
-            x,
-            weight,
-            bias,
-            seeds,
-            *flat,
-            *(ys if recompute == "mlp" else []),
-            *(s[0] for s in stats),
-            *(s[2] for s in stats),
-        )
-        batch = [t.detach().clone() if levels[i].mean is not None else t for i, s in enumerate(stats) for t in s[:2]]
+        if not torch.compiler.is_compiling():  # which does not know it
+            ctx.set_materialize_grads(False)  # of statistics
+        out, *rest = _forward(options, x, weight, bias, seeds, *flat)
+        ys, of = rest[: options.levels], rest[options.levels :]
+        ctx.options = options
+        ctx.save_for_backward(x, weight, bias, seeds, *flat, *(ys if recompute == "mlp" else []), *of)
+        # The mean and the variance of each level's batch. Given ones belong to the caller.
+        given = flat[Level._fields.index("mean") :: _FIELDS]
+        batch = [t for i in range(0, len(of), _STATISTICS) for t in of[i : i + 2]]
+        if any(mean is not None for mean in given):
+            batch = [t if given[i // 2] is None else t.detach().clone() for i, t in enumerate(batch)]
         ctx.mark_non_differentiable(*batch)
         return (out, *batch)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        count, dropout, kind, recompute, residual, backend = ctx.options
-        x, weight, bias, seeds, *rest = ctx.saved_tensors
-        flat, rest = rest[: count * _FIELDS], rest[count * _FIELDS :]
-        levels, part = _levels(flat), _Parts.of(backend)
-        means, invstds = rest[-2 * count : -count], rest[-count:]
-        affines = [
-            batch_norm.affine(m, s, level.bn_weight, level.bn_bias)
-            for m, s, level in zip(means, invstds, levels, strict=True)
-        ]
-        before = flops.counted()
-        zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
-        us: list[Tensor] = []
-        if recompute == "mlp":
-            ys = list(rest[:count])
-        else:
-            ys = []
-            for i in range(count - 1, -1, -1):
-                second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
-                arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
-                us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
-                ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
-        flops.forget_since(before)
-
-        flat_grads: list[Any] = []
-        z_grads: list[Tensor] = []
-        upper: Tensor | None = grad
-        for i, level in enumerate(levels):
-            assert upper is not None
-            z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
-            batch_stats = level.mean is None
-            second, second_affine = (ys[0], affines[i + 1]) if ys else (None, None)
-            arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
-            u, us = us[0] if us else None, us[1:]
-            dweight: Tensor | None
-            if kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper):
-                # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
-                # gradients.
-                before = flops.counted()
-                u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
-                flops.forget_since(before)
-                du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
-                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
-                    part.upsample,
-                )  # fmt: skip
-                del u, y
-                mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
-            else:
-                dy, dbn_weight, dbn_bias = batch_norm.backward(
-                    upper, y, means[i], invstds[i], level.bn_weight, batch_stats, True, part.norm
-                )
-                del y
-                du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
-                mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
-                dweight = upsample.backward_weight(
-                    kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
-                )
-                del dy, u
-            # A batch's mean takes the bias before it away; given statistics pass BatchNorm's gradient on.
-            dbias = None
-            if level.up_bias is not None:
-                dbias = dbn_bias.new_zeros(dbn_bias.shape) if batch_stats else dbn_bias * affines[i].scale
-                dbias = dbias.to(level.up_bias.dtype)
-            del du, arguments
-            z_grads = [*z_grads, mlp.x]
-            upper = mlp.second
-            flat_grads = [
-                *flat_grads,
-                mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
-                None if level.bn_weight is None else dbn_weight.to(level.bn_weight.dtype),
-                None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
-                None, None,
-            ]  # fmt: skip
-        dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, grad if residual else None, part.reduce)
-        dw = layout.like_weight(dw, weight)
-        return (None, None, None, None, None, None, None, dx, dw, db, None, *flat_grads)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, *_backward(ctx.options, grad, *ctx.saved_tensors)

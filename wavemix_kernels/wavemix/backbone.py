@@ -64,7 +64,7 @@ class Backbone(nn.Module):
     def features(self, img: Tensor) -> Tensor:
         """Images through the stem and all blocks, each with its residual: (N, final_dim, h, w).
 
-        In channels_last where fused blocks run on a CPU, whatever the images are in, else in their memory format.
+        In channels_last where fused blocks run, whatever the images are in, else in their memory format.
 
         Raises:
             TypeError, ValueError: as :meth:`check_image`.
@@ -77,15 +77,15 @@ class Backbone(nn.Module):
         self.check_image(img)
         kinds = (FusedWaveblock, InferenceWaveblock)
         fused = [isinstance(block, kinds) and block.why_not_joined() is None for block in self.layers]
-        # The blocks work channels_last inside: one conversion saves two in every block. Without gradient it comes
-        # before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way; with gradient
-        # they take 1.0 to 1.7 times as long as in the images' own order, by the library's gradients of their weights.
-        to_last = all(fused) and img.device.type == "cpu"
+        # The blocks work channels_last inside: one conversion saves two in every block. It comes before the stem, whose
+        # convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way on a CPU, and are a GPU library's own.
+        # With gradient a CPU takes 1.0 to 1.7 times as long as in the images' order, by the library's gradients of
+        # their weights: there it comes behind.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
-        if to_last and not learns:
+        if all(fused) and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
         x = self._stem(img) if all(fused) and learns else self.conv(img)
-        if to_last:
+        if all(fused):
             x = x.contiguous(memory_format=torch.channels_last)
         for block, plain in zip(self.layers, fused, strict=True):
             x = block(x, residual=True) if plain else block(x) + x

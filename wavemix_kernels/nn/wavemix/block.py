@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import frozen, update, why_not_plain
+from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
@@ -107,9 +107,9 @@ class FusedWaveblock(Waveblock):
             residual=residual and cast_x is x,
             backend=backend,
         )
-        for i, (norm, (mean, var)) in enumerate(zip(norms, stats, strict=True)):
-            if norm.training and norm.track_running_stats:
-                update(norm, mean, var, (x.shape[0] * x.shape[2] * x.shape[3]) >> (2 * i))
+        if any(norm.training for norm in norms):
+            pixels = x.shape[0] * x.shape[2] * x.shape[3]
+            update(*(Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)))
         return x + out if residual and cast_x is not x else out
 
     def why_not_joined(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import why_not_plain
+from wavemix_kernels.nn.parts import Batch, update, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
@@ -88,7 +88,7 @@ class FusedWaveBlock(WaveBlock):
         like_x, *weights = checks.autocast(x[:0], *mixer.weights())
         checks.check_same_dtype("x", like_x, "the weights", weights[0])
         out, mean, var = channel_mlp.branch(x, norm, kind, channel_mlp.Weights(*weights), self._path(x), backend)
-        pre_norm.update(self.norm2, x, mean, var)
+        update(Batch(self.norm2, mean, var, x.shape[0] * x.shape[2] * x.shape[3]))
         return out
 
     def fuse_for_inference(self) -> InferenceWaveBlock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from wavemix_kernels.nn.parts import update as _update_running
 from wavemix_kernels.nn.parts import why_not_plain
 from wavemix_kernels.ops.norm import pre_norm
 
@@ -32,9 +31,3 @@ def read(norm: nn.Module, x: Tensor) -> tuple[pre_norm.Norm, pre_norm.Kind]:
     frozen = not norm.training and norm.running_mean is not None and norm.running_var is not None
     given = (norm.running_mean, norm.running_var) if frozen else (None, None)
     return pre_norm.Norm(norm.weight, norm.bias, *given), pre_norm.Kind(norm.eps, False)
-
-
-def update(norm: nn.Module, x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Running statistics, where the norm keeps them."""
-    if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
-        _update_running(norm, mean, var, x.shape[0] * x.shape[2] * x.shape[3])

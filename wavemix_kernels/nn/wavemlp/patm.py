@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import frozen, why_not_plain
+from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp, why_not_dropping, why_not_mlp
@@ -83,10 +83,8 @@ class FusedPATM(PATM):
             cast_x if norm is None else x, weights, norm_h, norm_w, eps=(phase_norms[0].eps, phase_norms[1].eps),
             recompute=self.recompute, backend=backend, norm=read, kind=kind, path=path,
         )  # fmt: skip
-        for phase_norm, statistics in zip(phase_norms, (out.norm_h, out.norm_w), strict=True):
-            pre_norm.update(phase_norm, x, *statistics)
-        if norm is not None:
-            pre_norm.update(norm, x, *out.norm)
+        seen = [*zip(phase_norms, (out.norm_h, out.norm_w), strict=True), *([] if norm is None else [(norm, out.norm)])]
+        update(*(Batch(of, mean, var, count) for of, (mean, var) in seen))
         return out.image
 
     def weights(self) -> Weights:

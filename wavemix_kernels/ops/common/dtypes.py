@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic happens in fp32 for the half types; each output is rounded once."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cast_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each tensor in its dtype, below autograd; on a GPU those that change are copied in one launch."""
+    if any(t.device.type == "cuda" for t in tensors):
+        return _copied_together(tensors, dtypes)
+    return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _copied_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    pairs = zip(tensors, dtypes, strict=True)
+    made = [t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t, dtype in pairs]
+    changed = [(new, t) for new, t in zip(made, tensors, strict=True) if new is not t]
+    if changed:
+        torch._foreach_copy_([new for new, _ in changed], [t for _, t in changed])
+    return made

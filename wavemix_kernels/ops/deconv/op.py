@@ -30,7 +30,10 @@ _library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> T
 _library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
 # The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
 # normalised output's.
-_library.define("deconv_stats(Tensor u, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "deconv_stats(Tensor u, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _library.define(
     "deconv_norm_backward(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
     "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -103,6 +106,18 @@ def _cpu_forward(
     return y
 
 
+#: The BatchNorm's weight, bias and eps.
+Parameters = tuple[Tensor | None, Tensor | None, float]
+
+
+def _cpu_forward_stats(
+    u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
+) -> tuple[Tensor, batch_norm.Statistics]:
+    mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
+    y = _cpu_forward(u, weight, bias, (mean, var))
+    return y, batch_norm.from_moments(mean, var, *norm)
+
+
 def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     return _cpu_forward(u, weight, bias, None, residual)
 
@@ -154,14 +169,22 @@ def _cpu_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> t
 # --- Triton ----------------------------------------------------------------------------------------------
 
 
-def _triton_forward(
-    u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def _triton_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from wavemix_kernels.ops.deconv import triton as kernels
 
     u, y = layout.channels_inner(u), _empty_output(u, weight)
-    kernels.forward(y, u, weight, None if bias is None else bias.contiguous(), stats)
+    kernels.forward(y, u, weight, None if bias is None else bias.contiguous())
     return y
+
+
+def _triton_forward_stats(
+    u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
+) -> tuple[Tensor, batch_norm.Statistics]:
+    from wavemix_kernels.ops.deconv import triton as kernels
+
+    u, y = layout.channels_inner(u), _empty_output(u, weight)
+    stats = kernels.forward_stats(y, u, weight, None if bias is None else bias.contiguous(), *norm)
+    return y, batch_norm.Statistics(*stats)
 
 
 def _triton_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
@@ -219,6 +242,7 @@ BACKENDS: dict[str, backends.Backend] = {
         backends.triton_products_why_not,
         {
             "forward": _triton_forward,
+            "forward_stats": _triton_forward_stats,
             "backward_x": _triton_backward_x,
             "backward_weight": _triton_backward_weight,
             "norm_backward": _triton_norm_backward,
@@ -229,6 +253,7 @@ BACKENDS: dict[str, backends.Backend] = {
         {
             "forward": _cpu_forward,
             "forward_residual": _cpu_forward_residual,
+            "forward_stats": _cpu_forward_stats,
             "backward_x": _cpu_backward_x,
             "backward_weight": _cpu_backward_weight,
             "norm_backward": _cpu_norm_backward,
@@ -300,50 +325,48 @@ def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> l
     return chosen.functions["backward_weight"](grad, u, has_bias)
 
 
-def _stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(
+    u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     functions = _functions("deconv_stats", backend, u, weight)
-    if functions is BACKENDS["reference"].functions:
-        y = _reference_forward(u, weight, bias)
+    if "forward_stats" not in functions:
+        y = functions["forward"](u, weight, bias)
         norm = choose.for_part(backend, batch_norm.BACKENDS)
-        return y, *torch.ops.wavemix_kernels.batch_norm_stats(y, norm)
-    mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    return functions["forward"](u, weight, bias, (mean, var)), mean, var
+        return y, *batch_norm.stats(y, norm_weight, norm_bias, eps, norm)
+    y, stats = functions["forward_stats"](u, weight, bias, (*batch_norm.contiguous(norm_weight, norm_bias), eps))
+    return y, *stats.distinct()
 
 
 def _norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     norm, grad = choose.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
-    a, b, d, d_norm_weight, d_norm_bias = batch_norm.backward_line(
-        grad, y, mean, invstd, norm_weight, batch_stats, norm
-    )
-    line: Norm = (y, a.contiguous(), b, mean.to(a.dtype).contiguous(), d)
     functions = _functions("deconv_norm_backward", backend, grad, weight)
     if "norm_backward" in functions:
-        return *functions["norm_backward"](grad, u, weight, line), d_norm_weight, d_norm_bias
+        of = batch_norm.line(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
+        line: Norm = (y, of.a.contiguous(), of.b, mean.to(of.a.dtype).contiguous(), of.d)
+        return *functions["norm_backward"](grad, u, weight, line), of.weight, of.bias
     # The library's kernels take the gradient of y itself.
-    dy = layout.empty(y, y.shape, True)
-    run = choose.select("batch_norm_backward", batch_norm.BACKENDS, norm, grad, y).functions["backward"]
-    run(grad, y, line[1], b, d - b * line[3], dy)
-    gradients = backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0]
-    return *gradients, d_norm_weight, d_norm_bias
+    dy, *of_norm = batch_norm.backward(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
+    return backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0], *of_norm
 
 
 def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
     return u.new_empty(weight.shape[1], dtype=accumulate_dtype(u.dtype))
 
 
-def _stats_fake(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_output(u, weight), _empty_statistics(u, weight), _empty_statistics(u, weight)
+def _stats_fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _empty_output(u, weight), *(_empty_statistics(u, weight) for _ in range(5))
 
 
 def _norm_backward_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d_norm_weight, d_norm_bias = _empty_statistics(y, weight), _empty_statistics(y, weight)
-    return _empty_input(grad, weight), weight.new_empty(weight.shape), d_norm_weight, d_norm_bias
+) -> tuple[Tensor, ...]:  # fmt: skip
+    of_norm = (torch.empty_like(_empty_statistics(y, weight) if norm_weight is None else norm_weight) for _ in range(2))
+    return _empty_input(grad, weight), weight.new_empty(weight.shape), *of_norm
 
 
 for _name, _implementation, _fake in (
@@ -374,9 +397,13 @@ def plus_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     return torch.ops.wavemix_kernels.deconv_residual(u, weight, bias, residual, backend)
 
 
-def with_stats(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, its mean and biased variance per channel."""
-    return torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, backend)
+def with_stats(
+    u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    backend: str,
+) -> tuple[Tensor, batch_norm.Statistics]:  # fmt: skip
+    """Output, and of it what :func:`wavemix_kernels.ops.norm.batch_norm.stats` gives for a BatchNorm's parameters."""
+    y, *stats = torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, norm_weight, norm_bias, eps, backend)
+    return y, batch_norm.Statistics(*stats)
 
 
 class NormGradients(NamedTuple):
@@ -436,13 +463,9 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     tensors = p(2, 40, 5, 7), p(40, 36, 4, 4), p(36), p(2, 36, 10, 14, phase=1), p(2, 36, 10, 14, phase=2)
     for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
         u, weight, bias, residual, grad = (t.to(dtype).to(where, wide) for t in tensors)
-        y, mean, var = with_stats(u, weight, bias, name)
-        norm = mean, torch.rsqrt(var + 1e-5), None, True
-        if "norm_backward" in BACKENDS[name].functions:
-            gradients: Sequence[Any] = norm_backward(grad, y, *norm, u, weight, name)
-        else:
-            dy, *of_norm = batch_norm.backward(grad, y, *norm, False, choose.for_part(name, batch_norm.BACKENDS))
-            gradients = backward_x(dy, weight, name), backward_weight(dy, u, False, name)[0], *of_norm
-        results.append([plus_residual(u, weight, bias, residual, name), y, mean, var, *gradients])
+        y, stats = with_stats(u, weight, bias, None, None, 1e-5, name)
+        norm = stats.mean, stats.invstd, None, True
+        gradients = norm_backward(grad, y, *norm, u, weight, name)
+        results.append([plus_residual(u, weight, bias, residual, name), y, *stats, *gradients])
     terms = 4 * 40 + 2 * 10 * 14  # of the convolution, and behind it of the statistics
     return selftest.largest(error, selftest.largest_error(*results)), selftest.rounding_bound(terms, dtype)

@@ -22,9 +22,9 @@ from wavemix_kernels.ops.common.chips import BY_WARPS, products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv.tiles import DeconvConfig, Kind, config_for, search_space, widths
-from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
+from wavemix_kernels.ops.norm import triton_finish as finish
 
-_GROUPS = 128  # of partial statistics, which batch_norm's combination takes
+_GROUPS = 128  # of partial statistics, which triton_finish takes
 
 
 @triton.jit
@@ -211,28 +211,29 @@ def merge_launch(partial: Tensor) -> tuple[Launch, Tensor]:
     return Launch(_merge_kernel, (triton.cdiv(channels, across), out.shape[1]), args, constants), out
 
 
-def forward(
-    y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, Tensor] | None,
-    config: DeconvConfig | None = None,
-) -> None:  # fmt: skip
-    """Writes conv_transpose2d(u, weight, bias, stride=2, padding=1) into y, and its batch statistics.
+def forward(y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, config: DeconvConfig | None = None) -> None:
+    """Writes conv_transpose2d(u, weight, bias, stride=2, padding=1) into y.
 
     Args:
         y: (N, O, 2H, 2W), u: (N, F, H, W), fp32, fp16 or bf16, channels contiguous, any other strides.
         weight: (F, O, 4, 4), bias: (O) contiguous or None, of the same dtype.
-        stats: None, or (mean, var), fp32 (O), for the mean and the biased variance of y's (rounded) values over N, 2H
-            and 2W; NaN where there are none.
         config: a tile other than :func:`config_for`'s.
 
     Raises:
         ValueError: an image has 2**30 pixels or more.
     """
-    launch, partial = forward_launch(y, u, weight, bias, stats is not None, config)
+    forward_launch(y, u, weight, bias, False, config)[0].run(u)
+
+
+def forward_stats(
+    y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    eps: float, config: DeconvConfig | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """:func:`forward`, and of y's (rounded) values what :func:`triton_finish.statistics_launch` makes for a BatchNorm
+    of these parameters; NaN where there are no values."""
+    launch, partial = forward_launch(y, u, weight, bias, True, config)
     launch.run(u)
-    if stats is None:
-        return
     if partial.shape[1] > _GROUPS:
         launch, partial = merge_launch(partial)
         launch.run(u)
-    launch, _ = batch_norm.combine_launch(partial)
-    launch._replace(args=(*stats, *launch.args[2:])).run(u)  # into the caller's tensors
+    return finish.statistics(partial, norm_weight, norm_bias, eps)

@@ -180,13 +180,17 @@ class _Branch(torch.autograd.Function):
         out = torch.ops.wavemix_kernels.channel_mlp(image, *weights, choose.for_part(backend, BACKENDS))
         del image
         ctx.kind, ctx.backend = kind, backend
+        if not torch.compiler.is_compiling():  # which does not know it
+            ctx.set_materialize_grads(False)  # of statistics
         ctx.save_for_backward(x, path, *flat, *stats)
         ctx.mark_non_differentiable(stats.mean, stats.var)
         return pre_norm.join(x, out, path, backend), stats.mean, stats.var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, path, *rest = ctx.saved_tensors
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)

@@ -5,6 +5,7 @@ Statistics are fp32 (fp64 for fp64). Source: Ioffe and Szegedy, arXiv:1502.03167
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,10 @@ from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 
 _library = Library()
-_library.define("batch_norm_stats(Tensor x, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "batch_norm_stats(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _library.define(
     "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) "
     "-> Tensor"
@@ -41,31 +45,119 @@ def affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | N
     return Affine(scale, shift if bias is None else shift + bias)
 
 
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float | Tensor,
-) -> None:
-    """Moves the running statistics towards a batch of ``count`` values per channel (``var`` biased) by ``momentum``, a
-    number or a tensor of one element on their device."""
+class Statistics(NamedTuple):
+    """Of a batch by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64)."""
+
+    mean: Tensor
+    var: Tensor  # biased
+    invstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def distinct(self) -> Statistics:
+        """As an operator's results: no tensor twice."""
+        return self._replace(scale=self.scale.clone()) if self.scale is self.invstd else self
+
+
+def from_moments(
+    mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0
+) -> Statistics:
+    invstd = torch.rsqrt(var + eps)
+    return Statistics(mean, var, invstd, *affine(mean, invstd, weight, bias))
+
+
+class Line(NamedTuple):
+    """The gradient of x from the output's, ``a grad + b x + d`` per channel, or with ``x - mean`` in x's place; and the
+    gradients of weight and bias, in the weight's dtype if there is one."""
+
+    a: Tensor
+    b: Tensor
+    d: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Move(NamedTuple):
+    """Running statistics, and the batch of so many values per channel that moves them; ``var`` is biased."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor  # seen so far
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+def update_running(moves: Sequence[Move], momentum: float | None) -> None:
+    """Moves the running statistics of different norms towards a batch by ``momentum``; None: towards the average of all
+    batches, whose number stays on its device."""
+    factors = [move.values / max(move.values - 1, 1) for move in moves]
     with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
-            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(batch.to(running.dtype), weight)
+        if momentum is not None and moves[0].mean.device.type == "cuda":
+            _update_together(moves, factors, momentum)
+            return
+        for move, factor in zip(moves, factors, strict=True):
+            move.batches.add_(1)
+            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * factor)):
+                average = move.batches.double().reciprocal().to(running.dtype) if momentum is None else momentum
+                running.lerp_(batch.to(running.dtype), average)
 
 
-# --- Backends: stats(x), apply(x, scale, shift, residual, out), reduce(grad, x, mean, invstd),
-#     backward(grad, x, a, b, d, out): out = a*grad + b*x + d -------------------------------------------------
+def _update_together(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+    """In three launches, and a fourth where the running statistics are of another dtype."""
+    torch._foreach_add_([move.batches for move in moves], 1)
+    running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
+    batch = [*(move.mean for move in moves), *torch._foreach_mul([move.var for move in moves], factors)]
+    if any(to.dtype != t.dtype for to, t in zip(running, batch, strict=True)):
+        wide, batch = batch, [torch.empty_like(t) for t in running]
+        torch._foreach_copy_(batch, wide)
+    torch._foreach_lerp_(running, batch, momentum)
+
+
+# --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
+#     apply(x, scale, shift, residual, out);
+#     line(grad, x, mean, invstd, weight, batch_stats, centred) -> Line, one pass over both images;
+#     backward(grad, x, a, b, d, out): out = a*grad + b*x + d. Small tensors are contiguous, weights of any dtype. ----
+
+_Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Sums = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _stats_by(moments: _Moments) -> Callable[..., Statistics]:
+    """``stats`` of a backend whose kernel gives mean and variance."""
+
+    def stats(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
+    ) -> Statistics:
+        made = from_moments(*moments(x), weight, bias, eps)
+        return made if out is None else Statistics(*torch.stack(made, out=out))
+
+    return stats
+
+
+def _line_by(sums: _Sums) -> Callable[..., Line]:
+    """``line`` of a backend whose kernel gives the sums of grad and of grad * xhat."""
+
+    def line(
+        grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool
+    ) -> Line:
+        sum_g, sum_gx = sums(grad, x, mean, invstd)
+        a = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        # With xhat = (x - mean) * invstd: dx = a * (grad - mean(grad) - xhat * mean(grad * xhat)).
+        count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
+        b = -a * invstd * sum_gx / count if batch_stats else torch.zeros_like(a)
+        d = -a * sum_g / count if batch_stats else torch.zeros_like(a)
+        dtype = a.dtype if weight is None else weight.dtype
+        return Line(a, b, d if centred else d - b * mean, sum_gx.to(dtype), sum_g.to(dtype))
+
+    return line
 
 
 def _core() -> Any:
     return _native.core
 
 
-def _cpu_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
     var = torch.empty_like(mean)
     _core().batch_norm_stats_cpu(
@@ -82,7 +174,7 @@ def _cpu_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
     )  # fmt: skip
 
 
-def _cpu_reduce(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     sum_g, sum_gx = torch.empty_like(mean), torch.empty_like(mean)
     a = _native.address
     _core().batch_norm_backward_reduce_cpu(
@@ -100,7 +192,7 @@ def _cpu_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out:
     )  # fmt: skip
 
 
-def _reference_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def _reference_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
     return mean, var
 
@@ -114,7 +206,7 @@ def _reference_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor |
     out.copy_(value if residual is None else value + residual)
 
 
-def _reference_reduce(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _reference_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     wide = grad.to(mean.dtype)
     return wide.sum((0, 2, 3)), (wide * ((x - _channels(mean)) * _channels(invstd))).sum((0, 2, 3))
 
@@ -123,10 +215,10 @@ def _reference_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor
     out.copy_(grad * _channels(a) + x * _channels(b) + _channels(d))
 
 
-def _triton_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_stats(*arguments: Any) -> Statistics:
     from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
-    return kernels.stats(x)
+    return Statistics(*kernels.stats(*arguments))
 
 
 def _triton_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor) -> None:
@@ -135,10 +227,10 @@ def _triton_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | No
     kernels.affine(out, x, scale, shift, residual)
 
 
-def _triton_reduce(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_line(*arguments: Any) -> Line:
     from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
-    return kernels.reduce(grad, x, mean, invstd)
+    return Line(*kernels.line(*arguments))
 
 
 def _triton_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor) -> None:
@@ -150,18 +242,23 @@ def _triton_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, o
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
         backends.triton_why_not,
-        {"stats": _triton_stats, "apply": _triton_apply, "reduce": _triton_reduce, "backward": _triton_backward},
+        {"stats": _triton_stats, "apply": _triton_apply, "line": _triton_line, "backward": _triton_backward},
     ),
     "cpu": backends.Backend(
         backends.cpu_why_not,
-        {"stats": _cpu_stats, "apply": _cpu_apply, "reduce": _cpu_reduce, "backward": _cpu_backward},
+        {
+            "stats": _stats_by(_cpu_moments),
+            "apply": _cpu_apply,
+            "line": _line_by(_cpu_sums),
+            "backward": _cpu_backward,
+        },
     ),
     "reference": backends.Backend(
         backends.reference_why_not,
         {
-            "stats": _reference_stats,
+            "stats": _stats_by(_reference_moments),
             "apply": _reference_apply,
-            "reduce": _reference_reduce,
+            "line": _line_by(_reference_sums),
             "backward": _reference_backward,
         },
     ),
@@ -171,8 +268,10 @@ BACKENDS: dict[str, backends.Backend] = {
 # --- The operators ---------------------------------------------------------------------------------------
 
 
-def _stats(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return choose.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"](x)
+def _stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Statistics:
+    run = choose.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"]
+    made: Statistics = run(x, *contiguous(weight, bias), eps)
+    return made.distinct()
 
 
 def _apply(
@@ -185,33 +284,32 @@ def _apply(
     return out
 
 
-def backward_line(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The line that makes the gradient of x from the output's, ``a grad + b (x - mean) + d`` per channel: a, b, d; then
-    the gradients of weight and bias. One pass over both images, below autograd."""
-    chosen = choose.select("batch_norm_backward", BACKENDS, backend, grad, x)
+def contiguous(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in parameters)
+
+
+def line(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool,
+    backend: str,
+) -> Line:  # fmt: skip
+    """One pass over both images, below autograd; ``batch_stats``: the statistics depended on x, ``centred``: the line
+    is of ``x - mean``."""
+    run = choose.select("batch_norm_backward", BACKENDS, backend, grad, x).functions["line"]
     wide = accumulate_dtype(x.dtype)
-    mean, invstd = mean.to(wide).contiguous(), invstd.to(wide).contiguous()
-    sum_g, sum_gx = chosen.functions["reduce"](grad, x, mean, invstd)
-    a = invstd if weight is None else invstd * weight.to(wide)
-    # With xhat = (x - mean) * invstd: dx = a * (grad - mean(grad) - xhat * mean(grad * xhat)), a plane per channel.
-    count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
-    b = -a * invstd * sum_gx / count if batch_stats else torch.zeros_like(a)
-    d = -a * sum_g / count if batch_stats else torch.zeros_like(a)
-    return a, b, d, sum_gx, sum_g
+    small = mean.to(wide).contiguous(), invstd.to(wide).contiguous(), *contiguous(weight)
+    made: Line = run(grad, x, *small, batch_stats, centred)
+    return made
 
 
 def _backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
     channels_last: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = choose.select("batch_norm_backward", BACKENDS, backend, grad, x)
-    a, b, offset, sum_gx, sum_g = backward_line(grad, x, mean, invstd, weight, batch_stats, backend)
-    d = offset - b * mean.to(b.dtype)
+    made = line(grad, x, mean, invstd, weight, batch_stats, False, backend)
     out = layout.empty(x, x.shape, channels_last)
-    chosen.functions["backward"](grad, x, a.contiguous(), b, d, out)
-    return out, sum_gx, sum_g
+    run = choose.select("batch_norm_backward", BACKENDS, backend, grad, x).functions["backward"]
+    run(grad, x, made.a.contiguous(), made.b, made.d, out)
+    return out, made.weight, made.bias
 
 
 def _channel_fake(x: Tensor) -> Tensor:
@@ -219,15 +317,14 @@ def _channel_fake(x: Tensor) -> Tensor:
 
 
 for _name, _implementation, _fake in (
-    ("batch_norm_stats", _stats, lambda x, backend: (_channel_fake(x), _channel_fake(x))),
+    ("batch_norm_stats", _stats, lambda x, w, b, eps, k: tuple(_channel_fake(x) for _ in range(5))),
     ("batch_norm_apply", _apply, lambda x, a, b, r, channels_last, k: layout.empty(x, x.shape, channels_last)),
     (
         "batch_norm_backward",
         _backward_op,
         lambda g, x, m, i, w, s, channels_last, k: (
             layout.empty(x, x.shape, channels_last),
-            _channel_fake(x),
-            _channel_fake(x),
+            *(_channel_fake(x) if w is None else w.new_empty(x.shape[1]) for _ in range(2)),
         ),
     ),
 ):
@@ -235,11 +332,17 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"wavemix_kernels::{_name}", _fake, lib=_library)
 
 
+def stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Statistics:
+    """The batch's; eps is added to the variance, weight and bias (C) go into the affine map."""
+    return Statistics(*torch.ops.wavemix_kernels.batch_norm_stats(x, weight, bias, eps, backend))
+
+
 def backward(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
     channels_last: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias; ``batch_stats``: the statistics depended on x."""
+    """Gradients of x, weight and bias, the last two in the weight's dtype; ``batch_stats``: the statistics depended on
+    x."""
     return torch.ops.wavemix_kernels.batch_norm_backward(
         grad, x, mean, invstd, weight, batch_stats, channels_last, backend
     )
@@ -251,8 +354,7 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     tensors = p(3, 8, 7, 5) + 2, p(3, 8, 7, 5, phase=1), p(3, 8, 7, 5, phase=2), p(8), p(8, phase=1)
     for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
         x, grad, residual, weight, bias = (t.to(dtype).to(where, wide) for t in tensors)
-        mean, var = ops.batch_norm_stats(x, name)
-        invstd = torch.rsqrt(var + 1e-5)
-        out = ops.batch_norm_apply(x, *affine(mean, invstd, weight, bias), residual, False, name)
-        results.append([mean, var, out, *backward(grad, x, mean, invstd, weight, True, False, name)])
+        of = stats(x, weight, bias, 1e-5, name)
+        out = ops.batch_norm_apply(x, of.scale, of.shift, residual, False, name)
+        results.append([*of, out, *backward(grad, x, of.mean, of.invstd, weight, True, False, name)])
     return selftest.largest_error(*results), selftest.rounding_bound(3 * 7 * 5, dtype)

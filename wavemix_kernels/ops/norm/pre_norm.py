@@ -7,6 +7,7 @@ the branch is added. What is normalised is never kept, being an affine map of x,
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,14 @@ class Statistics(NamedTuple):
     invstd: Tensor
 
 
-# --- Backends: stats(x, by_image); apply(x, mean, invstd, weight, bias, by_image, out);
+# --- Backends: stats(x, by_image, eps); apply(x, mean, invstd, weight, bias, by_image, out);
 #     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias;
-#     join(x, branch, path, out). Small tensors are contiguous, in the statistics' dtype. ------------------------
+#     join(x, branch, path, out). Small tensors are contiguous; Triton takes weight, bias and path in any dtype, the
+#     others in the statistics'. ---------------------------------------------------------------------------------
+
+
+def _small(t: Tensor | None, like: Tensor) -> Any:
+    return None if t is None else t.to(accumulate_dtype(like.dtype)).contiguous()
 
 
 def _images_as_channels(x: Tensor) -> Tensor:
@@ -67,8 +73,9 @@ def _images_as_channels(x: Tensor) -> Tensor:
     return x.permute(order).reshape(1, x.shape[0], 1, -1) if x.numel() else x.new_empty((1, x.shape[0], 1, 0))
 
 
-def _kernel_stats(name: str, x: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
-    return batch_norm.BACKENDS[name].functions["stats"](_images_as_channels(x) if by_image else x)
+def _kernel_stats(name: str, x: Tensor, by_image: bool, eps: float) -> Statistics:
+    run = batch_norm.BACKENDS[name].functions["stats"]
+    return Statistics(*run(_images_as_channels(x) if by_image else x, None, None, eps)[:3])
 
 
 def _cpu_why_not(*tensors: Tensor) -> str | None:
@@ -94,6 +101,7 @@ def _cpu_apply(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool, out: Tensor
 ) -> None:
     core: Any = _native.core
+    weight, bias = _small(weight, x), _small(bias, x)
     core.pre_norm_apply_cpu(
         _cpu_types(x, out), x.shape, by_image, _cpu_norm(mean, invstd, weight, bias), _native.address(x),
         _native.address(out), torch.get_num_threads(),
@@ -106,17 +114,17 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     core: Any = _native.core
     d_weight, d_bias = (mean.new_empty(x.shape[1]) for _ in range(2))
-    a = _native.address
+    a, dtype, weight = _native.address, mean.dtype if weight is None else weight.dtype, _small(weight, x)
     core.pre_norm_backward_cpu(
         _cpu_types(x, grad), x.shape, by_image, _cpu_norm(mean, invstd, weight, None), own, a(grad), a(x), a(around),
         a(out), d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return d_weight, d_bias
+    return d_weight.to(dtype), d_bias.to(dtype)
 
 
 def _cpu_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> None:
     core: Any = _native.core
-    a = _native.address
+    a, path = _native.address, _small(path, x)
     core.pre_norm_join_cpu(
         _cpu_types(x, branch), x.shape, a(x), a(branch), 0 if path is None else path.data_ptr(), a(out),
         torch.get_num_threads(),
@@ -146,10 +154,10 @@ def _triton_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) ->
     kernels.join(out, x, branch, path)
 
 
-def _reference_stats(x: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
+def _reference_stats(x: Tensor, by_image: bool, eps: float) -> Statistics:
     axes = (1, 2, 3) if by_image else (0, 2, 3)
     var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), axes, correction=0)
-    return mean, var
+    return Statistics(mean, var, torch.rsqrt(var + eps))
 
 
 def _standardised(x: Tensor, mean: Tensor, invstd: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,8 @@ def _reference_backward(
         axes = (1, 2, 3) if by_image else (0, 2, 3)
         g = g - g.mean(axes, keepdim=True) - value * (g * value).mean(axes, keepdim=True)
     out.copy_(g * invstd + around)
-    return d_weight, d_bias
+    dtype = d_weight.dtype if weight is None else weight.dtype
+    return d_weight.to(dtype), d_bias.to(dtype)
 
 
 def _reference_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> None:
@@ -191,7 +200,7 @@ BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
         backends.triton_why_not,
         {
-            "stats": lambda x, by_image: _kernel_stats("triton", x, by_image),
+            "stats": functools.partial(_kernel_stats, "triton"),
             "apply": _triton_apply,
             "backward": _triton_backward,
             "join": _triton_join,
@@ -200,7 +209,7 @@ BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
         _cpu_why_not,
         {
-            "stats": lambda x, by_image: _kernel_stats("cpu", x, by_image),
+            "stats": functools.partial(_kernel_stats, "cpu"),
             "apply": _cpu_apply,
             "backward": _cpu_backward,
             "join": _cpu_join,
@@ -221,10 +230,6 @@ BACKENDS: dict[str, backends.Backend] = {
 # --- The operators ---------------------------------------------------------------------------------------
 
 
-def _small(t: Tensor | None, like: Tensor) -> Any:
-    return None if t is None else t.to(accumulate_dtype(like.dtype)).contiguous()
-
-
 def _like_x(x: Tensor) -> Tensor:
     return layout.empty(x, x.shape, layout.is_channels_last(x))
 
@@ -233,9 +238,9 @@ def _branch_image(x: Tensor, dtype: torch.dtype) -> Tensor:
     return layout.empty(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), x.shape, True)
 
 
-def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image)
-    return mean, var, torch.rsqrt(var + eps)
+def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> Statistics:
+    made: Statistics = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image, eps)
+    return made
 
 
 def _apply(
@@ -244,24 +249,24 @@ def _apply(
 ) -> Tensor:  # fmt: skip
     out = _branch_image(x, dtype)
     run = choose.select("pre_norm_apply", BACKENDS, backend, x, out).functions["apply"]
-    run(x, *(_small(t, x) for t in (mean, invstd, weight, bias)), by_image, out)
+    run(x, _small(mean, x), _small(invstd, x), *batch_norm.contiguous(weight, bias), by_image, out)
     return out
 
 
 def _backward(
     grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, by_image: bool,
     own: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     out = _like_x(x)
     run = choose.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
-    d_weight, d_bias = run(grad, x, around, *(_small(t, x) for t in (mean, invstd, weight)), by_image, own, out)
-    return out, d_weight, d_bias
+    small = _small(mean, x), _small(invstd, x), *batch_norm.contiguous(weight)
+    return out, *run(grad, x, around, *small, by_image, own, out)
 
 
 def _join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str) -> Tensor:
     out = _like_x(x)
     run = choose.select("pre_norm_join", BACKENDS, backend, x, branch).functions["join"]
-    run(x, branch, None if path is None else _small(path.flatten(), x), out)
+    run(x, branch, None if path is None else path.flatten(), out)
     return out
 
 
@@ -279,7 +284,10 @@ for _name, _implementation, _fake in (
     (
         "pre_norm_backward",
         _backward,
-        lambda g, x, a, m, i, w, by_image, own, k: (_like_x(x), _small_fake(x, False), _small_fake(x, False)),
+        lambda g, x, a, m, i, w, by_image, own, k: (
+            _like_x(x),
+            *(_small_fake(x, False) if w is None else w.new_empty(x.shape[1]) for _ in range(2)),
+        ),
     ),
     ("pre_norm_join", _join, lambda x, b, p, k: _like_x(x)),
 ):

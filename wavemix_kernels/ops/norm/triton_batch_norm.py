@@ -22,9 +22,10 @@ from wavemix_kernels import _native
 from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
+from wavemix_kernels.ops.norm import triton_finish as finish
 
 _PROGRAMS = 4  # for each multiprocessor, to hide the latency of a pass over memory
-_MAX_SPLITS = 128  # partial sums of a channel, which one warp adds up
+_MAX_SPLITS = 128  # partial sums of a channel, which one warp adds up (triton_finish)
 
 
 @dataclass(frozen=True)
@@ -127,28 +128,6 @@ def _stats_kernel(
     tl.store(partial_count + at, count, mask=in_channels)
 
 
-@triton.jit
-def _combine_kernel(
-    mean, var, partial_mean, partial_m2, partial_count, channels, splits, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """One batch's mean and biased variance from those of its splits."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    split = tl.arange(0, SPLITS)
-    at = split[:, None] * channels + channel[None, :]
-    mask = (split < splits)[:, None] & (channel < channels)[None, :]
-    count = tl.load(partial_count + at, mask=mask, other=0.0)
-    part = tl.load(partial_mean + at, mask=mask, other=0.0)
-    m2 = tl.load(partial_m2 + at, mask=mask, other=0.0)
-    total = tl.where(channel < channels, tl.sum(count, 0), 1)
-    # Deviations from the first split's mean, which is close to all the others': their sum rounds little.
-    near = tl.sum(tl.where((split == 0)[:, None], part, 0.0), 0)
-    delta = tl.where(count > 0, part - near[None, :], 0.0)
-    shift = tl.sum(delta * count, 0) / total
-    rest = delta - shift[None, :]
-    tl.store(mean + channel, near + shift, mask=channel < channels)
-    tl.store(var + channel, tl.sum(m2 + rest * rest * count, 0) / total, mask=channel < channels)
-
-
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _reduce_kernel(
     partial_g, partial_gx, grad, x, mean, invstd, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
@@ -245,23 +224,15 @@ def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, T
     return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
 
 
-def combine_launch(partial: Tensor) -> tuple[Launch, Tensor]:
-    """A launch and the (2, C) mean and biased variance it fills."""
-    _, splits, channels = partial.shape
-    out = partial.new_empty((2, channels))
-    across = 4
-    args = (*out.unbind(0), *partial.unbind(0), channels, splits)
-    constants = {"SPLITS": pow2_at_least(splits), "CHANNELS": across, "num_warps": 1, "enable_fp_fusion": True}
-    return Launch(_combine_kernel, (triton.cdiv(channels, across),), args, constants), out
-
-
-def stats(x: Tensor, config: NormConfig | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of x (N, C, H, W), in fp32 (fp64 for fp64)."""
+def stats(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W), in fp32 (fp64 for
+    fp64); see :func:`triton_finish.statistics_launch`."""
     launch, partial = stats_launch(x, config)
     launch.run(x)
-    launch, out = combine_launch(partial)
-    launch.run(x)
-    return out[0], out[1]
+    return finish.statistics(partial, weight, bias, eps, out)
 
 
 def reduce_launch(
@@ -274,14 +245,15 @@ def reduce_launch(
     return Launch(_reduce_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
 
 
-def reduce(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums of grad and of grad * (x - mean) * invstd over each channel, in the dtype of `mean`."""
+def line(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """a, b and d of the line that makes the gradient of x, and the gradients of weight and bias; see
+    :func:`triton_finish.line_launch`."""
     launch, partial = reduce_launch(grad, x, mean, invstd, config)
     launch.run(x)
-    sum_g, sum_gx = partial.sum(1).unbind(0)
-    return sum_g, sum_gx
+    return finish.line(partial, mean, invstd, weight, x[:, :1].numel(), batch_stats, centred)
 
 
 def affine_launch(

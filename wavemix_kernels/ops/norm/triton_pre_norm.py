@@ -18,8 +18,11 @@ from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops import tuned
+from wavemix_kernels.ops.common import triton_sums
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.norm import triton_batch_norm as batch_norm
+from wavemix_kernels.ops.norm import triton_finish as finish
 from wavemix_kernels.ops.norm.triton_batch_norm import NormConfig, _offsets, config_for, search_space
 
 _PROGRAMS = 4  # for each multiprocessor
@@ -27,13 +30,15 @@ _PROGRAMS = 4  # for each multiprocessor
 
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _map_kernel(
-    out, u, v, w, center, scale, shift, rise, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels,
+    out, u, v, w, center, scale, shift, rise, weight, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels,
     center_n, center_c, scale_n, scale_c, shift_n, shift_c, rise_n, rise_c,
     out_n: tl.int64, out_1: tl.int64, out_0: tl.int64, out_p, out_c,
     u_n: tl.int64, u_1: tl.int64, u_0: tl.int64, u_p, u_c,
     v_n: tl.int64, v_1: tl.int64, v_0: tl.int64, v_p, v_c,
     w_n: tl.int64, w_1: tl.int64, w_0: tl.int64, w_p, w_c,
     HAS_NORM: tl.constexpr,  # center and shift
+    HAS_SCALE: tl.constexpr,
+    WEIGHT: tl.constexpr,  # by channel, of any dtype: "none"; a factor of "scale"; of "rise"
     HAS_V: tl.constexpr, HAS_W: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """A tile of one image. `tiles`: of each image."""
@@ -48,13 +53,20 @@ def _map_kernel(
     value = tl.load(u + image * u_n + at, mask=mask, other=0.0).to(REAL)
     if HAS_NORM:
         value -= tl.load(center + image * center_n + channel * center_c, mask=known, other=0.0)[None, :]
-    value *= tl.load(scale + image * scale_n + channel * scale_c, mask=known, other=0.0)[None, :]
+    if HAS_SCALE:
+        factor = tl.load(scale + image * scale_n + channel * scale_c, mask=known, other=0.0).to(REAL)
+        if WEIGHT == "scale":
+            factor *= tl.load(weight + channel, mask=known, other=0.0).to(REAL)
+        value *= factor[None, :]
     if HAS_NORM:
-        value += tl.load(shift + image * shift_n + channel * shift_c, mask=known, other=0.0)[None, :]
+        value += tl.load(shift + image * shift_n + channel * shift_c, mask=known, other=0.0).to(REAL)[None, :]
     if HAS_V:
         at, valid = _offsets(tile, run, outer0, (v_1, v_0, v_p, v_c), channel.to(tl.int64), POSITIONS)
         term = tl.load(v + image * v_n + at, mask=mask, other=0.0).to(REAL)
-        value += term * tl.load(rise + image * rise_n + channel * rise_c, mask=known, other=0.0)[None, :]
+        factor = tl.load(rise + image * rise_n + channel * rise_c, mask=known, other=0.0)
+        if WEIGHT == "rise":
+            factor *= tl.load(weight + channel, mask=known, other=0.0).to(REAL)
+        value += term * factor[None, :]
     if HAS_W:
         at, valid = _offsets(tile, run, outer0, (w_1, w_0, w_p, w_c), channel.to(tl.int64), POSITIONS)
         value += tl.load(w + image * w_n + at, mask=mask, other=0.0).to(REAL)
@@ -139,19 +151,26 @@ class Parameter(NamedTuple):
 
 
 def map_launch(
-    out: Tensor, u: Tensor, scale: Parameter, norm: tuple[Parameter, Parameter] | None = None,
-    v: tuple[Tensor, Parameter] | None = None, w: Tensor | None = None, config: NormConfig | None = None,
+    out: Tensor, u: Tensor, scale: Parameter | None, norm: tuple[Parameter, Parameter] | None = None,
+    v: tuple[Tensor, Parameter] | None = None, w: Tensor | None = None, weight: tuple[str, Tensor] | None = None,
+    config: NormConfig | None = None,
 ) -> Launch:  # fmt: skip
-    """``out = (u - center) scale + shift + v rise + w``; ``norm``: center and shift, ``v``: with its rise."""
+    """``out = (u - center) scale + shift + v rise + w``; ``norm``: center and shift, ``v``: with its rise, ``weight``:
+    "scale" or "rise", and a factor of it by channel. Small tensors are of any dtype; a rise is of the arithmetic's."""
     images = [out, u, u if v is None else v[0], u if w is None else w]
-    plan = _plan(images, scale.values.dtype, config)
-    center, shift = norm or (scale, scale)
-    parameters = (center, scale, shift, scale if v is None else v[1])
+    plan = _plan(images, accumulate_dtype(u.dtype), config)
+    absent = Parameter(u)  # stands for what is not there, and is never read
+    center, shift = norm or (absent, absent)
+    parameters = (center, scale or absent, shift, absent if v is None else v[1])
+    which, factor = weight or ("none", u)
     args = (
-        *images, *(p.values for p in parameters), *plan.scalars, *(s for p in parameters for s in _strides(*p)),
+        *images, *(p.values for p in parameters), factor, *plan.scalars, *(s for p in parameters for s in _strides(*p)),
         *plan.strides,
     )  # fmt: skip
-    constants = {**plan.constants, "HAS_NORM": norm is not None, "HAS_V": v is not None, "HAS_W": w is not None}
+    constants = {
+        **plan.constants, "HAS_NORM": norm is not None, "HAS_SCALE": scale is not None, "WEIGHT": which,
+        "HAS_V": v is not None, "HAS_W": w is not None,
+    }  # fmt: skip
     return Launch(_map_kernel, (plan.blocks * plan.tiles * out.shape[0],), args, constants)
 
 
@@ -170,44 +189,36 @@ def image_sums_launch(
 def apply(
     out: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool
 ) -> None:
-    """``(x - mean) * invstd * weight + bias``; mean and invstd (N) or (C), weight and bias (C)."""
-    scale = Parameter(invstd, by_image)
-    if weight is not None:
-        scale = Parameter(invstd[:, None] * weight) if by_image else Parameter(invstd * weight)
+    """``(x - mean) * invstd * weight + bias``; mean and invstd (N) or (C), weight and bias (C) of any dtype."""
     shift = Parameter(mean.new_zeros(x.shape[1]) if bias is None else bias)
-    map_launch(out, x, scale, (Parameter(mean, by_image), shift)).run(x)
+    factor = None if weight is None else ("scale", weight)
+    map_launch(out, x, Parameter(invstd, by_image), (Parameter(mean, by_image), shift), weight=factor).run(x)
 
 
 def backward(
     out: Tensor, grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None,
     by_image: bool, own: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the gradient of x plus ``around``; returns those of weight and bias. ``own``: statistics are x's."""
-    n, c, h, w = x.shape
-    if by_image:
-        launch, partial = image_sums_launch(grad, x, mean, invstd)
-        launch.run(x)
-        sum_g, sum_gx = partial.sum(1).unbind(0)
-        d_weight, d_bias = sum_gx.sum(0), sum_g.sum(0)
-        if weight is not None:
-            sum_g, sum_gx = sum_g * weight, sum_gx * weight
-        sum_g, sum_gx = sum_g.sum(1), sum_gx.sum(1)
-        rise = Parameter(invstd, True) if weight is None else Parameter(invstd[:, None] * weight)
-    else:
-        d_bias, d_weight = batch_norm.reduce(grad, x, mean, invstd)
-        sum_g, sum_gx = (t if weight is None else t * weight for t in (d_bias, d_weight))
-        rise = Parameter(invstd if weight is None else invstd * weight)
+    """Writes the gradient of x plus ``around``; returns those of weight and bias, in the weight's dtype if there is
+    one. ``own``: statistics are x's."""
+    if not by_image:
+        a, b, d, d_weight, d_bias = batch_norm.line(grad, x, mean, invstd, weight, own, True)
+        map_launch(out, x, Parameter(b), (Parameter(mean), Parameter(d)), (grad, Parameter(a)), around).run(x)
+        return d_weight, d_bias
+    launch, partial = image_sums_launch(grad, x, mean, invstd)
+    launch.run(x)
+    dtype = partial.dtype if weight is None else weight.dtype
+    d_weight, d_bias = torch.empty((2, x.shape[1]), dtype=dtype, device=x.device).unbind(0)
+    by_channel = partial.flatten(1, 2)
+    triton_sums.finish((d_bias, by_channel[0]), (d_weight, by_channel[1]))
     # With xhat = (x - mean) * invstd and g = weight * grad, over the values that share statistics:
     # dx = invstd * (g - mean(g) - xhat * mean(g * xhat)).
-    share = 1 / max((c if by_image else n) * h * w, 1) if own else 0.0
-    scale, shift = invstd.square() * sum_gx * -share, invstd * sum_g * -share
-    norm = Parameter(mean, by_image), Parameter(shift, by_image)
-    map_launch(out, x, Parameter(scale, by_image), norm, (grad, rise), around).run(x)
+    scale, shift = finish.image_line(partial, invstd, weight, x[:1].numel(), own)
+    norm, factor = (Parameter(mean, True), Parameter(shift, True)), None if weight is None else ("rise", weight)
+    map_launch(out, x, Parameter(scale, True), norm, (grad, Parameter(invstd, True)), around, factor).run(x)
     return d_weight, d_bias
 
 
 def join(out: Tensor, x: Tensor, branch: Tensor, path: Tensor | None) -> None:
-    """``x + path * branch``, path (N)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = Parameter(torch.ones(x.shape[1], dtype=wide, device=x.device) if path is None else path, path is not None)
-    map_launch(out, branch, scale, w=x).run(x)
+    """``x + path * branch``, path (N) of any dtype."""
+    map_launch(out, branch, None if path is None else Parameter(path, True), w=x).run(x)

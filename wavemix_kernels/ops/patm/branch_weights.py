@@ -36,7 +36,7 @@ def backward(d_by_branch: Tensor, made: BranchWeights, w: Weights) -> tuple[Tens
     """Gradients of mean, and of fc1, fc1_bias, fc2, fc2_bias, from that of :meth:`BranchWeights.by_branch`."""
     d_a = d_by_branch.permute(1, 2, 0)
     wide = d_a.dtype
-    d_logits = (made.a * (d_a - (made.a * d_a).sum(2, keepdim=True))).flatten(1)
+    d_logits = torch.ops.aten._softmax_backward_data(d_a, made.a, 2, wide).flatten(1)
     d_pre = torch.ops.aten.gelu_backward(d_logits @ w.fc2.flatten(1).to(wide), made.pre)
     grads = [d_pre.t() @ made.mean, d_pre.sum(0), d_logits.t() @ made.hidden, d_logits.sum(0)]
     tensors = (w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)

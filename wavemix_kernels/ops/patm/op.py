@@ -39,11 +39,11 @@ from torch import Tensor
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import flops, layout, products
 from wavemix_kernels.ops.common.autograd import again
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole
-from wavemix_kernels.ops.patm.weights import COUNT, Affine, Arguments, PhaseNorm, Weights, unflatten
+from wavemix_kernels.ops.patm.weights import COUNT, ON_IMAGES, Arguments, PhaseNorm, Weights, unflatten
 
 RECOMPUTE = ("amplitudes", "all")
 _NO_NORM = pre_norm.Norm(None, None, None, None)
@@ -114,8 +114,7 @@ class _Saved(NamedTuple):
     path: Tensor | None
     arguments: Arguments
     of_norm: pre_norm.Statistics
-    mean: Tensor  # of the thetas, (2, C), as invstd
-    invstd: Tensor
+    of_thetas: statistics.Statistics
     branch_mean: Tensor
     more: list[Tensor]  # by parts the thetas, or nothing; whole the image's moments, or nothing
 
@@ -126,23 +125,28 @@ def _save(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Keeps what :func:`_load` gives back; ``tensors`` are x, path and the flat arguments. Returns the outputs that
     are statistics."""
-    mean, var, invstd = of_thetas
+    mean, var = of_thetas[:2]
     of_norm = of_norm or pre_norm.Statistics(*(mean.new_empty(0) for _ in range(3)))
     ctx.options = options
-    ctx.save_for_backward(*tensors, *of_norm, mean, invstd, branch_mean, *more)
+    ctx.save_for_backward(*tensors, *of_norm, *of_thetas, branch_mean, *more)
     ctx.mark_non_differentiable(mean, var, of_norm.mean, of_norm.var)
+    if not torch.compiler.is_compiling():  # which does not know it
+        ctx.set_materialize_grads(False)  # of statistics
     return mean, var, of_norm.mean, of_norm.var
 
 
 def _load(ctx: Any) -> _Saved:
     x, path, *rest = ctx.saved_tensors
-    of_norm, rest_of_it = pre_norm.Statistics(*rest[COUNT : COUNT + 3]), rest[COUNT + 3 :]
-    mean, invstd, branch_mean, *more = rest_of_it
-    return _Saved(ctx.options, x, path, unflatten(rest[:COUNT]), of_norm, mean, invstd, branch_mean, more)
+    of_norm, of_thetas = (
+        pre_norm.Statistics(*rest[COUNT : COUNT + 3]),
+        statistics.Statistics(*rest[COUNT + 3 : COUNT + 8]),
+    )
+    branch_mean, *more = rest[COUNT + 8 :]
+    return _Saved(ctx.options, x, path, unflatten(rest[:COUNT]), of_norm, of_thetas, branch_mean, more)
 
 
 def _returned(
-    saved: _Saved, grad: Tensor, d_image: Tensor | None, d: Mapping[str, Tensor | None], sums: Tensor, maps: Affine
+    saved: _Saved, grad: Tensor, d_image: Tensor | None, d: Mapping[str, Tensor | None], sums: Tensor
 ) -> tuple[Any, ...]:
     """Gradients in the order of the functions' arguments: ``d`` by the names of :class:`Weights`, without the thetas'
     biases, and in their parameters' strides. ``grad`` is that of the output."""
@@ -155,7 +159,10 @@ def _returned(
         d_norm = pre_norm.Norm(d_weight, d_bias, None, None)
     elif d_image is not None and not layout.is_channels_last(x):
         d_image = layout.laid_out(d_image, False)
-    biases, d_norms = statistics.gradients(arguments, sums, saved.mean, saved.invstd, maps)
+    biases, d_norms = statistics.gradients(arguments, sums, saved.of_thetas)
+    small = {name: t for name, t in list(arguments.weights._asdict().items())[ON_IMAGES:] if t is not None}
+    given: Any = [d[name] for name in small]
+    d = {**d, **dict(zip(small, cast_together(given, [t.dtype for t in small.values()]), strict=True))}
     d_weights = Weights(**d, theta_h_bias=biases[0], theta_w_bias=biases[1])  # type: ignore[arg-type]
     gradients = Arguments(d_norm, d_weights, d_norms[0], d_norms[1]).flat()
     like = zip(gradients, arguments.flat(), strict=True)
@@ -169,7 +176,7 @@ class _ByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
         arguments, of_norm = unflatten(flat), None
-        w = arguments.weights
+        w = arguments.weights.in_arithmetic(accumulate_dtype(arguments.weights.z_h.dtype))
         if options.kind is not None:
             of_norm = pre_norm.statistics(x, arguments.norm, options.kind, options.backend)
         image = _image(x, arguments, options, of_norm)
@@ -177,7 +184,7 @@ class _ByParts(torch.autograd.Function):
         thetas = _thetas(image, arguments)
         del image
         of_thetas = statistics.of_thetas(arguments.norms(), thetas, options.eps, options.backend)
-        maps = statistics.affine(arguments.norms(), of_thetas.mean, of_thetas.invstd)
+        maps = of_thetas.maps()
         h, v, s = phases.fused(
             z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, options.part(phases.BACKENDS)
         )  # fmt: skip
@@ -196,16 +203,18 @@ class _ByParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, around: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, around: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if around is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved = _load(ctx)
-        options, x, path, arguments, of_norm, mean, invstd, branch_mean, thetas = saved
-        w, channels = arguments.weights, x.shape[1]
+        options, x, path, arguments, of_norm, of_thetas, branch_mean, thetas = saved
+        w, channels = arguments.weights.in_arithmetic(of_thetas.mean.dtype), x.shape[1]
         image = _image(again(x), arguments, options, of_norm)
         grad = pre_norm.join_backward(around, path, image, options.backend)
         before = flops.counted()
         z_h, z_w, z_c = _amplitudes(image, w)
         thetas = thetas or _thetas(image, arguments)
-        maps = statistics.affine(arguments.norms(), mean, invstd)
+        maps = of_thetas.maps()
         part = options.part(phases.BACKENDS)
         h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
         weighing = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
@@ -223,7 +232,7 @@ class _ByParts(torch.autograd.Function):
         by_batch, depthwise = arguments.by_batch(), arguments.depthwise()
         out = phases.backward(
             d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *thetas, *maps, w.taps_h, w.taps_w,
-            mean if by_batch else None, invstd if by_batch else None, not depthwise, part,
+            *((of_thetas.mean, of_thetas.invstd) if by_batch else (None, None)), not depthwise, part,
         )  # fmt: skip
         del z_h, z_w, z_c, d_mixed
         d["taps_h"], d["taps_w"] = out.taps_h, out.taps_w
@@ -245,7 +254,7 @@ class _ByParts(torch.autograd.Function):
         del image
         biases = w.z_h_bias, w.z_w_bias, w.z_c_bias
         d["z_h_bias"], d["z_w_bias"], d["z_c_bias"] = _bias_gradients(out.images[0][:, : 3 * channels], biases)
-        return _returned(saved, around, d_image, d, out.sums, maps)
+        return _returned(saved, around, d_image, d, out.sums)
 
 
 def _image(x: Tensor, arguments: Arguments, options: Options, of_norm: pre_norm.Statistics | None) -> Tensor:
@@ -303,7 +312,7 @@ class _Whole(torch.autograd.Function):
         before = flops.counted()
         of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
         flops.forget_since(before)  # statistics, of which a counter counts none
-        maps = statistics.affine(arguments.norms(), of_thetas.mean, of_thetas.invstd)
+        maps = of_thetas.maps()
         path = None if path is None else path.flatten()
         out, branch_mean = whole.forward(image, path, options.kind is not None, arguments.weights, maps, "cpu")
         if not layout.is_channels_last(x):
@@ -312,14 +321,16 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved = _load(ctx)
-        options, x, path, arguments, of_norm, mean, invstd, branch_mean, moments = saved
+        options, x, path, arguments, of_norm, of_thetas, branch_mean, moments = saved
         image = _mapped(layout.channels_inner(again(x)), arguments.norm, options, of_norm)
-        maps = statistics.affine(arguments.norms(), mean, invstd)
-        batch = whole.Batch(mean, invstd, *moments) if moments else None
+        maps = of_thetas.maps()
+        batch = whole.Batch(of_thetas.mean, of_thetas.invstd, *moments) if moments else None
         out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, "cpu")
-        return _returned(saved, grad, out.image, out.weights, out.sums, maps)
+        return _returned(saved, grad, out.image, out.weights, out.sums)
 
 
 def _whole_image(

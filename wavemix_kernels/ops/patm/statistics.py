@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.patm.weights import Affine, Arguments, PhaseNorm, Weights
 
@@ -18,35 +19,70 @@ Moments = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Statistics(NamedTuple):
-    """Statistics of theta_h and theta_w, (2, C) each; ``var`` means nothing for given ones."""
+    """Statistics of theta_h and theta_w, and the affine maps that normalise by them, (2, C) each; ``var`` means nothing
+    for given ones."""
 
     mean: Tensor
     var: Tensor
     invstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def maps(self) -> Affine:
+        return Affine(self.scale[0], self.shift[0], self.scale[1], self.shift[1])
 
 
-def _statistics(norms: Norms, moments: Moments, eps: tuple[float, float], dtype: torch.dtype) -> Statistics:
-    """Given ones, or ``moments(i)``, mean and biased variance over the batch."""
-    out: tuple[list[Tensor], ...] = ([], [], [])
+_library = Library()
+_library.define(
+    "phase_statistics(Tensor theta_h, Tensor theta_w, Tensor? weight_h, Tensor? bias_h, Tensor? weight_w, "
+    "Tensor? bias_w, float eps_h, float eps_w, str backend) -> Tensor"
+)
+
+
+def _of_batch(
+    theta_h: Tensor, theta_w: Tensor, weight_h: Tensor | None, bias_h: Tensor | None, weight_w: Tensor | None,
+    bias_w: Tensor | None, eps_h: float, eps_w: float, backend: str,
+) -> Tensor:  # fmt: skip
+    out = _of_batch_fake(theta_h)
+    run = choose.select("batch_norm_stats", batch_norm.BACKENDS, backend, theta_h).functions["stats"]
+    for i, (theta, weight, bias, eps) in enumerate(
+        ((theta_h, weight_h, bias_h, eps_h), (theta_w, weight_w, bias_w, eps_w))
+    ):
+        run(theta, *batch_norm.contiguous(weight, bias), eps, out[:, i])
+    return out
+
+
+def _of_batch_fake(theta_h: Tensor, *_: Any) -> Tensor:
+    return theta_h.new_empty((len(Statistics._fields), 2, theta_h.shape[1]), dtype=accumulate_dtype(theta_h.dtype))
+
+
+_library.impl("phase_statistics", _of_batch, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::phase_statistics", _of_batch_fake, lib=_library)
+
+
+def _one_by_one(norms: Norms, moments: Moments, eps: tuple[float, float], dtype: torch.dtype) -> Statistics:
+    """Of given ones, or of ``moments(i)``, mean and biased variance over the batch."""
+    rows = []
     for i, norm in enumerate(norms):
         if norm.mean is None or norm.invstd is None:
             mean, var = moments(i)
             invstd = torch.rsqrt(var + eps[i])
         else:
             mean, var, invstd = norm.mean, norm.mean, norm.invstd
-        for values, value in zip(out, (mean, var, invstd), strict=True):
-            values.append(value.to(dtype))
-    return Statistics(torch.stack(out[0]), torch.stack(out[1]), torch.stack(out[2]))
+        mean, var, invstd = (t.to(dtype) for t in (mean, var, invstd))
+        rows.append((mean, var, invstd, *batch_norm.affine(mean, invstd, norm.weight, norm.bias)))
+    return Statistics(*(torch.stack(pair) for pair in zip(*rows, strict=True)))
 
 
 def of_thetas(norms: Norms, thetas: list[Tensor], eps: tuple[float, float], backend: str) -> Statistics:
-    part = choose.for_part(backend, batch_norm.BACKENDS)
-    return _statistics(
-        norms,
-        lambda i: torch.ops.wavemix_kernels.batch_norm_stats(thetas[i], part),
-        eps,
-        accumulate_dtype(thetas[0].dtype),
-    )
+    norm_h, norm_w = norms
+    if (given := norm_h.mean) is not None:
+        return _one_by_one(norms, lambda _: (given, given), eps, accumulate_dtype(thetas[0].dtype))
+    made = torch.ops.wavemix_kernels.phase_statistics(
+        *thetas, norm_h.weight, norm_h.bias, norm_w.weight, norm_w.bias, *eps,
+        choose.for_part(backend, batch_norm.BACKENDS),
+    )  # fmt: skip
+    return Statistics(*made.unbind(0))
 
 
 def of_moments(
@@ -60,12 +96,7 @@ def of_moments(
         mean = theta @ moments[0] if bias is None else torch.addmv(bias.double(), theta, moments[0])
         return mean, (theta @ moments[1] * theta).sum(1).clamp_min_(0.0)
 
-    return _statistics(norms, of_theta, eps, dtype)
-
-
-def affine(norms: Norms, mean: Tensor, invstd: Tensor) -> Affine:
-    (h, w), of = norms, batch_norm.affine
-    return Affine(*of(mean[0], invstd[0], h.weight, h.bias), *of(mean[1], invstd[1], w.weight, w.bias))
+    return _one_by_one(norms, of_theta, eps, dtype)
 
 
 def line_through(sums: Tensor, scale: Tensor, invstd: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -75,25 +106,29 @@ def line_through(sums: Tensor, scale: Tensor, invstd: Tensor, count: int) -> tup
         sums: (..., 2, C), over ``count`` pixels the sums of d and of ``d (theta - mean)``.
         scale, invstd: (..., C).
     """
-    rise = -scale * invstd.square() * sums[..., 1, :] / max(count, 1)
-    return rise, -scale * sums[..., 0, :] / max(count, 1)
+    offset, rise = ((scale * (-1 / max(count, 1)))[..., None, :] * sums).unbind(-2)
+    return rise * invstd.square(), offset
 
 
-def gradients(
-    arguments: Arguments, sums: Tensor, mean: Tensor, invstd: Tensor, maps: Affine
-) -> tuple[list[Tensor | None], list[PhaseNorm]]:
+def gradients(arguments: Arguments, sums: Tensor, of: Statistics) -> tuple[list[Tensor | None], list[PhaseNorm]]:
     """Gradients of the thetas' biases and of the BatchNorms, from the sums of d and ``d (theta - mean)`` (2, 2, C); the
     sums are about 0 where statistics are given."""
-    biases: list[Tensor | None] = []
-    norms: list[PhaseNorm] = []
-    of_thetas = (arguments.weights.theta_h_bias, maps.scale_h), (arguments.weights.theta_w_bias, maps.scale_w)
-    for i, (norm, (bias, scale)) in enumerate(zip(arguments.norms(), of_thetas, strict=True)):
-        d_pre, d_pre_theta = sums[i]
-        if not arguments.by_batch():
-            d_pre_theta = d_pre_theta - mean[i] * d_pre
+    d_pre, d_pre_theta = sums.unbind(1)
+    w, norms = arguments.weights, arguments.norms()
+    thetas = w.theta_h_bias, w.theta_w_bias
+    if arguments.by_batch():
         # Batch statistics take a constant out of theta again: its gradient is 0, not the rounding errors of a sum.
-        d_bias = torch.zeros_like(d_pre) if arguments.by_batch() else d_pre * scale
-        biases.append(None if bias is None else d_bias.to(bias.dtype))
-        d_weight = None if norm.weight is None else (d_pre_theta * invstd[i]).to(norm.weight.dtype)
-        norms.append(PhaseNorm(d_weight, None if norm.bias is None else d_pre.to(norm.bias.dtype), None, None))
-    return biases, norms
+        like = next((t for t in thetas if t is not None), d_pre)
+        d_thetas = _like(like.new_zeros(d_pre.shape), thetas)
+    else:
+        d_pre_theta = d_pre_theta - of.mean * d_pre
+        d_thetas = _like(d_pre * of.scale, thetas)
+    d_weights = _like(d_pre_theta * of.invstd, [norm.weight for norm in norms])
+    d_biases = _like(d_pre, [norm.bias for norm in norms])
+    return d_thetas, [PhaseNorm(*pair, None, None) for pair in zip(d_weights, d_biases, strict=True)]
+
+
+def _like(rows: Tensor, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Rows in the parameters' dtypes, None for missing ones."""
+    rows = next((rows.to(t.dtype) for t in parameters if t is not None), rows)  # mostly one dtype: one launch
+    return [None if t is None else row.to(t.dtype) for row, t in zip(rows.unbind(0), parameters, strict=True)]

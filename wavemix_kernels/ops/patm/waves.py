@@ -128,7 +128,7 @@ BranchBackward = Callable[[Branch, Cotangent, Tensor, Tensor, Tensor | None], tu
 def line(z: Tensor, sums: Tensor, scale: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Rise and offset of ``rise theta + offset``, which batch statistics add to theta's gradient."""
     rise, offset = line_through(sums, scale, batch.invstd, z.shape[0] * z.shape[2] * z.shape[3])
-    return rise, offset - rise * batch.mean
+    return rise, torch.addcmul(offset, rise, batch.mean, value=-1)
 
 
 def by_branch(one: BranchBackward, backend: str) -> Callable[..., Gradients]:

@@ -12,10 +12,12 @@ Upstream's names, which checkpoints keep, are read in :mod:`wavemix_kernels.nn.w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from wavemix_kernels.ops.common.dtypes import cast_together
 from wavemix_kernels.ops.norm import pre_norm
 
 
@@ -41,6 +43,11 @@ class Weights(NamedTuple):
     fc1_bias: Tensor
     fc2: Tensor
     fc2_bias: Tensor
+
+    def in_arithmetic(self, dtype: torch.dtype) -> Weights:
+        """With those that are not of convolutions on images in this dtype, below autograd."""
+        small: Any = self[ON_IMAGES:]
+        return Weights._make((*self[:ON_IMAGES], *cast_together(small, [dtype] * len(small))))
 
 
 #: The first so many of :class:`Weights` are of convolutions on images: in x's dtype, where the others are in any.

@@ -151,9 +151,9 @@ def _triton_backward(
     out = _backward_fake(grads, x, weight, add, has_bias)
     # A Waveblock's gradients come so from its MLP; copies of others are a third of x's size at most.
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
-    dw, db = kernels.backward(out[0], grads, x, weight[:, :, 0, 0].contiguous(), add, has_bias)
-    out[1][:, :, 0, 0] = dw
-    return [*out[:2], *([db.to(weight.dtype)] if has_bias else [])]
+    dx, dw, *db = out
+    kernels.backward(dx, dw, db[0] if db else None, grads, x, weight[:, :, 0, 0].contiguous(), add)
+    return out
 
 
 BACKENDS: dict[str, backends.Backend] = {

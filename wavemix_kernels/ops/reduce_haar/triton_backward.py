@@ -23,6 +23,7 @@ from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch
+from wavemix_kernels.ops.common.triton_sums import finish
 from wavemix_kernels.ops.haar.triton_quads import _butterfly
 from wavemix_kernels.ops.haar.triton_synthesis import _deinterleave
 from wavemix_kernels.ops.reduce_haar.tiles import ReduceConfig, backward_config_for, backward_search_space, why_invalid
@@ -262,22 +263,20 @@ def launch(
 
 
 def backward(
-    dx: Tensor, grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
+    dx: Tensor, dw: Tensor, db: Tensor | None, grads: Sequence[Tensor], x: Tensor, weight: Tensor, add: Tensor | None,
     config: ReduceConfig | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the gradient of x, plus ``add``, into ``dx``.
+) -> None:  # fmt: skip
+    """Writes the gradient of x, plus ``add``, into ``dx``, and those of weight and bias, summed in a fixed order.
 
     Args:
+        dw: of O C elements, contiguous, of any dtype; db: (O) likewise, or None.
         dx: (N, C, H, W), any strides; H and W multiples of 2^L. fp32, fp16 or bf16.
         grads: of Z_1 … Z_L, (N, 4O, H/2^l, W/2^l) each, dense in channels_last order.
         x: like ``dx``, any strides.
         weight: (O, C), contiguous.
         add: like ``dx``, any strides, or None.
         config: a tile other than :func:`backward_config_for`'s.
-
-    Returns:
-        Gradients of weight (O, C) and bias (O; of no elements without one) in fp32, summed in a fixed order.
     """
-    made, partial, bias = launch(dx, grads, x, weight, add, has_bias, config)
+    made, partial, bias = launch(dx, grads, x, weight, add, db is not None, config)
     made.run(x)
-    return partial.sum(0), bias.sum(0)
+    finish((dw, partial), *([] if db is None else [(db, bias)]))
