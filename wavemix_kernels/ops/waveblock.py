@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common import layout, plan
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
@@ -113,6 +113,7 @@ def _mlp_arguments(
     return z, second, scale, shift, level.w1, level.b1, level.w2, level.b2, p, seed
 
 
+@plan.function
 class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from wavemix_kernels.ops.common import plan
+
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Sequence[Any]]
 
@@ -59,6 +61,13 @@ def differentiable(
     op = getattr(getattr(torch.ops, library.ns), name).default
     after_autograd = torch._C._after_autograd_keyset
 
+    def below(keyset: Any, inputs: Sequence[Any]) -> Any:
+        """The operator below autograd: by the dispatcher, or past it where there is no keyset."""
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset is not None:
+                return op.redispatch(keyset & after_autograd, *inputs)
+            return plan.operators[name](*inputs)
+
     def spread_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out: list[Any] = []
         for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
@@ -71,8 +80,7 @@ def differentiable(
         @staticmethod
         def forward(ctx: FunctionCtx, keyset: Any, lengths: list[int], *flat: Any) -> Any:
             inputs = _unflatten(flat, lengths)
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op.redispatch(keyset & after_autograd, *inputs)
+            out = below(keyset, inputs)
             setup(ctx, inputs, out)
             ctx.lengths = lengths  # type: ignore[attr-defined]
             return _as_outputs(out)
@@ -100,14 +108,17 @@ def differentiable(
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
             out = Eager.apply(keyset, lengths, *flat)
             return list(out) if isinstance(out, tuple) else out
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & after_autograd, *args)
+        return below(keyset, args)
 
     library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if plan.unseen(args):
+            return autograd_kernel(None, *args)
         # grad, vjp and vmap of torch.func want an autograd.Function of their own kind around the operator.
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             flat, lengths = _flatten(args)
             out = Functional.apply(None, lengths, *flat)
             return list(out) if isinstance(out, tuple) else out

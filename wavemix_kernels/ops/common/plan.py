@@ -12,6 +12,7 @@ Calls on a CPU, calls that somebody watches (a dispatch mode, a tracer, a hook o
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from wavemix_kernels import _native, log
@@ -33,6 +35,7 @@ MOST = 4096
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
 
 
 def _on() -> bool:
@@ -57,6 +60,8 @@ class State:
 
 #: Implementations of this package's operators by name, as they are written.
 implementations: dict[str, Callable[..., Any]] = {}
+#: The same, as they are called.
+operators: dict[str, Callable[..., Any]] = {}
 _tables: list[dict[Any, Any]] = []
 _ONCE, _REFUSED = object(), object()
 
@@ -99,7 +104,79 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def operator(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """:func:`planned`, for the implementation of one of this package's operators: it may be a part of other plans."""
     implementations[name] = function
-    return planned(name, function)
+    operators[name] = planned(name, function)
+    return operators[name]
+
+
+def unseen(args: Any) -> bool:
+    """Whether nobody would notice that a call of an operator does not come from PyTorch's dispatcher: its tensors are
+    plain ones, and neither a mode, a transform, a tracer nor a profiler is at work."""
+    if _modes() or _transforms() or _tracing() is not None or _profiled():
+        return False
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or kind is int or kind is str or value is None:
+            continue
+        if isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and not unseen(value)):
+            return False
+    return True
+
+
+class _Context:
+    """Takes what a forward pass gives its context, and gives it to the backward pass."""
+
+    def __init__(self, saved: Any = (), needs: tuple[bool, ...] = (), attributes: Any = ()) -> None:
+        self.__dict__.update(attributes)
+        self.saved_tensors, self.needs_input_grad = saved, needs
+        self.marked: tuple[Tensor, ...] = ()
+        self.materialize = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self.marked = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+    def attributes(self) -> tuple[tuple[str, Any], ...]:
+        own = ("saved_tensors", "needs_input_grad", "marked", "materialize")
+        return tuple((name, value) for name, value in vars(self).items() if name not in own)
+
+
+def function(of: Any) -> Any:
+    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans."""
+    forward, backward = of.forward, inspect.unwrap(of.backward)
+
+    def forward_alone(*args: Any) -> Any:
+        context = _Context()
+        made = forward(context, *args)
+        return made, context.saved_tensors, context.marked, context.materialize, context.attributes()
+
+    def backward_alone(saved: Any, needs: Any, attributes: Any, grads: Any) -> Any:
+        return backward(_Context(saved, needs, attributes), *grads)
+
+    planned_forward = planned(f"{of.__name__}.forward", forward_alone)
+    planned_backward = planned(f"{of.__name__}.backward", backward_alone)
+
+    def forward_by_plan(ctx: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not State.on:
+            return forward(ctx, *args)
+        made, saved, marked, materialize, ctx.attributes = planned_forward(*args)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*marked)
+        ctx.set_materialize_grads(materialize)
+        return made
+
+    def backward_by_plan(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not hasattr(ctx, "attributes"):
+            return backward(ctx, *grads)
+        return planned_backward(ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes, grads)
+
+    of.forward = staticmethod(forward_by_plan)
+    of.backward = staticmethod(once_differentiable(backward_by_plan))
+    return of
 
 
 def _watched() -> bool:

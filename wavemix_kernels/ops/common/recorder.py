@@ -121,10 +121,12 @@ class Recorder(TorchDispatchMode):
             with _Again(self):
                 return self._implementation(func)(*args, **kwargs)
         name = func._schema.name.split("::")[1]
+        if any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            self.refuse("it differentiates")
         step = _Step("call", func, self._symbol(args), self._symbol(kwargs))
         result = func(*args, **kwargs)
         if func.namespace != "aten":
-            self._refuse(f"{func} is no operator of PyTorch")
+            self.refuse(f"{func} is no operator of PyTorch")
         view_of = None
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             step.kind, view_of = "view", next(t for t in args if isinstance(t, Tensor))
@@ -146,7 +148,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, (tuple, list)):
             return [self._made(one, view_of, func) for one in result]
         if result is not None:
-            self._refuse(f"{func} gives a number, which depends on values")
+            self.refuse(f"{func} gives a number, which depends on values")
         return None
 
     def address(self, tensor: Tensor) -> Address:
@@ -169,7 +171,7 @@ class Recorder(TorchDispatchMode):
         if caught is None:
             import triton
 
-            self._refuse(f"Triton {triton.__version__} launches kernels in a way that plans do not know")
+            self.refuse(f"Triton {triton.__version__} launches kernels in a way that plans do not know")
             return
         grid, rest = caught[:3], self._pointers(caught[9:])
         args = (*grid, _STREAM, caught[4], caught[5], None, None, None, *rest)
@@ -195,7 +197,7 @@ class Recorder(TorchDispatchMode):
     def _slot(self, tensor: Tensor) -> Slot:
         found = self._alive.get(id(tensor))
         if found is None:
-            self._refuse(f"a tensor {tuple(tensor.shape)} comes from outside")
+            self.refuse(f"a tensor {tuple(tensor.shape)} comes from outside")
             return self._add(tensor)
         return found[0]
 
@@ -213,7 +215,7 @@ class Recorder(TorchDispatchMode):
             return _Made(type(value), parts) if hasattr(value, "_fields") else tuple(parts)
         return value
 
-    def _refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> None:
         self.refused = self.refused or reason
 
     def compiled(self, result: Any) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, products, selftest
+from wavemix_kernels.ops.common import layout, plan, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -164,6 +164,7 @@ fused = differentiable(_library, "channel_mlp", _setup, _backward, once=True)
 # --- The residual branch ---------------------------------------------------------------------------------
 
 
+@plan.function
 class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops import choose, tuned
-from wavemix_kernels.ops.common import layout, products
+from wavemix_kernels.ops.common import layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.norm import pre_norm
@@ -164,6 +164,7 @@ def _returned(
 # --- By parts -------------------------------------------------------------------------------------------------
 
 
+@plan.function
 class _ByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
