@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from wavemix_kernels import _native, log
 from wavemix_kernels.ops.common import precision, triton_launch
-from wavemix_kernels.ops.common.recorder import Recorder
+from wavemix_kernels.ops.common.recorder import OTHERWISE, Recorder
 
 VARIABLE = "WAVEMIX_KERNELS_PLANS"
 #: Plans that are kept; then they are made anew.
@@ -62,7 +62,8 @@ class State:
 implementations: dict[str, Callable[..., Any]] = {}
 #: The same, as they are called.
 operators: dict[str, Callable[..., Any]] = {}
-_tables: list[dict[Any, Any]] = []
+#: Plans by what they are of, then by the kind of call.
+tables: dict[str, dict[Any, Any]] = {}
 _ONCE, _REFUSED = object(), object()
 
 
@@ -72,8 +73,7 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: of tensors, None, numbers and words, also in lists and tuples. It runs without autograd.
     """
-    table: dict[Any, Any] = {}
-    _tables.append(table)
+    table = tables.setdefault(name, {})
 
     def run(*args: Any) -> Any:
         if not State.on or torch.compiler.is_compiling() or _watched():
@@ -95,8 +95,13 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return plan(_native.stream(device), *tensors)
-        return plan(_native.stream(device), *tensors)
+                result = plan(_native.stream(device), *tensors)
+        else:
+            result = plan(_native.stream(device), *tensors)
+        if result is OTHERWISE:
+            del table[key]
+            return function(*args)
+        return result
 
     return run
 
@@ -235,7 +240,7 @@ def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[
         result = function(*_replaced(args, fresh))
     plan: Any = _REFUSED
     if recorder.refused is None:
-        if sum(map(len, _tables)) > MOST:
+        if sum(map(len, tables.values())) > MOST:
             forget()
         plan = recorder.compiled(result)
     else:
@@ -267,7 +272,7 @@ def _like(value: Any, parts: list[Any]) -> Any:
 
 def forget() -> None:
     """Drops all plans, since something that they depend on has changed."""
-    for table in _tables:
+    for table in tables.values():
         table.clear()
 
 

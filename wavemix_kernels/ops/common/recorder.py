@@ -71,6 +71,8 @@ class _Made(NamedTuple):
 
 
 _STREAM = object()
+#: What a plan gives back where PyTorch does not as it did.
+OTHERWISE = object()
 
 
 @dataclass
@@ -80,6 +82,7 @@ class _Step:
     args: Any
     kwargs: dict[str, Any]
     out: Any = None
+    owner: Any = None  # of what it calls, as long as the plan lives
 
 
 class Recorder(TorchDispatchMode):
@@ -167,15 +170,14 @@ class Recorder(TorchDispatchMode):
 
     def launched_compiled(self, kernel: Any, again: Callable[[], Any]) -> None:
         """A kernel that Triton has compiled was launched; ``again`` does it once more."""
-        caught = _arguments_of_launcher(kernel, again)
-        if caught is None:
+        with _spying:
+            launcher, args = _launcher(kernel, again)
+        if launcher is None:
             import triton
 
             self.refuse(f"Triton {triton.__version__} launches kernels in a way that plans do not know")
             return
-        grid, rest = caught[:3], self._pointers(caught[9:])
-        args = (*grid, _STREAM, caught[4], caught[5], None, None, None, *rest)
-        self._steps.append(_Step("call", kernel.run, args, {}))
+        self._steps.append(_Step("call", launcher, (*args[:3], _STREAM, *self._pointers(args[4:])), {}, owner=kernel))
 
     def _pointers(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -239,31 +241,45 @@ class _Again:
 _spying = threading.Lock()
 
 
-def _arguments_of_launcher(kernel: Any, again: Callable[[], Any]) -> tuple[Any, ...] | None:
-    """What Triton hands to the launcher of a compiled kernel: grid, stream, function, packed metadata, metadata, two
-    hooks, arguments; None where it is otherwise. Nothing is launched."""
-    name = "_run" if "_run" in vars(kernel) else "run"
-    thread, caught = threading.get_ident(), list[tuple[Any, ...]]()
-    with _spying:
-        real = vars(kernel).get(name)
-        if not callable(real):
-            return None
+def _launcher(kernel: Any, again: Callable[[], Any]) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
+    """What launches a kernel that Triton has compiled, as deep in Triton as it can be called, and its arguments: the
+    grid, the stream, and others. None where Triton is made otherwise. Nothing is launched."""
+    caught = _caught(kernel, "_run" if "_run" in vars(kernel) else "run", again)
+    # Grid, stream, function, packed metadata, metadata for hooks, two hooks, arguments.
+    if caught is None or len(caught) < 9 or caught[4] != kernel.function or not _is_launch(caught):
+        return None, ()
+    args = (*caught[:6], None, None, None, *caught[9:])
+    launcher = kernel.run
+    # Memory for the kernel itself is allocated on the way.
+    if getattr(launcher, "global_scratch_size", 1) or getattr(launcher, "profile_scratch_size", 0):
+        return launcher, args
+    inner = _caught(launcher, "launch", lambda: launcher(*args))
+    return (launcher.launch, inner) if inner is not None and inner[:5] == args[:5] else (launcher, args)
 
-        def spy(*args: Any) -> None:
-            if threading.get_ident() == thread:
-                caught.append(args)
-            else:
-                real(*args)
 
-        setattr(kernel, name, spy)
-        try:
-            again()
-        finally:
-            setattr(kernel, name, real)
-    if len(caught) != 1 or len(caught[0]) < 9:
+def _is_launch(args: tuple[Any, ...]) -> bool:
+    return all(type(number) is int for number in args[:4])
+
+
+def _caught(holder: Any, name: str, call: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """The arguments that ``call`` gives to a function that ``holder`` has, without a call of it; None for none."""
+    real = vars(holder).get(name)
+    if not callable(real):
         return None
-    numbers, function = caught[0][:4], caught[0][4]
-    return caught[0] if all(type(n) is int for n in numbers) and function == kernel.function else None
+    thread, caught = threading.get_ident(), list[tuple[Any, ...]]()
+
+    def spy(*args: Any) -> None:
+        if threading.get_ident() == thread:
+            caught.append(args)
+        else:
+            real(*args)
+
+    setattr(holder, name, spy)
+    try:
+        call()
+    finally:
+        setattr(holder, name, real)
+    return caught[0] if len(caught) == 1 else None
 
 
 # --- The function ---------------------------------------------------------------------------------------------
@@ -381,7 +397,7 @@ class _Writer:
             done = [f"t{slot.number}" for slot in reads if last[slot] == i and slot not in self._inputs]
             if done and i + 1 < len(self._lines):
                 lines.append(f" del {', '.join(done)}")
-        scope = dict(self._constants)
+        scope = {**self._constants, "OTHERWISE": OTHERWISE}
         exec(compile("\n".join(lines), "<plan>", "exec"), scope)  # noqa: S102
         made: Callable[..., Any] = scope["plan"]
         return made
@@ -396,9 +412,15 @@ class _Writer:
         function, args, kwargs = _shortest(step)
         words = [self._text(one, reads) for one in args]
         words += [f"{name}={self._text(one, reads)}" for name, one in kwargs.items()]
+        if step.owner is not None:
+            self._constant(step.owner)
         target = self._target(step.out)
         written = {slot for _, slot in _slots(step.out)}
         self._lines.append((f"{target}{self._constant(function)}({', '.join(words)})", reads | written))
+        if "convolution" in str(step.function):
+            # The library chooses the order of its results, by settings that a key does not hold.
+            for slot in written:
+                self._lines.append((f"if t{slot.number}.stride() != {slot.stride!r}: return OTHERWISE", {slot}))
 
     def _target(self, out: Any) -> str:
         if isinstance(out, Slot):
