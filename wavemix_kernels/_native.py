@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -78,14 +79,43 @@ def _driver_reason(with_cuda: ModuleType) -> str | None:
     )
 
 
+#: What writes launches down for a plan (:mod:`wavemix_kernels.ops.common.recorder`), by thread.
+recorders: dict[int, Any] = {}
+
+
+def recorder() -> Any:
+    """That of this thread, or None."""
+    return recorders.get(threading.get_ident()) if recorders else None
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address of a tensor as the core takes it; 0 for None."""
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() if not recorders or (of := recorder()) is None else of.address(tensor)  # type: ignore[no-any-return]
+
+
 def address(tensor: Tensor | None) -> Sequence[int]:
-    """A tensor as the core takes it: address and strides in elements; empty for None."""
-    return () if tensor is None else (tensor.data_ptr(), *tensor.stride())
+    """Address and strides in elements; empty for None."""
+    return () if tensor is None else (pointer(tensor), *tensor.stride())
 
 
 def stream(device: torch.device) -> int:
     """Handle of torch's current stream on ``device``, for a launch."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def launch(name: str, device: torch.device, *args: Any, **more: Any) -> None:
+    """Calls a function of the CUDA kernels on ``device``; the current stream follows ``args``.
+
+    Args:
+        args, more: with :func:`pointer` and :func:`address` for tensors.
+    """
+    function = getattr(cuda_core, name)
+    with on(device):
+        function(*args, stream(device), **more)
+    if (of := recorder()) is not None:
+        of.called(function, args, more)
 
 
 #: Of an H100, for grids that no device runs: those of emulators, of the interpreter and of tensors without storage.

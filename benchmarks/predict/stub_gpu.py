@@ -52,6 +52,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
 
     from wavemix_kernels import _native
     from wavemix_kernels.ops import tuned
+    from wavemix_kernels.ops.common import plan
 
     from . import core
 
@@ -60,6 +61,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     classes: Any = torch.Tensor
     classes.device, classes.is_cuda = GPU, True
     tuned._tables[GPU] = {}  # nothing was measured there
+    plan.State.on = True  # as where PyTorch is built for GPUs
 
 
 def _install_driver() -> None:

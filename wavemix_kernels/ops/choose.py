@@ -19,6 +19,7 @@ from torch import Tensor
 from wavemix_kernels import log
 from wavemix_kernels.backends import NAMES, Backend
 from wavemix_kernels.ops import tuned, verify
+from wavemix_kernels.ops.common import plan
 
 Order = tuple[str, ...]
 
@@ -41,7 +42,8 @@ def watched() -> Iterator[dict[Call, None]]:
     """The calls of :func:`select` inside, on all threads, as keys."""
     before, _State.calls = _State.calls, {}
     try:
-        yield _State.calls
+        with plan.paused():
+            yield _State.calls
     finally:
         _State.calls = before
 

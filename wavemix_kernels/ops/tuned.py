@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wavemix_kernels import cache, log
 from wavemix_kernels.backends import NAMES, Backend, triton_interpreted
+from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.precision import input_precision
 
 Key = tuple[Any, ...]
@@ -298,6 +299,7 @@ def load(device: torch.device) -> dict[Key, Ranking]:
                 log.logger.warning("tuned: left out %r, which is no entry of a table (%r)", name, error)
     _tables[device] = table
     _calls.clear()
+    plan.forget()
     return table
 
 
@@ -315,12 +317,14 @@ def forget() -> None:
     _tables.clear()
     _calls.clear()
     _barred.clear()
+    plan.forget()
 
 
 def put(device: torch.device, key: Key, ranking: Ranking | None) -> None:
     """Lets a choice fall as measured, in this process; None: as the rules say."""
     table = _tables.setdefault(device, {})
     _calls.clear()
+    plan.forget()
     if ranking is None:
         table.pop(key, None)
     else:
@@ -360,7 +364,8 @@ def recording(recorder: Recorder) -> Iterator[None]:
     before = _State.recorder, _State.watching
     _State.recorder, _State.watching = recorder, True
     try:
-        yield
+        with plan.paused():
+            yield
     finally:
         _State.recorder, _State.watching = before
 

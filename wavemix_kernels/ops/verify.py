@@ -27,7 +27,7 @@ from torch import Tensor
 from wavemix_kernels import cache, log, ops
 from wavemix_kernels.backends import Backend
 from wavemix_kernels.ops import tuned
-from wavemix_kernels.ops.common import precision, selftest
+from wavemix_kernels.ops.common import plan, precision, selftest
 from wavemix_kernels.ops.verified import VERIFIED
 
 VARIABLE = "WAVEMIX_KERNELS_VERIFY"
@@ -262,6 +262,8 @@ def _remember(
     if not any(known is table for known in _tables):
         _tables.append(table)
     _faults[id(table), backend, device, dtype] = fault
+    if fault is not None:
+        plan.forget()
     return fault
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import flops, layout
+from wavemix_kernels.ops.common import flops, layout, plan
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
@@ -248,6 +248,7 @@ def _backward(
     return [dx, dw, db, None, *flat_grads]
 
 
+@plan.function
 class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(

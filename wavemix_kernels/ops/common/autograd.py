@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
+from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.common.transforms import in_transform, standard_wanted
 
@@ -93,6 +94,13 @@ def differentiable(
     op = getattr(getattr(torch.ops, library.ns), name).default
     after_autograd = torch._C._after_autograd_keyset
 
+    def below(keyset: Any, inputs: Sequence[Any]) -> Any:
+        """The operator below autograd: by the dispatcher, or past it where there is no keyset."""
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset is not None:
+                return op.redispatch(keyset & after_autograd, *inputs)
+            return plan.operators[name](*inputs)
+
     def spread_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out: list[Any] = []
         for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
@@ -111,8 +119,7 @@ def differentiable(
         @staticmethod
         def forward(ctx: FunctionCtx, keyset: Any, lengths: list[int], *flat: Any) -> Any:
             inputs = _unflatten(flat, lengths)
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op.redispatch(keyset & after_autograd, *inputs)
+            out = below(keyset, inputs)
             setup(ctx, inputs, out)
             ctx.lengths = lengths  # type: ignore[attr-defined]
             if forward_ad._current_level >= 0:
@@ -158,13 +165,16 @@ def differentiable(
         if forwards or (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat)):
             out = Eager.apply(keyset, lengths, *flat)
             return list(out) if isinstance(out, tuple) else out
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & after_autograd, *args)
+        return below(keyset, args)
 
     library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Any:
-        if (torch.compiler.is_compiling() or not linear) and standard_wanted() is not None:
+        if torch.compiler.is_compiling():
+            return op(*args) if standard_wanted() is None else standard(*args)
+        if plan.unseen(args):
+            return autograd_kernel(None, *args)
+        if not linear and standard_wanted() is not None:
             return standard(*args)
         if in_transform():  # it wants an autograd.Function of its own kind around the operator
             flat, lengths = _flatten(args)

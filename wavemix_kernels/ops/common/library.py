@@ -1,4 +1,5 @@
-"""The library of operators, in which each implementation is a :func:`wavemix_kernels.ops.tuned.unit`."""
+"""The library of operators, in which each implementation is a :func:`wavemix_kernels.ops.tuned.unit`, and
+goes by a :mod:`plan <wavemix_kernels.ops.common.plan>`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from wavemix_kernels.ops import tuned
+from wavemix_kernels.ops.common import plan
 
 
 class Library(torch.library.Library):
@@ -22,5 +24,5 @@ class Library(torch.library.Library):
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "CompositeExplicitAutograd":
-            fn = tuned.unit(op_name, fn)
+            fn = plan.operator(op_name, tuned.unit(op_name, fn))
         super().impl(op_name, fn, dispatch_key, **options)

@@ -24,8 +24,14 @@ class Launch(NamedTuple):
         """On the device of ``like``; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
+        constants = chips.for_chip(self.constants)
         with _native.on(like.device):
-            made = self.kernel[self.grid](*self.args, **chips.for_chip(self.constants))
+            made = self.kernel[self.grid](*self.args, **constants)
+            if (recorder := _native.recorder()) is not None:
+                if made is None:
+                    recorder.launched(self.kernel, self.grid, self.args, constants)
+                else:
+                    recorder.launched_compiled(made, lambda: self.kernel[self.grid](*self.args, **constants))
         if observers:
             for observe in observers:
                 observe(made)

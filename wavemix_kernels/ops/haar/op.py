@@ -218,13 +218,14 @@ def _compiled(device: str, probe: Callable[..., str | None]) -> backends.Backend
     """The C++ kernels of the CPU or of CUDA."""
 
     def call(direction: str, image: Tensor, planes: Sequence[Any], highs: Any, edge: float, lows: Any) -> None:
-        a, on_cpu = _native.address, device == "cpu"
-        queue = torch.get_num_threads() if on_cpu else _native.stream(image.device)
-        with _native.on(image.device):
-            getattr(_native.core if on_cpu else _native.cuda_core, f"haar_{direction}_{device}")(
-                _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), *map(a, planes), [*map(a, highs)],
-                queue, [*map(a, lows)],
-            )  # fmt: skip
+        a, name = _native.address, f"haar_{direction}_{device}"
+        args = (
+            _native.DTYPES[image.dtype], len(highs), image.shape, edge, a(image), *map(a, planes), [*map(a, highs)],
+        )  # fmt: skip
+        if device == "cpu":
+            getattr(_native.core, name)(*args, torch.get_num_threads(), [*map(a, lows)])
+        else:
+            _native.launch(name, image.device, *args, lows=[*map(a, lows)])
 
     def analyse(image: Tensor, ll: Tensor, highs: Sequence[Tensor], edge: float, lows: Sequence[Tensor] = ()) -> None:
         call("analysis", image, (ll,), highs, edge, lows)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, products, selftest
+from wavemix_kernels.ops.common import layout, plan, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.common.once import once_differentiable
@@ -169,6 +169,7 @@ fused = differentiable(_library, "channel_mlp", _setup, _backward, standard=_sta
 # --- The residual branch ---------------------------------------------------------------------------------
 
 
+@plan.function
 class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(

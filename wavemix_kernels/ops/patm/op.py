@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops import choose, tuned
-from wavemix_kernels.ops.common import flops, layout, products
+from wavemix_kernels.ops.common import flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.once import once_differentiable
@@ -172,6 +172,7 @@ def _returned(
 # --- By parts -------------------------------------------------------------------------------------------------
 
 
+@plan.function
 class _ByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:

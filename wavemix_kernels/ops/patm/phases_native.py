@@ -14,19 +14,15 @@ from wavemix_kernels.ops.patm import waves
 from wavemix_kernels.ops.patm.waves import Batch, Branch, Branches, Cotangent, Cotangents, Gradients
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _addresses(branch: Branch) -> tuple[Any, ...]:
     """z, theta, scale, shift and taps of :meth:`Branch.for_kernels`."""
-    return *map(_native.address, branch[:2]), *(t.data_ptr() for t in branch[2:])
+    return *map(_native.address, branch[:2]), *map(_native.pointer, branch[2:])
 
 
 def _gradient(of: Cotangent, d_z: Tensor, d_theta: Tensor, d_taps: Tensor, sums: Tensor) -> tuple[Any, ...]:
     images = map(_native.address, (d_z, d_theta))
-    vectors = map(_pointer, (of.a, of.b, of.center))
-    return _native.address(of.grad), *vectors, *images, d_taps.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr()
+    vectors = map(_native.pointer, (of.a, of.b, of.center))
+    return _native.address(of.grad), *vectors, *images, *map(_native.pointer, (d_taps, sums[0], sums[1]))
 
 
 # --- CPU -------------------------------------------------------------------------------------------------
@@ -57,7 +53,7 @@ def _cpu_branch_backward(
     core: Any = _native.core
     d_taps, sums = torch.empty_like(branch.taps), branch.scale.new_empty((2, branch.scale.shape[0]))
     core.phase_backward_cpu(
-        *_cpu_arguments(branch), _gradient(cotangent, d_z, d_theta, d_taps, sums), _pointer(cotangent.a_c),
+        *_cpu_arguments(branch), _gradient(cotangent, d_z, d_theta, d_taps, sums), _native.pointer(cotangent.a_c),
         _native.address(d_c), torch.get_num_threads(),
     )  # fmt: skip
     return d_taps, sums
@@ -74,10 +70,6 @@ def _cuda_arguments(branches: list[Branch]) -> tuple[Any, ...]:
     return _native.DTYPES[z.dtype], z.shape, [_addresses(branch) for branch in branches]
 
 
-def _where(device: torch.device) -> tuple[int, int]:
-    return _native.multiprocessors(device), _native.stream(device)
-
-
 def _cuda_workspace(like: Tensor, backward: bool) -> Tensor:
     core: Any = _native.cuda_core
     return like.new_empty(
@@ -87,27 +79,24 @@ def _cuda_workspace(like: Tensor, backward: bool) -> Tensor:
 
 
 def cuda_forward(branches: Branches, z_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    core: Any = _native.cuda_core
     read = [branch.for_kernels() for branch in branches]
     z_c = layout.channels_inner(z_c)
     h, w = (layout.empty(z_c, z_c.shape, True) for _ in range(2))
     sums = z_c.new_empty(z_c.shape[:2], dtype=accumulate_dtype(z_c.dtype))
     workspace = _cuda_workspace(z_c, False)
-    with _native.on(z_c.device):
-        core.phase_forward_cuda(
-            *_cuda_arguments(read), [_native.address(h), _native.address(w)], _native.address(z_c), sums.data_ptr(),
-            workspace.data_ptr(), *_where(z_c.device),
-        )  # fmt: skip
+    _native.launch(
+        "phase_forward_cuda", z_c.device, *_cuda_arguments(read), [_native.address(h), _native.address(w)],
+        _native.address(z_c), _native.pointer(sums), _native.pointer(workspace), _native.multiprocessors(z_c.device),
+    )  # fmt: skip
     return h, w, sums
 
 
 def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | None, joined: bool) -> Gradients:
-    core: Any = _native.cuda_core
     z = branches[0].z
     images = waves.empty_images(z, joined)
     d_z_h, d_z_w, d_c, *d_thetas = waves.slots(images)
     read = [branch.for_kernels() for branch in branches]
-    arguments, where = _cuda_arguments(read), _where(z.device)
+    arguments, multiprocessors = _cuda_arguments(read), _native.multiprocessors(z.device)
     given = [cotangents.of(i, batch) for i in range(2)]
     if cotangents.a is None:
         d_c.copy_(waves.wide(cotangents.grad_s, z)[:, :, None, None].expand(d_c.shape))
@@ -117,18 +106,16 @@ def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | Non
     written = zip(given, (d_z_h, d_z_w), d_thetas, taps, sums, strict=True)
     gradients = [_gradient(*of_branch) for of_branch in written]
     a_c = given[0].a_c
-    with _native.on(z.device):
-        core.phase_backward_cuda(
-            *arguments, gradients, _pointer(a_c), _native.address(None if a_c is None else d_c), workspace.data_ptr(),
-            *where,
-        )  # fmt: skip
+    _native.launch(
+        "phase_backward_cuda", z.device, *arguments, gradients, _native.pointer(a_c),
+        _native.address(None if a_c is None else d_c), _native.pointer(workspace), multiprocessors,
+    )  # fmt: skip
     if batch is not None:
         scales = torch.stack([branch.scale for branch in read])
         lines = waves.line(z, sums, scales, Batch(*(waves.wide(t, z) for t in batch)))
-        with _native.on(z.device):
-            core.phase_statistics_cuda(
-                *arguments, [_native.address(d_theta) for d_theta in d_thetas],
-                *([values[i].data_ptr() for i in range(2)] for values in lines), *where,
-            )  # fmt: skip
+        _native.launch(
+            "phase_statistics_cuda", z.device, *arguments, [_native.address(d_theta) for d_theta in d_thetas],
+            *([_native.pointer(values[i]) for i in range(2)] for values in lines), multiprocessors,
+        )  # fmt: skip
     dtypes = (branch.taps.dtype for branch in branches)
     return Gradients(images, sums, *(d.to(dtype) for d, dtype in zip(taps, dtypes, strict=True)))

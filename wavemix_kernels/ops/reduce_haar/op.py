@@ -126,11 +126,10 @@ def _cpu_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
     a = _native.address
-    with _native.on(x.device):
-        _native.cuda_core.reduce_haar_cuda(  # type: ignore[union-attr]
-            _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x), a(weight[:, :, 0, 0]), a(bias),
-            [a(z) for z in out], precision.tf32(), _native.stream(x.device),
-        )  # fmt: skip
+    _native.launch(
+        "reduce_haar_cuda", x.device, _native.DTYPES[x.dtype], levels, x.shape, weight.shape[0], a(x),
+        a(weight[:, :, 0, 0]), a(bias), [a(z) for z in out], precision.tf32(),
+    )  # fmt: skip
     return out
 
 

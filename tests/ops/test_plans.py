@@ -1,0 +1,106 @@
+"""Plans give what the functions that they were made of give, for other values at other addresses."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+
+from wavemix_kernels import FusedPATM, FusedWaveblock, _native, backends, ops
+from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common import plan, selftest
+
+_OPERATORS = [
+    (name, backend) for name in ops.OPS for backend in ("triton", "cuda") if backend in ops.load(name).BACKENDS
+]
+
+
+class _Refused:
+    """The CPU's core, whose calls no recorder sees."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._core, name)
+        if callable(value) and (recorder := _native.recorder()) is not None:
+            recorder.refuse(f"it calls {name}")
+        return value
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_native, "core", _Refused(_native.core))
+    with plan.everywhere():
+        yield
+
+
+def _plans() -> int:
+    return sum(isinstance(made, FunctionType) for table in plan.tables.values() for made in table.values())
+
+
+@pytest.mark.parametrize("name, backend", _OPERATORS, indirect=["backend"])
+def test_operators(plans: None, monkeypatch: pytest.MonkeyPatch, device: str, name: str, backend: str) -> None:
+    if device != "cpu":
+        pytest.skip("plans are made there anyway")
+    pattern, test = selftest.pattern, ops.load(name).self_test
+    with torch.device(device):
+        for phase in range(3):
+            shifted = functools.partial(_shifted, pattern, phase)
+            monkeypatch.setattr(selftest, "pattern", shifted)
+            error, bound = test(backend, torch.device(device), torch.float32)
+            assert error <= bound
+    assert _plans() > 0
+
+
+def _shifted(pattern: Any, by: float, *shape: int, phase: float = 0.0) -> torch.Tensor:
+    return pattern(*shape, phase=phase + by)
+
+
+def _steps(module: torch.nn.Module, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Outputs, gradients and buffers of three steps, each on another image."""
+    module = copy.deepcopy(module)
+    made: list[torch.Tensor] = []
+    for step in range(3):
+        torch.manual_seed(step)
+        x = torch.randn(shape).requires_grad_()
+        out = module(x)
+        made += [out, *torch.autograd.grad(out, [x, *module.parameters()], torch.randn_like(out))]
+    return [*made, *module.buffers()]
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    "module, shape",
+    [
+        (lambda: FusedWaveblock(level=2, final_dim=8, ff_channel=8), (2, 8, 8, 8)),
+        (lambda: FusedWaveblock(level=1, final_dim=8, ff_channel=8, recompute="all"), (2, 8, 4, 4)),
+        (lambda: FusedPATM(8), (2, 8, 5, 6)),
+        (lambda: FusedWaveBlock(8), (2, 8, 5, 6)),
+    ],
+    ids=["waveblock", "waveblock_all", "patm", "wave_mlp_block"],
+)
+def test_blocks(
+    plans: None, monkeypatch: pytest.MonkeyPatch, device: str, backend: str, module: Any, shape: tuple[int, ...]
+) -> None:
+    if device != "cpu":
+        pytest.skip("plans are made there anyway")
+    for choice in ("product", "product_backward_weight"):  # as on a GPU
+        monkeypatch.setattr(choose, choice, lambda *_: "convolution")
+    made = module()
+    with backends.backend(backend):
+        with plan.paused():
+            want = _steps(made, shape)
+        got = _steps(made, shape)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert a.stride() == b.stride()
+    passes = [table for name, table in plan.tables.items() if "." in name and table]
+    assert len(passes) >= 2
+    assert all(isinstance(made, FunctionType) for table in passes for made in table.values())

@@ -1,0 +1,297 @@
+"""Plans: what an operator does on a GPU for tensors of one kind, written down once and repeated without its Python.
+
+Checks, probes, tiles, grids and the order of launches follow from shapes, strides, dtypes and numbers alone. The first
+call of a kind runs as it is written, and verifies, tunes and compiles what is new; the second is recorded
+(:mod:`wavemix_kernels.ops.common.recorder`); from the third on the record runs. It allocates, calls PyTorch's operators
+and launches as the function did, and holds no memory. A function is fit for it if it depends on nothing but its
+arguments' metadata and on what :func:`_key` adds; what it returns must be made of its arguments.
+
+Calls on a CPU, calls that somebody watches (a dispatch mode, a tracer, a hook of Triton's, ``tune``) and
+``WAVEMIX_KERNELS_PLANS=0`` run the function itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from wavemix_kernels import _native, log
+from wavemix_kernels.ops.common import precision, triton_launch
+from wavemix_kernels.ops.common.recorder import OTHERWISE, Recorder
+
+VARIABLE = "WAVEMIX_KERNELS_PLANS"
+#: Plans that are kept; then they are made anew.
+MOST = 4096
+
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+
+
+def _on() -> bool:
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}={value!r}: expected '0' or '1'")
+    return value != "0"
+
+
+class State:
+    """
+    Attributes:
+        on: plans are made, where this PyTorch has GPUs.
+        everywhere: for tensors on a CPU too, whose kernels must be Triton's or an emulator's then (for tests).
+        paused: somebody has to see every call.
+    """
+
+    on: bool = _on() and (torch.version.cuda is not None or torch.version.hip is not None)
+    everywhere: bool = False
+    paused: int = 0
+
+
+#: Implementations of this package's operators by name, as they are written.
+implementations: dict[str, Callable[..., Any]] = {}
+#: The same, as they are called.
+operators: dict[str, Callable[..., Any]] = {}
+#: Plans by what they are of, then by the kind of call.
+tables: dict[str, dict[Any, Any]] = {}
+_ONCE, _REFUSED = object(), object()
+
+
+def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which from its third call of a kind on goes by a plan.
+
+    Args:
+        function: of tensors, None, numbers and words, also in lists and tuples. It runs without autograd.
+    """
+    table = tables.setdefault(name, {})
+
+    def run(*args: Any) -> Any:
+        if not State.on or torch.compiler.is_compiling() or _watched():
+            return function(*args)
+        tensors: list[Tensor] = []
+        key = _key(args, tensors)
+        if key is None:
+            return function(*args)
+        plan = table.get(key)
+        if plan is None:
+            result = function(*args)
+            table[key] = _ONCE
+            return result
+        if plan is _REFUSED:
+            return function(*args)
+        if plan is _ONCE:
+            result, table[key] = _recorded(name, function, args, tensors)
+            return result
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                result = plan(_native.stream(device), *tensors)
+        else:
+            result = plan(_native.stream(device), *tensors)
+        if result is OTHERWISE:
+            del table[key]
+            return function(*args)
+        return result
+
+    return run
+
+
+def operator(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`planned`, for the implementation of one of this package's operators: it may be a part of other plans."""
+    implementations[name] = function
+    operators[name] = planned(name, function)
+    return operators[name]
+
+
+def unseen(args: Any) -> bool:
+    """Whether nobody would notice that a call of an operator does not come from PyTorch's dispatcher: its tensors are
+    plain ones, and neither a mode, a transform, a tracer nor a profiler is at work."""
+    if _modes() or _transforms() or _tracing() is not None or _profiled():
+        return False
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or kind is int or kind is str or value is None:
+            continue
+        if isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and not unseen(value)):
+            return False
+    return True
+
+
+class _Context:
+    """Takes what a forward pass gives its context, and gives it to the backward pass."""
+
+    def __init__(self, saved: Any = (), needs: tuple[bool, ...] = (), attributes: Any = ()) -> None:
+        self.__dict__.update(attributes)
+        self.saved_tensors, self.needs_input_grad = saved, needs
+        self.marked: tuple[Tensor, ...] = ()
+        self.materialize = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self.marked = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+    def attributes(self) -> tuple[tuple[str, Any], ...]:
+        own = ("saved_tensors", "needs_input_grad", "marked", "materialize")
+        return tuple((name, value) for name, value in vars(self).items() if name not in own)
+
+
+def function(of: Any) -> Any:
+    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans."""
+    forward, backward = of.forward, inspect.unwrap(of.backward)
+
+    def forward_alone(*args: Any) -> Any:
+        context = _Context()
+        made = forward(context, *args)
+        return made, context.saved_tensors, context.marked, context.materialize, context.attributes()
+
+    def backward_alone(saved: Any, needs: Any, attributes: Any, grads: Any) -> Any:
+        return backward(_Context(saved, needs, attributes), *grads)
+
+    planned_forward = planned(f"{of.__name__}.forward", forward_alone)
+    planned_backward = planned(f"{of.__name__}.backward", backward_alone)
+
+    def forward_by_plan(ctx: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not State.on:
+            return forward(ctx, *args)
+        made, saved, marked, materialize, ctx.attributes = planned_forward(*args)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*marked)
+        ctx.set_materialize_grads(materialize)
+        return made
+
+    def backward_by_plan(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not hasattr(ctx, "attributes"):
+            return backward(ctx, *grads)
+        return planned_backward(ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes, grads)
+
+    of.forward = staticmethod(forward_by_plan)
+    of.backward = staticmethod(once_differentiable(backward_by_plan))
+    return of
+
+
+def _watched() -> bool:
+    if State.paused or triton_launch.observers or _modes() or _transforms() or _tracing() is not None:
+        return True
+    triton = sys.modules.get("triton.knobs")
+    if triton is None:
+        return False
+    hooks = triton.runtime.launch_enter_hook, triton.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _key(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    """All that a plan depends on; None where there can be none. Fills ``tensors``."""
+    parts: list[Any] = []
+    if not _describe(args, parts, tensors) or not tensors:
+        return None
+    first = tensors[0]
+    if not (first.is_cuda or State.everywhere):
+        return None
+    kind = "cuda" if first.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind):
+        parts.append(torch.get_autocast_dtype(kind))
+    if first.dtype is torch.float32:
+        parts.append(precision.tf32())
+    return tuple(parts)
+
+
+def _describe(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            tensors.append(value)
+            # Kernels use wider accesses for addresses that are multiples of 16.
+            parts += (value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15)
+        elif value is None or kind is int or kind is str or kind is float or kind is bool:
+            parts.append(value)
+        elif isinstance(value, (tuple, list)):
+            parts.append((kind, len(value)))
+            if not _describe(value, parts, tensors):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        else:
+            parts.append(value)
+    return True
+
+
+def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
+    """The result of a call, and the plan that it made."""
+    # Objects of their own: a tensor given twice is two tensors next time.
+    inputs = [t.detach() for t in tensors]
+    recorder = Recorder(inputs, lambda op: implementations[op._schema.name.split("::")[1]])
+    fresh = iter(inputs)
+    with recorder:
+        result = function(*_replaced(args, fresh))
+    plan: Any = _REFUSED
+    if recorder.refused is None:
+        if sum(map(len, tables.values())) > MOST:
+            forget()
+        plan = recorder.compiled(result)
+    else:
+        log.once((name, recorder.refused), lambda: f"{name}: runs without a plan, since {recorder.refused}")
+    given = {id(mine): theirs for mine, theirs in zip(inputs, tensors, strict=True)}
+    return _given_back(result, given), plan
+
+
+def _replaced(value: Any, fresh: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(fresh)
+    if isinstance(value, (tuple, list)):
+        return _like(value, [_replaced(one, fresh) for one in value])
+    return value
+
+
+def _given_back(value: Any, given: dict[int, Tensor]) -> Any:
+    """A result with the caller's own tensors, where the function returns an argument."""
+    if isinstance(value, Tensor):
+        return given.get(id(value), value)
+    if isinstance(value, (tuple, list)):
+        return _like(value, [_given_back(one, given) for one in value])
+    return value
+
+
+def _like(value: Any, parts: list[Any]) -> Any:
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def forget() -> None:
+    """Drops all plans, since something that they depend on has changed."""
+    for table in tables.values():
+        table.clear()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, every call runs as it is written."""
+    State.paused += 1
+    try:
+        yield
+    finally:
+        State.paused -= 1
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """Inside, calls on a CPU go by plans too (for tests, on backends "triton" and "cuda")."""
+    before, State.on, State.everywhere = (State.on, State.everywhere), True, True
+    try:
+        yield
+    finally:
+        State.on, State.everywhere = before
+        forget()
