@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from . import report
+from . import breakdown, report, terminal
 from .chips import CHIPS
 from .execute import NotUnderstood
 from .kernels import cases
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu", choices=tuple(CHIPS), help="default: h100, with --write all")
     parser.add_argument("--case", metavar="GLOB", default="*", help="only steps and kernels with such names")
     parser.add_argument("--write", action="store_true", help="put these into docs/predicted.md and its data")
+    parser.add_argument("--kernels", action="store_true", help="each step of ours kernel by kernel, the longest first")
+    parser.add_argument("--wide", action="store_true", help="all columns, however narrow the terminal is")
     parser.add_argument("--list", action="store_true", help="print the names of steps and kernels and stop")
     try:
         arguments = parser.parse_args(argv)
@@ -50,8 +52,15 @@ def main(argv: Sequence[str]) -> int:
     if arguments.list:
         print(*names, *of_kernels, sep="\n")
         return 0
+    if arguments.kernels and (arguments.write or not names):
+        wrong = "--write has no place for it" if arguments.write else f"--case {arguments.case!r} names no step"
+        print(f"benchmarks predict: --kernels: {wrong}", file=sys.stderr)
+        return 2
     chips = [arguments.gpu] if arguments.gpu else list(CHIPS) if arguments.write else ["h100"]
     try:
+        if arguments.kernels:
+            _break_down(names, chips[0])
+            return 0
         data = _predicted(names, arguments.case if of_kernels else None, chips)
     except (Missing, NotUnderstood, RuntimeError) as error:
         print(f"benchmarks predict: {error}", file=sys.stderr)
@@ -60,8 +69,19 @@ def main(argv: Sequence[str]) -> int:
         report.save(_merged(report.load(), data))
         print(f"wrote {report.DATA}\nwrote {report.PAGE}")
         return 0
-    _show(data, chips)
+    for chip in chips:
+        if data["chips"][chip]:
+            print(*terminal.steps(data, chip, arguments.wide), sep="\n")
+        if data["kernels"][chip]:
+            print(*terminal.kernels(data["kernels"][chip], chip), sep="\n")
     return 0
+
+
+def _break_down(names: Sequence[str], chip: str) -> None:
+    for step in (one for one in steps() if one.name in names):
+        for training, what in ((True, "training"), (False, "inference")):
+            found = breakdown.parts(step, training, CHIPS[chip])
+            print(*terminal.breakdown(found, f"{step.title}, {what}", CHIPS[chip]), sep="\n", flush=True)
 
 
 def _predicted(names: Sequence[str], kernels: str | None, chips: Sequence[str]) -> dict[str, Any]:
@@ -112,24 +132,3 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             if chip in old[part] or chip in new[part]
         }
     return merged
-
-
-def _show(data: dict[str, Any], chips: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for chip in chips:
-        found = report.lines(data, chip) if data["chips"][chip] else []
-        for training, title in ((True, "training"), (False, "inference")):
-            chosen = [line for line in found if line.training == training]
-            if chosen:
-                table = Table(*report.HEADINGS, title=f"{CHIPS[chip].name}, {title}, predicted")
-                for cells in report.rows(chosen):
-                    table.add_row(*cells)
-                console.print(table)
-        if data["kernels"][chip]:
-            table = Table("kernel", "us", "share", "bound", title=f"{CHIPS[chip].name}, kernels, predicted")
-            for name, kernel in data["kernels"][chip].items():
-                table.add_row(name, f"{kernel['us']:.0f}", f"{kernel['share']:.2f}", kernel["bound"])
-            console.print(table)

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,33 @@ def device(step: Step, provider: str, training: bool, chip: Chip) -> Device:
     return _sum([rivals.operator(one) if one.kind == "aten" else one for one in (*forward, *backward)], chip)
 
 
+@dataclass(frozen=True)
+class Known:
+    """The part of a prediction that a step needs, see :class:`benchmarks.predict.bound.Prediction`."""
+
+    seconds: float
+    bound: str
+    bytes: float
+    share: float
+
+
+def known(one: Launch, chip: Chip) -> Known:
+    """The prediction for one launch of a step, ours or the library's.
+
+    Raises:
+        execute.NotUnderstood, tools.Missing: see :func:`benchmarks.predict.bound.predict`.
+    """
+    if one.kind != "aten":
+        return _predicted(one, chip)
+    return _of_pass(rivals.operator(one), chip)
+
+
+def _of_pass(one: rivals.Pass, chip: Chip) -> Known:
+    seconds, bound = one.seconds(chip), one.bound(chip)
+    ideal = max(one.bytes / chip.copy_bandwidth, one.flops / chip.tensor_flops[one.dtype] if one.flops else 0.0)
+    return Known(seconds, bound, one.bytes, ideal / seconds)
+
+
 def _sum(launches: Sequence[Launch | rivals.Pass], chip: Chip) -> Device:
     kinds: Counter[str] = Counter()
     by: dict[str, float] = {}
@@ -78,27 +105,17 @@ def _sum(launches: Sequence[Launch | rivals.Pass], chip: Chip) -> Device:
     moved = 0.0
     for one in launches:
         if isinstance(one, rivals.Pass):
-            kind, name, seconds, bound, amount = "library", "library", one.seconds(chip), one.bound(chip), one.bytes
+            kind, name, found = "library", "library", _of_pass(one, chip)
         else:
-            found = _predicted(one, chip)
-            kind, name, seconds, bound, amount = one.kind, one.operator, found.seconds, found.bound, found.bytes
+            kind, name, found = one.kind, one.operator, _predicted(one, chip)
         kinds[kind] += 1
-        by[name] = by.get(name, 0.0) + seconds
-        bounds[bound] = bounds.get(bound, 0.0) + seconds
-        moved += amount
+        by[name] = by.get(name, 0.0) + found.seconds
+        bounds[found.bound] = bounds.get(found.bound, 0.0) + found.seconds
+        moved += found.bytes
     return Device(sum(bounds.values()), dict(kinds), by, bounds, moved)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The part of a prediction that a step needs, see :class:`benchmarks.predict.bound.Prediction`."""
-
-    seconds: float
-    bound: str
-    bytes: float
-
-
-_known: dict[str, _Known] = {}
+_known: dict[str, Known] = {}
 
 
 @functools.cache
@@ -115,24 +132,24 @@ def _sources() -> str:
 _ABOVE = {
     f"{name}.py"
     for name in (
-        *("calibration", "cli", "device", "gates", "host", "kernels"),
-        *("report", "rivals", "steps", "stub_gpu"),
+        *("breakdown", "calibration", "cli", "device", "gates", "host", "kernels"),
+        *("report", "rivals", "steps", "stub_gpu", "terminal"),
     )
 }
 
 
-def _predicted(launch: Launch, chip: Chip) -> _Known:
+def _predicted(launch: Launch, chip: Chip) -> Known:
     """Blocks of a model repeat themselves elsewhere in memory, and the next run asks the same."""
     moved = relocated(launch)
     asked = (moved.name, moved.grid, moved.threads, moved.shared, moved.arrays, moved.args, moved.constants)
-    name = key((), _sources(), chip, asked, moved.parameters)
+    name = key((), _sources(), [part.name for part in fields(Known)], chip, asked, moved.parameters)
     if name not in _known:
         file = CACHE / "launches" / f"{name}.json"
         if file.exists():
-            _known[name] = _Known(**json.loads(file.read_text()))
+            _known[name] = Known(**json.loads(file.read_text()))
         else:
             found = predict(moved, chip)
-            _known[name] = _Known(found.seconds, found.bound, found.bytes)
+            _known[name] = Known(found.seconds, found.bound, found.bytes, found.share)
             file.parent.mkdir(parents=True, exist_ok=True)
             own = file.with_suffix(f".{os.getpid()}")
             own.write_text(json.dumps(asdict(_known[name])))

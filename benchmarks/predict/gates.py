@@ -36,13 +36,9 @@ LEAST_COVERED = 0.85
 LEAST_OF_TENSOR, COUNTS = 0.4, 0.05
 
 
-#: Kernels whose threads are followed on a way too long or too short: a predicate depends on what is not evaluated. The
-#: PTX executor and the emulator run them whole.
-LOST = ("cuda haar analysis L5 channels_last *",)
-
 #: Why a floor is below :data:`HIGH`: the first pattern that matches.
 REASONS = {
-    "cuda haar analysis L5 channels_last 4x*": "a warp reads two words of channels, half a line, and walks 64 pixels",
+    "cuda haar analysis L5 channels_last 4x*": "a thread walks 64 pixels, and two blocks of a multiprocessor are all",
     "cuda haar * nchw 64x*": "words of 8 or 4 bytes: rows are no whole words of 16",
     "triton haar * nchw 64x320x14x14": "rows of 14 elements: masks and integers for one word of 4 bytes",
     "triton haar * 64x128x28x28": "rows of 28 elements fill a tile of 32 in part",
@@ -138,8 +134,7 @@ def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) 
             )
         if one.waste > floor["waste"] * (1 + _SLACK):
             lines.append(f"{one.name}: {one.waste:.2f} products for each one needed, at most {floor['waste']:.2f}")
-        lost = any(fnmatch.fnmatch(one.name, pattern) for pattern in LOST)
-        if one.covered < LEAST_COVERED or (one.misread and not lost):
+        if one.covered < LEAST_COVERED or one.misread:
             lines.append(f"{one.name}: {one.covered:.2f} of its bytes were followed; in part: {one.misread}")
     return lines
 

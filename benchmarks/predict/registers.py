@@ -51,11 +51,12 @@ class Thread:
         return whole - value if sign == "-" else value ^ (whole - 1)  # -0 is 2^32: its carry counts
 
     def register(self, name: tuple[str, str], size: int = 4) -> Value:
-        """A register, or with the one behind it a value of 8 bytes."""
-        low = self.values.get(name[0])
+        """A register, or with the one behind it a value of 8 bytes. One that nothing was written to is taken as zero:
+        compilers gather predicates in the bits of such a register."""
+        low = self.values.get(name[0], 0)
         if size == 4 or low is None:
             return low
-        high = self.values.get(name[1])
+        high = self.values.get(name[1], 0)
         return None if high is None else high << 32 | low
 
     def write(self, text: str, value: Value, size: int = 4) -> None:

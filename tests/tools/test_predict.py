@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import cli
-from benchmarks.predict import report, rivals, steps
+from benchmarks.predict import report, rivals, steps, terminal
 from benchmarks.predict.device import relocated
 from benchmarks.predict.record import Array, Launch
 
@@ -122,6 +122,8 @@ def test_steps_have_names_of_their_own() -> None:
     [
         (["--gpu", "v100"], 2, "invalid choice: 'v100'"),
         (["--case", "nothing*"], 2, "--case 'nothing*': nothing has such a name"),
+        (["--kernels", "--case", "cuda haar *"], 2, "--kernels: --case 'cuda haar *' names no step"),
+        (["--kernels", "--write"], 2, "--kernels: --write has no place for it"),
         (["--list", "--case", "patm/*"], 0, "patm/fc/nchw/64x64x56x56"),
     ],
 )
@@ -133,12 +135,40 @@ def test_command_line(arguments: list[str], status: int, words: str, capsys: pyt
     assert len(said.splitlines()) == 1
 
 
+def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = report.load()
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = terminal.steps(data, "h100", wide=False)
+    assert max(map(len, narrow)) <= 80
+    whole = terminal.steps(data, "h100", wide=True)
+    assert len(whole) == len(narrow)
+    monkeypatch.setenv("COLUMNS", str(max(map(len, whole))))
+    assert terminal.steps(data, "h100", wide=False) == whole
+    line = next(one for one in report.lines(data, "h100") if one.training)
+    for lines in (narrow, whole):
+        assert re.search(rf"{line.step.title} .*{re.escape(line.bound)}", "\n".join(lines))
+
+
+@pytest.mark.prove
+def test_the_parts_of_a_step_add_up() -> None:
+    (step,) = (one for one in steps.steps() if one.name.startswith("haar/J1/nchw"))
+    command = [sys.executable, "-m", "benchmarks", "predict", "--kernels", "--case", step.name]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in done.stdout.strip().split("\n\n"):
+        title, _, *rows = part.splitlines()
+        whole = float(re.search(r"device ([\d.]+) us", title)[1])
+        assert sum(float(row.split()[0]) for row in rows) == pytest.approx(whole, abs=0.5 * len(rows) + 0.5)
+        assert any("haar" in row for row in rows)
+
+
 @pytest.mark.prove
 def test_a_step_is_predicted_and_timed() -> None:
     environment = {**os.environ, "COLUMNS": "300"}
     del environment["TRITON_INTERPRET"]  # nothing is launched under it
     command = [sys.executable, "-m", "benchmarks", "predict", "--gpu", "a100", "--case", "haar/J1/nchw/*"]
     done = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"A100.*training, predicted", done.stdout)
     assert len(re.findall("Haar, 1 level, nchw", done.stdout)) == 2

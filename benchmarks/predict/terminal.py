@@ -1,0 +1,68 @@
+"""Predictions as lines of a terminal: whole tables where they fit, what matters of them where they do not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from ..report.text import duration
+from . import report
+from .breakdown import Part
+from .chips import CHIPS, Chip
+
+_NARROW = ("us or ms", "ours", "eager", "compile", "host", "bound")
+
+
+def steps(data: dict[str, Any], chip: str, wide: bool) -> list[str]:
+    """Tables of steps, training and inference. Where the terminal is too narrow for all columns and `wide` is not
+    asked for: the device times, our host time and the bound."""
+    printed = []
+    found = report.lines(data, chip)
+    for training, title in ((True, "training"), (False, "inference")):
+        chosen = [line for line in found if line.training == training]
+        if not chosen:
+            continue
+        lines = _columns([report.HEADINGS, *report.rows(chosen)])
+        if not wide and max(map(len, lines)) > shutil.get_terminal_size().columns:
+            keep = (0, 1, 2, 3, 5, 10)
+            lines = _columns([_NARROW, *(tuple(row[i] for i in keep) for row in report.rows(chosen))])
+        printed += ["", f"{CHIPS[chip].name}, {title}, predicted", *lines]
+    return printed
+
+
+def kernels(found: dict[str, dict[str, Any]], chip: str) -> list[str]:
+    """A line for each kernel at one shape: microseconds, share of what the chip can do, bound."""
+    rows = [(f"{one['us']:.0f}", f"{one['share']:.2f}", one["bound"], name) for name, one in found.items()]
+    lines = _columns([("us", "share", "bound", "kernel"), *rows], last=True)
+    return ["", f"{CHIPS[chip].name}, kernels, predicted", *lines]
+
+
+def breakdown(parts: Sequence[Part], title: str, chip: Chip) -> list[str]:
+    """A line for each kernel of a step: microseconds in all, share of the step, launches, microseconds each, share of
+    what the chip can do, bound."""
+    between = chip.launch * sum(part.launches for part in parts)
+    whole = sum(part.seconds for part in parts) + between
+    rows = [
+        (
+            f"{part.seconds * 1e6:.0f}", f"{part.seconds / whole:.0%}", str(part.launches),
+            f"{part.seconds / part.launches * 1e6:.1f}", f"{part.share:.2f}", part.bound, part.name,
+        )
+        for part in parts
+    ]  # fmt: skip
+    rows.append((f"{between * 1e6:.0f}", f"{between / whole:.0%}", "", f"{chip.launch * 1e6:.1f}", "", "", "launches"))
+    headings = ("us in all", "of step", "launches", "us each", "of chip", "bound", "kernel")
+    lines = _columns([headings, *rows], last=True)
+    return ["", f"{chip.name}, {title}, device {duration(whole * 1e3)}, predicted", *lines]
+
+
+def _columns(rows: Sequence[Sequence[str]], last: bool = False) -> list[str]:
+    """Cells to the right, the names to the left: of the first column, or of the last two."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = (len(widths) - 2, len(widths) - 1) if last else (0, len(widths) - 1)
+    return [
+        " ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
