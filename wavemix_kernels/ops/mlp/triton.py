@@ -66,14 +66,14 @@ def _forward_kernel(
                 A, B, AFFINE, CHANNELS, PRECISION,
             )  # fmt: skip
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden = _activation(z, seed, row, first, threshold, factor, K, DROPOUT).to(out.dtype.element_ty)
+        hidden = _activation(z, seed, row, first, threshold, K, DROPOUT).to(out.dtype.element_ty)
         u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
         acc0 = tl.dot(hidden, tl.trans(u0), acc0, input_precision=PRECISION)
         if O1:
             acc1 = tl.dot(hidden, tl.trans(u1), acc1, input_precision=PRECISION)
-    _store(out, out_stride, row, in_rows, _plus_bias(acc0, b2, 0, OUT, BIAS2), 0, OUT)
+    _store(out, out_stride, row, in_rows, _plus_bias(acc0 * factor, b2, 0, OUT, BIAS2), 0, OUT)
     if O1:
-        _store(out, out_stride, row, in_rows, _plus_bias(acc1, b2, O0, OUT, BIAS2), O0, OUT)
+        _store(out, out_stride, row, in_rows, _plus_bias(acc1 * factor, b2, O0, OUT, BIAS2), O0, OUT)
 
 
 # --------------------------------------------------------------------------------------------------- launch

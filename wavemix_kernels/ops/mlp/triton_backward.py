@@ -96,7 +96,7 @@ def _backward_x_kernel(
             )  # fmt: skip
             grad = _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, factor, K, False, DROPOUT)
+        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, False, DROPOUT)
         grad = grad.to(gx.dtype.element_ty)
         dx0 = tl.dot(grad, w0, dx0, input_precision=PRECISION)
         if X1:
@@ -110,17 +110,17 @@ def _backward_x_kernel(
             out0 = tl.dot(hidden, tl.trans(u0), out0, input_precision=PRECISION)
             if O1:
                 out1 = tl.dot(hidden, tl.trans(u1), out1, input_precision=PRECISION)
-    _store(gx, gx_stride, row, in_rows, dx0, 0, A)
+    _store(gx, gx_stride, row, in_rows, dx0 * factor, 0, A)
     if X1:
-        _store(gx, gx_stride, row, in_rows, dx1, X0, A)
+        _store(gx, gx_stride, row, in_rows, dx1 * factor, X0, A)
     if S0:
-        _store(gs, gs_stride, row, in_rows, ds0, 0, B)
+        _store(gs, gs_stride, row, in_rows, ds0 * factor, 0, B)
     if S1:
-        _store(gs, gs_stride, row, in_rows, ds1, S0, B)
+        _store(gs, gs_stride, row, in_rows, ds1 * factor, S0, B)
     if OF_OUT:
-        _store(out, out_stride, row, in_rows, _plus_bias(out0, b2, 0, OUT, BIAS2), 0, OUT)
+        _store(out, out_stride, row, in_rows, _plus_bias(out0 * factor, b2, 0, OUT, BIAS2), 0, OUT)
         if O1:
-            _store(out, out_stride, row, in_rows, _plus_bias(out1, b2, O0, OUT, BIAS2), O0, OUT)
+            _store(out, out_stride, row, in_rows, _plus_bias(out1 * factor, b2, O0, OUT, BIAS2), O0, OUT)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def _backward_weight_kernel(
                 grad = tl.trans(
                     _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
                 )
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, factor, K, True, DROPOUT)
+        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, True, DROPOUT)
         if OF_W2:
             left = hidden.to(g.dtype.element_ty)
             do0 = tl.dot(left, g0, do0, input_precision=PRECISION)
@@ -202,20 +202,20 @@ def _backward_weight_kernel(
                     ds1 = tl.dot(left, s1, ds1, input_precision=PRECISION)
     at = partial1 + split * K * (A + B)
     if OF_X:
-        _store(at, A + B, unit, in_units, dx0, 0, A)
+        _store(at, A + B, unit, in_units, dx0 * factor, 0, A)
         if X1:
-            _store(at, A + B, unit, in_units, dx1, X0, A)
+            _store(at, A + B, unit, in_units, dx1 * factor, X0, A)
         if BIAS1:
-            tl.store(partial_bias + split * K + unit, bias, mask=in_units)
+            tl.store(partial_bias + split * K + unit, bias * factor, mask=in_units)
     if OF_SECOND:
-        _store(at + A, A + B, unit, in_units, ds0, 0, B)
+        _store(at + A, A + B, unit, in_units, ds0 * factor, 0, B)
         if S1:
-            _store(at + A, A + B, unit, in_units, ds1, S0, B)
+            _store(at + A, A + B, unit, in_units, ds1 * factor, S0, B)
     if OF_W2:
         at = partial2 + split * K * OUT
-        _store_transposed(at, unit, in_units, do0, 0, OUT, K)
+        _store_transposed(at, unit, in_units, do0 * factor, 0, OUT, K)
         if O1:
-            _store_transposed(at, unit, in_units, do1, O0, OUT, K)
+            _store_transposed(at, unit, in_units, do1 * factor, O0, OUT, K)
 
 
 # --------------------------------------------------------------------------------------------------- launch
