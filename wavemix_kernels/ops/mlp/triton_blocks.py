@@ -41,7 +41,7 @@ def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _units(first, HIDDEN: tl.constexpr, K: tl.constexpr):
     """A chunk's hidden units in the order of their dropout, and which of them are among K."""
-    unit = first + unit_order(HIDDEN)
+    unit = tl.multiple_of(tl.max_contiguous(first + unit_order(HIDDEN), 2), 2)  # pairs, which Triton does not see
     return unit, (tl.full((HIDDEN,), 1, tl.int1) if K % HIDDEN == 0 else unit < K)
 
 

@@ -42,7 +42,10 @@ def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr):
     group = first_col // 4 + tl.arange(0, COLS // 4)
     w0, w1, w2, w3 = philox(row[:, None] * ((cols + 3) // 4) + group[None, :], seed)
     limit = threshold.to(tl.uint32)
-    low = tl.join((w0 < limit).to(tl.int8), (w1 < limit).to(tl.int8))
-    high = tl.join((w2 < limit).to(tl.int8), (w3 < limit).to(tl.int8))
-    by_thread = tl.reshape(tl.join(low, high), (row.shape[0], COLS // 16, 4, 2, 2))  # 16s, q, c, b
-    return tl.reshape(tl.permute(by_thread, (0, 1, 4, 2, 3)), (row.shape[0], COLS)) != 0
+    # One tensor of bits, not four: Triton then makes the words in the layout that asks for them.
+    low = (w0 < limit).to(tl.int32) | (w1 < limit).to(tl.int32) << 1
+    bits = low | (w2 < limit).to(tl.int32) << 2 | (w3 < limit).to(tl.int32) << 3
+    bits = tl.reshape(bits, (row.shape[0], COLS // 16, 4))[:, :, None, :, None]
+    two = tl.arange(0, 2)
+    bits = bits >> (2 * two[None, None, :, None, None] + two[None, None, None, None, :])
+    return tl.reshape(bits & 1, (row.shape[0], COLS)) != 0
