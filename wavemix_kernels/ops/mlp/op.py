@@ -216,34 +216,26 @@ def _triton_mlp(
 
 
 def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
-    from wavemix_kernels.ops.mlp import triton as kernels
+    from wavemix_kernels.ops.mlp import triton_forms as forms
 
     mlp = _triton_mlp(x, *arguments)
     out = _empty_image(x, mlp.w2.shape[0])
-    kernels.forward(matrix(out), mlp)
+    forms.forward(matrix(out), mlp)
     return out
 
 
 def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    from wavemix_kernels.ops.mlp import triton_backward as kernels
+    from wavemix_kernels.ops.mlp import triton_forms as forms
 
     *arguments, want_output = rest
-    mlp, g, second = _triton_mlp(x, *arguments), _rows_of(grad), arguments[0]
+    mlp, second = _triton_mlp(x, *arguments), arguments[0]
     gx = _empty_image(x, x.shape[1])
     gs = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
+    weights = [None if t is None else torch.empty_like(t) for t in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)]
     of_second, again = (None if t is None else matrix(t) for t in (gs, output))
-    db2 = kernels.backward_x(matrix(gx), of_second, again, g, mlp)
-    dw1, db1, dw2 = kernels.backward_weight(g, mlp)
-    return Gradients(
-        gx,
-        gs,
-        dw1.to(x.dtype),
-        None if mlp.b1 is None else db1.to(x.dtype),
-        dw2.to(x.dtype),
-        None if mlp.b2 is None else db2.to(x.dtype),
-        output,
-    )
+    forms.backward(forms.Results(*cast(Any, (matrix(gx), of_second, *weights, again))), _rows_of(grad), mlp)
+    return Gradients(*cast(Any, (gx, gs, *weights, output)))
 
 
 BACKENDS: dict[str, backends.Backend] = {

@@ -111,6 +111,10 @@ class Mlp(NamedTuple):
         return round((1 - self.p) * 2**32)
 
     @property
+    def drops(self) -> bool:
+        return self.threshold < 2**32
+
+    @property
     def scalars(self) -> dict[str, int | float]:
         """A threshold of 2^32 keeps everything, and its factor is 1 in fp32."""
         return {
@@ -123,7 +127,7 @@ class Mlp(NamedTuple):
         (x0, x1), (s0, s1), (o0, o1) = (cover(self.sizes[name], least) for name in ("a", "b", "o"))
         return {
             "A": self.sizes["a"], "B": self.sizes["b"], "K": self.sizes["k"], "OUT": self.sizes["o"],
-            "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None, "DROPOUT": self.threshold < 2**32,
+            "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None, "DROPOUT": self.drops,
             "ROWS": config.rows, "HIDDEN": config.hidden, "CHANNELS": config.channels, "X0": x0, "X1": x1, "S0": s0,
             "S1": s1, "O0": o0, "O1": o1, "PRECISION": input_precision(), "num_warps": config.num_warps,
             "num_stages": config.num_stages, "enable_fp_fusion": True,
@@ -148,8 +152,3 @@ def forward_launch(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> La
     given = {"out": out, "out_stride": out.stride(0), **mlp.pointers, **mlp.scalars}
     constants = {**mlp.constants(config, "forward"), "BIAS2": mlp.b2 is not None}
     return launch_by_name(_forward_kernel, (triton.cdiv(out.shape[0], config.rows),), given, constants)
-
-
-def forward(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> None:
-    """Writes conv1x1(Dropout(GELU(conv1x1([x | second * scale + shift])))) into `out` (pixels, O)."""
-    forward_launch(out, mlp, config).run(out)

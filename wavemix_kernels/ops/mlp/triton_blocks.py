@@ -219,6 +219,13 @@ def _activation_and_gradient(
 
 
 @triton.jit
+def _in_order(tile):
+    """Columns of unit_order as 0, 1, 2 ..."""
+    by_thread = tl.reshape(tile, (tile.shape[0], tile.shape[1] // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(by_thread, (0, 1, 3, 2, 4)), (tile.shape[0], tile.shape[1]))
+
+
+@triton.jit
 def _store(matrix, stride, row, in_rows, value, FIRST: tl.constexpr, COUNT: tl.constexpr):
     col, in_cols = _columns(FIRST, value.shape[1], COUNT)
     at = matrix + row[:, None] * stride + col[None, :]

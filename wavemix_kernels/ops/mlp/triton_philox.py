@@ -34,8 +34,9 @@ def unit_order(COLS: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr):
-    """Mask of the elements that dropout keeps, of columns first_col + unit_order(COLS), for int64 matrix rows `row`.
+def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr, TURNED: tl.constexpr = True):
+    """Mask of the elements that dropout keeps, of columns first_col + unit_order(COLS), or of the COLS from first_col on
+    if not TURNED, for int64 matrix rows `row`.
 
     `first_col` is a multiple of 16, `cols` the matrix's width.
     """
@@ -45,7 +46,10 @@ def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr):
     # One tensor of bits, not four: Triton then makes the words in the layout that asks for them.
     low = (w0 < limit).to(tl.int32) | (w1 < limit).to(tl.int32) << 1
     bits = low | (w2 < limit).to(tl.int32) << 2 | (w3 < limit).to(tl.int32) << 3
-    bits = tl.reshape(bits, (row.shape[0], COLS // 16, 4))[:, :, None, :, None]
-    two = tl.arange(0, 2)
-    bits = bits >> (2 * two[None, None, :, None, None] + two[None, None, None, None, :])
+    if TURNED:
+        two = tl.arange(0, 2)
+        bits = tl.reshape(bits, (row.shape[0], COLS // 16, 4))[:, :, None, :, None]
+        bits = bits >> (2 * two[None, None, :, None, None] + two[None, None, None, None, :])
+    else:
+        bits = bits[:, :, None] >> tl.arange(0, 4)[None, None, :]
     return tl.reshape(bits & 1, (row.shape[0], COLS)) != 0
