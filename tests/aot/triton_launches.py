@@ -25,6 +25,7 @@ from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, s
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
 from wavemix_kernels.ops.patm import triton_branches as branch_sum
@@ -259,11 +260,14 @@ def mlp_launches(
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
-    yield f"{name} input gradient", mlp_backward.backward_x_launch(x, gs, None, g, given, config("input"))[0]
-    again = mlp_backward.backward_x_launch(x, gs, g, g, given, config("input and output"))[0]
-    yield f"{name} input gradient and output", again
-    (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
-    yield f"{name} weights' gradients", launch
+    hidden = mlp_backward.Kept(*(meta(rows, k, dtype=dtype) for _ in range(2)))
+    for what, kept in (("input gradient", None), ("input gradient, kept", hidden)):
+        yield f"{name} {what}", mlp_backward.backward_x_launch(x, gs, g, given, kept, config("input"))[0]
+    launches, _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
+    for i, launch in enumerate(launches):
+        yield f"{name} weights' gradients{f' {i + 1}' if i else ''}", launch
+    yield f"{name} between, forward", mlp_products.between_launch(hidden.hidden, None, given)[0]
+    yield f"{name} between, backward", mlp_products.between_launch(*hidden, given)[0]
 
 
 def reduction_launches(
