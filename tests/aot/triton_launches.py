@@ -240,7 +240,7 @@ def deconv_points() -> Iterator[Point]:
 
 #: Kernels of which a multiprocessor of sm_90 holds two blocks or more, in half types; config_for says where one is
 #: enough.
-TWO_BLOCKS = r"mlp .* (forward|input gradient)$|mlp 128\|0 |reduce_haar (192 L3|128 L1 gradients)$"
+TWO_BLOCKS = r"mlp 128\|0 |reduce_haar (192 L3|128 L1 gradients)$"
 
 
 def mlp_launches(
@@ -287,9 +287,9 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
     """Halves and TF32 multiply by tensor cores; rows are not loaded pixel by pixel."""
     half_on_hopper = (arch, dtype) == (90, HALF)
     products, never = [], []
-    if name.startswith(("mlp", "reduce_haar")) and (dtype == HALF or tf32):
+    if name.startswith(("mlp", "reduce_haar")) and "between" not in name and (dtype == HALF or tf32):
         products.append("H?GMMA|HMMA|UTCHMMA")
-    if half_on_hopper and re.search(r"mlp 192.* (forward|input gradient)$", name):
+    if half_on_hopper and re.search(r"mlp 192.* (forward|input gradient)", name):
         products.append("HGMMA")
     if dtype == HALF and re.search(r"192 L(3 of rows|[12] of rows gradients)$", name):
         never.append(r"LDG\b.*\.[US](8|16)\b")
@@ -311,10 +311,10 @@ def waveblock_points() -> Iterator[Point]:
     for c, levels in ((192, 3), (128, 1)):
         yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
     narrow = mlp_launches(HALF, "wgmma", 128, 0, 256, 128)
-    yield from on(90, (each for each in narrow if each[0].endswith(("output", "weights' gradients"))))
+    yield from on(90, (each for each in narrow if each[0].endswith("gradients")))
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
-        made += [each for each in mlp_launches(torch.float32, "wgmma") if not each[0].endswith("and output")]
+        made += [each for each in mlp_launches(torch.float32, "wgmma") if not each[0].endswith("kept")]
     yield from on(90, made, torch.float32, tf32=True)
     for dtype in (HALF, torch.float32):
         yield from on(90, middle_launches(dtype, 192, 3), dtype)

@@ -99,7 +99,7 @@ def _backward_x_kernel(
             grad *= factor
             if BIAS1:
                 at_b1 = partial_b1 + tl.program_id(0).to(tl.int64) * K + unit
-                tl.store(at_b1, tl.sum(tl.where(in_rows[:, None], grad, 0.0), 0), mask=in_units)
+                tl.store(at_b1, tl.sum(grad, 0), mask=in_units)
             at = row[:, None] * K + (first + tl.arange(0, HIDDEN))[None, :]
             among = in_rows[:, None] & ((first + tl.arange(0, HIDDEN)) < K)[None, :]
             tl.store(kept + at, _in_order((hidden * factor).to(kept.dtype.element_ty)), mask=among)

@@ -12,9 +12,6 @@ from wavemix_kernels.ops.common.triton_sums import finish
 from wavemix_kernels.ops.mlp import triton_backward, triton_products
 from wavemix_kernels.ops.mlp.triton import Mlp, forward_launch
 
-#: What tuning times beside a default.
-_OTHER = {"fused": "kept", "kept": "products", "products": "kept"}
-
 
 class Results(NamedTuple):
     """Where gradients are written: matrices of pixels, weights and biases in the dtype of the inputs. `output`: where
@@ -30,8 +27,11 @@ class Results(NamedTuple):
 
 
 def _form(mlp: Mlp, backward: bool) -> str:
+    """The default or, where tiles allow for it, what was measured to be faster: the library's part larger by one."""
     default = choose.pointwise_mlp(mlp.x.dtype, mlp.w1.shape[1], mlp.w2.shape[0], backward)
-    other = _OTHER[default] if backward else "fused" if default == "products" else "products"
+    if default == "products" or mlp.x.dtype == torch.float32:
+        return default
+    other = "kept" if backward and default == "fused" else "products"
     return tuned.either("pointwise_mlp form", default, other, mlp.x, mlp.w1, extra=(int(backward),))
 
 
