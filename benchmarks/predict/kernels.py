@@ -241,7 +241,7 @@ FAMILIES = (
     haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
-_SMALL = ("_combine_kernel", "_merge_kernel", "phase_sum_rows")
+_SMALL = ("_combine_kernel", "_merge_kernel", "_sums_kernel", "phase_sum_rows")
 
 
 def function_of(launch: Launch) -> str:

@@ -38,8 +38,8 @@ class Mlp(Contract):
     With |.| on every factor the same formulas give the sum S of the absolute values of all terms. A sum of k products
     errs by k * u * S; an operand rounded to a half type (an affine input, the hidden layer, its gradient) passes its
     relative error on, and so does what the library's products leave in memory: what precedes the activation, once for
-    each input, and the gradient of what follows it. GELU and its derivative are within 8 u of their argument's scale and have slopes below 1.13 and
-    0.8. In float64 the reference errs as much.
+    each input, and the gradient of what follows it. GELU and its derivative are within 8 u of their argument's scale
+    and have slopes below 1.13 and 0.8. In float64 the reference errs as much.
     """
 
     name = "pointwise_mlp"
@@ -84,7 +84,7 @@ class Mlp(Contract):
     def solve(
         self, case: Case, t: Any, dtype: torch.dtype, forms: tuple[str, str] = ("fused", "fused")
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Exact results and errors before they are stored, the latter for the larger error of both directions' forms."""
+        """Exact results, and errors before they are stored: the larger ones of the forms of both directions."""
         wide = accumulation(dtype)
         u = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1)
         half = UNIT_ROUNDOFF[dtype] if wide != dtype else 0.0  # of operands

@@ -55,8 +55,8 @@ def _backward_x_kernel(
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial_b1[program], partial_b2[program] = the sums of the hidden layer's gradient (where it is kept) and of g over
-    the program's rows."""
+    """partial_b1[program], partial_b2[program] = the sums over the program's rows of the hidden layer's gradient, where
+    it is kept, and of g."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
     at_b2 = partial_b2 + tl.program_id(0).to(tl.int64) * OUT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def backward(into: Results, grad: Tensor, mlp: Mlp) -> None:
         if form == "kept":
             hidden, hidden_grad = (grad.new_empty((grad.shape[0], mlp.w1.shape[0])) for _ in range(2))
             kept = triton_backward.Kept(hidden, hidden_grad)
-            sums = list(zip((into.b1, into.b2), triton_backward.backward_x(into.x, into.second, grad, mlp, kept)))
+            partial = triton_backward.backward_x(into.x, into.second, grad, mlp, kept)
+            sums = [(into.b1, partial.b1), (into.b2, partial.b2)]
         else:
             hidden = triton_products.before_activation(mlp, second)
             hidden_grad = torch.mm(grad, mlp.w2)

@@ -35,8 +35,8 @@ def unit_order(COLS: tl.constexpr):
 
 @triton.jit
 def keep_mask(seed, row, first_col, cols, threshold, COLS: tl.constexpr, TURNED: tl.constexpr = True):
-    """Mask of the elements that dropout keeps, of columns first_col + unit_order(COLS), or of the COLS from first_col on
-    if not TURNED, for int64 matrix rows `row`.
+    """Mask of the elements that dropout keeps, for int64 matrix rows `row` and columns first_col + unit_order(COLS) or,
+    if not TURNED, the COLS from first_col on.
 
     `first_col` is a multiple of 16, `cols` the matrix's width.
     """

@@ -69,8 +69,8 @@ def _affine_kernel(
 
 
 def between_launch(hidden: Tensor, grad: Tensor | None, mlp: Mlp) -> tuple[Launch, Tensor]:
-    """A launch on what precedes the activation and the gradient of what follows it, and the fp32 sums (splits, K) of the
-    latter by what precedes; of no elements forward and where there is no bias."""
+    """A launch on what precedes the activation and, backward, on the gradient of what follows it; and its fp32 sums
+    (splits, K) of the bias's gradient, of no elements forward and where there is no bias."""
     rows, k = hidden.shape
     columns = triton.cdiv(k, _COLUMNS)
     splits = max(1, min(_BLOCKS * _native.multiprocessors(hidden.device) // columns, triton.cdiv(rows, _ROWS)))
