@@ -175,9 +175,11 @@ def head(inputs: int, inner: int, outputs: int) -> str:
 MLP_HELD = 288
 #: Up to so many inputs and results together it holds 64 hidden units for the gradients of all weights.
 MLP_WEIGHTS_HELD = 256
+#: As MLP_HELD, on chips with 99 KB of shared memory for a block, where more columns spill registers.
+MLP_HELD_BY_LITTLE = 128
 
 
-def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool) -> str:
+def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool, little_shared: bool = False) -> str:
     """How Triton's MLP runs on a GPU: ``"fused"``, no hidden layer in memory; ``"kept"``, backward: the kernel of the
     inputs' gradients writes the hidden layer and its gradient, for products of the library; ``"products"``: the
     library's products and one kernel between them.
@@ -187,7 +189,7 @@ def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool)
     """
     if dtype == torch.float32:
         return "fused"
-    if max(inputs, outputs) > MLP_HELD:
+    if max(inputs, outputs) > (MLP_HELD_BY_LITTLE if little_shared else MLP_HELD):
         return "products"
     return "kept" if backward and inputs + outputs > MLP_WEIGHTS_HELD else "fused"
 

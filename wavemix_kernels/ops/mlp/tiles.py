@@ -25,8 +25,9 @@ class MlpConfig:
 
 
 def config_for(
-    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False
-) -> MlpConfig:
+    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False,
+    little_shared: bool = False,
+) -> MlpConfig:  # fmt: skip
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
     Half types: a warp has 16 rows of the hidden layer at least, since two products follow each other in it: 64 rows on
@@ -48,12 +49,10 @@ def config_for(
         return _by_mfma(kernel, a, b, o)
     together = held((a, b, o), 16)
     if kernel == "weight":
-        if together <= 160 and products not in BY_WARPS:
-            return MlpConfig(64, 64, 0, 4, 2)
-        if together <= 256:
-            return MlpConfig(32, 64, 0, 4, 2)
-        return MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
+        return MlpConfig(64 if together <= 160 and products not in BY_WARPS else 32, 64, 0, 4, 2)
     widest = max(columns, o)
+    if little_shared:
+        return MlpConfig(64, 32, 0, 4, 3 if kernel == "input" else 2)
     if kernel == "input":
         if products in BY_WARPS:
             return MlpConfig(64, 32 if widest <= 128 else 16, 0, 4, 2)
@@ -67,10 +66,9 @@ def config_for(
 
 def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:
     """32 rows, or hidden units for the weights' gradients, on eight of NVIDIA's warps: 64 KB of shared memory."""
-    columns = held((a, b, o), 64)
     if kernel == "weight":
-        return MlpConfig(32, 32, 0, 4, 2) if columns <= 256 else MlpConfig(32, 16, 0, 8, 2)
-    return MlpConfig(32, 32 if columns <= _MOST_HELD else 16, 0, 8, 2)
+        return MlpConfig(32, 32, 0, 4, 2)
+    return MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
 
 
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels.ops import tuned
-from wavemix_kernels.ops.common.chips import products_of
+from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, cover
 from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, search_space
@@ -134,12 +134,16 @@ class Mlp(NamedTuple):
         }  # fmt: skip
 
     def config(self, kernel: Kind) -> MlpConfig:
-        products, tf32 = products_of(self.x.device), input_precision() == "tf32"
-        itemsize = self.x.dtype.itemsize
+        device, itemsize, tf32 = self.x.device, self.x.dtype.itemsize, input_precision() == "tf32"
         found: MlpConfig | None = tuned.tile(
             f"mlp {kernel} tile", MlpConfig, lambda: search_space(itemsize), self.x, self.w1
         )
-        return found or config_for(kernel, itemsize, **self.sizes, products=products, tf32=tf32)
+        if found is not None:
+            return found
+        little = chips.little_shared(device)
+        return config_for(
+            kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32, little_shared=little
+        )
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose, tuned
+from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.triton_sums import finish
 from wavemix_kernels.ops.mlp import triton_backward, triton_products
 from wavemix_kernels.ops.mlp.triton import Mlp, forward_launch
@@ -28,7 +29,8 @@ class Results(NamedTuple):
 
 def _form(mlp: Mlp, backward: bool) -> str:
     """The default or, where tiles allow for it, what was measured to be faster: the library's part larger by one."""
-    default = choose.pointwise_mlp(mlp.x.dtype, mlp.w1.shape[1], mlp.w2.shape[0], backward)
+    little = chips.little_shared(mlp.x.device)
+    default = choose.pointwise_mlp(mlp.x.dtype, mlp.w1.shape[1], mlp.w2.shape[0], backward, little)
     if default == "products" or mlp.x.dtype == torch.float32:
         return default
     other = "kept" if backward and default == "fused" else "products"
