@@ -310,9 +310,9 @@ def waveblock_points() -> Iterator[Point]:
     for arch, products in ((80, "mma"), (90, "wgmma"), (100, "tcgen05"), (120, "mma")):
         for c in (128, 64):
             yield from on(arch, mlp_launches(HALF, products, c, 0, 4 * c, c, arch == 120))
-    # Widths that are no powers of two, where tiles that are too narrow for the layouts spill.
-    yield from on(90, mlp_launches(HALF, "wgmma", 144, 72, 288, 144))
-    yield from on(120, mlp_launches(HALF, "mma", 72, 36, 144, 72, True))
+    # A second input on tiles of two sizes.
+    yield from on(90, mlp_launches(HALF, "wgmma", 128, 64, 256, 128))
+    yield from on(120, mlp_launches(HALF, "mma", 64, 32, 128, 64, True))
     for arch, levels, products in ((80, 4, "mma"), (90, 3, "wgmma"), (100, 2, "tcgen05"), (120, 1, "mma")):
         yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):

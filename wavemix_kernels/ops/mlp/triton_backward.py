@@ -100,8 +100,9 @@ def _backward_x_kernel(
             if BIAS1:
                 at_b1 = partial_b1 + tl.program_id(0).to(tl.int64) * K + unit
                 tl.store(at_b1, tl.sum(grad, 0), mask=in_units)
-            at = row[:, None] * K + (first + tl.arange(0, HIDDEN))[None, :]
-            among = in_rows[:, None] & ((first + tl.arange(0, HIDDEN)) < K)[None, :]
+            col = first + tl.arange(0, HIDDEN)
+            at = row[:, None] * K + col[None, :]
+            among = in_rows[:, None] if K % HIDDEN == 0 else in_rows[:, None] & (col < K)[None, :]
             tl.store(kept + at, _in_order((hidden * factor).to(kept.dtype.element_ty)), mask=among)
             tl.store(kept_grad + at, _in_order(grad.to(kept.dtype.element_ty)), mask=among)
         grad = grad.to(gx.dtype.element_ty)
