@@ -245,7 +245,12 @@ TWO_BLOCKS = r"mlp 128\|0 .*gradient|reduce_haar (192 L3|128 L1 gradients)$"
 
 
 def mlp_launches(
-    dtype: torch.dtype, products: str, a: int = 192, b: int = 96, k: int = 384, o: int = 192,
+    dtype: torch.dtype,
+    products: str,
+    a: int = 192,
+    b: int = 96,
+    k: int = 384,
+    o: int = 192,
     little_shared: bool = False,
 ) -> Iterator[tuple[str, Launch]]:
     """The kernels of a Waveblock's middle level, with the tiles and forms of chips that multiply matrices so."""

@@ -28,7 +28,7 @@ def _products_of(device: torch.device) -> Products:
 
 
 def little_shared(device: torch.device) -> bool:
-    """Whether a block has 99 KB of shared memory, as on consumers' chips (sm_86, sm_89, sm_120), where sm_80 has 163."""
+    """Whether a block has 99 KB of shared memory: consumers' chips (sm_86, sm_89, sm_120); sm_80 has 163."""
     return device.type == "cuda" and _capability(device) in LITTLE_SHARED
 
 
