@@ -126,7 +126,7 @@ PLANS = {
 _ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 # The first is a view whose schema does not say so, the second a question to a fake tensor.
 _FREE = _ALLOCATIONS | {"aten::_unsafe_view", "prim::device"}
-_OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
+_OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::mm", "aten::addmm"}  # the last two: out=
 
 
 def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, plan: Plan) -> int:

@@ -250,7 +250,9 @@ def _touch(
     for (i, _), sectors in requests.items():
         instruction = kernel.code[i]
         # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
-        if instruction.base == "LDG" and "STRONG" not in instruction.modifiers:
+        if (instruction.base == "LDG" and "STRONG" not in instruction.modifiers) or (
+            instruction.base == "LDGSTS" and "BYPASS" not in instruction.modifiers
+        ):
             sectors, _ = sectors - cache, cache.update(sectors)
         counted[i] += 1
         moved[i] += len(sectors)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.aot.table import WIDE, Demands
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import triton_sums
 from wavemix_kernels.ops.common.precision import input_precision, products_in
 from wavemix_kernels.ops.common.triton_launch import Launch
@@ -26,6 +27,7 @@ from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, s
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_finish as norm_finish
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
@@ -242,13 +244,19 @@ def deconv_points() -> Iterator[Point]:
 
 #: Kernels of which a multiprocessor of sm_90 holds two blocks or more, in half types; config_for says where one is
 #: enough.
-TWO_BLOCKS = r"mlp .* (forward|input gradient)$|mlp 128\|0 |reduce_haar (192 L3|128 L1 gradients)$"
+TWO_BLOCKS = r"mlp 128\|0 .*gradient|reduce_haar (192 L3|128 L1 gradients)$"
 
 
 def mlp_launches(
-    dtype: torch.dtype, products: str, a: int = 192, b: int = 96, k: int = 384, o: int = 192
+    dtype: torch.dtype,
+    products: str,
+    a: int = 192,
+    b: int = 96,
+    k: int = 384,
+    o: int = 192,
+    little_shared: bool = False,
 ) -> Iterator[tuple[str, Launch]]:
-    """The kernels of a Waveblock's middle level, with the tiles of chips that multiply matrices so."""
+    """The kernels of a Waveblock's middle level, with the tiles and forms of chips that multiply matrices so."""
     rows = 65536
     x, second, g = (meta(rows, width, dtype=dtype) for width in (a, b, o))
     given = mlp.Mlp(
@@ -258,15 +266,19 @@ def mlp_launches(
 
     def config(kernel: str) -> mlp_tiles.MlpConfig:
         tf32 = input_precision() == "tf32"
-        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32)
+        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32, little_shared)
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
-    yield f"{name} input gradient", mlp_backward.backward_x_launch(x, gs, None, g, given, config("input"))[0]
-    again = mlp_backward.backward_x_launch(x, gs, g, g, given, config("input and output"))[0]
-    yield f"{name} input gradient and output", again
-    (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
-    yield f"{name} weights' gradients", launch
+    hidden = mlp_backward.Kept(*(meta(rows, k, dtype=dtype) for _ in range(2)))
+    kept = choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept"
+    launch, _ = mlp_backward.backward_x_launch(x, gs, g, given, hidden if kept else None, config("input"))
+    yield f"{name} input gradient", launch
+    if not kept:
+        (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
+        yield f"{name} weights' gradients", launch
+    yield f"{name} between, forward", mlp_products.between_launch(hidden.hidden, None, given)[0]
+    yield f"{name} between, backward", mlp_products.between_launch(*hidden, given)[0]
 
 
 def reduction_launches(
@@ -286,9 +298,9 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
     """Halves and TF32 multiply by tensor cores; rows are not loaded pixel by pixel."""
     half_on_hopper = (arch, dtype) == (90, HALF)
     products, never = [], []
-    if name.startswith(("mlp", "reduce_haar")) and (dtype == HALF or tf32):
+    if name.startswith(("mlp", "reduce_haar")) and "between" not in name and (dtype == HALF or tf32):
         products.append("H?GMMA|HMMA|UTCHMMA")
-    if half_on_hopper and re.search(r"mlp 192.* (forward|input gradient)$", name):
+    if half_on_hopper and re.search(r"mlp .* (forward|input gradient)", name) and "between" not in name:
         products.append("HGMMA")
     if dtype == HALF and re.search(r"192 L(3 of rows|[12] of rows gradients)$", name):
         never.append(r"LDG\b.*\.[US](8|16)\b")
@@ -301,19 +313,21 @@ def waveblock_points() -> Iterator[Point]:
     def on(arch: int, launches: Iterable[tuple[str, Launch]], dtype: torch.dtype = HALF, tf32: bool = False) -> Any:
         return (waveblock_point(name, arch, dtype, launch, tf32) for name, launch in launches)
 
-    for arch in (80, 100, 120):
+    for arch in (80, 100):
         yield from on(arch, mlp_launches(HALF, "tcgen05" if arch == 100 else "mma"))
-    # Widths that are no powers of two, where tiles that are too narrow for the layouts spill.
-    yield from on(120, mlp_launches(HALF, "mma", 144, 72, 288, 144))
+    for arch, products in ((80, "mma"), (90, "wgmma"), (100, "tcgen05"), (120, "mma")):
+        for c in (128, 64):
+            yield from on(arch, mlp_launches(HALF, products, c, 0, 4 * c, c, arch == 120))
+    # A second input on tiles of two sizes.
+    yield from on(90, mlp_launches(HALF, "wgmma", 128, 64, 256, 128))
+    yield from on(120, mlp_launches(HALF, "mma", 64, 32, 128, 64, True))
     for arch, levels, products in ((80, 4, "mma"), (90, 3, "wgmma"), (100, 2, "tcgen05"), (120, 1, "mma")):
         yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):
         yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
-    narrow = mlp_launches(HALF, "wgmma", 128, 0, 256, 128)
-    yield from on(90, (each for each in narrow if each[0].endswith(("output", "weights' gradients"))))
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
-        made += [each for each in mlp_launches(torch.float32, "wgmma") if not each[0].endswith("and output")]
+        made += mlp_launches(torch.float32, "wgmma")
     yield from on(90, made, torch.float32, tf32=True)
     for dtype in (HALF, torch.float32):
         yield from on(90, middle_launches(dtype, 192, 3), dtype)

@@ -172,7 +172,29 @@ def head(inputs: int, inner: int, outputs: int) -> str:
     return "folded" if 16 * inputs * (inner - outputs) + 4 * inner * outputs > 0 else "apart"
 
 
-# --- Channel MLP and 1x1 convolutions ----------------------------------------------------------------------
+# --- MLPs and 1x1 convolutions -----------------------------------------------------------------------------
+
+#: Up to so many inputs and results a program of the Triton MLP holds all columns of its pixels, and their sums.
+MLP_HELD = 288
+#: Up to so many inputs and results together it holds 64 hidden units for the gradients of all weights.
+MLP_WEIGHTS_HELD = 256
+#: As MLP_HELD, on chips with 99 KB of shared memory for a block, where more columns spill registers.
+MLP_HELD_BY_LITTLE = 128
+
+
+def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool, little_shared: bool = False) -> str:
+    """How Triton's MLP runs on a GPU: ``"fused"``, no hidden layer in memory; ``"kept"``, backward: the kernel of the
+    inputs' gradients writes the hidden layer and its gradient, for products of the library; ``"products"``: the
+    library's products and one kernel between them.
+
+    Predicted, not measured; fp32 always fused, since the library's products follow another TF32 switch.
+    (docs/develop/tuning.md, Triton tiles: pointwise MLP)
+    """
+    if dtype == torch.float32:
+        return "fused"
+    if max(inputs, outputs) > (MLP_HELD_BY_LITTLE if little_shared else MLP_HELD):
+        return "products"
+    return "kept" if backward and inputs + outputs > MLP_WEIGHTS_HELD else "fused"
 
 
 def channel_mlp(device: str, dtype: torch.dtype, pixels: int, hidden: int, multiplies_bfloat16: bool) -> Order:

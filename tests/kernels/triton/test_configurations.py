@@ -17,6 +17,7 @@ from tests.ops.test_mlp import Mlp
 from tests.ops.test_patm import BranchSum, PhaseAggregate
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from wavemix_kernels import _native
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.haar import tiles as haar_tiles
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS
@@ -95,6 +96,18 @@ def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
     by_all(mlp, "config_for", configs.values(), (Mlp(), case))
 
 
+@each_half
+@pytest.mark.parametrize("form", ["fused", "kept", "products"])
+def test_every_form_of_the_mlp(by_all: Callable[..., None], form: str, dtype: torch.dtype) -> None:
+    """More rows than a split has, hidden units and channels that fill no tile, with and without a second input."""
+    sizes = ((70, 20, 6, 70, 24), (40, 24, 0, 36, 20))
+    cases = (
+        Case(dtype=dtype, size=size, layout="channels_slice", p=0.25, affine=True, bias=bias, want_output=True)
+        for size, bias in zip(sizes, (True, False), strict=True)
+    )
+    by_all(choose, "pointwise_mlp", [form], *((Mlp(), case) for case in cases))
+
+
 @pytest.mark.prove
 @each_half
 def test_every_deconv(by_all: Callable[..., None], dtype: torch.dtype) -> None:
@@ -143,7 +156,8 @@ def test_splits_of_the_reduction_s_gradients(
     assert shapes == [[(4, 20, 6), (4, 20)]]
 
 
-def test_dropout_counter_is_64_bits(device: str) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_dropout_counter_is_64_bits(turned: bool, device: str) -> None:
     import triton
     import triton.language as tl
 
@@ -151,14 +165,15 @@ def test_dropout_counter_is_64_bits(device: str) -> None:
     from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
     @triton.jit
-    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr):
+    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr, turned: tl.constexpr):
         row = tl.arange(0, 16).to(tl.int64) + first  # the interpreter takes no type from the annotation
-        kept = mask(tl.load(seed), row, 4, 26, threshold, 16)
-        tl.store(out + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], kept.to(tl.int8))
+        kept = mask(tl.load(seed), row, 16, 66, threshold, 32, turned)
+        tl.store(out + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :], kept.to(tl.int8))
 
-    first, seed = 2**31 - 3, 2**63 - 5  # 7 groups a row: beyond 2^32
-    out = torch.full((16, 16), -1, dtype=torch.int8, device=device)
-    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask)
-    groups = torch.arange(first, first + 16)[:, None] * 7 + torch.arange(1, 5)
-    expected = reference.philox(groups, seed).reshape(16, 16) < 2**31
-    assert torch.equal(out.cpu().bool(), expected)
+    first, seed = 2**31 - 3, 2**63 - 5  # 17 groups a row: beyond 2^32
+    out = torch.full((16, 32), -1, dtype=torch.int8, device=device)
+    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask, turned)
+    groups = torch.arange(first, first + 16)[:, None] * 17 + torch.arange(4, 12)
+    expected = reference.philox(groups, seed).reshape(16, 32) < 2**31
+    units = [16 * i + 4 * q + 2 * b + c for i in range(2) for b in range(2) for q in range(4) for c in range(2)]
+    assert torch.equal(out.cpu().bool(), expected[:, units] if turned else expected)

@@ -27,6 +27,19 @@ def _products_of(device: torch.device) -> Products:
     return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")  # type: ignore[return-value]
 
 
+def little_shared(device: torch.device) -> bool:
+    """Whether a block has 99 KB of shared memory: consumers' chips (sm_86, sm_89, sm_120); sm_80 has 163."""
+    return device.type == "cuda" and _capability(device) in LITTLE_SHARED
+
+
+#: Compute capabilities of :func:`little_shared`.
+LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (0, 0) if ROCM else torch.cuda.get_device_capability(device)
+
+
 def for_chip(constants: dict[str, Any], rocm: bool = ROCM) -> dict[str, Any]:
     """A launch's constants with as many threads on AMD's chips, whose warps have 64 threads instead of 32."""
     return constants | {"num_warps": max(1, constants["num_warps"] // 2)} if rocm else constants

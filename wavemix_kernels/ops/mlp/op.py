@@ -219,34 +219,26 @@ def _triton_mlp(
 
 
 def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
-    from wavemix_kernels.ops.mlp import triton as kernels
+    from wavemix_kernels.ops.mlp import triton_forms as forms
 
     mlp = _triton_mlp(x, *arguments)
     out = _empty_image(x, mlp.w2.shape[0])
-    kernels.forward(matrix(out), mlp)
+    forms.forward(matrix(out), mlp)
     return out
 
 
 def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    from wavemix_kernels.ops.mlp import triton_backward as kernels
+    from wavemix_kernels.ops.mlp import triton_forms as forms
 
     *arguments, want_output = rest
-    mlp, g, second = _triton_mlp(x, *arguments), _rows_of(grad), arguments[0]
+    mlp, second = _triton_mlp(x, *arguments), arguments[0]
     gx = _empty_image(x, x.shape[1])
     gs = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
+    weights = [None if t is None else torch.empty_like(t) for t in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)]
     of_second, again = (None if t is None else matrix(t) for t in (gs, output))
-    db2 = kernels.backward_x(matrix(gx), of_second, again, g, mlp)
-    dw1, db1, dw2 = kernels.backward_weight(g, mlp)
-    return Gradients(
-        gx,
-        gs,
-        dw1.to(x.dtype),
-        None if mlp.b1 is None else db1.to(x.dtype),
-        dw2.to(x.dtype),
-        None if mlp.b2 is None else db2.to(x.dtype),
-        output,
-    )
+    forms.backward(forms.Results(*cast(Any, (matrix(gx), of_second, *weights, again))), _rows_of(grad), mlp)
+    return Gradients(*cast(Any, (gx, gs, *weights, output)))
 
 
 BACKENDS: dict[str, backends.Backend] = {
@@ -351,10 +343,8 @@ fused = differentiable(_library, "pointwise_mlp", _setup, _backward, standard=_s
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Two inputs, dropout and all gradients: (error, bound)."""
-    seed = 12345
-    p = selftest.pattern
-    tensors = [p(2, 8, 6, 10), p(24, 12), p(24), p(8, 24), p(8), p(2, 4, 6, 10), p(4), p(4)]
+    """Two inputs, dropout and all gradients; half types as wide, too, as each form on a GPU wants: (error, bound)."""
+    seed, errors, p = 12345, [], selftest.pattern
 
     def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Tensor) -> list[Tensor]:
         second, scale, shift = rest
@@ -369,6 +359,8 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         second, scale, shift = rest
         return [reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=0.25, seed=seed)]
 
-    return selftest.against_reference(run, exact, tensors, device, dtype), selftest.rounding_bound(
-        2 * 6 * 10 + 24, dtype
-    )
+    widths = (8, choose.MLP_WEIGHTS_HELD, choose.MLP_HELD) if dtype.itemsize == 2 else (8,)
+    for a in widths:
+        tensors = [p(2, a, 6, 10), p(24, a + 4), p(24), p(8, 24), p(8), p(2, 4, 6, 10), p(4), p(4)]
+        errors.append(selftest.against_reference(run, exact, tensors, device, dtype))
+    return selftest.largest(*errors), selftest.rounding_bound(max(2 * 6 * 10, widths[-1]) + 24, dtype)

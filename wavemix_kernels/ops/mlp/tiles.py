@@ -7,7 +7,7 @@ from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import cover
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 
-Kind = Literal["forward", "input", "input and output", "weight"]
+Kind = Literal["forward", "input", "weight"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
@@ -25,13 +25,15 @@ class MlpConfig:
 
 
 def config_for(
-    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False
-) -> MlpConfig:
+    kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False,
+    little_shared: bool = False,
+) -> MlpConfig:  # fmt: skip
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
 
-    Half types: 64 rows on four warps, two blocks for a multiprocessor; where columns leave no room for that, or
-    matrices multiply by warps, 32 rows (for the weights' gradients: units) on eight warps, one block. fp32 multiplies
-    on the ordinary units: 16 x 16 tiles of the hidden layer on eight warps. (docs/develop/tuning.md, Triton tiles)
+    Half types: a warp has 16 rows of the hidden layer at least, since two products follow each other in it: 64 rows on
+    four warps, or 128 on eight where weights are read again too often; as many hidden units as registers leave room
+    for. fp32 multiplies on the ordinary units: 16 x 16 tiles of the hidden layer on eight warps.
+    (docs/develop/tuning.md, Triton tiles)
 
     Raises:
         ValueError: more columns than the smallest tile can accumulate.
@@ -43,31 +45,30 @@ def config_for(
         )
     if itemsize == 4:
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
-    if max(columns, o) > 512:
-        return MlpConfig(16, 16, 64, 8, 2)
+    if products == "mfma":
+        return _by_mfma(kernel, a, b, o)
     together = held((a, b, o), 16)
-    by_warps = MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
     if kernel == "weight":
-        if products == "mfma" and held((a, b, o), 64) > 256:
-            return MlpConfig(32, 16, 0, 8, 2) if held((a, b, o), 64) <= _MOST_HELD else MlpConfig(16, 16, 64, 8, 2)
-        if products not in BY_WARPS and together <= 160:
-            return MlpConfig(32, 64, 0, 4, 2)
-        if products == "tcgen05" and together <= 480:
-            return MlpConfig(32, 64, 0, 8, 2)
-        return MlpConfig(32, 32, 0, 4, 2) if held((a, b, o), 64) <= 256 else by_warps
-    if products in BY_WARPS:
-        return by_warps
-    if kernel == "input and output":
-        if together <= 160 or (products == "tcgen05" and together <= 480):
-            return MlpConfig(64, 32, 0, 4, 2)
-        return MlpConfig(64, 16, 0, 4, 2) if together <= 256 else by_warps
+        return MlpConfig(64 if together <= 160 and products not in BY_WARPS else 32, 64, 0, 4, 2)
+    widest = max(columns, o)
+    if little_shared:
+        return MlpConfig(64, 32, 0, 4, 3 if kernel == "input" else 2)
     if kernel == "input":
-        if max(columns, o) <= 192:
-            return MlpConfig(64, 32, 0, 4, 2)
-        return MlpConfig(64, 16, 0, 4, 2) if columns <= 288 and o <= 192 else MlpConfig(32, 16, 0, 8, 2)
-    if columns <= 288 and o <= 192:
-        return MlpConfig(64, 32, 0, 4, 2)
-    return MlpConfig(64, 16, 0, 4, 2) if columns <= 384 and o <= 256 else MlpConfig(32, 16, 0, 8, 2)
+        if products in BY_WARPS:
+            return MlpConfig(64, 32 if widest <= 128 else 16, 0, 4, 2)
+        if widest <= 128:
+            return MlpConfig(64, 64, 0, 4, 2)
+        return MlpConfig(128, 32, 0, 8, 2) if widest <= 192 else MlpConfig(128, 16, 0, 8, 3)
+    if products in BY_WARPS:
+        return MlpConfig(64, 64 if widest <= 128 else 32, 0, 4, 2)
+    return MlpConfig(128, 64 if columns <= 288 and o <= 192 else 32, 0, 8, 2)
+
+
+def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:
+    """32 rows, or hidden units for the weights' gradients, on eight of NVIDIA's warps: 64 KB of shared memory."""
+    if kernel == "weight":
+        return MlpConfig(32, 32, 0, 4, 2)
+    return MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
 
 
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:
@@ -85,11 +86,6 @@ def held(widths: tuple[int, ...], least: int) -> int:
     return sum(sum(cover(width, least)) for width in widths)
 
 
-def holds_output(itemsize: int, a: int, b: int, o: int) -> bool:
-    """Whether the kernel of the inputs' gradients has room for the output beside them."""
-    return held((a, b, o), 64 if itemsize == 2 else 16) <= _MOST_HELD
-
-
 def weights_together(itemsize: int, a: int, b: int, o: int, config: MlpConfig) -> tuple[tuple[str, ...], ...]:
     """Gradients that a launch accumulates together: all where they fit the registers, else one, with the hidden layer
     made again for the next."""
@@ -102,5 +98,5 @@ def search_space(itemsize: int) -> list[MlpConfig]:
     """Tiles worth timing."""
     if itemsize == 4:
         return [MlpConfig(16, 16, 16, 4, 2), MlpConfig(32, 16, 16, 8, 2)]
-    tiles = ((64, 32, 4), (64, 16, 4), (128, 32, 8), (32, 32, 8), (16, 64, 4), (32, 64, 4))
+    tiles = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (128, 64, 8), (128, 32, 8), (32, 64, 4), (32, 32, 8))
     return [MlpConfig(rows, hidden, 0, num_warps, 2) for rows, hidden, num_warps in tiles]

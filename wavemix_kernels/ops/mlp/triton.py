@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels.ops import tuned
-from wavemix_kernels.ops.common.chips import products_of
+from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, cover
 from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, search_space
@@ -66,14 +66,14 @@ def _forward_kernel(
                 A, B, AFFINE, CHANNELS, PRECISION,
             )  # fmt: skip
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden = _activation(z, seed, row, first, threshold, factor, K, DROPOUT).to(out.dtype.element_ty)
+        hidden = _activation(z, seed, row, first, threshold, K, DROPOUT).to(out.dtype.element_ty)
         u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
         acc0 = tl.dot(hidden, tl.trans(u0), acc0, input_precision=PRECISION)
         if O1:
             acc1 = tl.dot(hidden, tl.trans(u1), acc1, input_precision=PRECISION)
-    _store(out, out_stride, row, in_rows, _plus_bias(acc0, b2, 0, OUT, BIAS2), 0, OUT)
+    _store(out, out_stride, row, in_rows, _plus_bias(acc0 * factor, b2, 0, OUT, BIAS2), 0, OUT)
     if O1:
-        _store(out, out_stride, row, in_rows, _plus_bias(acc1, b2, O0, OUT, BIAS2), O0, OUT)
+        _store(out, out_stride, row, in_rows, _plus_bias(acc1 * factor, b2, O0, OUT, BIAS2), O0, OUT)
 
 
 # --------------------------------------------------------------------------------------------------- launch
@@ -111,6 +111,10 @@ class Mlp(NamedTuple):
         return round((1 - self.p) * 2**32)
 
     @property
+    def drops(self) -> bool:
+        return self.threshold < 2**32
+
+    @property
     def scalars(self) -> dict[str, int | float]:
         """A threshold of 2^32 keeps everything, and its factor is 1 in fp32."""
         return {
@@ -123,19 +127,23 @@ class Mlp(NamedTuple):
         (x0, x1), (s0, s1), (o0, o1) = (cover(self.sizes[name], least) for name in ("a", "b", "o"))
         return {
             "A": self.sizes["a"], "B": self.sizes["b"], "K": self.sizes["k"], "OUT": self.sizes["o"],
-            "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None, "DROPOUT": self.threshold < 2**32,
+            "AFFINE": self.scale is not None, "BIAS1": self.b1 is not None, "DROPOUT": self.drops,
             "ROWS": config.rows, "HIDDEN": config.hidden, "CHANNELS": config.channels, "X0": x0, "X1": x1, "S0": s0,
             "S1": s1, "O0": o0, "O1": o1, "PRECISION": input_precision(), "num_warps": config.num_warps,
             "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def config(self, kernel: Kind) -> MlpConfig:
-        products, tf32 = products_of(self.x.device), input_precision() == "tf32"
-        itemsize = self.x.dtype.itemsize
+        device, itemsize, tf32 = self.x.device, self.x.dtype.itemsize, input_precision() == "tf32"
         found: MlpConfig | None = tuned.tile(
             f"mlp {kernel} tile", MlpConfig, lambda: search_space(itemsize), self.x, self.w1
         )
-        return found or config_for(kernel, itemsize, **self.sizes, products=products, tf32=tf32)
+        if found is not None:
+            return found
+        little = chips.little_shared(device)
+        return config_for(
+            kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32, little_shared=little
+        )
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:
@@ -148,8 +156,3 @@ def forward_launch(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> La
     given = {"out": out, "out_stride": out.stride(0), **mlp.pointers, **mlp.scalars}
     constants = {**mlp.constants(config, "forward"), "BIAS2": mlp.b2 is not None}
     return launch_by_name(_forward_kernel, (triton.cdiv(out.shape[0], config.rows),), given, constants)
-
-
-def forward(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> None:
-    """Writes conv1x1(Dropout(GELU(conv1x1([x | second * scale + shift])))) into `out` (pixels, O)."""
-    forward_launch(out, mlp, config).run(out)

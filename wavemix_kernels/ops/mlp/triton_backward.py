@@ -1,8 +1,9 @@
 """The gradients of a pointwise MLP, in two kernels that make the hidden layer again.
 
-The first holds some pixels and goes through the hidden units: the gradients of the inputs and, where wanted, the output
-itself and the sums of its gradient. The second holds some hidden units and goes through the pixels: the gradients of
-all weights, as partial sums of fixed runs of pixels that are added in a fixed order.
+The first holds some pixels and goes through the hidden units: the gradients of the inputs, and sums of the output's
+gradient. It can keep the hidden layer and its gradient, from which the library makes the rest. The second holds some
+hidden units and goes through the pixels: the gradients of all weights, as partial sums of fixed runs of pixels that
+are added in a fixed order.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
-from wavemix_kernels.ops.mlp.tiles import MlpConfig, holds_output, weights_together
-from wavemix_kernels.ops.mlp.triton import FREE, Mlp, forward, launch_by_name
+from wavemix_kernels.ops.mlp.tiles import MlpConfig, weights_together
+from wavemix_kernels.ops.mlp.triton import FREE, Mlp, launch_by_name
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation_and_gradient,
     _columns,
     _hidden_gradient,
+    _in_order,
     _input_tiles,
-    _plus_bias,
     _store,
     _tile,
     _two_tiles,
@@ -45,17 +46,17 @@ def _store_sum(partial, tile, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=FREE)
 def _backward_x_kernel(
-    gx, gs, out, partial_b2, g, x, second, scale, shift, w1, b1, w2, b2, seed,
-    rows: tl.int64, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, out_stride, g_stride, x_stride,
-    second_stride,
-    OF_OUT: tl.constexpr,  # whether the output is made again too
+    gx, gs, kept, kept_grad, partial_b1, partial_b2, g, x, second, scale, shift, w1, b1, w2, seed,
+    rows: tl.int64, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, g_stride, x_stride, second_stride,
+    KEEP: tl.constexpr,  # whether the hidden layer and its gradient are written too
     A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
     AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial_b2[program] = the sums of g over the program's rows."""
+    """partial_b1[program], partial_b2[program] = the sums over the program's rows of the hidden layer's gradient, where
+    it is kept, and of g."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
     at_b2 = partial_b2 + tl.program_id(0).to(tl.int64) * OUT
@@ -77,14 +78,11 @@ def _backward_x_kernel(
     dx1 = tl.zeros((ROWS, X1 if X1 else 1), tl.float32)
     ds0 = tl.zeros((ROWS, S0 if S0 else 1), tl.float32)
     ds1 = tl.zeros((ROWS, S1 if S1 else 1), tl.float32)
-    out0 = tl.zeros((ROWS, O0 if OF_OUT else 1), tl.float32)
-    out1 = tl.zeros((ROWS, O1 if O1 and OF_OUT else 1), tl.float32)
     for first in range(0, K, HIDDEN):
         unit, in_units = _units(first, HIDDEN, K)
         w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, X1, S0, S1)
-        if CHANNELS == 0 or OF_OUT:
-            u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
         if CHANNELS == 0:
+            u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
             z = _z_of_tiles(x0, x1, s0, s1, w0, w1_, v0, v1, X1, S0, S1, PRECISION)
             grad = tl.dot(g0, u0, input_precision=PRECISION)
             if O1:
@@ -96,7 +94,17 @@ def _backward_x_kernel(
             )  # fmt: skip
             grad = _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, factor, K, False, DROPOUT)
+        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, False, DROPOUT)
+        if KEEP:
+            grad *= factor
+            if BIAS1:
+                at_b1 = partial_b1 + tl.program_id(0).to(tl.int64) * K + unit
+                tl.store(at_b1, tl.sum(grad, 0), mask=in_units)
+            col = first + tl.arange(0, HIDDEN)
+            at = row[:, None] * K + col[None, :]
+            among = in_rows[:, None] if K % HIDDEN == 0 else in_rows[:, None] & (col < K)[None, :]
+            tl.store(kept + at, _in_order((hidden * factor).to(kept.dtype.element_ty)), mask=among)
+            tl.store(kept_grad + at, _in_order(grad.to(kept.dtype.element_ty)), mask=among)
         grad = grad.to(gx.dtype.element_ty)
         dx0 = tl.dot(grad, w0, dx0, input_precision=PRECISION)
         if X1:
@@ -105,22 +113,15 @@ def _backward_x_kernel(
             ds0 = tl.dot(grad, v0, ds0, input_precision=PRECISION)
         if S1:
             ds1 = tl.dot(grad, v1, ds1, input_precision=PRECISION)
-        if OF_OUT:
-            hidden = hidden.to(gx.dtype.element_ty)
-            out0 = tl.dot(hidden, tl.trans(u0), out0, input_precision=PRECISION)
-            if O1:
-                out1 = tl.dot(hidden, tl.trans(u1), out1, input_precision=PRECISION)
-    _store(gx, gx_stride, row, in_rows, dx0, 0, A)
+    if KEEP:
+        factor = 1.0
+    _store(gx, gx_stride, row, in_rows, dx0 * factor, 0, A)
     if X1:
-        _store(gx, gx_stride, row, in_rows, dx1, X0, A)
+        _store(gx, gx_stride, row, in_rows, dx1 * factor, X0, A)
     if S0:
-        _store(gs, gs_stride, row, in_rows, ds0, 0, B)
+        _store(gs, gs_stride, row, in_rows, ds0 * factor, 0, B)
     if S1:
-        _store(gs, gs_stride, row, in_rows, ds1, S0, B)
-    if OF_OUT:
-        _store(out, out_stride, row, in_rows, _plus_bias(out0, b2, 0, OUT, BIAS2), 0, OUT)
-        if O1:
-            _store(out, out_stride, row, in_rows, _plus_bias(out1, b2, O0, OUT, BIAS2), O0, OUT)
+        _store(gs, gs_stride, row, in_rows, ds1 * factor, S0, B)
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def _backward_weight_kernel(
                 grad = tl.trans(
                     _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
                 )
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, factor, K, True, DROPOUT)
+        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, True, DROPOUT)
         if OF_W2:
             left = hidden.to(g.dtype.element_ty)
             do0 = tl.dot(left, g0, do0, input_precision=PRECISION)
@@ -202,56 +203,63 @@ def _backward_weight_kernel(
                     ds1 = tl.dot(left, s1, ds1, input_precision=PRECISION)
     at = partial1 + split * K * (A + B)
     if OF_X:
-        _store(at, A + B, unit, in_units, dx0, 0, A)
+        _store(at, A + B, unit, in_units, dx0 * factor, 0, A)
         if X1:
-            _store(at, A + B, unit, in_units, dx1, X0, A)
+            _store(at, A + B, unit, in_units, dx1 * factor, X0, A)
         if BIAS1:
-            tl.store(partial_bias + split * K + unit, bias, mask=in_units)
+            tl.store(partial_bias + split * K + unit, bias * factor, mask=in_units)
     if OF_SECOND:
-        _store(at + A, A + B, unit, in_units, ds0, 0, B)
+        _store(at + A, A + B, unit, in_units, ds0 * factor, 0, B)
         if S1:
-            _store(at + A, A + B, unit, in_units, ds1, S0, B)
+            _store(at + A, A + B, unit, in_units, ds1 * factor, S0, B)
     if OF_W2:
         at = partial2 + split * K * OUT
-        _store_transposed(at, unit, in_units, do0, 0, OUT, K)
+        _store_transposed(at, unit, in_units, do0 * factor, 0, OUT, K)
         if O1:
-            _store_transposed(at, unit, in_units, do1, O0, OUT, K)
+            _store_transposed(at, unit, in_units, do1 * factor, O0, OUT, K)
 
 
 # --------------------------------------------------------------------------------------------------- launch
 
 
+class Kept(NamedTuple):
+    """The hidden layer and its gradient, matrices (pixels, K), contiguous."""
+
+    hidden: Tensor
+    grad: Tensor
+
+
+class Sums(NamedTuple):
+    """Sums over runs of rows, fp32: (programs, K) of the hidden layer's gradient where it is kept, and (programs, O) of
+    the output's; of no elements where there is no bias."""
+
+    b1: Tensor
+    b2: Tensor
+
+
 def backward_x_launch(
-    gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
-) -> tuple[Launch, Tensor]:
-    """A launch and, where there is a second bias, the (programs, O) partial sums of its gradient it fills."""
-    config = config or mlp.config("input" if out is None else "input and output")
+    gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, kept: Kept | None = None, config: MlpConfig | None = None
+) -> tuple[Launch, Sums]:
+    """A launch and the sums that it fills."""
+    config = config or mlp.config("input")
     programs = triton.cdiv(grad.shape[0], config.rows)
-    partial = grad.new_empty((programs, 0 if mlp.b2 is None else grad.shape[1]), dtype=torch.float32)
+    widths = 0 if kept is None or mlp.b1 is None else mlp.w1.shape[0], 0 if mlp.b2 is None else grad.shape[1]
+    sums = Sums(*(grad.new_empty((programs, width), dtype=torch.float32) for width in widths))
+    hidden, hidden_grad = (gx, gx) if kept is None else kept
     given = {
-        "gx": gx, "gs": gx if gs is None else gs, "out": gx if out is None else out, "partial_b2": partial, "g": grad,
-        "gx_stride": gx.stride(0), "gs_stride": 0 if gs is None else gs.stride(0),
-        "out_stride": 0 if out is None else out.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
+        "gx": gx, "gs": gx if gs is None else gs, "kept": hidden, "kept_grad": hidden_grad, "partial_b1": sums.b1,
+        "partial_b2": sums.b2, "g": grad, "gx_stride": gx.stride(0), "gs_stride": 0 if gs is None else gs.stride(0),
+        "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
-    constants = {**mlp.constants(config, "input"), "OF_OUT": out is not None, "BIAS2": mlp.b2 is not None}
-    return launch_by_name(_backward_x_kernel, (programs,), given, constants), partial
+    constants = {**mlp.constants(config, "input"), "KEEP": kept is not None, "BIAS2": mlp.b2 is not None}
+    return launch_by_name(_backward_x_kernel, (programs,), given, constants), sums
 
 
-def backward_x(
-    gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
-) -> Tensor:
-    """Writes the gradients of x and of `second * scale + shift`, matrices like those, and the output into `out`.
-
-    Returns:
-        The gradient of b2 in fp32, of no elements where there is none.
-    """
-    a, b, _, o = mlp.sizes.values()
-    if out is not None and not holds_output(grad.dtype.itemsize, a, b, o):
-        forward(out, mlp)
-        out = None
-    launch, partial = backward_x_launch(gx, gs, out, grad, mlp, config)
+def backward_x(gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, kept: Kept | None = None) -> Sums:
+    """Writes the gradients of x and of `second * scale + shift`, matrices like those, and what is to be kept."""
+    launch, sums = backward_x_launch(gx, gs, grad, mlp, kept)
     launch.run(grad)
-    return partial.sum(0)
+    return sums
 
 
 class Partials(NamedTuple):
@@ -290,9 +298,9 @@ def backward_weight_launches(grad: Tensor, mlp: Mlp, config: MlpConfig | None = 
     ], partials
 
 
-def backward_weight(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of w1, b1 (meaningless without one) and w2 in fp32, summed in a fixed order."""
-    launches, partials = backward_weight_launches(grad, mlp, config)
+def backward_weight(grad: Tensor, mlp: Mlp) -> Partials:
+    """Partial sums of the gradients of w1, b1 (meaningless without one) and w2."""
+    launches, partials = backward_weight_launches(grad, mlp)
     for launch in launches:
         launch.run(grad)
-    return partials.w1.sum(0), partials.b1.sum(0), partials.w2.sum(0)
+    return partials
