@@ -36,5 +36,7 @@ def call_module(module: nn.Module, given: Any, plain: Callable[[Any], Any] | Non
         return tracer.create_proxy("call_module", path, (given,), options)
     if plain is None:
         kind = type(module).__name__
-        raise TypeError(f"torch.fx: a {kind} is one node of a graph; trace a module that holds it: nn.Sequential(block)")
+        raise TypeError(
+            f"torch.fx: a {kind} is one node of a graph; trace a module that holds it: nn.Sequential(block)"
+        )
     return plain(given)

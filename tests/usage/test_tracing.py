@@ -1,6 +1,5 @@
 """Tracing: torch.fx and the feature extractors on it, ONNX, and modules made inside a compiled function."""
 
-
 import copy
 import io
 import pickle
@@ -154,7 +153,12 @@ def test_one_block_alone_is_told_what_works(make):
 
 def test_single_blocks_of_layers_are_traced_into():
     """A fused block that is made of layers gives these as the graph."""
-    for block in (wk.FusedWaveblock(final_dim=8, dropout=0.0), wk.FusedPATM(8), wavemlp.Mlp(8), FusedExpansion(8, 1, 3)):
+    for block in (
+        wk.FusedWaveblock(final_dim=8, dropout=0.0),
+        wk.FusedPATM(8),
+        wavemlp.Mlp(8),
+        FusedExpansion(8, 1, 3),
+    ):
         x = torch.randn(2, 8, 8, 8)
         assert_equal(torch.fx.symbolic_trace(block.eval())(x), block(x))
 
@@ -164,7 +168,11 @@ def test_feature_extraction(library):
     """create_feature_extractor by the names of a model's blocks, for a detection head."""
     tools = pytest.importorskip(library)
     x = torch.randn(2, 3, 32, 32)
-    for name, node in (("classification", "layers.0"), ("WaveNet", "network.2.0"), ("reference WaveNet", "network.2.0")):
+    for name, node in (
+        ("classification", "layers.0"),
+        ("WaveNet", "network.2.0"),
+        ("reference WaveNet", "network.2.0"),
+    ):
         model, seen = models()[name].eval(), []
         parts: Callable[[nn.Module], nn.Module] = lambda m, node=node: m.get_submodule(node)  # noqa: E731
         extractor = tools.create_feature_extractor(model, {node: "block"})
@@ -177,7 +185,9 @@ def test_feature_extraction(library):
 # --- ONNX -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*(n for n in models() if not n.startswith("reference")), "Haar", "db2", "inference WaveNet"])
+@pytest.mark.parametrize(
+    "name", [*(n for n in models() if not n.startswith("reference")), "Haar", "db2", "inference WaveNet"]
+)
 def test_direct_onnx_export(name):
     """torch.onnx.export(model, dynamo=True) of the model itself, without export_form."""
     pytest.importorskip("onnxscript")

@@ -64,8 +64,9 @@ class InferenceExpansion(nn.Module):
             tensors.append((last.weight, last.bias))
         self.count = len(tensors)
         for i, (weight, bias) in enumerate(tensors):
-            self.register_buffer(f"weight_{i}", weight.detach().clone())
-            self.register_buffer(f"bias_{i}", None if bias is None else bias.detach().clone())
+            for name, tensor in (("weight", weight), ("bias", bias)):
+                kept = None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+                self.register_buffer(f"{name}_{i}", kept)
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:

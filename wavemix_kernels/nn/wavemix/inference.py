@@ -51,7 +51,9 @@ class InferenceWaveblock(nn.Module):
         self.train(False)
 
     def _buffer(self, name: str, tensor: Tensor | None) -> None:
-        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.register_buffer(
+            name, None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+        )
 
     def why_not_joined(self) -> str | None:
         """See :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""

@@ -31,7 +31,9 @@ class _Constants(nn.Module):
         return "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
-        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.register_buffer(
+            name, None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+        )
 
 
 class InferencePATM(_Constants):
