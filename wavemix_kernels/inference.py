@@ -75,10 +75,24 @@ def export_form(model: nn.Module) -> nn.Module:
     kind: Any = type(form)
     if "forward" in form.__dict__:
         raise ValueError(f"model: the forward of this {kind.__name__} is overridden on the instance; make it a method")
+    return _standard(form)
+
+
+def _standard(model: nn.Module) -> nn.Module:
+    """The model itself, with a forward of standard operators only."""
     # A subclass, no wrapper: names of parameters and arguments, by which exporters call inputs, stay the model's.
-    standard = backends.backend("reference")(kind.forward)
-    form.__class__ = type(kind.__name__, (kind,), {"forward": standard, "__module__": kind.__module__})
-    return form
+    kind: Any = type(model)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The class is made on the spot: pickle and deepcopy take the model in its own and make it anew.
+        plain = object.__new__(kind)
+        plain.__dict__ = self.__dict__
+        return _standard, (plain,)
+
+    forward = backends.backend("reference")(kind.forward)
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    model.__class__ = type(kind.__name__, (kind,), members)
+    return model
 
 
 def _replace(module: nn.Module, path: str) -> int:

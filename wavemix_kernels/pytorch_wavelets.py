@@ -174,7 +174,7 @@ class DWTForward(_FilterBank):
             ValueError: another rank, an empty H or W, or a size of 1 in mode 'reflect' or 'antireflect'.
         """
         if isinstance(x, fx.Proxy):
-            return fx.call_module(self, x, lambda x: fx.call_function(_analyse, x, *self._how(), self.J))
+            return fx.call_module(self, x, lambda x: _analyse(x, *self._how(), self.J))
         checks.check_tensor("x", x, 4, "(N, C, H, W)")
         return _analyse(x, *self._how(), self.J)
 
@@ -214,11 +214,10 @@ class DWTInverse(_FilterBank):
             ValueError: ranks, sizes or devices that do not fit.
         """
         if isinstance(coeffs, fx.Proxy) or (isinstance(coeffs, tuple) and isinstance(coeffs[0], fx.Proxy)):
-            return fx.call_module(self, coeffs, lambda coeffs: fx.call_function(_synthesise, *coeffs, *self._how()))
+            return fx.call_module(self, coeffs, lambda coeffs: _synthesise(*coeffs, *self._how()))
         if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
             raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")
-        yl, yh = _checked_coefficients(*coeffs)
-        return _synthesise(yl, yh, *self._how())
+        return _synthesise(*coeffs, *self._how())
 
 
 DWT = DWT2D = DWTForward
@@ -226,6 +225,8 @@ IDWT = IDWT2D = DWTInverse
 
 
 def _analyse(x: Tensor, mode: str, filters: Filters | None, levels: int) -> tuple[Tensor, list[Tensor]]:
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(_analyse, x, mode, filters, levels)
     if levels == 0:
         return x, []
     if filters is not None:
@@ -235,6 +236,9 @@ def _analyse(x: Tensor, mode: str, filters: Filters | None, levels: int) -> tupl
 
 
 def _synthesise(yl: Tensor, yh: Sequence[Tensor | None], mode: str, filters: Filters | None) -> Tensor:
+    if isinstance(yl, fx.Proxy):
+        return fx.call_function(_synthesise, yl, yh, mode, filters)
+    yl, yh = _checked_coefficients(yl, yh)
     if not yh:
         return yl
     if filters is not None:

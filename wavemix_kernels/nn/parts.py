@@ -33,6 +33,11 @@ def untouched(module: nn.Module) -> bool:
     return why_not_plain("", module) is None
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """A copy to keep as a buffer: without gradient, and contiguous, as safetensors wants it."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def affine_of(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a BatchNorm in evaluation, in float64: rounded once, when the folded weights are.
 

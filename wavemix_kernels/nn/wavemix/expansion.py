@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, fx, log
-from wavemix_kernels.nn.parts import untouched, why_not_plain
+from wavemix_kernels.nn.parts import kept, untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
@@ -64,8 +64,8 @@ class InferenceExpansion(nn.Module):
             tensors.append((last.weight, last.bias))
         self.count = len(tensors)
         for i, (weight, bias) in enumerate(tensors):
-            self.register_buffer(f"weight_{i}", weight.detach().clone())
-            self.register_buffer(f"bias_{i}", None if bias is None else bias.detach().clone())
+            for name, tensor in (("weight", weight), ("bias", bias)):
+                self.register_buffer(f"{name}_{i}", None if tensor is None else kept(tensor))
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import affine_of, why_not_plain
+from wavemix_kernels.nn.parts import affine_of, kept, why_not_plain
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
@@ -51,7 +51,7 @@ class InferenceWaveblock(nn.Module):
         self.train(False)
 
     def _buffer(self, name: str, tensor: Tensor | None) -> None:
-        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.register_buffer(name, None if tensor is None else kept(tensor))
 
     def why_not_joined(self) -> str | None:
         """See :meth:`wavemix_kernels.FusedWaveblock.why_not_joined`."""

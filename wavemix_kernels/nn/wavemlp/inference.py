@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.nn.parts import affine_of, kept, untouched
 from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
@@ -31,7 +31,7 @@ class _Constants(nn.Module):
         return "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
-        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.register_buffer(name, None if tensor is None else kept(tensor))
 
 
 class InferencePATM(_Constants):

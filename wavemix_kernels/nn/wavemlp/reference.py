@@ -139,8 +139,7 @@ class PATM(nn.Module):
         w = self.tfc_w(as_wave(self.fc_w(x), self.theta_w_conv(x)))
         c = self.fc_c(x)
         a = self.branch_weights(F.adaptive_avg_pool2d(h + w + c, 1))
-        mixed = fx.call_function(branch_sum, h, w, c, a) if isinstance(x, fx.Proxy) else branch_sum(h, w, c, a)
-        return self.proj_drop(self.proj(mixed))
+        return self.proj_drop(self.proj(branch_sum(h, w, c, a)))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, mode={self.mode!r}"

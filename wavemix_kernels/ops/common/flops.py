@@ -163,7 +163,7 @@ def counted() -> list[tuple[Any, Any]] | None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     kind: Any = getattr(sys.modules[_COUNTER], "_FlopCounterMode", ())
-    counters = [mode.counter for mode in _get_current_dispatch_mode_stack() if isinstance(mode, kind)]  # type: ignore
+    counters = [mode.counter for mode in _get_current_dispatch_mode_stack() if isinstance(mode, kind)]
     return [(c, {path: dict(by_op) for path, by_op in c.flop_counts.items()}) for c in counters]
 
 

@@ -18,6 +18,7 @@ from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import reference
+from wavemix_kernels.ops.haar.batching import into_batch
 
 BACKENDS = haar.BACKENDS
 
@@ -139,14 +140,14 @@ synthesis = differentiable(
 
 
 def _analysis_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, backend: str) -> tuple[Tensor, int]:
-    bands = torch.ops.wavemix_kernels.haar_bands(haar.into_batch(x, in_dims[0], info.batch_size), backend)
+    bands = torch.ops.wavemix_kernels.haar_bands(into_batch(x, in_dims[0], info.batch_size), backend)
     return bands.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _synthesis_vmap(
     info: Any, in_dims: tuple[Any, ...], bands: Tensor, channels_last: bool, backend: str
 ) -> tuple[Tensor, int]:
-    joined = haar.into_batch(bands, in_dims[0], info.batch_size)
+    joined = into_batch(bands, in_dims[0], info.batch_size)
     image = torch.ops.wavemix_kernels.haar_from_bands(joined, channels_last, backend)
     return image.unflatten(0, (info.batch_size, -1)), 0
 

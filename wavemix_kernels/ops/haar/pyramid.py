@@ -17,6 +17,7 @@ from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import reference
+from wavemix_kernels.ops.haar.batching import into_batch
 
 _library = Library()
 _library.define("haar_pyramid(Tensor x, int levels, bool channels_last, str backend) -> Tensor[]")
@@ -141,12 +142,12 @@ backward = differentiable(
 
 
 def _pyramid_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[list[Tensor], list[int]]:
-    out = torch.ops.wavemix_kernels.haar_pyramid(haar.into_batch(x, in_dims[0], info.batch_size), *rest)
+    out = torch.ops.wavemix_kernels.haar_pyramid(into_batch(x, in_dims[0], info.batch_size), *rest)
     return [t.unflatten(0, (info.batch_size, -1)) for t in out], [0] * len(out)
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], grads: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
-    joined = [haar.into_batch(t, d, info.batch_size) for t, d in zip(grads, in_dims[0], strict=True)]
+    joined = [into_batch(t, d, info.batch_size) for t, d in zip(grads, in_dims[0], strict=True)]
     out = torch.ops.wavemix_kernels.haar_pyramid_backward(joined, *rest)
     return out.unflatten(0, (info.batch_size, -1)), 0
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wavemix_kernels import fx
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 
 
@@ -98,6 +99,8 @@ def fold(x: Tensor, dim: int, size: int, mode: str) -> Tensor:
 
 
 def analyse_level(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    if isinstance(x, fx.Proxy):
+        return fx.call_function(analyse_level, x, mode)
     x = extend(extend(x, -1, mode), -2, mode)
     ll, lh, hl, hh = butterfly(x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2])
     return ll, torch.stack((lh, hl, hh), 2)

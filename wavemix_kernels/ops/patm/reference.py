@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels import fx
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 
 TAPS = 7
@@ -42,6 +43,8 @@ def phase_aggregate(
 
 def branch_sum(h: Tensor, w: Tensor, c: Tensor, a: Tensor) -> Tensor:
     """The branches h, w, c (N, C, H, W) weighted by a (N, C, 3), in that order, rounded once to the dtype of h."""
+    if isinstance(h, fx.Proxy):
+        return fx.call_function(branch_sum, h, w, c, a)
     a_h, a_w, a_c = a.to(accumulate_dtype(h.dtype))[..., None, None].unbind(2)
     return (h * a_h + w * a_w + c * a_c).to(h.dtype)
 
