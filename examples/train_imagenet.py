@@ -342,10 +342,10 @@ def _trained(training: Training, out: Path, given: Sequence[str], interrupt: Int
         console.print(f"train_imagenet: {diverged}")
         return 1
     except RuntimeError as error:
-        if processes.control is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if processes.control is None or (lost := _loss_of_a_process(error, interrupt.asked)) is None:
             raise
         print(
-            f"train_imagenet: rank {processes.rank} lost another process ({str(error).splitlines()[0]}); --resume goes "
+            f"train_imagenet: rank {processes.rank} lost another process ({str(lost).splitlines()[0]}); --resume goes "
             f"on from {out / CHECKPOINT}, if an epoch was complete",
             file=sys.stderr,
         )
@@ -385,6 +385,16 @@ def _epochs(training: Training, out: Path, console: Any, interrupt: Interrupt) -
             if training.epoch < training.epochs and processes.any(interrupt.asked):
                 return False
     return True
+
+
+def _loss_of_a_process(error: BaseException | None, stopped: bool) -> BaseException | None:
+    """The error that tells of it, or None: one of the connection, or what came while one was handled; where torchrun's
+    SIGTERM has ``stopped`` the run, a loader's worker that it ended too."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or (stopped and "DataLoader worker" in str(error)):
+            return error
+        error = error.__context__
+    return None
 
 
 def _line(row: Mapping[str, float], epochs: int) -> str:

@@ -54,4 +54,4 @@ class Progress:
         self.tail = self.tail if tail is None else tail
         self.bar.update(self.task, completed=self.done, head=head, tail=self.tail)
         if not self.console.is_terminal and self.done % self.every == 0:
-            self.console.print(f"{head}: {self.done} of {self.total} steps, {self.tail}")
+            self.console.print(f"{head}: {self.done} of {self.total} steps{self.tail and f', {self.tail}'}")

@@ -25,7 +25,8 @@ def why_not_plain(name: str, module: nn.Module, kind: type[nn.Module] | None = N
         return f"hooks on all modules are registered (torch.nn.modules.module), which would not see {name}"
     if "forward" in module.__dict__:
         return f"{name} has a forward of its own on the instance"
-    return f"{name} has parametrizations" if hasattr(module, "parametrizations") else None
+    # Not by hasattr: what it does not find costs nn.Module a microsecond.
+    return f"{name} has parametrizations" if "parametrizations" in module._modules else None
 
 
 def untouched(module: nn.Module) -> bool:
