@@ -79,6 +79,22 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     return np.where(np.isfinite(error), total + error, total)
 
 
+def fma_bf16(a: Array, b: Array, c: Array) -> Array:
+    """Each rounding but the last is to odd, which leaves the last what it would be of the exact value."""
+    product, c = from_bf16(a).astype(F64) * from_bf16(b), from_bf16(c).astype(F64)  # exact
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    inexact = np.isfinite(error) & (error != 0)
+    away = inexact & (np.signbit(error) != np.signbit(total))
+    total = np.where(inexact, (total.view(U64) - away.astype(U64)) | U64(1), total.view(U64)).view(F64)
+    single = total.astype(F32)
+    inexact = single.astype(F64) != total
+    away = inexact & (np.abs(single) > np.abs(total))
+    bits = np.where(inexact, (single.view(U32) - away.astype(U32)) | U32(1), single.view(U32))
+    return to_bf16(np.where(np.isnan(single), single, bits.view(F32)))
+
+
 # --- Integers ----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +219,8 @@ def _meaning(
     floating = np.issubdtype(kind, np.floating)
     if code == "cvt":
         return _convert(words, types, kinds)
+    if (code, *words) == ("fma", "rn", "bf16"):  # sums of two, too: times 1
+        return [U16] * 3, U16, fma_bf16
     if any("bf16" in t or "x2" in t for t in types):
         return None
     if code == "setp":

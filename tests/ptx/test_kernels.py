@@ -28,7 +28,7 @@ class Session(NamedTuple):
 
 
 OUTPUTS, FORMS = "tests/kernels/test_haar_outputs.py", "tests/ptx/cuda_forms.py"
-TRITON_FORMS, SUMS = "tests/ptx/triton_forms.py", "tests/kernels/triton/test_sums.py"
+TRITON_FORMS = "tests/ptx/triton_forms.py"
 HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
 #: By family and backend, the longest first.
 SESSIONS = {
@@ -47,7 +47,9 @@ SESSIONS = {
         "cuda and (contract or test_gradients or widths) or tf32_only", ("reduce_haar",), (FORMS,)
     ),
     "pre_norm-triton": Session(
-        "triton and not empty", ("norm.triton_pre_norm", "norm.triton_finish", "common.triton_sums"), (SUMS,)
+        "triton and not (empty or tf32 or many_parts)",
+        ("norm.triton_pre_norm", "norm.triton_finish", "common.triton_sums"),
+        (TRITON_FORMS,),
     ),
     "patm-triton": Session(
         "triton and contract", ("patm.triton_phases", "patm.triton_phases_backward", "patm.triton_branches")

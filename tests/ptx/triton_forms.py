@@ -1,5 +1,5 @@
-"""Triton kernels in forms that the contracts leave out: products in TF32, which the interpreter does not know, and
-statistics of many parts; run by test_kernels.py."""
+"""Triton kernels in forms that the contracts leave out: products in TF32, which the interpreter does not know,
+statistics of many parts, and sums of several sizes in one launch; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import from_ptx
-from tests.kernels.triton import test_deconv
+from tests.kernels.triton import test_deconv, test_sums
 from tests.ops.contract import Case, Contract, check, singles
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.ptx.launch import executed_triton
@@ -49,3 +49,9 @@ def test_reduce_haar_products_in_tf32(contract: Contract, case: Case) -> None:
 def test_deconv_statistics_of_many_parts(request: pytest.FixtureRequest, device: str) -> None:
     with from_ptx(request, "triton"):
         test_deconv.test_statistics_of_many_parts(device)
+
+
+@pytest.mark.parametrize("sums", test_sums.SUMS, ids=["one", "two", "three", "four"])
+def test_sums_together(request: pytest.FixtureRequest, device: str, sums: Any) -> None:
+    with from_ptx(request, "triton"):
+        test_sums.test_sums(device, sums)
