@@ -1,9 +1,9 @@
 """Writes down what a function does with tensors, as a Python function of straight lines.
 
 Inside ``with Recorder(tensors) as recorder`` the operators of PyTorch, the launches of Triton's kernels
-(:mod:`wavemix_kernels.ops.common.triton_launch`) and the calls of the CUDA kernels (:func:`wavemix_kernels._native.launch`)
-are noted as they run. :meth:`Recorder.compiled` makes a function of them. Kernels get addresses there, so views that
-nothing else looks at are left out, and Triton's compiled kernels are called past its binder.
+(:mod:`wavemix_kernels.ops.common.triton_launch`) and the CUDA kernels' (:func:`wavemix_kernels._native.launch`) are
+noted as they run. :meth:`Recorder.compiled` makes a function of them. Kernels get addresses there, so views that nothing
+else looks at are left out, and Triton's compiled kernels are called past its binder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IN_TORCH = {
 
 @dataclass(eq=False)
 class Slot:
-    """A tensor. ``root`` owns its memory, ``offset`` bytes further on it begins."""
+    """A tensor. ``root`` owns its memory; the tensor begins ``offset`` bytes further on."""
 
     number: int
     size: tuple[int, ...]
@@ -398,7 +398,7 @@ class _Writer:
             if done and i + 1 < len(self._lines):
                 lines.append(f" del {', '.join(done)}")
         scope = {**self._constants, "OTHERWISE": OTHERWISE}
-        exec(compile("\n".join(lines), "<plan>", "exec"), scope)  # noqa: S102
+        exec(compile("\n".join(lines), "<plan>", "exec"), scope)
         made: Callable[..., Any] = scope["plan"]
         return made
 
