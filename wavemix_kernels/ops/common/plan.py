@@ -26,7 +26,8 @@ from torch.nn import Parameter
 
 from wavemix_kernels import _native, log
 from wavemix_kernels.ops.common import precision, triton_launch
-from wavemix_kernels.ops.common.recorder import OTHERWISE, Recorder
+from wavemix_kernels.ops.common.plan_lines import OTHERWISE
+from wavemix_kernels.ops.common.recorder import Recorder
 
 VARIABLE = "WAVEMIX_KERNELS_PLANS"
 #: Plans that are kept; then they are made anew.
