@@ -92,7 +92,7 @@ def pointer(tensor: Tensor | None) -> int:
     """Address of a tensor as the core takes it; 0 for None."""
     if tensor is None:
         return 0
-    return tensor.data_ptr() if not recorders or (of := recorder()) is None else of.address(tensor)  # type: ignore[no-any-return]
+    return tensor.data_ptr() if not recorders or (of := recorder()) is None else of.address(tensor)
 
 
 def address(tensor: Tensor | None) -> Sequence[int]:

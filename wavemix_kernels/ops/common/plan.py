@@ -26,7 +26,8 @@ from torch.nn import Parameter
 
 from wavemix_kernels import _native, log
 from wavemix_kernels.ops.common import precision, triton_launch
-from wavemix_kernels.ops.common.recorder import OTHERWISE, Recorder
+from wavemix_kernels.ops.common.plan_lines import OTHERWISE
+from wavemix_kernels.ops.common.recorder import Recorder
 
 VARIABLE = "WAVEMIX_KERNELS_PLANS"
 #: Plans that are kept; then they are made anew.
@@ -35,7 +36,8 @@ MOST = 4096
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
-_profiled = torch.autograd._profiler_enabled
+_profiled: Any = torch.autograd._profiler_enabled
+_forward_mode = torch.autograd.forward_ad
 
 
 def _on() -> bool:
@@ -116,7 +118,7 @@ def operator(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def unseen(args: Any) -> bool:
     """Whether nobody would notice that a call of an operator does not come from PyTorch's dispatcher: its tensors are
     plain ones, and neither a mode, a transform, a tracer nor a profiler is at work."""
-    if _modes() or _transforms() or _tracing() is not None or _profiled():
+    if _modes() or _transforms() or _tracing() is not None or _profiled() or _forward_mode._current_level >= 0:
         return False
     for value in args:
         kind = type(value)
@@ -186,6 +188,8 @@ def function(of: Any) -> Any:
 
 def _watched() -> bool:
     if State.paused or triton_launch.observers or _modes() or _transforms() or _tracing() is not None:
+        return True
+    if _forward_mode._current_level >= 0:
         return True
     triton = sys.modules.get("triton.knobs")
     if triton is None:

@@ -1,0 +1,264 @@
+"""The function of a plan: steps that :mod:`wavemix_kernels.ops.common.recorder` has noted, as lines of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Operators whose function in ``torch`` takes the same arguments, in two thirds of the time.
+_IN_TORCH = {
+    *("add", "addmm", "bmm", "cat", "clone", "convolution", "div", "mm", "mul", "neg", "permute", "randint", "rsqrt"),
+    *("softmax", "square", "stack", "sub", "sum", "sigmoid", "t", "unsqueeze"),
+}
+
+
+@dataclass(eq=False)
+class Slot:
+    """A tensor. ``root`` owns its memory; the tensor begins ``offset`` bytes further on."""
+
+    number: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    on_gpu: bool
+    start: int
+    root: Slot = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self
+
+    @property
+    def offset(self) -> int:
+        return self.start - self.root.start
+
+    @property
+    def count(self) -> int:
+        return torch.Size(self.size).numel()
+
+
+class At(NamedTuple):
+    """The address of a tensor."""
+
+    slot: Slot
+
+
+class Made(NamedTuple):
+    """A named tuple."""
+
+    kind: Any
+    parts: list[Any]
+
+
+STREAM = object()
+#: What a plan gives back where PyTorch does not as it did.
+OTHERWISE = object()
+
+
+@dataclass
+class Step:
+    """One call. ``kind``: "allocation", "view", or "call" for all else."""
+
+    kind: str
+    function: Any
+    args: Any
+    kwargs: dict[str, Any]
+    out: Any = None
+    owner: Any = None  # of what it calls, as long as the plan lives
+
+
+def _slots(value: Any) -> Iterator[tuple[bool, Slot]]:
+    """Whether as a tensor, and the slot."""
+    if isinstance(value, Slot):
+        yield True, value
+    elif isinstance(value, At):
+        yield False, value.slot.root
+    elif isinstance(value, Made):
+        yield from _slots(value.parts)
+    elif isinstance(value, dict):
+        yield from _slots(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _slots(one)
+
+
+def allocator(slot: Slot) -> Callable[..., Tensor]:
+    """``(size, stride, dtype)`` -> memory where ``slot`` is, the shortest way that this PyTorch has."""
+    guards = getattr(torch._C, "_dynamo", None)
+    name = "_empty_strided_cuda" if slot.on_gpu else "_empty_strided_cpu"
+    shortest = getattr(getattr(guards, "guards", None), name, None)
+    if shortest is not None:
+        return shortest
+    device = slot.device
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+class Writer:
+    """Makes the function of steps; ``result`` has a :class:`Slot` for each tensor."""
+
+    def __init__(self, inputs: list[Slot], steps: list[Step], result: Any) -> None:
+        self._inputs, self._result = inputs, result
+        self._constants: dict[str, Any] = {}
+        self._needed: set[Slot] = set()  # as tensors; the others' addresses alone
+        self._steps = self._fewest(steps)
+        self._lines: list[tuple[str, set[Slot]]] = []  # text and what it reads
+        self._pointers: set[Slot] = set()
+
+    def _fewest(self, steps: list[Step]) -> list[Step]:
+        """Without views and memory that nothing looks at."""
+        pointed: set[Slot] = set()
+        kept = []
+
+        def want(value: Any) -> None:
+            for as_tensor, slot in _slots(value):
+                (self._needed if as_tensor else pointed).add(slot)
+
+        want(self._result)
+        for step in reversed(steps):
+            out = {slot for _, slot in _slots(step.out)}
+            if step.kind == "view" and not out & self._needed:
+                continue
+            if step.kind == "allocation":
+                if out & (self._needed | pointed):
+                    kept.append(step)
+                continue
+            want((step.args, step.kwargs))
+            kept.append(step)
+        return self._laid_out(kept[::-1])
+
+    def _laid_out(self, steps: list[Step]) -> list[Step]:
+        """Memory with one view of all of it is allocated as that view."""
+        readers: dict[Slot, list[Step | None]] = {}
+        for step in steps:
+            if step.kind != "allocation":
+                for as_tensor, slot in _slots((step.args, step.kwargs)):
+                    if as_tensor:
+                        readers.setdefault(slot, []).append(step)
+        for as_tensor, slot in _slots(self._result):
+            if as_tensor:
+                readers.setdefault(slot, []).append(None)
+        gone = []
+        for step in steps:
+            if step.kind != "allocation" or len(of := readers.get(step.out, [])) != 1:
+                continue
+            (view,) = of
+            if view is None or view.kind != "view" or not isinstance(view.out, Slot):
+                continue
+            whole, part = step.out, view.out
+            if part.count == whole.count and part.start == whole.start and part.dtype == whole.dtype:
+                whole.size, whole.stride = part.size, part.stride
+                self._alias(part, whole, steps)
+                gone.append(view)
+        return [step for step in steps if not any(step is one for one in gone)]
+
+    def _alias(self, part: Slot, whole: Slot, steps: list[Step]) -> None:
+        def changed(value: Any) -> Any:
+            if value is part:
+                return whole
+            if isinstance(value, Made):
+                return Made(value.kind, changed(value.parts))
+            if isinstance(value, dict):
+                return {name: changed(one) for name, one in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)(changed(one) for one in value)
+            return value
+
+        for step in steps:
+            step.args, step.kwargs, step.out = changed(step.args), changed(step.kwargs), changed(step.out)
+        self._result = changed(self._result)
+
+    def function(self) -> Callable[..., Any]:
+        for step in self._steps:
+            self._write(step)
+        reads: set[Slot] = set()
+        text = self._text(self._result, reads)
+        self._lines.append((f"return {text}", reads))
+        lines = [f"def plan(stream, {', '.join(f't{slot.number}' for slot in self._inputs)}):"]
+        last = {slot: i for i, (_, reads) in enumerate(self._lines) for slot in reads}
+        for i, (text, reads) in enumerate(self._lines):
+            lines.append(f" {text}")
+            # What is done with is freed at once, as in the function.
+            done = [f"t{slot.number}" for slot in reads if last[slot] == i and slot not in self._inputs]
+            if done and i + 1 < len(self._lines):
+                lines.append(f" del {', '.join(done)}")
+        scope = {**self._constants, "OTHERWISE": OTHERWISE}
+        exec(compile("\n".join(lines), "<plan>", "exec"), scope)
+        made: Callable[..., Any] = scope["plan"]
+        return made
+
+    def _write(self, step: Step) -> None:
+        reads: set[Slot] = set()
+        if step.kind == "allocation":
+            slot: Slot = step.out
+            call = f"({slot.size!r}, {slot.stride!r}, {self._constant(slot.dtype)})"
+            self._lines.append((f"t{slot.number} = {self._constant(allocator(slot))}{call}", {slot}))
+            return
+        function, args, kwargs = _shortest(step)
+        words = [self._text(one, reads) for one in args]
+        words += [f"{name}={self._text(one, reads)}" for name, one in kwargs.items()]
+        if step.owner is not None:
+            self._constant(step.owner)
+        target = self._target(step.out)
+        written = {slot for _, slot in _slots(step.out)}
+        self._lines.append((f"{target}{self._constant(function)}({', '.join(words)})", reads | written))
+        if "convolution" in str(step.function):
+            # The library chooses the order of its results, by settings that a key does not hold.
+            for slot in written:
+                self._lines.append((f"if t{slot.number}.stride() != {slot.stride!r}: return OTHERWISE", {slot}))
+
+    def _target(self, out: Any) -> str:
+        if isinstance(out, Slot):
+            return f"t{out.number} = "
+        if isinstance(out, list) and out:
+            return ", ".join("_" if one is None else f"t{one.number}" for one in out) + ", = "
+        return ""
+
+    def _text(self, value: Any, reads: set[Slot]) -> str:
+        if isinstance(value, Slot):
+            reads.add(value)
+            return f"t{value.number}"
+        if isinstance(value, At):
+            root = value.slot.root
+            reads.add(root)
+            if root not in self._pointers:
+                self._pointers.add(root)
+                self._lines.append((f"p{root.number} = t{root.number}.data_ptr()", {root}))
+            return f"p{root.number} + {value.slot.offset}" if value.slot.offset else f"p{root.number}"
+        if value is STREAM:
+            return "stream"
+        if isinstance(value, Made):
+            return f"{self._constant(value.kind)}({', '.join(self._text(one, reads) for one in value.parts)})"
+        if type(value) is list:
+            return f"[{', '.join(self._text(one, reads) for one in value)}]"
+        if type(value) is tuple:
+            return f"({''.join(self._text(one, reads) + ', ' for one in value)})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        for name, known in self._constants.items():
+            if known is value:
+                return name
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+
+def _shortest(step: Step) -> tuple[Any, Any, dict[str, Any]]:
+    """Function and arguments of an operator as Python calls it fastest."""
+    function, args, kwargs = step.function, step.args, step.kwargs
+    if not isinstance(function, torch._ops.OpOverload):
+        return function, args, kwargs
+    name = function._schema.name.split("::")[1]
+    if name == "_to_copy" and list(kwargs) == ["dtype"] and kwargs["dtype"] != args[0].dtype:
+        return torch.Tensor.to, (*args, kwargs["dtype"]), {}
+    if name in _IN_TORCH and function._overloadname != "out":
+        return getattr(torch, name), args, kwargs
+    if name == "copy_":
+        return torch.Tensor.copy_, args, kwargs
+    return function._op, args, kwargs
