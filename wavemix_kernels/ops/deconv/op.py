@@ -238,36 +238,19 @@ def _reference_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(
-        backends.triton_products_why_not,
-        {
-            "forward": _triton_forward,
-            "forward_stats": _triton_forward_stats,
-            "backward_x": _triton_backward_x,
-            "backward_weight": _triton_backward_weight,
-            "norm_backward": _triton_norm_backward,
-        },
-    ),
-    "cpu": backends.Backend(
-        backends.cpu_why_not,
-        {
-            "forward": _cpu_forward,
-            "forward_residual": _cpu_forward_residual,
-            "forward_stats": _cpu_forward_stats,
-            "backward_x": _cpu_backward_x,
-            "backward_weight": _cpu_backward_weight,
-            "norm_backward": _cpu_norm_backward,
-        },
-    ),
-    "reference": backends.Backend(
-        backends.reference_why_not,
-        {
-            "forward": _reference_forward,
-            "backward_x": _reference_backward_x,
-            "backward_weight": _reference_backward_weight,
-        },
-    ),
-}
+    "triton": backends.Backend(backends.triton_products_why_not, {
+        "forward": _triton_forward, "forward_stats": _triton_forward_stats, "backward_x": _triton_backward_x,
+        "backward_weight": _triton_backward_weight, "norm_backward": _triton_norm_backward,
+    }),
+    "cpu": backends.Backend(backends.cpu_why_not, {
+        "forward": _cpu_forward, "forward_residual": _cpu_forward_residual, "forward_stats": _cpu_forward_stats,
+        "backward_x": _cpu_backward_x, "backward_weight": _cpu_backward_weight, "norm_backward": _cpu_norm_backward,
+    }),
+    "reference": backends.Backend(backends.reference_why_not, {
+        "forward": _reference_forward, "backward_x": _reference_backward_x,
+        "backward_weight": _reference_backward_weight,
+    }),
+}  # fmt: skip
 
 
 # --- The operators ---------------------------------------------------------------------------------------
