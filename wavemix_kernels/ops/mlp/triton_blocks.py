@@ -173,7 +173,8 @@ def _gelu(z):
     With t = |z| and e = exp(-t^2 / 2), the normal distribution's tail 1 - cdf(t) is e P(t). P is the polynomial of
     degree 9 for which e P(t) errs least on [0, 5.5], by 2.6e-7; beyond, t = 5.5 will do: the tail is below 1.9e-8.
     GELU(z) = max(z, 0) - t (e P); its derivative is 1 - e (P - t / sqrt(2 pi)), that of -z the rest to 1.
-    In fp32 (u = 2^-24) both are within 5.6 u of max(1, |z|), counted over all floats' neighbourhoods in [-12, 12].
+    In fp32 (u = 2^-24) GELU errs by 5.6 u |z| at most, its derivative by 5.1 u (1 + |z|): largest of 400,001 values in
+    [-12, 12], with an exact exponential.
     """
     t = tl.minimum(tl.abs(z), 5.5)
     e = tl.exp2(z * z * -0.7213475204444817)
