@@ -57,7 +57,7 @@ REASONS = {
     "triton deconv *: _reduce_kernel": "sums across warps every few KB",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
-    "cuda phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
+    "cuda phase_aggregate *": "exact sines: about 250 instructions a step",
     "triton phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
     "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
 }
