@@ -198,7 +198,6 @@ def _reduce_kernel(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channel < channels
     centre = tl.load(mean + channel, mask=in_channels, other=0.0)
-    scale = tl.load(invstd + channel, mask=in_channels, other=0.0)
     sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
     sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
     for first in range(split, tiles, splits * AT_ONCE):
@@ -212,10 +211,12 @@ def _reduce_kernel(
         g = g.to(REAL)
         sum_g += tl.sum(g, 0)
         # g is 0 beyond the batch, so the product is too.
-        sum_gx += tl.sum(g * ((value - centre[None, None, :]) * scale[None, None, :]), 0)
+        sum_gx += tl.sum(g * (value - centre[None, None, :]), 0)
+    # Last, for the registers. An empty batch has no deviation, and sums of zero.
+    scale = tl.load(invstd + channel, mask=channel < channels * tl.minimum(tiles, 1), other=0.0)
     at = split.to(tl.int64) * channels + channel
     tl.store(partial_g + at, tl.sum(sum_g, 0), mask=in_channels)
-    tl.store(partial_gx + at, tl.sum(sum_gx, 0), mask=in_channels)
+    tl.store(partial_gx + at, tl.sum(sum_gx, 0) * scale, mask=in_channels)
 
 
 @triton.jit(do_not_specialize=("tiles", "outer0"))
