@@ -54,7 +54,6 @@ REASONS = {
     "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
     "triton mlp gradients*weight*": "operands of mma.sync come from shared memory again for each product",
     "triton mlp *": "dropout and GELU are most instructions; weights come from L2 again for each block",
-    "triton deconv *: _reduce_kernel": "sums across warps every few KB",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
     "cuda phase_aggregate *": "exact sines: about 250 instructions a step",
