@@ -50,11 +50,9 @@ REASONS = {
     "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
     "triton mlp * 64x8x8 pixels*": "32 blocks for 132 multiprocessors",
     "triton mlp *": "GELU's instructions and the products of a block wait for each other; weights come from L2 again",
-    "triton deconv *: _reduce_kernel": "sums across warps every few KB",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
-    "triton batch_norm *": "sums across warps every few KB",
-    "triton pre_norm *": "sums across warps every few KB",
-    "cuda phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
+    "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
+    "cuda phase_aggregate *": "exact sines: about 250 instructions a step",
     "triton phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
     "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
 }

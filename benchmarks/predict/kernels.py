@@ -148,11 +148,12 @@ def mlp_cases() -> Iterator[Case]:
 
 def _deconv(c: int, size: int, what: str) -> Callable[[], Any]:
     def run() -> Any:
-        u, y = image((64, c, size, size), BF16, True), image((64, c, 2 * size, 2 * size), BF16, True)
+        u = image((64, c, size, size), BF16, True)
+        y, grad = (image((64, c, 2 * size, 2 * size), BF16, True) for _ in range(2))
         weight, bias = image((c, c, 4, 4)), image((c,))
         if what == "forward":
             return _op("deconv_stats")(u, weight, bias, bias, bias, 1e-5, "triton")
-        return _op("deconv_norm_backward")(y, y, *(_vector(c) for _ in range(3)), True, u, weight, "triton")
+        return _op("deconv_norm_backward")(grad, y, *(_vector(c) for _ in range(3)), True, u, weight, "triton")
 
     return run
 
@@ -166,12 +167,12 @@ def deconv_cases() -> Iterator[Case]:
 
 def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
     def run() -> Any:
-        x = image((64, c, size, size), BF16, True)
+        x, other = (image((64, c, size, size), BF16, True) for _ in range(2))
         if what == "statistics":
             return _op("batch_norm_stats")(x, _vector(c), _vector(c), 1e-5, "triton")
         if what == "apply":
-            return _op("batch_norm_apply")(x, _vector(c), _vector(c), x, True, "triton")
-        return _op("batch_norm_backward")(x, x, _vector(c), _vector(c), _vector(c), True, True, "triton")
+            return _op("batch_norm_apply")(x, _vector(c), _vector(c), other, True, "triton")
+        return _op("batch_norm_backward")(other, x, _vector(c), _vector(c), _vector(c), True, True, "triton")
 
     return run
 

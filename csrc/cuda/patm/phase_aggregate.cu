@@ -4,14 +4,17 @@
 // The convolution is in scatter form: a wave adds to the seven outputs it reaches, which move up a place in the very
 // same instruction, d[k] = w * u + d[k + 1]. So 14 registers a pair of channels slide along instead of the 28 of seven
 // waves, no moves in between. Half types are limited by instructions (some 30 of an element's 60 make its sine and
-// cosine), fp32 by memory: two pairs a thread leave room for three blocks, and one pixel loaded ahead hides the
-// latency.
+// cosine), fp32 by memory: two pairs a thread leave room for three blocks, and loads two or three pixels ahead hide
+// the latency.
 #include "cuda/patm/phase.cuh"
 
 namespace wavemix::phase {
 namespace {
 
 constexpr int kMinBlocks = 3;
+// Pixels that loads are ahead of their use, as registers allow.
+template <class T>
+constexpr int kPixelsAhead = sizeof(T) == 2 ? 3 : 8 / static_cast<int>(sizeof(T));
 
 struct Branch {
   Walk z, theta, out;
@@ -50,6 +53,13 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
   T* out = at<T>(branch.out, image, line, begin, pair);
   const T* also = b == 0 && p.also.data != nullptr ? at<const T>(p.also, image, line, begin, pair) : nullptr;
 
+  Packet<T, P, wide> next_also[2];
+  const auto load_also = [&] {
+    if (also == nullptr) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) next_also[half].load(also + half * d.pairs);
+    also += p.also.step;
+  };
   const auto emit = [&](const Outputs<A, P>& values) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -61,31 +71,32 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
     if (also == nullptr) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Packet<T, P, wide> packet;
       A x[P];
-      packet.load(also + half * d.pairs);
-      packet.unpack(x);
+      next_also[half].unpack(x);
 #pragma unroll
       for (int i = 0; i < P; ++i) sums[half][i] += x[i];
     }
-    also += p.also.step;
   };
 
-  Packet<T, N, wide> next_z, next_theta;
-  next_z.load(z);
-  next_theta.load(theta);
+  constexpr int kAheadOfUse = kPixelsAhead<T>;
+  Packet<T, N, wide> next_z[kAheadOfUse], next_theta[kAheadOfUse];
+  const auto load_wave = [&](int slot) {
+    next_z[slot].load(z);
+    next_theta[slot].load(theta);
+    z += branch.z.step;
+    theta += branch.theta.step;
+  };
+#pragma unroll
+  for (int slot = 0; slot < kAheadOfUse; ++slot)
+    if (first + slot < last) load_wave(slot);
   Outputs<A, P> window[kPhaseTaps] = {};  // positions - 3 .. + 3 around the wave
-#pragma unroll 1
-  for (int position = first; position < last; ++position) {
+  const auto step = [&](int position, int slot) {
     A amplitude[N], phase[N], sine[N], cosine[N];
-    next_z.unpack(amplitude);
-    next_theta.unpack(phase);
-    if (position + 1 < last) {
-      z += branch.z.step;
-      theta += branch.theta.step;
-      next_z.load(z);
-      next_theta.load(theta);
-    }
+    next_z[slot].unpack(amplitude);
+    next_theta[slot].unpack(phase);
+    if (position + kAheadOfUse < last) load_wave(slot);
+    const bool complete = position - kReach >= begin;
+    if (complete) load_also();  // used when the wave is made
 #pragma unroll
     for (int k = 0; k < N; ++k) phase[k] = relu(phase[k] * map.scale[k] + map.shift[k]);
     sine_cosine(phase, sine, cosine);
@@ -103,13 +114,21 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
         }
       }
     }
-    if (position - kReach >= begin) emit(window[0]);
+    if (complete) emit(window[0]);
+  };
+#pragma unroll 1
+  for (int position = first; position < last; position += kAheadOfUse) {
+#pragma unroll
+    for (int slot = 0; slot < kAheadOfUse; ++slot)
+      if (position + slot < last) step(position + slot, slot);
   }
   // No further wave reaches these outputs.
 #pragma unroll
   for (int k = 1; k <= kReach; ++k) {
     const int position = last - 1 - kReach + k;
-    if (position >= begin && position < end) emit(window[k]);
+    if (position < begin || position >= end) continue;
+    load_also();
+    emit(window[k]);
   }
 }
 

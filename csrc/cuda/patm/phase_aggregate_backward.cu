@@ -14,6 +14,10 @@ namespace {
 
 constexpr int P = 1;      // pairs per thread
 constexpr int N = 2 * P;  // its channels
+// Steps that the loads of gradients and waves are ahead of their use; waves are six steps behind gradients, so this
+// divides 6, and a place of both rings is a register that the compiler knows. fp64 has no registers for more than one.
+template <class T>
+constexpr int kStepsAhead = sizeof(T) == 8 ? 1 : 2;
 
 struct Branch {
   Walk z, theta, grad, d_z, d_theta;
@@ -63,26 +67,34 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
   T* d_theta = at<T>(branch.d_theta, image, line, begin, 2 * pair);
   T* d_c = b == 0 && p.d_c.data != nullptr ? at<T>(p.d_c, image, line, begin, pair) : nullptr;
 
-  Packet<T, P, wide> next_grad[2];
-  Packet<T, N, wide> next_z, next_theta;
-  const auto load_gradient = [&](int position) {
+  constexpr int kAheadOfUse = kStepsAhead<T>;
+  Packet<T, P, wide> next_grad[kAheadOfUse][2];
+  Packet<T, N, wide> next_z[kAheadOfUse], next_theta[kAheadOfUse];
+  const auto load_gradient = [&](int position, int slot) {
     if (position < 0 || position >= length) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next_grad[half].load(grad + half * d.pairs);
+    for (int half = 0; half < 2; ++half) next_grad[slot][half].load(grad + half * d.pairs);
     grad += branch.grad.step;
   };
-  load_gradient(first);
-  next_z.load(z);
-  next_theta.load(theta);
+  const auto load_wave = [&](int slot) {
+    next_z[slot].load(z);
+    next_theta[slot].load(theta);
+    z += branch.z.step;
+    theta += branch.theta.step;
+  };
+#pragma unroll
+  for (int slot = 0; slot < kAheadOfUse; ++slot) {
+    load_gradient(first + slot, slot);
+    if (begin + slot < end) load_wave(slot);
+  }
   A window[2][kPhaseTaps] = {};  // gradients at positions - 3 .. + 3 around the wave
-#pragma unroll 1
-  for (int front = first; front < last; ++front) {
+  const auto step = [&](int front, int slot) {
     A of_front[2] = {};
     if (front >= 0 && front < length) {
       A g[2][P];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        next_grad[half].unpack(g[half]);
+        next_grad[slot][half].unpack(g[half]);
         of_front[half] = g[half][0] * weight.a[half] + weight.b[half];
       }
       if (d_c != nullptr && front >= begin && front < end) {
@@ -100,18 +112,13 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
       for (int k = 0; k + 1 < kPhaseTaps; ++k) window[half][k] = window[half][k + 1];
       window[half][kPhaseTaps - 1] = of_front[half];
     }
-    if (front + 1 < last) load_gradient(front + 1);
-    if (front - kReach < begin) continue;
+    if (front + kAheadOfUse < last) load_gradient(front + kAheadOfUse, slot);
+    if (front - kReach < begin) return;
 
     A amplitude[N], theta_here[N], pre[N], phase[N], sine[N], cosine[N];
-    next_z.unpack(amplitude);
-    next_theta.unpack(theta_here);
-    if (front + 1 < last) {
-      z += branch.z.step;
-      theta += branch.theta.step;
-      next_z.load(z);
-      next_theta.load(theta);
-    }
+    next_z[slot].unpack(amplitude);
+    next_theta[slot].unpack(theta_here);
+    if (front + kAheadOfUse < last) load_wave(slot);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       pre[k] = theta_here[k] * map.scale[k] + map.shift[k];
@@ -142,6 +149,12 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
     put<wide, T, N>(d_theta, of_theta);
     d_z += branch.d_z.step;
     d_theta += branch.d_theta.step;
+  };
+#pragma unroll 1
+  for (int front = first; front < last; front += kAheadOfUse) {
+#pragma unroll
+    for (int slot = 0; slot < kAheadOfUse; ++slot)
+      if (front + slot < last) step(front + slot, slot);
   }
 }
 

@@ -3,7 +3,8 @@
 A tile is some channels by a run of positions. What the layouts of a launch's tensors have in common decides the run:
 the whole batch where all are channels_last, an image where one is not. So no position is ever divided into rows and
 columns, and each tensor's own innermost dimension is read in vectors (Triton exchanges between two that differ).
-Sums are partial sums of fixed blocks added in a fixed order: results are the same in every run.
+Sums are kept for each place of a tile, in registers, and added up across threads once, at a program's end. Partial sums
+are added in a fixed order: results are the same in every run.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -24,8 +25,9 @@ from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.norm import triton_finish as finish
 
-_PROGRAMS = 4  # for each multiprocessor, to hide the latency of a pass over memory
-_MAX_SPLITS = 128  # partial sums of a channel, which one warp adds up (triton_finish)
+_PROGRAMS = 2  # for each multiprocessor, of 8 warps
+_MAX_SPLITS = 256  # partial sums of a channel, which one warp adds up (triton_finish)
+_AT_ONCE = 4  # tiles whose loads are in flight together
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class NormConfig:
     num_warps: int
 
 
-def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig:
+def config_for(channels: int, run: int, innermost: Sequence[bool], num_warps: int = 4) -> NormConfig:
     """The default tile of 2048 values; `innermost`: for each tensor, whether channels are contiguous in it."""
     if all(innermost):
         across = 64
@@ -45,8 +47,8 @@ def config_for(channels: int, run: int, innermost: Sequence[bool]) -> NormConfig
         across = 32  # an exchange: half a cache line of the half types on either side
     else:
         across = 2
-    across = min(across, pow2_at_least(channels))
-    return NormConfig(across, min(2048 // across, pow2_at_least(run)), 4)
+    positions = min(2048 // min(across, pow2_at_least(channels)), pow2_at_least(run))
+    return NormConfig(min(2048 // positions, pow2_at_least(channels)), positions, num_warps)
 
 
 def search_space() -> list[NormConfig]:
@@ -96,63 +98,104 @@ def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
     return start + (position * s_p)[:, None] + (channel * s_c)[None, :], position < run
 
 
+@triton.jit
+def _places(tile, tiles, run, outer0, ONE_RUN: tl.constexpr, POSITIONS: tl.constexpr):
+    """Of several tiles: the outer indices (tiles, 1, 1), the positions (tiles, positions, 1), and which exist. Tiles
+    are counted in 32 bits: divisions of 64 would take longer than the tiles' loads."""
+    if ONE_RUN:
+        outer1, outer0_at, local = tl.zeros_like(tile), tl.zeros_like(tile), tile
+    else:
+        per_run = tl.cdiv(run, POSITIONS).to(tl.int32)
+        outer = tile // per_run
+        local = tile - outer * per_run
+        outer1 = outer // outer0
+        outer0_at = outer - outer1 * outer0
+    position = local.to(tl.int64)[:, None] * POSITIONS + tl.arange(0, POSITIONS)[None, :]
+    valid = (position < run) & (tile < tiles)[:, None]
+    return outer1.to(tl.int64)[:, None, None], outer0_at.to(tl.int64)[:, None, None], position[:, :, None], valid
+
+
+@triton.jit
+def _at(places, strides, channel):
+    """Offsets (tiles, positions, channels)."""
+    outer1, outer0, position = places
+    s1, s0, s_p, s_c = strides
+    return outer1 * s1 + outer0 * s0 + position * s_p + (channel.to(tl.int64) * s_c)[None, None, :]
+
+
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _stats_kernel(
-    partial_mean, partial_m2, partial_count, x, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
+    partial_mean, partial_m2, partial_count, x, tiles, run: tl.int64, outer0, channels, splits,
     x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """Mean, sum of squared deviations and count of each split's values. A tile's own mean is taken off before
-    squaring and tiles are combined by Chan's formula, so nothing cancels where |mean| is far above the deviation."""
-    split = tl.program_id(1).to(tl.int64)
+    """Mean, sum of squared deviations and count of each split's values, by Chan's formula from one place's few values
+    at a time: their own mean is taken off before squaring, so nothing cancels where |mean| is far above the deviation.
+    """
+    split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channel < channels
-    mean = tl.zeros((CHANNELS,), REAL)
-    m2 = tl.zeros((CHANNELS,), REAL)
-    count = tl.zeros((CHANNELS,), REAL)
-    for tile in range(split, tiles, splits):
-        at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
-        mask = valid[:, None] & in_channels[None, :]
+    mean = tl.zeros((POSITIONS, CHANNELS), REAL)
+    m2 = tl.zeros((POSITIONS, CHANNELS), REAL)
+    count = tl.zeros((POSITIONS,), REAL)
+    for first in range(split, tiles, splits * AT_ONCE):
+        tile = first + tl.arange(0, AT_ONCE) * splits
+        outer1, outer0_at, position, valid = _places(tile, tiles, run, outer0, ONE_RUN, POSITIONS)
+        mask = valid[:, :, None] & in_channels[None, None, :]
+        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
         here = tl.sum(valid.to(REAL), 0)
-        tile_mean = tl.sum(value, 0) / here
-        deviation = tl.where(mask, value - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
         total = count + here
-        mean += delta * (here / total)
-        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * (here / total))
+        mean_here = tl.sum(value, 0) * (1.0 / tl.maximum(here, 1.0))[:, None]
+        deviation = tl.where(mask, value - mean_here[None, :, :], 0.0)
+        share = here / tl.maximum(total, 1.0)
+        delta = mean_here - mean
+        mean += delta * share[:, None]
+        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * share)[:, None]
         count = total
-    at = split * channels + channel
-    tl.store(partial_mean + at, mean, mask=in_channels)
-    tl.store(partial_m2 + at, m2, mask=in_channels)
-    tl.store(partial_count + at, count, mask=in_channels)
+    # The places' results as one: deviations from a mean that is rounded, corrected by their own mean.
+    values = tl.sum(count, 0)
+    total = tl.maximum(values, 1.0)  # an empty batch has none
+    near = tl.sum(mean * (count / total)[:, None], 0)
+    delta = mean - near[None, :]
+    shift = tl.sum(delta * count[:, None], 0) / total
+    rest = delta - shift[None, :]
+    at = split.to(tl.int64) * channels + channel
+    tl.store(partial_mean + at, near + shift, mask=in_channels)
+    tl.store(partial_m2 + at, tl.sum(m2 + rest * rest * count[:, None], 0), mask=in_channels)
+    tl.store(partial_count + at, tl.zeros((CHANNELS,), REAL) + values, mask=in_channels)
 
 
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _reduce_kernel(
-    partial_g, partial_gx, grad, x, mean, invstd, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
+    partial_g, partial_gx, grad, x, mean, invstd, tiles, run: tl.int64, outer0, channels, splits,
     grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Each split's sums of grad and of grad * xhat."""
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channel < channels
     centre = tl.load(mean + channel, mask=in_channels, other=0.0)
-    scale = tl.load(invstd + channel, mask=in_channels, other=0.0)
-    sum_g = tl.zeros((CHANNELS,), REAL)
-    sum_gx = tl.zeros((CHANNELS,), REAL)
-    for tile in range(split, tiles, splits):
-        at, valid = _offsets(tile, run, outer0, (grad_1, grad_0, grad_p, grad_c), channel.to(tl.int64), POSITIONS)
-        mask = valid[:, None] & in_channels[None, :]
-        g = tl.load(grad + at, mask=mask, other=0.0).to(REAL)
-        at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
+    sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
+    sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
+    for first in range(split, tiles, splits * AT_ONCE):
+        tile = first + tl.arange(0, AT_ONCE) * splits
+        outer1, outer0_at, position, valid = _places(tile, tiles, run, outer0, ONE_RUN, POSITIONS)
+        mask = valid[:, :, None] & in_channels[None, None, :]
+        at = _at((outer1, outer0_at, position), (grad_1, grad_0, grad_p, grad_c), channel)
+        g = tl.load(grad + at, mask=mask, other=0.0)
+        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
+        g = g.to(REAL)
         sum_g += tl.sum(g, 0)
-        sum_gx += tl.sum(tl.where(mask, g * ((value - centre[None, :]) * scale[None, :]), 0.0), 0)
-    at = split * channels + channel
-    tl.store(partial_g + at, sum_g, mask=in_channels)
-    tl.store(partial_gx + at, sum_gx, mask=in_channels)
+        # g is 0 beyond the batch, so the product is too.
+        sum_gx += tl.sum(g * (value - centre[None, None, :]), 0)
+    # Last, for the registers. An empty batch has no deviation, and sums of zero.
+    scale = tl.load(invstd + channel, mask=channel < channels * tl.minimum(tiles, 1), other=0.0)
+    at = split.to(tl.int64) * channels + channel
+    tl.store(partial_g + at, tl.sum(sum_g, 0), mask=in_channels)
+    tl.store(partial_gx + at, tl.sum(sum_gx, 0) * scale, mask=in_channels)
 
 
 @triton.jit(do_not_specialize=("tiles", "outer0"))
@@ -196,11 +239,11 @@ class _Plan(NamedTuple):
     constants: dict[str, object]
 
 
-def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
+def _plan(tensors: Sequence[Tensor], config: NormConfig | None, sums: bool = False) -> _Plan:
     made = geometry(tensors)
     innermost = [s[3] == 1 for s in made.strides]
-    config = config or tuned.tile("batch_norm tile", NormConfig, search_space, *tensors, extra=(*innermost,))
-    config = config or config_for(made.channels, made.run, innermost)
+    config = config or tuned.tile("batch_norm tile", NormConfig, search_space, *tensors, extra=(*innermost, sums))
+    config = config or config_for(made.channels, made.run, innermost, 8 if sums else 4)
     tiles = made.runs * triton.cdiv(made.run, config.positions)
     blocks = triton.cdiv(made.channels, config.channels)
     programs = _PROGRAMS * _native.multiprocessors(tensors[0].device)
@@ -210,6 +253,8 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
         "REAL": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
         "num_warps": config.num_warps, "enable_fp_fusion": True,
     }  # fmt: skip
+    if sums:
+        constants |= {"ONE_RUN": made.runs == 1, "AT_ONCE": _AT_ONCE}
     return _Plan(
         config, tiles, blocks, splits, (tiles, made.run, made.outer0, made.channels),
         tuple(stride for strides in made.strides for stride in strides), constants,
@@ -218,7 +263,7 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None) -> _Plan:
 
 def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, Tensor]:
     """A launch and the (3, splits, C) partial means, squared deviations and counts it fills."""
-    plan = _plan([x], config)
+    plan = _plan([x], config, sums=True)
     partial = x.new_empty((3, plan.splits, x.shape[1]), dtype=accumulate_dtype(x.dtype))
     args = (*partial.unbind(0), x, *plan.scalars, plan.splits, *plan.strides)
     return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
@@ -239,7 +284,7 @@ def reduce_launch(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None
 ) -> tuple[Launch, Tensor]:
     """A launch and the (2, splits, C) partial sums it fills."""
-    plan = _plan([grad, x], config)
+    plan = _plan([grad, x], config, sums=True)
     partial = mean.new_empty((2, plan.splits, x.shape[1]))
     args = (*partial.unbind(0), grad, x, mean, invstd, *plan.scalars, plan.splits, *plan.strides)
     return Launch(_reduce_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
