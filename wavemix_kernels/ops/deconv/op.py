@@ -28,8 +28,7 @@ _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> T
 _library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
 _library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> Tensor")
 _library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
-# The same around a BatchNorm of the output: statistics from the pass that writes it, and gradients that begin with the
-# normalised output's.
+# The same around a BatchNorm of the output: its statistics, and gradients that begin with the normalised output's.
 _library.define(
     "deconv_stats(Tensor u, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -113,9 +112,8 @@ Parameters = tuple[Tensor | None, Tensor | None, float]
 def _cpu_forward_stats(
     u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
 ) -> tuple[Tensor, batch_norm.Statistics]:
-    mean, var = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    y = _cpu_forward(u, weight, bias, (mean, var))
-    return y, batch_norm.from_moments(mean, var, *norm)
+    moments = _empty_statistics(u, weight), _empty_statistics(u, weight)
+    return _cpu_forward(u, weight, bias, moments), batch_norm.from_moments(*moments, *norm)
 
 
 def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -439,10 +437,8 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     error = selftest.against_reference(
         lambda u, w, b: [deconv(u, w, b, backend=backend)],
         lambda u, w, b: [F.conv_transpose2d(u, w, b, STRIDE, PADDING)],
-        [p(2, 40, 5, 7), p(40, 36, 4, 4), p(36)],
-        device,
-        dtype,
-    )
+        [p(2, 40, 5, 7), p(40, 36, 4, 4), p(36)], device, dtype,
+    )  # fmt: skip
     tensors = p(2, 40, 5, 7), p(40, 36, 4, 4), p(36), p(2, 36, 10, 14, phase=1), p(2, 36, 10, 14, phase=2)
     for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
         u, weight, bias, residual, grad = (t.to(dtype).to(where, wide) for t in tensors)
