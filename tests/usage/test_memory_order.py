@@ -9,7 +9,7 @@ from wavemix_kernels import backend, wavemlp
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
 from wavemix_kernels.wavemix import SemSegment, sisr
 
-pytest.importorskip("pywt", reason='PyWavelets is not installed: pip install "wavemix-kernels[wavelets]"')
+pytest.importorskip("pywt", reason="PyWavelets is not installed: pip install PyWavelets")
 
 WAVES = ("haar", "db2", "db4", "bior2.4")
 MODES = ("zero", "symmetric", "reflect", "periodic", "periodization", "constant")

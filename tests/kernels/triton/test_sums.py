@@ -9,7 +9,7 @@ from tests.ops.contract import randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within, stored
 from wavemix_kernels.ops.common import triton_sums as kernels
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install wavemix-kernels[triton]")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 #: Parts and shapes of what is written: one part, one column, more parts than a tile has, more columns, nothing.
 SUMS = [
     [((1, 7), torch.float32)],
