@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from wavemix_kernels import _startup
+from wavemix_kernels.tracing import constant_result
 
 VARIABLE = "WAVEMIX_KERNELS_LOG"
 #: Calls that are told apart; later ones are not logged.
@@ -69,11 +70,8 @@ def fallback(module: nn.Module, reason: str | None, instead: str = "plain module
     return True
 
 
+@constant_result
 def _at_trace_time(line: str) -> bool:
     if enabled():
         once(line, lambda: line)
     return True
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler: that takes as long as torch itself.
-_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]

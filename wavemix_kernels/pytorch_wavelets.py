@@ -17,6 +17,7 @@ from wavemix_kernels.ops.common.layout import is_channels_last
 from wavemix_kernels.ops.dwt.op import dwt2d, idwt2d
 from wavemix_kernels.ops.dwt.reference import Filters, cropped, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
+from wavemix_kernels.tracing import constant_result
 
 __all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
 
@@ -280,7 +281,7 @@ def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tens
     return yl.to(widest), [high if high is None else high.to(widest) for high in yh]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[list[float]]:
     """The filters low_col, high_col, low_row, high_row of `wave`, whose attributes `low` and `high` count."""
     bank: Any = _by_name(wave) if isinstance(wave, str) else wave

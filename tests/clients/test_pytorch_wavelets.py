@@ -403,5 +403,5 @@ def test_without_pywavelets(monkeypatch, path):
     for wave in ("haar", "db1", ([S, S], [-S, S])):
         DWTForward(1, wave)(X)
     assert set(path) == {"haar"}
-    with pytest.raises(ImportError, match=r'pip install PyWavelets'):
+    with pytest.raises(ImportError, match=r"pip install PyWavelets"):
         DWTForward(1, "db2")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.prove
 ROOT = Path(__file__).resolve().parents[2]
 #: Calls of functions in Python and in C that a step may take. As the functions are written, a Waveblock's training step
 #: takes 7,700.

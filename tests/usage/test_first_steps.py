@@ -34,6 +34,7 @@ def test_a_program_writes_to_a_file(terminal: bool) -> None:
             assert lines[0] == "epoch 2: 22 of 60 steps, loss 0"
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_programs_start_without_docstrings_and_assertions(name: str) -> None:
     ran = python("-OO", "-m", f"examples.{name}", "--help", cwd=ROOT)
@@ -41,6 +42,7 @@ def test_programs_start_without_docstrings_and_assertions(name: str) -> None:
     assert "usage: " in ran.stdout
 
 
+@pytest.mark.prove
 def test_blocks_compute_without_docstrings_and_assertions() -> None:
     code = (
         "import torch, wavemix_kernels as wk; b = wk.FusedWaveblock(final_dim=4, dropout=0);"

@@ -79,6 +79,7 @@ def test_torch_is_missing_or_too_old(text: str, said: str, tmp_path: Path) -> No
     assert said in line
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("variable, value, expected", [
     ("WAVEMIX_KERNELS_CPU_ISA", "sse9", "baseline"),
     ("WAVEMIX_KERNELS_BACKEND", "gpu", "'auto'"),

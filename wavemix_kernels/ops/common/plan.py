@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from wavemix_kernels import _native, log
 from wavemix_kernels.ops.common import precision, triton_launch
+from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.common.plan_lines import OTHERWISE
 from wavemix_kernels.ops.common.recorder import Recorder
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from wavemix_kernels.tracing import constant_result
+
 
 def standard_wanted() -> str | None:
     """Why standard operators stand for fused ones, or None.
@@ -18,12 +20,12 @@ def standard_wanted() -> str | None:
     return "ONNX takes standard operators" if torch.compiler.is_exporting() and _for_onnx() else None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def in_transform() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, …) is at work. In it tensors have no memory order."""
     return torch._C._are_functorch_transforms_active()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _for_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
