@@ -9,6 +9,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_result(function: F) -> F:
-    """As ``torch.compiler.assume_constant_result``: the function runs while a graph is traced, which holds its result."""
+    """``torch.compiler.assume_constant_result``: the function runs while a graph is traced, which holds its result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
