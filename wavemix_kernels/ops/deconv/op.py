@@ -113,7 +113,7 @@ def _cpu_forward_stats(
     u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
 ) -> tuple[Tensor, batch_norm.Statistics]:
     moments = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    return _cpu_forward(u, weight, bias, moments), batch_norm.from_moments(*moments, *norm)
+    return _cpu_forward(u, weight, bias, moments), batch_norm.from_moments(moments[0], moments[1], *norm)
 
 
 def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
