@@ -45,6 +45,7 @@ def _plans() -> int:
     return sum(isinstance(made, FunctionType) for table in plan.tables.values() for made in table.values())
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("name, backend", _OPERATORS, indirect=["backend"])
 def test_operators(plans: None, monkeypatch: pytest.MonkeyPatch, device: str, name: str, backend: str) -> None:
     if device != "cpu":
