@@ -1,4 +1,4 @@
-"""Drop-in for the 2-D DWT modules of `pytorch_wavelets`: same constructors, results and state dicts, both ways.
+"""Drop-in for the DWT modules of `pytorch_wavelets`, 2-D and 1-D: same constructors, results and state dicts.
 
 Filters that equal Haar's run on the fused Haar kernels, all others on kernels for any filters. docs/wavelets.md says
 where the original and PyWavelets differ, and which of them is followed.
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from wavemix_kernels import checks, fx, log
 from wavemix_kernels.ops.common.layout import is_channels_last
-from wavemix_kernels.ops.dwt.op import dwt2d, idwt2d
+from wavemix_kernels.ops.dwt.op import dwt1d, dwt2d, idwt1d, idwt2d
 from wavemix_kernels.ops.dwt.reference import Filters, cropped, synthesis_sizes
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d, haar_idwt2d
 from wavemix_kernels.tracing import constant_result
 
-__all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
+__all__ = [
+    "DWT", "DWT1D", "DWT2D", "IDWT", "IDWT1D", "IDWT2D", "DWT1DForward", "DWT1DInverse", "DWTForward", "DWTInverse",
+]  # fmt: skip
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _S = math.sqrt(0.5)
@@ -153,12 +155,7 @@ class DWTForward(_FilterBank):
 
     def __init__(self, J: int = 1, wave: str | WaveletLike | Sequence[Any] = "db1", mode: str = "zero") -> None:
         super().__init__([taps[::-1] for taps in _taps(wave, "dec_lo", "dec_hi")], mode)
-        try:
-            self.J = operator.index(J)
-        except TypeError:
-            raise TypeError(f"J: expected an int, the number of levels, got {checks.describe(J)}") from None
-        if self.J < 0:
-            raise ValueError(f"J: expected 0 or more levels, got {self.J}")
+        self.J = _checked_levels(J)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Analysis. The half dtypes are computed in float32; autocast changes nothing.
@@ -221,8 +218,91 @@ class DWTInverse(_FilterBank):
         return _synthesise(*coeffs, *self._how())
 
 
+class DWT1DForward(nn.Module):
+    """Multi-level 1-D discrete wavelet transform, `pytorch_wavelets.DWT1DForward`.
+
+    Args:
+        J, mode: as for :class:`DWTForward`.
+        wave: as for :class:`DWTForward`; a tuple holds the two analysis filters (h0, h1).
+
+    Buffers h0, h1 (1, 1, L) hold the filters mirrored, in the default dtype. Learned filters are as for
+    :class:`DWTForward`.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :class:`DWTForward`.
+    """
+
+    def __init__(self, J: int = 1, wave: str | WaveletLike | Sequence[Any] = "db1", mode: str = "zero") -> None:
+        super().__init__()
+        _hold(self, ("h0", "h1"), [taps[::-1] for taps in _taps(wave, "dec_lo", "dec_hi", axes=1)])
+        self.J, self.mode = _checked_levels(J), mode
+        _checked_mode(mode)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Analysis of x (N, C, L) along L. Returns ``(yl, yh)`` of x's dtype: yl (N, C, l_J) and yh a list of J tensors
+        (N, C, l_j), the finest first. Raises as :meth:`DWTForward.forward`."""
+        if isinstance(x, fx.Proxy):
+            return fx.call_module(self, x, lambda x: fx.call_function(_analyse_lines, x, *_lines(self), self.J))
+        checks.check_tensor("x", x, 3, "(N, C, L)")
+        return _analyse_lines(x, *_lines(self), self.J)
+
+
+class DWT1DInverse(nn.Module):
+    """Multi-level 1-D inverse wavelet transform, `pytorch_wavelets.DWT1DInverse`.
+
+    Args:
+        wave: as for :class:`DWT1DForward`; a tuple holds the two synthesis filters (g0, g1).
+        mode: as for :class:`DWTInverse`.
+
+    Buffers g0, g1 (1, 1, L) hold the filters unmirrored.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :class:`DWTForward`.
+    """
+
+    def __init__(self, wave: str | WaveletLike | Sequence[Any] = "db1", mode: str = "zero") -> None:
+        super().__init__()
+        _hold(self, ("g0", "g1"), _taps(wave, "rec_lo", "rec_hi", axes=1))
+        self.mode = mode
+        _checked_mode(mode)
+
+    def forward(self, coeffs: tuple[Tensor, Sequence[Tensor | None]]) -> Tensor:
+        """Synthesis of ``(yl, yh)`` as :class:`DWT1DForward` returns them, None in yh being zeros. Returns the lines
+        (N, C, L); odd lengths and errors are as for :meth:`DWTInverse.forward`."""
+        if isinstance(coeffs, fx.Proxy) or (isinstance(coeffs, tuple) and isinstance(coeffs[0], fx.Proxy)):
+            return fx.call_module(self, coeffs, lambda c: fx.call_function(_synthesise_lines, *c, *_lines(self)))
+        if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
+            raise TypeError(f"coeffs: expected a pair (yl, yh), got {checks.describe(coeffs)}")
+        return _synthesise_lines(*coeffs, *_lines(self))
+
+
 DWT = DWT2D = DWTForward
 IDWT = IDWT2D = DWTInverse
+DWT1D = DWT1DForward
+IDWT1D = DWT1DInverse
+
+
+def _hold(module: nn.Module, names: Sequence[str], filters: Sequence[Sequence[float]]) -> None:
+    for name, taps in zip(names, filters, strict=True):
+        module.register_buffer(name, torch.tensor(taps, dtype=torch.get_default_dtype()).reshape(1, 1, -1))
+
+
+def _lines(module: DWT1DForward | DWT1DInverse) -> tuple[str, list[Tensor]]:
+    """The mode, and the filters low and high."""
+    names = ("h0", "h1") if isinstance(module, DWT1DForward) else ("g0", "g1")
+    filters = [getattr(module, name) for name in names]
+    if any(f.requires_grad for f in filters):
+        log.fallback(module, "its filters are learned and need a gradient of their own", "plain convolutions")
+    return _checked_mode(module.mode), filters
+
+
+def _analyse_lines(x: Tensor, mode: str, filters: list[Tensor], levels: int) -> tuple[Tensor, list[Tensor]]:
+    return dwt1d(x, filters, levels, mode=mode) if levels else (x, [])
+
+
+def _synthesise_lines(yl: Tensor, yh: Sequence[Tensor | None], mode: str, filters: list[Tensor]) -> Tensor:
+    yl, yh = _checked_coefficients(yl, yh, "(N, C, l)")
+    return idwt1d(yl, yh, filters, mode=mode) if yh else yl
 
 
 def _analyse(x: Tensor, mode: str, filters: Filters | None, levels: int) -> tuple[Tensor, list[Tensor]]:
@@ -239,7 +319,7 @@ def _analyse(x: Tensor, mode: str, filters: Filters | None, levels: int) -> tupl
 def _synthesise(yl: Tensor, yh: Sequence[Tensor | None], mode: str, filters: Filters | None) -> Tensor:
     if isinstance(yl, fx.Proxy):
         return fx.call_function(_synthesise, yl, yh, mode, filters)
-    yl, yh = _checked_coefficients(yl, yh)
+    yl, yh = _checked_coefficients(yl, yh, "(N, C, 3, h, w)")
     if not yh:
         return yl
     if filters is not None:
@@ -253,25 +333,39 @@ def _synthesise(yl: Tensor, yh: Sequence[Tensor | None], mode: str, filters: Fil
     return haar_idwt2d(cropped(yl, sizes[0]), highs, mode=mode, size=size).contiguous()
 
 
+def _checked_levels(levels: int) -> int:
+    try:
+        number = operator.index(levels)
+    except TypeError:
+        raise TypeError(f"J: expected an int, the number of levels, got {checks.describe(levels)}") from None
+    if number < 0:
+        raise ValueError(f"J: expected 0 or more levels, got {number}")
+    return number
+
+
 def _checked_mode(mode: str) -> str:
     checks.check_choice("mode", mode, MODES)
     return "periodization" if mode == "per" else mode
 
 
-def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """yl and yh in one dtype: under autocast, where bands may have met different ops, the widest of theirs."""
-    checks.check_tensor("yl", yl, 4, "(N, C, h, w)")
+def _checked_coefficients(
+    yl: Tensor, yh: Sequence[Tensor | None], shape: str
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """yl and yh in one dtype: under autocast, where bands may have met different ops, the widest of theirs. `shape` is
+    that of a high."""
+    images = "3" in shape
+    checks.check_tensor("yl", yl, 4 if images else 3, "(N, C, h, w)" if images else shape)
     if not isinstance(yh, (tuple, list)):
-        raise TypeError(f"yh: expected a list of tensors (N, C, 3, h, w) or None, got {checks.describe(yh)}")
+        raise TypeError(f"yh: expected a list of tensors {shape} or None, got {checks.describe(yh)}")
     widest = yl.dtype
     for level, high in enumerate(yh):
         if high is None:
             continue
         name = f"yh[{level}]"
-        checks.check_tensor(name, high, 5, "(N, C, 3, h, w)")
+        checks.check_tensor(name, high, 5 if images else 3, shape)
         checks.check_same_device(name, high, "yl", yl)
-        if high.shape[2] != 3:
-            raise ValueError(f"{name}: expected shape (N, C, 3, h, w), got {tuple(high.shape)}")
+        if images and high.shape[2] != 3:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(high.shape)}")
         if high.dtype != widest:
             if not torch.is_autocast_enabled(yl.device.type):
                 checks.check_same_dtype(name, high, "yl", yl)
@@ -282,8 +376,9 @@ def _checked_coefficients(yl: Tensor, yh: Sequence[Tensor | None]) -> tuple[Tens
 
 
 @constant_result
-def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[list[float]]:
-    """The filters low_col, high_col, low_row, high_row of `wave`, whose attributes `low` and `high` count."""
+def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str, axes: int = 2) -> list[list[float]]:
+    """The filters low_col, high_col, low_row, high_row of `wave`, or low and high of one axis; its attributes `low` and
+    `high` count."""
     bank: Any = _by_name(wave) if isinstance(wave, str) else wave
     if isinstance(bank, WaveletLike):
         bank = (getattr(bank, low), getattr(bank, high))
@@ -293,8 +388,8 @@ def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[
         raise TypeError(
             f"wave: expected a wavelet's name, a pywt.Wavelet or a tuple of filters, got {type(wave).__name__}"
         )
-    if len(bank) not in (2, 4):
-        raise ValueError(f"wave: expected 2 filters, or 4 where the axes differ, got {len(bank)}")
+    if len(bank) not in (2, 2 * axes):
+        raise ValueError(f"wave: expected 2 filters{', or 4 where the axes differ' * (axes - 1)}, got {len(bank)}")
     filters = []
     for taps in bank:
         try:
@@ -309,7 +404,7 @@ def _taps(wave: str | WaveletLike | Sequence[Any], low: str, high: str) -> list[
                 f"wave: expected filters of at least 2 taps, equally many in the two of an axis, "
                 f"got {len(first)} and {len(second)}"
             )
-    return filters * (4 // len(filters))
+    return filters * (2 * axes // len(filters))
 
 
 def _by_name(name: str) -> WaveletLike:
