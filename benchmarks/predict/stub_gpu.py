@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo  # it reads Tensor.device while it is imported, and finds the real one now
 
 from .tools import Missing, key, locked, run
 

@@ -41,7 +41,7 @@ SESSIONS = {
         ("reduce_haar.triton", "reduce_haar.triton_backward"),
         (TRITON_FORMS,),
     ),
-    "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward")),
+    "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward", "mlp.triton_products")),
     "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
     "reduce_haar-cuda": Session(
         "cuda and (contract or test_gradients or widths) or tf32_only", ("reduce_haar",), (FORMS,)

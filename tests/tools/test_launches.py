@@ -16,7 +16,7 @@ MOST = {
     "waveblock/L3/nchw/64x192x64x64": (71, 10),
     "patm/fc/nchw/64x64x56x56": (70, 19),
     "wavemix/192-16-L3/64x3x224x224": (1158, 137),
-    "wavemlp/T/32x3x224x224": (1000, 208),
+    "wavemlp/T/32x3x224x224": (1000, 220),  # wide MLPs are two products of the library
 }
 
 

@@ -48,6 +48,8 @@ def config_for(
     if products == "mfma":
         return _by_mfma(kernel, a, b, o)
     together = held((a, b, o), 16)
+    if kernel == "weight" and little_shared and b:
+        return MlpConfig(32, 32, 0, 4, 2)
     if kernel == "weight":
         return MlpConfig(64 if together <= 160 and products not in BY_WARPS else 32, 64, 0, 4, 2)
     widest = max(columns, o)
