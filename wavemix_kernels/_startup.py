@@ -1,4 +1,4 @@
-"""What stops ``import wavemix_kernels``, said in one line. ``__init__`` imports this file first."""
+"""Stops ``import wavemix_kernels`` with one clear line where it cannot work. ``__init__`` imports this file first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OLDEST = (2, 8)
 
 
 def stop(error: Exception) -> BaseException:
-    """What to raise: ``error``, or for ``python -m wavemix_kernels``, whose user reads no traceback, its text alone."""
+    """The exception to raise: ``error``, or its text alone for users of ``python -m wavemix_kernels``."""
     return SystemExit(f"{type(error).__name__}: {error}") if sys.argv[0] == "-m" else error
 
 

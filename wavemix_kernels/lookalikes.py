@@ -1,4 +1,4 @@
-"""What looks like a module of ours, and whether it computes the same: the judgement of
+"""Finds modules that look like ours and judges whether they compute the same, for
 :func:`wavemix_kernels.accelerate`.
 
 A module looks like one of ours by its parts, whatever its class is called and wherever it comes from. Then its layers

@@ -57,6 +57,6 @@ def _part(name: str, ones: list[Known]) -> Part:
     seconds = math.fsum(one.seconds for one in ones)
     bounds: Counter[str] = Counter()
     for one in ones:
-        bounds[one.bound] += one.seconds  # type: ignore[assignment]
+        bounds[one.bound] += one.seconds  # type: ignore[assignment]  # a Counter's values are ints by its type, any number in fact
     share = math.fsum(one.share * one.seconds for one in ones) / seconds
     return Part(name, len(ones), seconds, share, max(bounds, key=lambda bound: bounds[bound]))

@@ -52,7 +52,7 @@ def run(parser: Parser, argv: Sequence[str] | None, extras: Mapping[str, str] = 
 
 
 def first_line(text: str | None) -> str:
-    """Of a docstring, which is None under python -OO."""
+    """The first line of a docstring, or nothing under python -OO."""
     return (text or "").partition("\n")[0]
 
 

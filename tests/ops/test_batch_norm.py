@@ -269,7 +269,7 @@ def test_running_statistics_follow_torch(momentum: float | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_running_statistics_of_several_norms_together(dtype: torch.dtype) -> None:
-    """What a GPU does in a few launches is what is done one by one."""
+    """A GPU's few joined launches give the same as updates one by one."""
     runs = []
     for one_by_one in (True, False):
         moves = []

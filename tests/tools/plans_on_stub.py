@@ -21,7 +21,7 @@ from wavemix_kernels.ops.common import plan
 
 
 def calls(step: Callable[[], object]) -> tuple[int, int]:
-    """Of functions in Python and in C."""
+    """Counts calls of functions in Python and in C."""
     counts = {"call": 0, "c_call": 0}
 
     def count(frame: Any, event: str, argument: Any) -> None:
@@ -37,7 +37,7 @@ def calls(step: Callable[[], object]) -> tuple[int, int]:
 
 
 def launches(step: Callable[[], object]) -> list[Any]:
-    """What reaches Triton's launcher in C in three steps, as they are written, recorded and by plans: grid, function,
+    """The launches that reach Triton's launcher in C in three steps, as written, recorded and by plans: grid, function,
     and the arguments that are no addresses."""
     made: list[Any] = []
     real = {launcher: launcher.launch for launcher in gc.get_objects() if isinstance(launcher, CudaLauncher)}

@@ -23,7 +23,7 @@ from wavemix_kernels import checks, doctor, pytorch_wavelets, wavemlp
     "name", ["waveblock 1 deconv", "waveblock 3 bilinear", "patm", "wave block", "mlp (9, 8)", "head (8, 1, 3)"]
 )
 def test_a_fused_block_is_differentiated_twice(name: str) -> None:
-    """As gradient penalties do."""
+    """Gradient penalties differentiate twice."""
     module = SUBJECTS[name].fused().double()
     x = SUBJECTS[name].x().requires_grad_()
     (grad,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-// What both directions of the wavelet transform share: rows in and out of memory, filters with padding, units of work.
+// Both directions of the wavelet transform use this: rows in and out of memory, scratch rows, units of work.
 // Included by the per-ISA units only.
 #pragma once
 

@@ -208,7 +208,7 @@ struct ChannelsAnalysis {
     const PairWeights<A> columns(2 * j + 1 < p.level[level - 1].w, p.edge, A(1));
     Raw<T, V> raw[4];
     if constexpr (level == 1) fetch_quad(i, j, raw);
-    // Of three nested loops ptxas would wait for each pixel before it fetches the next: not with two quads in a body.
+    // Two quads in a body: in three nested loops ptxas waits for each pixel before it fetches the next.
 #pragma unroll(level == 1 ? 4 : level == 2 && M == 3 ? 2 : 1)
     for (int q = 0; q < 4; ++q) {
       const bool below = q >> 1, right = q & 1;

@@ -25,8 +25,8 @@ struct DwtAxis {
 };
 
 // Bands: LL, LH (high along h), HL (high along w), HH. Analysis writes ll and high; synthesis, its exact transpose,
-// writes the image, and where high.data is null takes zeros for the three bands. A filter's taps go where nothing
-// borders on the image in the same way: synthesis drops what falls outside and has no terms.
+// writes the image, and where high.data is null takes zeros for the three bands. Synthesis adds what falls outside the
+// image to the samples that `border` names, and drops it where there are none.
 // A transform along one axis has taps = 0 in the other, whose size and count are equal, and one band, high.
 struct DwtArgs {
   DType image_dtype = DType::f32, ll_dtype = DType::f32, high_dtype = DType::f32;
