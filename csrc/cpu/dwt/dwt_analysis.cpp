@@ -50,6 +50,11 @@ struct Analysis {
     return rows.used;
   }
 
+  void point_at(int64_t sample, int64_t channel) {
+    n = sample;
+    c = channel;
+  }
+
   void read(int64_t y, A* to) const {
     const Plane& p = args.image;
     load_line(Elements(args.image_dtype, p.data), n * p.stride[0] + c * p.stride[1] + y * p.stride[2], p.stride[3],
@@ -182,19 +187,7 @@ void analyse(const DwtArgs& args, int threads) {
   const int64_t high[5] = {args.n, args.c, args.h.taps == 0 || args.w.taps == 0 ? 1 : 3, args.h.count, args.w.count};
   advise(args.ll.data, args.ll.stride, low, Elements(args.ll_dtype, nullptr).bytes());
   advise(args.high.data, args.high.stride, high, Elements(args.high_dtype, nullptr).bytes());
-  if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
-  const Units units(args.n * args.c, args.h.count, args.h.taps, threads);
-  WAVEMIX_PARALLEL(threads) {
-    Scratch scratch(Analysis<A>::scratch_bytes(args));
-    Analysis<A> worker(args, reinterpret_cast<A*>(scratch.block));
-    WAVEMIX_FOR
-    for (int64_t unit = 0; unit < units.count; ++unit) {
-      const int64_t plane = unit / units.per_plane;
-      worker.n = plane / args.c;
-      worker.c = plane % args.c;
-      worker.run(units.begin(unit), units.end(unit));
-    }
-  }
+  run_units<Analysis<A>, A>(args, args.h.count, threads);
 }
 
 }  // namespace

@@ -185,18 +185,7 @@ template <class A>
 void synthesise(const DwtArgs& args, int threads) {
   const int64_t full[4] = {args.n, args.c, args.h.size, args.w.size};
   advise(args.image.data, args.image.stride, full, Elements(args.image_dtype, nullptr).bytes());
-  if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
-  const Units units(args.n * args.c, args.h.size, args.h.taps, threads);
-  WAVEMIX_PARALLEL(threads) {
-    Scratch scratch(Synthesis<A>::scratch_bytes(args));
-    Synthesis<A> worker(args, reinterpret_cast<A*>(scratch.block));
-    WAVEMIX_FOR
-    for (int64_t unit = 0; unit < units.count; ++unit) {
-      const int64_t plane = unit / units.per_plane;
-      worker.point_at(plane / args.c, plane % args.c);
-      worker.run(units.begin(unit), units.end(unit));
-    }
-  }
+  run_units<Synthesis<A>, A>(args, args.h.size, threads);
 }
 
 }  // namespace

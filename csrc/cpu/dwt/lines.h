@@ -102,6 +102,23 @@ struct Units {
   int64_t end(int64_t unit) const { return begin(unit) + run < rows ? begin(unit) + run : rows; }
 };
 
+// All planes, in runs of `rows` rows of what is written, by workers with scratch memory of their own.
+template <class Worker, class A>
+void run_units(const DwtArgs& args, int64_t rows, int threads) {
+  if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
+  const Units units(args.n * args.c, rows, args.h.taps, threads);
+  WAVEMIX_PARALLEL(threads) {
+    Scratch scratch(Worker::scratch_bytes(args));
+    Worker worker(args, reinterpret_cast<A*>(scratch.block));
+    WAVEMIX_FOR
+    for (int64_t unit = 0; unit < units.count; ++unit) {
+      const int64_t plane = unit / units.per_plane;
+      worker.point_at(plane / args.c, plane % args.c);
+      worker.run(units.begin(unit), units.end(unit));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace WAVEMIX_ISA
 }  // namespace wavemix
