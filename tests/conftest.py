@@ -8,9 +8,11 @@ from what was compiled (tests/ptx), on CPU tensors again; Triton then needs TRIT
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     places = ("cpu", "cuda", "ptx")
     parser.addoption("--device", default="cpu", choices=places, help="where the tensors under test live")
+    parser.addoption("--few", action="store_true", help="contracts by each value, instead of each pair of values")
     parser.addoption("--launches", help="with --device ptx: a file for what every launch executed, a line each")
 
 
@@ -29,12 +32,37 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["WAVEMIX_KERNELS_VERIFY"] = "0"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks what runs in the emulator, by its fixtures: no name can drift out of the sanitizers' run."""
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if backend == "cuda" or {"core", "emulated_core"} & set(item.fixturenames):
             item.add_marker(pytest.mark.emulated)
+    if config.getoption("--few"):
+        items[:] = thinned(config, items)
+
+
+def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests, with only as many cases of a contract as have each value of each axis in each dtype: `make test` runs
+    each pair of values, and the same sources compiled once more need not."""
+    cases: dict[Any, dict[pytest.Item, set[Any]]] = defaultdict(dict)
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if {"contract", "case"} <= set(given):
+            case = given["case"]
+            dtype = getattr(case, "types", case.dtype)
+            values = {(dtype, axis, str(value)) for axis, value in vars(case).items()}
+            cases[item.function, given["contract"], given.get("backend")][item] = values
+    left = set()
+    for values_of in cases.values():
+        missing = set().union(*values_of.values())
+        left |= set(values_of)
+        while missing:
+            most = max(values_of, key=lambda item: len(values_of[item] & missing))
+            missing -= values_of[most]
+            left.discard(most)
+    config.hook.pytest_deselected(items=list(left))
+    return [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

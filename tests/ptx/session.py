@@ -23,7 +23,7 @@ def run(files: Sequence[str], expression: str = "") -> tuple[str, list[dict[str,
     with tempfile.TemporaryDirectory(prefix="wavemix-ptx-") as folder:
         launches = Path(folder) / "launches.jsonl"
         command = [
-            *(sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:xdist", "--device=ptx"),
+            *(sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:xdist", "--device=ptx", "--few"),
             *(f"--launches={launches}", *files, *(["-k", expression] if expression else [])),
         ]
         environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}

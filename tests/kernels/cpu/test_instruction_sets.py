@@ -39,6 +39,6 @@ def test_variants(isa: str) -> None:
         pytest.skip(reason)
     families = ("haar", "dwt", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp")
     files = ["tests/kernels/cpu", *(f"tests/ops/test_{family}.py" for family in families)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or threads", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--few", "-k", "cpu or threads", *files]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
