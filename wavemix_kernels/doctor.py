@@ -1,4 +1,5 @@
-"""Reports what is installed here, which backend serves which op, why others do not, and whether they compute right.
+"""Reports what is installed here, which backend serves which op, why others do not, whether they compute right, and
+what to do next.
 
 On a GPU the verdicts are kept for the processes to come (:mod:`wavemix_kernels.ops.verify`).
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,13 +40,12 @@ def _triton_version() -> str:
 
 def environment() -> list[tuple[str, str]]:
     """(what, value) lines of the installation."""
-    core = _native.core
     lines = [
         ("wavemix_kernels", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _triton_version()),
-        ("compiled core", _native.core_error or f"CPU kernels ({core.cpu_isa()}); {core.BUILD_NOTE}"),  # type: ignore[union-attr]
+        ("compiled core", _native.core_error or _core()),
         (backends.VARIABLE, os.environ.get(backends.VARIABLE) or "not set (auto)"),
         (verify.VARIABLE, os.environ.get(verify.VARIABLE) or "not set (kernels that no GPU of the kind has verified)"),
         ("cache", _cache()),
@@ -54,6 +56,12 @@ def environment() -> list[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(device)
         lines.append((str(device), f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"))
     return lines
+
+
+def _core() -> str:
+    core: Any = _native.core
+    threads = "" if core.OPENMP else ", one thread: built without OpenMP"
+    return f"CPU kernels ({core.cpu_isa()}{threads}); {core.BUILD_NOTE}"
 
 
 def _why_no_gpu() -> str:
@@ -93,6 +101,46 @@ def _example(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.
     return torch.empty(1, 4, 2, 2, device=device, dtype=dtype)
 
 
+def _driver() -> bool:
+    """Whether an NVIDIA driver is here, whatever torch makes of it."""
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+
+
+_AGAIN = "pip install --force-reinstall --no-deps ."
+
+
+def advice() -> list[str]:
+    """What to do next on this machine, a line each; the core's own error is told before."""
+    core, cuda = _native.core, _native.cuda_core
+    lines = []
+    if core is not None and not core.OPENMP:
+        lines.append(f"the CPU kernels run on one thread: install OpenMP for your compiler (clang: libomp), `{_AGAIN}`")
+    if not torch.cuda.is_available():
+        if _driver() and torch.version.cuda is None and torch.version.hip is None:
+            lines.append(f"a GPU is here, but torch {torch.__version__} is built for CPUs: install torch's CUDA build")
+        elif _driver():
+            lines.append(f"a GPU is here, but torch does not see it: {_why_no_gpu().removeprefix('none: ')}")
+    elif torch.version.cuda is not None:
+        arch = "{}{}".format(*torch.cuda.get_device_capability())
+        if core is not None and cuda is None:
+            lines.append(f"Triton serves the GPU alone: for the CUDA kernels put nvcc on PATH, `{_AGAIN}`")
+        elif (reason := _native.cuda_reason()) is not None:
+            lines.append(reason)
+        elif cuda is not None and arch not in cuda.CUDA_ARCHS.split():
+            lines.append(
+                "the first CUDA kernel waits for the driver to compile it for this GPU: "
+                f"`WAVEMIX_KERNELS_CUDA_ARCHS={arch} {_AGAIN}` saves that"
+            )
+        if (reason := backends.triton_reason()) is not None:
+            lines.append(reason)
+        lines.append("let your GPU choose: `python -m wavemix_kernels tune MODEL` measures the kernels of a model")
+    if not lines and core is not None:
+        lines.append(
+            "`wavemix_kernels.accelerate(model)`; `python -m wavemix_kernels bench --quick` shows the speed here"
+        )
+    return lines
+
+
 def main() -> int:
     """Prints the report; 0 where the compiled core is there and every backend that claims to work does."""
     for what, value in environment():
@@ -128,4 +176,5 @@ def main() -> int:
         print(f"MISSING: {_native.core_error}")
     if not broken and _native.core_error is None:
         print("Every backend that is available here computes right.")
+    print(*(f"Next: {line}" for line in advice()), sep="\n")
     return 1 if broken or _native.core_error is not None else 0

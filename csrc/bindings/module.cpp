@@ -16,6 +16,11 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   bind_reduce_haar(m);
   bind_patm(m);
 #if WAVEMIX_WITH_CPU
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
   m.def("cpu_isa", &wavemix::cpu_isa_name);
   bind_conv1x1(m);
   bind_deconv(m);

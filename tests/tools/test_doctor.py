@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, mo
     printed = capsys.readouterr().out
     assert f"BROKEN: haar, backend 'cpu', bfloat16 on cpu: {said}" in printed
     assert printed.count("BROKEN: haar") == 1
+
+
+@pytest.mark.parametrize("torch_cuda, sees, driver, core, said", [
+    (None, False, False, {}, ["accelerate(model)"]),
+    (None, False, False, {"OPENMP": False}, ["one thread: install OpenMP"]),
+    (None, False, True, {}, ["install torch's CUDA build"]),
+    ("13.0", False, True, {}, ["torch does not see it"]),
+    ("13.0", True, True, {"HAS_CUDA": False}, ["put nvcc on PATH", "tune MODEL"]),
+    ("13.0", True, True, {"HAS_CUDA": True, "CUDA_ARCHS": "80"}, ["WAVEMIX_KERNELS_CUDA_ARCHS=90", "tune MODEL"]),
+    ("13.0", True, True, {"HAS_CUDA": True, "CUDA_ARCHS": "80 90"}, ["tune MODEL"]),
+], ids=str)  # fmt: skip
+def test_the_doctor_says_what_to_do_next(torch_cuda, sees, driver, core, said, monkeypatch) -> None:
+    core = SimpleNamespace(**{"OPENMP": True, "HAS_CUDA": False} | core)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(doctor._native, "core", core)
+    monkeypatch.setattr(doctor._native, "cuda_core", core if core.HAS_CUDA else None)
+    monkeypatch.setattr(doctor._native, "cuda_reason", lambda: None)
+    monkeypatch.setattr(doctor.backends, "triton_reason", lambda: None)
+    lines = doctor.advice()
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True)), lines
 
 
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
