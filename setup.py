@@ -2,7 +2,8 @@
 
 Environment:
     WAVEMIX_KERNELS_CUDA=0|1        leave CUDA out, or fail where it cannot be built (default: build it where nvcc is)
-    WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, like "90" or "80;90" (default: 80;90;100;120, if nvcc knows them)
+    WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, like "90" or "80;90", or "all" for 80;90;100;120 (default: those of
+                                    the GPUs that are here; without one 80, whose PTX newer GPUs' drivers compile)
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on PATH
     CMAKE_ARGS, MAX_JOBS            passed on
 """
@@ -21,7 +22,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = ("80", "90", "100", "120")
+ALL_ARCHS = ("80", "90", "100", "120")
+OLDEST = 80  # asynchronous copies and products in bfloat16
 
 
 def find_nvcc() -> str | None:
@@ -31,6 +33,16 @@ def find_nvcc() -> str | None:
         if (home := os.environ.get(variable)) and (nvcc := shutil.which(str(Path(home, "bin", "nvcc")))):
             return nvcc
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def archs_here() -> list[str]:
+    """Architectures of this machine's GPUs, as their driver tells them."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", told, re.MULTILINE)}, key=int)
 
 
 def cuda_plan() -> tuple[str | None, list[str], str]:
@@ -57,14 +69,16 @@ def cuda_plan() -> tuple[str | None, list[str], str]:
         return None, [], f"built without CUDA kernels: nvcc does not run ({type(error).__name__})"
     if wanted := os.environ.get("WAVEMIX_KERNELS_CUDA_ARCHS", "").strip():
         archs = [a for a in re.split(r"[;, ]+", wanted) if a]
+        if archs == ["all"]:
+            archs = [a for a in ALL_ARCHS if a in known]
         unknown = [a for a in archs if not (m := re.match(r"\d+", a)) or m[0] not in known]
         if unknown:
             sys.exit(
                 f"WAVEMIX_KERNELS_CUDA_ARCHS={wanted!r}: this nvcc knows {' '.join(known)}, not {' '.join(unknown)}"
             )
     else:
-        archs = [a for a in DEFAULT_ARCHS if a in known]
-    return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)}"
+        archs = [a for a in archs_here() if a in known and int(a) >= OLDEST] or [str(OLDEST)]
+    return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)} and, as PTX, for newer GPUs"
 
 
 class CMakeBuild(build_ext):
