@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.emulated)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--launches"):
+        from tests.ptx import launch
+
+        launch.compare(file)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     name = request.config.getoption("--device")

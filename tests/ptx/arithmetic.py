@@ -190,7 +190,7 @@ def work(made: Instruction) -> str:
         return {"mma": "tensor", "shfl": "shuffle", "redux": "shuffle"}.get(code, "branch")
     if code in MUFU or (code == "div" and kind.startswith("f")):
         return "MUFU"
-    if code in ("add", "sub", "mul", "fma", "min", "max", "neg", "abs") and kind[0] == "f":
+    if code in ("add", "sub", "mul", "fma") and kind[0] == "f":
         return "FMA"
     return {"mov": "move", "cvt": "convert"}.get(code, "integer")
 

@@ -303,6 +303,7 @@ def _run(made: Program, s: Threads) -> None:
         there = int(mask.reshape(-1, 32).any(1).sum())
         for name, count in code.classes.items():
             classes[name] += count * there
+        s.counts.lanes += int(mask.sum()) * code.classes.total()
         for step, instruction in code.steps:
             try:
                 step(s)
