@@ -159,7 +159,7 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
             met.meet(made.kernel, lanes)
 
     for i, block in enumerate(range(made.blocks) if every else _blocks(made.blocks, _FEW)):
-        follow(block, 200_000 // 32 if i == 0 or every else 30_000 // 32)
+        follow(block, 200_000 // 32 if i < 1 + every else 30_000 // 32)
     lengths = [len(path.path) for path in paths]
     if max(lengths) > 1.2 * min(lengths) and not every:  # blocks of different kinds, or at edges
         for block in _blocks(made.blocks, _MANY)[_FEW:]:

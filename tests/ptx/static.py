@@ -37,11 +37,11 @@ class Executed:
     ranges: Sequence[tuple[int, int]]  # address, bytes
 
     @property
-    def rank(self) -> tuple[bool, bool, int]:
-        """A launch of higher rank says more."""
+    def rank(self) -> tuple[bool, int]:
+        """A launch of higher rank says more: the longest of those with few threads, else one with fewest."""
         counts, instructions = self.counts, sum(self.counts.instructions.values())
-        united = counts.lanes >= 32 * _UNITED * instructions
-        return counts.blocks * counts.threads <= _MOST, united, instructions
+        threads = counts.blocks * counts.threads
+        return counts.lanes >= 32 * _UNITED * instructions, instructions if threads <= _MOST else -threads
 
 
 @dataclass
@@ -72,7 +72,7 @@ def compared(one: Executed) -> dict[str, tuple[float, float]]:
     constants = bank(entry, values, (counts.threads, 1, 1), (x, y, z), CHIP.arch)
     made = Compiled(cubin, entry, constants, (x, y, z), counts.threads, one.shared + entry.shared)
     tensors = [Array(torch.uint8, (size,), (1,), at, size) for at, size in one.ranges]
-    found = profiled(made, tensors, CHIP, every=counts.blocks * counts.threads <= _MOST)
+    found = profiled(made, tensors, CHIP, every=True)
     warps, executed = found.blocks * found.warps, counts.instructions
     return {
         "tensor": (found.counts["tensor"] * warps, executed.get("tensor", 0)),

@@ -65,7 +65,8 @@ SESSIONS = {
 #: instructions, which shows where there is little other arithmetic.
 LEAST, MOST, RARE = 0.8, 1.25, 0.2
 #: Why a ratio lies outside.
-OTHERWISE: dict[tuple[str, str], str] = {}
+_SINE = "phases beyond 8192 take the long way of a sine, with its table; predictions take the short one"
+OTHERWISE = {("phase_forward", "requests"): _SINE, ("phase_forward", "sectors"): _SINE}
 
 
 @functools.cache
