@@ -15,6 +15,7 @@ Meaning = tuple[Sequence[type], type, Callable[..., Array]]
 F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
 
 
+@functools.cache
 def numpy_type(name: str) -> type:
     """The NumPy type of a PTX type; bfloat16 is its bits, and so are packed pairs."""
     if name == "pred":
@@ -26,6 +27,7 @@ def numpy_type(name: str) -> type:
     return {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[size] if name[0] == "s" else UINT[size]
 
 
+@functools.cache
 def is_type(name: str) -> bool:
     return name == "pred" or (name.lstrip("busft") in SIZES and name[0] in "busft")
 
