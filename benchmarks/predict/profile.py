@@ -154,9 +154,9 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
 
     def follow(block: int, window: int) -> None:
         for warp in range(warps) if every else dict.fromkeys((0, warps - 1)):
-            whole, lanes = _ways(made, block, warp, window)
+            whole, lanes, longest = _ways(made, block, warp, window)
             paths.append(whole)
-            met.meet(made.kernel, lanes)
+            met.meet(made.kernel, lanes, longest)
 
     for i, block in enumerate(range(made.blocks) if every else _blocks(made.blocks, _FEW)):
         follow(block, 200_000 // 32 if i < 1 + every else 30_000 // 32)
@@ -189,9 +189,9 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
     return result
 
 
-def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace]]:
-    """The whole way of one thread of a warp, and the beginning of all threads' ways, that one's first. It is the thread
-    with the longest way: some leave early at edges, and the warp goes on."""
+def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace], int]:
+    """The whole way of one thread of a warp, the beginning of all threads' ways, and which of them it is: the one with
+    the longest way, since some leave early at edges, and the warp goes on."""
     x, y, _ = made.grid
     at = block % x, block // x % y, block // (x * y)
     lanes = [
@@ -199,8 +199,7 @@ def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, li
         for lane in range(32 * warp, min(32 * warp + 32, made.threads)) if window
     ]  # fmt: skip
     longest = max(range(len(lanes)), key=lambda i: len(lanes[i].path), default=0)
-    lanes[0:0] = [lanes.pop(longest)] if lanes else []
-    return trace(made.kernel, made.constants, at, 32 * warp + longest), lanes
+    return trace(made.kernel, made.constants, at, 32 * warp + longest), lanes, longest
 
 
 def _count(kernel: Kernel, path: Trace, result: Profile) -> None:
@@ -245,9 +244,9 @@ def _flops(instruction: Instruction, descriptor: int | None, warps: int) -> tupl
     return True, 0.0
 
 
-def _requests(lanes: list[Trace], kind: str) -> Iterator[tuple[_Issued, dict[int, int]]]:
+def _requests(lanes: list[Trace], kind: str, longest: int) -> Iterator[tuple[_Issued, dict[int, int]]]:
     """Each time that a warp issues an instruction, but where an address is not known: ((the instruction, whether its
-    guard keeps the first lane out), lane -> address of the others)."""
+    guard keeps the followed lane out), lane -> address of the others)."""
     found: dict[tuple[int, int], dict[int, int | None]] = defaultdict(dict)
     for lane, way in enumerate(lanes):
         seen: Counter[int] = Counter()
@@ -258,16 +257,16 @@ def _requests(lanes: list[Trace], kind: str) -> Iterator[tuple[_Issued, dict[int
     for (i, _), addresses in found.items():
         known = {lane: address for lane, address in addresses.items() if address is not None}
         if len(known) == len(addresses):
-            first = next(iter(known.values()))
-            yield (i, first == ABSENT), {lane: address for lane, address in known.items() if address != ABSENT}
+            out = known.get(longest, ABSENT) == ABSENT
+            yield (i, out), {lane: address for lane, address in known.items() if address != ABSENT}
 
 
-#: An instruction, and whether its guard keeps the first lane out.
+#: An instruction, and whether its guard keeps the followed lane out.
 _Issued = tuple[int, bool]
 
 
 class _Met:
-    """What the beginnings of ways were met to ask for, by instruction and whether its guard keeps the first lane out.
+    """What the beginnings of ways ask for, by instruction and whether its guard keeps the followed lane out.
 
     Attributes:
         ran: 1, or 0 where guards kept the whole warp out.
@@ -280,10 +279,10 @@ class _Met:
         self.ran, self.asked, self.moved, self.passes = (defaultdict[_Issued, list[int]](list) for _ in range(4))
         self.address: dict[int, int] = {}
 
-    def meet(self, kernel: Kernel, lanes: list[Trace]) -> None:
-        """Adds the ways of the threads of a warp."""
+    def meet(self, kernel: Kernel, lanes: list[Trace], longest: int) -> None:
+        """Adds the ways of the threads of a warp, of which the longest is followed to its end."""
         cache: set[int] = set()
-        for issued, addresses in _requests(lanes, "accesses"):
+        for issued, addresses in _requests(lanes, "accesses", longest):
             i, _ = issued
             instruction = kernel.code[i]
             last = instruction.width - 1
@@ -297,13 +296,16 @@ class _Met:
             ):
                 sectors, _ = sectors - cache, cache.update(sectors)
             self.moved[issued].append(len(sectors))
-        for issued, addresses in _requests(lanes, "shared"):
+        for issued, addresses in _requests(lanes, "shared", longest):
             i, _ = issued
             # 32 banks of 4 bytes, one word of each in a pass; words of 8 and 16 bytes go by parts of a warp.
-            words = 4 if kernel.code[i].base in ("LDSM", "STSM") else max(1, kernel.code[i].width // 4)
+            # Of matrices, eight lanes each name the rows.
+            matrices = kernel.code[i].base in ("LDSM", "STSM")
+            words = 4 if matrices else max(1, kernel.code[i].width // 4)
             parts: dict[int, set[int]] = defaultdict(set)
             for lane, at in addresses.items():
-                parts[lane * words // 32].update(range(at // 4, at // 4 + words))
+                if not matrices or lane < 8 * _least_passes(kernel.code[i]):
+                    parts[lane * words // 32].update(range(at // 4, at // 4 + words))
             banks = (Counter(word % 32 for word in part) for part in parts.values())
             self.passes[issued].append(sum(max(each.values()) for each in banks))
 
