@@ -65,6 +65,13 @@ def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item
     return [item for item in items if item not in left]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--launches"):
+        from tests.ptx import launch
+
+        launch.compare(file)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     name = request.config.getoption("--device")

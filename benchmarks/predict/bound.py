@@ -12,7 +12,7 @@ The bounds are
 Work is dealt out by blocks: the multiprocessor with most of them decides. Bounds near each other hold each other up, so
 the time is their p-norm. Where many blocks work side by side, or copies run in the background, p is 4, which gives 1.19
 times the larger of two equal ones. The phases of one block, with barriers between them, follow each other: p is the
-number of blocks there, and one block alone takes the sum. Shared memory is taken without bank conflicts.
+number of blocks there, and one block alone takes the sum.
 """
 
 from __future__ import annotations

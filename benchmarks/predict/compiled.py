@@ -77,7 +77,7 @@ def compiled(launch: Launch, chip: Chip) -> Compiled:
     else:
         raise ValueError(f"launch={launch.name!r}: machine code is known of our own kernels only")
     x, y, z = (*launch.grid, 1, 1)[:3]
-    constants = _bank(entry, values, (launch.threads, 1, 1), (x, y, z), chip.arch)
+    constants = bank(entry, values, (launch.threads, 1, 1), (x, y, z), chip.arch)
     return Compiled(cubin, entry, constants, (x, y, z), launch.threads, max(shared, 0))
 
 
@@ -123,7 +123,7 @@ def _packed(kind: Any, value: Any) -> Iterator[bytes]:
         yield int(value).to_bytes(size, "little", signed=int(value) < 0)
 
 
-def _bank(
+def bank(
     entry: elf.Entry, values: list[bytes], block: tuple[int, ...], grid: tuple[int, ...], arch: int
 ) -> bytes:  # fmt: skip
     bank = bytearray(entry.base + 4096 + 64)

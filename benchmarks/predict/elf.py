@@ -23,6 +23,7 @@ class Entry:
         registers: of a thread.
         shared: bytes of static shared memory of a block.
         local: bytes of a thread's stack frame, spills among them.
+        literals: constant bank 2: the compiler's own numbers and tables.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Entry:
     registers: int
     shared: int
     local: int
+    literals: bytes = b""
 
 
 def _sections(code: bytes) -> dict[str, tuple[bytes, int, int]]:
@@ -80,8 +82,9 @@ def entries(cubin: bytes) -> list[Entry]:
             elif number == _PARAM_CBANK:
                 _, base, _ = struct.unpack("<IHH", value)
         _, shared, _ = sections.get(f".nv.shared.{name}", (b"", 0, 0))
+        literals, _, _ = sections.get(f".nv.constant2.{name}", (b"", 0, 0))
         ordered = tuple(parameters[i] for i in sorted(parameters))
-        found.append(Entry(name, base, ordered, registers.get(name, 0), shared, frames.get(name, 0)))
+        found.append(Entry(name, base, ordered, registers.get(name, 0), shared, frames.get(name, 0), literals))
     return found
 
 

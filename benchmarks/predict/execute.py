@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 from .arithmetic import step
 from .registers import Thread
-from .sass import Instruction, Kernel
+from .sass import IS_PREDICATE, Instruction, Kernel
 
+ABSENT = -1
+_BANKS = ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
 MOST = 2_000_000  # instructions of one thread; beyond, a loop is not understood
-_ADDRESS = re.compile(r"\[(?:(U?R\d+|RZ)(\.64|\.U32)?)?(?:\.X\d+)?(?:\+?(UR\d+))?(?:\+?(-?0x[0-9a-f]+))?\]$")
-_ENDS = ("BRA", "CALL", "RET", "EXIT", "BRX", "JMP", "BREAK")
+_ADDRESS = re.compile(r"\[(?:(U?R\d+|RZ)(\.64|\.U32)?)?(?:\.X(\d+))?(?:\+?(UR\d+))?(?:\+?(-?0x[0-9a-f]+))?\]$")
+_Parts = tuple[tuple[str, int, int], ...]
+_ENDS = ("BRA", "CALL", "RET", "EXIT", "BRX", "BRXU", "JMP", "BREAK")
 
 
 class NotUnderstood(RuntimeError):
@@ -31,37 +34,40 @@ class Trace:
 
     Attributes:
         path: indices of instructions that ran or were skipped by their guard, in order.
-        accesses: (position in the path, address) of global loads and stores that ran; None: not known.
+        accesses, shared: (position in the path, address) of global loads and stores, and of accesses to shared memory;
+            None: not known; :data:`ABSENT`: its guard kept the thread out.
         guessed: branches that data decide, by address, and how often.
     """
 
     path: list[int] = field(default_factory=list)
     skipped: set[int] = field(default_factory=set)
     accesses: list[tuple[int, int | None]] = field(default_factory=list)
+    shared: list[tuple[int, int | None]] = field(default_factory=list)
     descriptors: list[tuple[int, int]] = field(default_factory=list)
     guessed: Counter[int] = field(default_factory=Counter)
 
 
 @functools.cache
-def _parts_of_address(base: str, operands: tuple[str, ...]) -> tuple[tuple[tuple[str, int], ...], int] | None:
-    """Registers with their sizes, and an offset, whose sum is the address."""
+def _parts_of_address(base: str, operands: tuple[str, ...], shared: bool) -> tuple[_Parts, int] | None:
+    """Registers with their sizes and factors, and an offset, whose sum is the address; of a copy the source, or the
+    target in shared memory."""
     text = next((t for t in operands[::-1] if "[" in t and not t.startswith("c[")), "")
     if base == "LDGSTS":
-        text = next((t for t in operands if t.startswith("desc")), operands[1])
+        text = operands[0] if shared else next((t for t in operands if t.startswith("desc")), operands[1])
     match = _ADDRESS.search(text)
     if match is None:
         return None
-    register, wide, uniform, offset = match.groups()
+    register, wide, factor, uniform, offset = match.groups()
     size = 8 if wide == ".64" or (register and "desc" in text) else 4
-    named = [(name, bytes_) for name, bytes_ in ((register, size), (uniform, 8)) if name and name != "RZ"]
-    return tuple(named), int(offset or "0", 16)
+    parts = ((register, size, int(factor or 1)), (uniform, 4 if shared else 8, 1))
+    return tuple(part for part in parts if part[0] and part[0] != "RZ"), int(offset or "0", 16)
 
 
-def _address(instruction: Instruction, thread: Thread) -> int | None:
-    parts = _parts_of_address(instruction.base, instruction.operands)
+def _address(instruction: Instruction, thread: Thread, shared: bool = False) -> int | None:
+    parts = _parts_of_address(instruction.base, instruction.operands, shared)
     if parts is None:
         return None
-    values = [thread.read(name, size) for name, size in parts[0]]
+    values = [None if (v := thread.read(name, size)) is None else v * by for name, size, by in parts[0]]
     return None if None in values else sum(v for v in values if v is not None) + parts[1]
 
 
@@ -72,7 +78,8 @@ def trace(
 
     Args:
         constants: bank 0 with the parameters in place.
-        most: end after so many instructions; None: at the thread's end.
+        most: after so many instructions loops are left, which are alike by then, and after twice as many it ends;
+            None: at the thread's end.
 
     Raises:
         NotUnderstood: an instruction that changes the way is not known, or the way does not end.
@@ -81,9 +88,9 @@ def trace(
     special = {f"SR_CTAID.{names[i]}": block[i] for i in range(3)}
     special |= {"SR_TID.X": thread_index, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_LANEID": thread_index % 32}
     special |= {"SR_CgaCtaId": 0, "SR_SWINHI": 0, "SR_SWINLO": 0, "SR_VIRTUALSMID": 0}
-    thread, made = Thread(constants, special), Trace()
+    thread, made = Thread(constants, special, kernel.entry.literals), Trace()
     code, at = kernel.code, 0
-    while most is None or len(made.path) < most:
+    while most is None or len(made.path) < 2 * most:
         if len(made.path) > MOST:
             raise NotUnderstood(f"{kernel.entry.name}: more than {MOST} instructions, last at {code[at].at:#x}")
         instruction = code[at]
@@ -92,6 +99,8 @@ def trace(
         runs = thread.predicate(("!" if negated else "") + guard) if guard else True
         if instruction.base in _ENDS:
             taken, target = _branch(kernel, instruction, thread, runs, made)
+            if most is not None and len(made.path) > most and instruction.guard[0] and (target or 0) > 0:
+                taken = taken and target > instruction.at
             if not taken:
                 made.skipped.add(len(made.path) - 1)
             if target is None and taken:
@@ -100,14 +109,30 @@ def trace(
             continue
         if runs is False:
             made.skipped.add(len(made.path) - 1)
+            if instruction.kind in ("load", "store"):
+                made.accesses.append((len(made.path) - 1, ABSENT))
+            if instruction.base in _BANKS:
+                made.shared.append((len(made.path) - 1, ABSENT))
         elif instruction.kind in ("load", "store"):
-            made.accesses.append((len(made.path) - 1, _address(instruction, thread)))
+            address = _address(instruction, thread)
+            if instruction.base == "LDGSTS":
+                made.shared.append((len(made.path) - 1, _address(instruction, thread, shared=True)))
+                last = instruction.operands[-1]  # a predicate there: zeros instead
+                if IS_PREDICATE.fullmatch(last) and thread.predicate(last) is False:
+                    address = ABSENT
+            made.accesses.append((len(made.path) - 1, address))
             for register in instruction.writes:
                 thread.values[register] = None
         elif instruction.base == "SYNCS" and "TRYWAIT" in instruction.modifiers:
             for text in instruction.operands[:1]:
                 thread.predicates[text] = True  # the barrier has been passed
         else:
+            if instruction.base in ("LDL", "STL"):
+                _spill(instruction, thread)
+                at += 1
+                continue
+            if instruction.base in _BANKS and instruction.operands[0] != "RZ":
+                made.shared.append((len(made.path) - 1, _address(instruction, thread, shared=True)))
             if instruction.base == "UTCHMMA" or instruction.base.startswith("UTC"):
                 _describe(instruction, thread, made)
             if runs is None:
@@ -116,6 +141,18 @@ def trace(
                 step(instruction, thread)
         at += 1
     return made
+
+
+def _spill(instruction: Instruction, thread: Thread) -> None:
+    """Registers to local memory, or back."""
+    address = _address(instruction, thread)
+    if instruction.base == "STL":
+        registers = instruction.reads[1:] or ("RZ",) * (instruction.width // 4)
+        if address is not None:
+            thread.local |= {address + 4 * i: thread.read(name) for i, name in enumerate(registers)}
+        return
+    for i, name in enumerate(instruction.writes):
+        thread.values[name] = None if address is None else thread.local.get(address + 4 * i)
 
 
 def _forget(instruction: Instruction, thread: Thread) -> None:
@@ -138,9 +175,15 @@ def _branch(
     kernel: Kernel, instruction: Instruction, thread: Thread, runs: bool | None, made: Trace
 ) -> tuple[bool, int | None]:
     """Whether it is taken, and to which address; none ends the thread."""
-    if instruction.base in ("BRX", "JMP", "BREAK"):
-        if instruction.base == "BREAK":
-            return False, 0
+    if instruction.base == "BREAK":
+        return False, 0
+    if instruction.base in ("BRX", "BRXU"):  # to an address of a table, from the instruction behind
+        register, offset = instruction.operands[0].split()
+        value = thread.read(register)
+        if value is None:
+            raise NotUnderstood(f"{kernel.entry.name}: jump to an unknown address at {instruction.at:#x}")
+        return bool(runs), instruction.at + 16 + value + int(offset, 16)
+    if instruction.base == "JMP":
         raise NotUnderstood(f"{kernel.entry.name}: {instruction.op} at {instruction.at:#x}")
     if instruction.modifiers & {"DIV", "CONV"}:
         return False, 0

@@ -46,6 +46,7 @@ REASONS = {
     "triton haar analysis L5 *": "few tiles for each multiprocessor, and sectors used in part",
     "triton haar *": "shared memory and integers of the deeper levels",
     "cuda reduce_haar *": "55 instructions for each 16 bytes that are copied; two blocks of a multiprocessor",
+    "triton reduce_haar * nchw *": "bank conflicts: rows of pixels are turned into columns of channels",
     "triton reduce_haar gradients *": "one block of a multiprocessor, waiting for each of its loads; 48 columns as 64",
     "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
     "triton mlp * 64x8x8 pixels*": "32 blocks for 132 multiprocessors",
@@ -132,6 +133,8 @@ def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) 
             )
         if one.waste > floor["waste"] * (1 + _SLACK):
             lines.append(f"{one.name}: {one.waste:.2f} products for each one needed, at most {floor['waste']:.2f}")
+        if one.waste < 1 - _SLACK:
+            lines.append(f"{one.name}: misread, or its FLOP are: {one.waste:.2f} products for each one needed")
         if one.covered < LEAST_COVERED or one.misread:
             lines.append(f"{one.name}: {one.covered:.2f} of its bytes were followed; in part: {one.misread}")
     return lines

@@ -6,13 +6,13 @@ import bisect
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .chips import Chip
 from .compiled import Compiled, compiled
-from .execute import Trace, trace
+from .execute import ABSENT, Trace, trace
 from .record import Array, Launch
 from .sass import Instruction, Kernel
 from .tools import key, locked
@@ -33,7 +33,10 @@ class Profile:
         blocks, threads: of the grid, of a block.
         resident: blocks that a multiprocessor holds.
         counts: instructions by class (:data:`benchmarks.predict.sass.CLASSES`).
-        shared_clocks: clocks of a multiprocessor's shared memory and first-level cache, without bank conflicts.
+        shared_clocks: clocks of a multiprocessor's shared memory and first-level cache, bank conflicts included.
+        requests, asked: global loads and stores that ran, and the sectors that they name: what the first-level cache
+            answers counts here.
+        passes, conflict_free: over the banks of shared memory, and the least that the same accesses could take.
         warp_flops, flops: of tensor cores, by mma.sync and by the chip's own matrix instruction.
         loaded, stored: bytes of the whole launch by tensor's address, in sectors.
         dram: bytes of the whole launch that device memory moves.
@@ -49,6 +52,10 @@ class Profile:
     resident: int
     counts: Counter[str] = field(default_factory=Counter)
     shared_clocks: float = 0.0
+    requests: float = 0.0
+    asked: float = 0.0
+    passes: float = 0.0
+    conflict_free: float = 0.0
     warp_flops: float = 0.0
     flops: float = 0.0
     loaded: dict[int, float] = field(default_factory=dict)
@@ -120,7 +127,7 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         file = folder / "profiles" / f"{made_of}.json"
         if file.exists():
             return _read(file.read_text())
-        found = _profiled(made, launch, chip)
+        found = profiled(made, launch.arrays, chip)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(vars(found)))
         return found
@@ -136,32 +143,35 @@ def _read(text: str) -> Profile:
     return Profile(**{**stored, "counts": Counter(stored["counts"])})
 
 
-def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
-    result, arrays = Profile(made.name, made.blocks, made.threads, made.resident(chip)), _Arrays(launch.arrays)
+def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: bool = False) -> Profile:
+    """:func:`profile` of machine code, anew; ``every``: of all warps instead of some."""
+    result, arrays = Profile(made.name, made.blocks, made.threads, made.resident(chip)), _Arrays(tensors)
     warps = result.warps
     loaded: dict[int, float] = defaultdict(float)
     stored: dict[int, float] = defaultdict(float)
     paths: list[Trace] = []
+    met = _Met()
 
     def follow(block: int, window: int) -> None:
-        for warp in dict.fromkeys((0, warps - 1)):
-            whole, lanes = _ways(made, block, warp, window)
+        for warp in range(warps) if every else dict.fromkeys((0, warps - 1)):
+            whole, lanes, longest = _ways(made, block, warp, window)
             paths.append(whole)
-            _count(made.kernel, whole, result, chip)
-            _touch(made.kernel, whole, lanes, arrays, loaded, stored)
+            met.meet(made.kernel, lanes, longest)
 
-    for i, block in enumerate(_blocks(made.blocks, _FEW)):
-        follow(block, 200_000 // 32 if i == 0 else 30_000 // 32)
+    for i, block in enumerate(range(made.blocks) if every else _blocks(made.blocks, _FEW)):
+        follow(block, 200_000 // 32 if i < 1 + every else 30_000 // 32)
     lengths = [len(path.path) for path in paths]
-    if max(lengths) > 1.2 * min(lengths):  # blocks of different kinds, or at edges
+    if max(lengths) > 1.2 * min(lengths) and not every:  # blocks of different kinds, or at edges
         for block in _blocks(made.blocks, _MANY)[_FEW:]:
             follow(block, 0)
+    for path in paths:
+        _count(made.kernel, path, result)
+        _touch(made.kernel, path, met, arrays, result, loaded, stored)
     n = len(paths)
     for name in result.counts:
         result.counts[name] /= n
-    result.shared_clocks, result.warp_flops, result.flops = (
-        value / n for value in (result.shared_clocks, result.warp_flops, result.flops)
-    )
+    for name in ("shared_clocks", "requests", "asked", "passes", "conflict_free", "warp_flops", "flops"):
+        setattr(result, name, getattr(result, name) / n)
     result.guessed = sum(sum(path.guessed.values()) for path in paths)
     whole = made.blocks * warps / n
     result.loaded = {at: value * whole for at, value in loaded.items()}
@@ -179,16 +189,20 @@ def _profiled(made: Compiled, launch: Launch, chip: Chip) -> Profile:
     return result
 
 
-def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace]]:
-    """The whole way of a warp's first thread, and the beginning of all threads' ways."""
+def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace], int]:
+    """The whole way of one thread of a warp, the beginning of all threads' ways, and which of them it is: the one with
+    the longest way, since some leave early at edges, and the warp goes on."""
     x, y, _ = made.grid
     at = block % x, block // x % y, block // (x * y)
-    whole = trace(made.kernel, made.constants, at, 32 * warp)
-    lanes = range(32 * warp, min(32 * warp + 32, made.threads)) if window else []
-    return whole, [trace(made.kernel, made.constants, at, lane, window) for lane in lanes]
+    lanes = [
+        trace(made.kernel, made.constants, at, lane, window)
+        for lane in range(32 * warp, min(32 * warp + 32, made.threads)) if window
+    ]  # fmt: skip
+    longest = max(range(len(lanes)), key=lambda i: len(lanes[i].path), default=0)
+    return trace(made.kernel, made.constants, at, 32 * warp + longest), lanes, longest
 
 
-def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
+def _count(kernel: Kernel, path: Trace, result: Profile) -> None:
     shapes = dict(path.descriptors)
     for position, i in enumerate(path.path):
         instruction = kernel.code[i]
@@ -196,7 +210,7 @@ def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
         if position in path.skipped:
             continue
         if instruction.kind in ("shared", "load", "store"):
-            result.shared_clocks += _clocks_of_shared(instruction)
+            result.shared_clocks += _least_passes(instruction)
         elif instruction.kind == "tensor":
             own, flops = _flops(instruction, shapes.get(position), result.warps)
             if own:
@@ -205,12 +219,13 @@ def _count(kernel: Kernel, path: Trace, result: Profile, chip: Chip) -> None:
                 result.warp_flops += flops
 
 
-def _clocks_of_shared(instruction: Instruction) -> float:
+def _least_passes(instruction: Instruction) -> int:
+    """Over the banks of shared memory, or the lines of the first-level cache, of a whole warp."""
     if instruction.base == "SHFL":
         return 1
-    if instruction.base == "LDSM":
+    if instruction.base in ("LDSM", "STSM"):
         return 4 if "4" in instruction.modifiers else 2 if "2" in instruction.modifiers else 1
-    return max(1.0, instruction.width * 32 / 128)
+    return max(1, instruction.width // 4)
 
 
 def _flops(instruction: Instruction, descriptor: int | None, warps: int) -> tuple[bool, float]:
@@ -229,40 +244,100 @@ def _flops(instruction: Instruction, descriptor: int | None, warps: int) -> tupl
     return True, 0.0
 
 
+def _requests(lanes: list[Trace], kind: str, longest: int) -> Iterator[tuple[_Issued, dict[int, int]]]:
+    """Each time that a warp issues an instruction, but where an address is not known: ((the instruction, whether its
+    guard keeps the followed lane out), lane -> address of the others)."""
+    found: dict[tuple[int, int], dict[int, int | None]] = defaultdict(dict)
+    for lane, way in enumerate(lanes):
+        seen: Counter[int] = Counter()
+        for position, address in getattr(way, kind):
+            i = way.path[position]
+            seen[i] += 1
+            found[i, seen[i]][lane] = address
+    for (i, _), addresses in found.items():
+        known = {lane: address for lane, address in addresses.items() if address is not None}
+        if len(known) == len(addresses):
+            out = known.get(longest, ABSENT) == ABSENT
+            yield (i, out), {lane: address for lane, address in known.items() if address != ABSENT}
+
+
+#: An instruction, and whether its guard keeps the followed lane out.
+_Issued = tuple[int, bool]
+
+
+class _Met:
+    """What the beginnings of ways ask for, by instruction and whether its guard keeps the followed lane out.
+
+    Attributes:
+        ran: 1, or 0 where guards kept the whole warp out.
+        asked, moved: sectors that the request names, and those that L2 is asked for.
+        passes: over the banks of shared memory.
+        address: one that it touched.
+    """
+
+    def __init__(self) -> None:
+        self.ran, self.asked, self.moved, self.passes = (defaultdict[_Issued, list[int]](list) for _ in range(4))
+        self.address: dict[int, int] = {}
+
+    def meet(self, kernel: Kernel, lanes: list[Trace], longest: int) -> None:
+        """Adds the ways of the threads of a warp, of which the longest is followed to its end."""
+        cache: set[int] = set()
+        for issued, addresses in _requests(lanes, "accesses", longest):
+            i, _ = issued
+            instruction = kernel.code[i]
+            last = instruction.width - 1
+            sectors = {part for at in addresses.values() for part in range(at // SECTOR, (at + last) // SECTOR + 1)}
+            self.ran[issued].append(bool(addresses))
+            self.asked[issued].append(len(sectors))
+            self.address.update((i, at) for at in addresses.values())
+            # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
+            if (instruction.base == "LDG" and "STRONG" not in instruction.modifiers) or (
+                instruction.base == "LDGSTS" and "BYPASS" not in instruction.modifiers
+            ):
+                sectors, _ = sectors - cache, cache.update(sectors)
+            self.moved[issued].append(len(sectors))
+        for issued, addresses in _requests(lanes, "shared", longest):
+            i, _ = issued
+            # 32 banks of 4 bytes, one word of each in a pass; words of 8 and 16 bytes go by parts of a warp.
+            # Of matrices, eight lanes each name the rows.
+            matrices = kernel.code[i].base in ("LDSM", "STSM")
+            words = 4 if matrices else max(1, kernel.code[i].width // 4)
+            parts: dict[int, set[int]] = defaultdict(set)
+            for lane, at in addresses.items():
+                if not matrices or lane < 8 * _least_passes(kernel.code[i]):
+                    parts[lane * words // 32].update(range(at // 4, at // 4 + words))
+            banks = (Counter(word % 32 for word in part) for part in parts.values())
+            self.passes[issued].append(sum(max(each.values()) for each in banks))
+
+
+def _mean(values: Sequence[int] | None, otherwise: float) -> float:
+    return sum(values) / len(values) if values else otherwise
+
+
 def _touch(
-    kernel: Kernel, whole: Trace, lanes: list[Trace], arrays: _Arrays,
+    kernel: Kernel, path: Trace, met: _Met, arrays: _Arrays, result: Profile,
     loaded: dict[int, float], stored: dict[int, float],
 ) -> None:  # fmt: skip
-    """Adds the bytes of the sectors that a warp moves from and to L2: for each instruction as many a request as in the
-    beginning of the way, or whole sectors where that did not reach it."""
-    requests: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for lane in lanes:
-        seen: Counter[int] = Counter()
-        for position, address in lane.accesses:
-            i = lane.path[position]
-            seen[i] += 1
-            if address is not None:
-                last = (address + kernel.code[i].width - 1) // SECTOR
-                requests[i, seen[i]].update(range(address // SECTOR, last + 1))
-    counted: Counter[int] = Counter()
-    moved: Counter[int] = Counter()
-    cache: set[int] = set()
-    for (i, _), sectors in requests.items():
+    """Adds the sectors that a warp names, the bytes that it moves from and to L2, and its passes over the banks of
+    shared memory: as many a request as were met, or whole ones where none was."""
+    for position, address in path.accesses:
+        i = path.path[position]
         instruction = kernel.code[i]
-        # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
-        if (instruction.base == "LDG" and "STRONG" not in instruction.modifiers) or (
-            instruction.base == "LDGSTS" and "BYPASS" not in instruction.modifiers
-        ):
-            sectors, _ = sectors - cache, cache.update(sectors)
-        counted[i] += 1
-        moved[i] += len(sectors)
-    for position, address in whole.accesses:
-        i = whole.path[position]
-        at = arrays.of(address)
+        issued = i, address == ABSENT
+        whole = 0 if address == ABSENT else instruction.width
+        result.requests += _mean(met.ran.get(issued), address != ABSENT)
+        result.asked += _mean(met.asked.get(issued), whole)
+        at = arrays.of(met.address.get(i) if address in (None, ABSENT) else address)
         if at is not None:
-            instruction = kernel.code[i]
             side = stored if instruction.kind == "store" else loaded
-            side[at] += SECTOR * moved[i] / counted[i] if counted[i] else 32 * instruction.width
+            side[at] += SECTOR * _mean(met.moved.get(issued), whole)
+    for position, address in path.shared:
+        i = path.path[position]
+        least = 0 if address == ABSENT else _least_passes(kernel.code[i])
+        passes = _mean(met.passes.get((i, address == ABSENT)), least)
+        result.passes += passes
+        result.conflict_free += least
+        result.shared_clocks += max(0.0, passes - least)
 
 
 def _alone(kernel: Kernel, path: Trace, arrays: _Arrays, reused: set[int], chip: Chip) -> float:

@@ -19,21 +19,24 @@ class Thread:
 
     Attributes:
         constants: bank 0: what a launch writes there, parameters included.
+        literals: bank 2: the compiler's own.
         special: values of special registers by name.
+        local: words of local memory, by address.
     """
 
-    def __init__(self, constants: bytes, special: dict[str, int]) -> None:
+    def __init__(self, constants: bytes, special: dict[str, int], literals: bytes = b"") -> None:
         self.values: dict[str, Value] = {}
         self.predicates: dict[str, bool | None] = {}
-        self.constants, self.special = constants, special
+        self.local: dict[int, Value] = {}
+        self.special, self.banks = special, {0: constants, 2: literals}
 
     def predicate(self, text: str) -> bool | None:
         negated, name = text.startswith("!"), text.lstrip("!")
         value = True if name in ("PT", "UPT", "") else self.predicates.get(name)
         return None if value is None else value != negated
 
-    def constant(self, offset: int, size: int) -> int:
-        return int.from_bytes(self.constants[offset : offset + size], "little")
+    def constant(self, offset: int, size: int, bank: int = 0) -> int:
+        return int.from_bytes(self.banks[bank][offset : offset + size], "little")
 
     def read(self, text: str, size: int = 4) -> Value:
         """A source: registers, constant bank or immediate; negated or complemented where it says so."""
@@ -42,7 +45,7 @@ class Thread:
             value = self.register(content, size)
         elif kind == "bank":
             base = 0 if content[0] is None else self.read(content[0])
-            value = None if base is None else self.constant(base + content[1], size)
+            value = None if base is None else self.constant(base + content[1], size, content[2])
         else:
             value = content
         if value is None or not sign:
@@ -89,6 +92,6 @@ def _operand(text: str) -> tuple[str, str, Any]:
         return sign, "register", _run(match[1], 2)
     if re.fullmatch(r"U?RZ(\.\w+)*|SRZ", text):
         return sign, "value", 0
-    if match := re.fullmatch(r"c\[0x0\]\[(?:(U?R\w+)(?:\.\w+)?\+?)?(-?0x[0-9a-f]+)?\]", text):
-        return sign, "bank", (match[1], int(match[2] or "0", 16))
+    if match := re.fullmatch(r"c\[0x([02])\]\[(?:(U?R\w+)(?:\.\w+)?\+?)?(-?0x[0-9a-f]+)?\]", text):
+        return sign, "bank", (match[2], int(match[3] or "0", 16), int(match[1]))
     return sign, "value", None

@@ -96,10 +96,9 @@ def narrow_choices() -> Iterator[None]:
     from wavemix_kernels.ops import choose
     from wavemix_kernels.wavemix import backbone
 
-    with (
-        mock.patch.object(choose, "JOINED", choose.JOINED // NARROW),
-        mock.patch.object(backbone, "_WIDE_STEM", backbone._WIDE_STEM // NARROW),
-    ):
+    widths = {name: getattr(choose, name) // NARROW for name in ("JOINED", "MLP_HELD", "MLP_WEIGHTS_HELD")}
+    stem = backbone._WIDE_STEM // NARROW
+    with mock.patch.multiple(choose, **widths), mock.patch.object(backbone, "_WIDE_STEM", stem):
         yield
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,33 @@ def test_loops_run_as_often_as_parameters_say() -> None:
     # Data decide the branch behind: the shorter way is taken, and it is said.
     assert dict(way.guessed) == {0xB0: 1}
     assert 12 not in way.path
+
+
+#: A spill and its way back, a jump by the compiler's table, and a copy of zeros.
+SPILLED = """
+		Function : spilled
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   STL [R1+0x8], R0 ;
+        /*0020*/                   LDG.E R0, [R2.64] ;
+        /*0030*/                   LDL R4, [R1+0x8] ;
+        /*0040*/                   ULDC UR6, c[0x2][0x4] ;
+        /*0050*/                   BRXU UR6 -0x60 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   STS.64 [R4.X16+0x10], R8 ;
+        /*0080*/                   ISETP.EQ.AND P0, PT, R4, 0x3, PT ;
+        /*0090*/                   LDGSTS.E.128 [R4+0x400], [R2.64], P0 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("lane", [0, 3])
+def test_spills_tables_and_copies_of_zeros(lane: int) -> None:
+    made = kernel(SPILLED)
+    entry = replace(made.entry, literals=b"\0\0\0\0\x70\0\0\0")
+    way = execute.trace(sass.Kernel(entry, made.code), bytes(0x400), (0, 0, 0), lane)
+    assert [made.code[i].at for i in way.path[-4:]] == [0x70, 0x80, 0x90, 0xA0]
+    assert [address for _, address in way.shared] == [16 * lane + 0x10, lane + 0x400]
+    assert way.accesses[-1][1] == (0 if lane == 3 else execute.ABSENT)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ import numpy as np
 from tests.ptx.memory import UINT, Array
 from tests.ptx.parser import SIZES, Instruction
 
+#: Types of the sources, of the result, and the function.
+Meaning = tuple[Sequence[type], type, Callable[..., Array]]
 F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
 
 
+@functools.cache
 def numpy_type(name: str) -> type:
     """The NumPy type of a PTX type; bfloat16 is its bits, and so are packed pairs."""
     if name == "pred":
@@ -24,6 +27,7 @@ def numpy_type(name: str) -> type:
     return {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[size] if name[0] == "s" else UINT[size]
 
 
+@functools.cache
 def is_type(name: str) -> bool:
     return name == "pred" or (name.lstrip("busft") in SIZES and name[0] in "busft")
 
@@ -49,8 +53,8 @@ def to_tf32(x: Array) -> Array:
     return np.where(special, bits, (bits + U32(0x1000)) & U32(0xFFFFE000))
 
 
-def pair(high: Array, low: Array) -> Array:
-    return low.view(U16).astype(U32) | high.view(U16).astype(U32) << U32(16)
+def _pair(low: Array, high: Array) -> Array:
+    return np.stack(np.broadcast_arrays(low, high), -1).view(U32)[..., 0]
 
 
 def flushed(x: Array) -> Array:
@@ -79,20 +83,20 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     return np.where(np.isfinite(error), total + error, total)
 
 
+def _to_odd(x: Array, error: Array, bits: type) -> Array:
+    """x + error rounded to odd: a later rounding is then that of the exact value."""
+    inexact = np.isfinite(error) & (error != 0)
+    away = inexact & (np.signbit(error) != np.signbit(x))
+    return np.where(inexact, (x.view(bits) - away.astype(bits)) | bits(1), x.view(bits)).view(x.dtype)
+
+
 def fma_bf16(a: Array, b: Array, c: Array) -> Array:
-    """Each rounding but the last is to odd, which leaves the last what it would be of the exact value."""
     product, c = from_bf16(a).astype(F64) * from_bf16(b), from_bf16(c).astype(F64)  # exact
     total = product + c
     part = total - product
-    error = (product - (total - part)) + (c - part)
-    inexact = np.isfinite(error) & (error != 0)
-    away = inexact & (np.signbit(error) != np.signbit(total))
-    total = np.where(inexact, (total.view(U64) - away.astype(U64)) | U64(1), total.view(U64)).view(F64)
+    total = _to_odd(total, (product - (total - part)) + (c - part), U64)
     single = total.astype(F32)
-    inexact = single.astype(F64) != total
-    away = inexact & (np.abs(single) > np.abs(total))
-    bits = np.where(inexact, (single.view(U32) - away.astype(U32)) | U32(1), single.view(U32))
-    return to_bf16(np.where(np.isnan(single), single, bits.view(F32)))
+    return to_bf16(_to_odd(single, total - single, U32))
 
 
 # --- Integers ----------------------------------------------------------------------------------------------------
@@ -115,42 +119,39 @@ def high_product(a: Array, b: Array) -> Array:
     if a.itemsize < 8:
         wide = np.int64 if a.dtype.kind == "i" else U64
         return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
-    half, low = U64(32), U64(0xFFFFFFFF)
-    x, y = a.view(U64), b.view(U64)
-    (x1, x0), (y1, y0) = ((v >> half, v & low) for v in (x, y))
-    middle = x1 * y0 + ((x0 * y0) >> half)
-    other = x0 * y1 + (middle & low)
-    result = x1 * y1 + (middle >> half) + (other >> half)
+    (a1, a0), (b1, b0) = ((v >> U64(32), v & U64(0xFFFFFFFF)) for v in (a.view(U64), b.view(U64)))
+    middle = a1 * b0 + ((a0 * b0) >> U64(32))
+    result = a1 * b1 + (middle >> U64(32)) + ((a0 * b1 + (middle & U64(0xFFFFFFFF))) >> U64(32))
     if a.dtype.kind == "i":
-        result = result - np.where(a < 0, y, U64(0)) - np.where(b < 0, x, U64(0))
+        result = result - np.where(a < 0, b.view(U64), U64(0)) - np.where(b < 0, a.view(U64), U64(0))
     return result.view(a.dtype)
 
 
+def _field(position: Array, length: Array) -> tuple[Array, Array]:
+    return tuple((v & U32(255)).astype(U64) for v in (position, length))
+
+
 def field_extract(a: Array, position: Array, length: Array) -> Array:
-    bits = 8 * a.itemsize
-    position, length = (np.minimum(v & U32(255), bits).astype(np.int64) for v in (position, length))
-    length = np.minimum(length, bits - position)
-    up = bits - position - length
-    shifted = (a << up.astype(a.dtype)) >> (bits - length).astype(a.dtype)
-    return np.where(length == 0, a.dtype.type(0), shifted)
+    bits, (first, count) = U64(8 * a.itemsize), _field(position, length)
+    first = np.minimum(first, bits)
+    count = np.minimum(count, bits - first)
+    shifted = (a << (bits - first - count).astype(a.dtype)) >> (bits - count).astype(a.dtype)
+    return np.where(count == 0, a.dtype.type(0), shifted)
 
 
 def field_insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-    one, bits = U64(1), 8 * a.itemsize
-    position, length = ((v & U32(255)).astype(U64) for v in (position, length))
-    mask = (np.where(length >= 64, U64(0), one << length) - one) << position
-    out = (b.astype(U64) & ~mask) | ((a.astype(U64) << position) & mask)
-    return (out & U64(2**bits - 1)).astype(a.dtype)
+    first, count = _field(position, length)
+    mask = (np.where(count >= 64, U64(0), U64(1) << count) - U64(1)) << first
+    return ((b.astype(U64) & ~mask) | ((a.astype(U64) << first) & mask)).astype(a.dtype)
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
-    both = a.astype(U64) | b.astype(U64) << U64(32)
-    out = np.zeros(np.broadcast_shapes(both.shape, selector.shape), U32)
+    both, out = a.astype(U64) | b.astype(U64) << U64(32), np.zeros(1, U32)
     for i in range(4):
-        chosen = (selector >> U32(4 * i)) & U32(15)
-        byte = ((both >> ((chosen & U32(7)).astype(U64) * U64(8))) & U64(255)).astype(U32)
+        chosen = selector >> U32(4 * i)
+        byte = (both >> ((chosen & U32(7)).astype(U64) * U64(8))).astype(U32) & U32(255)
         sign = np.where(byte & U32(128), U32(255), U32(0))
-        out |= np.where(chosen & U32(8), sign, byte) << U32(8 * i)
+        out = out | np.where(chosen & U32(8), sign, byte) << U32(8 * i)
     return out
 
 
@@ -190,14 +191,14 @@ def work(made: Instruction) -> str:
         return {"mma": "tensor", "shfl": "shuffle", "redux": "shuffle"}.get(code, "branch")
     if code in MUFU or (code == "div" and kind.startswith("f")):
         return "MUFU"
-    if code in ("add", "sub", "mul", "fma", "min", "max", "neg", "abs") and kind[0] == "f":
+    if code in ("add", "sub", "mul", "fma") and kind[0] == "f":
         return "FMA"
     return {"mov": "move", "cvt": "convert"}.get(code, "integer")
 
 
 @functools.cache
-def meaning(code: str, words: tuple[str, ...]) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
-    """(types of the sources, of the result, the function); None for what does not compute."""
+def meaning(code: str, words: tuple[str, ...]) -> Meaning | None:
+    """None for what does not compute."""
     types = [word for word in words if is_type(word)]
     kinds = [numpy_type(word) for word in types]
     found = _meaning(code, words, types, kinds)
@@ -212,9 +213,7 @@ def meaning(code: str, words: tuple[str, ...]) -> tuple[Sequence[type], type, Ca
     return found[0], found[1], with_flush
 
 
-def _meaning(
-    code: str, words: tuple[str, ...], types: list[str], kinds: list[type]
-) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+def _meaning(code: str, words: tuple[str, ...], types: list[str], kinds: list[type]) -> Meaning | None:
     kind = kinds[-1] if kinds else U32
     floating = np.issubdtype(kind, np.floating)
     if code == "cvt":
@@ -262,9 +261,7 @@ def _comparison(word: str, floating: bool) -> Callable[..., Array]:
     return _COMPARE[word]
 
 
-def _product(
-    code: str, words: tuple[str, ...], kind: type, floating: bool
-) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+def _product(code: str, words: tuple[str, ...], kind: type, floating: bool) -> Meaning | None:
     if code == "fma":
         return {F32: ([F32] * 3, F32, fma32), F64: ([F64] * 3, F64, fma64)}.get(kind)
     if "wide" in words:
@@ -278,16 +275,14 @@ def _product(
     return None if floating else ([kind] * 3, kind, lambda a, b, c: multiply(a, b) + c)
 
 
-def _convert(
-    words: tuple[str, ...], types: list[str], kinds: list[type]
-) -> tuple[Sequence[type], type, Callable[..., Array]] | None:
+def _convert(words: tuple[str, ...], types: list[str], kinds: list[type]) -> Meaning | None:
     """cvt.to.from; rounding to an integer is by `rni`, `rzi`, `rmi` or `rpi`."""
     (to, source), (kind, of) = types, kinds
     if "sat" in words:
         return None
     if to in ("f16x2", "bf16x2"):
         narrow = to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16)
-        return [of, of], U32, lambda high, low: pair(narrow(high), narrow(low))
+        return [of, of], U32, lambda high, low: _pair(narrow(low), narrow(high))
     if to == "tf32":
         return ([of], U32, to_tf32) if "rna" in words else None
     if to == "bf16":

@@ -62,7 +62,7 @@ class Program:
         self.cell = min((_narrowest(made) for made in every if "shared" in made.modifiers), default=4)
         self.readers: dict[tuple[Operand, type], Reader] = {}
         self.rank = {block: i for i, block in enumerate(self._order())}
-        self.code = [self._code(block.instructions) for block in self.kernel.blocks]
+        self.made: dict[int, Code] = {}
 
     def _order(self) -> list[int]:
         """Blocks such that each comes behind all that lead to it, and a loop's exits behind the whole loop."""
@@ -77,11 +77,15 @@ class Program:
                 graph.add_edge(i, i + 1)
         return list(_in_order(graph, 0))
 
-    def _code(self, instructions: list[Instruction]) -> Code:
-        ends = instructions and instructions[-1].opcode in ("bra", "ret", "exit")
-        body = instructions[:-1] if ends else instructions
-        classes = Counter(work(made) for made in instructions)
-        return Code([(self._step(made), made) for made in body], instructions[-1] if ends else None, classes)
+    def code(self, block: int) -> Code:
+        """Made when threads first come there: many blocks are for rare arguments."""
+        if block not in self.made:
+            instructions = self.kernel.blocks[block].instructions
+            ends = instructions and instructions[-1].opcode in ("bra", "ret", "exit")
+            body = instructions[:-1] if ends else instructions
+            steps = [(self._step(made), made) for made in body]
+            self.made[block] = Code(steps, instructions[-1] if ends else None, Counter(map(work, instructions)))
+        return self.made[block]
 
     def _read(self, operand: Operand, kind: type) -> Reader:
         if (operand, kind) not in self.readers:
@@ -102,8 +106,8 @@ class Program:
         space = next((word for word in words if word in ("global", "shared", "param", "const")), "global")
         if code == "mov" and (tuple in (type(operands[0]), type(operands[1]))):
             return self._pack(made)
-        if code == "call" or (space == "param" and not self._known(operands[code == "ld"])):
-            return _uncalled(made)
+        if code == "st" and space == "param":  # libdevice's functions, as float64's sine of more than 2**20 or so
+            raise NotImplementedError(f"PTX: calls are not executed: {made.text}")
         if code in ("ld", "st"):
             address = self._address(operands[code == "ld"], U32 if space == "shared" else U64)
             if code == "ld":
@@ -128,11 +132,6 @@ class Program:
             raise NotImplementedError(f"PTX: {made.text}")
         kinds, _, function = found
         return _compute(function, [self._read(o, k) for o, k in zip(operands[1:], kinds, strict=True)], operands[0])
-
-    def _known(self, operand: Operand) -> bool:
-        """Whether a parameter is the kernel's own, not that of a function it calls."""
-        assert isinstance(operand, Address), operand
-        return str(operand.base).startswith("%") or operand.base in self.symbols
 
     def _pack(self, made: Instruction) -> Step:
         """Between one register and the registers that make it up."""
@@ -168,15 +167,6 @@ class Program:
             return lambda s: s.shared.wait(s.active, most)
         readers = [self._address(made.operands[0], U32), self._address(made.operands[1], U64)]
         return warps.copy(made, readers + [self._read(o, U32) for o in made.operands[3:]])
-
-
-def _uncalled(made: Instruction) -> Step:
-    """Functions are libdevice's, for arguments that are rare: float64's sine of more than 2**20 or so."""
-
-    def run(s: Threads) -> None:
-        raise NotImplementedError(f"PTX: calls are not executed: {made.text}")
-
-    return run
 
 
 def _in_order(graph: nx.DiGraph, entry: int) -> Iterator[int]:
@@ -299,10 +289,11 @@ def _run(made: Program, s: Threads) -> None:
         now = min(at_block, key=made.rank.__getitem__)
         mask = at_block.pop(now)
         s.enter(mask, not at_block)
-        code = made.code[now]
+        code = made.code(now)
         there = int(mask.reshape(-1, 32).any(1).sum())
         for name, count in code.classes.items():
             classes[name] += count * there
+        s.counts.lanes += int(mask.sum()) * code.classes.total()
         for step, instruction in code.steps:
             try:
                 step(s)
@@ -331,7 +322,7 @@ def _leave(made: Program, s: Threads, end: Instruction | None, now: int, at_bloc
         else:
             s.exited = s.exited | leaving
     if staying.any():
-        if now + 1 >= len(made.code):
+        if now + 1 >= len(made.kernel.blocks):
             s.exited = s.exited | staying
         else:
             at_block[now + 1] = at_block[now + 1] | staying if now + 1 in at_block else staying

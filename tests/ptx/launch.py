@@ -6,9 +6,9 @@ import ctypes
 import functools
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from tests.ptx import build
 from tests.ptx.executor import launch
-from tests.ptx.memory import POISON, TAG_BITS, Counts, Global, Range
+from tests.ptx.memory import POISON, TAG_BITS, Global, Range
 from tests.ptx.parser import Kernel, Module
+from tests.ptx.static import Executed, Largest
 from wavemix_kernels import backends
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.triton_launch import Launch
 
 ARCH = 80  # its instructions run on every later chip
 #: Told of each launch: what it executed.
-Met = Callable[[Counts], None]
+Met = Callable[[Executed], None]
 
 
 def poison(tensor: Tensor) -> Tensor:
@@ -75,6 +76,10 @@ class Ranges:
             found.grain(itemsize)
         return address + (found.start >> TAG_BITS << TAG_BITS)
 
+    def spans(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each."""
+        return [(found.start, found.end - found.start) for found in self.by_pointer.values()]
+
     def memory(self) -> Global:
         return Global(list(self.by_pointer.values()))
 
@@ -99,8 +104,10 @@ def run_triton(given: Launch, met: Met) -> None:
     passed = list(_flat([(kind, values[n]) for n, kind in binary.src.signature.items()]))
     parameters = _packed(module.kernel(name), passed, ranges)
     threads = 32 * given.constants["num_warps"]
-    counts = launch(module, name, given.grid, threads, binary.metadata.shared, parameters, ranges.memory())
-    met(replace(counts, kernel=kernel_name(given)))
+    shared = binary.metadata.shared
+    counts = launch(module, name, given.grid, threads, shared, parameters, ranges.memory())
+    counts.kernel = kernel_name(given)
+    met(Executed(counts, binary.asm["ptx"], name, given.grid, shared, parameters, ranges.spans()))
 
 
 def kernel_name(given: Launch) -> str:
@@ -212,8 +219,9 @@ class Core:
                 parameters = parameters.ljust(kernel.parameter_offsets[variable.name], b"\0")
                 parameters += ctypes.string_at(arguments[i], variable.size)
             sizes = tuple(grid[axis] for axis in range(3))
-            counts = launch(module, name.decode(), sizes, threads, shared, bytes(parameters), self._ranges.memory())
-            self._met(counts)
+            passed, ranges = bytes(parameters), self._ranges
+            counts = launch(module, name.decode(), sizes, threads, shared, passed, ranges.memory())
+            self._met(Executed(counts, None, name.decode(), sizes, shared, passed, ranges.spans()))
         except Exception as error:  # noqa: BLE001 (an exception cannot pass through the host code; the message can)
             self._error = f"{type(error).__name__}: {error}".encode()
             return ctypes.cast(ctypes.c_char_p(self._error), ctypes.c_void_p).value
@@ -245,12 +253,25 @@ def executed_cuda(met: Met) -> Iterator[None]:
 EXECUTED: dict[str, Callable[[Met], AbstractContextManager[None]]] = {"triton": executed_triton, "cuda": executed_cuda}
 
 
+_LARGEST = Largest()
+
+
 def recorder(file: str | None) -> Met:
     """Adds a line of JSON for every launch."""
 
-    def met(counts: Counts) -> None:
+    def met(executed: Executed) -> None:
         if file is not None:
-            with open(file, "a") as lines:
-                lines.write(json.dumps(asdict(counts)) + "\n")
+            _LARGEST.add(executed)
+            _write(file, [asdict(executed.counts)])
 
     return met
+
+
+def compare(file: str) -> None:
+    """Adds a line of JSON for every kernel: what predictions count of one of its launches, and what was executed."""
+    _write(file, _LARGEST.compared())
+
+
+def _write(file: str, rows: Iterable[dict[str, Any]]) -> None:
+    with open(file, "a") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)

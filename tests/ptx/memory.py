@@ -27,7 +27,8 @@ class Counts:
     """The counts of one launch.
 
     Attributes:
-        instructions: executed by warps, of each class of instructions.
+        instructions: executed by warps, of each class of instructions; `lanes` by threads, 32 times as many if none
+            waits for others of its warp.
         sectors: pieces of 32 bytes that `requests` (loads and stores of global memory, by warps) touched.
         wavefronts: passes over the banks of shared memory that `shared_requests` took; `conflict_free` is the least.
     """
@@ -36,6 +37,7 @@ class Counts:
     blocks: int
     threads: int
     instructions: dict[str, int] = field(default_factory=dict)
+    lanes: int = 0
     requests: int = 0
     sectors: int = 0
     shared_requests: int = 0

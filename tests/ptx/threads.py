@@ -159,7 +159,9 @@ def load_matrices(made: Instruction, address: Reader) -> Callable[[Threads], Non
         s.converged("ldmatrix")
         warps = np.flatnonzero(s.mask.reshape(-1, 32).any(1))
         rows = (warps[:, None] * 32 + np.arange(8 * count)).reshape(-1)
-        words = s.shared.load(s.whole(address(s))[rows], 4, 4, rows)
+        every = s.whole(address(s))
+        count_wavefronts(s.counts, every, 16, s.mask & (np.arange(s.count) % 32 < 8 * count))
+        words = s.shared.load(every[rows], 4, 4, rows)
         matrices = words.view(U16).reshape(-1, count, 8, 8)
         if transposed:
             matrices = np.ascontiguousarray(matrices.transpose(0, 1, 3, 2))
@@ -286,6 +288,8 @@ def copy(made: Instruction, readers: Sequence[Reader]) -> Callable[[Threads], No
             unit = min(size, 8)
             got = s.memory.load(source[reading], unit, size // unit, s.block[reading])
             words[reading[threads]] = got.view(np.uint8)
-        s.shared.copy(s.whole(readers[0](s))[threads], words, threads)
+        target = s.whole(readers[0](s))
+        count_wavefronts(s.counts, target, size, s.mask)
+        s.shared.copy(target[threads], words, threads)
 
     return run

@@ -13,7 +13,7 @@ from tests.kernels.triton import test_deconv, test_sums
 from tests.ops.contract import Case, Contract, check, singles
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.ptx.launch import executed_triton
-from tests.ptx.memory import Counts
+from tests.ptx.static import Executed
 from wavemix_kernels.ops.common.precision import products_in
 
 ONE: Any = {"size": (((2, 32, 8, 16), 16, 2), ((1, 20, 6, 10), 5, 1)), "layout": ("channels_last", "nchw")}
@@ -40,10 +40,10 @@ CASES = [(of, case) for of in (Forward(), Backward()) for case in singles(dtype=
 
 @pytest.mark.parametrize("contract, case", CASES, ids=str)
 def test_reduce_haar_products_in_tf32(contract: Contract, case: Case) -> None:
-    met: list[Counts] = []
+    met: list[Executed] = []
     with executed_triton(met.append), products_in("tf32"):
         check(contract, case, "triton", "cpu")
-    assert any("tensor" in counts.instructions for counts in met)
+    assert any("tensor" in one.counts.instructions for one in met)
 
 
 def test_deconv_statistics_of_many_parts(request: pytest.FixtureRequest, device: str) -> None:

@@ -1,0 +1,93 @@
+"""What predictions count in machine code, beside what the executor counted of the same launches."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.predict import elf
+from benchmarks.predict.chips import CHIPS
+from benchmarks.predict.compiled import Compiled, bank
+from benchmarks.predict.kernels import function_of
+from benchmarks.predict.profile import profiled
+from benchmarks.predict.record import Array, Launch
+from benchmarks.predict.tools import program, run
+from tests.ptx.memory import Counts
+
+CHIP = CHIPS["a100"]  # the executor runs sm_80
+_MOST = 256  # threads of a launch that is compared: the way of every one is followed
+_UNITED = 0.95  # of a warp's lanes that go one way, on average: predictions follow one of them
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A launch that was executed: `ptx` is None for a CUDA kernel, whose machine code predictions have."""
+
+    counts: Counts
+    ptx: str | None
+    name: str
+    grid: Sequence[int]
+    shared: int  # bytes beside the kernel's own
+    parameters: bytes
+    ranges: Sequence[tuple[int, int]]  # address, bytes
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """A launch of higher rank says more: the longest of those with few threads, else one with fewest."""
+        counts, instructions = self.counts, sum(self.counts.instructions.values())
+        threads = counts.blocks * counts.threads
+        return counts.lanes >= 32 * _UNITED * instructions, instructions if threads <= _MOST else -threads
+
+
+@dataclass
+class Largest:
+    """Of each kernel that was executed in bfloat16, the launch to compare."""
+
+    kept: dict[str, Executed] = field(default_factory=dict)
+
+    def add(self, one: Executed) -> None:
+        name = one.counts.kernel
+        if "bfloat16" not in name:
+            return
+        name = function_of(Launch("cuda", name, "", 0)) if one.ptx is None else name.split()[0]
+        if name not in self.kept or one.rank > self.kept[name].rank:
+            self.kept[name] = one
+
+    def compared(self) -> list[dict[str, Any]]:
+        return [{"kernel": name, "compared": compared(one)} for name, one in self.kept.items()]
+
+
+def compared(one: Executed) -> dict[str, tuple[float, float]]:
+    """What is counted -> (in machine code, executed)."""
+    cubin = elf.cuda_entries(CHIP.arch)[one.name][0].read_bytes() if one.ptx is None else _assembled(one.ptx)
+    entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
+    values = [one.parameters[at : at + size].ljust(size, b"\0") for at, size in entry.parameters]
+    x, y, z = (*one.grid, 1, 1)[:3]
+    counts = one.counts
+    constants = bank(entry, values, (counts.threads, 1, 1), (x, y, z), CHIP.arch)
+    made = Compiled(cubin, entry, constants, (x, y, z), counts.threads, one.shared + entry.shared)
+    tensors = [Array(torch.uint8, (size,), (1,), at, size) for at, size in one.ranges]
+    found = profiled(made, tensors, CHIP, every=True)
+    warps, executed = found.blocks * found.warps, counts.instructions
+    return {
+        "tensor": (found.counts["tensor"] * warps, executed.get("tensor", 0)),
+        "floating point": ((found.counts["fp32"] + found.counts["fp64"]) * warps, executed.get("FMA", 0)),
+        "requests": (found.requests * warps, counts.requests),
+        "sectors": (found.asked * warps, counts.sectors),
+        "passes": (found.passes * warps, counts.wavefronts),
+        "all": (found.instructions * warps, sum(executed.values())),
+    }
+
+
+@functools.lru_cache
+def _assembled(ptx: str) -> bytes:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile() as made:
+        source.write(ptx)
+        source.flush()
+        run([program("ptxas"), f"--gpu-name=sm_{CHIP.arch}", source.name, "-o", made.name])
+        return made.read()
