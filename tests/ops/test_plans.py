@@ -15,6 +15,7 @@ from wavemix_kernels import FusedPATM, FusedWaveblock, _native, backends, ops
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan, selftest
+from wavemix_kernels.ops.norm import batch_norm
 
 _OPERATORS = [
     (name, backend) for name in ops.OPS for backend in ("triton", "cuda") if backend in ops.load(name).BACKENDS
@@ -105,3 +106,15 @@ def test_blocks(
     passes = [table for name, table in plan.tables.items() if "." in name and table]
     assert len(passes) >= 2
     assert all(isinstance(made, FunctionType) for table in passes for made in table.values())
+
+
+def test_running_statistics(plans: None) -> None:
+    """The plan writes to the caller's tensors, as the updates one by one do."""
+    runs = [[torch.zeros(4), torch.ones(4), torch.tensor(0)] for _ in range(2)]
+    for step in range(4):
+        mean, var = torch.randn(4), torch.rand(4)
+        moves = [batch_norm.Move(*running, mean, var, 30) for running in runs]
+        batch_norm.update_running(moves[:1], 0.3)
+        batch_norm._update_by_plan(moves[1:], [30 / 29], 0.3)
+        assert all(map(torch.equal, *runs)), step
+    assert _plans() == 1

@@ -90,7 +90,8 @@ def waveblock(
     Args:
         x: (N, C, H, W); the output takes its memory format.
         weight, bias: the reduction, (C/4, C, 1, 1) and (C/4).
-        levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype.
+        levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype, w1 and w2 as the 1x1
+            convolutions have them, (O, I, 1, 1).
         dropout, eps: per level.
         seeds: (levels) int64, where any dropout is above 0.
         kind: the upsampling (:mod:`wavemix_kernels.ops.deconv.upsample`).
@@ -104,7 +105,9 @@ def waveblock(
 
 
 def _levels(flat: Sequence[Any]) -> list[Level]:
-    return [Level(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+    """The levels, w1 and w2 as matrices (O, I)."""
+    levels = [Level(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+    return [level._replace(w1=level.w1.flatten(1), w2=level.w2.flatten(1)) for level in levels]
 
 
 def _seed(seeds: Tensor | None, level: int) -> Tensor | None:
@@ -121,6 +124,10 @@ def _mlp_arguments(
 ) -> tuple[Any, ...]:
     scale, shift = second_affine or (None, None)
     return z, second, scale, shift, level.w1, level.b1, level.w2, level.b2, p, seed
+
+
+def _gradient(of_matrix: Tensor, weight: Tensor) -> Tensor:
+    return layout.like_weight(of_matrix.reshape(weight.shape), weight)
 
 
 def _affine(of: batch_norm.Statistics) -> batch_norm.Affine:
@@ -236,9 +243,10 @@ def _backward(
         del du, arguments
         z_grads = [*z_grads, mlp.x]
         upper = mlp.second
+        w1, w2 = flat[i * _FIELDS + Level._fields.index("w1")], flat[i * _FIELDS + Level._fields.index("w2")]
         flat_grads = [
             *flat_grads,
-            mlp.w1, mlp.b1, mlp.w2, mlp.b2, dweight, dbias,
+            _gradient(mlp.w1, w1), mlp.b1, _gradient(mlp.w2, w2), mlp.b2, dweight, dbias,
             None if level.bn_weight is None else dbn_weight,
             None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
             None, None,

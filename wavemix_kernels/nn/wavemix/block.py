@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
-from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.haar.op import haar_dwt2d
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -78,7 +77,8 @@ class FusedWaveblock(Waveblock):
             out = super().forward(x)
             return x + out if residual else out
         self.check_input(x)
-        parts = [cast(nn.Sequential, getattr(self, self._feedforward_name(i + 1))) for i in range(self.level)]
+        # As lists: nn.Sequential walks to what an index asks for.
+        parts: list[list[Any]] = [[*getattr(self, self._feedforward_name(i + 1))] for i in range(self.level)]
         convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
         weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]
         cast_x, *flat = checks.autocast(x, *weights)
@@ -86,14 +86,13 @@ class FusedWaveblock(Waveblock):
         tensors = iter(flat)
         weight, bias = next(tensors), next(tensors)
         levels = []
-        norms = [cast(nn.BatchNorm2d, part[5]) for part in parts]
+        norms: list[nn.BatchNorm2d] = [part[5] for part in parts]
         for part, norm in zip(parts, norms, strict=True):
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
             up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
             mean, invstd = frozen(norm)
-            mlp = (layout.matrix(w1), b1, layout.matrix(w2), b2)
-            levels.append(waveblock.Level(*mlp, up, up_bias, norm.weight, norm.bias, mean, invstd))
-        dropouts = [m.p if m.training else 0.0 for m in (cast(nn.Dropout, part[2]) for part in parts)]
+            levels.append(waveblock.Level(w1, b1, w2, b2, up, up_bias, norm.weight, norm.bias, mean, invstd))
+        dropouts = [part[2].p if part[2].training else 0.0 for part in parts]
         out, stats = waveblock.waveblock(
             cast_x,
             weight,

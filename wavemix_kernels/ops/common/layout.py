@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,24 +60,3 @@ def like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.stride() != weight.stride() and all(size == 1 or ours == its for size, ours, its in axes):
         return gradient.as_strided(gradient.shape, weight.stride())
     return gradient
-
-
-class _Matrix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return weight.flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (weight,) = ctx.saved_tensors
-        return like_weight(gradient.reshape(weight.shape), weight)
-
-
-def matrix(weight: Tensor) -> Tensor:
-    """(O, I) of a 1x1 convolution's weight (O, I, 1, 1); its gradient comes back as :func:`like_weight` makes it.
-
-    Indexing would do, but its backward pass fills and copies the whole weight twice.
-    """
-    result: Tensor = _Matrix.apply(weight)
-    return result

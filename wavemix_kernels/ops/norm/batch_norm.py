@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common import layout, plan, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 
@@ -94,7 +94,7 @@ def update_running(moves: Sequence[Move], momentum: float | None) -> None:
     factors = [move.values / max(move.values - 1, 1) for move in moves]
     with torch.no_grad():
         if momentum is not None and moves[0].mean.device.type == "cuda":
-            _update_together(moves, factors, momentum)
+            _update_by_plan(moves, factors, momentum)
             return
         for move, factor in zip(moves, factors, strict=True):
             move.batches.add_(1)
@@ -112,6 +112,9 @@ def _update_together(moves: Sequence[Move], factors: list[float], momentum: floa
         wide, batch = batch, [torch.empty_like(t) for t in running]
         torch._foreach_copy_(batch, wide)
     torch._foreach_lerp_(running, batch, momentum)
+
+
+_update_by_plan = plan.planned("running_statistics", _update_together)
 
 
 # --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
