@@ -25,8 +25,7 @@ HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, int64_t band_str
     throw py::value_error("haar_blocks: lists of the wrong length");
   for (size_t i = 0; i < axes.size(); ++i) {
     if (axes[i].size() != 6 || edges[i].size() != 2) throw py::value_error("axes: expected 6 integers and 2 weights");
-    args.axis[i] = {axes[i][0], axes[i][1], axes[i][2],  axes[i][3],
-                    axes[i][4], axes[i][5], edges[i][0], edges[i][1]};
+    args.axis[i] = {axes[i][0], axes[i][1], axes[i][2], axes[i][3], axes[i][4], axes[i][5], edges[i][0], edges[i][1]};
   }
   for (size_t k = 0; k < bands; ++k) {
     if (pattern[k] < 0 || pattern[k] >= static_cast<int>(bands)) throw py::value_error("pattern: no such band");

@@ -161,7 +161,8 @@ def _cpu(
     bits = [sum((p >> len(axes) - 1 - i & 1) << place for i, place in enumerate(places)) for p in pattern]
     outer = [(x.shape[i], x.stride(i), y_stride[i]) for i in range(5) if i not in axes and i != inner]
     row = () if inner in axes else (x.shape[inner], x.stride(inner), y_stride[inner])
-    _native.core.haar_blocks_cpu(
+    core: Any = _native.core
+    core.haar_blocks_cpu(
         analysis, _native.DTYPES[x.dtype], x.data_ptr(), bands.data_ptr(), bands.stride(2), described, edges, bits,
         weight, outer, row, torch.get_num_threads(),
     )  # fmt: skip

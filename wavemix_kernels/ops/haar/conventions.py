@@ -163,7 +163,8 @@ def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Te
             backend=backends.requested(backend),
         )  # fmt: skip
         if of.layout == "separate":
-            return tuple((band.squeeze(2) if of.axes == 2 else band) for band in bands.unbind(2))
+            separate = [bands[:, :, k] for k in range(bands.shape[2])]  # not unbind, whose views refuse writes
+            return tuple(band.squeeze(2) if of.axes == 2 else band for band in separate)
         volume = _joined(bands, of.layout)
     return volume.squeeze(2) if of.axes == 2 else volume
 

@@ -236,7 +236,8 @@ def _axis(x: Tensor, dim: int) -> int:
 
 def _physical(x: Tensor) -> list[int]:
     """The axes from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda i: -x.stride(i))
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda i: -strides[i])
 
 
 def _as_lines(x: Tensor, order: list[int], dim: int) -> tuple[Tensor, int]:
