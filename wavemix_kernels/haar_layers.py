@@ -14,7 +14,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,8 @@ class Form:
         odd: sizes that a round does not halve are ours too.
         settings: the plain attributes of the layer and its parts when it was compared.
         filters: copies of its tensors then.
+        channels: of the images, or of each band, that it was compared with.
+        writes: attributes that a call sets to a number for each element of an image, and that number.
     """
 
     name: str
@@ -53,7 +55,15 @@ class Form:
     odd: bool = False
     settings: Any = None
     filters: list[Tensor] = field(default_factory=list)
+    channels: int = 3
+    writes: dict[str, tuple[type, float]] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
     seen: Any = None
+
+    def __str__(self) -> str:
+        rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
+        return f"Haar {'synthesis' if self.back else 'analysis'} {self.name!r}{rounds}"
 
     @property
     def convention(self) -> Convention:
@@ -67,6 +77,14 @@ class Form:
             return back(bands, of, rounds=self.rounds)
         there = conventions.haar_bands2d if of.axes == 2 else conventions.haar_bands3d
         return there(given[0], of, rounds=self.rounds)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The tensors of a call whose flag, where the layer has one, is this form's."""
+        if not self.flags:
+            return None if kwargs else args
+        ((name, value),) = self.flags.items()
+        flag, *more = [*args[1:], *kwargs.values()] or [False]
+        return args[:1] if flag is value and not more and kwargs.keys() <= {name} else None
 
     def serves(self, layer: nn.Module, given: Sequence[Any]) -> bool:
         of = self.convention
@@ -95,7 +113,7 @@ class Form:
     def _as_seen(self, layer: nn.Module) -> bool:
         if torch.compiler.is_compiling():
             return True  # a compiled graph keeps what it was traced with
-        if _settings(layer) != self.settings:
+        if _settings(layer, self.ignored) != self.settings:
             return False
         now = _tensors(layer)
         if any(t.requires_grad for t in now):
@@ -114,11 +132,15 @@ class Form:
 class HaarLayer(nn.Module):
     """Mixed into the class of a layer that :func:`replacement` has found."""
 
-    _haar: Form
+    _haar: list[Form]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and self._haar.serves(self, args):
-            return self._haar(args)
+        for form in self._haar:
+            given = form.given(args, kwargs)
+            if given is not None and form.serves(self, given):
+                for name, (kind, ratio) in form.writes.items():
+                    setattr(self, name, kind(_rounded(kind, ratio * given[0][0].numel())))
+                return form(given)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -145,7 +167,18 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     tensors = _tensors(module)
     if sum(t.numel() for t in tensors) > _LARGEST or any(t.is_meta for t in tensors):
         return None
-    return None if (form := _recognised(module)) is None else functools.partial(_replace, form)
+    flags: list[dict[str, bool]] = [{}]
+    if "rev" in inspect.signature(kind.forward).parameters:
+        flags = [{"rev": False}, {"rev": True}]
+    forms = [form for each in flags if (form := _recognised(module, each)) is not None]
+    if forms:
+        return functools.partial(_replace, forms)
+    bare = not any(True for _ in module.children()) and not any(p.requires_grad for p in tensors)
+    return _leave if bare and _WORDS.search(kind.__name__) else None
+
+
+def _leave(module: nn.Module) -> str:
+    raise CannotReplace("computes none of the conventions of Haar that are known, or could not be run beside them")
 
 
 def _mentions_wavelets(module: nn.Module) -> bool:
@@ -156,22 +189,26 @@ def _mentions_wavelets(module: nn.Module) -> bool:
     return any(_WORDS.search(name) for method in methods for name in names_in(method.__code__))
 
 
-def _replace(form: Form, module: nn.Module) -> str:
+def _replace(forms: list[Form], module: nn.Module) -> str:
     if "forward" in module.__dict__:
         raise CannotReplace("its forward is overridden on the instance")
     if any(p.requires_grad for p in module.parameters()):
         raise CannotReplace("its filters are trainable")
-    if written := _written(form, module):
-        raise CannotReplace(f"its forward sets {', '.join(written)}")
-    form.settings, form.filters = _settings(module), [t.detach().cpu().clone() for t in _tensors(module)]
-    form.odd = not form.back and _agrees(form, module, _images(form, odd=True))
-    form.dtypes = frozenset(d for d in _DTYPES if _agrees(form, module, _images(form), d))
-    if not form.dtypes:
+    filters = [t.detach().cpu().clone() for t in _tensors(module)]
+    for form in forms:
+        form.writes, form.filters = _written(form, module), filters
+        form.odd = not form.back and _agrees(form, module, _images(form, odd=True))
+        form.dtypes = frozenset(d for d in _DTYPES if _agrees(form, module, _images(form), d))
+    forms = [form for form in forms if form.dtypes]
+    if not forms:
         raise CannotReplace("computes something else at other sizes")
-    module.__dict__["_haar"] = form
+    written = {name for form in forms for name in form.ignored}
+    for form in forms:
+        form.settings = _settings(module, written)
+        form.ignored = written
+    module.__dict__["_haar"] = forms
     module.__class__ = _class(type(module))
-    direction = "synthesis" if form.back else "analysis"
-    return f"Haar {direction} {form.name!r} on the kernels" + (f", {form.rounds} rounds" if form.rounds > 1 else "")
+    return "; ".join(map(str, forms)) + ", on the kernels"
 
 
 # --- Running it beside ours ------------------------------------------------------------------------------
@@ -182,60 +219,75 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next((t.dtype for t in _tensors(module) if t.is_floating_point()), torch.float32)
+    """One that tells conventions apart: that of the filters, or float32."""
+    found = next((t.dtype for t in _tensors(module) if t.is_floating_point()), torch.float32)
+    return found if found == torch.float64 else torch.float32
 
 
-def _settings(module: nn.Module) -> list[Any]:
+def _settings(module: nn.Module, ignored: Container[str] = ()) -> list[Any]:
     managed = nn.Module().__dict__.keys()
     found: list[Any] = []
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in managed and name != "_haar":
-                plain = value if isinstance(value, _SIMPLE) else (type(value), _length(value))
-                found.append((name, plain))
+            if name not in managed and name != "_haar" and name not in ignored:
+                found.append((name, _plain(value)))
     return found
 
 
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, (list, tuple, dict, set)) or type(value).__name__ == "deque" else 0
+def _plain(value: object) -> object:
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return type(value), len(value) if isinstance(value, Sized) and not isinstance(value, Tensor) else 0
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def _run(module: nn.Module, given: Sequence[Tensor], training: bool = False) -> tuple[Any, nn.Module] | None:
+def _run(
+    module: nn.Module, given: Sequence[Tensor], flags: dict[str, bool], training: bool | None = None
+) -> tuple[Any, nn.Module] | None:
     try:
-        twin = copy.deepcopy(module).cpu().train(training)
+        twin = copy.deepcopy(module).cpu()
+        if training is None:  # the arithmetic that is compared, whatever the dtype of the filters
+            twin = twin.to(given[0].dtype)
+        twin.train(bool(training))
         with torch.no_grad(), torch.random.fork_rng([]):
-            return type(module).forward(twin, *(x.clone() for x in given)), twin
-    except Exception:  # whatever a stranger's code raises: it does not take such an input
+            return type(module).forward(twin, *(x.clone() for x in given), **flags), twin
+    except Exception:  # noqa: BLE001 whatever a stranger's code raises: it does not take such an input
         return None
 
 
-def _probes() -> Iterator[tuple[bool, list[tuple[int, ...]]]]:
-    yield False, [(2, 3, 8, 8)]
-    yield False, [(2, 3, 9, 8, 8)]
-    yield False, [(2, 3, 8, 8, 8)]
-    yield True, [(4, 64, 2, 2)]
-    yield True, [(2, 512, 2, 2, 2)]
-    yield True, [(2, 3, 4, 4)] * 4
-    yield True, [(2, 3, 2, 4, 4)] * 8
+def _probes(module: nn.Module) -> Iterator[tuple[bool, int, list[tuple[int, ...]]]]:
+    """Analysis or synthesis, channels, and shapes of the inputs; channels as the layer's numbers suggest."""
+    numbers = [v for v in vars(module).values() if isinstance(v, int) and 0 < v <= 256]
+    numbers += [n for t in _tensors(module) if t.dim() >= 4 for n in (t.shape[0], t.shape[0] // 4) if 0 < n <= 256]
+    for c in dict.fromkeys([3, *numbers]):
+        yield False, c, [(2, c, 8, 8)]
+        yield False, c, [(2, c, 9, 8, 8)]
+        yield False, c, [(2, c, 8, 8, 8)]
+        yield True, c, [(4, 4 * c, 2, 2)]
+    yield True, 3, [(2, 3, 4, 4)] * 4
+    yield True, 3, [(2, 3, 2, 4, 4)] * 8
+    yield True, 1, [(4, 64, 2, 2)]
+    yield True, 1, [(2, 512, 2, 2, 2)]
 
 
-def _recognised(module: nn.Module) -> Form | None:
-    takes = len(inspect.signature(type(module).forward).parameters) - 1
-    for back, shapes in _probes():
+def _recognised(module: nn.Module, flags: dict[str, bool]) -> Form | None:
+    takes = len(inspect.signature(type(module).forward).parameters) - 1 - len(flags)
+    for back, channels, shapes in _probes(module):
         if len(shapes) > max(takes, 1):
             continue
         given = [_random(*shape, dtype=_dtype(module)) + i for i, shape in enumerate(shapes)]
-        if (ran := _run(module, given)) is None:
+        if (ran := _run(module, given, flags)) is None:
             continue
         for name, of in CONVENTIONS.items():
             if of.axes + 2 != given[0].dim() or (back and (of.layout == "separate") != (len(given) > 1)):
                 continue
             for rounds in _ROUNDS if of.layout in ("bands", "channels") else (1,):
-                form = Form(name, back, rounds)
+                form = Form(name, back, rounds, channels=channels, flags=flags)
                 if form._fits(given[0].shape) and _same(ran[0], form(given)):
                     return form
     return None
@@ -253,17 +305,18 @@ def _same(theirs: Any, ours: Any, bound: float = 1e-5) -> bool:
     return torch.allclose(theirs, ours, rtol=0, atol=bound * max(ours.abs().max().item(), 1e-6))
 
 
-def _images(form: Form, odd: bool = False) -> list[tuple[int, ...]]:
+def _images(form: Form, odd: bool = False, more: int = 0) -> list[tuple[int, ...]]:
     of, unit = form.convention, 2**form.rounds
     if form.back:
         n = 2**of.axes if of.layout == "batch" else 3
-        c = 5 if of.layout in ("batch", "separate") else 2 ** (of.axes * form.rounds)
-        shape: tuple[int, ...] = (n, c, *(3, 4, 5)[3 - of.axes :])
+        c = form.channels * (1 if of.layout in ("batch", "separate") else 2 ** (of.axes * form.rounds))
+        c = 4 * form.channels if form.channels > 1 and of.layout == "batch" else c
+        shape: tuple[int, ...] = (n, c, *(3, 4 + more, 5)[3 - of.axes :])
         return [shape] * (2**of.axes if of.layout == "separate" else 1)
     frames = unit + 1 if of.first_frame else unit
     sizes = [frames, 2 * unit, 3 * unit][3 - of.axes :]
-    sizes = [s + unit + odd for s in sizes[:-1]] + [sizes[-1] + 2 * unit + odd]
-    return [(1, 2, *sizes)]
+    sizes = [s + unit * (1 + more) + odd for s in sizes[:-1]] + [sizes[-1] + 2 * unit + odd]
+    return [(1, form.channels, *sizes)]
 
 
 def _agrees(form: Form, module: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> bool:
@@ -271,7 +324,7 @@ def _agrees(form: Form, module: nn.Module, shapes: list[tuple[int, ...]], dtype:
     dtype = _dtype(module) if dtype is None else dtype
     given = [_random(*shape, dtype=dtype) + i for i, shape in enumerate(shapes)]
     bound = {torch.bfloat16: 0.04, torch.float16: 5e-3}.get(dtype, 1e-5)
-    runs = [_run(module, given, training) for training in (False, True)]
+    runs = [_run(module, given, form.flags, training) for training in (False, True)]
     try:
         ours = form(given)
     except ValueError:
@@ -279,14 +332,43 @@ def _agrees(form: Form, module: nn.Module, shapes: list[tuple[int, ...]], dtype:
     return all(ran is not None and _same(ran[0], ours, bound) for ran in runs)
 
 
-def _written(form: Form, module: nn.Module) -> list[str]:
-    """The attributes that a call leaves changed."""
-    ran = _run(module, [_random(*shape, dtype=_dtype(module)) for shape in _images(form)])
-    if ran is None:
-        raise CannotReplace("could not be run beside ours at another size")
-    before, after = _settings(module), _settings(ran[1])
-    changed = {name for name, _ in [e for e in after if e not in before] + [e for e in before if e not in after]}
-    tensors = zip(_tensors(module), _tensors(ran[1]), strict=True)
-    if not all(a.shape == b.shape and torch.equal(a.cpu(), b) for a, b in tensors):
-        changed.add("its tensors")
-    return sorted(changed)
+def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
+    """The attributes that a call leaves changed and others may read, each a number for each element of an image. What
+    only the forward itself reads, having written it, is left alone."""
+    found: list[dict[str, tuple[type, float]]] = []
+    names: set[str] = set()
+    for more in (0, 1):
+        given = [_random(*shape, dtype=_dtype(module)) for shape in _images(form, more=more)]
+        if (ran := _run(module, given, form.flags)) is None:
+            raise CannotReplace("could not be run beside ours at another size")
+        before, after = _settings(module), _settings(ran[1])
+        changed = {name for name, _ in [e for e in after if e not in before] + [e for e in before if e not in after]}
+        tensors = zip(_tensors(module), _tensors(ran[1]), strict=True)
+        if not all(a.shape == b.shape and torch.equal(a.cpu(), b) for a, b in tensors):
+            raise CannotReplace("its forward writes to its tensors")
+        values = {name: vars(ran[1]).get(name) for name in changed}
+        found.append({n: (type(v), v / given[0][0].numel()) for n, v in values.items() if isinstance(v, (int, float))})
+        names |= changed
+    one, two = found
+    same = {n for n in one.keys() & two.keys() if abs(one[n][1] - two[n][1]) <= 1e-12 * abs(one[n][1])}
+    read = _read_elsewhere(type(module))
+    if lost := sorted(n for n in names - same if n in read):
+        raise CannotReplace(f"its forward sets {', '.join(lost)}, which its other methods read")
+    form.ignored = names
+    return {name: one[name] for name in same}
+
+
+def _read_elsewhere(kind: type) -> set[str]:
+    """The names in those methods of a class that its forward does not call."""
+    methods = {n: m for of in reversed(kind.__mro__) for n, m in vars(of).items() if isinstance(m, types.FunctionType)}
+    methods = {n: m for n, m in methods.items() if not m.__module__.startswith("torch")}
+    called, waiting = {"__init__"}, ["forward"]
+    while waiting:
+        name = waiting.pop()
+        called.add(name)
+        waiting += sorted(names_in(methods[name].__code__) & methods.keys() - called)
+    return set().union(*(names_in(m.__code__) for n, m in methods.items() if n not in called))
+
+
+def _rounded(kind: type, value: float) -> float:
+    return round(value) if kind is int else value
