@@ -141,18 +141,18 @@ class HaarLayer(nn.Module):
                 for name, (kind, ratio) in form.writes.items():
                     setattr(self, name, kind(_rounded(kind, ratio * given[0][0].numel())))
                 return form(given)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self).__mro__[2],), self.__dict__
 
 
 @functools.cache
-def _class(kind: type[nn.Module]) -> type[nn.Module]:
+def _class(kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (HaarLayer, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
+def _new(kind: Any) -> nn.Module:
     made = _class(kind)
     return made.__new__(made)
 
@@ -207,7 +207,8 @@ def _replace(forms: list[Form], module: nn.Module) -> str:
         form.settings = _settings(module, written)
         form.ignored = written
     module.__dict__["_haar"] = forms
-    module.__class__ = _class(type(module))
+    kind: Any = type(module)
+    module.__class__ = _class(kind)
     return "; ".join(map(str, forms)) + ", on the kernels"
 
 
