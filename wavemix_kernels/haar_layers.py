@@ -174,7 +174,7 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     if forms:
         return functools.partial(_replace, forms)
     bare = not any(True for _ in module.children()) and not any(p.requires_grad for p in tensors)
-    return _leave if bare and _WORDS.search(kind.__name__) else None
+    return _leave if bare else None
 
 
 def _leave(module: nn.Module) -> str:
@@ -186,7 +186,7 @@ def _mentions_wavelets(module: nn.Module) -> bool:
     if _WORDS.search(kind.__name__) or any(_WORDS.search(name) for name in kind.__dict__):
         return True
     methods = [m for m in vars(kind).values() if isinstance(m, types.FunctionType)]
-    return any(_WORDS.search(name) for method in methods for name in names_in(method.__code__))
+    return any(_WORDS.search(name) for method in methods for name in _names_of(method))
 
 
 def _replace(forms: list[Form], module: nn.Module) -> str:
@@ -362,13 +362,20 @@ def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
 def _read_elsewhere(kind: type) -> set[str]:
     """The names in those methods of a class that its forward does not call."""
     methods = {n: m for of in reversed(kind.__mro__) for n, m in vars(of).items() if isinstance(m, types.FunctionType)}
-    methods = {n: m for n, m in methods.items() if not m.__module__.startswith("torch")}
+    methods = {n: m for n, m in methods.items() if not (m.__module__ or "").startswith("torch")}
     called, waiting = {"__init__"}, ["forward"]
     while waiting:
         name = waiting.pop()
         called.add(name)
-        waiting += sorted(names_in(methods[name].__code__) & methods.keys() - called)
-    return set().union(*(names_in(m.__code__) for n, m in methods.items() if n not in called))
+        waiting += sorted(_names_of(methods[name]) & methods.keys() - called)
+    return set().union(*(_names_of(m) for n, m in methods.items() if n not in called))
+
+
+def _names_of(method: types.FunctionType) -> set[str]:
+    """The names that a method uses, those of a function that a decorator has wrapped included."""
+    inside = (cell.cell_contents for cell in method.__closure__ or () if cell.cell_contents is not method)
+    wrapped = (_names_of(f) for f in inside if isinstance(f, types.FunctionType))
+    return names_in(method.__code__).union(*wrapped)
 
 
 def _rounded(kind: type, value: float) -> float:
