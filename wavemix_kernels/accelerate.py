@@ -50,10 +50,13 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     """Turns the modules of ``model`` that this package has a faster form of into that form, in place.
 
     Replaced are Waveblocks of WaveMix, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock``, ``pytorch_wavelets``'
-    ``DWTForward`` and ``DWTInverse``, and this package's own reference modules. They are found by
+    ``DWTForward`` and ``DWTInverse``, layers that compute Haar's bands in one of the ways that
+    :data:`wavemix_kernels.ops.haar.CONVENTIONS` lists, and this package's own reference modules. They are found by
     their parts, whatever their classes are called and wherever they come from, and judged by their layers and by what
     a copy of them computes beside ours. WTConv keeps its class and, where its filters are Haar's and frozen, gets
-    other wavelet functions (:mod:`wavemix_kernels.wtconv`).
+    other wavelet functions (:mod:`wavemix_kernels.wtconv`). A Haar layer gets a class derived from its own, whose
+    forward goes on to serve every call that was not compared: on other devices than the CPU, in other dtypes, at sizes
+    and under settings where the two may differ (:mod:`wavemix_kernels.haar_layers`).
 
     Looked at are the model's submodules, modules in its plain attributes, lists, tuples and dicts, and those in global
     variables that its methods name, which other models may share. What a forward makes anew, holds in other objects or

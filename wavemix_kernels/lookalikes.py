@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavemix_kernels import pytorch_wavelets, wtconv
+from wavemix_kernels import haar_layers, pytorch_wavelets, wtconv
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.reference import LEVELS, Expansion, Waveblock
@@ -61,7 +61,7 @@ def replacement(module: nn.Module) -> Replace | None:
         kind.__name__ == "Mlp" or {"fc1", "act", "fc2"} <= module._modules.keys() <= {"fc1", "act", "fc2", "drop"}
     ):
         return _mlp
-    return wtconv.replacement(module)
+    return wtconv.replacement(module) or haar_layers.replacement(module)
 
 
 def _has(module: nn.Module, *names: str, kinds: tuple[type, ...] = (nn.Module, Tensor)) -> bool:

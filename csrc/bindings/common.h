@@ -18,6 +18,7 @@ void bind_conv1x1(py::module_& m);
 void bind_deconv(py::module_& m);
 void bind_dwt(py::module_& m);
 void bind_haar(py::module_& m);
+void bind_haar_blocks(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_patm(py::module_& m);

@@ -25,6 +25,7 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   bind_conv1x1(m);
   bind_deconv(m);
   bind_dwt(m);
+  bind_haar_blocks(m);
   bind_mlp(m);
   bind_norm(m);
 #endif

@@ -9,6 +9,7 @@
 #include "wavemix/deconv.h"
 #include "wavemix/dwt.h"
 #include "wavemix/haar.h"
+#include "wavemix/haar_blocks.h"
 #include "wavemix/mlp.h"
 #include "wavemix/norm.h"
 #include "wavemix/patm.h"

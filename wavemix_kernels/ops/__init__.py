@@ -20,6 +20,7 @@ OPS = {
     "haar": "haar.op",
     "haar_pyramid": "haar.pyramid",
     "haar_bands": "haar.bands",
+    "haar_blocks": "haar.blocks",
     "dwt": "dwt.op",
     "reduce_haar": "reduce_haar.op",
     "pointwise_mlp": "mlp.op",

@@ -1,0 +1,244 @@
+// One level of Haar along one to three axes. Compiled once per instruction set (see isa.h).
+//
+// Memory decides here too: the rows of one block stay in the L1 cache through the stages, each sample is read once and
+// each coefficient written once.
+
+#include "wavemix/haar_blocks.h"
+
+#include <type_traits>
+
+#include "cpu/common/convert.h"
+#include "cpu/common/parallel.h"
+
+namespace wavemix {
+namespace WAVEMIX_ISA {
+namespace {
+
+template <class T>
+struct BlockWorker {
+  using A = typename Arithmetic<T>::type;
+  const HaarBlocksArgs& args;
+  const bool pairs_inside;  // the row itself is transformed
+  const int row_axes, rows, bands;
+  const int64_t count, step;  // coefficients of a row, and elements between scratch rows
+  A* row[1 << kMaxHaarAxes];
+  A* samples;
+  int64_t x_offset[1 << kMaxHaarAxes];
+  A row_weight[1 << kMaxHaarAxes];
+  int64_t y_offset = 0;
+
+  static const HaarAxis& last(const HaarBlocksArgs& args) { return args.axis[args.axes - 1]; }
+  static int64_t coefficients(const HaarBlocksArgs& args) { return args.inner > 0 ? args.inner : last(args).count; }
+  static int64_t row_step(const HaarBlocksArgs& args) { return (coefficients(args) + 15) / 16 * 16; }
+  static int64_t scratch_bytes(const HaarBlocksArgs& args) {
+    return row_step(args) * ((1 << args.axes) + 2) * static_cast<int64_t>(sizeof(A));
+  }
+  static int64_t units(const HaarBlocksArgs& args) {
+    int64_t units = 1;
+    for (int i = 0; i < kMaxOuterAxes; ++i) units *= args.outer[i];
+    for (int i = 0; i < args.axes - (args.inner > 0 ? 0 : 1); ++i) units *= args.axis[i].count;
+    return units;
+  }
+
+  BlockWorker(const HaarBlocksArgs& args, Scratch& scratch)
+      : args(args),
+        pairs_inside(args.inner == 0),
+        row_axes(args.axes - (pairs_inside ? 1 : 0)),
+        rows(1 << row_axes),
+        bands(1 << args.axes),
+        count(coefficients(args)),
+        step(row_step(args)) {
+    A* next = reinterpret_cast<A*>(scratch.block);
+    for (int k = 0; k < bands; ++k, next += step) row[k] = next;
+    samples = next;
+  }
+
+  // Where the rows of a unit lie. A weight of zero stands for a row that is not there.
+  void point_at(int64_t unit) {
+    int64_t at[kMaxHaarAxes] = {}, x = 0;
+    y_offset = 0;
+    for (int i = row_axes - 1; i >= 0; --i) {
+      at[i] = unit % args.axis[i].count;
+      unit /= args.axis[i].count;
+      y_offset += at[i] * args.axis[i].y_stride;
+    }
+    for (int i = kMaxOuterAxes - 1; i >= 0; --i) {
+      const int64_t k = unit % args.outer[i];
+      unit /= args.outer[i];
+      x += k * args.outer_x[i];
+      y_offset += k * args.outer_y[i];
+    }
+    for (int r = 0; r < rows; ++r) {
+      x_offset[r] = x;
+      row_weight[r] = A(1);
+      for (int i = 0; i < row_axes; ++i) {
+        const HaarAxis& axis = args.axis[i];
+        int64_t sample = 2 * at[i] + (r >> (row_axes - 1 - i) & 1) - axis.front;
+        if (sample < 0) {
+          sample = 0;
+          row_weight[r] *= static_cast<A>(axis.front_weight);
+        } else if (sample >= axis.size) {
+          sample = axis.tail_index;
+          row_weight[r] *= static_cast<A>(axis.tail_weight);
+        }
+        x_offset[r] += sample * axis.x_stride;
+      }
+    }
+  }
+
+  // `n` elements as arithmetic values: in place where they are, else in `copy`.
+  const A* loaded(const T* src, int64_t stride, int64_t n, A* copy) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (stride == 1) return src;
+    }
+    load_row(src, stride, n, copy);
+    return copy;
+  }
+
+  void analyse_unit() {
+    for (int r = 0; r < rows; ++r) {
+      const T* src = static_cast<const T*>(args.x) + x_offset[r];
+      if (pairs_inside) {
+        split(src, row_weight[r], row[2 * r], row[2 * r + 1]);
+      } else {
+        copy_scaled(loaded(src, args.inner_x, count, samples), row_weight[r], row[r]);
+      }
+    }
+    butterflies();
+    for (int k = 0; k < bands; ++k) {
+      T* dst = static_cast<T*>(args.y) + y_offset + k * args.band_stride;
+      const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
+      const A weight = static_cast<A>(args.weight[k]);
+      A* from = row[args.pattern[k]];
+      if constexpr (std::is_same_v<T, A>) {
+        if (stride == 1) {
+          copy_scaled(from, weight, dst);
+          continue;
+        }
+      }
+      copy_scaled(from, weight, samples);
+      store_row(samples, dst, stride, count);
+    }
+  }
+
+  void synthesise_unit() {
+    for (int k = 0; k < bands; ++k) {
+      const T* src = static_cast<const T*>(args.y) + y_offset + k * args.band_stride;
+      const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
+      copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
+    }
+    butterflies();
+    for (int r = 0; r < rows; ++r) {
+      if (row_weight[r] == A(0)) continue;
+      T* dst = static_cast<T*>(args.x) + x_offset[r];
+      if (pairs_inside) {
+        join(row[2 * r], row[2 * r + 1], dst);
+      } else {
+        store_row(row[r], dst, args.inner_x, count);
+      }
+    }
+  }
+
+ private:
+  void copy_scaled(const A* src, A weight, A* __restrict dst) const {
+    if (weight == A(0)) {  // nothing, not a product: NaN and infinity stay where they are
+      for (int64_t j = 0; j < count; ++j) dst[j] = A(0);
+      return;
+    }
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < count; ++j) dst[j] = weight * src[j];
+  }
+
+  // Sums and differences of neighbours in a row of samples.
+  void split(const T* src, A weight, A* __restrict low, A* __restrict high) const {
+    const HaarAxis& axis = last(args);
+    if (weight == A(0)) {
+      for (int64_t j = 0; j < count; ++j) low[j] = high[j] = A(0);
+      return;
+    }
+    const int64_t pairs = axis.size / 2;
+    const A* x = loaded(src, axis.x_stride, axis.size, samples);
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < pairs; ++j) {
+      const A a = weight * x[2 * j], b = weight * x[2 * j + 1];
+      low[j] = a + b;
+      high[j] = a - b;
+    }
+    if (axis.size % 2 != 0) {
+      const A a = weight * x[axis.size - 1], edge = static_cast<A>(axis.tail_weight);
+      const A b = edge == A(0) ? A(0) : edge * weight * x[axis.tail_index];
+      low[pairs] = a + b;
+      high[pairs] = a - b;
+    }
+  }
+
+  void join(const A* low, const A* high, T* dst) const {
+    const HaarAxis& axis = last(args);
+    const int64_t pairs = axis.size / 2;
+    if constexpr (std::is_same_v<T, A>) {
+      if (axis.x_stride == 1) {
+        interleave(low, high, pairs, axis.size, dst);
+        return;
+      }
+    }
+    interleave(low, high, pairs, axis.size, samples);
+    store_row(samples, dst, axis.x_stride, axis.size);
+  }
+  static void interleave(const A* low, const A* high, int64_t pairs, int64_t size, A* __restrict out) {
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < pairs; ++j) {
+      out[2 * j] = low[j] + high[j];
+      out[2 * j + 1] = low[j] - high[j];
+    }
+    if (size % 2 != 0) out[size - 1] = low[pairs] + high[pairs];
+  }
+
+  // Sums and differences of rows, along every axis but a transformed row's own.
+  void butterflies() {
+    for (int bit = pairs_inside ? 2 : 1; bit < bands; bit *= 2) {
+      for (int k = 0; k < bands; ++k) {
+        if ((k & bit) == 0) butterfly_rows(row[k], row[k | bit]);
+      }
+    }
+  }
+  void butterfly_rows(A* __restrict a, A* __restrict b) const {
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < count; ++j) {
+      const A p = a[j], q = b[j];
+      a[j] = p + q;
+      b[j] = p - q;
+    }
+  }
+};
+
+template <class T, bool analysis>
+void run(const HaarBlocksArgs& args, int threads) {
+  using Worker = BlockWorker<T>;
+  const int64_t units = Worker::units(args);
+  if (units * Worker::coefficients(args) * (1 << args.axes) < kSerialElements) threads = 1;
+  WAVEMIX_PARALLEL(threads) {
+    Scratch scratch(Worker::scratch_bytes(args));
+    Worker worker(args, scratch);
+    WAVEMIX_FOR
+    for (int64_t unit = 0; unit < units; ++unit) {
+      worker.point_at(unit);
+      if constexpr (analysis) {
+        worker.analyse_unit();
+      } else {
+        worker.synthesise_unit();
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void haar_blocks_analysis(const HaarBlocksArgs& args, int threads) {
+  dispatch(args.dtype, [&](auto element) { run<decltype(element), true>(args, threads); });
+}
+void haar_blocks_synthesis(const HaarBlocksArgs& args, int threads) {
+  dispatch(args.dtype, [&](auto element) { run<decltype(element), false>(args, threads); });
+}
+
+}  // namespace WAVEMIX_ISA
+}  // namespace wavemix
