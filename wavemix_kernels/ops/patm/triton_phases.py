@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.backends import triton_interpreted
 from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, store_halves, tap, within
@@ -81,6 +82,8 @@ def make_plan(branch: Branch, tensors: dict[str, Tensor], backward: bool, config
     constants = {
         "ALIGN": align, "LINES": config.lines, "CHANNELS": config.channels, "num_warps": config.num_warps,
         "REAL": tl.float64 if branch.z.dtype == torch.float64 else tl.float32, "enable_fp_fusion": True,
+        # The interpreter has no assembly; AMD's chips lose it in `for_chip`.
+        "OF_CHIP": branch.z.dtype.itemsize == 2 and not triton_interpreted(),
     }  # fmt: skip
     sizes = {"channels": c // align, "length": length, "lines": lines, "line_blocks": line_blocks, "segment": segment,
              "segments": segments}  # fmt: skip
@@ -109,6 +112,7 @@ def _forward_kernel(
     z_n: tl.int64, z_l: tl.int64, z_a: tl.int64, theta_n: tl.int64, theta_l: tl.int64, theta_a: tl.int64,
     also_n: tl.int64, also_l: tl.int64, also_a: tl.int64, out_n: tl.int64, out_l: tl.int64, out_a: tl.int64,
     ALSO: tl.constexpr, ALIGN: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, REAL: tl.constexpr,
+    OF_CHIP: tl.constexpr,
 ):  # fmt: skip
     """`partial` (parts, images, C) gets the sums of the outputs, and after those parts the sums of `also`."""
     channels *= ALIGN
@@ -173,7 +177,7 @@ def _forward_kernel(
         if ALSO:
             here = within(mask, i, begin, end)
             total_also += tl.load(also + i * also_a, mask=here, other=0.0).to(REAL)
-        sine, cosine = sincos(pre)
+        sine, cosine = sincos(pre, OF_CHIP)
         cos_even, cos_odd = even_odd(amplitude * cosine)
         sin_even, sin_odd = even_odd(amplitude * sine)
         even = tl.join(cos_even, sin_even)
