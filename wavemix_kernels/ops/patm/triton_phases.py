@@ -25,6 +25,7 @@ from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, st
 from wavemix_kernels.ops.patm.waves import Branch
 
 PROGRAMS = 12  # of one warp each, for each multiprocessor: registers leave room for so many
+_STAGES = tl.constexpr(4)  # one pixel at work, the loads of three on their way to shared memory
 _SHORTEST = 32  # pixels of a segment: the 6 beyond its ends, read twice, stay below a fifth
 
 
@@ -165,15 +166,9 @@ def _forward_kernel(
     total_also = tl.zeros((LINES, CHANNELS), REAL)
     start = tl.maximum(begin - 3, 0)
     stop = tl.minimum(end + 3, length)
-    z_next = tl.load(z + start * z_a, mask=mask, other=0.0)
-    theta_next = tl.load(theta + start * theta_a, mask=mask, other=0.0)
-    for i in range(start, stop):
-        pre = theta_next.to(REAL) * rise + offset
-        amplitude = z_next.to(REAL)
-        # The next pixel is under way while this one is at work.
-        more = within(mask, i + 1, start, stop)
-        z_next = tl.load(z + (i + 1) * z_a, mask=more, other=0.0)
-        theta_next = tl.load(theta + (i + 1) * theta_a, mask=more, other=0.0)
+    for i in tl.range(start, stop, num_stages=_STAGES):
+        amplitude = tl.load(z + i * z_a, mask=mask, other=0.0).to(REAL)
+        pre = tl.load(theta + i * theta_a, mask=mask, other=0.0).to(REAL) * rise + offset
         if ALSO:
             here = within(mask, i, begin, end)
             total_also += tl.load(also + i * also_a, mask=here, other=0.0).to(REAL)
