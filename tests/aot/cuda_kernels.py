@@ -69,15 +69,19 @@ def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 
 
 def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
-    """Sines are not the approximate ones."""
+    """Sines are the approximate ones in half types alone."""
     kernel, dtype, wide = match[1], DTYPES[match[2]], match[4] == "1"
     accesses: tuple[str, ...] = ()
-    never = [r"MUFU\.(SIN|COS)", "RRO"]
+    of_chip = _SIZE[dtype] == 2 and kernel in ("phase_forward", "phase_backward")
+    sines = (r"MUFU\.SIN", r"MUFU\.COS") if of_chip else ()
+    never = ["RRO"] if of_chip else [r"MUFU\.(SIN|COS)", "RRO"]
     if wide and arch in (80, 90):  # later chips name their accesses otherwise
         accesses = tuple(re.escape(a) + _MOVES for a in PHASE_ACCESSES[kernel, _SIZE[dtype]])
         never += [r"(LDG|STG)\.E\.U16" + _MOVES] if kernel != "phase_backward" else []
     form = [*filter(None, [match[3]]), *([] if match[4] is None else ["wide" if wide else "narrow"])]
-    return ", ".join(form), Demands(blocks=2 if dtype == "float64" else 3, accesses=accesses, never=tuple(never))
+    return ", ".join(form), Demands(
+        blocks=2 if dtype == "float64" else 3, accesses=accesses, products=sines, never=tuple(never)
+    )
 
 
 def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:

@@ -142,19 +142,21 @@ def patm_launch(kernel: str, dtype: torch.dtype) -> Launch:
 
 def patm_points() -> Iterator[Point]:
     """The dtypes that models run; float64 is there for checks, and spills. Ten warps fit a multiprocessor's registers,
-    in two blocks at least, and sines are not the approximate ones. A thread's channels move in one access: 16 bytes in
-    branch_sum; in phase_aggregate four channels forward and two backward, for which registers leave room. Outputs are
-    half as many."""
+    in two blocks at least, and sines are the approximate ones in half types alone. A thread's channels move in one
+    access: 16 bytes in branch_sum; in phase_aggregate four channels forward, on their way to shared memory, and two
+    backward, for which registers leave room. Outputs are half as many."""
     chips = [*((90, dtype) for dtype in (torch.float32, HALF, torch.bfloat16)), (80, HALF), (100, HALF), (120, HALF)]
     made = [(*chip, kernel) for chip in chips for kernel in ("forward", "backward")]
     made += [(90, dtype, kernel) for dtype in (torch.float32, torch.bfloat16) for kernel in ("sum", "sum backward")]
     bits = {4: "", 8: r"\.64", 16: r"\.128"}
     for arch, dtype, kernel in made:
+        of_chip = dtype.itemsize == 2 and not kernel.startswith("sum")
         load, store = {"forward": (4, 2), "backward": (2, 2)}.get(kernel, (16 // dtype.itemsize,) * 2)
         demands = Demands(
             blocks=2, warps=10,
             accesses=(rf"LDG\.E{bits[load * dtype.itemsize]}$", rf"STG\.E{bits[store * dtype.itemsize]}$"),
-            never=(r"STG\.E\.U16$", r"MUFU\.(SIN|COS)"),
+            products=(r"MUFU\.SIN", r"MUFU\.COS") if of_chip else (),
+            never=(r"STG\.E\.U16$", *([] if of_chip else [r"MUFU\.(SIN|COS)"])),
         )  # fmt: skip
         yield Point(f"patm {kernel}", arch, dtype, patm_launch(kernel, dtype), demands)
 

@@ -17,7 +17,10 @@ constexpr int N = 2 * P;  // its channels
 // Steps that the loads of gradients and waves are ahead of their use; waves are six steps behind gradients, so this
 // divides 6, and a place of both rings is a register that the compiler knows. fp64 has no registers for more than one.
 template <class T>
-constexpr int kStepsAhead = sizeof(T) == 8 ? 1 : 2;
+constexpr int kStepsAhead = sizeof(T) == 2 ? 3 : 8 / static_cast<int>(sizeof(T));
+// Steps after which the window moves, once for all of them. Unrolled, fp32's would spill.
+template <class T>
+constexpr int kStepsOfTurn = sizeof(T) == 2 ? 3 : 1;
 
 struct Branch {
   Walk z, theta, grad, d_z, d_theta;
@@ -50,6 +53,14 @@ struct Weights {
   A a[2], b[2], a_c[2];
 };
 
+template <class Slot, int slots>
+__device__ inline void rotate(Slot (&ring)[slots]) {
+  const Slot first = ring[0];
+#pragma unroll
+  for (int k = 0; k + 1 < slots; ++k) ring[k] = ring[k + 1];
+  ring[slots - 1] = first;
+}
+
 template <class T, bool wide, int b>
 __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map, const Weights<Arithmetic<T>>& weight,
                                  const Taps<Arithmetic<T>, P>& taps, Sums<Arithmetic<T>>& sums, int64_t image,
@@ -59,7 +70,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
   const Branch& branch = p.branch[b];
   const int length = d.length[b];
   const int end = begin + d.segment[b] < length ? begin + d.segment[b] : length;
-  const int first = begin - kReach, last = end + kReach;
+  const int first = begin - kReach;
   const T* z = at<const T>(branch.z, image, line, begin, 2 * pair);
   const T* theta = at<const T>(branch.theta, image, line, begin, 2 * pair);
   const T* grad = at<const T>(branch.grad, image, line, first > 0 ? first : 0, pair);
@@ -68,12 +79,12 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
   T* d_c = b == 0 && p.d_c.data != nullptr ? at<T>(p.d_c, image, line, begin, pair) : nullptr;
 
   constexpr int kAheadOfUse = kStepsAhead<T>;
-  Packet<T, P, wide> next_grad[kAheadOfUse][2];
+  Packet<T, P, wide> next_grad[2][kAheadOfUse];
   Packet<T, N, wide> next_z[kAheadOfUse], next_theta[kAheadOfUse];
   const auto load_gradient = [&](int position, int slot) {
     if (position < 0 || position >= length) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next_grad[slot][half].load(grad + half * d.pairs);
+    for (int half = 0; half < 2; ++half) next_grad[half][slot].load(grad + half * d.pairs);
     grad += branch.grad.step;
   };
   const auto load_wave = [&](int slot) {
@@ -87,17 +98,21 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
     load_gradient(first + slot, slot);
     if (begin + slot < end) load_wave(slot);
   }
-  A window[2][kPhaseTaps] = {};  // gradients at positions - 3 .. + 3 around the wave
-  const auto step = [&](int front, int slot) {
-    A of_front[2] = {};
-    if (front >= 0 && front < length) {
+  constexpr int kSteps = kStepsOfTurn<T>;
+  static_assert(kSteps == 1 || kSteps == kAheadOfUse, "a step's slot is a constant");
+  static_assert(2 * kReach % kAheadOfUse == 0, "the same for gradients and waves");
+  A window[2][kPhaseTaps - 1 + kSteps];  // gradients at positions - 3 .. + 3 around the wave, and behind them the next
+  const auto take_gradient = [&](int front, int slot, int place) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) window[half][place] = A(0);
+    if ((place >= 2 * kReach || front >= 0) && front < length) {  // behind the first six, none is before the image
       A g[2][P];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        next_grad[slot][half].unpack(g[half]);
-        of_front[half] = g[half][0] * weight.a[half] + weight.b[half];
+        next_grad[half][slot].unpack(g[half]);
+        window[half][place] = g[half][0] * weight.a[half] + weight.b[half];
       }
-      if (d_c != nullptr && front >= begin && front < end) {
+      if (d_c != nullptr && (place >= 2 * kReach || front >= begin) && front < end) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const A value[P] = {g[half][0] * weight.a_c[half] + weight.b[half]};
@@ -106,25 +121,21 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
         d_c += p.d_c.step;
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int k = 0; k + 1 < kPhaseTaps; ++k) window[half][k] = window[half][k + 1];
-      window[half][kPhaseTaps - 1] = of_front[half];
-    }
-    if (front + kAheadOfUse < last) load_gradient(front + kAheadOfUse, slot);
-    if (front - kReach < begin) return;
-
+  };
+  const auto take_wave = [&](int position, int slot, int place) {
     A amplitude[N], theta_here[N], pre[N], phase[N], sine[N], cosine[N];
     next_z[slot].unpack(amplitude);
     next_theta[slot].unpack(theta_here);
-    if (front + kAheadOfUse < last) load_wave(slot);
+    if (position + kAheadOfUse < end) {
+      load_gradient(position + kReach + kAheadOfUse, slot);
+      load_wave(slot);
+    }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       pre[k] = theta_here[k] * map.scale[k] + map.shift[k];
       phase[k] = relu(pre[k]);
     }
-    sine_cosine(phase, sine, cosine);
+    sine_cosine<T>(phase, sine, cosine);
     A of_z[N], of_theta[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -134,8 +145,9 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int t = 0; t < kPhaseTaps; ++t) {
-          d_wave[half] += taps[half][0][k][t] * window[half][kPhaseTaps - 1 - t];
-          sums.taps[half][0][k][t] += wave[half] * window[half][kPhaseTaps - 1 - t];
+          const A gradient = window[half][place + kPhaseTaps - 1 - t];
+          d_wave[half] += taps[half][0][k][t] * gradient;
+          sums.taps[half][0][k][t] += wave[half] * gradient;
         }
       }
       of_z[k] = d_wave[0] * cosine[k] + d_wave[1] * sine[k];
@@ -150,11 +162,29 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
     d_z += branch.d_z.step;
     d_theta += branch.d_theta.step;
   };
-#pragma unroll 1
-  for (int front = first; front < last; front += kAheadOfUse) {
 #pragma unroll
-    for (int slot = 0; slot < kAheadOfUse; ++slot)
-      if (front + slot < last) step(front + slot, slot);
+  for (int k = 0; k < 2 * kReach; ++k) {
+    take_gradient(first + k, k % kAheadOfUse, k);
+    if (first + k + kAheadOfUse < end + kReach) load_gradient(first + k + kAheadOfUse, k % kAheadOfUse);
+  }
+#pragma unroll 1
+  for (int position = begin; position < end; position += kSteps) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (position + k >= end) return;  // with no values of the window to keep
+      take_gradient(position + k + kReach, k % kAheadOfUse, 2 * kReach + k);
+      take_wave(position + k, k % kAheadOfUse, k);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < 2 * kReach; ++k) window[half][k] = window[half][k + kSteps];
+      if constexpr (kSteps < kAheadOfUse) rotate(next_grad[half]);
+    }
+    if constexpr (kSteps < kAheadOfUse) {
+      rotate(next_z);
+      rotate(next_theta);
+    }
   }
 }
 

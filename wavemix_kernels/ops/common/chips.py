@@ -41,5 +41,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def for_chip(constants: dict[str, Any], rocm: bool = ROCM) -> dict[str, Any]:
-    """A launch's constants with as many threads on AMD's chips, whose warps have 64 threads instead of 32."""
-    return constants | {"num_warps": max(1, constants["num_warps"] // 2)} if rocm else constants
+    """A launch's constants with as many threads on AMD's chips, whose warps have 64 threads instead of 32, and without
+    NVIDIA's instructions (`OF_CHIP`)."""
+    if not rocm:
+        return constants
+    return (
+        constants
+        | {"num_warps": max(1, constants["num_warps"] // 2)}
+        | dict.fromkeys({"OF_CHIP"} & constants.keys(), False)
+    )

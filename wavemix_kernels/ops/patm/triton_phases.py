@@ -18,12 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.backends import triton_interpreted
 from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.patm.triton_waves import even_odd, position, sincos, store_halves, tap, within
 from wavemix_kernels.ops.patm.waves import Branch
 
 PROGRAMS = 12  # of one warp each, for each multiprocessor: registers leave room for so many
+_STAGES = tl.constexpr(4)  # one pixel at work, the loads of three on their way to shared memory
 _SHORTEST = 32  # pixels of a segment: the 6 beyond its ends, read twice, stay below a fifth
 
 
@@ -81,6 +83,8 @@ def make_plan(branch: Branch, tensors: dict[str, Tensor], backward: bool, config
     constants = {
         "ALIGN": align, "LINES": config.lines, "CHANNELS": config.channels, "num_warps": config.num_warps,
         "REAL": tl.float64 if branch.z.dtype == torch.float64 else tl.float32, "enable_fp_fusion": True,
+        # The interpreter has no assembly; AMD's chips lose it in `for_chip`.
+        "OF_CHIP": branch.z.dtype.itemsize == 2 and not triton_interpreted(),
     }  # fmt: skip
     sizes = {"channels": c // align, "length": length, "lines": lines, "line_blocks": line_blocks, "segment": segment,
              "segments": segments}  # fmt: skip
@@ -109,6 +113,7 @@ def _forward_kernel(
     z_n: tl.int64, z_l: tl.int64, z_a: tl.int64, theta_n: tl.int64, theta_l: tl.int64, theta_a: tl.int64,
     also_n: tl.int64, also_l: tl.int64, also_a: tl.int64, out_n: tl.int64, out_l: tl.int64, out_a: tl.int64,
     ALSO: tl.constexpr, ALIGN: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, REAL: tl.constexpr,
+    OF_CHIP: tl.constexpr,
 ):  # fmt: skip
     """`partial` (parts, images, C) gets the sums of the outputs, and after those parts the sums of `also`."""
     channels *= ALIGN
@@ -161,19 +166,13 @@ def _forward_kernel(
     total_also = tl.zeros((LINES, CHANNELS), REAL)
     start = tl.maximum(begin - 3, 0)
     stop = tl.minimum(end + 3, length)
-    z_next = tl.load(z + start * z_a, mask=mask, other=0.0)
-    theta_next = tl.load(theta + start * theta_a, mask=mask, other=0.0)
-    for i in range(start, stop):
-        pre = theta_next.to(REAL) * rise + offset
-        amplitude = z_next.to(REAL)
-        # The next pixel is under way while this one is at work.
-        more = within(mask, i + 1, start, stop)
-        z_next = tl.load(z + (i + 1) * z_a, mask=more, other=0.0)
-        theta_next = tl.load(theta + (i + 1) * theta_a, mask=more, other=0.0)
+    for i in tl.range(start, stop, num_stages=_STAGES):
+        amplitude = tl.load(z + i * z_a, mask=mask, other=0.0).to(REAL)
+        pre = tl.load(theta + i * theta_a, mask=mask, other=0.0).to(REAL) * rise + offset
         if ALSO:
             here = within(mask, i, begin, end)
             total_also += tl.load(also + i * also_a, mask=here, other=0.0).to(REAL)
-        sine, cosine = sincos(pre)
+        sine, cosine = sincos(pre, OF_CHIP)
         cos_even, cos_odd = even_odd(amplitude * cosine)
         sin_even, sin_odd = even_odd(amplitude * sine)
         even = tl.join(cos_even, sin_even)

@@ -32,6 +32,7 @@ def _backward_kernel(
     d_theta_n: tl.int64, d_theta_l: tl.int64, d_theta_a: tl.int64, d_c_n: tl.int64, d_c_l: tl.int64, d_c_a: tl.int64,
     WEIGHTED: tl.constexpr, THIRD: tl.constexpr, CENTERED: tl.constexpr, ALIGN: tl.constexpr,
     LINES: tl.constexpr, CHANNELS: tl.constexpr, REAL: tl.constexpr,
+    OF_CHIP: tl.constexpr,
 ):  # fmt: skip
     """d = grad * a + b is the gradient of the outputs. The window is of d, so that amplitudes and phases are met once.
 
@@ -111,7 +112,7 @@ def _backward_kernel(
             amplitude = tl.load(z_at + i * (z_a * ALIGN), mask=mask, other=0.0).to(REAL)
             value = tl.load(theta_at + i * (theta_a * ALIGN), mask=mask, other=0.0).to(REAL)
             pre = value * rise + offset
-            sine, cosine = sincos(pre)
+            sine, cosine = sincos(pre, OF_CHIP)
             cos_even, cos_odd = even_odd(amplitude * cosine)
             sin_even, sin_odd = even_odd(amplitude * sine)
             even = tl.join(cos_even, sin_even)

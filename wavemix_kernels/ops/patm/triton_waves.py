@@ -33,10 +33,10 @@ def _reduce_near(x):
 
 
 @triton.jit
-def _reduce_far(x):
-    """x above 8192 (Payne and Hanek): its 24 bits times those 96 bits of 2/pi that leave quarter turns modulo 4 and 62
-    bits behind the point. No fp32 number comes closer to a multiple of pi/2 than 2^-29.2 (16367173 * 2^72; Muller,
-    Elementary Functions, on range reduction), so 32 bits of the rest are right."""
+def _quarter_turns(x):
+    """x above 8192 in quarter turns modulo 4, with 62 bits behind the point (Payne and Hanek): its 24 bits times those
+    96 bits of 2/pi that leave them. No fp32 number comes closer to a multiple of pi/2 than 2^-29.2 (16367173 * 2^72;
+    Muller, Elementary Functions, on range reduction), so 32 bits of the rest are right."""
     bits = x.to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.uint64)
     place = (bits >> 23) - 120  # of 2/pi's first bit wanted, counted from 32 zeros before its own first
@@ -51,20 +51,42 @@ def _reduce_far(x):
     shift = (place & 31).to(tl.uint64)
     high = (high << shift) | ((low >> 1) >> (63 - shift))
     low = (low << shift) >> 32
-    turns = mantissa * high + ((mantissa * low) >> 32)
+    return mantissa * high + ((mantissa * low) >> 32)
+
+
+@triton.jit
+def _reduce_far(x):
+    turns = _quarter_turns(x)
     r = (turns << 2).to(tl.int64, bitcast=True).to(tl.float64) * 8.515303950216386e-20  # pi/2 * 2^-64
     # Infinity and NaN times 0 are NaN.
     return r.to(tl.float32) + x * 0.0, ((turns + 0x2000000000000000) >> 62).to(tl.int32)
 
 
 @triton.jit
-def sincos(pre):
-    """Sine and cosine of ReLU(pre), which has no upper bound; a NaN stays one. fp32: within 1.32 * 2^-24.
+def _sincos_of_chip(phase):
+    """By an NVIDIA chip's own functions, behind a reduction to |r| <= pi: csrc/cuda/patm/sincos.cuh has the bound."""
+    n = (phase * 0.159154943 + 12582912.0) - 12582912.0
+    r = (phase - n * 6.283203125) + n * 1.78178204e-5
+    if tl.max(phase.to(tl.int32, bitcast=True)) > 0x46000000:
+        # All 64 bits of quarter turns, with a sign, are one turn.
+        far = _quarter_turns(phase).to(tl.int64, bitcast=True).to(tl.float64) * 3.4061215800865545e-19  # 2 pi * 2^-64
+        r = tl.where(phase <= 8192.0, r, far.to(tl.float32) + phase * 0.0)
+    sine = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [r], tl.float32, is_pure=True, pack=1)
+    cosine = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [r], tl.float32, is_pure=True, pack=1)
+    return sine, cosine
+
+
+@triton.jit
+def sincos(pre, OF_CHIP: tl.constexpr):
+    """Sine and cosine of ReLU(pre), which has no upper bound; a NaN stays one. fp32: within 1.32 * 2^-24, OF_CHIP
+    13.9 * 2^-24.
 
     Written out, as the library's two functions each reduce their argument and branch for every channel of a thread.
     """
     phase = tl.where(pre < 0, 0.0, pre)
-    if pre.dtype == tl.float64:
+    if OF_CHIP:
+        sine, cosine = _sincos_of_chip(phase)
+    elif pre.dtype == tl.float64:
         sine = tl.sin(phase)
         cosine = tl.cos(phase)
     else:
