@@ -54,7 +54,7 @@ REASONS = {
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
     "cuda phase_aggregate *": "about 180 instructions a step, and registers for three blocks of a multiprocessor",
-    "triton phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
+    "triton phase_aggregate *": "one warp a block: about 200 instructions a step; backward has no load ahead",
     "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
 }
 HIGH = 0.85

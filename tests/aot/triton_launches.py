@@ -151,10 +151,11 @@ def patm_points() -> Iterator[Point]:
     bits = {4: "", 8: r"\.64", 16: r"\.128"}
     for arch, dtype, kernel in made:
         of_chip = dtype.itemsize == 2 and not kernel.startswith("sum")
+        read = r"LDGSTS\.E(\.BYPASS)?" if kernel == "forward" else r"LDG\.E"
         load, store = {"forward": (4, 2), "backward": (2, 2)}.get(kernel, (16 // dtype.itemsize,) * 2)
         demands = Demands(
             blocks=2, warps=10,
-            accesses=(rf"LDG\.E{bits[load * dtype.itemsize]}$", rf"STG\.E{bits[store * dtype.itemsize]}$"),
+            accesses=(rf"{read}{bits[load * dtype.itemsize]}$", rf"STG\.E{bits[store * dtype.itemsize]}$"),
             products=(r"MUFU\.SIN", r"MUFU\.COS") if of_chip else (),
             never=(r"STG\.E\.U16$", *([] if of_chip else [r"MUFU\.(SIN|COS)"])),
         )  # fmt: skip

@@ -63,7 +63,8 @@ def backward_config_for(
     across = max(16, min(widest // 2 if outputs % 8 or of_rows else widest, pow2_at_least(channels)))
     outputs = max(16, min(64, 4096 // quads, pow2_at_least(outputs)))
     num_warps = 8 if quads * max(outputs, across) > (2048 if in_groups else 1024) else 4
-    stages = 1 if levels == 5 else 2 if of_rows else 3
+    alone = products == "wgmma" and not of_rows and outputs > 32  # on its multiprocessor, with room for a third stage
+    stages = 1 if levels == 5 else 3 if alone else 2
     return ReduceConfig(quads, outputs, across, num_warps, stages)
 
 
