@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/vector.cuh"
@@ -71,6 +72,18 @@ inline void check_image(const PatmArgs& args) {
   if (!aligned) fail("x: a pixel does not start at a multiple of 16 bytes");
 }
 
+// Calls function(element, channels) with both as types; the arguments have been checked.
+template <class Function>
+void dispatch(const PatmArgs& args, const Function& function) {
+  const auto by_channels = [&](auto element) {
+    if (args.c == 64) return function(element, std::integral_constant<int, 64>{});
+    if (args.c == 96) return function(element, std::integral_constant<int, 96>{});
+    function(element, std::integral_constant<int, 128>{});
+  };
+  if (args.dtype == DType::f16) return by_channels(__half{});
+  by_channels(__nv_bfloat16{});
+}
+
 // --- Tiles -----------------------------------------------------------------------------------------------
 
 // The element at which a word of a row begins. C is a multiple of 32: rows fill the banks a whole number of times, or
@@ -82,7 +95,7 @@ __device__ constexpr int place(int row, int word) {
 }
 
 // Rows [0, count) from pixels first, first + 1, ... of image n by cp.async, zeros up to `rows`. The thread that copies a
-// word is the one that maps it in `normalise`.
+// word is the one that maps it in `map_rows`.
 template <class T, int C, int kThreads>
 __device__ inline void load_pixels(const Image& image, int64_t n, uint32_t first, int count, int rows,
                                    SharedSpan<T> tile) {
@@ -102,16 +115,30 @@ __device__ inline void load_pixels(const Image& image, int64_t n, uint32_t first
   }
 }
 
-// x * scale + shift in place, where there is a map, after the thread's own copies have arrived. Rounded to the element
-// type as an image in memory would be.
+// Eight channels' map of one image: x * scale + shift, or x.
+struct Affine {
+  float scale[kWord], shift[kWord];
+
+  __device__ Affine(const Image& image, int64_t n, int word) {
+    if (image.scale == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kWord; ++k) {
+        scale[k] = 1.0f;
+        shift[k] = 0.0f;
+      }
+    } else {
+      load(image.scale + n * image.affine_stride + word * kWord, scale);
+      load(image.shift + n * image.affine_stride + word * kWord, shift);
+    }
+  }
+};
+
+// x * scale + shift in place, after the thread's own copies have arrived. Rounded to the element type, as an image in
+// memory would be.
 template <class T, int C, int kThreads>
-__device__ inline void normalise(const Image& image, int64_t n, int count, SharedSpan<T> tile) {
-  if (image.scale == nullptr) return;
+__device__ inline void map_rows(const Affine& map, int count, SharedSpan<T> tile) {
   constexpr int kWords = C / kWord;
   const int word = static_cast<int>(threadIdx.x) % kWords;
-  float scale[kWord], shift[kWord];
-  load(image.scale + n * image.affine_stride + word * kWord, scale);
-  load(image.shift + n * image.affine_stride + word * kWord, shift);
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWords; row < count; row += kThreads / kWords) {
     const SharedSpan<uint4> at = shared_cast<uint4>(tile + place<C>(row, word));
@@ -120,12 +147,17 @@ __device__ inline void normalise(const Image& image, int64_t n, int count, Share
     memcpy(static_cast<void*>(elements), &raw, sizeof(raw));
     float values[kWord];
 #pragma unroll
-    for (int k = 0; k < kWord; ++k) values[k] = widen(elements[k]) * scale[k] + shift[k];
+    for (int k = 0; k < kWord; ++k) values[k] = widen(elements[k]) * map.scale[k] + map.shift[k];
     narrow(values, elements);
     uint4 mapped;
     memcpy(&mapped, static_cast<const void*>(elements), sizeof(mapped));
     at[0] = mapped;
   }
+}
+template <class T, int C, int kThreads>
+__device__ inline void normalise(const Image& image, int64_t n, int count, SharedSpan<T> tile) {
+  if (image.scale == nullptr) return;
+  map_rows<T, C, kThreads>(Affine(image, n, static_cast<int>(threadIdx.x) % (C / kWord)), count, tile);
 }
 
 // `rows` rows of a contiguous (rows, C) matrix, as weights are, by cp.async.
@@ -180,6 +212,24 @@ __device__ inline Fragment packed(float first, float second) {
   Fragment pair;
   memcpy(&pair, static_cast<const void*>(elements), sizeof(pair));
   return pair;
+}
+
+// Adds the tile's columns 8 word .. + 7 up: to d go columns 2 * member and + 1, in every group alike.
+template <class T, int C>
+__device__ inline void add_columns(float (&d)[2], SharedSpan<T> tile, int rows, int word) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Fragment one = packed<T>(1.0f, 1.0f), ones[4] = {one, 0, one, 0};
+  float sums[4] = {d[0], d[1], 0.0f, 0.0f};
+#pragma unroll 1
+  for (int row = 0; row < rows; row += 32) {
+    Fragment b[4];
+    ldmatrix_x4<true>(b, tile + place<C>(row + lane, word));
+    const Fragment low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+    mma_m16n8k16<T>(sums, ones, low);
+    mma_m16n8k16<T>(sums, ones, high);
+  }
+  d[0] = sums[0];
+  d[1] = sums[1];
 }
 
 // --- Waves -----------------------------------------------------------------------------------------------
