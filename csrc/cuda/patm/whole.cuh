@@ -1,8 +1,8 @@
 // Shared by the kernels of the whole PATM (half types, channels_last): tiles of pixels in shared memory, their products
 // with the projections' weights by tensor cores, and waves.
 //
-// A tile's rows are pixels of one image (or outputs of a weight), C elements each. Their words of 16 bytes are permuted,
-// so that the eight rows of an ldmatrix lie in different banks without padding.
+// A tile's rows are pixels of one image (or outputs of a weight), C elements each. Their words of 16 bytes are
+// permuted, so that the eight rows of an ldmatrix lie in different banks without padding.
 #pragma once
 
 #include <algorithm>
@@ -94,8 +94,8 @@ __device__ constexpr int place(int row, int word) {
   return row * C + (word ^ (C % 64 == 0 ? row & 7 : row >> 1 & 3)) * kWord;
 }
 
-// Rows [0, count) from pixels first, first + 1, ... of image n by cp.async, zeros up to `rows`. The thread that copies a
-// word is the one that maps it in `map_rows`.
+// Rows [0, count) from pixels first, first + 1, ... of image n by cp.async, zeros up to `rows`. The thread that copies
+// a word is the one that maps it in `map_rows`.
 template <class T, int C, int kThreads>
 __device__ inline void load_pixels(const Image& image, int64_t n, uint32_t first, int count, int rows,
                                    SharedSpan<T> tile) {

@@ -13,17 +13,16 @@
 namespace wavemix::whole {
 namespace {
 
-constexpr int kPixels = 128;          // of a tile
-constexpr int kSums = 1 + 2 * kReach;  // all, first three, last three
+constexpr int kSums = 1 + 2 * kReach;     // all, first three, last three
 constexpr int kRows = 2 * kSums * 2 + 1;  // [branch][sum][cos, sin], then x
 constexpr int kNowhere = INT32_MIN;       // no position
 
 template <int C>
 constexpr int kThreads = 4 * C;
-// Groups of eight channels whose products share a read of the tile, as far as registers go.
+// Pixels of a tile: 16 KB, or 24.
+constexpr int pixels_of_tile(int64_t c) { return c == 128 ? 64 : 128; }
 template <int C>
-constexpr int kAtOnce = 2;
-
+constexpr int kPixels = pixels_of_tile(C);
 struct Params {
   Image image;
   const void *z[2], *z_bias[2], *theta[2], *theta_bias[2];  // along W, along H
@@ -34,22 +33,39 @@ struct Params {
   float* partial;  // (n, parts, kRows, C)
 };
 
-// Eight channels of both, as the rows of one operand.
+// Eight channels of both, as the rows of one operand: in registers, but where these do not suffice, the last steps in
+// words of the thread's own in shared memory, `kThreads` apart.
 template <class T, int C>
 struct Weights {
-  Fragment of_step[C / kStep][4];
+  static constexpr int kSteps = C / kStep, kHeld = C == 128 ? kSteps - 3 : kSteps;
+  static constexpr int kWords = (kSteps - kHeld) * kThreads<C>;
+  Fragment held[kHeld][4];
 
-  __device__ void load(const void* z, const void* theta, int channel, int member) {
+  __device__ void load(const void* z, const void* theta, int channel, int member, SharedSpan<T> own) {
     const auto at = [=](const void* matrix, int k) {
       return __ldg(reinterpret_cast<const Fragment*>(static_cast<const T*>(matrix) + channel * C + k + 2 * member));
     };
 #pragma unroll
-    for (int step = 0; step < C / kStep; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
+      Fragment a[4];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        of_step[step][2 * k] = at(z, step * kStep + 8 * k);
-        of_step[step][2 * k + 1] = at(theta, step * kStep + 8 * k);
+        a[2 * k] = at(z, step * kStep + 8 * k);
+        a[2 * k + 1] = at(theta, step * kStep + 8 * k);
       }
+      if (step < kHeld) {
+        memcpy(held[step], a, sizeof(a));
+      } else {
+        shared_cast<uint4>(own)[(step - kHeld) * kThreads<C>] = uint4{a[0], a[1], a[2], a[3]};
+      }
+    }
+  }
+  __device__ void at(int step, SharedSpan<T> own, Fragment (&a)[4]) const {
+    if (step < kHeld) {
+      memcpy(a, held[step], sizeof(a));
+    } else {
+      const uint4 word = shared_cast<uint4>(own)[(step - kHeld) * kThreads<C>];
+      memcpy(a, &word, sizeof(a));
     }
   }
 };
@@ -62,8 +78,9 @@ __device__ inline float value_or_zero(const void* vector, int channel) {
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads<C>, C == 64 ? 2 : 1) patm_branch_sums(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
-  WAVEMIX_SHARED(int, positions, 2 * kPixels);
-  constexpr int kTile = kPixels * C, kChunks = C / kStep, kTogether = kAtOnce<C>;
+  WAVEMIX_SHARED(int, positions, 2 * kPixels<C>);
+  WAVEMIX_SHARED(float, constants, 2 * C * 3);  // of a channel: bias of z, scale and shift of the phase
+  constexpr int kTile = kPixels<C> * C, kChunks = C / kStep;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int group = lane / 4, member = lane % 4;
   const int branch = warp / kChunks, channel = warp % kChunks * kStep;
@@ -74,33 +91,37 @@ __global__ void __launch_bounds__(kThreads<C>, C == 64 ? 2 : 1) patm_branch_sums
   const int end = begin + p.tiles_of_block < p.tiles ? begin + p.tiles_of_block : p.tiles;
   const int pixels = p.image.h * p.image.w;
   const auto count_of = [&](int tile) {
-    const int rest = pixels - tile * kPixels;
-    return rest < kPixels ? rest : kPixels;
+    const int rest = pixels - tile * kPixels<C>;
+    return rest < kPixels<C> ? rest : kPixels<C>;
   };
   const auto fetch = [&](int tile) {
     if (tile < end)
-      load_pixels<T, C, kThreads<C>>(p.image, n, static_cast<uint32_t>(tile * kPixels), count_of(tile), kPixels,
+      load_pixels<T, C, kThreads<C>>(p.image, n, static_cast<uint32_t>(tile * kPixels<C>), count_of(tile), kPixels<C>,
                                      memory + (tile - begin) % 2 * kTile);
     cp_async_commit();
   };
   fetch(begin);
+  constexpr int kOwn = Weights<T, C>::kWords * kWord;
   Weights<T, C> weights[2];
-  float z_bias[2], scale[2], shift[2];
+  const SharedSpan<T> own = memory + 2 * kTile + static_cast<int>(threadIdx.x) * kWord;
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const int of = channel + 8 * t + group;
-    weights[t].load(p.z[branch], p.theta[branch], of, member);
-    z_bias[t] = value_or_zero<T>(p.z_bias[branch], of);
-    scale[t] = p.scale[branch][of];
-    shift[t] = p.shift[branch][of] + value_or_zero<T>(p.theta_bias[branch], of) * scale[t];
+  for (int t = 0; t < 2; ++t)
+    weights[t].load(p.z[branch], p.theta[branch], channel + 8 * t + group, member, own + t * kOwn);
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * C; i += kThreads<C>) {
+    const int b = i / C, of = i % C;
+    const float scale = p.scale[b][of];
+    constants[3 * i] = value_or_zero<T>(p.z_bias[b], of);
+    constants[3 * i + 1] = scale;
+    constants[3 * i + 2] = p.shift[b][of] + value_or_zero<T>(p.theta_bias[b], of) * scale;
   }
+  const SharedSpan<float> mine = constants + 3 * (branch * C + channel + group);
   // Row `group` of the sums takes a pixel where its position agrees with `wanted` in the bits of `mask`.
   const int length = branch == 0 ? p.image.w : p.image.h;
   const int mask = group == 0 ? INT32_MIN : -1;
-  const int wanted = group == 0                 ? 0
-                     : group <= kReach          ? group - 1
-                     : group <= 2 * kReach      ? length - 1 - (group - 1 - kReach)
-                                                : kNowhere + 1;
+  const int wanted = group == 0            ? 0
+                     : group <= kReach     ? group - 1
+                     : group <= 2 * kReach ? length - 1 - (group - 1 - kReach)
+                                           : kNowhere + 1;
   float sums[2][2][4] = {}, x_sums[2] = {};
 #pragma unroll 1
   for (int tile = begin; tile < end; ++tile) {
@@ -108,51 +129,53 @@ __global__ void __launch_bounds__(kThreads<C>, C == 64 ? 2 : 1) patm_branch_sums
     fetch(tile + 1);
     cp_async_wait<1>();
     normalise<T, C, kThreads<C>>(p.image, n, count_of(tile), now);
-    if (threadIdx.x < kPixels) {
+    if (threadIdx.x < kPixels<C>) {
       const int i = static_cast<int>(threadIdx.x);
-      uint32_t y = static_cast<uint32_t>(tile * kPixels + i);
+      uint32_t y = static_cast<uint32_t>(tile * kPixels<C> + i);
       const int x = static_cast<int>(p.image.width.take(y));
       const bool exists = i < count_of(tile);
       positions[i] = exists ? x : kNowhere;
-      positions[kPixels + i] = exists ? static_cast<int>(y) : kNowhere;
+      positions[kPixels<C> + i] = exists ? static_cast<int>(y) : kNowhere;
     }
     __syncthreads();
 #pragma unroll 1
-    for (int row = 0; row < kPixels; row += kStep) {
+    for (int row = 0; row < kPixels<C>; row += kStep) {
       if (row >= count_of(tile)) break;
       const auto selected = [&](int pixel) {
-        const int2 pair = shared_cast<int2>(positions + (branch * kPixels + row + pixel + 2 * member))[0];
+        const int2 pair = shared_cast<int2>(positions + (branch * kPixels<C> + row + pixel + 2 * member))[0];
         const auto is = [&](int position) { return ((position ^ wanted) & mask) == 0 ? 1.0f : 0.0f; };
         return packed<T>(is(pair.x), is(pair.y));
       };
       const Fragment which[4] = {selected(0), 0, selected(8), 0};
+      float both[2][2][4] = {};  // [eight channels][eight pixels][amplitudes, phases]
 #pragma unroll
-      for (int first = 0; first < 2; first += kTogether) {
-        float both[kTogether][2][4] = {};  // [eight channels][eight pixels][amplitudes, phases]
+      for (int step = 0; step < C / kStep; ++step) {
+        Fragment b[4];
+        load_columns<C>(b, now, row, step);
 #pragma unroll
-        for (int step = 0; step < C / kStep; ++step) {
-          Fragment b[4];
-          load_columns<C>(b, now, row, step);
-#pragma unroll
-          for (int t = 0; t < kTogether; ++t) multiply<T>(both[t], weights[first + t].of_step[step], b);
-        }
-#pragma unroll
-        for (int t = first; t < first + kTogether; ++t) {
-          const auto& of = both[t - first];
-          const float z[4] = {of[0][0] + z_bias[t], of[0][1] + z_bias[t], of[1][0] + z_bias[t], of[1][1] + z_bias[t]};
-          const float theta[4] = {of[0][2], of[0][3], of[1][2], of[1][3]};
-          const float rise[4] = {scale[t], scale[t], scale[t], scale[t]};
-          const float offset[4] = {shift[t], shift[t], shift[t], shift[t]};
-          float by_cosine[4], by_sine[4];
-          waves(z, theta, rise, offset, by_cosine, by_sine);
-          const Fragment cosines[2] = {packed<T>(by_cosine[0], by_cosine[1]), packed<T>(by_cosine[2], by_cosine[3])};
-          const Fragment sines[2] = {packed<T>(by_sine[0], by_sine[1]), packed<T>(by_sine[2], by_sine[3])};
-          mma_m16n8k16<T>(sums[t][0], which, cosines);
-          mma_m16n8k16<T>(sums[t][1], which, sines);
+        for (int t = 0; t < 2; ++t) {
+          Fragment a[4];
+          weights[t].at(step, own + t * kOwn, a);
+          multiply<T>(both[t], a, b);
         }
       }
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const auto& of = both[t];
+        const float bias = mine[24 * t], scale = mine[24 * t + 1], shift = mine[24 * t + 2];
+        const float z[4] = {of[0][0] + bias, of[0][1] + bias, of[1][0] + bias, of[1][1] + bias};
+        const float theta[4] = {of[0][2], of[0][3], of[1][2], of[1][3]};
+        const float rise[4] = {scale, scale, scale, scale};
+        const float offset[4] = {shift, shift, shift, shift};
+        float by_cosine[4], by_sine[4];
+        waves(z, theta, rise, offset, by_cosine, by_sine);
+        const Fragment cosines[2] = {packed<T>(by_cosine[0], by_cosine[1]), packed<T>(by_cosine[2], by_cosine[3])};
+        const Fragment sines[2] = {packed<T>(by_sine[0], by_sine[1]), packed<T>(by_sine[2], by_sine[3])};
+        mma_m16n8k16<T>(sums[t][0], which, cosines);
+        mma_m16n8k16<T>(sums[t][1], which, sines);
+      }
     }
-    add_columns<T, C>(x_sums, now, kPixels, warp);
+    add_columns<T, C>(x_sums, now, kPixels<C>, warp);
     __syncthreads();
   }
   float* const out = p.partial + (n * p.parts_of_image + part) * (kRows * C);
@@ -207,7 +230,7 @@ __device__ inline float convolved(SharedSpan<float> sums, const float* taps, int
 // A block makes one image's.
 template <class T, int C>
 __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_constant__ MlpParams p) {
-  WAVEMIX_SHARED(float, sums, kRows * C);
+  WAVEMIX_SHARED(float, sums, kRows* C);
   WAVEMIX_SHARED(float, mean, C);
   WAVEMIX_SHARED(float, hidden, kMostHidden);
   const int64_t n = p.first_image + blockIdx.x;
@@ -230,8 +253,7 @@ __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_cons
 #pragma unroll
       for (int i = 0; i < kWord; ++i) third += row[i] * sums[(kRows - 1) * C + k + i];
     }
-    const float of_image =
-        (sum + third) / static_cast<float>(p.pixels) + value_or_zero<T>(p.z_c_bias, thread);
+    const float of_image = (sum + third) / static_cast<float>(p.pixels) + value_or_zero<T>(p.z_c_bias, thread);
     mean[thread] = of_image;
     p.branch_mean[n * C + thread] = of_image;
   }
@@ -272,7 +294,7 @@ struct Plan {
   int64_t tiles, tiles_of_block = 1, parts;
 
   Plan(const PatmArgs& args, int multiprocessors) {
-    tiles = ceil_div(args.h * args.w, kPixels);
+    tiles = ceil_div(args.h * args.w, pixels_of_tile(args.c));
     const int64_t at_once = std::max<int64_t>(1, multiprocessors) * (args.c == 64 ? 2 : 1);
     int64_t least = INT64_MAX;
     for (int64_t of_block = 1; of_block <= std::min<int64_t>(tiles, 16); ++of_block) {
@@ -328,7 +350,7 @@ void run(const PatmArgs& args, float* branch_mean, float* a, void* workspace, in
     p.first_image = first;
     launch.blocks = static_cast<unsigned>(std::min(images, args.n - first) * plan.parts);
     launch.threads = kThreads<C>;
-    launch.shared_bytes = 2 * kPixels * C * sizeof(T);
+    launch.shared_bytes = 2 * (kPixels<C> * C + Weights<T, C>::kWords * kWord) * sizeof(T);
     launch(patm_branch_sums<T, C>, p);
   }
   name = "patm_branch_mlp";
