@@ -111,7 +111,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     (choose.product_backward_weight, [("cpu", FP64, "core"), ("cpu", BF16, "convolution")]),
     (choose.patm, [
         ("cpu", 128, False, "whole"), ("cpu", 129, False, "parts"),
-        ("cpu", 128, True, "parts"), ("cuda", 128, False, "parts"),
+        ("cpu", 128, True, "parts"), ("cuda", 128, False, "whole"), ("cuda", 129, False, "parts"),
     ]),
     (choose.projections, [(128, "joined"), (129, "apart")]),
     (choose.wavelet_function, [("cpu", True, "convolution"), ("cpu", False, "haar"), ("cuda", True, "haar")]),
