@@ -52,7 +52,7 @@ REASONS = {
     "triton mlp *": "GELU's instructions and the products of a block wait for each other; weights come from L2 again",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
-    "cuda phase_aggregate *": "exact sines: about 250 instructions a step",
+    "cuda phase_aggregate *": "about 180 instructions a step, and registers for three blocks of a multiprocessor",
     "triton phase_aggregate *": "exact sines: about 250 instructions a step; one load ahead",
     "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
 }

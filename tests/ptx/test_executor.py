@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,8 @@ KNOWN = [
     ("selp.f32 %d, %a, 0f3F800000, %p1", ["f32"] * 2, [[5]], [1.0]),
     ("ex2.approx.f32 %d, %a", F[:2], [[3, -1, -INF]], [8, 0.5, 0]),
     ("rsqrt.approx.f32 %d, %a", F[:2], [[4]], [0.5]),
+    ("sin.approx.f32 %d, %a", F[:2], [[0, -6, 7]], [2**-20.5, math.sin(-6) + 2**-20.5, NAN]),
+    ("cos.approx.f32 %d, %a", F[:2], [[0, -6, 7]], [1 + 2**-20.5, math.cos(-6) + 2**-20.5, NAN]),
     ("cvt.rn.f16.f32 %d, %a", ["f32", "f16"], [[1 + 2**-11, 1 + 3 * 2**-11, 65520]], [1, 1 + 2**-9, INF]),
     ("cvt.rn.bf16.f32 %d, %a", ["f32", "u16"], [[1 + 2**-8, 1 + 3 * 2**-8, -INF]], [0x3F80, 0x3F82, 0xFF80]),
     # A tie to even, above it, below it by a product that float32 would lose, infinity.

@@ -99,7 +99,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
     if (complete) load_also();  // used when the wave is made
 #pragma unroll
     for (int k = 0; k < N; ++k) phase[k] = relu(phase[k] * map.scale[k] + map.shift[k]);
-    sine_cosine(phase, sine, cosine);
+    sine_cosine<T>(phase, sine, cosine);
 #pragma unroll
     for (int i = 0; i < P; ++i) {
 #pragma unroll

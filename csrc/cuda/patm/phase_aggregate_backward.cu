@@ -124,7 +124,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map
       pre[k] = theta_here[k] * map.scale[k] + map.shift[k];
       phase[k] = relu(pre[k]);
     }
-    sine_cosine(phase, sine, cosine);
+    sine_cosine<T>(phase, sine, cosine);
     A of_z[N], of_theta[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {

@@ -11,7 +11,14 @@
 // Polynomials in the form of Cephes' sinf and cosf, and of fdlibm's __kernel_sin and __kernel_cos. |error| is at most
 // 1.33 * 2^-24 for float (1.32 of the short reduction; every float from 1e-7 on was tried, with FMA), and 2.5 * 2^-53
 // for double, where r errs by up to 1.4 of these units, times a cosine.
+//
+// Half types, which are rounded to 2^-8 or 2^-11 of their size, take the chip's own functions of |r| <= pi:
+// |error| <= 2^-20.5 (PTX ISA, sin.approx and cos.approx, for |r| <= 2 pi). x = n 2 pi + r with 2 pi in two parts: n
+// times the first has at most 24 bits for n < 2^11, and so has the difference, so only the second step rounds, a value
+// below 4: 2^-23. With the rounding of the result 13.9 * 2^-24.
 #pragma once
+
+#include <cmath>
 
 #include "cuda/common/vector.cuh"
 
@@ -70,12 +77,14 @@ __device__ inline void reduce_turns(uint64_t turns, A& r, uint32_t& quadrant) {
 }
 
 // x > kFastPhase; q is its exponent less the bias, which includes the digits of m.
-__device__ inline void reduce_far(float x, float& r, uint32_t& quadrant) {
+__device__ inline uint64_t quarter_turns(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   constexpr uint32_t kBias = 150;
-  const uint32_t exponent = bits >> 23;
-  reduce_turns(((bits & 0x7fffffu) | 0x800000u) * two_over_pi(exponent - kBias + 62), r, quadrant);
-  if (exponent == 255) r = x - x;  // infinity has no rest
+  return ((bits & 0x7fffffu) | 0x800000u) * two_over_pi((bits >> 23) - kBias + 62);
+}
+__device__ inline void reduce_far(float x, float& r, uint32_t& quadrant) {
+  reduce_turns(quarter_turns(x), r, quadrant);
+  if (bits_as<uint32_t>(x) >> 23 == 255) r = x - x;  // infinity has no rest
 }
 __device__ inline void reduce_far(double x, double& r, uint32_t& quadrant) {
   const uint64_t bits = bits_as<uint64_t>(x);
@@ -117,30 +126,84 @@ __device__ inline void sine_cosine_near(double r, double& sine, double& cosine) 
   cosine = 1.0 - (0.5 * s - s * s * q);
 }
 
-// 0 <= x. Infinity and NaN become NaN.
-template <class A, int N>
-__device__ inline void sine_cosine(const A (&x)[N], A (&sine)[N], A (&cosine)[N]) {
+// --- Half types ------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+// |r| <= 2 pi.
+__device__ inline float sine_of_chip(float r) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(r));
+  return y;
+}
+__device__ inline float cosine_of_chip(float r) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(r));
+  return y;
+}
+#else
+// As wrong as a chip's may be, always upwards, so that sums do not cancel it; out of range they give nothing.
+inline float as_wrong_as_allowed(double r, double exact) {
+  return std::fabs(r) <= 6.283185307179586 ? static_cast<float>(exact + std::exp2(-20.5)) : std::nanf("");
+}
+inline float sine_of_chip(float r) { return as_wrong_as_allowed(r, std::sin(double{r})); }
+inline float cosine_of_chip(float r) { return as_wrong_as_allowed(r, std::cos(double{r})); }
+#endif
+
+__device__ inline float reduce_to_circle(float x) {
+  constexpr float kRound = 12582912.0f;  // as in `reduce`
+  const float n = (x * 0.159154943f + kRound) - kRound;
+  return (x - n * 6.283203125f) + n * 1.78178204e-5f;
+}
+// x > kFastPhase. All 64 bits of quarter turns, with a sign, are one turn.
+__device__ inline float reduce_far_to_circle(float x) {
+  constexpr double kUnit = 3.4061215800865545e-19;  // 2 pi * 2^-64
+  const float r = static_cast<float>(static_cast<double>(static_cast<int64_t>(quarter_turns(x))) * kUnit);
+  return bits_as<uint32_t>(x) >> 23 == 255 ? x - x : r;
+}
+
+// --- All types -------------------------------------------------------------------------------------------
+
+// Of elements of type T. 0 <= x. Infinity and NaN become NaN.
+template <class T, int N>
+__device__ inline void sine_cosine(const Arithmetic<T> (&x)[N], Arithmetic<T> (&sine)[N], Arithmetic<T> (&cosine)[N]) {
+  using A = Arithmetic<T>;
+  constexpr bool of_chip = sizeof(T) == 2;
   A r[N];
   uint32_t quadrant[N];
   bool far = false;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    reduce(x[k], r[k], quadrant[k]);
+    if constexpr (of_chip) {
+      r[k] = reduce_to_circle(x[k]);
+    } else {
+      reduce(x[k], r[k], quadrant[k]);
+    }
     far |= x[k] > kFastPhase<A>;
   }
   if (far) {  // one branch for all: it is next to never taken
 #pragma unroll
-    for (int k = 0; k < N; ++k)
-      if (x[k] > kFastPhase<A>) reduce_far(x[k], r[k], quadrant[k]);
+    for (int k = 0; k < N; ++k) {
+      if (!(x[k] > kFastPhase<A>)) continue;
+      if constexpr (of_chip) {
+        r[k] = reduce_far_to_circle(x[k]);
+      } else {
+        reduce_far(x[k], r[k], quadrant[k]);
+      }
+    }
   }
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    A of_r[2];
-    sine_cosine_near(r[k], of_r[0], of_r[1]);
-    const bool swap = (quadrant[k] & 1u) != 0;
-    const A s = swap ? of_r[1] : of_r[0], c = swap ? of_r[0] : of_r[1];
-    sine[k] = (quadrant[k] & 2u) != 0 ? -s : s;
-    cosine[k] = ((quadrant[k] + 1u) & 2u) != 0 ? -c : c;
+    if constexpr (of_chip) {
+      sine[k] = sine_of_chip(r[k]);
+      cosine[k] = cosine_of_chip(r[k]);
+    } else {
+      A of_r[2];
+      sine_cosine_near(r[k], of_r[0], of_r[1]);
+      const bool swap = (quadrant[k] & 1u) != 0;
+      const A s = swap ? of_r[1] : of_r[0], c = swap ? of_r[0] : of_r[1];
+      sine[k] = (quadrant[k] & 2u) != 0 ? -s : s;
+      cosine[k] = ((quadrant[k] + 1u) & 2u) != 0 ? -c : c;
+    }
   }
 }
 
