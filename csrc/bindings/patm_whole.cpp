@@ -147,6 +147,7 @@ void bind_patm_whole(py::module_& m) {
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("branch_mean"), py::arg("a"),
       py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
+  m.def("patm_shared_cuda", &patm_shared_cuda, py::arg("c"));
   m.def(
       "patm_mix_cuda",
       [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual, uintptr_t path,

@@ -446,6 +446,13 @@ void run(const PatmArgs& args, const float* a, const Plane& out, int multiproces
 
 namespace wavemix {
 
+// The mix takes the most: moments and branch sums hold two tiles, and weights in registers.
+int64_t patm_shared_cuda(int64_t c) {
+  return static_cast<int64_t>(c == 64   ? whole::Strip<64>::kBytes
+                              : c == 96 ? whole::Strip<96>::kBytes
+                                        : whole::Strip<128>::kBytes);
+}
+
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream) {
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) return;

@@ -71,6 +71,8 @@ void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, v
 int64_t patm_branch_weights_workspace_cuda(const PatmArgs& args, int multiprocessors);
 void patm_branch_weights_cuda(const PatmArgs& args, float* branch_mean, float* a, void* workspace, int multiprocessors,
                               void* stream);
+// Shared memory that a block of these kernels takes at most, in bytes.
+int64_t patm_shared_cuda(int64_t c);
 // out = proj(h a[0] + w a[1] + c a[2]), or with `residual` x + path * that.
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream);
 

@@ -7,17 +7,18 @@ the channels of :data:`CHANNELS`; backward is :mod:`wavemix_kernels.ops.patm.op`
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels import _native, backends
-from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common import chips, layout
 from wavemix_kernels.ops.common.dtypes import cast_together
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
-#: Channels that have kernels: tiles of pixels and all weights of a step fit into every chip's shared memory.
+#: Channels that have kernels. Their weights lie in shared memory: 64 and 96 take what sm_80 has, 128 what sm_90 has.
 CHANNELS = (64, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 #: Hidden channels of the branch weights' MLP, up to which a block holds them.
@@ -34,7 +35,15 @@ def why_not(*tensors: Tensor) -> str | None:
             return f"it takes float16 and bfloat16, got {str(t.dtype).removeprefix('torch.')}"
         if t.shape[1] not in CHANNELS:
             return f"it takes {', '.join(map(str, CHANNELS))} channels, got {t.shape[1]}"
+        if (wanted := _shared(t.shape[1])) > (most := chips.shared_of_block(t.device)):
+            return f"{t.shape[1]} channels take {wanted} bytes of shared memory, a block of this device has {most}"
     return None
+
+
+@functools.cache
+def _shared(channels: int) -> int:
+    core: Any = _native.cuda_core
+    return core.patm_shared_cuda(channels)
 
 
 class _Arguments:
