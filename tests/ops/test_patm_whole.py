@@ -13,8 +13,9 @@ from tests.ops import each
 from tests.ops.contract import Case, Contract, image, on, randn
 from tests.ops.test_patm import some_weights, split
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels.ops.patm import whole
-from wavemix_kernels.ops.patm.weights import ON_IMAGES, Weights
+from wavemix_kernels.ops.patm import reference, whole
+from wavemix_kernels.ops.patm.branch_weights import branch_weights
+from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
 HALF = (torch.bfloat16, torch.float16)
 WIDE = UNIT_ROUNDOFF[torch.float32]
@@ -76,36 +77,42 @@ class OnGpu(Contract):
             return made
 
         def product(weight: Tensor, values: Tensor) -> Tensor:
-            return torch.einsum("oc,nchw->nohw", weight.flatten(1).abs(), values)
+            return torch.einsum("oc,nchw->nohw", weight.flatten(1), values)
 
         d_read = 0 * read if t["scale"] is None else u * read.abs()
-        sizes, errors = {}, {}
+        value, error = {}, {}
         for name in ("z_h", "z_w", "z_c", "theta_h", "theta_w"):
-            bias = t[f"{name}_bias"]
-            sizes[name] = product(t[name], read.abs()) + (0 if bias is None else bias.abs()[:, None, None])
-            errors[name] = product(t[name], d_read) + (c + 2) * WIDE * sizes[name]
-        branches = {"c": (sizes["z_c"], errors["z_c"])}
+            bias = 0 if t[f"{name}_bias"] is None else t[f"{name}_bias"][:, None, None]
+            value[name] = product(t[name], read) + bias
+            sizes = product(t[name].abs(), read.abs()) + abs(bias)
+            error[name] = product(t[name].abs(), d_read) + (c + 2) * WIDE * sizes
+        maps = [t[name] for name in Affine._fields]
+        branch = dict(
+            zip("hwc", reference.phase_aggregate(*value.values(), *maps, t["taps_h"], t["taps_w"]), strict=True)
+        )
+        branch["c"], d_branch = value["z_c"], {"c": error["z_c"]}
         for b in "hw":
             scale, shift = t[f"scale_{b}"][:, None, None].abs(), t[f"shift_{b}"][:, None, None].abs()
-            d_phase = scale * errors[f"theta_{b}"] + 4 * WIDE * (scale * sizes[f"theta_{b}"] + shift)
-            d_wave = errors[f"z_{b}"] + sizes[f"z_{b}"] * (d_phase + SINE + u)  # rounded on its way to a sum
+            d_phase = scale * error[f"theta_{b}"] + 4 * WIDE * (scale * value[f"theta_{b}"].abs() + shift)
+            z, d_z = value[f"z_{b}"].abs(), error[f"z_{b}"]
+            d_wave = d_z + z * (d_phase + SINE + u)  # rounded on its way to a sum
             taps, padding = t[f"taps_{b}"].abs(), (0, 3) if b == "h" else (3, 0)
-
-            def through(waves: Tensor, taps: Tensor = taps, padding: tuple[int, int] = padding) -> Tensor:
-                # Cosines make the first half of the outputs, sines the other; both are as large as the amplitude.
-                return F.conv2d(torch.cat([waves, waves], 1), taps, padding=padding, groups=waves.shape[1])
-
-            size = through(sizes[f"z_{b}"])
-            branches[b] = size, through(d_wave) + 16 * WIDE * size
-        d_mean = sum(error.mean((2, 3)) + (h * w + 8) * WIDE * size.mean((2, 3)) for size, error in branches.values())
-        made["branch_mean"] = d_mean
-        hidden = t["fc1"].shape[0]
-        d_hidden = 1.13 * d_mean @ t["fc1"].flatten(1).abs().T + (c + 8) * WIDE * 10
-        d_logits = (d_hidden @ t["fc2"].flatten(1).abs().T + (hidden + 8) * WIDE * 10).unflatten(1, (c, 3))
-        d_a = d_logits.amax(2)[..., None, None]  # a softmax's weight moves by half of what logits move apart
-        mixed = sum(size for size, _ in branches.values())
-        d_mixed = sum(error + d_a * size for size, error in branches.values()) + (u + 8 * WIDE) * mixed
-        d_out = product(t["proj"], d_mixed) + (c + 2) * WIDE * product(t["proj"], mixed)
+            # Cosines make the first half of the outputs, sines the other; both are up to as large as the amplitude.
+            both = torch.cat([d_wave + 16 * WIDE * z] * 2, 1)
+            d_branch[b] = F.conv2d(both, taps, padding=padding, groups=c)
+        every = sum(of.abs() for of in branch.values())
+        made["branch_mean"] = (sum(d_branch.values()) + (h * w + 8) * WIDE * every).mean((2, 3))
+        given = (t[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias"))
+        mlp = branch_weights(exact["branch_mean"], *given)
+        few = 64 * WIDE  # of sums of no more terms, a GELU and a softmax
+        d_hidden = 1.13 * (made["branch_mean"] + few * exact["branch_mean"].abs()) @ t["fc1"].flatten(1).abs().T + few
+        d_logits = (d_hidden + few * mlp.hidden.abs()) @ t["fc2"].flatten(1).abs().T + few
+        # A softmax's weight moves by at most half of what a logit moves.
+        d_a = 0.5 * d_logits.unflatten(1, (c, 3)).amax(2)[..., None, None] + few
+        a = dict(zip("hwc", mlp.by_branch()[..., None, None], strict=True))
+        mixed = sum(branch[b] * a[b] for b in "hwc")
+        d_mixed = sum(d_branch[b] * a[b] for b in "hwc") + (d_a + 8 * WIDE) * every + u * mixed.abs()
+        d_out = product(t["proj"].abs(), d_mixed + (c + 2) * WIDE * mixed.abs())
         path = t["path"][:, None, None, None]
         made["out"] = path * d_out + (u + 4 * WIDE) * (exact["out"].abs() + path * d_out)
         return made
