@@ -250,7 +250,11 @@ def patm_cases() -> Iterator[Case]:
     for shape in ((64, 64, 56, 56), (64, 128, 28, 28)):
         pixels = float(shape[0] * shape[2] * shape[3])
         product = 2 * pixels * shape[1] ** 2
-        flops = {"patm_products": product, "patm_branch_sums": 4 * product, "patm_mix": 6 * product + 56 * pixels * shape[1]}
+        flops = {
+            "patm_products": product,
+            "patm_branch_sums": 4 * product,
+            "patm_mix": 6 * product + 56 * pixels * shape[1],
+        }
         for what in ("moments", "forward"):
             yield Case(f"cuda patm_whole {what} {_sized(shape)}", _patm_whole(shape, what), flops)
     for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
@@ -266,8 +270,16 @@ FAMILIES = (
     haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
-_SMALL = ("_statistics_kernel", "_line_kernel", "_image_line_kernel", "_sums_kernel", "_merge_kernel", "phase_sum_rows",
-          "patm_sum_products", "patm_branch_mlp")
+_SMALL = (
+    "_statistics_kernel",
+    "_line_kernel",
+    "_image_line_kernel",
+    "_sums_kernel",
+    "_merge_kernel",
+    "phase_sum_rows",
+    "patm_sum_products",
+    "patm_branch_mlp",
+)
 
 
 def function_of(launch: Launch) -> str:

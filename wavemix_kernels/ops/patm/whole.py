@@ -218,7 +218,12 @@ BACKENDS: dict[str, backends.Backend] = {
         in_pairs(backends.cpu_why_not),
         {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "add_linear": _cpu_add_linear},
     ),
-    "cuda": backends.Backend(whole_gpu.why_not, {"moments": whole_gpu.moments, "forward": whole_gpu.forward}),
+    "cuda": backends.Backend(
+        whole_gpu.why_not,
+        {"moments": whole_gpu.moments, "forward": whole_gpu.forward},
+        torch.float16,
+        (1, whole_gpu.CHANNELS[0], 2, 2),
+    ),
     "reference": backends.Backend(
         backends.reference_why_not,
         {
