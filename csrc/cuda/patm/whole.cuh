@@ -205,6 +205,11 @@ __device__ inline void multiply(float (&d)[2][4], const Fragment (&a)[4], const 
 }
 
 template <class T>
+__device__ inline float value_or_zero(const void* vector, int channel) {
+  return vector == nullptr ? 0.0f : widen(static_cast<const T*>(vector)[channel]);
+}
+
+template <class T>
 __device__ inline Fragment packed(float first, float second) {
   const float values[2] = {first, second};
   T elements[2];

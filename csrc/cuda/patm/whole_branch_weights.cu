@@ -70,11 +70,6 @@ struct Weights {
   }
 };
 
-template <class T>
-__device__ inline float value_or_zero(const void* vector, int channel) {
-  return vector == nullptr ? 0.0f : widen(static_cast<const T*>(vector)[channel]);
-}
-
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads<C>, C == 64 ? 2 : 1) patm_branch_sums(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
