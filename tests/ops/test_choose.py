@@ -59,8 +59,8 @@ def error_of_reference(op: str, dtype: torch.dtype) -> float:
 def test_self_test_runs_what_was_asked_for(op: str, backend: str, device: str, lines: Callable[[], list[str]]) -> None:
     dtype = ops.load(op).BACKENDS[backend].dtype
     error, bound = ops.load(op).self_test(backend, torch.device(device), dtype)
-    name = f" {str(dtype).removeprefix('torch.')} "
-    ours = [line for line in lines() if name in line]  # float64 is the truth beside it
+    name = str(dtype).removeprefix("torch.")
+    ours = [line for line in lines() if line.split()[1] == name]  # float64 is the truth beside it
     assert error <= (bound if dtype.itemsize > 2 else selftest.half_bound(bound, error_of_reference(op, dtype), dtype))
     assert (ours and error > 0) or backend == "reference"
     assert all(f": {backend} (asked for by name" in line for line in ours), ours
