@@ -20,6 +20,9 @@ whole (:class:`_Whole`; a CPU, narrow images)                                   
 - the image's moments give the batch statistics    ``whole``: CPU                              1
 - everything else, one image after the other       ``whole``: CPU                              3        3
 - what comes through batch statistics              ``whole``: CPU                                       4
+whole, then by parts (:class:`_WholeThenParts`; a GPU, half types, 64, 96, 128 channels)       4        53
+- moments; branch weights; mix                     ``whole``: CUDA                             4
+- as by parts, the thetas made again               see above                                            53
 =================================================  ==========================================  =======  ========
 
 Kept for backward: x and the thetas (``recompute="amplitudes"``), or x alone (``recompute="all"``, and always where the
