@@ -113,10 +113,13 @@ class Backend:
         why_not: given the tensors of a call, the reason this backend cannot serve it, or None. Called with no
             tensors it answers for the installation alone.
         functions: the op's directions by name (``"analysis"``, ``"synthesis"`` …).
+        dtype, example: of an image that it serves, for those who ask whether it works at all.
     """
 
     why_not: Callable[..., str | None]
     functions: Mapping[str, Callable[..., Any]]
+    dtype: torch.dtype = torch.float32
+    example: tuple[int, ...] = (1, 4, 2, 2)
 
 
 def _describe(tensor: Tensor) -> str:

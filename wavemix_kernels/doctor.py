@@ -83,13 +83,14 @@ def _cache() -> str:
 
 
 def _examine(name: str, backend: str, device: torch.device) -> tuple[str, str | None, list[str]]:
-    """(cell of the table, why the backend does not serve float32, what is wrong with it)."""
+    """(cell of the table, why the backend does not serve its dtype, what is wrong with it)."""
     table = ops.load(name).BACKENDS
     if backend not in table:
         return NO_KERNELS, None, []
-    reasons = {dtype: table[backend].why_not(_example(device, dtype)) for dtype in DTYPES}
-    if reasons[torch.float32] is not None:
-        return "no", reasons[torch.float32], []
+    one = table[backend]
+    reasons = {dtype: one.why_not(torch.empty(one.example, device=device, dtype=dtype)) for dtype in dict.fromkeys((one.dtype, *DTYPES))}
+    if reasons[one.dtype] is not None:
+        return "no", reasons[one.dtype], []
     verdicts = [verify.examine(name, backend, device, dtype) for dtype, reason in reasons.items() if reason is None]
     faults = [verdict.fault for verdict in verdicts if verdict.fault is not None]
     if faults:

@@ -24,7 +24,7 @@ MODULE = "_predicted"
 _CODES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 _CSRC = ROOT / "csrc"
 _STUB = Path(__file__).parent / "stub" / "runtime.cpp"
-_BINDINGS = ("module", "haar", "reduce_haar", "patm")  # the families that have CUDA kernels
+_BINDINGS = ("module", "haar", "reduce_haar", "patm", "patm_whole")  # the families that have CUDA kernels
 _Callback = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
 )

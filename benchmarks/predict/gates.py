@@ -54,6 +54,9 @@ REASONS = {
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
     "cuda phase_aggregate *": "about 180 instructions a step, and registers for three blocks of a multiprocessor",
+    "cuda patm_whole moments *": "two ldmatrix for each product; 229 blocks",
+    "cuda patm_whole * patm_branch_sums": "sines: issue slots",
+    "cuda patm_whole * patm_mix": "waves and weights through shared memory; one block of a multiprocessor",
     "triton phase_aggregate *": "one warp a block: about 200 instructions a step; backward has no load ahead",
     "triton branch_sum*": "few blocks for each multiprocessor, which wait for their loads",
 }

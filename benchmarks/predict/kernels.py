@@ -227,7 +227,36 @@ def _patm(backend: str, shape: tuple[int, int, int, int], what: str) -> Callable
     return run
 
 
+def _patm_whole(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any]:
+    c = shape[1]
+
+    def run() -> Any:
+        from wavemix_kernels.ops.patm import whole
+        from wavemix_kernels.ops.patm.weights import Affine, Weights
+
+        x = whole.Image(image(shape, BF16, True), None, None)
+        if what == "moments":
+            return whole.moments(x, "cuda")
+        taps = torch.empty(c, 2, 1, 7), torch.empty(c, 2, 7, 1)
+        mlp = torch.empty(c // 4, c, 1, 1), _vector(c // 4), torch.empty(3 * c, c // 4, 1, 1), _vector(3 * c)
+        convolutions = (image((c, c, 1, 1)), None) * 3 + (image((c, c, 1, 1)), image((c,))) * 3
+        maps = Affine(*(_vector(c) for _ in range(4)))
+        return whole.forward(x, _vector(shape[0]), True, Weights(*convolutions, *taps, *mlp), maps, "cuda")
+
+    return run
+
+
 def patm_cases() -> Iterator[Case]:
+    for shape in ((64, 64, 56, 56), (64, 128, 28, 28)):
+        pixels = float(shape[0] * shape[2] * shape[3])
+        product = 2 * pixels * shape[1] ** 2
+        flops = {
+            "patm_products": product,
+            "patm_branch_sums": 4 * product,
+            "patm_mix": 6 * product + 56 * pixels * shape[1],
+        }
+        for what in ("moments", "forward"):
+            yield Case(f"cuda patm_whole {what} {_sized(shape)}", _patm_whole(shape, what), flops)
     for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
         for backend in ("cuda", "triton"):
             for what in ("forward", "gradients"):
@@ -241,7 +270,16 @@ FAMILIES = (
     haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
-_SMALL = ("_statistics_kernel", "_line_kernel", "_image_line_kernel", "_sums_kernel", "_merge_kernel", "phase_sum_rows")
+_SMALL = (
+    "_statistics_kernel",
+    "_line_kernel",
+    "_image_line_kernel",
+    "_sums_kernel",
+    "_merge_kernel",
+    "phase_sum_rows",
+    "patm_sum_products",
+    "patm_branch_mlp",
+)
 
 
 def function_of(launch: Launch) -> str:
@@ -249,7 +287,8 @@ def function_of(launch: Launch) -> str:
     if launch.kind != "cuda":
         return launch.name
     names = ("analysis_rows", "analysis_channels", "synthesis_rows", "synthesis_channels", "reduce_haar",
-             "phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows")  # fmt: skip
+             "phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows",
+             "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp", "patm_mix")  # fmt: skip
     return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
 
 

@@ -22,6 +22,7 @@ void bind_haar_blocks(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_patm(py::module_& m);
+void bind_patm_whole(py::module_& m);
 void bind_reduce_haar(py::module_& m);
 
 using Ints = std::vector<int64_t>;  // address, then strides in elements; empty for an absent tensor

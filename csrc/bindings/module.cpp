@@ -15,6 +15,7 @@ PYBIND11_MODULE(WAVEMIX_MODULE_NAME, m) {
   bind_haar(m);
   bind_reduce_haar(m);
   bind_patm(m);
+  bind_patm_whole(m);
 #if WAVEMIX_WITH_CPU
 #ifdef _OPENMP
   m.attr("OPENMP") = true;

@@ -1,33 +1,11 @@
 // The Python face of the PATM kernels: tensors are (address, four strides), the rest plain addresses.
-#include "wavemix/patm.h"
+#include "bindings/patm.h"
 
 #include <array>
-#include <iterator>
 #include <tuple>
-
-#include "bindings/common.h"
-#include "wavemix/patm_whole.h"
 
 namespace wavemix::bindings {
 namespace {
-
-Plane plane(const Ints& ints, const char* name, const Ints& shape) {
-  if (ints.size() == 5 && shape[1] > 1 && ints[2] != 1)
-    throw py::value_error(std::string(name) + ": expected contiguous channels, got a channel stride of " +
-                          std::to_string(ints[2]));
-  return view<Plane>(ints, name);
-}
-
-// Common to all argument structs: type and shape.
-template <class Args>
-Args shaped(int dtype, const Ints& shape, bool pairs = true) {
-  Args args;
-  args.dtype = dtype_of(dtype);
-  set_shape(args, shape);
-  if (pairs && args.c % 2 != 0)
-    throw py::value_error("shape: expected an even number of channels, got " + std::to_string(args.c));
-  return args;
-}
 
 // z, theta, scale, shift, taps; of the gradients grad, a, b, center, d_z, d_theta, d_taps, sum_pre, sum_pre_theta.
 using Branch = std::tuple<Ints, Ints, uintptr_t, uintptr_t, uintptr_t>;
@@ -74,48 +52,6 @@ BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& br
   if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
   for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
   args.a = pointer(a);
-  return args;
-}
-
-// dtype, shape, x, scale, shift, by_image: what the whole PATM reads.
-using ImageInts = std::tuple<int, Ints, Ints, uintptr_t, uintptr_t, bool>;
-
-PatmArgs image_args(const ImageInts& ints) {
-  const auto& [dtype, shape, x, scale, shift, by_image] = ints;
-  auto args = shaped<PatmArgs>(dtype, shape);
-  if ((scale == 0) != (shift == 0)) throw py::value_error("scale, shift: expected both or neither");
-  args.x = plane(x, "x", shape);
-  args.scale = pointer(scale);
-  args.shift = pointer(shift);
-  args.by_image = by_image;
-  return args;
-}
-
-constexpr const char* kPatmWeights[] = {
-#define WAVEMIX_NAME(name) #name,
-    WAVEMIX_PATM_WEIGHTS(WAVEMIX_NAME)
-#undef WAVEMIX_NAME
-};
-
-// Addresses in the order of kPatmWeights, which Python compares with its own names at import.
-template <class Address>
-void read_weights(const std::vector<uintptr_t>& addresses, const char* name, PatmWeights<Address>& to) {
-  if (addresses.size() != std::size(kPatmWeights))
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(std::size(kPatmWeights)) +
-                          " addresses, got " + std::to_string(addresses.size()));
-  size_t i = 0;
-#define WAVEMIX_READ(name) to.name = pointer(addresses[i++]);
-  WAVEMIX_PATM_WEIGHTS(WAVEMIX_READ)
-#undef WAVEMIX_READ
-}
-
-PatmArgs whole_args(const ImageInts& ints, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual,
-                    uintptr_t path) {
-  auto args = image_args(ints);
-  read_weights(weights, "weights", args);
-  args.hidden = hidden;
-  args.residual = residual;
-  args.path = pointer(path);
   return args;
 }
 #endif
@@ -185,61 +121,6 @@ void bind_patm(py::module_& m) {
       },
       py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
       py::arg("d_a"), py::arg("threads"));
-  py::list names;
-  for (const char* name : kPatmWeights) names.append(name);
-  m.attr("PATM_WEIGHTS") = py::tuple(names);
-  m.def(
-      "patm_moments_cpu",
-      [](const ImageInts& image, uintptr_t mean, uintptr_t covariance, int threads) {
-        check_threads(threads);
-        const auto args = image_args(image);
-        py::gil_scoped_release unlocked;
-        patm_moments_cpu(args, static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(covariance)), threads);
-      },
-      py::arg("image"), py::arg("mean"), py::arg("covariance"), py::arg("threads"));
-  m.def(
-      "patm_forward_cpu",
-      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual, uintptr_t path,
-         const Ints& out, uintptr_t branch_mean, int threads) {
-        check_threads(threads);
-        const auto args = whole_args(image, weights, hidden, residual, path);
-        const auto to = plane(out, "out", std::get<1>(image));
-        py::gil_scoped_release unlocked;
-        patm_forward_cpu(args, to, pointer(branch_mean), threads);
-      },
-      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("residual"), py::arg("path"), py::arg("out"),
-      py::arg("branch_mean"), py::arg("threads"));
-  m.def(
-      "patm_backward_cpu",
-      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
-         const Ints& grad, uintptr_t branch_mean, uintptr_t center, const Ints& d_image, bool wide,
-         const std::vector<uintptr_t>& gradients, int threads) {
-        check_threads(threads);
-        const auto args = whole_args(image, weights, hidden, false, path);
-        PatmGradArgs grads;
-        read_weights(gradients, "gradients", grads);
-        grads.grad = plane(grad, "grad", std::get<1>(image));
-        grads.branch_mean = pointer(branch_mean);
-        grads.center = pointer(center);
-        grads.d_image = plane(d_image, "d_image", std::get<1>(image));
-        grads.wide = wide;
-        py::gil_scoped_release unlocked;
-        patm_backward_cpu(args, grads, threads);
-      },
-      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("branch_mean"),
-      py::arg("center"), py::arg("d_image"), py::arg("wide"), py::arg("gradients"), py::arg("threads"));
-  m.def(
-      "patm_add_linear_cpu",
-      [](const ImageInts& image, const Ints& partial, uintptr_t matrix, uintptr_t vector, const Ints& out,
-         int threads) {
-        check_threads(threads);
-        const auto args = image_args(image);
-        const auto& shape = std::get<1>(image);
-        const auto from = plane(partial, "partial", shape), to = plane(out, "out", shape);
-        py::gil_scoped_release unlocked;
-        patm_add_linear_cpu(args, from, pointer(matrix), pointer(vector), to, threads);
-      },
-      py::arg("image"), py::arg("partial"), py::arg("matrix"), py::arg("vector"), py::arg("out"), py::arg("threads"));
 #endif
 
 #if WAVEMIX_WITH_CUDA

@@ -17,7 +17,7 @@ from benchmarks.predict.tools import ROOT, key
 from tests.aot.table import ARCHS, Demands, Kernel, cached, machine_code
 
 CSRC = ROOT / "csrc"
-THREADS = 128  # of every block
+THREADS = 128  # of every block, unless its pattern says otherwise
 SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 INCLUDES = (CSRC, CSRC / "cuda", CSRC / "include")
 OPTIONS = [
@@ -31,6 +31,7 @@ _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
+PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?Li(\d+)E")
 MMA = re.compile(rf"(matmul_16_bit|matmul_tf32_kernel)(?:I{_TYPE}E)?")
 _MOVES = r"(\.CONSTANT|\.STRONG\.\w+)*$"
 
@@ -84,6 +85,24 @@ def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     )
 
 
+#: Threads of a block by channels; bytes of dynamic shared memory as the launches ask for them.
+PATM_THREADS = {
+    "patm_sum_products": lambda c: 512, "patm_branch_mlp": lambda c: 256, "patm_products": lambda c: 4 * c,
+    "patm_branch_sums": lambda c: 4 * c, "patm_mix": lambda c: {64: 512, 96: 384, 128: 512}[c],
+}  # fmt: skip
+
+
+def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """Tensor cores on what came asynchronously; sums of partial results are in plain loads."""
+    kernel, dtype = match[1], DTYPES[match[2] or "f"]
+    if kernel in ("patm_sum_products", "patm_branch_mlp"):
+        return match[3], Demands(accesses=(r"LDG\.E",))
+    # 48 sums of seven rows stay in a thread's 128 registers; some ten words beside them do not fit.
+    local = 112 if kernel == "patm_mix" and match[3] != "96" else 0
+    accesses, products = (r"LDGSTS\.E\.BYPASS", r"LDSM\.16\.M"), (PRODUCTS[dtype],)
+    return match[3], Demands(accesses=accesses, products=products, most_local=local)
+
+
 def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     moves = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4")
     dtype = DTYPES[match[2] or "f"]
@@ -92,12 +111,13 @@ def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 
 def described(row: Kernel) -> Kernel:
     """With a readable name, a dtype and demands."""
-    for pattern, of in ((HAAR, haar), (REDUCE, reduce_haar), (PHASE, phase), (MMA, mma)):
+    for pattern, of in ((HAAR, haar), (REDUCE, reduce_haar), (PHASE, phase), (PATM, patm), (MMA, mma)):
         if match := pattern.search(row.name):
             form, demands = of(match, row.arch)
             dtype = DTYPES[match[2] or "f"]
             name = f"cuda {match[1]}<{', '.join(filter(None, [dtype, form]))}>"
-            return replace(row, name=name, dtype=dtype, demands=demands)
+            threads = PATM_THREADS[match[1]](int(match[3])) if of is patm else row.threads
+            return replace(row, name=name, dtype=dtype, threads=threads, demands=demands)
     raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
 
 

@@ -30,6 +30,7 @@ class Demands:
 
     blocks: int = 1  # at least, on one multiprocessor
     warps: int = 1  # at least, on one multiprocessor
+    most_local: int = 0  # bytes of a thread, where a reason is given for some
     most_shared: int | None = None  # bytes, where less than the chip has
     accesses: tuple[str, ...] = (WIDE,)  # each occurs
     products: tuple[str, ...] = ()  # each occurs: tensor cores, or the exact multiplication

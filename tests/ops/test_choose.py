@@ -18,6 +18,7 @@ from torch import nn
 import wavemix_kernels as wk
 from wavemix_kernels import _native, backends, log, ops, pytorch_wavelets
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common import selftest
 from wavemix_kernels.ops.deconv import deconv
 from wavemix_kernels.ops.deconv.op import BACKENDS as DECONV
 from wavemix_kernels.ops.haar.op import BACKENDS as HAAR
@@ -48,13 +49,19 @@ def test_a_name_that_cannot_be_obeyed_raises(op: str) -> None:
                 choose.select(op, kernels, backend, torch.ones(1, 4, 2, 2))
 
 
+def error_of_reference(op: str, dtype: torch.dtype) -> float:
+    return ops.load(op).self_test("reference", torch.device("cpu"), dtype)[0]
+
+
 @pytest.mark.parametrize(
     "op, backend", [(op, name) for op in ops.OPS for name in ops.load(op).BACKENDS], indirect=["backend"]
 )
 def test_self_test_runs_what_was_asked_for(op: str, backend: str, device: str, lines: Callable[[], list[str]]) -> None:
-    error, bound = ops.load(op).self_test(backend, torch.device(device))
-    assert error <= bound
-    ours = [line for line in lines() if " float32 " in line]  # float64 is the truth beside it
+    dtype = ops.load(op).BACKENDS[backend].dtype
+    error, bound = ops.load(op).self_test(backend, torch.device(device), dtype)
+    name = str(dtype).removeprefix("torch.")
+    ours = [line for line in lines() if line.split()[1] == name]  # float64 is the truth beside it
+    assert error <= (bound if dtype.itemsize > 2 else selftest.half_bound(bound, error_of_reference(op, dtype), dtype))
     assert (ours and error > 0) or backend == "reference"
     assert all(f": {backend} (asked for by name" in line for line in ours), ours
 
@@ -111,7 +118,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     (choose.product_backward_weight, [("cpu", FP64, "core"), ("cpu", BF16, "convolution")]),
     (choose.patm, [
         ("cpu", 128, False, "whole"), ("cpu", 129, False, "parts"),
-        ("cpu", 128, True, "parts"), ("cuda", 128, False, "parts"),
+        ("cpu", 128, True, "parts"), ("cuda", 128, False, "whole"), ("cuda", 129, False, "parts"),
     ]),
     (choose.projections, [(128, "joined"), (129, "apart")]),
     (choose.wavelet_function, [("cpu", True, "convolution"), ("cpu", False, "haar"), ("cuda", True, "haar")]),

@@ -51,12 +51,12 @@ def _plans() -> int:
 def test_operators(plans: None, monkeypatch: pytest.MonkeyPatch, device: str, name: str, backend: str) -> None:
     if device != "cpu":
         pytest.skip("plans are made there anyway")
-    pattern, test = selftest.pattern, ops.load(name).self_test
+    pattern, test, dtype = selftest.pattern, ops.load(name).self_test, ops.load(name).BACKENDS[backend].dtype
     with torch.device(device):
         for phase in range(3):
             shifted = functools.partial(_shifted, pattern, phase)
             monkeypatch.setattr(selftest, "pattern", shifted)
-            error, bound = test(backend, torch.device(device), torch.float32)
+            error, bound = selftest.run(test, backend, torch.device(device), dtype)
             assert error <= bound
     assert _plans() > 0
 

@@ -398,7 +398,7 @@ def test_a_self_test_runs_every_function_of_its_backend(
 
     own = table[backend]
     monkeypatch.setitem(table, backend, dataclasses.replace(own, functions={n: noted(n) for n in own.functions}))
-    ops.load(op).self_test(backend, torch.device(device))
+    ops.load(op).self_test(backend, torch.device(device), own.dtype)
     assert called == set(own.functions) or backend == "reference"
 
 
@@ -408,8 +408,8 @@ def test_a_self_test_runs_every_function_of_its_backend(
     "op, backend", [(op, b) for op in ops.OPS for b in ops.load(op).BACKENDS], indirect=["backend"]
 )
 def test_right_kernels_pass_in_every_dtype(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
-    example = torch.ones(1, 4, 2, 2, dtype=dtype, device=device)
-    if (reason := ops.load(op).BACKENDS[backend].why_not(example)) is not None:
+    one = ops.load(op).BACKENDS[backend]
+    if (reason := one.why_not(torch.ones(one.example, dtype=dtype, device=device))) is not None:
         pytest.skip(reason)
     verdict = verify.examine(op, backend, torch.device(device), dtype)
     assert verdict.fault is None, verdict

@@ -36,7 +36,7 @@ class Built(NamedTuple):
 @functools.cache
 def core() -> Built:
     """`_core`'s CUDA functions."""
-    bindings = [CSRC / "bindings" / f"{name}.cpp" for name in ("module", "haar", "reduce_haar", "patm")]
+    bindings = [CSRC / "bindings" / f"{name}.cpp" for name in ("module", "haar", "reduce_haar", "patm", "patm_whole")]
     return _built("_executed", bindings, sorted((CSRC / "cuda").rglob("*.cu")), ["-DWAVEMIX_MODULE_NAME=_executed"])
 
 

@@ -57,6 +57,7 @@ SESSIONS = {
     "patm-cuda": Session(
         "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
     ),
+    "patm_whole-cuda": Session("cuda and contract", ("whole_moments", "whole_branch_weights", "whole_mix")),
     "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
 }
 

@@ -219,15 +219,17 @@ def product_backward_weight(device: str, dtype: torch.dtype) -> str:
 
 # --- PATM --------------------------------------------------------------------------------------------------
 
-#: Up to this many channels a CPU takes an image of PATM from end to end: beyond, weights outgrow the L2 cache.
+#: Up to this many channels PATM is taken from end to end: beyond, weights outgrow a CPU's L2 cache and a GPU's shared
+#: memory.
 WHOLE = 128
 #: Up to this many channels one product makes several projections: beyond, copying the weights costs more than a read.
 JOINED = 128
 
 
 def patm(device: str, channels: int, depthwise: bool) -> str:
-    """``"whole"``: images from end to end; ``"parts"``: kernels of parts. (docs/develop/tuning.md, PATM on a CPU)"""
-    return "whole" if device == "cpu" and not depthwise and channels <= WHOLE else "parts"
+    """``"whole"``: images from end to end; ``"parts"``: kernels of parts. Measured on a CPU, predicted for a GPU, whose
+    backward goes by parts. (docs/develop/tuning.md, PATM on a CPU)"""
+    return "whole" if device in ("cpu", "cuda") and not depthwise and channels <= WHOLE else "parts"
 
 
 def projections(channels: int) -> str:

@@ -189,11 +189,7 @@ def _self_test(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
     # Backward in this thread too, which may call the kernel unasked.
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with one_thread, precision.products_in("ieee"), tuned.unrecorded(), _on(device):
-        test = ops.load(op).self_test
-        error, bound = test(backend, device, dtype)
-        if dtype.itemsize == 2:
-            bound = selftest.half_bound(bound, test("reference", device, dtype)[0], dtype)
-        return error, bound
+        return selftest.run(ops.load(op).self_test, backend, device, dtype)
 
 
 def _on(device: torch.device) -> Any:

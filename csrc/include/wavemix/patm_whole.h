@@ -60,4 +60,20 @@ void patm_backward_cpu(const PatmArgs& args, const PatmGradArgs& grads, int thre
 void patm_add_linear_cpu(const PatmArgs& args, const Plane& partial, const void* matrix, const void* vector,
                          const Plane& out, int threads);
 
+// On a GPU: half types, c of 64, 96 or 128, pixels at multiples of 16 bytes. z, theta, proj and their biases are in x's
+// type; scale, shift, path and everything else in float, as the results but the image. Launched on `stream` of the
+// current device; every sum is added up in an order that depends on shapes and `multiprocessors` alone.
+//
+// Workspaces are in bytes. branch_mean (n, c) is as above, a (3, n, c) the branch weights.
+int64_t patm_moments_workspace_cuda(const PatmArgs& args, int multiprocessors);
+void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors,
+                       void* stream);
+int64_t patm_branch_weights_workspace_cuda(const PatmArgs& args, int multiprocessors);
+void patm_branch_weights_cuda(const PatmArgs& args, float* branch_mean, float* a, void* workspace, int multiprocessors,
+                              void* stream);
+// Shared memory that a block of these kernels takes at most, in bytes.
+int64_t patm_shared_cuda(int64_t c);
+// out = proj(h a[0] + w a[1] + c a[2]), or with `residual` x + path * that.
+void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream);
+
 }  // namespace wavemix

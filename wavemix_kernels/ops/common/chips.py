@@ -36,6 +36,13 @@ def little_shared(device: torch.device) -> bool:
 LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
+def shared_of_block(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; an H100's where there is no GPU to ask."""
+    if little_shared(device):
+        return 99 * 1024
+    return (163 if device.type == "cuda" and _capability(device)[0] == 8 else 227) * 1024
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if ROCM else torch.cuda.get_device_capability(device)
 

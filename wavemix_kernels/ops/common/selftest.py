@@ -50,6 +50,16 @@ def rounding_bound(terms: int, dtype: torch.dtype) -> float:
     return 2 * terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
 
 
+def run(
+    test: Callable[..., tuple[float, float]], backend: str, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """An op's self-test: (error, bound), the bound of a half type by :func:`half_bound`."""
+    error, bound = test(backend, device, dtype)
+    if dtype.itemsize == 2:
+        bound = half_bound(bound, test("reference", device, dtype)[0], dtype)
+    return error, bound
+
+
 def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> float:
     """What a kernel in a half type may be off: as much again as the reference in that type, whose intermediate tensors
     are rounded as often, and one rounding of the result, which the reference may be spared by luck."""

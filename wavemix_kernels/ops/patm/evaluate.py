@@ -50,14 +50,14 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
     ``"reference"`` has standard operators only."""
     if backend == "reference":
         return _evaluate_standard(image, f)
-    if runs_whole(image, backend, f.theta_h is not None):
+    if (name := runs_whole(image, backend, f.theta_h is not None)) is not None:
         z_h, z_w, z_c, theta_h, theta_w = f.joined.chunk(5)
         biases = (None,) * 5 if f.joined_bias is None else f.joined_bias.chunk(5)
         weights = Weights(
             z_h, biases[0], z_w, biases[1], z_c, biases[2], theta_h, biases[3], theta_w, biases[4], f.proj,
             f.proj_bias, f.taps_h, f.taps_w, *f.mlp(),
         )  # fmt: skip
-        return whole.forward(whole.Image(image, None, None), None, False, weights, f.affine(), "cpu")[0]
+        return whole.forward(whole.Image(image, None, None), None, False, weights, f.affine(), name)[0]
     image = image.contiguous(memory_format=torch.channels_last)
     z_h, z_w, z_c, *thetas = _images(image, products.project(image, f.joined, f.joined_bias), f)
     part = choose.for_part(backend, phases.BACKENDS)

@@ -20,6 +20,9 @@ whole (:class:`_Whole`; a CPU, narrow images)                                   
 - the image's moments give the batch statistics    ``whole``: CPU                              1
 - everything else, one image after the other       ``whole``: CPU                              3        3
 - what comes through batch statistics              ``whole``: CPU                                       4
+whole, then by parts (:class:`_WholeThenParts`; a GPU, half types, 64, 96, 128 channels)       4        53
+- moments; branch weights; mix                     ``whole``: CUDA                             4
+- as by parts, the thetas made again               see above                                            53
 =================================================  ==========================================  =======  ========
 
 Kept for backward: x and the thetas (``recompute="amplitudes"``), or x alone (``recompute="all"``, and always where the
@@ -36,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels.ops import choose, tuned
+from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
@@ -54,6 +57,7 @@ class Options(NamedTuple):
     recompute: str
     backend: str
     kind: pre_norm.Kind | None  # None: PATM by itself
+    whole: str | None  # the backend that takes images from end to end, or by parts
 
     def part(self, table: Any) -> str:
         return choose.for_part(self.backend, table)
@@ -86,23 +90,34 @@ def patm(
             weights' dtype.
         path: (N, 1, 1, 1), what stochastic depth multiplies each sample's branch with, or None.
     """
-    options = Options(eps, recompute, backend, kind)
     arguments = Arguments(norm or _NO_NORM, weights, norm_h, norm_w)
-    function: Any = _Whole if runs_whole(x, backend, arguments.depthwise()) else _ByParts
+    name = runs_whole(x, backend, arguments.depthwise())
+    if name == "cuda" and weights.z_h.dtype != x.dtype:
+        name = None  # its products take both in one type
+    options = Options(eps, recompute, backend, kind, name)
+    function: Any = _ByParts if name is None else _Whole if goes_back(name) else _WholeThenParts
     # Tensors already have their dtypes; autocast would round the branch weights' small MLP.
     with torch.autocast(x.device.type, enabled=False):
         out, mean, var, *of_norm = function.apply(options, x, path, *arguments.flat())
     return Output(out, (mean[0], var[0]), (mean[1], var[1]), (of_norm[0], of_norm[1]))
 
 
-def runs_whole(x: Tensor, backend: str, depthwise: bool) -> bool:
-    if depthwise or backend not in ("auto", "cpu") or whole.BACKENDS["cpu"].why_not(x) is not None:
-        return False
-    form = choose.patm(x.device.type, x.shape[1], depthwise)
+def runs_whole(x: Tensor, backend: str, depthwise: bool) -> str | None:
+    """The backend that takes images from end to end, or None: by parts."""
+    name = x.device.type if backend == "auto" else backend
+    if depthwise or name not in ("cpu", "cuda") or whole.BACKENDS[name].why_not(x) is not None:
+        return None
+    form = choose.patm(name, x.shape[1], depthwise)
     if backend == "auto":
         other = "parts" if form == "whole" else "whole"
         form = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
-    return form == "whole"
+        if name in verify.DEVICES and verify.fault(whole.BACKENDS, name, x) is not None:
+            form = "parts"
+    return name if form == "whole" else None
+
+
+def goes_back(name: str) -> bool:
+    return "backward" in whole.BACKENDS[name].functions
 
 
 # --- What both functions save and return ----------------------------------------------------------------------
@@ -205,57 +220,59 @@ class _ByParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, around: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if around is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = _load(ctx)
-        options, x, path, arguments, of_norm, of_thetas, branch_mean, thetas = saved
-        w, channels = arguments.weights.in_arithmetic(of_thetas.mean.dtype), x.shape[1]
-        image = _image(again(x), arguments, options, of_norm)
-        grad = pre_norm.join_backward(around, path, image, options.backend)
-        before = flops.counted()
-        z_h, z_w, z_c = _amplitudes(image, w)
-        thetas = thetas or _thetas(image, arguments)
-        maps = of_thetas.maps()
-        part = options.part(phases.BACKENDS)
-        h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
-        weighing = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
-        a = weighing.by_branch()
-        flops.forget_since(before)
+        return _backward_by_parts(ctx, around)
 
-        d_mixed = products.backward_x(grad, h, w.proj)
-        mixed, d_a = branches.backward(d_mixed, h, v, z_c, a, options.part(branches.BACKENDS))
-        del h, v
-        d: dict[str, Tensor | None] = {"proj": products.backward_weight(grad, mixed, w.proj)}
-        (d["proj_bias"],) = _bias_gradients(grad, (w.proj_bias,))
-        del mixed, grad
-        d_mean, (d["fc1"], d["fc1_bias"], d["fc2"], d["fc2_bias"]) = branch_weights.backward(d_a, weighing, w)
 
-        by_batch, depthwise = arguments.by_batch(), arguments.depthwise()
-        out = phases.backward(
-            d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *thetas, *maps, w.taps_h, w.taps_w,
-            *((of_thetas.mean, of_thetas.invstd) if by_batch else (None, None)), not depthwise, part,
-        )  # fmt: skip
-        del z_h, z_w, z_c, d_mixed
-        d["taps_h"], d["taps_w"] = out.taps_h, out.taps_w
-        convolutions = {"z_h": w.z_h, "z_w": w.z_w, "z_c": w.z_c}
-        if not depthwise:
-            convolutions |= {"theta_h": w.theta_h, "theta_w": w.theta_w}
-        weight = torch.cat(list(convolutions.values()))
-        joined = products.backward_weight(out.images[0], image, weight).chunk(len(convolutions))
-        d.update(zip(convolutions, joined, strict=True))
-        want_image = ctx.needs_input_grad[1] or options.kind is not None
-        d_image = products.backward_x(out.images[0], image, weight) if want_image else None
-        if depthwise:
-            for name, theta, d_theta in zip(
-                ("theta_h", "theta_w"), (w.theta_h, w.theta_w), out.images[1:], strict=True
-            ):
-                through, d[name] = products.depthwise_backward(d_theta, image, theta, want_image)
-                if d_image is not None and through is not None:
-                    d_image += through
-        del image
-        biases = w.z_h_bias, w.z_w_bias, w.z_c_bias
-        d["z_h_bias"], d["z_w_bias"], d["z_c_bias"] = _bias_gradients(out.images[0][:, : 3 * channels], biases)
-        return _returned(saved, around, d_image, d, out.sums)
+def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
+    if around is None:
+        return (None,) * len(ctx.needs_input_grad)
+    saved = _load(ctx)
+    options, x, path, arguments, of_norm, of_thetas, branch_mean, thetas = saved
+    w, channels = arguments.weights.in_arithmetic(of_thetas.mean.dtype), x.shape[1]
+    image = _image(again(x), arguments, options, of_norm)
+    grad = pre_norm.join_backward(around, path, image, options.backend)
+    before = flops.counted()
+    z_h, z_w, z_c = _amplitudes(image, w)
+    thetas = thetas or _thetas(image, arguments)
+    maps = of_thetas.maps()
+    part = options.part(phases.BACKENDS)
+    h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
+    weighing = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
+    a = weighing.by_branch()
+    flops.forget_since(before)
+
+    d_mixed = products.backward_x(grad, h, w.proj)
+    mixed, d_a = branches.backward(d_mixed, h, v, z_c, a, options.part(branches.BACKENDS))
+    del h, v
+    d: dict[str, Tensor | None] = {"proj": products.backward_weight(grad, mixed, w.proj)}
+    (d["proj_bias"],) = _bias_gradients(grad, (w.proj_bias,))
+    del mixed, grad
+    d_mean, (d["fc1"], d["fc1_bias"], d["fc2"], d["fc2_bias"]) = branch_weights.backward(d_a, weighing, w)
+
+    by_batch, depthwise = arguments.by_batch(), arguments.depthwise()
+    out = phases.backward(
+        d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *thetas, *maps, w.taps_h, w.taps_w,
+        *((of_thetas.mean, of_thetas.invstd) if by_batch else (None, None)), not depthwise, part,
+    )  # fmt: skip
+    del z_h, z_w, z_c, d_mixed
+    d["taps_h"], d["taps_w"] = out.taps_h, out.taps_w
+    convolutions = {"z_h": w.z_h, "z_w": w.z_w, "z_c": w.z_c}
+    if not depthwise:
+        convolutions |= {"theta_h": w.theta_h, "theta_w": w.theta_w}
+    weight = torch.cat(list(convolutions.values()))
+    joined = products.backward_weight(out.images[0], image, weight).chunk(len(convolutions))
+    d.update(zip(convolutions, joined, strict=True))
+    want_image = ctx.needs_input_grad[1] or options.kind is not None
+    d_image = products.backward_x(out.images[0], image, weight) if want_image else None
+    if depthwise:
+        for name, theta, d_theta in zip(("theta_h", "theta_w"), (w.theta_h, w.theta_w), out.images[1:], strict=True):
+            through, d[name] = products.depthwise_backward(d_theta, image, theta, want_image)
+            if d_image is not None and through is not None:
+                d_image += through
+    del image
+    biases = w.z_h_bias, w.z_w_bias, w.z_c_bias
+    d["z_h_bias"], d["z_w_bias"], d["z_c_bias"] = _bias_gradients(out.images[0][:, : 3 * channels], biases)
+    return _returned(saved, around, d_image, d, out.sums)
 
 
 def _image(x: Tensor, arguments: Arguments, options: Options, of_norm: pre_norm.Statistics | None) -> Tensor:
@@ -304,21 +321,29 @@ def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Ten
 # --- Whole ----------------------------------------------------------------------------------------------------
 
 
+def _forward_whole(
+    ctx: Any, options: Options, x: Tensor, path: Tensor | None, flat: tuple[Tensor | None, ...], goes_back: bool
+) -> tuple[Tensor, ...]:
+    arguments, name = unflatten(flat), options.whole
+    assert name is not None
+    image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options, name)
+    wide = accumulate_dtype(x.dtype)
+    before = flops.counted()
+    of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
+    flops.forget_since(before)  # statistics, of which a counter counts none
+    maps = of_thetas.maps()
+    by_image = None if path is None else path.flatten()
+    out, branch_mean = whole.forward(image, by_image, options.kind is not None, arguments.weights, maps, name)
+    if not layout.is_channels_last(x):
+        out = layout.laid_out(out, False)
+    saved = (x, by_image if goes_back else path, *flat)
+    return out, *_save(ctx, options, saved, of_norm, of_thetas, branch_mean, moments if goes_back else ())
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        arguments = unflatten(flat)
-        image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options)
-        wide = accumulate_dtype(x.dtype)
-        before = flops.counted()
-        of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
-        flops.forget_since(before)  # statistics, of which a counter counts none
-        maps = of_thetas.maps()
-        path = None if path is None else path.flatten()
-        out, branch_mean = whole.forward(image, path, options.kind is not None, arguments.weights, maps, "cpu")
-        if not layout.is_channels_last(x):
-            out = layout.laid_out(out, False)
-        return out, *_save(ctx, options, (x, path, *flat), of_norm, of_thetas, branch_mean, moments)
+        return _forward_whole(ctx, options, x, path, flat, True)
 
     @staticmethod
     @once_differentiable
@@ -330,25 +355,39 @@ class _Whole(torch.autograd.Function):
         image = _mapped(layout.channels_inner(again(x)), arguments.norm, options, of_norm)
         maps = of_thetas.maps()
         batch = whole.Batch(of_thetas.mean, of_thetas.invstd, *moments) if moments else None
-        out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, "cpu")
+        out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, str(options.whole))
         return _returned(saved, grad, out.image, out.weights, out.sums)
 
 
+@plan.function
+class _WholeThenParts(torch.autograd.Function):
+    """Forward whole; backward by parts, from x and the statistics alone, whatever ``recompute`` says."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        return _forward_whole(ctx, options, x, path, flat, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, around: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return _backward_by_parts(ctx, around)
+
+
 def _whole_image(
-    x: Tensor, arguments: Arguments, options: Options
+    x: Tensor, arguments: Arguments, options: Options, name: str
 ) -> tuple[whole.Image, pre_norm.Statistics | None, tuple[Tensor, ...]]:
     """The image, its norm's statistics, and the image's moments where the phases want batch statistics."""
     norm, kind, by_batch = arguments.norm, options.kind, arguments.by_batch()
     plain = whole.Image(x, None, None)
     if kind is None:
-        return plain, None, whole.moments(plain, "cpu") if by_batch else ()
+        return plain, None, whole.moments(plain, name) if by_batch else ()
     if kind.by_image or norm.mean is not None or not by_batch:
         of_norm = pre_norm.statistics(x, norm, kind, options.backend)
         image = _mapped(x, norm, options, of_norm)
-        return image, of_norm, whole.moments(image, "cpu") if by_batch else ()
+        return image, of_norm, whole.moments(image, name) if by_batch else ()
     # One pass for both: a BatchNorm maps moments as it maps values.
     wide = accumulate_dtype(x.dtype)
-    mean, covariance = whole.moments(plain, "cpu")
+    mean, covariance = whole.moments(plain, name)
     var = covariance.diagonal()
     of_norm = pre_norm.Statistics(mean.to(wide), var.to(wide), torch.rsqrt(var + kind.eps).to(wide))
     image = _mapped(x, norm, options, of_norm)

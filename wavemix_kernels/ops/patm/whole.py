@@ -3,7 +3,8 @@
 Three operators. ``patm_moments`` makes mean and covariance of the image's channels: batch statistics of any 1x1
 convolution of it follow. With those the phases' BatchNorms are affine maps, and ``patm_whole`` takes one image of the
 batch after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same from the image
-alone; what comes through batch statistics is linear in the image, and is added at the end.
+alone; what comes through batch statistics is linear in the image, and is added at the end. A GPU's kernels
+(:mod:`wavemix_kernels.ops.patm.whole_gpu`) go forward alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
-from wavemix_kernels.ops.patm import reference, statistics
+from wavemix_kernels.ops.patm import reference, statistics, whole_gpu
 from wavemix_kernels.ops.patm.waves import in_pairs
 from wavemix_kernels.ops.patm.weights import Affine, Weights
 
@@ -217,6 +218,12 @@ BACKENDS: dict[str, backends.Backend] = {
         in_pairs(backends.cpu_why_not),
         {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "add_linear": _cpu_add_linear},
     ),
+    "cuda": backends.Backend(
+        whole_gpu.why_not,
+        {"moments": whole_gpu.moments, "forward": whole_gpu.forward},
+        torch.float16,
+        (1, whole_gpu.CHANNELS[0], 2, 2),
+    ),
     "reference": backends.Backend(
         backends.reference_why_not,
         {
@@ -250,7 +257,12 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     grad, branch_mean, *given, x, scale, shift, path = arguments[: -_COUNT - 1]
     weights, maps, backend = _weights(arguments), Affine(*arguments[-_AFFINE - 1 : -1]), arguments[-1]
     image = Image(x, scale, shift)
-    functions = choose.select("patm_whole_backward", BACKENDS, backend, grad, x).functions
+    order = choose.with_kernels("backward", BACKENDS, x.device.type)
+    functions = choose.select("patm_whole_backward", BACKENDS, backend, grad, x, order=order).functions
+    if "backward" not in functions:
+        raise ValueError(
+            f"patm_whole_backward: backend={backend!r} goes forward alone; 'auto' or 'reference' would work"
+        )
     batch = None if given[0] is None else Batch(*given)
     out: Gradients = functions["backward"](
         grad, branch_mean, None if batch is None else batch.mean, image, path, weights, maps
@@ -353,9 +365,11 @@ def backward(
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Two images behind an affine map, as a residual branch, with all gradients through statistics: (error, bound)."""
+    """Two images behind an affine map, as a residual branch, with all gradients through statistics where the backend
+    goes backward: (error, bound)."""
     p = selftest.pattern
-    c, hidden, shape = 6, 3, (2, 6, 9, 5)
+    c = whole_gpu.CHANNELS[0] if dtype in whole_gpu.DTYPES else 6
+    hidden, shape = c // 2, (2, c, 9, 5)
     projection = (c, c, 1, 1), (c,)
     mlp = (hidden, c, 1, 1), (hidden,), (3 * c, hidden, 1, 1), (3 * c,)
     shapes = *projection * 6, (c, 2, 1, 7), (c, 2, 7, 1), *mlp
@@ -366,11 +380,15 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
             return t.to(where, dtype).to(wide)
 
         image = Image(to(p(*shape)), to(p(2, c) + 2), to(p(2, c, phase=1)))
-        w = Weights(*(to(p(*shape, phase=phase)) for shape, phase in zip(shapes, phases, strict=True)))
+        # Sums of many channels stay small, or their rounding would turn phases by whole radians.
+        share = 8 if c > 6 else 1
+        w = Weights(*(to(p(*shape, phase=phase) / share) for shape, phase in zip(shapes, phases, strict=True)))
         maps = Affine(*(to(p(c, phase=phase) + 2) for phase in (0, 1, 1, 2)))
         mean, covariance = moments(image, name)
         batch = Batch(to(p(2, c)), to(p(2, c) + 2), mean, covariance)
         out, branch_mean = forward(image, to(p(2)), True, w, maps, name)
+        if "backward" not in BACKENDS[backend].functions:
+            return [mean, covariance, out, branch_mean]
         grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, maps, name)
         return [mean, covariance, out, branch_mean, grads.image, *grads.weights.values(), grads.sums]
 

@@ -1,0 +1,229 @@
+// Mean and covariance of the image's channels, from one read: batch statistics of any 1x1 convolution of it follow.
+//
+// A block goes through a run of tiles. It takes the run's first pixel off every other one, so that a mean far from zero
+// costs no digits; products and sums of the differences are tensor cores' work. Blocks' sums, each about its own pixel,
+// are brought to one and added up in double.
+#include "cuda/patm/whole.cuh"
+
+namespace wavemix::whole {
+namespace {
+
+constexpr int kPixels = 128;  // of a tile
+
+// Blocks of a multiprocessor. Each leaves a C x C matrix behind.
+template <int C>
+constexpr int kBlocks = C == 64 ? 2 : 1;
+template <int C>
+constexpr int kThreads = 4 * C;  // a warp for 16 rows of one half of the columns
+
+// What a block leaves: products (C, C), sums (C), its pixel (C), and the count of pixels.
+template <int C>
+constexpr int kProducts = C * C;
+template <int C>
+constexpr int kRecord = C * C + 3 * C;
+
+struct Params {
+  Image image;
+  int64_t tiles, tiles_of_block;
+  int tiles_of_image;
+  float* records;
+};
+
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads<C>, kBlocks<C>) patm_products(const __grid_constant__ Params p) {
+  WAVEMIX_DYNAMIC_SHARED(T, memory);
+  constexpr int kWords = C / kWord, kRowTiles = C / kStep, kPairs = C / 32, kTile = kPixels * C;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int word = static_cast<int>(threadIdx.x) % kWords;
+  const int64_t begin = blockIdx.x * p.tiles_of_block;
+  const int64_t end = begin + p.tiles_of_block < p.tiles ? begin + p.tiles_of_block : p.tiles;
+  const int pixels = p.image.h * p.image.w;
+  const auto first_of = [&](int64_t tile) { return static_cast<int>(tile % p.tiles_of_image) * kPixels; };
+  const auto count_of = [&](int64_t tile) {
+    const int rest = pixels - first_of(tile);
+    return rest < kPixels ? rest : kPixels;
+  };
+  const auto fetch = [&](int64_t tile) {
+    if (tile < end)
+      load_pixels<T, C, kThreads<C>>(p.image, tile / p.tiles_of_image, static_cast<uint32_t>(first_of(tile)),
+                                     count_of(tile), kPixels, memory + (tile - begin) % 2 * kTile);
+    cp_async_commit();
+  };
+  fetch(begin);
+  float origin[kWord];
+  {
+    uint32_t y = static_cast<uint32_t>(first_of(begin));
+    const uint32_t x = p.image.width.take(y);
+    const int64_t n = begin / p.tiles_of_image;
+    load(static_cast<const T*>(p.image.x) + n * p.image.stride[0] + y * p.image.stride[1] + x * p.image.stride[2] +
+             word * kWord,
+         origin);
+    const Affine map(p.image, n, word);
+#pragma unroll
+    for (int k = 0; k < kWord; ++k) origin[k] = origin[k] * map.scale[k] + map.shift[k];
+  }
+  float products[kPairs][2][4] = {}, sums[2] = {};
+  const int row_tile = warp % kRowTiles, half = warp / kRowTiles;
+  int64_t counted = 0;
+#pragma unroll 1
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const SharedSpan<T> now = memory + (tile - begin) % 2 * kTile;
+    fetch(tile + 1);
+    cp_async_wait<1>();
+    Affine map(p.image, tile / p.tiles_of_image, word);
+#pragma unroll
+    for (int k = 0; k < kWord; ++k) map.shift[k] -= origin[k];
+    map_rows<T, C, kThreads<C>>(map, count_of(tile), now);
+    counted += count_of(tile);
+    __syncthreads();
+#pragma unroll 2
+    for (int row = 0; row < kPixels; row += kStep) {
+      Fragment a[4];
+      load_rows_transposed<C>(a, now, row, row_tile);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        Fragment b[4];
+        load_columns_transposed<C>(b, now, row, half * kPairs + pair);
+        multiply<T>(products[pair], a, b);
+      }
+    }
+    add_columns<T, C>(sums, now, kPixels, warp);
+    __syncthreads();
+  }
+  float* const record = p.records + static_cast<int64_t>(blockIdx.x) * kRecord<C>;
+  const int group = lane / 4, member = lane % 4;
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int row = row_tile * kStep + group + k / 2 * 8, column = (half * kPairs + pair) * kStep + 2 * member;
+      const float both[2] = {products[pair][k % 2][k / 2 * 2], products[pair][k % 2][k / 2 * 2 + 1]};
+      store(record + row * C + column + k % 2 * 8, both);
+    }
+  }
+  float* const more = record + kProducts<C>;
+  if (group == 0) store(more + warp * 8 + 2 * member, sums);
+  if (threadIdx.x < kWords) {
+    store(more + C + word * kWord, origin);
+    float count[kWord];
+#pragma unroll
+    for (int k = 0; k < kWord; ++k) count[k] = static_cast<float>(counted);
+    store(more + 2 * C + word * kWord, count);
+  }
+}
+
+// --- Blocks' sums together -------------------------------------------------------------------------------
+
+constexpr int kSumThreads = 512;
+
+struct SumParams {
+  const float* records;
+  int count;
+  double pixels;
+  double *mean, *covariance;
+};
+
+// A block makes one row of the covariance: threads side by side its columns, below each other a share of the records.
+template <int C>
+__global__ void __launch_bounds__(kSumThreads) patm_sum_products(const __grid_constant__ SumParams p) {
+  constexpr int kGroups = kSumThreads / C;
+  WAVEMIX_SHARED(double, shared, kGroups * C * 2);
+  const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(threadIdx.x) % C;
+  const int group = static_cast<int>(threadIdx.x) / C;
+  const float* const first_origin = p.records + kProducts<C> + C;
+  const double origin_row = static_cast<double>(first_origin[row]);
+  const double origin_column = static_cast<double>(first_origin[column]);
+  double product = 0, sum = 0;  // about the first block's pixel
+  if (group < kGroups) {
+#pragma unroll 4
+    for (int i = group; i < p.count; i += kGroups) {
+      const float* const record = p.records + static_cast<int64_t>(i) * kRecord<C>;
+      const float* const more = record + kProducts<C>;
+      const double count = static_cast<double>(__ldg(more + 2 * C));
+      const double move_row = static_cast<double>(__ldg(more + C + row)) - origin_row;
+      const double move_column = static_cast<double>(__ldg(more + C + column)) - origin_column;
+      const double sum_row = static_cast<double>(__ldg(more + row)) + count * move_row;
+      const double sum_column = static_cast<double>(__ldg(more + column));
+      product += static_cast<double>(__ldg(record + row * C + column)) + move_column * sum_row + move_row * sum_column;
+      sum += sum_column + count * move_column;
+    }
+    shared[group * C + column] = product;
+    shared[(kGroups + group) * C + column] = sum;
+  }
+  __syncthreads();
+  if (group == 0) {
+    for (int i = 1; i < kGroups; ++i) {
+      product += shared[i * C + column];
+      sum += shared[(kGroups + i) * C + column];
+    }
+  }
+  __syncthreads();
+  if (group == 0) shared[column] = sum / p.pixels;
+  __syncthreads();
+  if (group != 0) return;
+  const double mean_row = shared[row], mean_column = shared[column];
+  p.covariance[row * C + column] = product / p.pixels - mean_row * mean_column;
+  if (row == 0) p.mean[column] = origin_column + mean_column;
+}
+
+// --- Launches --------------------------------------------------------------------------------------------
+
+struct Plan {
+  int64_t tiles_of_image, tiles, tiles_of_block, blocks;
+
+  Plan(const PatmArgs& args, int multiprocessors) {
+    tiles_of_image = ceil_div(args.h * args.w, kPixels);
+    tiles = args.n * tiles_of_image;
+    const int64_t most = std::max<int64_t>(1, multiprocessors) * (args.c == 64 ? kBlocks<64> : kBlocks<128>);
+    tiles_of_block = std::max<int64_t>(1, ceil_div(tiles, most));
+    blocks = ceil_div(tiles, tiles_of_block);
+  }
+};
+
+template <class T, int C>
+void run(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors, void* stream) {
+  const Plan plan(args, multiprocessors);
+  Params p = {};
+  p.image = image_of(args);
+  p.tiles = plan.tiles;
+  p.tiles_of_block = plan.tiles_of_block;
+  p.tiles_of_image = static_cast<int>(plan.tiles_of_image);
+  p.records = static_cast<float*>(workspace);
+  Launch launch;
+  launch.what = [&] { return std::string("patm_products (") + name_of(args.dtype) + ", " + std::to_string(C) + ")"; };
+  launch.blocks = static_cast<unsigned>(plan.blocks);
+  launch.threads = kThreads<C>;
+  launch.shared_bytes = 2 * kPixels * C * sizeof(T);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  launch(patm_products<T, C>, p);
+  SumParams sums = {p.records, static_cast<int>(plan.blocks), static_cast<double>(args.n * args.h * args.w), mean,
+                    covariance};
+  launch.what = [] { return std::string("patm_sum_products (") + std::to_string(C) + ")"; };
+  launch.blocks = C;
+  launch.threads = kSumThreads;
+  launch.shared_bytes = 0;
+  launch(patm_sum_products<C>, sums);
+}
+
+}  // namespace
+}  // namespace wavemix::whole
+
+namespace wavemix {
+
+int64_t patm_moments_workspace_cuda(const PatmArgs& args, int multiprocessors) {
+  whole::check_image(args);
+  const int64_t c = args.c;
+  return whole::Plan(args, multiprocessors).blocks * (c * c + 3 * c) * static_cast<int64_t>(sizeof(float));
+}
+
+void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors,
+                       void* stream) {
+  whole::check_image(args);
+  if (args.n * args.h * args.w == 0) throw std::invalid_argument("x: has no pixels; moments need at least one");
+  whole::dispatch(args, [&](auto element, auto channels) {
+    whole::run<decltype(element), decltype(channels)::value>(args, mean, covariance, workspace, multiprocessors,
+                                                             stream);
+  });
+}
+
+}  // namespace wavemix
