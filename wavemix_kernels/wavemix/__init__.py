@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.pytorch_wavelets import DWTForward
-from wavemix_kernels.wavemix import SemSegment, classification, sisr
+from wavemix_kernels.wavemix import SemSegment, classification, sisr, sr
 
 __all__ = [
     "DWTForward",
@@ -15,6 +15,7 @@ __all__ = [
     "SemSegment",
     "classification",
     "sisr",
+    "sr",
 ]
 
 
