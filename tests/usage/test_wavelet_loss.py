@@ -83,6 +83,16 @@ def test_only_what_needs_a_gradient_gets_one_and_nothing_is_kept_without():
     assert pred.grad is not None
     assert target.grad is None
     assert not wavelet_loss(pred.detach(), target.detach(), "haar").requires_grad
+    with torch.inference_mode():
+        assert wavelet_loss(pred, target, "haar").is_inference()
+
+
+def test_torch_func():
+    pred, target = images()
+    (expected,) = torch.autograd.grad(wavelet_loss(pred, target), pred)
+    torch.testing.assert_close(torch.func.grad(wavelet_loss)(pred.detach(), target.detach()), expected)
+    each = torch.func.vmap(lambda p, t: wavelet_loss(p[None], t[None]))(pred.detach(), target.detach())
+    torch.testing.assert_close(each.mean(), wavelet_loss(pred, target).detach())
 
 
 def test_second_derivatives():
