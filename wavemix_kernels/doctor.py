@@ -88,7 +88,10 @@ def _examine(name: str, backend: str, device: torch.device) -> tuple[str, str | 
     if backend not in table:
         return NO_KERNELS, None, []
     one = table[backend]
-    reasons = {dtype: one.why_not(torch.empty(one.example, device=device, dtype=dtype)) for dtype in dict.fromkeys((one.dtype, *DTYPES))}
+    reasons = {
+        dtype: one.why_not(torch.empty(one.example, device=device, dtype=dtype))
+        for dtype in dict.fromkeys((one.dtype, *DTYPES))
+    }
     if reasons[one.dtype] is not None:
         return "no", reasons[one.dtype], []
     verdicts = [verify.examine(name, backend, device, dtype) for dtype, reason in reasons.items() if reason is None]
