@@ -110,17 +110,6 @@ def as_wrong_as_allowed(function: Callable[[Array], Array]) -> Callable[[Array],
     return of
 
 
-def as_wrong_as_allowed(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Sine or cosine with the largest error that the PTX ISA admits up to 2 pi, always upwards, so that sums do not
-    cancel it. Beyond 2 pi, where its bound is larger, nothing may depend on the result: NaN."""
-
-    def of(x: Array) -> Array:
-        exact = function(x.astype(F64))
-        return np.where(np.abs(x) <= 2 * np.pi, exact + 2.0**-20.5, np.nan).astype(F32)
-
-    return of
-
-
 # --- Integers ----------------------------------------------------------------------------------------------------
 
 
