@@ -173,8 +173,15 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     forms = [form for each in flags if (form := _recognised(module, each)) is not None]
     if forms:
         return functools.partial(_replace, forms)
-    bare = not any(True for _ in module.children()) and not any(p.requires_grad for p in tensors)
+    bare = not any(map(_holds_modules, vars(module).values())) and not any(p.requires_grad for p in tensors)
     return _leave if bare else None
+
+
+def _holds_modules(value: object) -> bool:
+    """Whether an attribute is a module, or a list, tuple or dict with one: :func:`accelerate` looks at those by
+    themselves."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(entry, nn.Module) for entry in entries)
 
 
 def _leave(module: nn.Module) -> str:
