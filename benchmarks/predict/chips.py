@@ -78,10 +78,14 @@ class Chip:
         """Instructions of a warp that the chip issues in a second."""
         return self.sms * 4 * self.clock
 
-    def library_flops(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a product by cuBLAS or cuDNN; float64 and others without tensor cores: by ordinary units."""
+    def peak_flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of products; float64 and others without tensor cores: by ordinary units."""
         peak = self.tensor_flops.get(dtype)
-        return self.library_share * (self.fp64_lanes * 2 * self.sms * self.clock if peak is None else peak)
+        return self.fp64_lanes * 2 * self.sms * self.clock if peak is None else peak
+
+    def library_flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a product by cuBLAS or cuDNN."""
+        return self.library_share * self.peak_flops(dtype)
 
 
 def _rates(sms: int, clock: float, fma16: int, share: float = 1.0) -> dict[torch.dtype, float]:

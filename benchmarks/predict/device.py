@@ -94,7 +94,7 @@ def known(one: Launch, chip: Chip) -> Known:
 
 def _of_pass(one: rivals.Pass, chip: Chip) -> Known:
     seconds, bound = one.seconds(chip), one.bound(chip)
-    ideal = max(one.bytes / chip.copy_bandwidth, one.flops / chip.tensor_flops[one.dtype] if one.flops else 0.0)
+    ideal = max(one.bytes / chip.copy_bandwidth, one.flops / chip.peak_flops(one.dtype) if one.flops else 0.0)
     return Known(seconds, bound, one.bytes, ideal / seconds)
 
 

@@ -197,7 +197,10 @@ def steps() -> list[Step]:
                     (64, 192, 64, 64), (2, 48, 16, 16), functools.partial(_waveblock, level), layout == "channels_last",
                 )
             )  # fmt: skip
-    found.append(Step("patm/fc/nchw/64x64x56x56", "PATM, C=64", (64, 64, 56, 56), (2, 16, 8, 8), _patm))
+    # The kernels of the whole PATM serve certain widths alone.
+    found.append(
+        Step("patm/fc/nchw/64x64x56x56", "PATM, C=64", (64, 64, 56, 56), (2, 64, 8, 8), _patm, narrow=False)
+    )  # fmt: skip
     small = (2, 3, 32, 32)
     found.append(
         Step("wavemix/192-16-L3/64x3x224x224", "WaveMix 192/16 L3, batch 64", (64, 3, 224, 224), small, _wavemix,
@@ -212,6 +215,6 @@ def steps() -> list[Step]:
             build = functools.partial(_wavemlp, name)
             found.append(
                 Step(f"wavemlp/{name}/{batch}x3x224x224", f"WaveMLP_{name}, batch {batch}", (batch, 3, 224, 224),
-                     (2, 3, 64, 64), build, image=True)
+                     (2, 3, 64, 64), build, image=True, narrow=False)
             )  # fmt: skip
     return found

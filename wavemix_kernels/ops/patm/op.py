@@ -107,7 +107,7 @@ def runs_whole(x: Tensor, backend: str, depthwise: bool) -> str | None:
     name = x.device.type if backend == "auto" else backend
     if depthwise or name not in ("cpu", "cuda") or whole.BACKENDS[name].why_not(x) is not None:
         return None
-    form = choose.patm(name, x.shape[1], depthwise)
+    form = choose.patm(name, x.shape[1], depthwise, torch.is_grad_enabled())
     if backend == "auto":
         other = "parts" if form == "whole" else "whole"
         form = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
