@@ -31,7 +31,7 @@ _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
-PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?Li(\d+)E")
+PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5StripI)?Li(\d+)E")
 MMA = re.compile(rf"(matmul_16_bit|matmul_tf32_kernel)(?:I{_TYPE}E)?")
 _MOVES = r"(\.CONSTANT|\.STRONG\.\w+)*$"
 

@@ -290,8 +290,9 @@ def _product(code: str, words: tuple[str, ...], kind: type, floating: bool) -> M
 def _convert(words: tuple[str, ...], types: list[str], kinds: list[type]) -> Meaning | None:
     """cvt.to.from; rounding to an integer is by `rni`, `rzi`, `rmi` or `rpi`."""
     (to, source), (kind, of) = types, kinds
-    if "sat" in words:
-        return None
+    if "sat" in words:  # to [0, 1], and NaN to 0
+        same = to == source == "f32"
+        return ([of], kind, lambda x: np.clip(np.nan_to_num(x, nan=0.0), 0, 1).astype(kind)) if same else None
     if to in ("f16x2", "bf16x2"):
         narrow = to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16)
         return [of, of], U32, lambda high, low: _pair(narrow(low), narrow(high))

@@ -32,7 +32,7 @@ def own_kernels() -> ModuleType:
 #: of all kinds, thin and empty images.
 SANITIZED = {
     "haar": (300, "tests/kernels/test_haar_outputs.py", "tests/kernels/cuda/test_haar.py"),
-    "reduce_haar": (100, "tests/ops/test_reduce_haar.py"),
+    "reduce_haar": (80, "tests/ops/test_reduce_haar.py"),
     "patm": (50, "tests/ops/test_patm.py", "tests/kernels/cuda/test_patm.py"),
 }
 
