@@ -114,7 +114,7 @@ _AGAIN = "pip install --force-reinstall --no-deps ."
 
 
 def advice() -> list[str]:
-    """What to do next on this machine, a line each; the core's own error is told before."""
+    """The next steps on this machine, a line each; the core's own error is told before."""
     core, cuda = _native.core, _native.cuda_core
     lines = []
     if core is not None and not core.OPENMP:

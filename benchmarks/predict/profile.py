@@ -266,7 +266,7 @@ _Issued = tuple[int, bool]
 
 
 class _Met:
-    """What the beginnings of ways ask for, by instruction and whether its guard keeps the followed lane out.
+    """Requests of the beginnings of ways, by instruction and whether its guard keeps the followed lane out.
 
     Attributes:
         ran: 1, or 0 where guards kept the whole warp out.
@@ -290,7 +290,7 @@ class _Met:
             self.ran[issued].append(bool(addresses))
             self.asked[issued].append(len(sectors))
             self.address.update((i, at) for at in addresses.values())
-            # What a warp loads again is found in the first-level cache, unless it goes past it or was written.
+            # A warp finds in the first-level cache what it loads again, unless the load goes past it or writes came.
             if (instruction.base == "LDG" and "STRONG" not in instruction.modifiers) or (
                 instruction.base == "LDGSTS" and "BYPASS" not in instruction.modifiers
             ):
@@ -299,7 +299,7 @@ class _Met:
         for issued, addresses in _requests(lanes, "shared", longest):
             i, _ = issued
             # 32 banks of 4 bytes, one word of each in a pass; words of 8 and 16 bytes go by parts of a warp.
-            # Of matrices, eight lanes each name the rows.
+            # Eight lanes name the rows of a matrix.
             matrices = kernel.code[i].base in ("LDSM", "STSM")
             words = 4 if matrices else max(1, kernel.code[i].width // 4)
             parts: dict[int, set[int]] = defaultdict(set)

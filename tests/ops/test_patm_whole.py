@@ -118,7 +118,23 @@ class OnGpu(Contract):
         return made
 
 
-test_contract = each.case(OnGpu())
+class Lit(OnGpu):
+    """A few columns of x are not zero. What reaches their neighbours comes through one tap, with nothing to hide
+    behind where a halo is off."""
+
+    axes: ClassVar[Any] = {
+        "shape": ((1, 64, 2, 67), (1, 96, 4, 34), (1, 128, 9, 35)), "map": ("none",), "layout": ("channels_last",),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        made = super().inputs(case, device)
+        lit = torch.zeros(case.shape[3], dtype=torch.bool, device=device)
+        lit[[column for column in (4, 31, 32, 63, 64) if column < len(lit)]] = True
+        made["x"].masked_fill_(~lit, 0)
+        return made
+
+
+test_contract = each.case(OnGpu(), Lit())
 
 
 @on("cuda")

@@ -186,7 +186,7 @@ _UNARY = {
 }  # fmt: skip
 _BINARY = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "rem": remainder,
+    "rem": remainder, "copysign": lambda sign, size: np.copysign(size, sign),
 }  # fmt: skip
 #: What the chips' classes of work are; everything else is integer work.
 MUFU = ("rcp", "rsqrt", "sqrt", "ex2", "lg2", "sin", "cos", "tanh")

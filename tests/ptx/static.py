@@ -1,4 +1,4 @@
-"""What predictions count in machine code, beside what the executor counted of the same launches."""
+"""Predictions' counts of machine code, beside the executor's counts of the same launches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Executed:
 
 @dataclass
 class Largest:
-    """Of each kernel that was executed in bfloat16, the launch to compare."""
+    """The launch to compare for each kernel that was executed in bfloat16."""
 
     kept: dict[str, Executed] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ class Largest:
 
 
 def compared(one: Executed) -> dict[str, tuple[float, float]]:
-    """What is counted -> (in machine code, executed)."""
+    """Counts by name: (in machine code, executed)."""
     cubin = elf.cuda_entries(CHIP.arch)[one.name][0].read_bytes() if one.ptx is None else _assembled(one.ptx)
     entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
     values = [one.parameters[at : at + size].ljust(size, b"\0") for at, size in entry.parameters]

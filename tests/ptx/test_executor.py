@@ -100,6 +100,8 @@ KNOWN = [
     ("rsqrt.approx.f32 %d, %a", F[:2], [[4]], [0.5]),
     ("sin.approx.f32 %d, %a", F[:2], [[0, -6, 7]], [2**-20.5, math.sin(-6) + 2**-20.5, NAN]),
     ("cos.approx.f32 %d, %a", F[:2], [[0, -6, 7]], [1 + 2**-20.5, math.cos(-6) + 2**-20.5, NAN]),
+    ("copysign.f32 %d, %a, %b", F[:3], [[-0.0, 2], [3, -4]], [-3, 4]),
+    ("cvt.sat.f32.f32 %d, %a", F[:2], [[-1, 0.25, 7, NAN]], [0, 0.25, 1, 0]),
     ("cvt.rn.f16.f32 %d, %a", ["f32", "f16"], [[1 + 2**-11, 1 + 3 * 2**-11, 65520]], [1, 1 + 2**-9, INF]),
     ("cvt.rn.bf16.f32 %d, %a", ["f32", "u16"], [[1 + 2**-8, 1 + 3 * 2**-8, -INF]], [0x3F80, 0x3F82, 0xFF80]),
     # A tie to even, above it, below it by a product that float32 would lose, infinity.

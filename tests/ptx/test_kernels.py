@@ -62,10 +62,10 @@ SESSIONS = {
 }
 
 
-#: What predictions count in machine code, of what was executed from PTX. The compiler makes divisions and roots of many
-#: instructions, which shows where there is little other arithmetic.
+#: Bounds of predictions' counts of machine code, as shares of what was executed from PTX. The compiler makes divisions
+#: and roots of many instructions, which shows where there is little other arithmetic.
 LEAST, MOST, RARE = 0.8, 1.25, 0.2
-#: Why a ratio lies outside.
+#: A reason for each ratio outside.
 _SINE = "phases beyond 8192 take the long way of a sine, with its table; predictions take the short one"
 _UNUSED = "four loads whose values nobody uses are not in machine code, which shows in a launch as short as this"
 OTHERWISE = {
@@ -112,7 +112,7 @@ def test_kernels_run_from_ptx(name: str) -> None:
 
 
 def differences(kernel: str, pairs: dict[str, tuple[float, float]]) -> list[str]:
-    """What machine code, as predictions follow it, does more or less often than PTX; a line each."""
+    """A line for each count that differs between machine code, as predictions follow it, and PTX."""
     ratios = {what: static / executed for what, (static, executed) in pairs.items() if executed}
     print(f"{kernel}:", ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items()))
     executed = pairs.pop("all")[1]

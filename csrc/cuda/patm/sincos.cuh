@@ -141,7 +141,7 @@ __device__ inline float cosine_of_chip(float r) {
   return y;
 }
 #else
-// As wrong as a chip's may be, always upwards, so that sums do not cancel it; out of range they give nothing.
+// The emulator errs as much as a chip may, always upwards, so that sums do not cancel it. Out of range it gives NaN.
 inline float as_wrong_as_allowed(double r, double exact) {
   return std::fabs(r) <= 6.283185307179586 ? static_cast<float>(exact + std::exp2(-20.5)) : std::nanf("");
 }
@@ -163,7 +163,7 @@ __device__ inline float reduce_far_to_circle(float x) {
 
 // --- All types -------------------------------------------------------------------------------------------
 
-// Of elements of type T. 0 <= x. Infinity and NaN become NaN.
+// T is the type of the elements. x is not negative. Infinity and NaN become NaN.
 template <class T, int N>
 __device__ inline void sine_cosine(const Arithmetic<T> (&x)[N], Arithmetic<T> (&sine)[N], Arithmetic<T> (&cosine)[N]) {
   using A = Arithmetic<T>;

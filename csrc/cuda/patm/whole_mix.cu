@@ -146,7 +146,7 @@ struct Mix {
     }
   }
 
-  // Of the warp's 16 rows of a matrix, channels 16 step .. + 15.
+  // Channels 16 step .. 16 step + 15 of the warp's 16 rows of a matrix.
   template <int kWhich>
   __device__ void weights(int step, Fragment (&a)[4]) const {
     if constexpr (kWhich < S::kResident) {

@@ -16,7 +16,7 @@ constexpr int kBlocks = C == 64 ? 2 : 1;
 template <int C>
 constexpr int kThreads = 4 * C;  // a warp for 16 rows of one half of the columns
 
-// What a block leaves: products (C, C), sums (C), its pixel (C), and the count of pixels.
+// A block leaves products (C, C), sums (C), its pixel (C), and the count of pixels.
 template <int C>
 constexpr int kProducts = C * C;
 template <int C>
