@@ -10,6 +10,7 @@ choice of a kernel. `aten.add` of two tensors of one element is the unit, measur
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,32 +197,42 @@ def _timed(calls: dict[Any, Callable[[], object]]) -> dict[Any, tuple[float, flo
     return {key: (min(took) * 1e6, min(took) / min(units)) for key, took in times.items()}
 
 
+def _choices(narrow: bool) -> AbstractContextManager[None]:
+    return narrow_choices() if narrow else nullcontext()
+
+
 def _main(names: Sequence[str]) -> dict[str, Any]:
     from ..harness.machine import environment
     from . import stub_gpu
 
     torch.set_num_threads(1)
     chosen = [step for step in steps() if step.name in names]
-    keys = [(step, training, provider) for step in chosen for training in (True, False) for provider in _PROVIDERS]
-    made = {(step.name, training, provider): _made(step, provider, training) for step, training, provider in keys}
+    made: dict[bool, dict[Any, Callable[[], None]]] = {True: {}, False: {}}  # narrow, or as they are
+    for step, training, provider in itertools.product(chosen, (True, False), _PROVIDERS):
+        narrow = step.is_narrow(training)
+        with _choices(narrow):
+            made[narrow][step.name, training, provider] = _made(step, provider, training)
     stub_gpu.install()
     kept = _without_products()
     counts: dict[Any, tuple[int, int]] = {}
     operators: dict[str, Any] = {}
-    for key, call in made.items():
-        call()
-        with _Launches() as launches, _Calls() as calls:
-            call()
-        counts[key] = launches.count, calls.library
-        if key[2] == "ours":
-            operators |= {name: call for name, call in calls.ours.items() if name not in operators}
-    timed = _timed(made)
+    timed: dict[Any, tuple[float, float]] = {}
+    for narrow, alike in made.items():
+        with _choices(narrow):
+            for key, call in alike.items():
+                call()
+                with _Launches() as launches, _Calls() as calls:
+                    call()
+                counts[key] = launches.count, calls.library
+                if key[2] == "ours":
+                    operators |= {name: call for name, call in calls.ours.items() if name not in operators}
+            timed |= _timed(alike)
     found: dict[str, Any] = {step.name: {"training": {}, "inference": {}} for step in chosen}
     for (name, training, provider), (us, adds) in timed.items():
         kernels, library = counts[name, training, provider]
         found[name]["training" if training else "inference"][provider] = asdict(Timed(us, adds, kernels, library))
     single: dict[str, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _choices(True):
         alone = {name: (lambda f=f, args=args, kw=kw: f(*args, **kw)) for name, (f, args, kw) in operators.items()}
         for name, call in alone.items():
             with _Launches() as launches, _Calls() as calls:
@@ -241,5 +253,4 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with narrow_choices():
-        print(json.dumps(_main(sys.argv[1:])))
+    print(json.dumps(_main(sys.argv[1:])))

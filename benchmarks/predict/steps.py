@@ -40,6 +40,8 @@ class Step:
         build: called with a provider of :data:`PROVIDERS` and the number that channels are divided by.
         channels_last: the memory order of a block's input. A model's image is in rows.
         image: no gradient is taken of the input.
+        narrow: in training, in inference: whether Python is timed on a narrow step. One whose kernels serve certain
+            widths alone, or that is narrow already, is timed as it is.
     """
 
     name: str
@@ -49,7 +51,10 @@ class Step:
     build: Callable[[str, int], Callable[[Tensor], Any]]
     channels_last: bool = False
     image: bool = False
-    narrow: bool = True
+    narrow: tuple[bool, bool] = (True, True)
+
+    def is_narrow(self, training: bool) -> bool:
+        return self.narrow[0 if training else 1]
 
     def make(self, provider: str, *, training: bool, narrow: bool = False) -> Callable[[Tensor], Any]:
         """The module or function in bf16, ours in its inference form where nothing trains."""
@@ -57,7 +62,7 @@ class Step:
         torch.set_default_dtype(torch.bfloat16)  # a fake parameter cannot change its dtype
         # It looks at the values, which fake parameters have not.
         with mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor):
-            made = self.build(provider, NARROW if narrow and self.narrow else 1)
+            made = self.build(provider, NARROW if narrow and self.is_narrow(training) else 1)
             if isinstance(made, nn.Module):
                 made.train(training).requires_grad_(training)
                 if provider != "ours":
@@ -197,9 +202,9 @@ def steps() -> list[Step]:
                     (64, 192, 64, 64), (2, 48, 16, 16), functools.partial(_waveblock, level), layout == "channels_last",
                 )
             )  # fmt: skip
-    # The kernels of the whole PATM serve certain widths alone.
     found.append(
-        Step("patm/fc/nchw/64x64x56x56", "PATM, C=64", (64, 64, 56, 56), (2, 64, 8, 8), _patm, narrow=False)
+        Step("patm/fc/nchw/64x64x56x56", "PATM, C=64", (64, 64, 56, 56), (2, 64, 8, 8), _patm,
+             narrow=(False, False))
     )  # fmt: skip
     small = (2, 3, 32, 32)
     found.append(
@@ -208,13 +213,13 @@ def steps() -> list[Step]:
     )  # fmt: skip
     found.append(
         Step("wavemix/lite-8-5/1024x1x28x28", "WaveMix-Lite 8/5, batch 1024", (1024, 1, 28, 28), (2, 1, 28, 28), _lite,
-             image=True, narrow=False)
+             image=True, narrow=(False, False))
     )  # fmt: skip
     for name in ("T", "S"):
         for batch in (32, 128):
             build = functools.partial(_wavemlp, name)
             found.append(
                 Step(f"wavemlp/{name}/{batch}x3x224x224", f"WaveMLP_{name}, batch {batch}", (batch, 3, 224, 224),
-                     (2, 3, 64, 64), build, image=True, narrow=False)
+                     (2, 3, 64, 64), build, image=True, narrow=(True, False))
             )  # fmt: skip
     return found
