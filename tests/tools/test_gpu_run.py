@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -145,11 +146,13 @@ def test_time_is_no_failure(deaf: bool, tmp_path: Path, monkeypatch: pytest.Monk
     """A job at its limit, one at its stage's, those never begun; one that ignores the interrupt, with a child."""
     monkeypatch.setattr(jobs, "GRACE_S", 0.5)
     # Its own child outlives it unless it is killed, too: it would hold the log open and write to it.
-    child = "import subprocess; subprocess.Popen(['sh', '-c', 'trap \"\" INT; sleep 8; echo late'])\n"
+    over = tmp_path / "over"
+    script = f'trap "" INT; until [ -e {over} ]; do sleep 0.1; done; echo late'
+    child = f"import subprocess; subprocess.Popen(['sh', '-c', {script!r}])\n"
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if deaf else ""
     sleep = ignore + "print('begun', flush=True); import time; time.sleep(60)"
-    first = stage("one", job("limit", child + sleep, seconds=2.5), job("end", sleep), job("never"), job("nor this"),
-                  until=0.08, width=2)  # fmt: skip
+    first = stage("one", job("limit", child + sleep, seconds=2), job("end", sleep), job("never"), job("nor this"),
+                  until=0.06, width=2)  # fmt: skip
     begin = time.monotonic()
     assert go(tmp_path, first, stage("two", job("after"))) == run.INCOMPLETE
     assert time.monotonic() - begin < 20
@@ -157,7 +160,8 @@ def test_time_is_no_failure(deaf: bool, tmp_path: Path, monkeypatch: pytest.Monk
     assert [(one["stage"], one["verdict"]) for one in lines][-1] == ("two", "PASS")
     assert [one["verdict"] for one in lines if one["log"] in ("limit.log", "end.log")] == ["TIME"] * 2
     assert "incomplete, nothing failed" in (tmp_path / "summary.txt").read_text()
-    time.sleep(max(0.0, begin + 9 - time.monotonic()))
+    over.touch()
+    time.sleep(0.5)
     assert "late" not in (tmp_path / "limit.log").read_text()
 
 
@@ -168,7 +172,10 @@ def test_what_never_began_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["key", "term"])
-def test_an_interrupt_stops_and_packs(way: str, tmp_path: Path) -> None:
+def test_an_interrupt_stops_and_packs(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # A shell starts what runs in the background with SIGINT ignored, and tests inherit that.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wait = job("wait", "import time; print('begun', flush=True); time.sleep(60)", op="haar", backend="cuda")
 
     def interrupt() -> None:
