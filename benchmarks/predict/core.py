@@ -19,9 +19,10 @@ from types import ModuleType
 
 from .tools import CACHE, ROOT, Missing, key, locked, program, run
 
-ARCHS = (80, 90, 100)
+ARCHS = (80, 90, 100, 120)
 MODULE = "_predicted"
 _CODES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+_OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0", *_CODES]
 _CSRC = ROOT / "csrc"
 _STUB = Path(__file__).parent / "stub" / "runtime.cpp"
 _BINDINGS = ("module", "haar", "reduce_haar", "patm", "patm_whole")  # the families that have CUDA kernels
@@ -44,7 +45,7 @@ def build() -> Path:
     if shutil.which("nvcc") is None:
         raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")
     headers = [p for folder in ("cuda", "include", "bindings") for p in (_CSRC / folder).rglob("*.*h")]
-    versions = run(["nvcc", "--version"]), sys.version
+    versions = run(["nvcc", "--version"]), sys.version, *_OPTIONS
     made_of = key([*_sources(), *headers], *versions)
     with locked("cuda"):
         folder = CACHE / f"cuda-{made_of}"
@@ -80,10 +81,10 @@ def _compiled(source: Path, made_of: str) -> Path:
         *(f"WAVEMIX_MODULE_NAME={MODULE}", "WAVEMIX_WITH_CPU=0", "WAVEMIX_WITH_CUDA=1"),
         *('WAVEMIX_BUILD_NOTE="launches are recorded"', f'WAVEMIX_CUDA_ARCHS="{" ".join(map(str, ARCHS))}"'),
     ]
-    options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0", *_CODES]
     names = [*(f"-I{path}" for path in includes), *(f"-D{name}" for name in defines)]
+    strict = ["-Werror", "all-warnings"] if source.suffix == ".cu" else []
     partial = made.with_suffix(".partial.o")
-    run(["nvcc", *options, *names, "-c", source, "-o", partial])
+    run(["nvcc", *_OPTIONS, *strict, *names, "-c", source, "-o", partial])
     partial.rename(made)
     return made
 
@@ -100,7 +101,11 @@ def load() -> ModuleType:
 
 
 def cubins(arch: int) -> list[Path]:
-    """Machine code of every CUDA kernel for a chip of :data:`ARCHS`."""
+    """Machine code of every CUDA kernel for a chip of :data:`ARCHS`.
+
+    Raises:
+        Missing, RuntimeError: see :func:`build`.
+    """
     return sorted((build() / str(arch)).glob("*.cubin"))
 
 

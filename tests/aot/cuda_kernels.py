@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.predict.tools import ROOT, key
-from tests.aot.table import ARCHS, Demands, Kernel, cached, machine_code
+from benchmarks.predict import core
+from benchmarks.predict.core import ARCHS
+from benchmarks.predict.tools import ROOT, Missing, key, run
+from tests.aot.table import CACHE, SHARED_OF_SYSTEM, Demands, Kernel, cached, cuobjdump, machine_code
 
 CSRC = ROOT / "csrc"
 THREADS = 128  # of every block, unless its pattern says otherwise
-SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 INCLUDES = (CSRC, CSRC / "cuda", CSRC / "include")
-OPTIONS = [
-    *("-std=c++17", "-fatbin", "-Xptxas", "-v", "-Werror", "all-warnings"),
-    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS),
-]
+OPTIONS = ("-std=c++17", "-cubin", "-Werror", "all-warnings")
 #: The kernels that test the emulated matrix instructions, here in PTX.
 MMA_SOURCE = ROOT / "tests" / "emulator" / "mma_kernels.cu"
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
@@ -98,7 +93,7 @@ def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     if kernel in ("patm_sum_products", "patm_branch_mlp"):
         return match[3], Demands(accesses=(r"LDG\.E",))
     # 48 sums of seven rows stay in a thread's 128 registers; some ten words beside them do not fit.
-    local = 112 if kernel == "patm_mix" and match[3] != "96" else 0
+    local = 40 if kernel == "patm_mix" and match[3] != "96" else 0
     accesses, products = (r"LDGSTS\.E\.BYPASS", r"LDSM\.16\.M"), (PRODUCTS[dtype],)
     return match[3], Demands(accesses=accesses, products=products, most_local=local)
 
@@ -121,44 +116,42 @@ def described(row: Kernel) -> Kernel:
     raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
 
 
-def compiled(source: Path) -> list[Kernel]:
-    """Every kernel of one source on every chip, with its mangled name: ptxas says what it takes, and the machine code
-    is read back."""
-    with tempfile.TemporaryDirectory(prefix="wavemix-aot-") as folder:
-        target = Path(folder) / f"{source.stem}.fatbin"
-        command = ["nvcc", *OPTIONS, *(f"-I{path}" for path in INCLUDES), str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
-        code = {arch: machine_code(target, arch) for arch in ARCHS}
-    rows = []
-    for entry in re.split(r"Compiling entry function ", done.stderr)[1:]:
-        mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)\w*'", entry).groups()
-        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-        shared = re.search(r"(\d+) bytes smem", entry)
-        rows.append(
-            Kernel(
-                mangled, int(arch), "", THREADS,
-                registers=int(re.search(r"Used (\d+) registers", entry)[1]),
-                shared=int(shared[1]) if shared else 0,
-                local=sum(map(int, stack.groups())),
-                instructions=dict(code[int(arch)][mangled]),
-            )
-        )  # fmt: skip
-    return rows
+def rows_of(binary: Path, arch: int) -> list[Kernel]:
+    """Every kernel of a file for one chip, with its mangled name: what it takes, and its machine code."""
+    usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    code = machine_code(binary, arch)
+    reserved = SHARED_OF_SYSTEM if arch >= 90 else 0  # where the tool counts it
+    return [
+        Kernel(name, arch, "", THREADS, registers, max(shared - reserved, 0), stack + local, dict(code[name]))
+        for name, *numbers in re.findall(usage, cuobjdump(binary, "-res-usage", "-arch", f"sm_{arch}"))
+        for registers, stack, shared, local in [map(int, numbers)]
+    ]
+
+
+def matrix_products() -> list[Path]:
+    """The tests' own source, compiled for each chip."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    made = []
+    for arch in ARCHS:
+        target = CACHE / f"{MMA_SOURCE.stem}.sm_{arch}.cubin"
+        run(["nvcc", *OPTIONS, f"-arch=sm_{arch}", *(f"-I{path}" for path in INCLUDES), MMA_SOURCE, "-o", target])
+        made.append(target)
+    return made
 
 
 def kernels() -> list[Kernel]:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH: install the CUDA toolkit to compile the kernels")
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    headers = [path for folder in (CSRC / "cuda", CSRC / "include") for path in folder.rglob("*.*h")]
-    headers += MMA_SOURCE.parent.glob("*.h")
+    """The package's as the predictions compile them, and those of :data:`MMA_SOURCE`."""
+    try:
+        package = core.build()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    headers = [path for folder in (CSRC / "cuda", MMA_SOURCE.parent) for path in folder.rglob("*.*h")]
+    made_of = key([MMA_SOURCE, *headers], package.name, *OPTIONS)
 
-    def one(source: Path) -> list[Kernel]:
-        made_of = key([source, *headers], version, *OPTIONS)
-        rows = cached(f"cuda-{source.stem}", made_of, lambda: compiled(source))
-        return [described(row) for row in rows]
+    def make() -> list[Kernel]:
+        files = [(arch, file) for arch in ARCHS for file in core.cubins(arch)]
+        files += zip(ARCHS, matrix_products(), strict=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [row for rows in pool.map(lambda one: rows_of(one[1], one[0]), files) for row in rows]
 
-    by_size = sorted([*SOURCES, MMA_SOURCE], key=lambda path: path.stem != "reduce_haar")  # the longest first
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(one, by_size) for row in rows]
+    return [described(row) for row in cached("cuda", made_of, make)]

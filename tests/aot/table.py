@@ -15,7 +15,6 @@ import pytest
 from benchmarks.predict.tools import ROOT, Missing, program, run
 
 CACHE = ROOT / "build" / "aot"
-ARCHS = (80, 90, 100, 120)
 MAX_REGISTERS = 255  # of one thread
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, on each of these chips
 #: Shared memory of one multiprocessor, bytes (CUDA C++ programming guide, compute capabilities).

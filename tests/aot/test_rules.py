@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.predict.core import ARCHS
 from tests.aot import cuda_kernels, triton_kernels
-from tests.aot.table import ARCHS, MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Kernel
+from tests.aot.table import MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Kernel
 
 pytestmark = pytest.mark.prove
 
