@@ -95,7 +95,9 @@ def _files(module: str) -> set[str]:
 def _moved(name: str, text: str, namespace: str) -> str:
     """`text` of the file `name` with relative imports and operators in `namespace`."""
     if name == "_native.py":
-        text, count = re.subn(rf"^try:\n    from {NAME} import _core .*?, stacklevel=2\)\n", _NO_CORE, text, flags=re.M | re.S)
+        text, count = re.subn(
+            rf"^try:\n    from {NAME} import _core .*?, stacklevel=2\)\n", _NO_CORE, text, flags=re.M | re.S
+        )
         if count != 1:
             raise ValueError("_native.py: expected one import of the compiled core")
     dots = "." * (name.count("/") + 1)

@@ -16,7 +16,7 @@ _USE = """
 import sys
 from pathlib import Path
 import torch
-import wavemix_kernels
+import wavemix_kernels, wavemix_kernels.reference
 from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, register_kernel_mapping
 from kernels import replace_kernel_forward_from_hub
 
