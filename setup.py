@@ -118,7 +118,7 @@ class CMakeBuild(build_ext):
             if not ext.optional:
                 raise
             failed = isinstance(error, subprocess.CalledProcessError)
-            why = f"{shlex.join(map(str, error.cmd))} failed" if failed else str(error)
+            why = f"{error.cmd[0]} failed; `pip install -v` shows how" if failed else str(error)
             why = f"this install is without the compiled core, which did not build on {sys.platform}: {why}"
             for note in notes:
                 note.parent.mkdir(parents=True, exist_ok=True)
