@@ -9,13 +9,14 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv test prove bench docs lint clean
+.PHONY: help venv test prove bench docs wheels lint clean
 
 help:
 	@echo "make test [ARGS=...]    set up $(VENV), build, check that all works here (pytest arguments)"
 	@echo "make prove [ARGS=...]   the other tests: all chips and configurations, sanitizers, several processes, the docs' code"
 	@echo "make bench [ARGS=...]   set up $(VENV), build, run the benchmarks (--quick, --cases, --list ...)"
 	@echo "make docs               the documentation as a site: site/index.html"
+	@echo "make wheels [ARGS=...]  build, repair and try the wheels: dist/ (--kinds cpu,cuda --python PATH)"
 	@echo "make lint               ruff, clang-format, mypy"
 	@echo "make clean              remove $(VENV) and build results"
 
@@ -40,6 +41,10 @@ bench: $(STAMP)
 # Nothing is imported: the pages of public names are read from the sources.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheels: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[release]"
+	$(BIN)/python release/wheels.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

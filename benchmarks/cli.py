@@ -40,6 +40,8 @@ DEFAULT_OUT = "bench-results"
 # Seconds of rounds per case, and of wall time for the run; past the latter no compilation and no case is begun.
 FULL, QUICK = Effort(seconds=3.0, fewest=5, most=200), Effort(seconds=1.0, fewest=3, most=50)
 FULL_LIMIT_S, QUICK_LIMIT_S, ALL_LIMIT_S = 330.0, 65.0, 2400.0
+#: Kept for each case to come: torch.compile has only what is left, so that it leaves no case out.
+OTHERS_S = 3.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,8 +78,10 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         if arguments.command == "traffic":
             print(traffic.report())
             return 0
-        if arguments.command == "results":
-            return _write_results()
+        if arguments.files and arguments.command != "publish":
+            raise _Refused(f"{arguments.files[0]}: only publish takes files")
+        if arguments.command == "publish":
+            return _publish(arguments.files)
         chosen, left_out, providers = _select(arguments, registry() if cases is None else cases)
         if arguments.list:
             _list(chosen)
@@ -95,11 +99,24 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
     return status
 
 
-def _write_results() -> int:
-    from .report import pages
+def _publish(files: Sequence[Path]) -> int:
+    from .report import pages, published
 
     if not (pages.ROOT / "docs").is_dir():
-        raise _Refused("results: there is no docs/ beside the benchmarks; run it in a checkout")
+        raise _Refused("publish: there is no docs/ beside the benchmarks; run it in a checkout")
+    runs = []
+    for file in files:
+        try:
+            runs.append(Results.load(file))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Refused(f"publish {file}: no results.json of a run ({type(error).__name__}: {error})") from error
+        if not runs[-1].complete:
+            raise _Refused(f"publish {file}: the run was interrupted")
+    for run in runs:
+        for path in _write_report(run)[1:]:
+            print(f"wrote {path}")
+    for path in published.take(files):
+        print(f"deleted {path}, since later runs have all its cases")
     for path in pages.write():
         print(f"wrote {path}")
     return 0
@@ -113,12 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("traffic", "results", "predict"),
-        help="traffic: count each operator's memory traffic; results: make docs/results.md, the README's table and "
-        "chart from benchmarks/results/, and the table of docs/gpu-status.md; predict: what a GPU will do, without one "
-        "(options: predict --help)",
+        choices=("traffic", "publish", "predict"),
+        help="traffic: count each operator's memory traffic; publish [results.json ...]: put these runs into "
+        "benchmarks/results/ and make docs/results.md, the README's table and chart, and the table of "
+        "docs/gpu-status.md; predict: what a GPU will do, without one (options: predict --help)",
     )
-    parser.add_argument("--quick", action="store_true", help="the headline cases, fewer rounds (about a minute)")
+    parser.add_argument("files", nargs="*", metavar="results.json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="a case of each family, without torch.compile (a minute)")
     parser.add_argument("--cases", metavar="GLOB[,GLOB]", help="only cases with such names, for example 'haar/*bf16*'")
     parser.add_argument("--all", action="store_true", help="whole models and more sizes too (more than half an hour)")
     parser.add_argument("--providers", metavar="A,B", help=f"only these of {', '.join(PROVIDERS)}")
@@ -138,6 +156,8 @@ def _select(arguments: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[
     if arguments.limit is not None and not arguments.limit > 0:
         raise _Refused(f"--limit {arguments.limit:g}: expected a positive number of seconds")
     providers = [*PROVIDERS] if arguments.device != "cpu" else [*ON_CPU]
+    if arguments.quick:
+        providers = [name for name in providers if name not in COMPILED]
     if arguments.providers is not None:
         asked = [name.strip() for name in arguments.providers.split(",") if name.strip()]
         unknown = [name for name in asked if name not in PROVIDERS]
@@ -201,16 +221,18 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
         with terminal.progress(len(cases)) as progress:
             progress.doing("this machine's copy bandwidth")
             results.machine = {"copy_gbps": copy_bandwidth(device)}
-            meter = Meter(device, effort, may_compile=_within(begin + limit))
+            meter = Meter(device, effort)
             for number, case in enumerate(cases):
                 left = begin + limit - time.monotonic()
                 if left <= 0:
                     why = f"--limit {limit:g} seconds were over before this case"
-                    results.add([Row(case.name, case.group, name, "skipped", why) for name in providers])
+                    skipped = [name for name in providers if case.takes(name)]
+                    results.add([Row(case.name, case.group, name, "skipped", why) for name in skipped])
                     continue
                 # Rounds get at most half of the case's share; the rest is for checks and compilation.
                 share = left / (len(cases) - number) / 2
                 meter.effort = dataclasses.replace(effort, seconds=min(effort.seconds, share))
+                meter.may_compile = _within(begin + limit - OTHERS_S * (len(cases) - number - 1))
                 meter.announce = lambda doing, name=case.name: progress.doing(f"{name}  {doing}")
                 rows: list[Row] = []
                 try:
@@ -271,7 +293,7 @@ def _first_time_only(rows: Sequence[Row], said: set[str]) -> list[Row]:
     """Rows without those of a provider whose absence was explained, in the same words, under an earlier case."""
     shown = []
     for row in rows:
-        if row.status == "unavailable":
+        if row.status in ("unavailable", "skipped"):
             words = f"{row.provider}: {row.reason}"
             if words in said:
                 continue

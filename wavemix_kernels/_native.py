@@ -22,6 +22,8 @@ from wavemix_kernels import _startup
 def _why_missing(error: ImportError) -> str:
     """In the folder of a checkout Python imports the sources, whatever is installed."""
     here = Path(__file__).resolve().parent
+    if (left_out := here / "_core_left_out.txt").exists():  # setup.py's
+        return left_out.read_text(encoding="utf-8").strip()
     if (here.parent / "setup.py").exists() and not list(here.glob("_core*")):
         return (
             f"{here} holds the sources, without the compiled core; build it there by "

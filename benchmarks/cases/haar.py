@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..harness import photographs
 from ..harness.case import CPU, GPU, Case, Expectation, Forward, Setting, arithmetic, case_name, feature_maps
 from ..harness.gate import Limit, elementwise
-from ..harness.rivals import upstream_wavelets, wtconv_transform
+from ..harness.rivals import cosmos_patcher, peers, upstream_wavelets, wtconv_transform
 
 
 def haar_case(
@@ -37,7 +38,12 @@ def haar_case(
         dtype=dtype,
         backward=backward,
         inputs=feature_maps(size, layout),
-        makers={"upstream": upstream, "reference": reference, "ours": ours},
+        makers={
+            "upstream": upstream,
+            **peers("haar", "zero", levels, backward, dtype),
+            "reference": reference,
+            "ours": ours,
+        },
         limits=lambda exact, u: _limits(levels, exact, u),
         **options,
     )
@@ -115,13 +121,68 @@ def _bands_limits(exact: Expectation, u: float) -> list[Limit]:
     return elementwise(magnitudes, [8] * len(magnitudes), u)
 
 
+def cosmos_case(dtype: torch.dtype, size: tuple[int, int, int, int, int], backward: bool, **options: Any) -> Case:
+    """Cosmos' patches of 4: two rounds of the transform along frames, rows and columns, all bands of the first round
+    again."""
+    rounds = 2
+
+    def upstream(setting: Setting) -> Forward:
+        return cosmos_patcher(rounds, setting.device, setting.dtype)
+
+    def reference(setting: Setting) -> Forward:
+        return lambda x: _cosmos(x, rounds)
+
+    def ours(setting: Setting) -> Forward:
+        from wavemix_kernels.ops.haar import haar_bands3d
+
+        return lambda x: haar_bands3d(x, "cosmos3d", rounds=rounds)
+
+    def video() -> list[torch.Tensor]:
+        n, c, frames, h, w = size
+        return [photographs.feature_maps(n * frames, c, h, w).unflatten(0, (n, frames)).transpose(1, 2).contiguous()]
+
+    def limits(exact: Expectation, u: float) -> list[Limit]:
+        # A round: three sums of two products, and the scale. Absolute values go through sums alone.
+        with torch.enable_grad():
+            x = exact.inputs[0].abs().requires_grad_()
+            largest = _cosmos(x, rounds, signs=False)
+        found = [largest.detach()]
+        if exact.cotangents:
+            found += torch.autograd.grad(largest, x, exact.cotangents[0].abs())
+        return elementwise(found, [10 * rounds + 2] * len(found), u)
+
+    passes = "forward+backward" if backward else "forward"
+    return Case(
+        name=case_name("haar", "cosmos3d", arithmetic(dtype), "nchw", size, passes),
+        group="haar",
+        dtype=dtype,
+        backward=backward,
+        inputs=video,
+        makers={"upstream": upstream, "reference": reference, "ours": ours},
+        limits=limits,
+        **options,
+    )
+
+
+def _cosmos(x: torch.Tensor, rounds: int, signs: bool = True) -> torch.Tensor:
+    """(N, C, 1 + frames, H, W) -> (N, 8**rounds C, ...), the first frame repeated to a patch's length."""
+    x = torch.cat((x[:, :, :1].repeat_interleave(2**rounds, 2), x[:, :, 1:]), 2)
+    for _ in range(rounds):
+        parts = [x]
+        for axis in (2, 3, 4):
+            halves = [(part.unflatten(axis, (-1, 2)).unbind(axis + 1)) for part in parts]
+            parts = [made for a, b in halves for made in ((a + b) / 2, (a - b if signs else a + b) / 2)]
+        x = torch.cat(parts, 1)
+    return x
+
+
 def haar_cases() -> list[Case]:
     headline, small, odd = (4, 64, 256, 256), (64, 16, 32, 32), (8, 64, 57, 57)
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     everywhere = CPU + GPU
     plan = [
-        (1, fp32, "nchw", headline, everywhere),
         (4, fp32, "nchw", headline, everywhere),
+        (1, fp32, "nchw", headline, everywhere),
         (1, fp32, "channels_last", headline, everywhere),
         (4, fp32, "channels_last", headline, everywhere),
         (1, bf16, "nchw", headline, everywhere),
@@ -139,10 +200,17 @@ def haar_cases() -> list[Case]:
         (bf16, "nchw", headline, everywhere),
     ]
     transforms = [
-        haar_case(*what, backward, devices=devices, quick=tuple(what[1:]) == (fp32, "nchw", headline))
+        haar_case(*what, backward, devices=devices, quick=backward and tuple(what) == (4, fp32, "nchw", headline))
         for *what, devices in plan
-        for backward in (False, True)
+        for backward in (True, False)
     ]
-    return transforms + [
-        wtconv_case(*what, backward, devices=devices) for *what, devices in wtconv_plan for backward in (False, True)
-    ]
+    videos = [cosmos_case(fp32, (1, 3, 9, 256, 256), backward, devices=everywhere) for backward in (True, False)]
+    return (
+        transforms
+        + videos
+        + [
+            wtconv_case(*what, backward, devices=devices)
+            for *what, devices in wtconv_plan
+            for backward in (True, False)
+        ]
+    )

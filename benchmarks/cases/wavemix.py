@@ -58,7 +58,7 @@ def waveblock_cases() -> list[Case]:
     both = (True, False)
     narrow, wide = (8, 64, 64, 64), (64, 192, 64, 64)
     cases = [
-        waveblock_case(level, "nchw", narrow, training, quick=level == 1 and not training)
+        waveblock_case(level, "nchw", narrow, training, quick=level == 1 and training)
         for level in (1, 2, 3, 4)
         for training in both
     ]
@@ -66,6 +66,11 @@ def waveblock_cases() -> list[Case]:
         waveblock_case(level, layout, wide, training, devices=GPU, autocast=BF16)
         for level in (1, 3, 4)
         for layout in ("nchw", "channels_last")
+        for training in both
+    ]
+    cases += [
+        waveblock_case(level, "nchw", narrow, training, devices=CPU, autocast=BF16, extra=True)
+        for level in (1, 3)
         for training in both
     ]
     # The widths of the published models, in the arithmetic that is not above.
@@ -122,6 +127,10 @@ MODELS: tuple[tuple[str, Callable[..., nn.Module], bool, Size, Size | None], ...
 )
 
 
+#: Half types are slower than float32 on most CPUs; these say how much.
+IN_BF16_ON_CPU = ("lite-64-6", "classification-192-4-L3")
+
+
 def model_case(
     name: str, model: Callable[..., nn.Module], drops: bool, size: Size, training: bool, layout: str = "nchw",
     **options: Any,
@@ -169,7 +178,10 @@ def wavemix_cases() -> list[Case]:
     cases = []
     for name, model, drops, on_cpu, on_gpu in MODELS:
         for training in (True, False):
-            cases.append(model_case(name, model, drops, on_cpu, training, devices=CPU))
+            quick = training and name == "lite-8-5"
+            cases.append(model_case(name, model, drops, on_cpu, training, devices=CPU, quick=quick))
+            if name in IN_BF16_ON_CPU:
+                cases.append(model_case(name, model, drops, on_cpu, training, devices=CPU, autocast=BF16))
             for autocast in (BF16, None) if on_gpu is not None else ():
                 cases.append(model_case(name, model, drops, on_gpu, training, devices=GPU, autocast=autocast, judged=8))
             if on_gpu is not None:  # the order that a GPU's library likes best; ours take it in any case

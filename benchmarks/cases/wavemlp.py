@@ -86,7 +86,11 @@ def patm_cases() -> list[Case]:
         for stage, shape in enumerate(STAGES):
             for training in (True, False):
                 extra = stage > 0
-                cases.append(patm_case(mode, (8, *shape), training, devices=CPU, extra=extra))
+                quick = training and mode == "fc" and not extra
+                cases.append(patm_case(mode, (8, *shape), training, devices=CPU, extra=extra, quick=quick))
+                if stage == 0:
+                    given: Any = {"devices": CPU, "autocast": BF16, "extra": True}
+                    cases.append(patm_case(mode, (8, *shape), training, **given))
                 for autocast in (BF16, None):
                     cases.append(
                         patm_case(mode, (128, *shape), training, devices=GPU, autocast=autocast, extra=extra, judged=8)
@@ -140,6 +144,8 @@ def wavemlp_cases() -> list[Case]:
     for name in ("T_dw", "S"):
         for training in (True, False):
             cases.append(model_case("wavemlp", name, on_cpu, training, devices=CPU))
+            if name == "T_dw":
+                cases.append(model_case("wavemlp", name, on_cpu, training, devices=CPU, autocast=BF16))
             cases.append(model_case("wavemlp", name, on_gpu, training, devices=GPU, autocast=BF16, judged=8))
         cases.append(model_case("wavemlp", name, on_gpu, False, devices=GPU, judged=8))
     # Frames per second of training in fp16 autocast and fp32; no other case trains in fp32.

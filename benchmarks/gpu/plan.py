@@ -72,8 +72,8 @@ class Budget:
 
 # --- Timings -------------------------------------------------------------------------------------------------
 
-_EAGER = ("upstream", "reference", "auto", "auto+graph")
-_COMPILED = ("upstream", "reference", "compile", "reduce-overhead", "auto", "auto+graph", "auto+compile")
+_EAGER = ("upstream", "reference", "ours", "ours+graph")
+_COMPILED = ("upstream", "reference", "compile", "reduce-overhead", "ours", "ours+graph", "ours+compile")
 _EACH = ("triton", "cuda")
 _WIDE = "waveblock/L{}/bf16-autocast/{}/64x192x64x64/*"
 _HEADLINE = ("haar/J1/fp32/nchw/4x64x256x256/*", "haar/J4/fp32/nchw/4x64x256x256/*")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..harness.gate import Limit, calibrated, root_mean_square, summation, unit_roundoff
 from . import photographs
+from .rivals import PEERS
 
 Forward = Callable[..., Any]
 
@@ -57,8 +58,8 @@ class Case:
         dtype: of inputs and parameters.
         backward: measure forward+backward instead of forward.
         inputs: makes the inputs on the CPU in float32, in their final memory layout.
-        makers: functions that make the callables of "upstream", "reference" (also the oracle, and compiled) and
-            "ours". A callable that is a module brings its parameters.
+        makers: functions that make the callables of "upstream", "reference" (also the oracle, and compiled), "ours"
+            and of other packages that have the operation. A callable that is a module brings its parameters.
         limits: permitted errors of outputs and gradients, from the float64 values and the unit roundoff.
         stochastic: the exact twin differs from what is timed (dropout).
         autocast: dtype of ``torch.autocast`` around the forward, if any.
@@ -90,6 +91,10 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = False
     extra: bool = False
+
+    def takes(self, provider: str) -> bool:
+        """Whether `provider` has a form of this case: other packages have wavelets alone."""
+        return provider not in PEERS or provider in self.makers
 
     def roundoff(self, device: torch.device) -> float:
         """Unit roundoff of the arithmetic that is allowed here."""

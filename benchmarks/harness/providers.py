@@ -16,26 +16,27 @@ from torch.utils._pytree import tree_leaves
 
 from . import graphs
 from .case import Case, Forward, Setting
-from .rivals import Unavailable
+from .rivals import PEERS, Unavailable
 
 # Name -> what it is, in the order of tables and plots.
 PROVIDERS = {
     "upstream": "what users have today: pytorch_wavelets, and wavemix's own order of operations around it, eager",
+    **{name: f"the package of that name ({version}), eager; wavelets alone" for name, version in PEERS.items()},
     "reference": "wavemix_kernels.reference, eager",
     "compile": "torch.compile of the reference, in its best setting",
     "reduce-overhead": "torch.compile of the reference in CUDA graphs (mode reduce-overhead); needs a GPU",
-    "auto": "wavemix_kernels as users get it",
-    "auto+compile": "wavemix_kernels as users get it, inside torch.compile",
-    "auto+graph": "wavemix_kernels as users get it, the whole step one CUDA graph; needs a GPU",
+    "ours": "wavemix_kernels as users get it",
+    "ours+compile": "wavemix_kernels as users get it, inside torch.compile",
+    "ours+graph": "wavemix_kernels as users get it, the whole step one CUDA graph; needs a GPU",
     "cpu": "wavemix_kernels, C++ kernels",
     "triton": "wavemix_kernels, Triton kernels",
     "cuda": "wavemix_kernels, CUDA C++ kernels",
 }
 BACKENDS = ("cpu", "triton", "cuda")
-OURS = ("auto", "auto+compile", "auto+graph", *BACKENDS)
-COMPILED = ("compile", "reduce-overhead", "auto+compile")
-#: What a CPU measures by default. "auto" is "cpu" there: each row is measured once.
-ON_CPU = ("upstream", "reference", "compile", "auto")
+OURS = ("ours", "ours+compile", "ours+graph", *BACKENDS)
+COMPILED = ("compile", "reduce-overhead", "ours+compile")
+#: What a CPU measures by default. "ours" is "cpu" there: each row is measured once.
+ON_CPU = ("upstream", *PEERS, "reference", "compile", "ours")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def make(case: Case, provider: str, setting: Setting, inputs: Sequence[Tensor]) 
         Unavailable: it does not serve this case on this machine.
     """
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    graphed = provider == "auto+graph"
+    graphed = provider == "ours+graph"
     if (graphed or provider == "reduce-overhead") and (reason := graphs.why_not(setting.device)) is not None:
         raise Unavailable(reason)
     if provider in OURS:

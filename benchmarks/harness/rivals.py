@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: Other packages with the same wavelet transforms, and what they run on.
+PEERS = {"ptwt": "PyTorch", "torchwavelets": "PyTorch", "PyWavelets": "C, without gradients"}
+
 
 class Unavailable(Exception):
     """A provider that this machine cannot run; the message is the reason, in one line."""
+
+
+def peers(
+    wave: str, mode: str, levels: int, backward: bool, dtype: torch.dtype
+) -> dict[str, Callable[[object], Callable[[Tensor], list[Tensor]]]]:
+    """Makers of the analysis by each of :data:`PEERS`, with a level's bands joined in one tensor, as all others have
+    them."""
+
+    def joined(ll: Tensor, *details: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        return [ll, *(torch.stack(bands, 2) for bands in reversed(details))]
+
+    def ptwt(_: object) -> Callable[[Tensor], list[Tensor]]:
+        module = _imported("ptwt")
+        return lambda x: joined(*module.wavedec2(x, wave, mode=mode, level=levels))
+
+    def torchwavelets(setting: Any) -> Callable[[Tensor], list[Tensor]]:
+        transform = _imported("torchwavelets").compat.DWTForward(J=levels, wave=wave, mode=mode)
+        transform = transform.to(setting.device, setting.dtype)
+
+        def run(x: Tensor) -> list[Tensor]:
+            ll, highs = transform(x)
+            return [ll, *highs]
+
+        return run
+
+    def pywavelets(setting: Any) -> Callable[[Tensor], list[Tensor]]:
+        if backward or setting.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            raise Unavailable("PyWavelets has no gradients, no half types and no GPU")
+        module = _imported("pywt")
+
+        def run(x: Tensor) -> list[Tensor]:
+            ll, *details = module.wavedec2(x.numpy(), wave, mode=mode, level=levels)
+            return joined(torch.from_numpy(ll), *(tuple(map(torch.from_numpy, bands)) for bands in details))
+
+        return run
+
+    return {"ptwt": ptwt, "torchwavelets": torchwavelets, "PyWavelets": pywavelets}
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unavailable(f"{name} does not import ({error})") from error
+
+
+def cosmos_patcher(rounds: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """diffusers' ``CosmosPatchEmbed3d`` for patches of ``2**rounds``."""
+    module = _imported("diffusers.models.autoencoders.autoencoder_kl_cosmos")
+    return module.CosmosPatchEmbed3d(2**rounds).to(device, dtype)
 
 
 @functools.cache

@@ -79,17 +79,26 @@ def page(results: Results, pictures: Sequence[Picture]) -> str:
     ]
     if not results.complete:
         parts.append("<p><b>This run was interrupted; what follows is what it had measured.</b></p>")
+    skipped = [case for case in dict.fromkeys(row.case for row in results.rows) if not _ran(results, case)]
+    if skipped:
+        names = ", ".join(f"<code>{escape(case)}</code>" for case in skipped)
+        parts.append(f"<p class='soft'>Not run, since the time was over: {names}</p>")
     parts += [_summary(results)]
     if pictures:
         parts.append("<h2>Pictures</h2>")
         parts += [_picture(picture) for picture in pictures]
     for group in results.groups():
-        parts.append(f"<h2>{escape(group)}</h2>")
-        parts += [_case(results, case) for case in results.cases(group)]
+        cases = [case for case in results.cases(group) if case not in skipped]
+        if cases:
+            parts += [f"<h2>{escape(group)}</h2>", *(_case(results, case) for case in cases)]
     parts += ["<h2>How it was measured</h2>", _METHOD, "<h2>Providers</h2><dl>"]
     parts += [f"<dt>{name}</dt><dd>{escape(meaning)}</dd>" for name, meaning in PROVIDERS.items()]
     parts += ["</dl><h2>Environment</h2><dl>", *_environment(results), "</dl></body></html>\n"]
     return "\n".join(parts)
+
+
+def _ran(results: Results, case: str) -> bool:
+    return any(row.status != "skipped" for row in results.rows if row.case == case)
 
 
 def _headline(results: Results) -> str:
@@ -109,7 +118,9 @@ def _summary(results: Results) -> str:
     for group in results.groups():
         for case in results.cases(group):
             ratios = {row.provider: row.speedup for row in results.rows if row.case == case and row.speedup is not None}
-            best = max(ratios.values(), default=None)
+            if not ratios:
+                continue
+            best = max(ratios.values())
             cells = (_ratio(ratios.get(name), best) for name in names)
             lines.append(f"<tr><td><code>{escape(case)}</code></td>{''.join(cells)}</tr>")
     return (

@@ -1,4 +1,4 @@
-"""The generated pages: ``python -m benchmarks results``.
+"""The generated pages: ``python -m benchmarks publish``.
 
 docs/results.md and the README's table are made from the committed runs, the table of docs/gpu-status.md from the list
 of what a GPU has verified.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..harness.rivals import PEERS
 from . import chart, gpu_status, published
 from .published import Result, Run
 from .text import NONE, duration, size
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _GROUPS = {
     "haar": "Haar",
+    "dwt": "Other wavelets",
     "waveblock": "Waveblock",
     "patm": "PATM",
     "wavemix": "WaveMix models",
@@ -91,13 +93,16 @@ def _share(result: Result) -> str:
 _INTRODUCTION = """\
 # Results
 
-<!-- Generated from benchmarks/results/*.json by `python -m benchmarks results`. A test finds edits by hand. -->
+<!-- Generated from benchmarks/results/*.json by `python -m benchmarks publish`. A test finds edits by hand. -->
 
 Times are medians of interleaved rounds. Each provider was compared with the float64 reference before it was timed
 ([how](use/benchmarks.md)). The machines are shared and noisy: read the ratios. Both sides of a ratio come from one run.
 
-- **upstream**: pytorch_wavelets for Haar, WTConv's grouped convolution for `wtconv`, and the published order of
-  operations for blocks and models. **compile**: `torch.compile` of the reference in its best setting.
+- **upstream**: pytorch_wavelets for wavelets, WTConv's grouped convolution for `wtconv`, diffusers' patcher for
+  `cosmos3d`, and the published order of operations for blocks and models. A star marks the reference in its place: in
+  bf16 the gradients of upstream's transforms fail under autocast.
+- **ptwt**, **torchwavelets**, **PyWavelets**: other packages with the same transforms.
+- **compile**: `torch.compile` of the reference in its best setting.
 - **case**: operation, dtype, layout, shape and pass. With the group's name in front it is what `--cases` takes.
 - **peak**: the most that a call holds above inputs, parameters and their gradients, ours of upstream's.
 - **saved**: what autograd keeps for backward beside inputs and parameters, ours of upstream's.
@@ -129,20 +134,24 @@ _COLUMNS = ("upstream", "compile", "ours", "over upstream", "over compile", "pea
 
 
 def _results(prefix: str, results: Sequence[Result]) -> str:
-    return _table(("case", *_COLUMNS), [(f"`{r.case.removeprefix(prefix + '/')}`", *_cells(r)) for r in results])
+    peers = [name for name in PEERS if any(name in result.run.cases[result.case] for result in results)]
+    headings = ("case", _COLUMNS[0], *peers, *_COLUMNS[1:])
+    return _table(headings, [(f"`{r.case.removeprefix(prefix + '/')}`", *_cells(r, peers)) for r in results])
 
 
-def _cells(result: Result) -> tuple[str, ...]:
-    compiled, over = result.compile, result.over_compile
+def _cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
+    compiled, over, rows = result.compile, result.over_compile, result.run.cases[result.case]
+    mark = "\\*" if result.upstream_fails else ""
     elsewhere = result.compiled is not None and result.compiled is not result.run
     run = str(result.run.number)
     if result.earlier:
         run += f", replaces {', '.join(str(earlier.number) for earlier in result.earlier)}"
     return (
-        duration(result.upstream.median_ms),
+        duration(result.upstream.median_ms) + mark,
+        *(duration(rows[name].median_ms) if name in rows else NONE for name in peers),
         duration(compiled.median_ms) if compiled else NONE,
         duration(result.ours.median_ms),
-        f"{result.over_upstream:.2f}x",
+        f"{result.over_upstream:.2f}x{mark}",
         NONE if over is None else f"{over:.2f}x" + (f" ({result.compiled.number})" if elsewhere else ""),
         _of(result.ours.peak_bytes, result.upstream.peak_bytes),
         _of(result.ours.saved_bytes, result.upstream.saved_bytes),

@@ -30,19 +30,22 @@ class Theme:
 
 _LIGHT_BARS = {
     "upstream": "#9aa0a6",
+    "ptwt": "#b8a1c9",
+    "torchwavelets": "#8f7aa8",
+    "PyWavelets": "#66527f",
     "reference": "#c9b458",
     "compile": "#e69f00",
     "reduce-overhead": "#d55e00",
-    "auto": "#0072b2",
-    "auto+compile": "#004b75",
-    "auto+graph": "#5b8db8",
+    "ours": "#0072b2",
+    "ours+compile": "#004b75",
+    "ours+graph": "#5b8db8",
     "cpu": "#56b4e9",
     "triton": "#009e73",
     "cuda": "#cc79a7",
 }
 LIGHT = Theme("#ffffff", "#1f2328", "#d8dee4", _LIGHT_BARS)
 DARK = Theme(
-    "#0d1117", "#e6edf3", "#30363d", _LIGHT_BARS | {"auto": "#2f81f7", "cpu": "#9ad7ff", "upstream": "#7d858e"}
+    "#0d1117", "#e6edf3", "#30363d", _LIGHT_BARS | {"ours": "#2f81f7", "cpu": "#9ad7ff", "upstream": "#7d858e"}
 )
 
 
@@ -103,13 +106,16 @@ def draw(what: Chart, theme: Theme) -> bytes:
     height = _HEAD + inside + _FOOT
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor=theme.ground)
     share = 0.96 / len(passes)
+    longest = max((*(length for _, length in what.bars), what.line or 0.0)) or 1.0
     for column, name in enumerate(passes):
         position = (0.02 + column * share, _FOOT / height, share - 0.02, inside / height)
         axes = figure.add_axes(position, facecolor=theme.ground)
         bars = [(row, length) for row, length in what.bars if _pass(row) == name]
-        _column(axes, bars, heights, inside, what, theme)
-        if len(passes) == 1:
-            axes.set_xlim(right=axes.get_xlim()[1] * 1.3)
+        _column(axes, bars, heights, inside, longest, what.form, theme)
+        if what.line is not None:
+            axes.axvline(what.line, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6, zorder=2.5)
+        # One scale for all columns, with room for labels beside the longest bar.
+        axes.set_xlim(0, longest * (1.16 if len(passes) > 1 else 1.5))
     figure.text(0.02, 1 - 0.22 / height, what.caption, color=theme.ink, fontsize=11.5, weight="bold", va="center")
     legend = figure.legend(
         [Patch(color=theme.providers[name]) for name in providers],
@@ -135,10 +141,10 @@ def _column(
     bars: list[tuple[Row, float]],
     heights: dict[str, float],
     inside: float,
-    what: Chart,
+    longest: float,
+    form: str,
     theme: Theme,
 ) -> None:
-    longest = max((length for _, length in bars), default=0.0) or 1.0
     top = 0.0
     # Labels cover the grid behind them instead of being struck through by it.
     cover = {"facecolor": theme.ground, "edgecolor": "none", "pad": 1.2}
@@ -150,14 +156,11 @@ def _column(
         for number, (row, length) in enumerate(mine):
             centre = top + _GAP + (number + 0.5) * _BAR
             axes.barh(centre, length, height=_BAR * 0.84, color=theme.providers[row.provider])
-            label = what.form.format(length)
+            label = form.format(length)
             axes.text(
                 length + longest * 0.012, centre, label, color=theme.ink, fontsize=7.5, va="center_baseline", bbox=cover
             )
         top += height
-    if what.line is not None:
-        axes.axvline(what.line, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6, zorder=2.5)
-    axes.set_xlim(0, max(longest, what.line or 0.0) * 1.16)
     axes.set_ylim(inside, 0)
     axes.set_yticks([])
     axes.tick_params(colors=theme.ink, labelsize=8, length=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Result:
     """A case on one machine.
 
     Attributes:
-        run: the latest that timed upstream beside ours.
+        run: the latest that timed upstream beside ours, or the reference, where none did.
         compiled: the latest that timed torch.compile beside ours, if any did.
         earlier: runs of the case that a later one replaces.
     """
@@ -78,11 +79,16 @@ class Result:
 
     @property
     def upstream(self) -> Row:
-        return self.run.cases[self.case]["upstream"]
+        """Or the reference, where :attr:`upstream_fails`."""
+        return self.run.cases[self.case]["reference" if self.upstream_fails else "upstream"]
+
+    @property
+    def upstream_fails(self) -> bool:
+        return "upstream" not in self.run.cases[self.case]
 
     @property
     def ours(self) -> Row:
-        return self.run.cases[self.case]["auto"]
+        return self.run.cases[self.case]["ours"]
 
     @property
     def compile(self) -> Row | None:
@@ -98,7 +104,7 @@ class Result:
         if self.compiled is None:
             return None
         rows = self.compiled.cases[self.case]
-        return _ratio(rows["compile"], rows["auto"])
+        return _ratio(rows["compile"], rows["ours"])
 
 
 def _ratio(theirs: Row, ours: Row) -> float:
@@ -114,6 +120,25 @@ def runs(folder: Path = FOLDER) -> list[Run]:
     return [Run(number, name, data["environment"], _cases(data)) for number, (name, data) in enumerate(read, 1)]
 
 
+def take(files: Sequence[Path], folder: Path = FOLDER) -> list[Path]:
+    """Copies results.json files to `folder`, named after device, kernels and date, and deletes the runs that do not
+    speak for any case any more; returns those."""
+    for file in files:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        facts = data["environment"]
+        device = re.sub(r"\W+", "-", facts.get("gpu") or facts.get("cpu_kernels") or "").strip("-").lower()
+        date = re.sub(r"\D", "", facts["date"])[:12]
+        shutil.copyfile(file, folder / f"{facts['device']}-{device}-{date}.json")
+    speaking = set()
+    for group in by_machine(runs(folder)).values():
+        for result in results(group):
+            speaking |= {result.run.name, *([result.compiled.name] if result.compiled else [])}
+    silent = [path for path in sorted(folder.glob("*.json")) if path.stem not in speaking]
+    for path in silent:
+        path.unlink()
+    return silent
+
+
 def _cases(data: dict[str, Any]) -> dict[str, dict[str, Row]]:
     cases: dict[str, dict[str, Row]] = {}
     for fields in data["rows"]:
@@ -124,11 +149,12 @@ def _cases(data: dict[str, Any]) -> dict[str, dict[str, Row]]:
 
 
 def results(among: Sequence[Run]) -> list[Result]:
-    """One result for each case that `among`, runs of one machine, timed beside upstream; in natural order of names."""
+    """One result for each case that `among`, runs of one machine, timed beside another; in natural order of names."""
     found = []
     for case in sorted({case for run in among for case in run.cases}, key=_natural):
-        mine = [run for run in among if "auto" in run.cases.get(case, {})]
+        mine = [run for run in among if "ours" in run.cases.get(case, {})]
         beside = [run for run in mine if "upstream" in run.cases[case]]
+        beside = beside or [run for run in mine if "reference" in run.cases[case]]
         compiled = [run for run in mine if "compile" in run.cases[case]]
         if beside:
             speaking = {beside[-1].number, compiled[-1].number if compiled else 0}

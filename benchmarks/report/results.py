@@ -32,6 +32,18 @@ class Results:
     lost: str | None = None
     seconds: float = 0.0
 
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What :meth:`save` wrote.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: it is no such file.
+        """
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}")
+        return cls(path, **content | {"rows": [Row(**fields) for fields in content["rows"]]})
+
     def add(self, rows: list[Row]) -> None:
         self.rows += rows
         self.save()

@@ -48,7 +48,7 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("arguments, given, exists", [
     ("--cases nothing/*", "nothing/*", "haar/J1/fp32/nchw/4x64x256x256/forward"),
     ("--cases=", "''", "haar/J1/fp32/nchw/4x64x256x256/forward"),
-    ("--providers auto,warp", "auto,warp", "upstream"),
+    ("--providers ours,warp", "ours,warp", "upstream"),
     ("--providers ,", "','", "upstream"),
     ("--device tpu", "tpu", "cuda"),
     ("--limit 0", "0", "positive"),
@@ -82,7 +82,7 @@ def test_list_names_every_case_of_the_device_once(capsys):
 @needs_extras
 def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
     given = [tiny(False), tiny(True), wavemix.waveblock_case(1, "nchw", (2, 8, 16, 16), True, quick=True)]
-    assert run(tmp_path, given, "--providers", "reference,auto,triton") == 0, capsys.readouterr().out
+    assert run(tmp_path, given, "--providers", "reference,ours,triton") == 0, capsys.readouterr().out
     found = results(tmp_path)
     assert found["complete"] is True
     facts = found["environment"]
@@ -104,7 +104,7 @@ def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
         assert 0 <= row["error"] <= 1
         assert row["rounds"] >= 3
     image = 4 * 2 * 4 * 16 * 16
-    ours, trained = rows[tiny(False).name, "auto"], rows[tiny(True).name, "auto"]
+    ours, trained = rows[tiny(False).name, "ours"], rows[tiny(True).name, "ours"]
     assert ours["ideal_bytes"] == 2 * image  # x read, the pyramid written
     assert ours["peak_bytes"] == image  # and nothing but the pyramid allocated
     assert (trained["ideal_bytes"], trained["saved_bytes"]) == (4 * image, 0)  # the transform is linear
@@ -125,13 +125,13 @@ def test_tiny_run_writes_json_pictures_and_report(tmp_path, brief, capsys):
 def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name in cli.EXTRAS else find(name, *of))
-    assert run(tmp_path, [tiny()], "--providers", "reference,auto,auto+graph") == 0
+    assert run(tmp_path, [tiny()], "--providers", "reference,ours,ours+graph") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == (
         "rich and matplotlib and scikit-image missing: no progress bar, no pictures, inputs are made up "
         "(pip install rich matplotlib scikit-image)"
     )
-    assert [line.split()[0] for line in printed[1:6]] == [tiny().name, "provider", "reference", "auto", "auto+graph"]
+    assert [line.split()[0] for line in printed[1:6]] == [tiny().name, "provider", "reference", "ours", "ours+graph"]
     found = results(tmp_path)
     assert found["environment"]["inputs"] == "noise with the spectrum of photographs"
     assert [row["status"] for row in found["rows"]] == ["ok", "ok", "unavailable"]
@@ -152,7 +152,7 @@ def test_a_lost_gpu_ends_the_run(tmp_path, brief, monkeypatch, capsys):
             raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(measure.Meter, "measure", counted)
-    assert run(tmp_path, [tiny(), second, tiny(False)], "--providers", "auto") == cli.LOST
+    assert run(tmp_path, [tiny(), second, tiny(False)], "--providers", "ours") == cli.LOST
     found = results(tmp_path)
     assert (found["complete"], found["lost"]) == (False, second.name)
     assert [row["case"] for row in found["rows"]] == [tiny().name, second.name]
@@ -163,7 +163,7 @@ def test_a_lost_gpu_ends_the_run(tmp_path, brief, monkeypatch, capsys):
 def test_extra_cases_run_by_all_or_by_name_and_are_named_as_left_out(tmp_path, brief, capsys):
     extra = dataclasses.replace(tiny(), name="haar/extra/forward+backward", quick=False, extra=True)
     given = [tiny(False), extra]
-    arguments = ["--device", "cpu", "--providers", "auto", "--limit", "1e-9", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--providers", "ours", "--limit", "1e-9", "--out", str(tmp_path)]
 
     def ran(*more: str) -> list[str]:
         """Past the limit, which they say, cases are skipped: a run takes no time."""
@@ -196,12 +196,12 @@ def test_wrong_provider_gets_no_number(tmp_path, brief, capsys):
         return forward
 
     given = dataclasses.replace(tiny(False), makers=tiny().makers | {"ours": swapped, "upstream": broken})
-    assert run(tmp_path, [given], "--providers", "upstream,reference,auto") == 1  # ours is wrong
+    assert run(tmp_path, [given], "--providers", "upstream,reference,ours") == 1  # ours is wrong
     rows = {row["provider"]: row for row in results(tmp_path)["rows"]}
-    wanted = {"auto": "wrong", "upstream": "failed", "reference": "ok"}
+    wanted = {"ours": "wrong", "upstream": "failed", "reference": "ok"}
     assert {name: row["status"] for name, row in rows.items()} == wanted
-    assert "output 1 is off by" in rows["auto"]["reason"]
-    assert (rows["auto"]["error"] > 1, rows["auto"]["median_ms"]) == (True, None)
+    assert "output 1 is off by" in rows["ours"]["reason"]
+    assert (rows["ours"]["error"] > 1, rows["ours"]["median_ms"]) == (True, None)
     assert rows["upstream"]["reason"] == "NotImplementedError: no kernel for this"
     assert "wrong: output 1" in capsys.readouterr().out
 
@@ -220,7 +220,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, brief, monkeypatch, capsys)
     monkeypatch.setattr(cli, "QUICK", clock.Effort(seconds=0.0, fewest=4, most=4))
     # 3 takers (2 providers and the copy): 3 samples to calibrate and 12 to measure the first case, 3 to calibrate the
     # second, which is then cut off in its first round.
-    assert run(tmp_path, [tiny(), second], "--providers", "reference,auto") == 130
+    assert run(tmp_path, [tiny(), second], "--providers", "reference,ours") == 130
     found = results(tmp_path)
     assert found["complete"] is False
     assert [row["rounds"] for row in found["rows"] if row["case"] == tiny().name] == [4, 4]
@@ -232,7 +232,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, brief, monkeypatch, capsys)
 
 @needs_extras
 def test_past_the_limit_cases_are_skipped_and_say_so(tmp_path, brief, capsys):
-    assert run(tmp_path, [tiny()], "--limit", "1e-9", "--providers", "auto") == 0
+    assert run(tmp_path, [tiny()], "--limit", "1e-9", "--providers", "ours") == 0
     (row,) = results(tmp_path)["rows"]
     assert row["status"] == "skipped"
     assert "--limit" in row["reason"]

@@ -57,7 +57,7 @@ PATM_FC, SLOW = cases_wavemlp.patm_case("fc", (4, 8, 5, 9), True), pytest.mark.p
 ], ids=lambda of: of.name)  # fmt: skip
 @needs_extras
 def test_blocks_and_models_pass_their_gate(of):
-    names = ["upstream", "reference", "auto"]
+    names = ["upstream", "reference", "ours"]
     if of.group == "wavemix" and of.autocast is not None:
         names.remove("upstream")  # the backward of pytorch_wavelets' transforms fails under autocast
     for row in meter().measure(of, names):
@@ -88,7 +88,7 @@ def test_wrong_parameters_of_a_model_are_refused():
             model.layers[0].feedforward[5].weight.mul_(1.001)
         return model
 
-    (row,) = meter().measure(dataclasses.replace(right, makers=right.makers | {"ours": unscaled}), ["auto"])
+    (row,) = meter().measure(dataclasses.replace(right, makers=right.makers | {"ours": unscaled}), ["ours"])
     assert row.status == "wrong"
 
 
@@ -98,11 +98,11 @@ def test_past_the_limit_nothing_is_compiled():
 
 
 def test_ours_compiled_is_judged_as_the_others_are():
-    rows = meter().measure(tiny(False), ["reference", "auto+compile", "auto+graph", "reduce-overhead"])
+    rows = meter().measure(tiny(False), ["reference", "ours+compile", "ours+graph", "reduce-overhead"])
     found = {row.provider: row for row in rows}
-    assert found["auto+compile"].status == "ok"
-    assert 0 <= found["auto+compile"].error <= 1
-    for name in ("auto+graph", "reduce-overhead"):
+    assert found["ours+compile"].status == "ok"
+    assert 0 <= found["ours+compile"].error <= 1
+    for name in ("ours+graph", "reduce-overhead"):
         assert (found[name].status, found[name].reason) == ("unavailable", "CUDA graphs need a GPU")
 
 
@@ -117,7 +117,7 @@ def test_a_graph_is_judged_by_its_replays(right, monkeypatch):
 
     monkeypatch.setattr(measure.graphs, "captured", captured)
     monkeypatch.setattr(providers.graphs, "why_not", lambda device: None)
-    (row,) = meter().measure(tiny_model(True), ["auto+graph"])
+    (row,) = meter().measure(tiny_model(True), ["ours+graph"])
     assert (row.status, row.peak_bytes, row.saved_bytes) == ("ok" if right else "wrong", None, None), row.reason
     assert len(captures) == (2 if right else 1)  # the exact twin's for the gate, and the timed step's
 

@@ -115,7 +115,7 @@ CASE = "haar/J1/fp32/nchw/1x1x8x8/forward"
 
 @pytest.mark.parametrize("path", pages.files(), ids=lambda path: path.name)
 def test_committed_files_are_generated(path: Any) -> None:
-    assert path.read_text(encoding="utf-8") == pages.files()[path], "run: python -m benchmarks results"
+    assert path.read_text(encoding="utf-8") == pages.files()[path], "run: python -m benchmarks publish"
 
 
 def test_readme_has_at_most_six_rows() -> None:
@@ -140,13 +140,13 @@ def run(number: int, kernels: str = "avx2", **medians: float) -> Run:
 
 
 def test_the_later_run_stands() -> None:
-    (result,) = published.results([run(1, upstream=8.0, auto=1.0), run(2, upstream=6.0, auto=2.0)])
+    (result,) = published.results([run(1, upstream=8.0, ours=1.0), run(2, upstream=6.0, ours=2.0)])
     assert (result.over_upstream, result.run.number) == (3.0, 2)
     assert [earlier.number for earlier in result.earlier] == [1]
 
 
 def test_both_sides_of_a_ratio_come_from_one_run() -> None:
-    first, second = run(1, compile=6.0, auto=3.0), run(2, upstream=8.0, auto=2.0)
+    first, second = run(1, compile=6.0, ours=3.0), run(2, upstream=8.0, ours=2.0)
     (result,) = published.results([first, second, run(3, upstream=9.0), run(4, compile=1.0)])
     assert (result.over_upstream, result.run.number) == (4.0, 2)
     assert result.compiled is not None
@@ -154,11 +154,11 @@ def test_both_sides_of_a_ratio_come_from_one_run() -> None:
 
 
 def test_other_kernels_are_another_machine() -> None:
-    runs = [run(1, "avx512", upstream=8.0, auto=1.0), run(2, upstream=6.0, auto=2.0)]
+    runs = [run(1, "avx512", upstream=8.0, ours=1.0), run(2, upstream=6.0, ours=2.0)]
     assert list(published.by_machine(runs)) == ["CPU, AVX-512", "CPU, AVX2"]
     assert published.latest(CASE, runs).run.number == 2
 
 
 def test_refused_rows_are_left_out() -> None:
-    refused = dataclasses.asdict(Row(CASE, "haar", "auto", "wrong"))
+    refused = dataclasses.asdict(Row(CASE, "haar", "ours", "wrong"))
     assert published._cases({"rows": [refused]}) == {}

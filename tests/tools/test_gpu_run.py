@@ -367,7 +367,7 @@ def test_sanitizers_watch_our_kernels_alone() -> None:
 
 def test_reading_timings(tmp_path: Path) -> None:
     """A case at which the process is lost, one that a provider gets wrong, and those that come after."""
-    group = timing.Group("haar", ["haar/J1/fp32/*/4x64x256x256/*"], ["reference", "auto"])
+    group = timing.Group("haar", ["haar/J1/fp32/*/4x64x256x256/*"], ["reference", "ours"])
     (given,) = timing.jobs(group, tmp_path, "cuda")
     first, second, third, last = group.cases("cuda")
 
@@ -378,15 +378,15 @@ def test_reading_timings(tmp_path: Path) -> None:
         ((verdict,), follow) = timing.read(given, end(tmp_path, "Segmentation fault", **how))
         return verdict.verdict, verdict.note, [job.about.cases for job in follow]
 
-    every = [(case, "auto", "ok") for case in (first, second, third, last)]
+    every = [(case, "ours", "ok") for case in (first, second, third, last)]
     assert ended(every) == ("PASS", "4 of 4 cases measured", [])
     word, note, follow = ended(every[:1], status=-11)
     assert (word, follow) == ("FAIL", [[third, last]])
     assert f"{second}: ended by SIGSEGV" in note
-    word, note, follow = ended([*every[:1], (second, "auto", "failed")], lost=second, status=86)
+    word, note, follow = ended([*every[:1], (second, "ours", "failed")], lost=second, status=86)
     assert (word, follow) == ("FAIL", [[third, last]])
-    assert f"auto in {second} failed: why" in note
-    word, note, follow = ended([*every[:3], (last, "auto", "skipped")])
+    assert f"ours in {second} failed: why" in note
+    word, note, follow = ended([*every[:3], (last, "ours", "skipped")])
     assert (word, note, follow) == ("TIME", f"3 of 4 cases measured, no time for {last}", [])
     word, note, follow = ended(every[:2], status=130, stopped="stopped after 60 s")
     assert (word, follow) == ("TIME", [])
