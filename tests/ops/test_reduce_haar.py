@@ -139,8 +139,17 @@ class Gradients(ReduceHaar):
 
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
 SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
+#: What the CUDA kernel of the gradients takes: each size of its forms, each number of levels, tiles filled in part.
+TAKEN: Any = {
+    "size": (
+        ((1, 16, 6, 10), 4, 1), ((3, 104, 12, 4), 26, 2), ((1, 192, 8, 24), 48, 3), ((1, 8, 16, 32), 34, 4),
+        ((1, 256, 32, 32), 2, 5), ((2, 144, 2, 2), 36, 1),
+    ),
+    "layout": ("channels_last", "channels_slice"),
+}  # fmt: skip
 test_contract = each.case(ReduceHaar())
 test_gradients = each.case(Gradients())
+test_gradients_taken_by_cuda = each.case(Gradients({"cuda": HALF}, **TAKEN))
 test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
 test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False
