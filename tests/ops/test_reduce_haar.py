@@ -139,13 +139,14 @@ class Gradients(ReduceHaar):
 
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
 SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
-#: What the CUDA kernel of the gradients takes: each size of its forms, each number of levels, tiles filled in part.
+#: What the CUDA kernel of the gradients takes: each of its sizes, each number of levels, tiles filled in part.
 TAKEN: Any = {
     "size": (
-        ((1, 16, 6, 10), 4, 1), ((3, 104, 12, 4), 26, 2), ((1, 192, 8, 24), 48, 3), ((1, 8, 16, 32), 34, 4),
-        ((1, 256, 32, 32), 2, 5), ((2, 144, 2, 2), 36, 1),
+        ((1, 16, 6, 10), 4, 1), ((3, 104, 4, 4), 26, 2), ((1, 136, 8, 8), 48, 3), ((1, 8, 16, 16), 34, 4),
+        ((1, 200, 4, 2), 2, 1), ((1, 8, 32, 32), 2, 5),
     ),
-    "layout": ("channels_last", "channels_slice"),
+    "layout": ("channels_last", "channels_slice"), "bias": (True,), "add": (None, "channels_last"),
+    "cotangents": ("channels_last",),
 }  # fmt: skip
 test_contract = each.case(ReduceHaar())
 test_gradients = each.case(Gradients())

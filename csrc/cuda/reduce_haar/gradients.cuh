@@ -24,7 +24,7 @@ constexpr int kMostSize = 4;                  // a form of size S serves up to
 constexpr int kOutputs = 16, kChannels = 64;  // S times so many
 
 // Blocks of a multiprocessor, as registers allow.
-constexpr int most_blocks(int size) { return 5 - size; }
+constexpr int most_blocks(int size) { return size == 1 ? 3 : size < 4 ? 2 : 1; }
 
 // Shared memory. Rows are a word longer than their values, so that eight of them meet in no bank.
 template <int S>
@@ -42,11 +42,11 @@ struct Params {
   const void* z[kMaxHaarLevels];
   float* sums;  // of each block: d_weight, d_bias
   int c, h, w, o, levels;
-  int side_shift;        // a tile is made up of blocks of 2^side_shift pixels square
-  uint32_t squares;      // of the batch
-  Divisor across, down;  // squares of an image
-  int tiles, blocks;
-  int z_rows;  // pixels of Z for a tile
+  int side_shift;                  // a tile is made up of blocks of 2^side_shift pixels square
+  uint32_t squares;                // of the batch
+  Divisor across, down;            // squares of an image
+  int tiles_of_block, more_tiles;  // as many blocks have one more
+  int z_rows;                      // pixels of Z for a tile
 };
 
 // Pixels of Z lie level by level.
@@ -94,17 +94,18 @@ __device__ inline void put_pair(SharedSpan<T> target, float first, float second)
 template <class T, int S>
 struct Block {
   using P = Places<S>;
-  // A thread's tasks of the synthesis: a quad, a pair of outputs.
-  static constexpr int kPairs = kOutputs * S / 2, kTasks = kQuads * kPairs;
-  static constexpr int kRounds = (kTasks + kThreads - 1) / kThreads;
+  // A thread of the synthesis has a pair of outputs and one quad of each so many.
+  static constexpr int kPairs = kOutputs * S / 2, kQuadsAtOnce = S < 3 ? kQuads : kQuads / 2;
+  static_assert(kPairs * kQuadsAtOnce <= kThreads);
 
   const Params& p;
   SharedSpan<T> memory;
-  int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  int group = lane / 4, member = lane % 4;
+  uint32_t thread;
+  int lane = static_cast<int>(thread % 32), warp = static_cast<int>(thread / 32);
+  int group = lane / 4, member = static_cast<int>(thread % 4);
   // A warp makes d_x of 16 pixels and half the channels; a thread of pixels `group` and 8 behind, of words of eight
   // channels. It copies x in the same places.
-  int first_pixel = warp % 4 * 16, half = warp / 4;
+  int first_pixel = static_cast<int>(thread / 32 % 4 * 16), half = static_cast<int>(thread / 128);
 
   __device__ SharedSpan<T> weight() const { return memory; }
   __device__ SharedSpan<T> gradient() const { return memory + P::kWeight; }
@@ -121,7 +122,7 @@ struct Block {
     constexpr int kRowPairs = kChannels * S / 2;
     const SharedSpan<Fragment> target = shared_cast<Fragment>(weight());
 #pragma unroll 2
-    for (int i = thread; i < kOutputs * S * kRowPairs; i += kThreads) {
+    for (int i = static_cast<int>(thread); i < kOutputs * S * kRowPairs; i += kThreads) {
       const int o = i / kRowPairs, at = i % kRowPairs, pair = (at & ~15) | (at & 3) << 2 | (at >> 2 & 3);
       Fragment bits = 0;
       if (o < p.o && 2 * pair < p.c) bits = __ldg(static_cast<const Fragment*>(p.weight) + (o * (p.c / 2) + pair));
@@ -174,14 +175,13 @@ struct Block {
     }
   }
 
-  // g of the tile, and its sums by task; zeros for what does not exist.
-  __device__ void synthesise(int tile, float (&sums)[kRounds][2]) const {
+  // g of the tile, and its sums over the thread's quads; zeros for what does not exist.
+  __device__ void synthesise(int tile, float (&sums)[2]) const {
     const SharedSpan<T> z = stage(tile) + P::kX, g = gradient();
-    const int per_square = p.side_shift - 1;
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int task = thread + round * kThreads, quad = task / kPairs, pair = task % kPairs;
-      if (kTasks % kThreads != 0 && task >= kTasks) break;
+    const int pair = static_cast<int>(thread % kPairs), per_square = p.side_shift - 1;
+    if (thread >= kPairs * kQuadsAtOnce) return;
+#pragma unroll 1
+    for (int quad = static_cast<int>(thread / kPairs); quad < kQuads; quad += kQuadsAtOnce) {
       const uint32_t square = (static_cast<uint32_t>(tile) << 2 * (kTileLevels - p.side_shift)) +
                               (static_cast<uint32_t>(quad) >> 2 * per_square);
       float low[2] = {}, bands[3][2] = {};
@@ -210,7 +210,7 @@ struct Block {
         corners[1][e] = 0.5f * (top - top_high);
         corners[2][e] = 0.5f * (bottom + bottom_high);
         corners[3][e] = 0.5f * (bottom - bottom_high);
-        sums[round][e] += 2 * low[e];
+        sums[e] += 2 * low[e];
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -248,36 +248,34 @@ struct Block {
     }
   }
 
-  __device__ void load_add(const int (&pixels)[2], Raw<T, kWord> (&add)[2][S]) const {
-    if (p.add == nullptr) return;
+  static constexpr int kAhead = S < 2 ? 1 : 2;
+  // Word j of both pixels.
+  __device__ void load_add(const int (&pixels)[2], int j, Raw<T, kWord> (&add)[2][S]) const {
+    if (p.add == nullptr || channel(j) >= p.c) return;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const T* const source = static_cast<const T*>(p.add) + static_cast<int64_t>(pixels[below]) * p.c;
-#pragma unroll
-      for (int j = 0; j < S; ++j)
-        if (pixels[below] >= 0 && channel(j) < p.c) fetch_word(source + channel(j), add[below][j]);
+      if (pixels[below] >= 0) wavemix::fetch<T, kWord>(source + channel(j), add[below][j]);
     }
   }
-  __device__ static void fetch_word(const T* source, Raw<T, kWord>& raw) { wavemix::fetch<T, kWord>(source, raw); }
 
-  __device__ void multiply_x(const int (&pixels)[2], const Raw<T, kWord> (&add)[2][S]) const {
-    Fragment a[S][4];
-#pragma unroll
-    for (int step = 0; step < S; ++step)
-      ldmatrix_x4<false>(a[step],
-                         gradient() + ((first_pixel + lane % 16) * P::kOutputRow + (2 * step + lane / 16) * kWord));
+  // kAhead words of `add` are on their way.
+  __device__ void multiply_x(const int (&pixels)[2], Raw<T, kWord> (&add)[2][S]) const {
+    const SharedSpan<T> g = gradient();
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       float sums[4][4] = {};
 #pragma unroll
       for (int step = 0; step < S; ++step) {
+        Fragment a[4];
+        ldmatrix_x4<false>(a, g + ((first_pixel + lane % 16) * P::kOutputRow + (2 * step + lane / 16) * kWord));
 #pragma unroll
         for (int t = 0; t < 4; t += 2) {
           Fragment b[4];
           ldmatrix_x4<true>(
               b, weight() + ((16 * step + lane % 16) * P::kChannelRow + (4 * (half * S + j) + t + lane / 16) * kWord));
-          multiply(sums[t], a[step], b[0], b[1]);
-          multiply(sums[t + 1], a[step], b[2], b[3]);
+          multiply(sums[t], a, b[0], b[1]);
+          multiply(sums[t + 1], a, b[2], b[3]);
         }
       }
 #pragma unroll
@@ -294,12 +292,13 @@ struct Block {
         for (int e = 0; e < kWord; ++e) values[e] += sums[e / 2][2 * below + e % 2];
         store(static_cast<T*>(p.d_x) + static_cast<int64_t>(pixels[below]) * p.c + channel(j), values);
       }
+      if (j + kAhead < S) load_add(pixels, j + kAhead, add);
     }
   }
 
   // --- The sums
 
-  __device__ void store_sums(const float (&products)[S][S][4], const float (&sums)[kRounds][2]) const {
+  __device__ void store_sums(const float (&products)[S][S][4], const float (&sums)[2]) const {
     float* const d_weight = p.sums + static_cast<int64_t>(blockIdx.x) * (p.o * p.c + p.o);
 #pragma unroll
     for (int m = 0; m < S; ++m) {
@@ -316,18 +315,15 @@ struct Block {
       }
     }
     __syncthreads();  // the stages are free
-    const SharedSpan<float> by_task = shared_cast<float>(stage(0));
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int task = thread + round * kThreads;
-      if (kTasks % kThreads != 0 && task >= kTasks) break;
-      by_task[2 * task] = sums[round][0];
-      by_task[2 * task + 1] = sums[round][1];
+    const SharedSpan<float> by_thread = shared_cast<float>(stage(0));
+    if (thread < kPairs * kQuadsAtOnce) {
+      by_thread[2 * thread] = sums[0];
+      by_thread[2 * thread + 1] = sums[1];
     }
     __syncthreads();
-    if (thread >= p.o) return;
+    if (static_cast<int>(thread) >= p.o) return;
     float sum = 0;
-    for (int quad = 0; quad < kQuads; ++quad) sum += by_task[quad * kOutputs * S + thread];
+    for (int quad = 0; quad < kQuadsAtOnce; ++quad) sum += by_thread[2 * kPairs * quad + thread];
     d_weight[p.o * p.c + thread] = sum;
   }
 };

@@ -18,27 +18,29 @@ template <class T, int S>
 __global__ void __launch_bounds__(kThreads, most_blocks(S)) reduce_haar_gradients(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
   using Block = Block<T, S>;
-  const Block block{p, memory};
-  const auto first_tile = [&](unsigned of) { return static_cast<int>(static_cast<int64_t>(of) * p.tiles / p.blocks); };
-  const int end = first_tile(blockIdx.x + 1);
-  float products[S][S][4] = {}, sums[Block::kRounds][2] = {};
+  const auto block = [&] { return Block{p, memory, static_cast<uint32_t>(here(static_cast<int64_t>(threadIdx.x)))}; };
+  const int number = static_cast<int>(blockIdx.x);
+  const int begin = number * p.tiles_of_block + (number < p.more_tiles ? number : p.more_tiles);
+  int left = p.tiles_of_block + (number < p.more_tiles);
+  float products[S][S][4] = {}, sums[2] = {};
   int next[2];
-  block.fetch(first_tile(blockIdx.x), next);
-  block.load_weight();
+  block().fetch(begin, next);
+  block().load_weight();
 #pragma unroll 1
-  for (int tile = first_tile(blockIdx.x); tile < end; ++tile) {
+  for (int tile = begin; left > 0; ++tile, --left) {
     const int pixels[2] = {next[0], next[1]};
     cp_async_wait<0>();
     __syncthreads();
+    if (left > 1) block().fetch(tile + 1, next);
+    block().synthesise(tile, sums);
     Raw<T, kWord> add[2][S];
-    block.load_add(pixels, add);
-    if (tile + 1 < end) block.fetch(tile + 1, next);
-    block.synthesise(tile, sums);
+#pragma unroll
+    for (int j = 0; j < Block::kAhead; ++j) block().load_add(pixels, j, add);
     __syncthreads();
-    block.multiply_weight(tile, products);
-    block.multiply_x(pixels, add);
+    block().multiply_weight(tile, products);
+    block().multiply_x(pixels, add);
   }
-  block.store_sums(products, sums);
+  block().store_sums(products, sums);
 }
 
 // --- Blocks' sums together -------------------------------------------------------------------------------
@@ -154,8 +156,10 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const G
   p.squares = static_cast<uint32_t>(made.squares);
   p.across = Divisor(static_cast<uint32_t>(args.w >> made.side_shift));
   p.down = Divisor(static_cast<uint32_t>(args.h >> made.side_shift));
-  p.tiles = static_cast<int>(made.tiles);
-  p.blocks = static_cast<int>(made.blocks);
+  if (made.blocks > 0) {
+    p.tiles_of_block = static_cast<int>(made.tiles / made.blocks);
+    p.more_tiles = static_cast<int>(made.tiles % made.blocks);
+  }
   constexpr int kRows[] = {16, 20, 21, 22, 23};
   static_assert(kRows[kMaxHaarLevels - 1] == kMostRows);
   p.z_rows = kRows[args.levels - 1];
@@ -175,7 +179,7 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const G
   of.sums = sums;
   of.d_weight = grads.d_weight;
   of.d_bias = grads.d_bias;
-  of.blocks = p.blocks;
+  of.blocks = static_cast<int>(made.blocks);
   of.weights = p.o * p.c;
   of.size = of.weights + p.o;
   launch.what = [&] { return std::string("reduce_haar_sums (") + name_of(args.dtype) + ")"; };
