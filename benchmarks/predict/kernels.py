@@ -290,8 +290,9 @@ def function_of(launch: Launch) -> str:
     if launch.kind != "cuda":
         return launch.name
     names = ("analysis_rows", "analysis_channels", "synthesis_rows", "synthesis_channels", "reduce_haar",
-             "reduce_haar_gradients", "reduce_haar_sums", "phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows",
-             "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp", "patm_mix")  # fmt: skip
+             "reduce_haar_gradients", "reduce_haar_sums", "phase_forward", "phase_backward", "phase_statistics",
+             "phase_sum_rows", "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp",
+             "patm_mix")  # fmt: skip
     return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
 
 

@@ -18,7 +18,7 @@ from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
 
-#: Up to so many inputs and outputs the CUDA kernel of the gradients has forms (csrc/cuda/reduce_haar/reduce_haar_gradients.cu).
+#: Most inputs and outputs of the CUDA kernel of the gradients (csrc/cuda/reduce_haar/reduce_haar_gradients.cu).
 _CUDA_CHANNELS, _CUDA_OUTPUTS = 256, 64
 
 _library = Library()
@@ -148,8 +148,8 @@ def _why_not_cuda_backward(x: Tensor, weight: Tensor) -> str | None:
         return "its gradients take channels_last images"
     if channels % 8 or outputs % 2 or channels > _CUDA_CHANNELS or outputs > _CUDA_OUTPUTS:
         return (
-            f"its gradients take multiples of 8 up to {_CUDA_CHANNELS} channels and of 2 up to {_CUDA_OUTPUTS} outputs, "
-            f"got {channels} and {outputs}"
+            f"its gradients take multiples of 8 up to {_CUDA_CHANNELS} channels and of 2 up to {_CUDA_OUTPUTS} "
+            f"outputs, got {channels} and {outputs}"
         )
     if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
         return f"its gradients take fewer than 2^31 pixels, got a batch of {tuple(x.shape)}"
