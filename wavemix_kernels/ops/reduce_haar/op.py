@@ -210,7 +210,8 @@ def _triton_backward(
 
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "backward": _triton_backward}),
-    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda, "backward": _cuda_backward}),
+    # float16 is what both of them serve.
+    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda, "backward": _cuda_backward}, torch.float16),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
