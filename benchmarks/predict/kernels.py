@@ -111,8 +111,10 @@ def reduce_haar_cases() -> Iterator[Case]:
         for backend in ("cuda", "triton"):
             flops = {"reduce_haar": product, "_reduce_haar_kernel": product}
             yield Case(f"{backend} reduce_haar {shape}", _reduce_haar(backend, c, level, last, False), flops)
-        made = _reduce_haar("triton", c, level, last, True)
-        yield Case(f"triton reduce_haar gradients {shape}", made, {"_backward_kernel": 2 * product})
+        flops = {"reduce_haar_gradients": 2 * product, "_backward_kernel": 2 * product}
+        for backend in ("cuda", "triton") if last else ("triton",):
+            made = _reduce_haar(backend, c, level, last, True)
+            yield Case(f"{backend} reduce_haar gradients {shape}", made, flops)
 
 
 def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) -> Callable[[], Any]:
@@ -279,6 +281,7 @@ _SMALL = (
     "phase_sum_rows",
     "patm_sum_products",
     "patm_branch_mlp",
+    "reduce_haar_sums",
 )
 
 
@@ -287,8 +290,9 @@ def function_of(launch: Launch) -> str:
     if launch.kind != "cuda":
         return launch.name
     names = ("analysis_rows", "analysis_channels", "synthesis_rows", "synthesis_channels", "reduce_haar",
-             "phase_forward", "phase_backward", "phase_statistics", "phase_sum_rows",
-             "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp", "patm_mix")  # fmt: skip
+             "reduce_haar_gradients", "reduce_haar_sums", "phase_forward", "phase_backward", "phase_statistics",
+             "phase_sum_rows", "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp",
+             "patm_mix")  # fmt: skip
     return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
 
 

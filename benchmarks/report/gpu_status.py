@@ -14,7 +14,8 @@ _NOTES = {
     "haar_bands": "WTConv; haar's kernels on strided bands",
     "haar_blocks": "1-D, 3-D and the conventions of other codes; a GPU runs standard operators",
     "dwt": "other wavelets; a GPU runs library convolutions",
-    "reduce_haar": "forward; backward: one kernel by triton, haar_pyramid's backward and library convolutions by cuda",
+    "reduce_haar": "forward; backward: one kernel; cuda's for half types in channels_last, else haar_pyramid's and "
+    "library convolutions",
     "pointwise_mlp": "forward, backward",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
     "takes cuDNN",

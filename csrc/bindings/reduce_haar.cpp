@@ -44,6 +44,15 @@ void check_contiguous_channels(const ReduceHaarArgs& args, int threads) {
 }
 #endif
 
+ReduceHaarGradArgs gradients(const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias) {
+  ReduceHaarGradArgs grads;
+  grads.d_x = view<Plane>(d_x, "d_x");
+  grads.add = view<Plane>(add, "add");
+  grads.d_weight = pointer(d_weight);
+  grads.d_bias = pointer(d_bias);
+  return grads;
+}
+
 }  // namespace
 
 void bind_reduce_haar(py::module_& m) {
@@ -66,11 +75,7 @@ void bind_reduce_haar(py::module_& m) {
          int threads) {
         const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
         check_contiguous_channels(args, threads);
-        ReduceHaarGradArgs grads;
-        grads.d_x = view<Plane>(d_x, "d_x");
-        grads.add = view<Plane>(add, "add");
-        grads.d_weight = pointer(d_weight);
-        grads.d_bias = pointer(d_bias);
+        const auto grads = gradients(d_x, add, d_weight, d_bias);
         py::gil_scoped_release unlocked;
         reduce_haar_backward_cpu(args, grads, threads);
       },
@@ -88,6 +93,31 @@ void bind_reduce_haar(py::module_& m) {
       },
       py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
       py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("stream"));
+  m.def("reduce_haar_backward_shared_cuda", &reduce_haar_backward_shared_cuda, py::arg("c"), py::arg("o"));
+  m.def(
+      "reduce_haar_backward_workspace_cuda",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, int multiprocessors,
+         int64_t shared_of_multiprocessor) {
+        const std::vector<Ints> zs(static_cast<size_t>(levels));
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, {}, {0, 0, 0}, {}, zs, false);
+        return reduce_haar_backward_workspace_cuda(args, multiprocessors, shared_of_multiprocessor);
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("multiprocessors"),
+      py::arg("shared_of_multiprocessor"));
+  m.def(
+      "reduce_haar_backward_cuda",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+         const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
+         uintptr_t workspace, int multiprocessors, int64_t shared_of_multiprocessor, uintptr_t stream) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
+        const auto grads = gradients(d_x, add, d_weight, d_bias);
+        py::gil_scoped_release unlocked;
+        reduce_haar_backward_cuda(args, grads, pointer(workspace), multiprocessors, shared_of_multiprocessor,
+                                  pointer(stream));
+      },
+      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
+      py::arg("zs"), py::arg("d_x"), py::arg("add"), py::arg("d_weight"), py::arg("d_bias"), py::arg("workspace"),
+      py::arg("multiprocessors"), py::arg("shared_of_multiprocessor"), py::arg("stream"));
 #endif
 }
 

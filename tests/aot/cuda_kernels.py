@@ -25,6 +25,7 @@ DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16
 _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
+GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)E)?E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
 PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5StripI)?Li(\d+)E")
 MMA = re.compile(rf"(matmul_16_bit|matmul_tf32_kernel)(?:I{_TYPE}E)?")
@@ -62,6 +63,15 @@ def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
         accesses += (r"LDSM\.16\.M88\.4", *([r"LDSM\.16\.MT88\.4"] if dtype != "float32" else []))
     products = (PRODUCTS[dtype] if mma else "DFMA" if dtype == "float64" else "FFMA",)
     return f"{('fma', 'mma')[mma]}, {match[4]}", Demands(blocks=2, accesses=accesses, products=products, never=never)
+
+
+def gradients(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """As many blocks of a multiprocessor as there are sums for, which stay in registers."""
+    if match[3] is None:
+        return "", Demands(accesses=(r"LDG\.E",))
+    accesses = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"STG\.E\.128")
+    blocks = {"1": 3, "2": 2, "3": 2, "4": 1}[match[3]]
+    return match[3], Demands(blocks=blocks, accesses=accesses, products=(PRODUCTS[DTYPES[match[2]]],))
 
 
 def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
@@ -106,12 +116,14 @@ def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 
 def described(row: Kernel) -> Kernel:
     """With a readable name, a dtype and demands."""
-    for pattern, of in ((HAAR, haar), (REDUCE, reduce_haar), (PHASE, phase), (PATM, patm), (MMA, mma)):
+    families = (HAAR, haar), (REDUCE, reduce_haar), (GRADIENTS, gradients), (PHASE, phase), (PATM, patm), (MMA, mma)
+    for pattern, of in families:
         if match := pattern.search(row.name):
             form, demands = of(match, row.arch)
             dtype = DTYPES[match[2] or "f"]
             name = f"cuda {match[1]}<{', '.join(filter(None, [dtype, form]))}>"
-            threads = PATM_THREADS[match[1]](int(match[3])) if of is patm else row.threads
+            threads = 256 if of is gradients else row.threads
+            threads = PATM_THREADS[match[1]](int(match[3])) if of is patm else threads
             return replace(row, name=name, dtype=dtype, threads=threads, demands=demands)
     raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
 

@@ -139,8 +139,18 @@ class Gradients(ReduceHaar):
 
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
 SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
+#: What the CUDA kernel of the gradients takes: each of its sizes, each number of levels, tiles filled in part.
+TAKEN: Any = {
+    "size": (
+        ((1, 16, 6, 10), 4, 1), ((3, 104, 4, 4), 26, 2), ((1, 136, 8, 8), 48, 3), ((1, 8, 16, 16), 34, 4),
+        ((1, 200, 4, 2), 2, 1), ((1, 8, 32, 32), 2, 5),
+    ),
+    "layout": ("channels_last", "channels_slice"), "bias": (True,), "add": (None, "channels_last"),
+    "cotangents": ("channels_last",),
+}  # fmt: skip
 test_contract = each.case(ReduceHaar())
 test_gradients = each.case(Gradients())
+test_gradients_taken_by_cuda = each.case(Gradients({"cuda": HALF}, **TAKEN))
 test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
 test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False

@@ -44,7 +44,9 @@ SESSIONS = {
     "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward", "mlp.triton_products")),
     "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
     "reduce_haar-cuda": Session(
-        "cuda and (contract or test_gradients or widths) or tf32_only", ("reduce_haar",), (FORMS,)
+        "cuda and (contract or test_gradients or widths) or tf32_only",
+        ("reduce_haar", "reduce_haar_gradients"),
+        (FORMS,),
     ),
     "pre_norm-triton": Session(
         "triton and not (empty or tf32 or many_parts)",

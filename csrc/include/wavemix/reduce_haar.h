@@ -39,4 +39,13 @@ void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradAr
 // device.
 void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream);
 
+// Half types, every image dense in channels_last order and aligned to 16 bytes; c a multiple of 8, o of 2, up to 256
+// and 64. Bytes of shared memory that a block takes:
+int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o);
+// Bytes of device memory for the blocks' sums:
+int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, int multiprocessors,
+                                            int64_t shared_of_multiprocessor);
+void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, void* workspace,
+                               int multiprocessors, int64_t shared_of_multiprocessor, void* stream);
+
 }  // namespace wavemix

@@ -17,7 +17,7 @@ from tests.kernels.cuda.support import ORDERS
 from tests.kernels.test_haar_outputs import check_outputs
 from tests.ops.contract import FAR, LAYOUTS, Case, check, image, pairwise, randn, results
 from tests.ops.test_haar import Analysis, Pyramid, Synthesis
-from tests.ops.test_reduce_haar import ReduceHaar
+from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.tolerances import DTYPES
 from wavemix_kernels import backends
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
@@ -98,6 +98,8 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
             size = ((1, 40, 32, 32), 12, 5)
             one = Case(dtype=dtype, size=size, layout=layout, last=last, bias=False, cotangents=layout)
             made.append(results(ReduceHaar(), one, "cuda", "cpu")[2])
+        one = Case(dtype=HALF, size=((1, 16, 8, 16), 4, 3), layout=layout, bias=True, add=None, cotangents=layout)
+        made.append(results(Gradients(), one, "cuda", "cpu")[2])
         runs.append([t for tensors in made for t in tensors.values()])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -146,6 +148,50 @@ def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
 
 
 @pytest.mark.parametrize(
+    "dtype, shape, outputs, layout, ran",
+    [
+        (HALF, (1, 144, 4, 4), 36, "channels_last", "gradients (float16, size 3, 2 levels)"),
+        (torch.bfloat16, (1, 16, 4, 4), 20, "channels_last", "gradients (bfloat16, size 2, 2 levels)"),
+        (HALF, (1, 16, 4, 4), 4, "nchw", "channels_last images"),
+        (
+            HALF,
+            (1, 20, 4, 4),
+            5,
+            "channels_last",
+            "multiples of 8 up to 256 channels and of 2 up to 64 outputs, got 20",
+        ),
+        (torch.float32, (1, 16, 4, 4), 4, "channels_last", "float16 and bfloat16, got float32"),
+    ],
+)
+def test_reduce_haar_gradients_take_their_kernel_or_say_why_not(
+    core: ModuleType, caplog: pytest.LogCaptureFixture, dtype: torch.dtype, shape: tuple[int, ...], outputs: int,
+    layout: str, ran: str,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "wavemix_kernels")
+    launches(core)
+    size = (shape, outputs, 2)
+    one = Case(dtype=dtype, size=size, layout=layout, bias=True, add="channels_last", cotangents="channels_last")
+    check(Gradients(), one, "cuda", "cpu")
+    if ran.startswith("gradients"):
+        assert launches(core)[0] == f"reduce_haar_{ran}"
+    else:
+        assert not [name for name in launches(core) if name.startswith("reduce_haar")]
+        assert f"not by cuda: its gradients take {ran}" in caplog.text
+
+
+def test_reduce_haar_gradients_keep_non_finite_values_in_their_quad(core: ModuleType) -> None:
+    """Beyond the last pixel, too: the tile of 64 pixels holds four quads' and what was there before."""
+    x, grad = (image(torch.ones(*shape), HALF, layout="channels_last") for shape in ((1, 8, 4, 4), (1, 8, 2, 2)))
+    grad[0, 0, 1, 0] = float("inf")
+    dx, dw, db = reduce_haar.backward([grad], x, torch.ones(2, 8, 1, 1, dtype=HALF), True, None, "cuda")
+    of_quad = (torch.arange(4)[:, None] // 2 == 1) & (torch.arange(4) // 2 == 0)
+    assert torch.equal(dx.isfinite(), ~of_quad.expand(1, 8, 4, 4))
+    assert dw.isfinite().flatten(1).all(1).tolist() == [False, True]
+    assert db is not None
+    assert db.isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
     "case", pairwise(kind=((HALF, False), (torch.float32, False), (torch.float32, True), (torch.float64, False)),
                      x=tuple(LAYOUTS), z=tuple(LAYOUTS)), ids=str,
 )  # fmt: skip
@@ -167,6 +213,15 @@ def test_errors_name_sizes_and_orders(core: ModuleType, monkeypatch: pytest.Monk
         core.reduce_haar_cuda(1, 2, x.shape, 4, *parts, [address(z)] * 2, False, 0)
     with pytest.raises(ValueError, match="levels: got 6"):
         core.reduce_haar_cuda(1, 6, (1, 4, 64, 64), 4, *parts, [address(z)] * 6, False, 0)
+    for shape, outputs, message in (
+        ((1, 4, 6, 8), 4, "got 4 channels and 4 outputs; multiples of 8 and of 2 would work"),
+        ((1, 264, 6, 8), 4, "got 264 channels and 4 outputs; up to 256 and 64 would work"),
+        ((2**20, 8, 64, 64), 4, "x: got 4294967296 pixels; up to 2147483647 would work"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core.reduce_haar_backward_workspace_cuda(2, 1, shape, outputs, 132, 2**17)
+    with pytest.raises(ValueError, match="x: got float32; float16 and bfloat16 would work"):
+        core.reduce_haar_backward_workspace_cuda(1, 1, (1, 8, 6, 8), 4, 132, 2**17)
     ll, high = torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 3, 4)
     call = (1, 1, x.shape, 0.0, address(x), address(ll), [address(high)])
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", "sideways")

@@ -36,6 +36,10 @@ def little_shared(device: torch.device) -> bool:
 LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
+#: Bytes of shared memory that a block takes besides its own; a multiprocessor has as many more than a block may have.
+SHARED_OF_SYSTEM = 1024
+
+
 def shared_of_block(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; an H100's where there is no GPU to ask."""
     if little_shared(device):

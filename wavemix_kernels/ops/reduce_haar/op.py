@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import _native, backends, checks, fx
+from wavemix_kernels import _native, backends, checks, fx, log
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, precision, selftest
+from wavemix_kernels.ops.common import chips, layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
+
+#: Most inputs and outputs of the CUDA kernel of the gradients (csrc/cuda/reduce_haar/reduce_haar_gradients.cu).
+_CUDA_CHANNELS, _CUDA_OUTPUTS = 256, 64
 
 _library = Library()
 _library.define(
@@ -133,6 +137,55 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_
     return out
 
 
+def _why_not_cuda_backward(x: Tensor, weight: Tensor) -> str | None:
+    """Why the CUDA kernel of the gradients cannot serve a call, or None."""
+    outputs, channels = weight.shape[:2]
+    if (reason := backends.cuda_why_not(x, weight)) is not None:
+        return reason
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"its gradients take float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if not layout.is_channels_last(x):
+        return "its gradients take channels_last images"
+    if channels % 8 or outputs % 2 or channels > _CUDA_CHANNELS or outputs > _CUDA_OUTPUTS:
+        return (
+            f"its gradients take multiples of 8 up to {_CUDA_CHANNELS} channels and of 2 up to {_CUDA_OUTPUTS} "
+            f"outputs, got {channels} and {outputs}"
+        )
+    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
+        return f"its gradients take fewer than 2^31 pixels, got a batch of {tuple(x.shape)}"
+    if (wanted := _shared_of_backward(channels, outputs)) > (most := chips.shared_of_block(x.device)):
+        return f"its gradients take {wanted} bytes of shared memory, a block of this device has {most}"
+    return None
+
+
+@functools.cache
+def _shared_of_backward(channels: int, outputs: int) -> int:
+    core: Any = _native.cuda_core
+    return core.reduce_haar_backward_shared_cuda(channels, outputs)
+
+
+def _dense(image: Tensor) -> Tensor:
+    """Dense in channels_last order and aligned for accesses of 16 bytes, or a copy that is."""
+    dense = image.is_contiguous(memory_format=torch.channels_last) and image.data_ptr() % 16 == 0
+    return image if dense else layout.laid_out(image, True)
+
+
+def _cuda_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+    core: Any = _native.cuda_core
+    out = _backward_fake(grads, x, weight, add, has_bias)
+    x, weight, grads = _dense(x), weight[:, :, 0, 0].contiguous(), [_dense(g) for g in grads]
+    add = None if add is None else _dense(add)
+    size = _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0]
+    chip = _native.multiprocessors(x.device), chips.shared_of_block(x.device) + chips.SHARED_OF_SYSTEM
+    workspace = x.new_empty(core.reduce_haar_backward_workspace_cuda(*size, *chip), dtype=torch.uint8)
+    a, pointer = _native.address, _native.pointer
+    _native.launch(
+        "reduce_haar_backward_cuda", x.device, *size, a(x), a(weight), [a(g) for g in grads], a(out[0]), a(add),
+        pointer(out[1]), pointer(out[2]) if has_bias else 0, pointer(workspace), *chip,
+    )  # fmt: skip
+    return out
+
+
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     from wavemix_kernels.ops.reduce_haar import triton as kernels
 
@@ -157,7 +210,8 @@ def _triton_backward(
 
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "backward": _triton_backward}),
-    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda}),
+    # float16 is what both of them serve.
+    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda, "backward": _cuda_backward}, torch.float16),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
@@ -189,8 +243,15 @@ def _backward_op(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
     order = choose.with_kernels("backward", BACKENDS, x.device.type)
+    asked = backend == "cuda" or (backend == "auto" and "cuda" in order)
+    no_cuda = _why_not_cuda_backward(x, weight) if asked else None
+    if no_cuda is not None:
+        order = tuple(name for name in order if name != "cuda")
+        if log.enabled():
+            line = f"reduce_haar_backward {tuple(x.shape)}, {tuple(weight.shape)}: not by cuda: {no_cuda}"
+            log.once(line, lambda: line)
     chosen = choose.select("reduce_haar_backward", BACKENDS, backend, x, weight, order=order)
-    if "backward" in chosen.functions:
+    if "backward" in chosen.functions and not (chosen is BACKENDS["cuda"] and no_cuda):
         return chosen.functions["backward"](grads, x, weight, add, has_bias)
     channels_last = layout.is_channels_last(x)
     part = choose.for_part(backend, haar_pyramid.BACKENDS)
@@ -250,7 +311,7 @@ fused = differentiable(_library, "reduce_haar", _setup, _backward, standard=_sta
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Two levels on 16 channels and all gradients, differentiable and in one launch: (error, bound)."""
-    p, results = selftest.pattern, []
+    p = selftest.pattern
     error = selftest.against_reference(
         lambda x, w, b: reduce_haar(x, w, b, 2, backend=backend),
         lambda x, w, b: reference.reduce_haar(x, w, b, 2),
@@ -265,7 +326,10 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         p(4, 16, 1, 1),
         p(2, 16, 8, 12, phase=3),
     )
-    for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
-        *grads, x, weight, add = (t.to(dtype).to(where, wide) for t in tensors)
-        results.append(backward(grads, x, weight, True, add, name))
-    return selftest.largest(error, selftest.largest_error(*results)), selftest.rounding_bound(2 * 8 * 12, dtype)
+    *grads, x, weight, add = (t.to(dtype).to("cpu", torch.float64) for t in tensors)
+    exact = backward(grads, x, weight, True, add, "reference")
+    for order in (torch.contiguous_format, torch.channels_last):  # with kernels of their own
+        *grads, x, weight, add = (t.to(device, dtype).contiguous(memory_format=order) for t in tensors)
+        got = backward(grads, x, weight, True, add, backend)
+        error = selftest.largest(error, selftest.largest_error(got, exact))
+    return error, selftest.rounding_bound(2 * 8 * 12, dtype)
