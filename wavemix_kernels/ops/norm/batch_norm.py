@@ -94,7 +94,10 @@ def update_running(moves: Sequence[Move], momentum: float | None) -> None:
     factors = [move.values / max(move.values - 1, 1) for move in moves]
     with torch.no_grad():
         if momentum is not None and moves[0].mean.device.type == "cuda":
-            _update_by_plan(moves, factors, momentum)
+            if torch.compiler.is_compiling():
+                _by_operators(moves, factors, momentum)
+            else:
+                _update_by_plan(moves, factors, momentum)
             return
         for move, factor in zip(moves, factors, strict=True):
             move.batches.add_(1)
@@ -103,7 +106,27 @@ def update_running(moves: Sequence[Move], momentum: float | None) -> None:
                 running.lerp_(batch.to(running.dtype), average)
 
 
+def _update_by_plan(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+    _together(moves, factors, momentum)
+    torch.autograd.graph.increment_version([t for move in moves for t in move[:3]])  # kernels do not
+
+
 def _update_together(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+    """In one launch of Triton's, which has arithmetic in float32."""
+    tensors = [t for move in moves for t in move[:5]]
+    narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
+    if not narrow or backends.triton_why_not(moves[0].mean) is not None:
+        _by_operators(moves, factors, momentum)
+        return
+    from wavemix_kernels.ops.norm import triton_running as kernels
+
+    kernels.move([kernels.Move(*m[:5], factor) for m, factor in zip(moves, factors, strict=True)], momentum)
+
+
+_together = plan.planned("running_statistics", _update_together)
+
+
+def _by_operators(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
     """In three launches, and a fourth where the running statistics are of another dtype."""
     torch._foreach_add_([move.batches for move in moves], 1)
     running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
@@ -112,9 +135,6 @@ def _update_together(moves: Sequence[Move], factors: list[float], momentum: floa
         wide, batch = batch, [torch.empty_like(t) for t in running]
         torch._foreach_copy_(batch, wide)
     torch._foreach_lerp_(running, batch, momentum)
-
-
-_update_by_plan = plan.planned("running_statistics", _update_together)
 
 
 # --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
