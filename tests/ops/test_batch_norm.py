@@ -281,7 +281,9 @@ def test_running_statistics_of_several_norms_together(
         running = torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), torch.tensor(7)
         batch = randn(c, seed=i).to(accumulation(dtype)), randn(c, seed=i + 1).to(accumulation(dtype)).abs()
         moves.append(batch_norm.Move(*(t.to(device) for t in (*running, *batch)), values))
-        exact = batch_norm.Move(*(t.double() if t.is_floating_point() else t.clone() for t in (*running, *batch)), values)
+        exact = batch_norm.Move(
+            *(t.double() if t.is_floating_point() else t.clone() for t in (*running, *batch)), values
+        )
         batch_norm.update_running([exact], momentum)
         want.append(exact)
     update(moves, [m.values / max(m.values - 1, 1) for m in moves], momentum)

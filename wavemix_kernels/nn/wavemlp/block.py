@@ -118,5 +118,7 @@ class FusedWaveBlock(WaveBlock):
         drop_path = self.drop_path
         if isinstance(drop_path, nn.Identity) or not drop_path.training:
             return None
-        path: Any = drop_path.factors(x) if type(drop_path) is DropPath else drop_path(x.new_ones((len(x), 1, 1, 1)))
+        if type(drop_path) is DropPath:
+            return drop_path.factors(x)
+        path: Any = drop_path(x.new_ones((x.shape[0], 1, 1, 1)))
         return path

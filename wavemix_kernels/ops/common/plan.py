@@ -105,8 +105,9 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if kind is None:
             return function(*args)
         recent = table.recent.get(kind, ())
-        for fits, plan in recent:
+        for fits, known in recent:
             if fits(*tensors):
+                plan = known
                 break
         else:
             key = _key(kind, tensors)

@@ -54,21 +54,18 @@ def _running_kernel(
     running_mean1, running_var1, batches1, mean1, var1, channels1, factor1,
     running_mean2, running_var2, batches2, mean2, var2, channels2, factor2,
     running_mean3, running_var3, batches3, mean3, var3, channels3, factor3,
-    momentum, NORMS: tl.constexpr, CHANNELS: tl.constexpr,
+    momentum, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A row of programs for each norm."""
     norm = tl.program_id(1)
     if norm == 0:
         _move(running_mean0, running_var0, batches0, mean0, var0, channels0, factor0, momentum, CHANNELS)
-    if NORMS > 1:
-        if norm == 1:
-            _move(running_mean1, running_var1, batches1, mean1, var1, channels1, factor1, momentum, CHANNELS)
-    if NORMS > 2:
-        if norm == 2:
-            _move(running_mean2, running_var2, batches2, mean2, var2, channels2, factor2, momentum, CHANNELS)
-    if NORMS > 3:
-        if norm == 3:
-            _move(running_mean3, running_var3, batches3, mean3, var3, channels3, factor3, momentum, CHANNELS)
+    elif norm == 1:
+        _move(running_mean1, running_var1, batches1, mean1, var1, channels1, factor1, momentum, CHANNELS)
+    elif norm == 2:
+        _move(running_mean2, running_var2, batches2, mean2, var2, channels2, factor2, momentum, CHANNELS)
+    else:
+        _move(running_mean3, running_var3, batches3, mean3, var3, channels3, factor3, momentum, CHANNELS)
 
 
 def move_launch(moves: Sequence[Move], momentum: float) -> Launch:
@@ -78,7 +75,7 @@ def move_launch(moves: Sequence[Move], momentum: float) -> Launch:
         *tensors, factor = moves[min(i, len(moves) - 1)]
         args += [*tensors, tensors[0].numel(), factor]
     most = max(move.running_mean.numel() for move in moves)
-    constants = {"NORMS": len(moves), "CHANNELS": _CHANNELS, "num_warps": 4, "enable_fp_fusion": True}
+    constants = {"CHANNELS": _CHANNELS, "num_warps": 4, "enable_fp_fusion": True}
     return Launch(_running_kernel, (triton.cdiv(most, _CHANNELS), len(moves)), (*args, momentum), constants)
 
 

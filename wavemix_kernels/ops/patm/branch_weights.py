@@ -97,9 +97,7 @@ def _triton_forward(s: Tensor, count: int, mlp: Mlp) -> tuple[Tensor, Tensor]:
     return kernels.forward(s.contiguous(), 1 / count, mlp.matrices())
 
 
-def _triton_backward(
-    d_a: Tensor, a: Tensor, mean: Tensor, count: int, mlp: Mlp
-) -> tuple[Tensor, Sequence[Tensor]]:
+def _triton_backward(d_a: Tensor, a: Tensor, mean: Tensor, count: int, mlp: Mlp) -> tuple[Tensor, Sequence[Tensor]]:
     from wavemix_kernels.ops.patm import triton_branch_weights as kernels
 
     d_s, grads = kernels.backward(d_a.contiguous(), a.contiguous(), mean.contiguous(), 1 / count, mlp.matrices())
@@ -168,9 +166,7 @@ def branch_weights(s: Tensor, count: int, mlp: Mlp, backend: str) -> tuple[Tenso
     return torch.ops.wavemix_kernels.branch_weights(s, count, *mlp, _part(backend, s, mlp))
 
 
-def backward(
-    d_a: Tensor, a: Tensor, mean: Tensor, count: int, mlp: Mlp, backend: str
-) -> tuple[Tensor, list[Tensor]]:
+def backward(d_a: Tensor, a: Tensor, mean: Tensor, count: int, mlp: Mlp, backend: str) -> tuple[Tensor, list[Tensor]]:
     """Gradients of s, and of ``mlp`` in its dtypes, from that of ``a``."""
     part = _part(backend, mean, mlp)
     d_s, *grads = torch.ops.wavemix_kernels.branch_weights_backward(d_a, a, mean, count, *mlp, part)
