@@ -72,6 +72,14 @@ _RECENT = 4
 _ONCE, _REFUSED = object(), object()
 
 
+class _Words(tuple[Any, ...]):
+    """A tuple without tensors."""
+
+
+#: Of these a value is a part of a key.
+_WORDS = {type(None), int, str, float, bool, _Words}
+
+
 class _Table:
     """The plans of one function.
 
@@ -178,11 +186,12 @@ class _Context:
 
     def attributes(self) -> tuple[tuple[str, Any], ...]:
         own = ("saved_tensors", "needs_input_grad", "marked", "materialize")
-        return tuple((name, value) for name, value in vars(self).items() if name not in own)
+        return _Words((name, value) for name, value in vars(self).items() if name not in own)
 
 
 def function(of: Any) -> Any:
-    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans."""
+    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans. What it
+    keeps beside its saved tensors is free of tensors."""
     forward, backward = of.forward, inspect.unwrap(of.backward)
 
     def forward_alone(*args: Any) -> Any:
@@ -208,7 +217,7 @@ def function(of: Any) -> Any:
     def backward_by_plan(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling() or not hasattr(ctx, "attributes"):
             return backward(ctx, *grads)
-        return planned_backward(ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes, grads)
+        return planned_backward(ctx.saved_tensors, _Words(ctx.needs_input_grad), ctx.attributes, grads)
 
     of.forward = staticmethod(forward_by_plan)
     of.backward = staticmethod(once_differentiable(backward_by_plan))
@@ -244,21 +253,22 @@ def _kind(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
 
 
 def _collect(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
+    part, tensor = parts.append, tensors.append
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            tensors.append(value)
-            parts.append(Tensor)
-        elif value is None or kind is int or kind is str or kind is float or kind is bool:
-            parts.append(value)
+            tensor(value)
+            part(Tensor)
+        elif kind in _WORDS:
+            part(value)
         elif isinstance(value, (tuple, list)):
-            parts.append((kind, len(value)))
+            part((kind, len(value)))
             if not _collect(value, parts, tensors):
                 return False
         elif isinstance(value, Tensor):
             return False
         else:
-            parts.append(value)
+            part(value)
     return True
 
 

@@ -87,50 +87,53 @@ class Move(NamedTuple):
     var: Tensor
     values: int
 
+    def factor(self) -> float:
+        """What makes the variance unbiased."""
+        return self.values / max(self.values - 1, 1)
+
 
 def update_running(moves: Sequence[Move], momentum: float | None) -> None:
     """Moves the running statistics of different norms towards a batch by ``momentum``; None: towards the average of all
     batches, whose number stays on its device."""
-    factors = [move.values / max(move.values - 1, 1) for move in moves]
     with torch.no_grad():
-        if momentum is not None and moves[0].mean.device.type == "cuda":
-            if torch.compiler.is_compiling():
-                _by_operators(moves, factors, momentum)
-            else:
-                _update_by_plan(moves, factors, momentum)
+        if momentum is not None and moves[0].mean.is_cuda:
+            (_by_operators if torch.compiler.is_compiling() else _update_by_plan)(moves, momentum)
             return
-        for move, factor in zip(moves, factors, strict=True):
+        for move in moves:
             move.batches.add_(1)
-            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * factor)):
+            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * move.factor())):
                 average = move.batches.double().reciprocal().to(running.dtype) if momentum is None else momentum
                 running.lerp_(batch.to(running.dtype), average)
 
 
-def _update_by_plan(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
-    _together(moves, factors, momentum)
+def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
+    _together(moves, momentum)
     torch.autograd.graph.increment_version([t for move in moves for t in move[:3]])  # kernels do not
 
 
-def _update_together(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+def _update_together(moves: Sequence[Move], momentum: float) -> None:
     """In one launch of Triton's, which has arithmetic in float32."""
     tensors = [t for move in moves for t in move[:5]]
     narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
     if not narrow or backends.triton_why_not(moves[0].mean) is not None:
-        _by_operators(moves, factors, momentum)
+        _by_operators(moves, momentum)
         return
     from wavemix_kernels.ops.norm import triton_running as kernels
 
-    kernels.move([kernels.Move(*m[:5], factor) for m, factor in zip(moves, factors, strict=True)], momentum)
+    kernels.move([kernels.Move(*move[:5], move.factor()) for move in moves], momentum)
 
 
 _together = plan.planned("running_statistics", _update_together)
 
 
-def _by_operators(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+def _by_operators(moves: Sequence[Move], momentum: float) -> None:
     """In three launches, and a fourth where the running statistics are of another dtype."""
     torch._foreach_add_([move.batches for move in moves], 1)
     running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
-    batch = [*(move.mean for move in moves), *torch._foreach_mul([move.var for move in moves], factors)]
+    batch = [
+        *(move.mean for move in moves),
+        *torch._foreach_mul([move.var for move in moves], [move.factor() for move in moves]),
+    ]
     if any(to.dtype != t.dtype for to, t in zip(running, batch, strict=True)):
         wide, batch = batch, [torch.empty_like(t) for t in running]
         torch._foreach_copy_(batch, wide)

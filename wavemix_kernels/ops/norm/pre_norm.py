@@ -59,8 +59,8 @@ class Statistics(NamedTuple):
 
 # --- Backends: stats(x, by_image, eps); apply(x, mean, invstd, weight, bias, by_image, out);
 #     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias;
-#     join(x, branch, path, out). No mean is 0. Small tensors are contiguous; Triton takes weight, bias and path in any dtype, the
-#     others in the statistics'. ---------------------------------------------------------------------------------
+#     join(x, branch, path, out). No mean is 0. Small tensors are contiguous; Triton takes weight, bias and path in any
+#     dtype, the others in the statistics'. ----------------------------------------------------------------------
 
 
 def _small(t: Tensor | None, like: Tensor) -> Any:
