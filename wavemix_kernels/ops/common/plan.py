@@ -129,8 +129,8 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if plan is _ONCE:
                 result, table.plans[key] = _recorded(name, function, args, tensors)
                 return result
-            if (fits := _check(tensors)) is not None:
-                table.recent[kind] = [(fits, plan), *recent[: _RECENT - 1]]
+            if (check := _check(tensors)) is not None:
+                table.recent[kind] = [(check, plan), *recent[: _RECENT - 1]]
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
