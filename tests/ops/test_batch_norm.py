@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import each
 from tests.ops.contract import LAYOUTS, Case, Contract, image, on, randn
@@ -275,7 +276,7 @@ def test_running_statistics_of_several_norms_together(
 ) -> None:
     """A GPU's one launch, or few, gives what updates one by one in float64 give: three roundings of two values, and
     the last one. More norms than a launch takes, more channels than a program."""
-    update = batch_norm._update_together if backend == "triton" else batch_norm._by_operators
+    update = batch_norm._update_by_plan if backend == "triton" else batch_norm._by_operators
     moves, want = [], []
     for i, (c, values) in enumerate(((4, 30), (3, 2), (5, 1), (300, 7), (2, 9))):
         running = torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), torch.tensor(7)
@@ -295,3 +296,10 @@ def test_running_statistics_of_several_norms_together(
             if dtype.itemsize == 2:
                 off += stored(size, dtype, backend) * (2 if backend == "reference" else 1)  # the batch's, too
             assert_within(running, value, off, "running")
+
+
+def test_running_statistics_of_tensors_without_values() -> None:
+    """No kernel is launched."""
+    with FakeTensorMode():
+        move = batch_norm.Move(*(torch.empty(4) for _ in range(2)), torch.tensor(0), torch.empty(4), torch.empty(4), 9)
+        batch_norm._update_by_plan([move], 0.1)

@@ -27,6 +27,9 @@ _library.define(
     "-> Tensor"
 )
 _library.define(
+    "running_statistics(Tensor(a!)[] running, Tensor[] batch, int[] values, float momentum) -> ()"  # of several norms
+)
+_library.define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, bool batch_stats, "
     "bool channels_last, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -107,23 +110,25 @@ def update_running(moves: Sequence[Move], momentum: float | None) -> None:
 
 
 def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
-    _together(moves, momentum)
-    torch.autograd.graph.increment_version([t for move in moves for t in move[:3]])  # kernels do not
+    running = [t for move in moves for t in move[:3]]
+    args = running, [t for move in moves for t in move[3:5]], [move.values for move in moves], momentum
+    if plan.unseen(args):
+        plan.operators["running_statistics"](*args)
+    else:
+        torch.ops.wavemix_kernels.running_statistics(*args)
+    torch.autograd.graph.increment_version(running)  # kernels do not
 
 
-def _update_together(moves: Sequence[Move], momentum: float) -> None:
+def _running_statistics(running: list[Tensor], batch: list[Tensor], values: list[int], momentum: float) -> None:
     """In one launch of Triton's, which has arithmetic in float32."""
-    tensors = [t for move in moves for t in move[:5]]
-    narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
-    if not narrow or backends.triton_why_not(moves[0].mean) is not None:
+    moves = [Move(*running[3 * i : 3 * i + 3], *batch[2 * i : 2 * i + 2], n) for i, n in enumerate(values)]
+    narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in (*running, *batch))
+    if not narrow or backends.triton_why_not(batch[0]) is not None:
         _by_operators(moves, momentum)
         return
     from wavemix_kernels.ops.norm import triton_running as kernels
 
     kernels.move([kernels.Move(*move[:5], move.factor()) for move in moves], momentum)
-
-
-_together = plan.planned("running_statistics", _update_together)
 
 
 def _by_operators(moves: Sequence[Move], momentum: float) -> None:
@@ -343,6 +348,7 @@ def _channel_fake(x: Tensor) -> Tensor:
 
 
 for _name, _implementation, _fake in (
+    ("running_statistics", _running_statistics, lambda *_: None),
     ("batch_norm_stats", _stats, lambda x, w, b, eps, k: tuple(_channel_fake(x) for _ in range(5))),
     ("batch_norm_apply", _apply, lambda x, a, b, r, channels_last, k: layout.empty(x, x.shape, channels_last)),
     (
