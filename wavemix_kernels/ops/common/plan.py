@@ -186,7 +186,7 @@ class _Context:
 
     def attributes(self) -> tuple[tuple[str, Any], ...]:
         own = ("saved_tensors", "needs_input_grad", "marked", "materialize")
-        return _Words((name, value) for name, value in vars(self).items() if name not in own)
+        return tuple((name, value) for name, value in vars(self).items() if name not in own)
 
 
 def function(of: Any) -> Any:
@@ -208,7 +208,8 @@ def function(of: Any) -> Any:
     def forward_by_plan(ctx: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not State.on:
             return forward(ctx, *args)
-        made, saved, marked, materialize, ctx.attributes = planned_forward(*args)
+        made, saved, marked, materialize, attributes = planned_forward(*args)
+        ctx.attributes = _Words(attributes)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*marked)
         ctx.set_materialize_grads(materialize)
