@@ -286,7 +286,11 @@ def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
     kind = getattr(guards, "TensorGuards", None)
     if kind is None or any(t.data_ptr() & 15 for t in tensors):
         return None
-    alike, address = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check, Tensor.data_ptr
+    try:
+        alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except TypeError:  # another PyTorch's takes other arguments
+        return None
+    address = Tensor.data_ptr
 
     def fits(*others: Tensor) -> bool:
         return alike(*others) and not functools.reduce(operator_or, map(address, others)) & 15
