@@ -21,6 +21,7 @@ _NOTES = {
     "takes cuDNN",
     "batch_norm": "statistics, apply, backward",
     "phase_aggregate": "PATM: forward, backward",
+    "branch_weights": "PATM: forward, backward",
     "branch_sum": "PATM",
     "pre_norm": "norm, residual and stochastic depth around Wave-MLP's mixers",
     "patm_whole": "PATM from end to end: forward alone on a GPU, half types, 64, 96 or 128 channels",

@@ -31,6 +31,8 @@ from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_finish as norm_finish
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
+from wavemix_kernels.ops.norm import triton_running as running_statistics
+from wavemix_kernels.ops.patm import triton_branch_weights as branch_weights
 from wavemix_kernels.ops.patm import triton_branches as branch_sum
 from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
 from wavemix_kernels.ops.reduce_haar import triton as reductions
@@ -160,6 +162,22 @@ def patm_points() -> Iterator[Point]:
             never=(r"STG\.E\.U16$", *([] if of_chip else [r"MUFU\.(SIN|COS)"])),
         )  # fmt: skip
         yield Point(f"patm {kernel}", arch, dtype, patm_launch(kernel, dtype), demands)
+
+
+def branch_weights_points() -> Iterator[Point]:
+    """The narrowest and the widest stage of a Wave-MLP; weights of mixed precision are float32."""
+    for arch, dtype, c in ((90, torch.float32, 64), (80, HALF, 128), (90, torch.bfloat16, 512), (100, HALF, 320),
+                           (120, HALF, 512)):  # fmt: skip
+        k, s, by_branch = c // 4, meta(64, c), meta(3, 64, c)
+        weights = tuple(meta(*shape, dtype=dtype) for shape in ((k, c), (k,), (3 * c, k), (3 * c,)))
+        forward = branch_weights.forward_launch(s, 1.0, weights)[0]
+        launches = [forward, *branch_weights.backward_launches(by_branch, by_branch, s, 1.0, weights)[0]]
+        for name, launch in zip(("forward", "backward", "weights"), launches, strict=True):
+            yield Point(f"branch_weights {c} {name}", arch, dtype, launch, Demands(accesses=()))
+        running = meta(c, dtype=dtype)
+        moves = [running_statistics.Move(running, running, meta(dtype=torch.int64), meta(c), meta(c), 1.0)] * 3
+        launch = running_statistics.move_launch(moves, 0.1)
+        yield Point("running statistics", arch, dtype, launch, Demands(accesses=()))
 
 
 # --- Normalisation around a Wave-MLP's branches --------------------------------------------------------------
@@ -364,5 +382,5 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
 
 @functools.cache
 def points() -> list[Point]:
-    families = (deconv_points, waveblock_points, haar_points, patm_points, pre_norm_points)
+    families = deconv_points, waveblock_points, haar_points, patm_points, branch_weights_points, pre_norm_points
     return [point for family in families for point in family()]

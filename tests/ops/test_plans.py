@@ -43,7 +43,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _plans() -> int:
-    return sum(isinstance(made, FunctionType) for table in plan.tables.values() for made in table.values())
+    return sum(isinstance(made, FunctionType) for table in plan.tables.values() for made in table.plans.values())
 
 
 @pytest.mark.prove
@@ -103,18 +103,22 @@ def test_blocks(
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         assert a.stride() == b.stride()
-    passes = [table for name, table in plan.tables.items() if "." in name and table]
+    passes = [table.plans for name, table in plan.tables.items() if "." in name and table.plans]
     assert len(passes) >= 2
     assert all(isinstance(made, FunctionType) for table in passes for made in table.values())
 
 
-def test_running_statistics(plans: None) -> None:
-    """The plan writes to the caller's tensors, as the updates one by one do."""
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_running_statistics(plans: None, backend: str) -> None:
+    """The plan writes to the caller's tensors, and PyTorch knows of each time."""
     runs = [[torch.zeros(4), torch.ones(4), torch.tensor(0)] for _ in range(2)]
     for step in range(4):
         mean, var = torch.randn(4), torch.rand(4)
         moves = [batch_norm.Move(*running, mean, var, 30) for running in runs]
-        batch_norm.update_running(moves[:1], 0.3)
-        batch_norm._update_by_plan(moves[1:], [30 / 29], 0.3)
+        with plan.paused():
+            batch_norm._update_by_plan(moves[:1], 0.3)
+        before = [t._version for t in runs[1]]
+        batch_norm._update_by_plan(moves[1:], 0.3)
         assert all(map(torch.equal, *runs)), step
+        assert all(t._version > version for t, version in zip(runs[1], before, strict=True)), step
     assert _plans() == 1

@@ -60,7 +60,10 @@ SESSIONS = {
         "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
     ),
     "patm_whole-cuda": Session("cuda and contract", ("whole_moments", "whole_branch_weights", "whole_mix")),
-    "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
+    "batch_norm-triton": Session(
+        "triton and (contract or several_norms)", ("norm.triton_batch_norm", "norm.triton_running")
+    ),
+    "branch_weights-triton": Session("triton and contract", ("patm.triton_branch_weights",)),
 }
 
 

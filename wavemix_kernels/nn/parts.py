@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,25 @@ def why_not_plain(name: str, module: nn.Module, kind: type[nn.Module] | None = N
         return f"{name} has a forward of its own on the instance"
     # Not by hasattr: what it does not find costs nn.Module a microsecond.
     return f"{name} has parametrizations" if "parametrizations" in module._modules else None
+
+
+def why_not_all_plain(parts: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
+    """:func:`why_not_plain` of several parts, (name, module, kind) each: the first reason, or None."""
+    watched = _for_all or _before_all or _backward_of_all or _before_backward_of_all
+    for name, module, kind in parts:
+        own = module.__dict__
+        if (
+            watched
+            or type(module) is not kind
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or "parametrizations" in own["_modules"]
+        ):
+            return why_not_plain(name, module, kind)
+    return None
 
 
 def untouched(module: nn.Module) -> bool:
@@ -60,11 +80,17 @@ def affine_of(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
+def is_frozen(norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm uses its running statistics: in evaluation, or frozen during training."""
+    return not (norm.training or norm.running_mean is None or norm.running_var is None)
+
+
 def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Running mean and inverse deviation where the norm uses them (evaluation, or frozen during training)."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:
+    """Running mean and inverse deviation of a norm that uses them."""
+    if not is_frozen(norm):
         return None, None
-    return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return mean, torch.rsqrt(var + norm.eps)
 
 
 class Batch(NamedTuple):
@@ -78,11 +104,20 @@ class Batch(NamedTuple):
 
 def update(*batches: Batch) -> None:
     """Running statistics of those that are BatchNorms in training and keep them."""
-    together: dict[Any, list[batch_norm.Move]] = {}
-    for i, (norm, *seen) in enumerate(batches):
-        if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
-            turn = sum(other.norm is norm for other in batches[:i]) if i else 0  # a module in two places moves twice
-            running: Any = norm.running_mean, norm.running_var, norm.num_batches_tracked
-            together.setdefault((norm.momentum, turn), []).append(batch_norm.Move(*running, *seen))
-    for (momentum, _), moves in together.items():
+    together: dict[float | None, list[batch_norm.Move]] = {}
+    twice: list[Batch] = []
+    for i, (norm, mean, var, values) in enumerate(batches):
+        if not (isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats):
+            continue
+        if any(other.norm is norm for other in batches[:i]):  # a module in two places moves twice
+            twice.append(batches[i])
+            continue
+        running: Any = norm._buffers  # not by nn.Module's attributes, which take longer than a launch
+        move = batch_norm.Move(
+            running["running_mean"], running["running_var"], running["num_batches_tracked"], mean, var, values
+        )
+        together.setdefault(norm.momentum, []).append(move)
+    for momentum, moves in together.items():
         batch_norm.update_running(moves, momentum)
+    if twice:
+        update(*twice)

@@ -27,6 +27,7 @@ OPS = {
     "deconv": "deconv.op",
     "batch_norm": "norm.batch_norm",
     "phase_aggregate": "patm.phases",
+    "branch_weights": "patm.branch_weights",
     "branch_sum": "patm.branches",
     "pre_norm": "norm.pre_norm",
     "patm_whole": "patm.whole",

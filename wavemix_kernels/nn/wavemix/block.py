@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_plain
+from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_all_plain, why_not_plain
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
@@ -128,7 +128,7 @@ class FusedWaveblock(Waveblock):
     def why_not_fused(self) -> str | None:
         """Why the modules themselves run, or None: a part of another class, or one that somebody listens to, or
         :func:`wavemix_kernels.ops.common.transforms.standard_wanted`."""
-        if (reason := standard_wanted() or why_not_plain("reduction", self.reduction, nn.Conv2d)) is not None:
+        if (reason := standard_wanted()) is not None:
             return reason
         kinds: tuple[type[nn.Module], ...] = (
             nn.Conv2d,
@@ -138,17 +138,16 @@ class FusedWaveblock(Waveblock):
             _UPSAMPLING[self.upsample],
             nn.BatchNorm2d,
         )
+        parts: list[tuple[str, nn.Module, type[nn.Module]]] = [("reduction", self.reduction, nn.Conv2d)]
         for level in range(1, self.level + 1):
             name = self._feedforward_name(level)
             part = getattr(self, name)
-            if (reason := why_not_plain(name, part, nn.Sequential)) is not None:
-                return reason
-            if len(part) != len(kinds):
-                return f"{name} has {len(part)} parts, expected {len(kinds)}"
-            for i, (module, kind) in enumerate(zip(part, kinds, strict=True)):
-                if (reason := why_not_plain(f"{name}.{i}", module, kind)) is not None:
-                    return reason
-        return None
+            parts.append((name, part, nn.Sequential))
+            if type(part) is nn.Sequential:
+                if len(part) != len(kinds):
+                    return f"{name} has {len(part)} parts, expected {len(kinds)}"
+                parts += [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(part, kinds, strict=True))]
+        return why_not_all_plain(parts)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, kept, why_not_plain
-from wavemix_kernels.ops import choose
+from wavemix_kernels.ops import waveblock_evaluate as evaluation
 from wavemix_kernels.ops.common import layout
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.transforms import standard_wanted
-from wavemix_kernels.ops.deconv import op as deconv
-from wavemix_kernels.ops.deconv import upsample
-from wavemix_kernels.ops.mlp import op as pointwise_mlp
-from wavemix_kernels.ops.mlp import reference as mlp_reference
-from wavemix_kernels.ops.norm import batch_norm
-from wavemix_kernels.ops.reduce_haar import op as reduce_haar
-from wavemix_kernels.ops.reduce_haar import reference as reduce_haar_reference
 
 
 class InferenceWaveblock(nn.Module):
@@ -66,46 +57,19 @@ class InferenceWaveblock(nn.Module):
             raise ValueError(f"x: expected {self.final_dim} channels (final_dim), got shape {tuple(x.shape)}")
         for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
             checks.check_multiple(f"x: {axis}", size, 2**self.level)
-        names = ("w1", "b1", "w2", "b2", "up_weight", "up_bias")
-        levels = [[getattr(self, f"{name}_{i + 1}") for name in names] for i in range(self.level)]
-        given: Any = (self.weight, self.bias, *(t for level in levels for t in level))
+        given: list[Any] = [self.weight, self.bias]
+        given += [getattr(self, f"{name}_{i + 1}") for i in range(self.level) for name in evaluation.Level._fields]
         cast_x, weight, bias, *flat = checks.autocast(x, *given)
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
         backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
-        if backend == "reference":
-            zs = reduce_haar_reference.reduce_haar(cast_x, weight, bias, self.level)
-        else:
-            part = choose.for_part(backend, reduce_haar.BACKENDS)
-            zs = reduce_haar.fused(cast_x, weight, bias, self.level, True, part)
-        order = layout.is_channels_last(x)
-        # Kernels without gradient add the residual as they store.
-        has_gradient = torch.is_grad_enabled() and x.requires_grad
-        adds = residual and backend != "reference" and cast_x is x and not has_gradient
-        out: Tensor | None = None
-        for i in range(self.level - 1, -1, -1):
-            w1, b1, w2, b2, up_weight, up_bias = flat[6 * i : 6 * i + 6]
-            if backend == "reference":
-                u = mlp_reference.pointwise_mlp(zs[i], w1, b1, w2, b2, second=out)
-                out = upsample.standard(self.upsample, u, up_weight, up_bias)
-            else:
-                part = choose.for_part(backend, pointwise_mlp.BACKENDS)
-                u = pointwise_mlp.fused(zs[i], out, None, None, w1, b1, w2, b2, 0.0, None, part)
-                part = choose.for_part(backend, deconv.BACKENDS)
-                if i == 0 and adds and order and self.upsample == "deconv":
-                    return deconv.plus_residual(u, up_weight, up_bias, x, part)
-                out = upsample.forward(self.upsample, u, up_weight, up_bias, part)
-        assert out is not None
-        if backend == "reference":
-            return layout.ordered_as(x + out if residual else out, x)
-        if not adds and (order or has_gradient or cast_x is not x):
-            out = x + out if residual else out
-            return out.contiguous(memory_format=layout.memory_format(x))
-        # The pass that normalises also adds and reorders, at the speed of memory; there is nothing left to normalise.
-        part = choose.for_part(backend, batch_norm.BACKENDS)
-        one = torch.ones(out.shape[1], dtype=accumulate_dtype(out.dtype), device=out.device)
-        return torch.ops.wavemix_kernels.batch_norm_apply(
-            out, one, torch.zeros_like(one), x if residual else None, order, part
-        )
+        fields = len(evaluation.Level._fields)
+        levels = [evaluation.Level(*flat[i : i + fields]) for i in range(0, len(flat), fields)]
+        joined = residual and cast_x is x
+        options = evaluation.Options(self.upsample, layout.is_channels_last(x), joined, backend)
+        run = evaluation.standard if backend == "reference" else evaluation.evaluate
+        out = run(options, cast_x, weight, bias, levels)
+        out = x + out if residual and not joined else out
+        return layout.ordered_as(out, x)
 
     def extra_repr(self) -> str:
         return f"final_dim={self.final_dim}, level={self.level}, upsample={self.upsample!r}"

@@ -13,7 +13,7 @@ from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
-from wavemix_kernels.nn.wavemlp.reference import NormLayer, TokenMixer, WaveBlock
+from wavemix_kernels.nn.wavemlp.reference import DropPath, NormLayer, TokenMixer, WaveBlock
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 from wavemix_kernels.ops.patm import op as patm_op
 
@@ -114,8 +114,11 @@ class FusedWaveBlock(WaveBlock):
         return pre_norm.why_not(norm, getattr(self, norm)) or why_not_plain("drop_path", self.drop_path)
 
     def _path(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample in stochastic depth: the module's output for ones."""
-        if isinstance(self.drop_path, nn.Identity) or not self.drop_path.training:
+        """The factor of each sample in stochastic depth: of another class than ours, the module's output for ones."""
+        drop_path = self.drop_path
+        if isinstance(drop_path, nn.Identity) or not drop_path.training:
             return None
-        path: Any = self.drop_path(x.new_ones((x.shape[0], 1, 1, 1)))
+        if type(drop_path) is DropPath:
+            return drop_path.factors(x)
+        path: Any = drop_path(x.new_ones((x.shape[0], 1, 1, 1)))
         return path

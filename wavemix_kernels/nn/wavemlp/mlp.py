@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import why_not_plain
+from wavemix_kernels.nn.parts import why_not_all_plain, why_not_plain
 from wavemix_kernels.nn.wavemlp.reference import Mlp
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.layout import is_channels_last, laid_out
@@ -54,12 +54,13 @@ class FusedMlp(Mlp):
         return standard_wanted() or why_not_mlp(self)
 
 
+_KINDS = (("fc1", nn.Conv2d), ("act", nn.GELU), ("fc2", nn.Conv2d), ("drop", nn.Dropout))
+
+
 def why_not_mlp(mlp: Mlp) -> str | None:
     """As :meth:`FusedMlp.why_not_fused`, of any Mlp."""
-    kinds = {"fc1": nn.Conv2d, "act": nn.GELU, "fc2": nn.Conv2d, "drop": nn.Dropout}
-    for name, kind in kinds.items():
-        if (reason := why_not_plain(name, getattr(mlp, name), kind)) is not None:
-            return reason
+    if (reason := why_not_all_plain((name, getattr(mlp, name), kind) for name, kind in _KINDS)) is not None:
+        return reason
     if (approximate := cast(nn.GELU, mlp.act).approximate) != "none":
         return f"act has approximate={approximate!r}, expected 'none'"
     return why_not_dropping("drop", mlp.drop)

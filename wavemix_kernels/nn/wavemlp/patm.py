@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_plain
+from wavemix_kernels.nn.parts import Batch, frozen, is_frozen, update, why_not_all_plain, why_not_plain
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp, why_not_dropping, why_not_mlp
@@ -68,7 +68,8 @@ class FusedPATM(PATM):
 
     def _run(self, x: Tensor, norm: nn.Module | None, path: Tensor | None, backend: str) -> Tensor:
         self.check_input(x)
-        phase_norms = [cast(nn.BatchNorm2d, phase[1]) for phase in (self.theta_h_conv, self.theta_w_conv)]
+        # By iteration: nn.Sequential walks to what an index asks for.
+        phase_norms: list[Any] = [[*phase][1] for phase in (self.theta_h_conv, self.theta_w_conv)]
         count = x.shape[0] * x.shape[2] * x.shape[3]
         if count == 1 and any(phase_norm.training for phase_norm in phase_norms):
             raise ValueError(f"x: expected more than one value per channel in training, got shape {tuple(x.shape)}")
@@ -89,7 +90,7 @@ class FusedPATM(PATM):
 
     def weights(self) -> Weights:
         """Upstream's parameters by the operators' names."""
-        theta_h, theta_w = self.theta_h_conv[0], self.theta_w_conv[0]
+        theta_h, theta_w = (next(iter(phase)) for phase in (self.theta_h_conv, self.theta_w_conv))
         fc1, fc2 = self.reweight.fc1, self.reweight.fc2
         convolutions: list[Any] = [self.fc_h, self.fc_w, self.fc_c, theta_h, theta_w, self.proj]
         rest: list[Any] = [self.tfc_h.weight, self.tfc_w.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
@@ -119,24 +120,24 @@ class FusedPATM(PATM):
         if (reason := standard_wanted()) is not None:
             return reason
         convolutions = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
+        reweight, norms = self.reweight, list[Any]()
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
             *((name, getattr(self, name), nn.Conv2d) for name in convolutions),
-            ("reweight", self.reweight, FusedMlp if type(self.reweight) is FusedMlp else Mlp),
+            ("reweight", reweight, FusedMlp if type(reweight) is FusedMlp else Mlp),
         ]
         for name in ("theta_h_conv", "theta_w_conv"):
             phase = getattr(self, name)
             if type(phase) is not nn.Sequential or len(phase) != 3:
                 return f"{name} is {phase}, expected a Sequential of Conv2d, BatchNorm2d and ReLU"
-            parts.append((name, phase, nn.Sequential))
-            kinds = zip(phase, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU), strict=True)
-            parts += [(f"{name}.{i}", part, kind) for i, (part, kind) in enumerate(kinds)]
-        for name, module, kind in parts:
-            if (reason := why_not_plain(name, module, kind)) is not None:
-                return reason
-        if (reason := why_not_mlp(self.reweight)) is not None:
+            conv, norm, relu = phase
+            parts += [(name, phase, nn.Sequential), (f"{name}.0", conv, nn.Conv2d)]
+            parts += [(f"{name}.1", norm, nn.BatchNorm2d), (f"{name}.2", relu, nn.ReLU)]
+            norms.append(norm)
+        if (reason := why_not_all_plain(parts)) is not None:
+            return reason
+        if (reason := why_not_mlp(reweight)) is not None:
             return f"reweight: {reason}"
-        norms: Any = self.theta_h_conv[1], self.theta_w_conv[1]
-        of_h, of_w = (frozen(norm)[0] is not None for norm in norms)
+        of_h, of_w = (is_frozen(norm) for norm in norms)
         return None if of_h == of_w else "one of theta_h_conv.1 and theta_w_conv.1 is frozen, the other is not"
 
     def extra_repr(self) -> str:

@@ -156,11 +156,16 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):
             return fx.call_module(self, x)
+        factors = self.factors(x)
+        return x if factors is None else x * factors
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What each sample of x is multiplied with, (N, 1, ...) in the dtype of x, or None for 1."""
         if not self.training or self.drop_prob == 0:
-            return x
+            return None
         keep = 1 - self.drop_prob
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask / keep if keep > 0 else mask)
+        return mask / keep if keep > 0 else mask
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"

@@ -60,11 +60,15 @@ def _both(of_one: Callable[[Shape, Shape], int], z: Shape, a: Shapes) -> int:
     return of_one(z, a["taps_h"]) + of_one(z, a["taps_w"])
 
 
+def _branch_weights(images: int, a: Shapes) -> int:
+    """An MLP of one pixel."""
+    return 2 * images * (prod(a["fc1"]) + prod(a["fc2"]))
+
+
 def _patm(a: Shapes, of_taps: Callable[[Shape, Shape], int], passes: int) -> int:
-    """Whole PATM in mode "fc": six products of the image, the taps, and the branch weights' MLP of one pixel."""
+    """Whole PATM in mode "fc": six products of the image, the taps, and the branch weights."""
     n, channels = a["x"][:2]
-    mlp = 2 * n * (prod(a["fc1"]) + prod(a["fc2"]))
-    return passes * (6 * _product(a["x"], channels) + mlp) + _both(of_taps, a["x"], a)
+    return passes * (6 * _product(a["x"], channels) + _branch_weights(n, a)) + _both(of_taps, a["x"], a)
 
 
 def _dwt(image: Shape, low: Shape, filters: Sequence[Shape]) -> int:
@@ -100,6 +104,8 @@ FORMULAS: dict[str, Callable[[Shapes], int]] = {
     "deconv_norm_backward": lambda a: 2 * _deconv(a["weight"], _pixels(a["u"])),
     "phase_aggregate": lambda a: _both(_taps, a["z_h"], a),
     "phase_aggregate_backward": lambda a: _both(_taps_backward, a["z_h"], a),
+    "branch_weights": lambda a: _branch_weights(a["s"][0], a),
+    "branch_weights_backward": lambda a: 2 * _branch_weights(a["mean"][0], a),
     "patm_whole": lambda a: _patm(a, _taps, 1),
     "patm_whole_backward": lambda a: _patm(a, _taps_backward, 2),
     "project_backward_weight": lambda a: _product(a["image"], a["grad"][1]),

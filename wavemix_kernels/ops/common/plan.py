@@ -4,7 +4,7 @@ Checks, probes, tiles, grids and the order of launches follow from shapes, strid
 call of a kind runs as it is written, and verifies, tunes and compiles what is new; the second is recorded
 (:mod:`wavemix_kernels.ops.common.recorder`); from the third on the record runs. It allocates, calls PyTorch's operators
 and launches as the function did, and holds no memory. A function is fit for it if it depends on nothing but its
-arguments' metadata and on what :func:`_key` adds; what it returns must be made of its arguments.
+arguments' metadata and on what :func:`_kind` adds; what it returns must be made of its arguments.
 
 Calls on a CPU, calls that somebody watches (a dispatch mode, a tracer, a hook of Triton's, ``tune``) and
 ``WAVEMIX_KERNELS_PLANS=0`` run the function itself.
@@ -12,11 +12,13 @@ Calls on a CPU, calls that somebody watches (a dispatch mode, a tracer, a hook o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import or_ as operator_or
 from typing import Any
 
 import torch
@@ -64,9 +66,35 @@ class State:
 implementations: dict[str, Callable[..., Any]] = {}
 #: The same, as they are called.
 operators: dict[str, Callable[..., Any]] = {}
-#: Plans by what they are of, then by the kind of call.
-tables: dict[str, dict[Any, Any]] = {}
+#: Plans by what they are of.
+tables: dict[str, _Table] = {}
+_RECENT = 4
 _ONCE, _REFUSED = object(), object()
+
+
+class _Words(tuple[Any, ...]):
+    """A tuple without tensors."""
+
+
+#: Of these a value is a part of a key.
+_WORDS = {type(None), int, str, float, bool, _Words}
+
+
+class _Table:
+    """The plans of one function.
+
+    Attributes:
+        plans: by all that they depend on (:func:`_key`).
+        recent: the last ones by the arguments that are no tensors, each behind a check of its tensors in C++.
+    """
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Any] = {}
+        self.recent: dict[Any, list[tuple[Callable[..., bool], Any]]] = {}
+
+    def clear(self) -> None:
+        self.plans.clear()
+        self.recent.clear()
 
 
 def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,25 +103,34 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: of tensors, None, numbers and words, also in lists and tuples. It runs without autograd.
     """
-    table = tables.setdefault(name, {})
+    table = tables.setdefault(name, _Table())
 
     def run(*args: Any) -> Any:
         if not State.on or torch.compiler.is_compiling() or _watched():
             return function(*args)
         tensors: list[Tensor] = []
-        key = _key(args, tensors)
-        if key is None:
+        kind = _kind(args, tensors)
+        if kind is None:
             return function(*args)
-        plan = table.get(key)
-        if plan is None:
-            result = function(*args)
-            table[key] = _ONCE
-            return result
-        if plan is _REFUSED:
-            return function(*args)
-        if plan is _ONCE:
-            result, table[key] = _recorded(name, function, args, tensors)
-            return result
+        recent = table.recent.get(kind, ())
+        for fits, known in recent:
+            if fits(*tensors):
+                plan = known
+                break
+        else:
+            key = _key(kind, tensors)
+            plan = table.plans.get(key)
+            if plan is None:
+                result = function(*args)
+                table.plans[key] = _ONCE
+                return result
+            if plan is _REFUSED:
+                return function(*args)
+            if plan is _ONCE:
+                result, table.plans[key] = _recorded(name, function, args, tensors)
+                return result
+            if (check := _check(tensors)) is not None:
+                table.recent[kind] = [(check, plan), *recent[: _RECENT - 1]]
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
@@ -101,7 +138,7 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             result = plan(_native.stream(device), *tensors)
         if result is OTHERWISE:
-            del table[key]
+            table.clear()
             return function(*args)
         return result
 
@@ -153,7 +190,8 @@ class _Context:
 
 
 def function(of: Any) -> Any:
-    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans."""
+    """Decorates an autograd.Function of this package's operators, differentiable once: its passes go by plans. What it
+    keeps beside its saved tensors is free of tensors."""
     forward, backward = of.forward, inspect.unwrap(of.backward)
 
     def forward_alone(*args: Any) -> Any:
@@ -170,7 +208,8 @@ def function(of: Any) -> Any:
     def forward_by_plan(ctx: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not State.on:
             return forward(ctx, *args)
-        made, saved, marked, materialize, ctx.attributes = planned_forward(*args)
+        made, saved, marked, materialize, attributes = planned_forward(*args)
+        ctx.attributes = _Words(attributes)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*marked)
         ctx.set_materialize_grads(materialize)
@@ -179,7 +218,7 @@ def function(of: Any) -> Any:
     def backward_by_plan(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling() or not hasattr(ctx, "attributes"):
             return backward(ctx, *grads)
-        return planned_backward(ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes, grads)
+        return planned_backward(ctx.saved_tensors, _Words(ctx.needs_input_grad), ctx.attributes, grads)
 
     of.forward = staticmethod(forward_by_plan)
     of.backward = staticmethod(once_differentiable(backward_by_plan))
@@ -198,10 +237,10 @@ def _watched() -> bool:
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-def _key(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """All that a plan depends on; None where there can be none. Fills ``tensors``."""
+def _kind(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    """What a plan depends on beside its tensors; None where there can be none. Fills ``tensors``."""
     parts: list[Any] = []
-    if not _describe(args, parts, tensors) or not tensors:
+    if not _collect(args, parts, tensors) or not tensors:
         return None
     first = tensors[0]
     if not (first.is_cuda or State.everywhere):
@@ -214,24 +253,49 @@ def _key(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
     return tuple(parts)
 
 
-def _describe(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
+def _collect(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
+    part, tensor = parts.append, tensors.append
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            tensors.append(value)
-            # Kernels use wider accesses for addresses that are multiples of 16.
-            parts += (value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15)
-        elif value is None or kind is int or kind is str or kind is float or kind is bool:
-            parts.append(value)
+            tensor(value)
+            part(Tensor)
+        elif kind in _WORDS:
+            part(value)
         elif isinstance(value, (tuple, list)):
-            parts.append((kind, len(value)))
-            if not _describe(value, parts, tensors):
+            part((kind, len(value)))
+            if not _collect(value, parts, tensors):
                 return False
         elif isinstance(value, Tensor):
             return False
         else:
-            parts.append(value)
+            part(value)
     return True
+
+
+def _key(kind: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """All that a plan depends on. Kernels use wider accesses for addresses that are multiples of 16."""
+    of_tensors = ((t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15) for t in tensors)
+    return (*kind, *(part for parts in of_tensors for part in parts))
+
+
+def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
+    """Whether tensors are as these by :func:`_key`, asked in a fraction of its time; None where this PyTorch has no
+    such question, or an address is no multiple of 16."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    kind = getattr(guards, "TensorGuards", None)
+    if kind is None or any(t.data_ptr() & 15 for t in tensors):
+        return None
+    try:
+        alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except TypeError:  # another PyTorch's takes other arguments
+        return None
+    address = Tensor.data_ptr
+
+    def fits(*others: Tensor) -> bool:
+        return alike(*others) and not functools.reduce(operator_or, map(address, others)) & 15
+
+    return fits
 
 
 def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
@@ -244,7 +308,7 @@ def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[
         result = function(*_replaced(args, fresh))
     plan: Any = _REFUSED
     if recorder.refused is None:
-        if sum(map(len, tables.values())) > MOST:
+        if sum(len(table.plans) for table in tables.values()) > MOST:
             forget()
         plan = recorder.compiled(result)
     else:

@@ -27,6 +27,9 @@ _library.define(
     "-> Tensor"
 )
 _library.define(
+    "running_statistics(Tensor(a!)[] running, Tensor[] batch, int[] values, float momentum) -> ()"  # of several norms
+)
+_library.define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, bool batch_stats, "
     "bool channels_last, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -87,34 +90,59 @@ class Move(NamedTuple):
     var: Tensor
     values: int
 
+    def factor(self) -> float:
+        """What makes the variance unbiased."""
+        return self.values / max(self.values - 1, 1)
+
 
 def update_running(moves: Sequence[Move], momentum: float | None) -> None:
     """Moves the running statistics of different norms towards a batch by ``momentum``; None: towards the average of all
     batches, whose number stays on its device."""
-    factors = [move.values / max(move.values - 1, 1) for move in moves]
     with torch.no_grad():
-        if momentum is not None and moves[0].mean.device.type == "cuda":
-            _update_by_plan(moves, factors, momentum)
+        if momentum is not None and moves[0].mean.is_cuda:
+            (_by_operators if torch.compiler.is_compiling() else _update_by_plan)(moves, momentum)
             return
-        for move, factor in zip(moves, factors, strict=True):
+        for move in moves:
             move.batches.add_(1)
-            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * factor)):
+            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * move.factor())):
                 average = move.batches.double().reciprocal().to(running.dtype) if momentum is None else momentum
                 running.lerp_(batch.to(running.dtype), average)
 
 
-def _update_together(moves: Sequence[Move], factors: list[float], momentum: float) -> None:
+def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
+    running = [t for move in moves for t in move[:3]]
+    args = running, [t for move in moves for t in move[3:5]], [move.values for move in moves], momentum
+    if plan.unseen(args):
+        plan.operators["running_statistics"](*args)
+    else:
+        torch.ops.wavemix_kernels.running_statistics(*args)
+    torch.autograd.graph.increment_version(running)  # kernels do not
+
+
+def _running_statistics(running: list[Tensor], batch: list[Tensor], values: list[int], momentum: float) -> None:
+    """In one launch of Triton's, which has arithmetic in float32."""
+    moves = [Move(*running[3 * i : 3 * i + 3], *batch[2 * i : 2 * i + 2], n) for i, n in enumerate(values)]
+    narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in (*running, *batch))
+    if not narrow or backends.triton_why_not(batch[0]) is not None:
+        _by_operators(moves, momentum)
+        return
+    from wavemix_kernels.ops.norm import triton_running as kernels
+
+    kernels.move([kernels.Move(*move[:5], move.factor()) for move in moves], momentum)
+
+
+def _by_operators(moves: Sequence[Move], momentum: float) -> None:
     """In three launches, and a fourth where the running statistics are of another dtype."""
     torch._foreach_add_([move.batches for move in moves], 1)
     running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
-    batch = [*(move.mean for move in moves), *torch._foreach_mul([move.var for move in moves], factors)]
+    batch = [
+        *(move.mean for move in moves),
+        *torch._foreach_mul([move.var for move in moves], [move.factor() for move in moves]),
+    ]
     if any(to.dtype != t.dtype for to, t in zip(running, batch, strict=True)):
         wide, batch = batch, [torch.empty_like(t) for t in running]
         torch._foreach_copy_(batch, wide)
     torch._foreach_lerp_(running, batch, momentum)
-
-
-_update_by_plan = plan.planned("running_statistics", _update_together)
 
 
 # --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
@@ -320,6 +348,7 @@ def _channel_fake(x: Tensor) -> Tensor:
 
 
 for _name, _implementation, _fake in (
+    ("running_statistics", _running_statistics, lambda *_: None),
     ("batch_norm_stats", _stats, lambda x, w, b, eps, k: tuple(_channel_fake(x) for _ in range(5))),
     ("batch_norm_apply", _apply, lambda x, a, b, r, channels_last, k: layout.empty(x, x.shape, channels_last)),
     (

@@ -23,7 +23,7 @@ from wavemix_kernels.ops.norm import batch_norm
 _library = Library()
 _library.define("pre_norm_stats(Tensor x, float eps, bool by_image, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "pre_norm_apply(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool by_image, "
+    "pre_norm_apply(Tensor x, Tensor? mean, Tensor invstd, Tensor? weight, Tensor? bias, bool by_image, "
     "ScalarType dtype, str backend) -> Tensor"
 )
 _library.define(
@@ -59,8 +59,8 @@ class Statistics(NamedTuple):
 
 # --- Backends: stats(x, by_image, eps); apply(x, mean, invstd, weight, bias, by_image, out);
 #     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias;
-#     join(x, branch, path, out). Small tensors are contiguous; Triton takes weight, bias and path in any dtype, the
-#     others in the statistics'. ---------------------------------------------------------------------------------
+#     join(x, branch, path, out). No mean is 0. Small tensors are contiguous; Triton takes weight, bias and path in any
+#     dtype, the others in the statistics'. ----------------------------------------------------------------------
 
 
 def _small(t: Tensor | None, like: Tensor) -> Any:
@@ -98,10 +98,11 @@ def _cpu_norm(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _cpu_apply(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool, out: Tensor
-) -> None:
+    x: Tensor, mean: Tensor | None, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
     core: Any = _native.core
-    weight, bias = _small(weight, x), _small(bias, x)
+    weight, bias, mean = _small(weight, x), _small(bias, x), torch.zeros_like(invstd) if mean is None else mean
     core.pre_norm_apply_cpu(
         _cpu_types(x, out), x.shape, by_image, _cpu_norm(mean, invstd, weight, bias), _native.address(x),
         _native.address(out), torch.get_num_threads(),
@@ -132,8 +133,9 @@ def _cpu_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> No
 
 
 def _triton_apply(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool, out: Tensor
-) -> None:
+    x: Tensor, mean: Tensor | None, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
     from wavemix_kernels.ops.norm import triton_pre_norm as kernels
 
     kernels.apply(out, x, mean, invstd, weight, bias, by_image)
@@ -160,15 +162,17 @@ def _reference_stats(x: Tensor, by_image: bool, eps: float) -> Statistics:
     return Statistics(mean, var, torch.rsqrt(var + eps))
 
 
-def _standardised(x: Tensor, mean: Tensor, invstd: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
+def _standardised(x: Tensor, mean: Tensor | None, invstd: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
     """(x - mean) * invstd, and invstd as it goes with an image."""
-    mean, invstd = (t[:, None, None, None] if by_image else t[:, None, None] for t in (mean, invstd))
-    return (x.to(mean.dtype) - mean) * invstd, invstd
+    axes = (slice(None), *[None] * (3 if by_image else 2))
+    value, invstd = x.to(invstd.dtype), invstd[axes]
+    return (value if mean is None else value - mean[axes]) * invstd, invstd
 
 
 def _reference_apply(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool, out: Tensor
-) -> None:
+    x: Tensor, mean: Tensor | None, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
     value, _ = _standardised(x, mean, invstd, by_image)
     value = value if weight is None else value * weight[:, None, None]
     out.copy_(value if bias is None else value + bias[:, None, None])
@@ -244,7 +248,7 @@ def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> Statistics:
 
 
 def _apply(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool,
+    x: Tensor, mean: Tensor | None, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool,
     dtype: torch.dtype, backend: str,
 ) -> Tensor:  # fmt: skip
     out = _branch_image(x, dtype)
@@ -352,10 +356,9 @@ def join_backward(grad: Tensor, path: Tensor | None, image: Tensor, backend: str
     """Gradient of the branch in :func:`join`: channels_last, in the dtype of the branch's ``image``."""
     if path is None:
         return grad.to(image.dtype).contiguous(memory_format=torch.channels_last)
-    # Images of mean 0 and inverse deviation `path`.
-    factor = path.flatten()
+    # Images of inverse deviation `path`.
     return torch.ops.wavemix_kernels.pre_norm_apply(
-        grad, torch.zeros_like(factor), factor, None, None, True, image.dtype, choose.for_part(backend, BACKENDS)
+        grad, None, path.flatten(), None, None, True, image.dtype, choose.for_part(backend, BACKENDS)
     )
 
 

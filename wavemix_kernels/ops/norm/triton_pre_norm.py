@@ -187,12 +187,17 @@ def image_sums_launch(
 
 
 def apply(
-    out: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, by_image: bool
-) -> None:
-    """``(x - mean) * invstd * weight + bias``; mean and invstd (N) or (C), weight and bias (C) of any dtype."""
-    shift = Parameter(mean.new_zeros(x.shape[1]) if bias is None else bias)
-    factor = None if weight is None else ("scale", weight)
-    map_launch(out, x, Parameter(invstd, by_image), (Parameter(mean, by_image), shift), weight=factor).run(x)
+    out: Tensor, x: Tensor, mean: Tensor | None, invstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    by_image: bool,
+) -> None:  # fmt: skip
+    """``(x - mean) * invstd * weight + bias``; mean and invstd (N) or (C), weight and bias (C) of any dtype; no mean is
+    0."""
+    norm, factor = None, None if weight is None else ("scale", weight)
+    if mean is not None or bias is not None:
+        center = torch.zeros_like(invstd) if mean is None else mean
+        shift = invstd.new_zeros(x.shape[1]) if bias is None else bias
+        norm = Parameter(center, by_image), Parameter(shift)
+    map_launch(out, x, Parameter(invstd, by_image), norm, weight=factor).run(x)
 
 
 def backward(

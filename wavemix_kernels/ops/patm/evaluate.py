@@ -10,8 +10,7 @@ from torch import Tensor
 
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import products
-from wavemix_kernels.ops.patm import branches, phases, reference, whole
-from wavemix_kernels.ops.patm.branch_weights import branch_weights
+from wavemix_kernels.ops.patm import branch_weights, branches, phases, reference, whole
 from wavemix_kernels.ops.patm.op import runs_whole
 from wavemix_kernels.ops.patm.weights import Affine, Weights
 
@@ -41,8 +40,8 @@ class Folded(NamedTuple):
     def affine(self) -> Affine:
         return Affine(self.scale_h, self.shift_h, self.scale_w, self.shift_w)
 
-    def mlp(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.fc1, self.fc1_bias, self.fc2, self.fc2_bias
+    def mlp(self) -> branch_weights.Mlp:
+        return branch_weights.Mlp(self.fc1, self.fc1_bias, self.fc2, self.fc2_bias)
 
 
 def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
@@ -62,7 +61,7 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
     z_h, z_w, z_c, *thetas = _images(image, products.project(image, f.joined, f.joined_bias), f)
     part = choose.for_part(backend, phases.BACKENDS)
     h, w, s = phases.fused(z_h, z_w, z_c, *thetas, *f.affine(), f.taps_h, f.taps_w, part)
-    a = branch_weights(s / (image.shape[2] * image.shape[3]), *f.mlp()).by_branch()
+    a, _ = branch_weights.branch_weights(s, image.shape[2] * image.shape[3], f.mlp(), backend)
     mixed = branches.branch_sum(h, w, z_c, a, choose.for_part(backend, branches.BACKENDS))
     return products.project(mixed, f.proj, f.proj_bias)
 
@@ -70,7 +69,7 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
 def _evaluate_standard(image: Tensor, f: Folded) -> Tensor:
     z_h, z_w, z_c, theta_h, theta_w = _images(image, F.conv2d(image, f.joined, f.joined_bias), f)
     h, w, s = reference.phase_aggregate(z_h, z_w, z_c, theta_h, theta_w, *f.affine(), f.taps_h, f.taps_w)
-    a = branch_weights(s / (image.shape[2] * image.shape[3]), *f.mlp()).a
+    a = branch_weights.standard(s / (image.shape[2] * image.shape[3]), f.mlp())
     return F.conv2d(reference.branch_sum(h, w, z_c, a), f.proj, f.proj_bias)
 
 

@@ -11,7 +11,7 @@ by parts (:class:`_ByParts`; a GPU, wide images)                                
 - theta_h, theta_w (kept; "all" makes them again)  ``common.products``: the library            3
 - batch statistics of both                         ``norm.batch_norm``                         2
 - waves, 7 taps, sums: h, w (made again)           ``phases``: CUDA, Triton, CPU               7        7
-- branch weights a                                 ``branch_weights``: (N, C) matrices         0        0
+- branch weights a                                 ``branch_weights``: Triton, the library     0        0
 - h a0 + w a1 + z_c a2                             ``branches``: Triton, CPU                   4        5
 - proj: its input's and weight's gradient          ``common.products``: the library            2        5
 - gradients of waves, taps and batch statistics    ``phases``: CUDA, Triton, CPU                        17
@@ -192,7 +192,7 @@ class _ByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
         arguments, of_norm = unflatten(flat), None
-        w = arguments.weights.in_arithmetic(accumulate_dtype(arguments.weights.z_h.dtype))
+        w = arguments.weights.with_taps(accumulate_dtype(arguments.weights.z_h.dtype))
         if options.kind is not None:
             of_norm = pre_norm.statistics(x, arguments.norm, options.kind, options.backend)
         image = _image(x, arguments, options, of_norm)
@@ -204,8 +204,7 @@ class _ByParts(torch.autograd.Function):
         h, v, s = phases.fused(
             z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, options.part(phases.BACKENDS)
         )  # fmt: skip
-        branch_mean = s / (x.shape[2] * x.shape[3])
-        a = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias).by_branch()
+        a, branch_mean = branch_weights.branch_weights(s, x.shape[2] * x.shape[3], w.mlp(), options.backend)
         mixed = branches.branch_sum(h, v, z_c, a, options.part(branches.BACKENDS))
         del z_h, z_w, z_c, h, v
         out = products.project(mixed, w.proj, w.proj_bias)
@@ -228,7 +227,7 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
         return (None,) * len(ctx.needs_input_grad)
     saved = _load(ctx)
     options, x, path, arguments, of_norm, of_thetas, branch_mean, thetas = saved
-    w, channels = arguments.weights.in_arithmetic(of_thetas.mean.dtype), x.shape[1]
+    w, channels = arguments.weights.with_taps(of_thetas.mean.dtype), x.shape[1]
     image = _image(again(x), arguments, options, of_norm)
     grad = pre_norm.join_backward(around, path, image, options.backend)
     before = flops.counted()
@@ -237,8 +236,7 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
     maps = of_thetas.maps()
     part = options.part(phases.BACKENDS)
     h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
-    weighing = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
-    a = weighing.by_branch()
+    a, _ = branch_weights.branch_weights(branch_mean, 1, w.mlp(), options.backend)
     flops.forget_since(before)
 
     d_mixed = products.backward_x(grad, h, w.proj)
@@ -247,11 +245,13 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
     d: dict[str, Tensor | None] = {"proj": products.backward_weight(grad, mixed, w.proj)}
     (d["proj_bias"],) = _bias_gradients(grad, (w.proj_bias,))
     del mixed, grad
-    d_mean, (d["fc1"], d["fc1_bias"], d["fc2"], d["fc2_bias"]) = branch_weights.backward(d_a, weighing, w)
+    d_s, (d["fc1"], d["fc1_bias"], d["fc2"], d["fc2_bias"]) = branch_weights.backward(
+        d_a, a, branch_mean, x.shape[2] * x.shape[3], w.mlp(), options.backend
+    )
 
     by_batch, depthwise = arguments.by_batch(), arguments.depthwise()
     out = phases.backward(
-        d_mixed, d_mixed, d_mean / (x.shape[2] * x.shape[3]), a, z_h, z_w, *thetas, *maps, w.taps_h, w.taps_w,
+        d_mixed, d_mixed, d_s, a, z_h, z_w, *thetas, *maps, w.taps_h, w.taps_w,
         *((of_thetas.mean, of_thetas.invstd) if by_batch else (None, None)), not depthwise, part,
     )  # fmt: skip
     del z_h, z_w, z_c, d_mixed

@@ -12,13 +12,14 @@ Upstream's names, which checkpoints keep, are read in :mod:`wavemix_kernels.nn.w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wavemix_kernels.ops.common.dtypes import cast_together
 from wavemix_kernels.ops.norm import pre_norm
+from wavemix_kernels.ops.patm import branch_weights
 
 
 class Weights(NamedTuple):
@@ -44,10 +45,13 @@ class Weights(NamedTuple):
     fc2: Tensor
     fc2_bias: Tensor
 
-    def in_arithmetic(self, dtype: torch.dtype) -> Weights:
-        """With those that are not of convolutions on images in this dtype, below autograd."""
-        small: Any = self[ON_IMAGES:]
-        return Weights._make((*self[:ON_IMAGES], *cast_together(small, [dtype] * len(small))))
+    def with_taps(self, dtype: torch.dtype) -> Weights:
+        """With the taps in the dtype of the arithmetic on them, below autograd."""
+        taps_h, taps_w = cast_together((self.taps_h, self.taps_w), (dtype, dtype))
+        return self._replace(taps_h=taps_h, taps_w=taps_w)
+
+    def mlp(self) -> branch_weights.Mlp:
+        return branch_weights.Mlp(self.fc1, self.fc1_bias, self.fc2, self.fc2_bias)
 
 
 #: The first so many of :class:`Weights` are of convolutions on images: in x's dtype, where the others are in any.
