@@ -28,6 +28,7 @@ class WaveMixSR(nn.Module):
     Args:
         depth: number of level-1 blocks.
         mult, ff_channel, final_dim, dropout: each block's, see :class:`wavemix_kernels.FusedWaveblock`.
+        interpolation: "bicubic", or "bilinear" as some of the published training scripts have it.
         block: the block class; :class:`wavemix_kernels.reference.Waveblock` makes the reference model.
 
     Raises:
@@ -44,24 +45,26 @@ class WaveMixSR(nn.Module):
         ff_channel: int = 16,
         final_dim: int = 16,
         dropout: float = 0.3,
+        interpolation: str = "bicubic",
         block: Callable[..., nn.Module] = FusedWaveblock,
     ) -> None:
         super().__init__()
+        checks.check_choice("interpolation", interpolation, ("bicubic", "bilinear"))
         self.layers = nn.ModuleList(
             block(level=1, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample="deconv")
             for _ in range(checks.check_positive_int("depth", depth))
         )
-        self._ends(final_dim)
+        self._ends(final_dim, interpolation)
 
-    def _ends(self, final_dim: int) -> None:
+    def _ends(self, final_dim: int, interpolation: str = "bicubic") -> None:
         half = final_dim // 2
         self.final = nn.Sequential(nn.Conv2d(final_dim, half, 3, padding=1), nn.Conv2d(half, 1, 1))
         self.path1 = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bicubic"),
+            nn.Upsample(scale_factor=2, mode=interpolation),
             nn.Conv2d(1, half, 3, padding=1),
             nn.Conv2d(half, final_dim, 3, padding=1),
         )
-        self.path2 = nn.Sequential(nn.Upsample(scale_factor=2, mode="bicubic"))
+        self.path2 = nn.Sequential(nn.Upsample(scale_factor=2, mode=interpolation))
 
     def forward(self, img: Tensor) -> Tensor:
         if not isinstance(img, fx.Proxy):
