@@ -63,7 +63,7 @@ _FOLDER = f"{_HUB}/e423d646e1fe98bd5117cd8985cbdb27a105ca66/Saved_Models_Weights
 _MAIN = f"{_HUB}/main"
 _PAINT = "https://github.com/pranavphoenix/WavePaint/raw/56c27c6951d92e30337373f962d62f2ff195823c/wavepaint"
 _SR = "https://github.com/pranavphoenix/WaveMixSR/raw/5cbb91a154814bc301ce344899c10d887aabaf4f/saved_model_weights"
-_STRIDED = {"level": 1, "initial_conv": "strided", "stride": 1}
+_STRIDED: dict[str, Any] = {"level": 1, "initial_conv": "strided", "stride": 1}
 
 
 def _classifier(

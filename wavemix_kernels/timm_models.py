@@ -301,7 +301,7 @@ def _with_head(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     return {re.sub(r"^pool\.", "head.", name): value for name, value in state.items()}
 
 
-_FILTERS = {WaveMixWithHead: _with_head}
+_FILTERS: dict[Any, Callable[..., dict[str, Tensor]]] = {WaveMixWithHead: _with_head}
 
 
 def _built(kind: Callable[..., nn.Module], name: str, load: bool, scales: int, **kwargs: Any) -> nn.Module:
