@@ -1,6 +1,6 @@
 """Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ def adds_its_residual(block: nn.Module) -> bool:
     return isinstance(block, _FUSED) and block.why_not_joined() is None
 
 
-def through(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """x through the blocks, each with its residual."""
-    for block in blocks:
-        # A block's node in a traced graph is the block's own output.
-        joined = not isinstance(x, fx.Proxy) and adds_its_residual(block)
-        x = block(x, residual=True) if joined else block(x) + x
+def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
+    """x through the blocks, each with its residual.
+
+    In channels_last where fused blocks run, which work so inside: one conversion saves two in every block.
+    """
+    # A block's node in a traced graph is the block's own output.
+    joined = [not isinstance(x, fx.Proxy) and adds_its_residual(block) for block in blocks]
+    if all(joined) and joined:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for block, adds in zip(blocks, joined, strict=True):
+        x = block(x, residual=True) if adds else block(x) + x
     return x
 
 
@@ -109,17 +114,13 @@ class Backbone(nn.Module):
             return through(self.layers, self.conv(img))
         self.check_image(img)
         fused = all(map(adds_its_residual, self.layers))
-        # The blocks work channels_last inside: one conversion saves two in every block. It comes before the stem, whose
-        # convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way on a CPU, and are a GPU library's own.
-        # With gradient a CPU takes 1.0 to 1.7 times as long as in the images' order, by the library's gradients of
-        # their weights: there it comes behind.
+        # The blocks' order comes before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time
+        # that way on a CPU, and are a GPU library's own. With gradient a CPU takes 1.0 to 1.7 times as long as in the
+        # images' order, by the library's gradients of their weights: there it comes behind.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
-        x = run_stem(self.conv, img) if fused else self.conv(img)
-        if fused:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return through(self.layers, x)
+        return through(self.layers, run_stem(self.conv, img) if fused else self.conv(img))
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.
