@@ -70,9 +70,10 @@ def hidden(z: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
     return before, F.gelu(before)
 
 
-def _dropped(value: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+def _dropped(value: Tensor, drop: Tensor | None, dropout: float) -> Tensor:
+    """In place: a product with a mask of truth values would copy it to the values' dtype first."""
     # All are dropped at 1, where the scale would be infinite.
-    return value if keep is None else value * keep * (1 / (1 - dropout) if dropout < 1 else 0.0)
+    return value if drop is None else value.masked_fill_(drop, 0).mul_(1 / (1 - dropout) if dropout < 1 else 0.0)
 
 
 class _ShuffleBlock(torch.autograd.Function):
@@ -85,8 +86,8 @@ class _ShuffleBlock(torch.autograd.Function):
         norms = choose.for_part(backend, batch_norm.BACKENDS)
         (z,) = reduce_haar.fused(x, p.weight, p.bias, 1, True, choose.for_part(backend, reduce_haar.BACKENDS))
         g = hidden(z, p.w1, p.b1)[1]
-        keep = torch.empty_like(g, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
-        y = upsample.forward(KIND, _dropped(g, keep, dropout), p.up_weight, p.up_bias, backend)
+        drop = torch.empty_like(g, dtype=torch.bool).bernoulli_(dropout) if dropout > 0 else None
+        y = upsample.forward(KIND, _dropped(g, drop, dropout), p.up_weight, p.up_bias, backend)
         del z, g
         if p.mean is not None and p.invstd is not None:
             affine = batch_norm.affine(p.mean, p.invstd, p.bn_weight, p.bn_bias)
@@ -97,7 +98,7 @@ class _ShuffleBlock(torch.autograd.Function):
             y, of.scale, of.shift, x if residual else None, layout.is_channels_last(x), norms
         )
         ctx.options = options
-        ctx.save_for_backward(x, *flat, keep, y, of.mean, of.invstd, of.scale)
+        ctx.save_for_backward(x, *flat, drop, y, of.mean, of.invstd, of.scale)
         # Given statistics belong to the caller.
         batch = [t if p.mean is None else t.detach().clone() for t in (of.mean, of.var)]
         ctx.mark_non_differentiable(*batch)
@@ -114,7 +115,7 @@ class _ShuffleBlock(torch.autograd.Function):
 def _backward(options: _Options, grad: Tensor, x: Tensor, *saved: Any) -> list[Tensor | None]:
     """Gradients of x and the parameters."""
     dropout, _, residual, backend = options
-    p, (keep, y, mean, invstd, scale) = Parameters(*saved[:-5]), saved[-5:]
+    p, (drop, y, mean, invstd, scale) = Parameters(*saved[:-5]), saved[-5:]
     batch_stats, reduce = p.mean is None, choose.for_part(backend, reduce_haar.BACKENDS)
     before = flops.counted()
     (z,) = reduce_haar.fused(again(x), p.weight, p.bias, 1, True, reduce)
@@ -123,10 +124,15 @@ def _backward(options: _Options, grad: Tensor, x: Tensor, *saved: Any) -> list[T
     dy, dbn_weight, dbn_bias = batch_norm.backward(
         grad, y, mean, invstd, p.bn_weight, batch_stats, True, choose.for_part(backend, batch_norm.BACKENDS)
     )
-    dup = upsample.backward_weight(KIND, dy, _dropped(g, keep, dropout), p.up_weight, backend)
+    shuffled = F.pixel_shuffle(_dropped(g, drop, dropout), 2)
     del g
-    dg = _dropped(upsample.backward_x(KIND, dy, p.up_weight, backend), keep, dropout)
-    del dy
+    # One call for both gradients: the library's way to that of the image alone, a transposed convolution, is slower.
+    du, dup, _ = torch.ops.aten.convolution_backward(
+        dy, shuffled, p.up_weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    del dy, shuffled
+    dg = _dropped(F.pixel_unshuffle(du, 2).view(a.shape), drop, dropout)  # whose shape PyTorch gets wrong if empty
+    del du
     da = torch.ops.aten.gelu_backward(dg, a)
     del dg, a
     dz, dw1, db1 = torch.ops.aten.convolution_backward(
