@@ -49,8 +49,9 @@ class Report:
 def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     """Turns the modules of ``model`` that this package has a faster form of into that form, in place.
 
-    Replaced are Waveblocks of WaveMix, Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock``, ``pytorch_wavelets``'
-    ``DWTForward`` and ``DWTInverse``, layers that compute Haar's bands in one of the ways that
+    Replaced are Waveblocks of WaveMix, WaveMixSR-V2 and WaveMix V3, an ``nn.Sequential`` of 4x4 transposed convolutions
+    (BatchNorm and 1x1 convolutions may be among them), Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock``,
+    ``pytorch_wavelets``' ``DWTForward`` and ``DWTInverse``, layers that compute Haar's bands in one of the ways that
     :data:`wavemix_kernels.ops.haar.CONVENTIONS` lists, and this package's own reference modules. They are found by
     their parts, whatever their classes are called and wherever they come from, and judged by their layers and by what
     a copy of them computes beside ours. WTConv keeps its class and, where its filters are Haar's and frozen, gets

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from wavemix_kernels import haar_layers, pytorch_wavelets, wtconv
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
-from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
-from wavemix_kernels.nn.wavemix.reference import LEVELS, Expansion, Waveblock
+from wavemix_kernels.nn.wavemix.expansion import FusedDeconvs, FusedExpansion, is_pointwise, why_not_deconv
+from wavemix_kernels.nn.wavemix.reference import LEVELS, Expansion, ShuffleWaveblock, Waveblock
+from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
@@ -32,7 +33,11 @@ __all__ = ["CannotReplace", "become", "names_in", "replacement"]
 Replace = Callable[[nn.Module], str]
 
 _UPSTREAM_BLOCKS = {f"Level{level}Waveblock": level for level in LEVELS}
-_OURS = (FusedWaveblock, FusedPATM, FusedMlp, FusedWaveBlock, pytorch_wavelets._FilterBank)
+_OURS = (
+    *(FusedWaveblock, FusedShuffleWaveblock, FusedDeconvs),
+    *(FusedPATM, FusedMlp, FusedWaveBlock),
+    pytorch_wavelets._FilterBank,
+)
 _FILTERS = {
     pytorch_wavelets.DWTForward: pytorch_wavelets.DWTForward._names,
     pytorch_wavelets.DWTInverse: pytorch_wavelets.DWTInverse._names,
@@ -61,6 +66,8 @@ def replacement(module: nn.Module) -> Replace | None:
         kind.__name__ == "Mlp" or {"fc1", "act", "fc2"} <= module._modules.keys() <= {"fc1", "act", "fc2", "drop"}
     ):
         return _mlp
+    if kind is nn.Sequential and _looks_like_decoder(module):
+        return _decoder
     return wtconv.replacement(module) or haar_layers.replacement(module)
 
 
@@ -71,6 +78,14 @@ def _has(module: nn.Module, *names: str, kinds: tuple[type, ...] = (nn.Module, T
 def _looks_like_waveblock(module: nn.Module) -> bool:
     return _has(module, "reduction", kinds=(nn.Conv2d,)) and any(
         _has(module, name, kinds=(nn.Sequential,)) for name in ("feedforward", "feedforward1")
+    )
+
+
+def _looks_like_decoder(module: nn.Module) -> bool:
+    """Transposed convolutions of our kind, with nothing else than BatchNorm and 1x1 convolutions among them."""
+    first, *rest = list(module.children()) or [module]
+    return why_not_deconv("", first) is None and all(
+        isinstance(layer, nn.BatchNorm2d) or is_pointwise(layer) or why_not_deconv("", layer) is None for layer in rest
     )
 
 
@@ -198,6 +213,8 @@ def _close(theirs: Any, ours: Any) -> bool:
 
 def _waveblock(module: nn.Module) -> str:
     theirs: Any = module
+    if any(isinstance(layer, nn.PixelShuffle) for layer in getattr(module, "feedforward", ())):
+        return _shuffle_block(module)
     level, upsample = _UPSTREAM_BLOCKS.get(type(module).__name__) or _level(module), "deconv"
     if isinstance(module, Waveblock):
         level, upsample = theirs.level, theirs.upsample
@@ -237,11 +254,39 @@ def _waveblock_form(module: nn.Module, level: int, upsample: str) -> FusedWavebl
     return ours
 
 
-def _expansion(module: nn.Module) -> str:
-    with torch.device("meta"):
-        ours = FusedExpansion(4, 1, 1)  # at every call it asks which of its layers it can fuse
-    module.__class__ = type(ours)
-    return f"{type(ours).__module__}.{type(ours).__qualname__}"
+def _shuffle_block(module: nn.Module) -> str:
+    ours = _shuffle_form(module)
+    if type(module) is not ShuffleWaveblock:
+        _check_same(module, lambda twin: become(twin, _shuffle_form(twin)), 2, ours.final_dim, 4, 6)
+    return become(module, ours)
+
+
+def _shuffle_form(module: nn.Module) -> FusedShuffleWaveblock:
+    """A FusedShuffleWaveblock (on the meta device) with the layers that ``module`` has, one by one."""
+    _check_class(module)
+    try:
+        reduction: Any = module.get_submodule("reduction")
+        part = module.get_submodule("feedforward")
+        convolutions: list[Any] = [layer for layer in part.children() if isinstance(layer, nn.Conv2d)]
+        dim = reduction.in_channels
+        with torch.device("meta"):
+            ours = FusedShuffleWaveblock(
+                mult=convolutions[0].out_channels // dim, ff_channel=4 * dim, final_dim=dim,
+                second=len(convolutions) == 3,
+            )  # fmt: skip
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise CannotReplace(f"its layers are not a Waveblock's with PixelShuffle: {error}") from error
+    _check_layers(module, ours, "Waveblock with PixelShuffle")
+    return ours
+
+
+def _decoder(module: nn.Module) -> str:
+    """At every call ours asks which of its layers it can fuse, and runs the others."""
+    *_, last = module.children()
+    norms = any(isinstance(layer, nn.BatchNorm2d) for layer in module.children())
+    kind = FusedExpansion if is_pointwise(last) and not norms else FusedDeconvs
+    module.__class__ = kind
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 # --- Wave-MLP --------------------------------------------------------------------------------------------
@@ -319,7 +364,8 @@ def _wave_block(module: nn.Module) -> str:
 
 _OF_REFERENCE: dict[type[nn.Module], Replace] = {
     Waveblock: _waveblock,
-    Expansion: _expansion,
+    ShuffleWaveblock: _waveblock,
+    Expansion: _decoder,
     PATM: _patm,
     Mlp: _mlp,
     WaveBlock: _wave_block,

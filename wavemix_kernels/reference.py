@@ -3,7 +3,7 @@
 The functions that the kernels are held to stand beside them: ``wavemix_kernels.ops.<family>.reference``.
 """
 
-from wavemix_kernels.nn.wavemix.reference import Expansion, Waveblock
+from wavemix_kernels.nn.wavemix.reference import Expansion, ShuffleWaveblock, Waveblock
 from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp, WaveBlock
 
-__all__ = ["PATM", "Expansion", "Mlp", "WaveBlock", "Waveblock"]
+__all__ = ["PATM", "Expansion", "Mlp", "ShuffleWaveblock", "WaveBlock", "Waveblock"]

@@ -1,12 +1,15 @@
 """Wave-MLP and WaveMix in timm's registry: ``import wavemix_kernels.timm_models``, then ``timm.create_model``.
 
 Nothing else in this package imports timm. Registered are ``wavemlp_t_dw``, ``_t``, ``_s``, ``_m``, ``_b``, WaveMix with
-a tag for each of its published weights (``wavemix_192_16.imagenet_75.06``), and the four published WaveMix-Lites.
+a tag for each of its published weights (``wavemix_192_16.imagenet_75.06``), ``wavemix`` and ``wavemix_lite`` as in the
+authors' file for timm, the four published WaveMix-Lites, and ``wavemix_v3_144_16``. WaveMix's other models give images
+and have no place in this registry.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from wavemix_kernels import checks, pretrained, wavemlp
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemix import classification
+from wavemix_kernels.wavemix.v3 import WaveMixV3Block
 
 __all__: list[str] = []  # timm adds each model that it registers
 
@@ -156,16 +160,19 @@ class WaveMix(classification.WaveMix):
         last = f"layers.{len(self.layers) - 1}"
         self.feature_info = [{"num_chs": self.num_features, "reduction": reduction, "module": last}]
 
+    def _end(self) -> Any:
+        """Pooling, flattening and the classifier."""
+        return self.pool
+
     def get_classifier(self) -> Any:
-        pool: Any = self.pool
-        return pool[2]
+        return self._end()[2]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, on the model's device and in its dtype; 0 classes for none."""
         checks.check_choice("global_pool", global_pool or "avg", _POOLS)
         old = next(self.conv.parameters())
         self.num_classes = num_classes
-        self.pool[2] = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()
+        self._end()[2] = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -176,9 +183,9 @@ class WaveMix(classification.WaveMix):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """This to logits, or to the pooled features that the head reads."""
-        pool: Any = self.pool
-        pooled = F.dropout(pool[1](pool[0](x)), self.drop_rate, self.training)
-        return pooled if pre_logits else pool[2](pooled)
+        pool, flatten, classifier = self._end()
+        pooled = F.dropout(flatten(pool(x)), self.drop_rate, self.training)
+        return pooled if pre_logits else classifier(pooled)
 
     def forward(self, img: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(img))
@@ -207,6 +214,17 @@ class WaveMix(classification.WaveMix):
         return wanted
 
 
+class WaveMixWithHead(WaveMix):
+    """:class:`WaveMix` with its end called ``head`` in place of ``pool``, as in the authors' file for timm."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._modules = {"head" if name == "pool" else name: module for name, module in self._modules.items()}
+
+    def _end(self) -> Any:
+        return self._modules.get("head", self._modules.get("pool"))
+
+
 # --- What is registered --------------------------------------------------------------------------------------
 
 _RELEASES = "https://github.com/huawei-noah/CV-Backbones/releases/download/wavemlp"
@@ -220,13 +238,21 @@ _WAVE_MLP: tuple[tuple[str, Callable[..., nn.Module], float, bool], ...] = (
 )
 #: Tags are names in :data:`wavemix_kernels.pretrained.WEIGHTS`, which says the arguments; the first is timm's default.
 _WAVEMIX: dict[str, tuple[str, ...]] = {
-    "wavemix_192_16": ("imagenet_75.06", "imagenet_75.04", "imagenet_71.49"),
-    "wavemix_192_16_level1": ("imagenet_70.66",),
+    "wavemix_192_16": (
+        *("imagenet_75.06", "imagenet_75.04", "imagenet_71.49"),
+        *("galaxy10_95.42", "tinyimagenet_78.76", "tinyimagenet_71.69"),
+    ),
+    "wavemix_192_16_level1": ("imagenet_71.18", "imagenet_70.66", "galaxy10_90.23"),
     "wavemix_256_16": ("imagenet_73.03",),
     "wavemix_256_16_level4": ("imagenet_70.42",),
     "wavemix_256_12_level2": ("places365_54.94",),
     "wavemix_320_8_level1": ("cifar10_95.37",),
+    "wavemix_144_7_level1": ("cifar10_94.58",),
+    "wavemix_256_10_level1": ("cifar100_78.81", "tinyimagenet_62.51"),
+    "wavemix_256_8_level1": ("cifar100_77.82",),
 }
+#: Names in the authors' file for timm, with the weights that it names.
+_WITH_HEAD = {"wavemix": "imagenet_75.06", "wavemix_lite": "imagenet_71.18"}
 #: Width, depth, upsampling, image; see :class:`wavemix_kernels.wavemix.classification.WaveMixLite`.
 _LITE: dict[str, tuple[int, int, str, tuple[int, int, int]]] = {
     "wavemix_lite_8_10": (8, 10, "bilinear", (1, 28, 28)),
@@ -234,7 +260,8 @@ _LITE: dict[str, tuple[int, int, str, tuple[int, int, int]]] = {
     "wavemix_lite_32_7": (32, 7, "bilinear", (3, 32, 32)),
     "wavemix_lite_64_6": (64, 6, "deconv", (3, 32, 32)),
 }
-_SIDES = {"imagenet": 224, "places365": 224, "cifar10": 32}  # pixels; nothing but a default, any fitting size works
+#: Pixels; nothing but a default, any fitting size works.
+_SIDES = {"imagenet": 224, "places365": 224, "cifar10": 32, "cifar100": 32, "tinyimagenet": 64, "galaxy10": 256}
 
 
 def _configurations() -> dict[str, dict[str, Any]]:
@@ -245,16 +272,19 @@ def _configurations() -> dict[str, dict[str, Any]]:
             "url": url, "crop_pct": crop, "first_conv": "patch_embed.proj", "classifier": "head", **_IMAGENET,
         }  # fmt: skip
     ends = {"first_conv": "conv.0", "classifier": "pool.2", **_IMAGENET}
-    for name, tags in _WAVEMIX.items():
+    heads = {name: (tag,) for name, tag in _WITH_HEAD.items()}
+    for name, tags in {**_WAVEMIX, **heads}.items():
         for tag in tags:
             entry = pretrained.weights(tag)
             side = _SIDES[tag.split("_")[0]]
             classes = entry.arguments.get("num_classes", 1000)
             size = {"input_size": (3, side, side), "num_classes": classes, "crop_pct": 1.0}
-            found[f"{name}.{tag}"] = {"url": entry.url, **size, **ends}
+            classifier = {"classifier": "head.2" if name in heads else "pool.2"}
+            found[f"{name}.{tag}"] = {"url": entry.url, **size, **ends, **classifier}
     for name, (_, _, _, image) in _LITE.items():
         grey = {"mean": (0.5,), "std": (0.5,)} if image[0] == 1 else {}
         found[name] = {"input_size": image, "num_classes": 10, "crop_pct": 1.0, **ends, **grey}
+    found["wavemix_v3_144_16"] = {"input_size": (3, 224, 224), "num_classes": 1000, "crop_pct": 1.0, **ends}
     return found
 
 
@@ -266,6 +296,14 @@ def _wave_mlp_weights(state: Mapping[str, Any], model: nn.Module) -> dict[str, T
     return wavemlp.own_names(inner)
 
 
+def _with_head(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The published weights have ``pool``."""
+    return {re.sub(r"^pool\.", "head.", name): value for name, value in state.items()}
+
+
+_FILTERS: dict[Any, Callable[..., dict[str, Tensor]]] = {WaveMixWithHead: _with_head}
+
+
 def _built(kind: Callable[..., nn.Module], name: str, load: bool, scales: int, **kwargs: Any) -> nn.Module:
     # Upstream's training script saves its argparse arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -273,7 +311,7 @@ def _built(kind: Callable[..., nn.Module], name: str, load: bool, scales: int, *
             kind,
             name,
             load,
-            pretrained_filter_fn=_wave_mlp_weights if name.startswith("wavemlp") else None,
+            pretrained_filter_fn=_wave_mlp_weights if name.startswith("wavemlp") else _FILTERS.get(kind),
             feature_cfg={"out_indices": tuple(range(scales)), "feature_cls": "getter"},
             **kwargs,
         )
@@ -298,9 +336,12 @@ def _wave_mlp_entry(name: str, sizes: Callable[..., nn.Module]) -> Callable[...,
     return entry
 
 
-def _wavemix_entry(name: str, arguments: Mapping[str, Any]) -> Callable[..., nn.Module]:
+def _wavemix_entry(name: str, arguments: Mapping[str, Any], kind: type[WaveMix] = WaveMix) -> Callable[..., nn.Module]:
+    # How many classes there are the tag says.
+    arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _built(WaveMix, name, pretrained, 1, **{**arguments, **kwargs})
+        return _built(kind, name, pretrained, 1, **{**arguments, **kwargs})
 
     return entry
 
@@ -309,6 +350,11 @@ for _name, _sizes, _, _ in _WAVE_MLP:
     _register(_name.lower(), f"{_name} of arXiv:2111.12294.", _wave_mlp_entry(_name.lower(), _sizes))
 for _name, _tags in _WAVEMIX.items():
     _register(_name, "WaveMix of arXiv:2205.14375.", _wavemix_entry(_name, pretrained.weights(_tags[0]).arguments))
+for _name, _tag in _WITH_HEAD.items():
+    _text = "WaveMix of arXiv:2205.14375, as in its authors' file for timm."
+    _register(_name, _text, _wavemix_entry(_name, pretrained.weights(_tag).arguments, WaveMixWithHead))
+_v3 = {"depth": 16, "mult": 4, "final_dim": 144, "level": 1, "upsample": "pixelshuffle", "block": WaveMixV3Block}
+_register("wavemix_v3_144_16", "WaveMix V3.", _wavemix_entry("wavemix_v3_144_16", _v3))
 for _name, (_width, _depth, _upsample, _size) in _LITE.items():
     _arguments = {"final_dim": _width, "ff_channel": _width, "depth": _depth, "upsample": _upsample, "level": 1}
     _arguments |= {"initial_conv": "strided", "stride": 1}

@@ -18,8 +18,11 @@ from tests.ops.each import Calls
 from wavemix_kernels import reference, wavemlp
 from wavemix_kernels.accelerate import Report
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
+from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock
 from wavemix_kernels.nn.wavemlp import reference as wavemlp_reference
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
+from wavemix_kernels.wavemix.v3 import WaveMixV3
+from wavemix_kernels.wavemix.wavepaint import WavePaint
 
 LAYOUTS = ("nchw", "channels_last", "sliced")
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8, "dropout": 0.0}
@@ -99,6 +102,24 @@ def _model(model: Callable[..., nn.Module], shape: tuple[int, ...], **options: A
     return Subject(partial(model, **options), partial(model, **options, block=reference.Waveblock), shape, False)
 
 
+class WavePaintOfOne(WavePaint):
+    """WavePaint of image and mask in one tensor (N, 4, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :3], x[:, 3:])
+
+
+def shuffle_block(second: bool) -> Subject:
+    options = {"mult": 2 if second else 4, "ff_channel": 32, "final_dim": 8, "dropout": 0.0, "second": second}
+    return replace(_of(FusedShuffleWaveblock, reference.ShuffleWaveblock, (2, 8, 6, 10), **options), keeps_format=False)
+
+
+def v3() -> Subject:
+    fused = partial(WaveMixV3, depth=2, final_dim=8, dropout=0.0, num_classes=3)
+    exact = partial(fused, block=partial(reference.ShuffleWaveblock, second=False))
+    return Subject(fused, exact, (2, 3, 16, 24), False)
+
+
 def wave_net(norm_layer: Callable[..., nn.Module], mode: str, **more: Any) -> Subject:
     fused = partial(wavemlp.WaveNet, **TINY | {"num_classes": 3, "norm_layer": norm_layer, "mode": mode} | more)
     return Subject(fused, partial(fused, **PLAIN), (3, 3, 40, 33), False)
@@ -132,7 +153,7 @@ WAVEBLOCKS = {
     f"waveblock {level} {upsample}": waveblock(level, upsample)
     for upsample, levels in (("deconv", (1, 2, 3, 4)), *((u, (1, 3)) for u in ("bilinear", "nearest", "pixelshuffle")))
     for level in levels
-}
+} | {"waveblock of SR-V2": shuffle_block(True), "waveblock of V3": shuffle_block(False)}
 HEADS = {
     f"head {s}": Subject(partial(FusedExpansion, *s), partial(reference.Expansion, *s), (2, s[0], 5, 3), False)
     for s in ((64, 2, 5), (8, 1, 3), (12, 1, 40))
@@ -146,6 +167,10 @@ MODELS = {
     "strided": _model(classification.WaveMix, (2, 3, 32, 16), **STRIDED, level=1, num_classes=3, upsample="nearest"),
     "segmentation": _model(SemSegment.WaveMix, (2, 3, 32, 64), **SMALL, level=3, num_classes=5, upsample="bilinear"),
     "super-resolution": _model(sisr.WaveMix, (2, 3, 16, 32), **SMALL, level=2, upsample="pixelshuffle"),
+    "v3": v3(),
+    "inpainting": _model(
+        WavePaintOfOne, (2, 4, 8, 24), num_modules=2, blocks_per_module=1, ff_channel=8, final_dim=8, level=2
+    ),
     "lite": _model(classification.WaveMixLite, (4, 3, 16, 8), depth=2, final_dim=8, num_classes=3, dropout=0.0),
     "wave net": wave_net(BATCH, "fc"),
     "wave net, depthwise": wave_net(BATCH, "depthwise", drop_path_rate=0.5),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +20,7 @@ from tests.models import subjects
 from tests.models.subjects import assert_same_step, autocast_step, calls, peak_bytes, saved_bytes
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels import pretrained, wavemix
+from wavemix_kernels import wavemix
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.reference import UPSAMPLES
 from wavemix_kernels.reference import Expansion, Waveblock
@@ -130,74 +127,6 @@ def test_another_stem_is_the_owners_affair() -> None:
     assert model(torch.randn(1, 1, 12, 12)).shape == (1, 3)
     with pytest.raises(ValueError, match="x: H=3"):
         model(torch.randn(1, 1, 9, 12))
-
-
-# --- Published weights -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A small model's state dict on a file:// URL under the name "tiny", and an empty cache."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    state = classification.WaveMix(**SMALL, level=1, num_classes=3).state_dict()
-    path = tmp_path / "tiny.pth"
-    torch.save(state, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    arguments = SMALL | {"level": 1, "num_classes": 3}
-    monkeypatch.setitem(pretrained.WEIGHTS, "tiny", pretrained.Weights(path.as_uri(), arguments, digest))
-    return path, state
-
-
-def tiny() -> nn.Module:
-    return classification.WaveMix(**SMALL, level=1, num_classes=3, pretrained="tiny")
-
-
-@pytest.mark.parametrize("digest", [True, False], ids=["hash", "no hash"])
-def test_pretrained_loads_and_caches(
-    published: tuple[Path, dict[str, torch.Tensor]], digest: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, state = published
-    if not digest:
-        monkeypatch.setitem(pretrained.WEIGHTS, "tiny", replace(pretrained.WEIGHTS["tiny"], sha256=None))
-    loaded = tiny().state_dict()
-    assert all(torch.equal(loaded[key], value) for key, value in state.items())
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / pretrained.WEIGHTS["tiny"].file_name
-    assert cached.read_bytes() == path.read_bytes()
-    path.unlink()  # from the cache from now on
-    assert torch.equal(tiny().state_dict()["pool.2.weight"], state["pool.2.weight"])
-
-
-def test_pretrained_checks_the_hash(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    path, state = published
-    torch.save({key: value + 1 for key, value in state.items()}, path)
-    with pytest.raises(RuntimeError, match=r"pretrained='tiny'.*not the published file.*invalid hash"):
-        tiny()
-    assert not list((Path(torch.hub.get_dir()) / "checkpoints").glob("*"))
-
-
-def test_pretrained_offline_says_what_to_do(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    path, _ = published
-    path.unlink()
-    with pytest.raises(RuntimeError, match=r"could not fetch file://.*tiny.pth.*save it there.*load_state_dict"):
-        tiny()
-
-
-@pytest.mark.parametrize("name", pretrained.WEIGHTS)
-def test_published_weights_fit_their_arguments(name: str) -> None:
-    """The recorded arguments give a model as large as the published file (megabytes as listed by its host)."""
-    megabytes = {
-        "imagenet_75.06": 112, "imagenet_75.04": 112, "imagenet_73.03": 198, "imagenet_71.49": 112,
-        "imagenet_70.66": 50.1, "imagenet_70.42": 251, "places365_54.94": 114, "cifar10_95.37": 68.4,
-    }  # fmt: skip
-    entry = pretrained.weights(name)
-    with torch.device("meta"):
-        state = classification.WaveMix(**entry.arguments).state_dict()
-    # Beside the numbers a file has about 350 bytes for each tensor: its name, shape and place in the archive.
-    size = sum(t.numel() * t.element_size() for t in state.values()) + 350 * len(state)
-    assert size / 1e6 == pytest.approx(megabytes[name], rel=5e-3)
-    assert entry.file_name.endswith(".pth")
-    assert entry.sha256 is None or len(entry.sha256) == 64
 
 
 # --- The stem's memory -----------------------------------------------------------------------------------

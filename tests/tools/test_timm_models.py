@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import golden_models
 from tests.tools.helpers import needs_timm, python, why_no_timm
 from wavemix_kernels import pretrained, wavemlp
 from wavemix_kernels.wavemix import classification
@@ -38,15 +39,19 @@ def test_importing_the_package_does_not_import_timm() -> None:
 
 def test_everything_is_registered_with_its_weights() -> None:
     names = set(timm.list_models(module="timm_models"))
-    assert names == {*WAVE_MLP, *LITE, *timm_models._WAVEMIX}
-    assert {tag for tags in timm_models._WAVEMIX.values() for tag in tags} == set(pretrained.WEIGHTS)
+    heads = timm_models._WITH_HEAD
+    assert names == {*WAVE_MLP, *LITE, *timm_models._WAVEMIX, *heads, "wavemix_v3_144_16"}
+    classifiers = {name for name, entry in pretrained.WEIGHTS.items() if entry.model == "classification.WaveMix"}
+    assert {tag for tags in timm_models._WAVEMIX.values() for tag in tags} == classifiers
     published = {name for name in timm.list_pretrained() if name.split(".")[0] in names}
     assert published == {
         *(f"{name}.in1k" for name in WAVE_MLP[:-1]),
         *(f"{name}.{tag}" for name, tags in timm_models._WAVEMIX.items() for tag in tags),
+        *(f"{name}.{tag}" for name, tag in heads.items()),
     }
     for name, tags in timm_models._WAVEMIX.items():
-        assert len({str(dict(pretrained.weights(tag).arguments)) for tag in tags}) == 1, name
+        shapes = [{**pretrained.weights(tag).arguments, "num_classes": 0} for tag in tags]
+        assert all(shape == shapes[0] for shape in shapes), name
 
 
 @pytest.mark.parametrize("name", WAVE_MLP)
@@ -151,6 +156,27 @@ def test_weights_from_a_file_as_upstream_saves_them(tmp_path: Path) -> None:
     lite = classification.WaveMixLite(final_dim=64, depth=6, upsample="deconv").eval()
     torch.save(lite.state_dict(), path)
     assert torch.equal(create("wavemix_lite_64_6", pretrained=True, pretrained_cfg_overlay=overlay).eval()(x), lite(x))
+
+
+def test_the_authors_own_file_for_timm(tmp_path: Path) -> None:
+    """Its keys have ``head`` where the published weights have ``pool``; these load in any case."""
+    golden_models.assert_reproduces("wavemix_timm", timm_models.WaveMixWithHead)
+    published = classification.WaveMix(level=1, depth=1).eval()
+    torch.save(published.state_dict(), tmp_path / "wavemixlite.pth")
+    overlay = {"file": str(tmp_path / "wavemixlite.pth")}
+    model = create("wavemix_lite", depth=1, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(x), published(x))
+    assert "head.2.weight" in model.state_dict()
+    other = create("wavemix_lite", depth=1, num_classes=4, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert other(x).shape == (1, 4)
+    assert create("wavemix", depth=1, num_classes=0).eval()(x).shape == (1, 192)
+
+
+def test_tags_say_how_many_classes_there_are() -> None:
+    for tag, classes in (("galaxy10_95.42", 10), ("tinyimagenet_71.69", 200), ("imagenet_75.04", 1000)):
+        assert create(f"wavemix_192_16.{tag}", depth=1).num_classes == classes
+    assert create("wavemix_v3_144_16", depth=1, num_classes=3)(torch.randn(1, 3, 16, 16)).shape == (1, 3)
 
 
 def test_models_train_in_timms_way() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.pytorch_wavelets import DWTForward
-from wavemix_kernels.wavemix import SemSegment, classification, sisr, sr
+from wavemix_kernels.wavemix import SemSegment, classification, sisr, sr, v3, wavepaint
 
 __all__ = [
     "DWTForward",
@@ -16,6 +16,8 @@ __all__ = [
     "classification",
     "sisr",
     "sr",
+    "v3",
+    "wavepaint",
 ]
 
 

@@ -1,6 +1,6 @@
 """Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,50 @@ from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Expansion
+from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32
+
+_FUSED = (FusedWaveblock, InferenceWaveblock, FusedShuffleWaveblock, InferenceShuffleWaveblock)
+
+
+def adds_its_residual(block: nn.Module) -> bool:
+    """Whether ``block(x, residual=True)`` can stand for ``block(x) + x``."""
+    return isinstance(block, _FUSED) and block.why_not_joined() is None
+
+
+def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
+    """x through the blocks, each with its residual.
+
+    In channels_last where fused blocks run, which work so inside: one conversion saves two in every block.
+    """
+    # A block's node in a traced graph is the block's own output.
+    joined = [not isinstance(x, fx.Proxy) and adds_its_residual(block) for block in blocks]
+    if all(joined) and joined:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for block, adds in zip(blocks, joined, strict=True):
+        x = block(x, residual=True) if adds else block(x) + x
+    return x
+
+
+def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
+    """``stem(img)`` without the activations that it would keep between its first two convolutions.
+
+    At the image's own resolution they are the largest of a model, 8 % of a training step's peak (192/16, 224x224), and
+    a convolution of three channels makes them again in 2 % of its time. Few channels take as long for checkpoint's own
+    work; a compiler plans memory by itself; without gradient nothing is kept.
+    """
+    layers: list[Any] = list(stem) if type(stem) is nn.Sequential else []
+    plain = len(layers) > 1 and all(type(m) is nn.Conv2d and untouched(m) for m in layers[:2]) and untouched(stem)
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
+    if not plain or not learns or layers[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
+        return stem(img)
+    first, second, *rest = layers
+    x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
+    for layer in rest:
+        x = layer(x)
+    return x
 
 
 class Backbone(nn.Module):
@@ -70,44 +111,16 @@ class Backbone(nn.Module):
             TypeError, ValueError: as :meth:`check_image`.
         """
         if isinstance(img, fx.Proxy):
-            x = self.conv(img)
-            for block in self.layers:
-                x = block(x) + x  # a block's node is the block's own output
-            return x
+            return through(self.layers, self.conv(img))
         self.check_image(img)
-        kinds = (FusedWaveblock, InferenceWaveblock)
-        fused = [isinstance(block, kinds) and block.why_not_joined() is None for block in self.layers]
-        # The blocks work channels_last inside: one conversion saves two in every block. It comes before the stem, whose
-        # convolutions take 0.6 (patches, 224x224) to 1.0 of the time that way on a CPU, and are a GPU library's own.
-        # With gradient a CPU takes 1.0 to 1.7 times as long as in the images' order, by the library's gradients of
-        # their weights: there it comes behind.
+        fused = all(map(adds_its_residual, self.layers))
+        # The blocks' order comes before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time
+        # that way on a CPU, and are a GPU library's own. With gradient a CPU takes 1.0 to 1.7 times as long as in the
+        # images' order, by the library's gradients of their weights: there it comes behind.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
-        if all(fused) and not (learns and img.device.type == "cpu"):
+        if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
-        x = self._stem(img) if all(fused) and learns else self.conv(img)
-        if all(fused):
-            x = x.contiguous(memory_format=torch.channels_last)
-        for block, plain in zip(self.layers, fused, strict=True):
-            x = block(x, residual=True) if plain else block(x) + x
-        return x
-
-    def _stem(self, img: Tensor) -> Tensor:
-        """The stem without the activations that it would keep between its first two convolutions.
-
-        At the image's own resolution they are the largest of a model, 8 % of a training step's peak (192/16, 224x224),
-        and a convolution of three channels makes them again in 2 % of its time. Few channels take as long for
-        checkpoint's own work; a compiler plans memory by itself.
-        """
-        stem = self.conv
-        layers: list[Any] = list(stem) if type(stem) is nn.Sequential else []
-        plain = len(layers) > 1 and all(type(m) is nn.Conv2d and untouched(m) for m in layers[:2]) and untouched(stem)
-        if not plain or layers[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
-            return stem(img)
-        first, second, *rest = layers
-        x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
-        for layer in rest:
-            x = layer(x)
-        return x
+        return through(self.layers, run_stem(self.conv, img) if fused else self.conv(img))
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.

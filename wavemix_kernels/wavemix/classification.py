@@ -28,7 +28,7 @@ class WaveMix(Backbone):
         in_channels: of the image.
         upsample: of each block.
         pretrained: name of published weights to load, one of :data:`wavemix_kernels.pretrained.WEIGHTS`, which also
-            says the arguments they need.
+            says the arguments they need (:func:`wavemix_kernels.pretrained.load_model` gives these by itself).
         block: the block class; :class:`wavemix_kernels.reference.Waveblock` makes the reference model.
 
     H and W have to reach the blocks as multiples of ``2**level``: multiples of ``patch_size * 2**level`` do so with
@@ -93,14 +93,15 @@ class WaveMix(Backbone):
 
 def _load_published(model: WaveMix, name: str) -> None:
     """Before anything is fetched: the same parameters and buffers as the model these weights are of."""
-    arguments = pretrained.weights(name).arguments
+    entry = pretrained.weights(name)
     with torch.device("meta"):
-        wanted = WaveMix(**arguments).state_dict()
+        wanted = entry.build().state_dict()
     have = model.state_dict()
     for key in wanted.keys() | have.keys():
         if key not in have or key not in wanted or have[key].shape != wanted[key].shape:
-            called = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-            raise ValueError(f"pretrained={name!r}: these weights are of WaveMix({called}), not of this model")
+            kind = entry.model.rpartition(".")[2]
+            called = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
+            raise ValueError(f"pretrained={name!r}: these weights are of {kind}({called}), not of this model")
     model.load_state_dict(pretrained.load_state_dict(name), strict=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,12 @@ from torch import Tensor, nn
 
 from wavemix_kernels import checks, fx
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
-from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
+from wavemix_kernels.nn.wavemix.reference import ShuffleWaveblock, Waveblock
+from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.wavemix.backbone import through
 
 __all__ = ["WaveMixSR", "WaveMixSRV2Block", "WaveMixSR_V2"]
-
-_FUSED = (FusedWaveblock, InferenceWaveblock)
-#: Prefixes in our block, and in upstream's, which has PixelShuffle and its convolution side by side with the others.
-_NESTED_TO_FLAT = {"feedforward.4.1.": "feedforward.5.", "feedforward.5.": "feedforward.6."}
 
 
 class WaveMixSR(nn.Module):
@@ -29,6 +28,7 @@ class WaveMixSR(nn.Module):
     Args:
         depth: number of level-1 blocks.
         mult, ff_channel, final_dim, dropout: each block's, see :class:`wavemix_kernels.FusedWaveblock`.
+        interpolation: "bicubic", or "bilinear" as some of the published training scripts have it.
         block: the block class; :class:`wavemix_kernels.reference.Waveblock` makes the reference model.
 
     Raises:
@@ -45,34 +45,33 @@ class WaveMixSR(nn.Module):
         ff_channel: int = 16,
         final_dim: int = 16,
         dropout: float = 0.3,
+        interpolation: str = "bicubic",
         block: Callable[..., nn.Module] = FusedWaveblock,
     ) -> None:
         super().__init__()
+        checks.check_choice("interpolation", interpolation, ("bicubic", "bilinear"))
         self.layers = nn.ModuleList(
             block(level=1, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample="deconv")
             for _ in range(checks.check_positive_int("depth", depth))
         )
-        self._ends(final_dim)
+        self._ends(final_dim, interpolation)
 
-    def _ends(self, final_dim: int) -> None:
+    def _ends(self, final_dim: int, interpolation: str = "bicubic") -> None:
         half = final_dim // 2
         self.final = nn.Sequential(nn.Conv2d(final_dim, half, 3, padding=1), nn.Conv2d(half, 1, 1))
         self.path1 = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bicubic"),
+            nn.Upsample(scale_factor=2, mode=interpolation),
             nn.Conv2d(1, half, 3, padding=1),
             nn.Conv2d(half, final_dim, 3, padding=1),
         )
-        self.path2 = nn.Sequential(nn.Upsample(scale_factor=2, mode="bicubic"))
+        self.path2 = nn.Sequential(nn.Upsample(scale_factor=2, mode=interpolation))
 
     def forward(self, img: Tensor) -> Tensor:
         if not isinstance(img, fx.Proxy):
             checks.check_tensor("img", img, 4, "(N, 3, H, W)")
             if img.shape[1] != 3:
                 raise ValueError(f"img: expected 3 channels (Y, Cb, Cr), got shape {tuple(img.shape)}")
-        y = self.path1(img[:, :1])
-        for layer in self.layers:
-            joined = isinstance(layer, _FUSED) and not isinstance(y, fx.Proxy) and layer.why_not_joined() is None
-            y = layer(y, residual=True) if joined else layer(y) + y
+        y = through(self.layers, self.path1(img[:, :1]))
         out = torch.cat((self.final(y), self.path2(img[:, 1:])), 1)
         return out if isinstance(img, fx.Proxy) else layout.ordered_as(out, img)
 
@@ -119,15 +118,16 @@ class WaveMixSR_V2(nn.Module):
         super().__init__()
         checks.check_multiple("sr", checks.check_positive_int("sr", sr), 2)
         checks.check_positive_int("blocks", blocks)
-        flat = checks.check_choice("upsample", upsample, ("deconv", "pixelshuffle")) == "pixelshuffle"
-        options: dict[str, Any] = {"mult": mult, "final_dim": final_dim, "dropout": dropout, "upsample": upsample}
-        options["ff_channel"] = 4 * final_dim if flat else 16
-
-        def one() -> nn.Module:
-            made = block(level=1, **options)
-            return _with_flat_keys(made) if flat else made
-
-        self.SR_blocks = nn.ModuleList(_Stage([one() for _ in range(blocks)], final_dim) for _ in range(sr // 2))
+        options: dict[str, Any] = {"mult": mult, "final_dim": final_dim, "dropout": dropout}
+        if checks.check_choice("upsample", upsample, ("deconv", "pixelshuffle")) == "pixelshuffle":
+            options["ff_channel"] = 4 * final_dim
+            if block is FusedWaveblock or block is Waveblock:
+                block = WaveMixSRV2Block if block is FusedWaveblock else partial(ShuffleWaveblock, second=True)
+        else:
+            options |= {"level": 1, "upsample": upsample, "ff_channel": 16}
+        self.SR_blocks = nn.ModuleList(
+            _Stage([block(**options) for _ in range(blocks)], final_dim) for _ in range(sr // 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.SR_blocks:
@@ -135,12 +135,10 @@ class WaveMixSR_V2(nn.Module):
         return x
 
 
-class WaveMixSRV2Block(FusedWaveblock):
+class WaveMixSRV2Block(FusedShuffleWaveblock):
     """The block of WaveMixSR-V2: level 1, PixelShuffle and a 3x3 convolution in place of the transposed one.
 
-    (N, final_dim, H, W) -> the same shape, H and W even; the residual is the caller's to add. Its state dict has the
-    published keys, ``feedforward.5`` for the convolution and ``feedforward.6`` for BatchNorm; one with
-    :class:`wavemix_kernels.FusedWaveblock`'s keys loads too. ``named_parameters`` has FusedWaveblock's names.
+    (N, final_dim, H, W) -> the same shape, H and W even; the residual is the caller's to add.
 
     Args:
         mult: hidden width as a multiple of ``final_dim``.
@@ -151,40 +149,8 @@ class WaveMixSRV2Block(FusedWaveblock):
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
 
-    Source: arXiv:2409.10582.
+    Source: arXiv:2409.10582; parameter names and checkpoints are those of its published code.
     """
 
     def __init__(self, *, mult: int = 2, ff_channel: int = 16, final_dim: int = 16, dropout: float = 0.5) -> None:
-        checks.check_positive_int("final_dim", final_dim)
-        if ff_channel != 4 * final_dim:
-            raise ValueError(f"ff_channel={ff_channel!r}: expected 4 * final_dim = {4 * final_dim}")
-        super().__init__(
-            level=1, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample="pixelshuffle"
-        )
-        _with_flat_keys(self)
-
-
-def _with_flat_keys(block: nn.Module) -> nn.Module:
-    """The block, with upstream's keys in its state dict; both forms load."""
-    block.register_state_dict_post_hook(_flatten)
-    block.register_load_state_dict_pre_hook(_nest)
-    return block
-
-
-def _flatten(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    _rename(state, prefix, _NESTED_TO_FLAT)
-
-
-def _nest(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
-    if not any(key.startswith(f"{prefix}feedforward.6.") for key in state):
-        return
-    _rename(state, prefix, {flat: nested for nested, flat in _NESTED_TO_FLAT.items()})
-
-
-def _rename(state: dict[str, Any], prefix: str, table: dict[str, str]) -> None:
-    """In place. Every key of the block leaves before one returns: an old name may be another's new one, and the order
-    of the keys is upstream's too."""
-    taken = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    for name, value in taken.items():
-        old = next((old for old in table if name.startswith(old)), "")
-        state[prefix + table.get(old, "") + name.removeprefix(old)] = value
+        super().__init__(mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, second=True)

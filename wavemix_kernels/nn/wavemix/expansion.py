@@ -15,12 +15,11 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
 
 
-class FusedExpansion(Expansion):
-    """An Expansion whose transposed convolutions run on :func:`wavemix_kernels.ops.deconv.op.deconv`.
+class FusedDeconvs(nn.Sequential):
+    """An nn.Sequential whose transposed convolutions run on :func:`wavemix_kernels.ops.deconv.op.deconv`.
 
-    Arguments, parameters and results are :class:`wavemix_kernels.reference.Expansion`'s. A layer that is not
-    such a convolution any more (replaced, or with hooks or parametrizations) runs as the module it is. Not
-    differentiable twice, except on backend ``"reference"``.
+    A convolution of other sizes, or with hooks or parametrizations, runs as the module it is. Not differentiable twice,
+    except on backend ``"reference"``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,20 +27,28 @@ class FusedExpansion(Expansion):
             return fx.call_module(self, x, super().forward)
         standard = backends.requested() == "reference"
         for i, layer in enumerate(self):
-            # A 1x1 convolution is the library's in any case.
-            if standard or type(layer) is nn.Conv2d or log.fallback(self, _why_not_deconv(str(i), layer)):
+            # Other layers are the library's in any case.
+            other = not isinstance(layer, nn.ConvTranspose2d)
+            if standard or other or log.fallback(self, why_not_deconv(str(i), layer)):
                 x = layer(x)
             else:
                 up = cast(nn.ConvTranspose2d, layer)
                 x = deconv.deconv(x, up.weight, up.bias)
         return x
 
+
+class FusedExpansion(FusedDeconvs, Expansion):
+    """An Expansion whose transposed convolutions are fused (:class:`FusedDeconvs`).
+
+    Arguments, parameters and results are :class:`wavemix_kernels.reference.Expansion`'s.
+    """
+
     def fuse_for_inference(self) -> nn.Module:
         """The head for inference: the 1x1 convolution folded into the transposed one before it, where that is less
         arithmetic; the head itself where its layers are not those it was made of."""
         *convolutions, last = self
-        reasons = (_why_not_deconv(str(i), layer) for i, layer in enumerate(convolutions))
-        plain = untouched(self) and _is_pointwise(last) and len(convolutions) > 0 and not any(reasons)
+        reasons = (why_not_deconv(str(i), layer) for i, layer in enumerate(convolutions))
+        plain = untouched(self) and is_pointwise(last) and len(convolutions) > 0 and not any(reasons)
         return InferenceExpansion(self) if plain else self
 
 
@@ -93,7 +100,7 @@ def _folded(
     return wide.to(weight.dtype), None if wide_bias is None else wide_bias.to(weight.dtype)
 
 
-def _is_pointwise(layer: nn.Module) -> bool:
+def is_pointwise(layer: nn.Module) -> bool:
     """Whether it is a 1x1 convolution of every pixel, and nobody listens to it."""
     if type(layer) is not nn.Conv2d or not untouched(layer):
         return False
@@ -101,7 +108,7 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _why_not_deconv(name: str, layer: nn.Module) -> str | None:
+def why_not_deconv(name: str, layer: nn.Module) -> str | None:
     """Why the operator cannot stand for the layer, or None."""
     if (reason := why_not_plain(name, layer, nn.ConvTranspose2d)) is not None:
         return reason

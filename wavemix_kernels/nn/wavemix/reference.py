@@ -11,6 +11,7 @@ Parameter names and shapes are upstream's (package ``wavemix`` 0.2.4), so checkp
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,66 @@ class Waveblock(nn.Module):
         return f"level={self.level}, upsample={self.upsample!r}"
 
 
+class ShuffleWaveblock(Waveblock):
+    """The level-1 block that ends in PixelShuffle and a 3x3 convolution, its layers side by side as published:
+    (N, final_dim, H, W) -> the same shape, H and W even.
+
+    Args:
+        mult: hidden width as a multiple of ``final_dim``; 4 without a second convolution.
+        ff_channel: channels before PixelShuffle: ``4 * final_dim``, as the 3x3 convolution keeps ``final_dim``; without
+            effect where there is no second convolution.
+        final_dim: channels C of input and output, a multiple of 4.
+        dropout: probability of dropping a hidden activation.
+        second: whether a second 1x1 convolution comes before PixelShuffle (WaveMixSR-V2), or the hidden layer itself is
+            shuffled (WaveMix V3).
+        level, upsample: 1 and "pixelshuffle", for callers that name them for every block.
+
+    Raises:
+        TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
+
+    Source: arXiv:2409.10582 and the authors' published code, whose parameter names these are.
+    """
+
+    def __init__(
+        self,
+        *,
+        mult: int = 2,
+        ff_channel: int = 16,
+        final_dim: int = 16,
+        dropout: float = 0.5,
+        second: bool,
+        level: int = 1,
+        upsample: str = "pixelshuffle",
+    ) -> None:
+        if level != 1:
+            raise ValueError(f"level={level!r}: expected 1, the only level of this block")
+        checks.check_choice("upsample", upsample, ("pixelshuffle",))
+        checks.check_positive_int("final_dim", final_dim)
+        if second and ff_channel != 4 * final_dim:
+            raise ValueError(f"ff_channel={ff_channel!r}: expected 4 * final_dim = {4 * final_dim}")
+        if not second and mult != 4:
+            raise ValueError(f"mult={mult!r}: expected 4, as PixelShuffle takes 4 * final_dim channels")
+        self.second = second
+        super().__init__(
+            mult=mult, ff_channel=4 * final_dim, final_dim=final_dim, dropout=dropout, upsample="pixelshuffle"
+        )
+
+    def _feedforward(self, level: int, mult: int, ff_channel: int, dropout: float) -> nn.Sequential:
+        dim = self.final_dim
+        return nn.Sequential(
+            nn.Conv2d(dim, dim * mult, 1),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            *([nn.Conv2d(dim * mult, ff_channel, 1)] if self.second else []),
+            nn.PixelShuffle(2),
+            nn.Conv2d(dim, dim, 3, padding=1),
+            nn.BatchNorm2d(dim),
+        )
+
+    def extra_repr(self) -> str:
+        return f"second={self.second}"
+
+
 class Expansion(nn.Sequential):
     """(N, channels, h, w) -> (N, outputs, 2^k h, 2^k w), k being ``doublings``, with nothing between its layers.
 
@@ -134,12 +195,15 @@ class Expansion(nn.Sequential):
         channels: of the input; each transposed convolution (4x4 taps, stride 2, padding 1) halves them.
         doublings: how many there are, at least 1.
         outputs: channels of the 1x1 convolution behind them.
+        widths: channels behind each transposed convolution, where they are not halved.
 
     Source: package ``wavemix`` 0.2.4, whose parameter names these are.
     """
 
-    def __init__(self, channels: int, doublings: int, outputs: int) -> None:
-        widths = [channels >> k for k in range(doublings + 1)]
+    def __init__(self, channels: int, doublings: int, outputs: int, *, widths: Sequence[int] | None = None) -> None:
+        if widths is not None and len(widths) != doublings:
+            raise ValueError(f"widths={widths!r}: expected {doublings} numbers, one for each doubling")
+        widths = [channels, *(widths or (channels >> k for k in range(1, doublings + 1)))]
         super().__init__(
             *(nn.ConvTranspose2d(wide, narrow, 4, 2, 1) for wide, narrow in itertools.pairwise(widths)),
             nn.Conv2d(widths[-1], outputs, 1),

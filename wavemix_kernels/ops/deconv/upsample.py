@@ -39,7 +39,10 @@ def backward_x(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Te
         return deconv.backward_x(dy, weight, backend)
     if kind == "pixelshuffle":
         assert weight is not None
-        return F.pixel_unshuffle(F.conv_transpose2d(dy, weight, padding=1), 2)
+        of_shuffled = F.conv_transpose2d(dy, weight, padding=1)
+        n, c, h, w = of_shuffled.shape
+        # PyTorch leaves the shape of an empty batch as it is.
+        return F.pixel_unshuffle(of_shuffled, 2).view(n, 4 * c, h // 2, w // 2)
     n, c, h, w = dy.shape
     if kind == "bilinear":
         return torch.ops.aten.upsample_bilinear2d_backward(dy, [h, w], [n, c, h // 2, w // 2], False, 2.0, 2.0)
