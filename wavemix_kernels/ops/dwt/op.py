@@ -252,7 +252,17 @@ def _compiled(direction: str) -> Any:
     return run
 
 
+def _triton(analysis: bool) -> Any:
+    def run(image: Tensor, low: Tensor, high: Tensor | None, filters: Sequence[Tensor], mode: str) -> None:
+        from wavemix_kernels.ops.dwt.triton_run import run as launch
+
+        launch(analysis, image, low, high, filters, mode, first_sample)
+
+    return run
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton(True), "synthesis": _triton(False)}),
     "cpu": backends.Backend(
         backends.cpu_why_not, {"analysis": _compiled("analysis"), "synthesis": _compiled("synthesis")}
     ),

@@ -171,12 +171,12 @@ def _blocks_kernel(
     size2: tl.int32, count2: tl.int32, image2: tl.int64, bands2: tl.int64, source2: tl.int32,
     size3: tl.int32, count3: tl.int32, image3: tl.int64, bands3: tl.int64, source3: tl.int32,
     ANALYSIS: tl.constexpr, ORDER: tl.constexpr, WEIGHT: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
-    EDGES: tl.constexpr, FRONT: tl.constexpr, REPEAT: tl.constexpr, PAIRED: tl.constexpr, EDGE: tl.constexpr,
+    EDGES: tl.constexpr, FRONT: tl.constexpr, REPEAT: tl.constexpr, SIGNED: tl.constexpr,
+    PAIRED: tl.constexpr, EDGE: tl.constexpr,
     IMAGE_UNITS: tl.constexpr, BANDS_UNITS: tl.constexpr, SIZE_UNITS: tl.constexpr, COUNT_UNITS: tl.constexpr,
     VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr, FORM: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
-    SIGNED: tl.constexpr = min(EDGES) < 0
     CORNERS: tl.constexpr = COUNT // 2 if PAIRED else COUNT
     axes = (
         (size0, count0, image0, bands0, source0),

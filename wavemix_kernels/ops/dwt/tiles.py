@@ -1,0 +1,25 @@
+"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py). Free of triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Filters up to so many taps on both axes take one pass: registers hold as many rows.
+ONE_PASS = 16
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """`rows` rows of coefficients (of pairs of rows, in a transpose) of `tile` columns, by `num_warps` warps."""
+
+    rows: int
+    tile: int
+    num_warps: int
+
+
+def config_for(planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
+    """The default: eight rows share the filter's other rows; fewer while multiprocessors would be idle."""
+    rows, warps = min(8, down), 4
+    while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
+        rows = (rows + 1) // 2
+    return ImageConfig(rows, 32 * warps, warps)
