@@ -10,10 +10,12 @@ ONE_PASS = 16
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """`rows` rows of coefficients (of pairs of rows, in a transpose) of `tile` columns, by `num_warps` warps."""
+    """`rows` rows of coefficients (of pairs of rows, in a transpose) of `tile` columns, by `num_warps` warps. Loads of
+    `ahead` rows are on their way while one is filtered."""
 
     rows: int
     tile: int
+    ahead: int
     num_warps: int
 
 
@@ -22,4 +24,4 @@ def config_for(planes: int, down: int, across: int, taps: tuple[int, int]) -> Im
     rows, warps = min(8, down), 4
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
-    return ImageConfig(rows, 32 * warps, warps)
+    return ImageConfig(rows, 32 * warps, max(2, 32 // taps[1]), warps)

@@ -37,27 +37,39 @@ def _origin(planes, channels, down, across, ROWS: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
+def _samples(
+    lines, at, size, limit, valid, TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """What the filters along W read of a row of samples, at `lines`, a tap after the other. Coefficients begin at
+    `at`; `limit` is `size`, or 0 for a row of zeros."""
+    read = ()
+    if MODE == "zero":
+        lines += at
+    for t in tl.static_range(TAPS):
+        if MODE == "zero":
+            # As unsigned numbers, negative places are past the end too.
+            value = tl.load(lines + t, mask=(at + t).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
+        else:
+            place, _ = _source(at + t, size, MODE, FAR)
+            value = tl.load(lines + place, mask=valid, other=0.0)
+        read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
 def _filtered(
-    lines, at, size, limit, valid, low_taps, high_taps,
+    read, first: tl.constexpr, at, size, taps,
     TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """A row of samples, at `lines`, by both filters along W: coefficients whose first samples are at `at`. `limit` is
-    `size`, or 0 for a row of zeros."""
-    low = tl.zeros(valid.shape, REAL)
-    high = tl.zeros(valid.shape, REAL)
+    """The sum by a filter along W of what _samples has read, from number `first` on."""
+    total = tl.zeros(at.shape, REAL)
     for t in tl.static_range(TAPS):
-        place = at + t
-        if MODE == "zero":
-            there = valid & (place >= 0) & (place < limit)
-            value = tl.load(lines + place, mask=there, other=0.0).to(REAL)
-        else:
-            place, sign = _source(place, size, MODE, FAR)
-            value = tl.load(lines + place, mask=valid, other=0.0).to(REAL)
-            if MODE == "antisymmetric":
-                value *= sign.to(REAL)
-        low += tl.load(low_taps + t) * value
-        high += tl.load(high_taps + t) * value
-    return low, high
+        value = read[first + t].to(REAL)
+        if MODE == "antisymmetric":
+            _, sign = _source(at + t, size, MODE, FAR)
+            value *= sign.to(REAL)
+        total += tl.load(taps + t) * value
+    return total
 
 
 @triton.jit
@@ -78,64 +90,85 @@ def _analysis_kernel(
     ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
     high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MODE: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     REAL: tl.constexpr = low_w.dtype.element_ty
     n, c, col, valid, row = _origin(planes, channels, count_h, count_w, ROWS, TILE)
     plane = image + n * image_n + c * image_c
     to_ll = ll + n * ll_n + c * ll_c + col
     to_high = high + n * high_n + c * high_c + col
+    at = start_w + 2 * tl.where(valid, col, 2**29)
+    read = ()
     lows = ()
     highs = ()
-    for r in tl.static_range(2 * ROWS + TAPS_H - 2):
-        y = start_h + 2 * row + r
-        limit = tl.where((y >= 0) & (y < height), width, 0)
-        if MODE != "zero":
-            # Rows of coefficients that the last program has too many of read what the last one reads.
-            y, sign = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
-        low, other = _filtered(
-            plane + y * image_y, start_w + 2 * col, width, limit, valid, low_w, high_w, TAPS_W, MODE, FAR_W, REAL
-        )  # fmt: skip
-        if MODE == "antisymmetric":
-            low *= sign.to(REAL)
-            other *= sign.to(REAL)
-        lows = lows + (low,)  # noqa: RUF005
-        highs = highs + (other,)  # noqa: RUF005
-        if r >= TAPS_H - 1 and (r - TAPS_H + 1) % 2 == 0:
-            k = row + (r - TAPS_H + 1) // 2
-            mask = valid & (col < tl.where(k < count_h, count_w, 0))
-            to = to_high + k * high_y
-            tl.store(to_ll + k * ll_y, _weighted(lows, r - TAPS_H + 1, low_h, TAPS_H).to(ll.dtype.element_ty), mask=mask)
-            tl.store(to, _weighted(lows, r - TAPS_H + 1, high_h, TAPS_H).to(high.dtype.element_ty), mask=mask)
-            tl.store(to + high_b, _weighted(highs, r - TAPS_H + 1, low_h, TAPS_H).to(high.dtype.element_ty), mask=mask)
-            tl.store(to + 2 * high_b, _weighted(highs, r - TAPS_H + 1, high_h, TAPS_H).to(high.dtype.element_ty), mask=mask)
+    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
+    for ahead in tl.static_range(2 * ROWS + TAPS_H - 2 + AHEAD):
+        if ahead < 2 * ROWS + TAPS_H - 2:
+            y = start_h + 2 * row + ahead
+            limit = tl.where((y >= 0) & (y < height), width, 0)
+            if MODE != "zero":
+                # Rows of coefficients that the last program has too many of read what the last one reads.
+                y, _ = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
+            read = read + _samples(plane + y * image_y, at, width, limit, valid, TAPS_W, MODE, FAR_W)
+        if ahead >= AHEAD:
+            low = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, low_w, TAPS_W, MODE, FAR_W, REAL)
+            other = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, high_w, TAPS_W, MODE, FAR_W, REAL)
+            if MODE == "antisymmetric":
+                y = start_h + 2 * row + ahead - AHEAD
+                _, sign = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
+                low *= sign.to(REAL)
+                other *= sign.to(REAL)
+            lows = lows + (low,)  # noqa: RUF005
+            highs = highs + (other,)  # noqa: RUF005
+            if ahead - AHEAD >= TAPS_H - 1 and (ahead - AHEAD - TAPS_H + 1) % 2 == 0:
+                k = row + (ahead - AHEAD - TAPS_H + 1) // 2
+                mask = valid & (col < tl.where(k < count_h, count_w, 0))
+                to = to_high + k * high_y
+                ll_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, low_h, TAPS_H)
+                lh_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, high_h, TAPS_H)
+                hl_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, low_h, TAPS_H)
+                hh_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, high_h, TAPS_H)
+                tl.store(to_ll + k * ll_y, ll_k.to(ll.dtype.element_ty), mask=mask)
+                tl.store(to, lh_k.to(high.dtype.element_ty), mask=mask)
+                tl.store(to + high_b, hl_k.to(high.dtype.element_ty), mask=mask)
+                tl.store(to + 2 * high_b, hh_k.to(high.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _pairs_of(
-    low, high, k, count, limit, valid, low_taps, high_taps,
-    TAPS: tl.constexpr, WRAP: tl.constexpr, HIGH: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """Even and odd samples along W of a row of coefficients, the pairs `k`. `limit` is `count`, or 0 for no such row."""
-    even = tl.zeros(valid.shape, REAL)
-    odd = tl.zeros(valid.shape, REAL)
-    for j in tl.static_range((TAPS + 1) // 2):
-        place = k - j
+def _coefficients(band, k, count, limit, valid, STEPS: tl.constexpr, WRAP: tl.constexpr):
+    """The coefficients of a row that the pairs `k` of samples along W are sums of. `limit` is `count`, or 0 for a row
+    of zeros."""
+    read = ()
+    if not WRAP:
+        band += k
+    for j in tl.static_range(STEPS):
         if WRAP:
-            place = _floor_mod(place, count)
-            there = valid
+            value = tl.load(band + _floor_mod(k - j, count), mask=valid, other=0.0)
         else:
-            there = valid & (place >= 0) & (place < limit)
-        value = tl.load(low + place, mask=there, other=0.0).to(REAL)
-        even += tl.load(low_taps + 2 * j) * value
-        if 2 * j + 1 < TAPS:
-            odd += tl.load(low_taps + 2 * j + 1) * value
-        if HIGH:
-            value = tl.load(high + place, mask=there, other=0.0).to(REAL)
-            even += tl.load(high_taps + 2 * j) * value
-            if 2 * j + 1 < TAPS:
-                odd += tl.load(high_taps + 2 * j + 1) * value
-    return even, odd
+            # As unsigned numbers, negative places are past the end too.
+            value = tl.load(band - j, mask=(k - j).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
+        read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def _phase(read, first: tl.constexpr, taps, STEP: tl.constexpr, PHASE: tl.constexpr, TAPS: tl.constexpr, like):
+    """Samples number PHASE of each pair: `read` from number `first` on, every STEP-th, by every second tap."""
+    total = tl.zeros_like(like)
+    for j in tl.static_range((TAPS + 1 - PHASE) // 2):
+        total += tl.load(taps + 2 * j + PHASE) * read[first + j * STEP].to(like.dtype)
+    return total
+
+
+@triton.jit
+def _row(
+    read, first: tl.constexpr, low_taps, high_taps, PHASE: tl.constexpr, TAPS: tl.constexpr, HIGH: tl.constexpr, like,
+):  # fmt: skip
+    """Samples number PHASE along W: of a band at number `first`, and of the next but one by the high-pass."""
+    total = _phase(read, first, low_taps, 1, PHASE, TAPS, like)
+    if HIGH:
+        total += _phase(read, first + 2 * ((TAPS + 1) // 2), high_taps, 1, PHASE, TAPS, like)
+    return total
 
 
 @triton.jit(do_not_specialize=("down", "across", "first_h", "first_w") + _SIZES + _STRIDES)
@@ -148,12 +181,12 @@ def _synthesis_kernel(
     ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
     high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, WRAP: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Pairs of samples: numbers start_h + 2 k and the next along H, for `down` k from first_h, as many `across` W."""
-    REAL: tl.constexpr = low_w.dtype.element_ty
-    real: tl.constexpr = image.dtype.element_ty
-    STEPS: tl.constexpr = (TAPS_H + 1) // 2
+    STEPS_H: tl.constexpr = (TAPS_H + 1) // 2
+    STEPS_W: tl.constexpr = (TAPS_W + 1) // 2
+    BANDS: tl.constexpr = 4 if HIGH else 1
     n, c, col, valid, row = _origin(planes, channels, down, across, ROWS, TILE)
     row += first_h
     col += first_w
@@ -161,45 +194,45 @@ def _synthesis_kernel(
     from_high = high + n * high_n + c * high_c
     x = start_w + 2 * col[:, None] + tl.arange(0, 2)[None, :]
     to = image + n[:, None] * image_n + c[:, None] * image_c + x
-    inside = valid[:, None] & (x >= 0)
-    lows_even = ()
-    lows_odd = ()
-    highs_even = ()
-    highs_odd = ()
-    for r in tl.static_range(ROWS + STEPS - 1):
-        k = row + r - (STEPS - 1)
-        limit = tl.where((k >= 0) & (k < count_h), count_w, 0)
-        if WRAP:
-            k = _floor_mod(k, count_h)
-        low = from_ll + k * ll_y
-        other = from_high + k * high_y
-        even, odd = _pairs_of(
-            low, other + high_b, col, count_w, limit, valid, low_w, high_w, TAPS_W, WRAP, HIGH, REAL
-        )  # fmt: skip
-        lows_even = lows_even + (even,)  # noqa: RUF005
-        lows_odd = lows_odd + (odd,)  # noqa: RUF005
-        if HIGH:
-            even, odd = _pairs_of(
-                other, other + 2 * high_b, col, count_w, limit, valid, low_w, high_w, TAPS_W, WRAP, HIGH, REAL
-            )  # fmt: skip
-            highs_even = highs_even + (even,)  # noqa: RUF005
-            highs_odd = highs_odd + (odd,)  # noqa: RUF005
-        if r >= STEPS - 1:
-            for phase in tl.static_range(2):
-                even = tl.zeros((TILE,), REAL)
-                odd = tl.zeros((TILE,), REAL)
-                for j in tl.static_range(STEPS):
-                    if 2 * j + phase < TAPS_H:
-                        tap = tl.load(low_h + 2 * j + phase)
-                        even += tap * lows_even[r - j]
-                        odd += tap * lows_odd[r - j]
-                        if HIGH:
-                            tap = tl.load(high_h + 2 * j + phase)
-                            even += tap * highs_even[r - j]
-                            odd += tap * highs_odd[r - j]
-                y = start_h + 2 * (row + r - (STEPS - 1)) + phase
-                samples = tl.join(even, odd).to(real)
-                tl.store(to + y * image_y, samples, mask=inside & (x < tl.where((y >= 0) & (y < height), width, 0)))
+    x = tl.where(valid[:, None], x, -1)
+    col = tl.where(valid, col, 2**29)
+    like = tl.zeros((TILE,), low_w.dtype.element_ty)
+    read = ()
+    low0 = ()
+    low1 = ()
+    high0 = ()
+    high1 = ()
+    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
+    for ahead in tl.static_range(ROWS + STEPS_H - 1 + AHEAD):
+        if ahead < ROWS + STEPS_H - 1:
+            k = row + ahead - (STEPS_H - 1)
+            limit = tl.where((k >= 0) & (k < count_h), count_w, 0)
+            if WRAP:
+                k = _floor_mod(k, count_h)
+            read = read + _coefficients(from_ll + k * ll_y, col, count_w, limit, valid, STEPS_W, WRAP)
+            if HIGH:
+                for band in tl.static_range(3):
+                    read = read + _coefficients(
+                        from_high + band * high_b + k * high_y, col, count_w, limit, valid, STEPS_W, WRAP
+                    )  # fmt: skip
+        if ahead >= AHEAD:
+            # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
+            low0 = low0 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, low_w, high_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+            low1 = low1 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, low_w, high_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            if HIGH:
+                high0 = high0 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, low_w, high_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+                high1 = high1 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, low_w, high_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            if ahead - AHEAD >= STEPS_H - 1:
+                for phase in tl.static_range(2):
+                    even = _phase(low0, ahead - AHEAD, low_h, -1, phase, TAPS_H, like)
+                    odd = _phase(low1, ahead - AHEAD, low_h, -1, phase, TAPS_H, like)
+                    if HIGH:
+                        even += _phase(high0, ahead - AHEAD, high_h, -1, phase, TAPS_H, like)
+                        odd += _phase(high1, ahead - AHEAD, high_h, -1, phase, TAPS_H, like)
+                    y = start_h + 2 * (row + ahead - AHEAD - (STEPS_H - 1)) + phase
+                    samples = tl.join(even, odd).to(image.dtype.element_ty)
+                    limit = tl.where((y >= 0) & (y < height), width, 0)
+                    tl.store(to + y * image_y, samples, mask=x.to(tl.uint32) < limit.to(tl.uint32))
 
 
 def launch(
@@ -234,6 +267,6 @@ def launch(
         scalars = [down, across, *firsts, *scalars]
         constants |= {"WRAP": mode == "periodization", "HIGH": high is not None}
     config = config or config_for(n * c, down, across, lengths)
-    constants |= {"ROWS": config.rows, "TILE": config.tile, "num_warps": config.num_warps}
+    constants |= {"ROWS": config.rows, "TILE": config.tile, "AHEAD": config.ahead, "num_warps": config.num_warps}
     grid = (-(-down // config.rows) * -(-n * c * across // config.tile),)
     return Launch(_analysis_kernel if analysis else _synthesis_kernel, grid, (*tensors, *scalars), constants)
