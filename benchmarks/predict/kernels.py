@@ -90,12 +90,13 @@ def haar_cases() -> Iterator[Case]:
                 yield Case(f"{backend} haar {what} {_sized(shape)}", _haar(backend, level, shape, last, inverse))
 
 
-def _haar_blocks(x: tuple[int, ...], convention: str, inverse: bool, dtype: torch.dtype, last: bool) -> Callable[[], Any]:
+def _haar_blocks(
+    x: tuple[int, ...], convention: str, inverse: bool, dtype: torch.dtype, last: bool
+) -> Callable[[], Any]:
     def run() -> Any:
         from wavemix_kernels.ops.haar import CONVENTIONS, blocks
 
         of = CONVENTIONS[convention]
-        n, c, *size = x
         order = (0, 4, 1, 2, 3) if last else (0, 1, 2, 3, 4)
         given = torch.empty([x[i] for i in ((0, 2, 3, 4, 1) if last else order)], dtype=dtype).permute(order)
         axes, front = list(range(5 - of.axes, 5)), int(of.first_frame)
@@ -104,7 +105,7 @@ def _haar_blocks(x: tuple[int, ...], convention: str, inverse: bool, dtype: torc
             return blocks.split(given, axes, of.order, of.weight, front=front, layout=inside, backend="triton")
         bands = blocks._empty_bands(given, axes, front, inside)
         rest = {"front": front, "repeat": False, "layout": inside, "channels_last": last, "backend": "triton"}
-        return blocks.join(bands, axes, of.order, of.inverse, size, **rest)
+        return blocks.join(bands, axes, of.order, of.inverse, x[2:], **rest)
 
     return run
 
@@ -121,7 +122,9 @@ def haar_blocks_cases() -> Iterator[Case]:
             yield Case(name, _haar_blocks(shape, convention, inverse, dtype, last))
 
 
-def _dwt(wave: str, mode: str, inverse: bool, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Callable[[], Any]:
+def _dwt(
+    wave: str, mode: str, inverse: bool, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> Callable[[], Any]:
     taps = _TAPS[wave]
 
     def run() -> Any:
@@ -330,7 +333,8 @@ def patm_cases() -> Iterator[Case]:
 
 
 FAMILIES = (
-    haar_cases, haar_blocks_cases, dwt_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
+    haar_cases, haar_blocks_cases, dwt_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases,
+    pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
 _SMALL = (

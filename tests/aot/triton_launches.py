@@ -404,5 +404,13 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
 
 @functools.cache
 def points() -> list[Point]:
-    families = (deconv_points, waveblock_points, haar_points, haar_blocks_points, dwt_points, patm_points, pre_norm_points)
+    families = (
+        deconv_points,
+        waveblock_points,
+        haar_points,
+        haar_blocks_points,
+        dwt_points,
+        patm_points,
+        pre_norm_points,
+    )
     return [point for family in families for point in family()]

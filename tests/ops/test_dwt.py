@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.clients.test_pytorch_wavelets import MODES, assert_same
 from tests.ops import each
-from tests.ops.contract import LAYOUTS, Case, Contract, image, randn
+from tests.ops.contract import LAYOUTS, Case, Contract, image, randn, singles
 from wavemix_kernels.ops.dwt import op
 from wavemix_kernels.ops.dwt.border import border
 from wavemix_kernels.ops.dwt.reference import (
@@ -79,7 +79,16 @@ class AnyFilters(Contract):
         "shape": SHAPES, "taps": TAPS, "mode": MODES, "levels": (1, 2),
         "layout": ("nchw", "channels_last", "sliced", "expanded"),
     }  # fmt: skip
-    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu")}
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
+    #: Modes and filters, each once: Triton's interpreter takes a second for a case.
+    few: ClassVar[Any] = {
+        "shape": ((1, 2, 7, 10), (2, 1, 6, 5)), "taps": ((4, 2), (2, 5), (3, 6)), "layout": ("nchw", "sliced"),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        if backend != "triton":
+            return super().cases(backend)
+        return singles(dtype=self.dtypes[backend], **{**self.axes, **self.few})
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return case.levels * (sum(case.taps) + 8)
@@ -129,6 +138,7 @@ class Synthesis(AnyFilters):
         "mode": ("zero", "periodization"), "levels": (1, 2), "odd": (0, 1), "missing": (False, True),
         "shape": ((2, 3, 24, 21), (1, 2, 21, 70), (1, 1, 40, 23)), "taps": (*TAPS[:4], (3, 10)),
     }  # fmt: skip
+    few: ClassVar[Any] = AnyFilters.few | {"shape": ((1, 1, 6, 5), (2, 1, 5, 6)), "taps": ((4, 2), (2, 5), (3, 4))}
 
     def inputs(self, case: Case, device: str) -> Any:
         """The coarser level's coefficients, and finer ones to go with them, one fewer where `odd`."""
@@ -162,6 +172,7 @@ class Lines(AnyFilters):
         "length": (33, 40, 7), "taps": (8, 5, 2, 12), "mode": MODES, "levels": (1, 2), "step": (1, 3),
         "missing": (False, True), "dim": (-1, 1, 0),
     }  # fmt: skip
+    few: ClassVar[Any] = {"length": (7, 8), "taps": (5, 2)}
 
     def inputs(self, case: Case, device: str) -> Any:
         length = 40 + case.length

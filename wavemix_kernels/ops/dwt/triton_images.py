@@ -37,6 +37,15 @@ def _origin(planes, channels, down, across, ROWS: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
+def _taps(filter, TAPS: tl.constexpr):
+    """A filter in registers. Loads behind a store would be made again."""
+    taps = (tl.load(filter),)
+    for t in tl.static_range(1, TAPS):
+        taps = taps + (tl.load(filter + t),)  # noqa: RUF005
+    return taps
+
+
+@triton.jit
 def _samples(
     lines, at, size, limit, valid, TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -68,16 +77,16 @@ def _filtered(
         if MODE == "antisymmetric":
             _, sign = _source(at + t, size, MODE, FAR)
             value *= sign.to(REAL)
-        total += tl.load(taps + t) * value
+        total += taps[t] * value
     return total
 
 
 @triton.jit
 def _weighted(values, first: tl.constexpr, taps, TAPS: tl.constexpr):
     """The sum of `values` from number `first` on by a filter."""
-    total = values[first] * tl.load(taps)
+    total = values[first] * taps[0]
     for t in tl.static_range(1, TAPS):
-        total += values[first + t] * tl.load(taps + t)
+        total += values[first + t] * taps[t]
     return total
 
 
@@ -98,6 +107,8 @@ def _analysis_kernel(
     to_ll = ll + n * ll_n + c * ll_c + col
     to_high = high + n * high_n + c * high_c + col
     at = start_w + 2 * tl.where(valid, col, 2**29)
+    taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
+    taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
     read = ()
     lows = ()
     highs = ()
@@ -111,8 +122,8 @@ def _analysis_kernel(
                 y, _ = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
             read = read + _samples(plane + y * image_y, at, width, limit, valid, TAPS_W, MODE, FAR_W)
         if ahead >= AHEAD:
-            low = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, low_w, TAPS_W, MODE, FAR_W, REAL)
-            other = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, high_w, TAPS_W, MODE, FAR_W, REAL)
+            low = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[0], TAPS_W, MODE, FAR_W, REAL)
+            other = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[1], TAPS_W, MODE, FAR_W, REAL)
             if MODE == "antisymmetric":
                 y = start_h + 2 * row + ahead - AHEAD
                 _, sign = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
@@ -124,10 +135,10 @@ def _analysis_kernel(
                 k = row + (ahead - AHEAD - TAPS_H + 1) // 2
                 mask = valid & (col < tl.where(k < count_h, count_w, 0))
                 to = to_high + k * high_y
-                ll_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, low_h, TAPS_H)
-                lh_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, high_h, TAPS_H)
-                hl_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, low_h, TAPS_H)
-                hh_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, high_h, TAPS_H)
+                ll_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
+                lh_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
+                hl_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
+                hh_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
                 tl.store(to_ll + k * ll_y, ll_k.to(ll.dtype.element_ty), mask=mask)
                 tl.store(to, lh_k.to(high.dtype.element_ty), mask=mask)
                 tl.store(to + high_b, hl_k.to(high.dtype.element_ty), mask=mask)
@@ -156,22 +167,22 @@ def _phase(read, first: tl.constexpr, taps, STEP: tl.constexpr, PHASE: tl.conste
     """Samples number PHASE of each pair: `read` from number `first` on, every STEP-th, by every second tap."""
     total = tl.zeros_like(like)
     for j in tl.static_range((TAPS + 1 - PHASE) // 2):
-        total += tl.load(taps + 2 * j + PHASE) * read[first + j * STEP].to(like.dtype)
+        total += taps[2 * j + PHASE] * read[first + j * STEP].to(like.dtype)
     return total
 
 
 @triton.jit
 def _row(
-    read, first: tl.constexpr, low_taps, high_taps, PHASE: tl.constexpr, TAPS: tl.constexpr, HIGH: tl.constexpr, like,
+    read, first: tl.constexpr, taps, PHASE: tl.constexpr, TAPS: tl.constexpr, HIGH: tl.constexpr, like,
 ):  # fmt: skip
     """Samples number PHASE along W: of a band at number `first`, and of the next but one by the high-pass."""
-    total = _phase(read, first, low_taps, 1, PHASE, TAPS, like)
+    total = _phase(read, first, taps[0], 1, PHASE, TAPS, like)
     if HIGH:
-        total += _phase(read, first + 2 * ((TAPS + 1) // 2), high_taps, 1, PHASE, TAPS, like)
+        total += _phase(read, first + 2 * ((TAPS + 1) // 2), taps[1], 1, PHASE, TAPS, like)
     return total
 
 
-@triton.jit(do_not_specialize=("down", "across", "first_h", "first_w") + _SIZES + _STRIDES)
+@triton.jit(do_not_specialize=("down", "across", "first_h", "first_w", *_SIZES, *_STRIDES))
 def _synthesis_kernel(
     image, ll, high, low_w, high_w, low_h, high_h,
     down: tl.int32, across: tl.int32, first_h: tl.int32, first_w: tl.int32,
@@ -197,6 +208,8 @@ def _synthesis_kernel(
     x = tl.where(valid[:, None], x, -1)
     col = tl.where(valid, col, 2**29)
     like = tl.zeros((TILE,), low_w.dtype.element_ty)
+    taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
+    taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
     read = ()
     low0 = ()
     low1 = ()
@@ -217,18 +230,18 @@ def _synthesis_kernel(
                     )  # fmt: skip
         if ahead >= AHEAD:
             # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
-            low0 = low0 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, low_w, high_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
-            low1 = low1 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, low_w, high_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            low0 = low0 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+            low1 = low1 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
             if HIGH:
-                high0 = high0 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, low_w, high_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
-                high1 = high1 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, low_w, high_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+                high0 = high0 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+                high1 = high1 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
             if ahead - AHEAD >= STEPS_H - 1:
                 for phase in tl.static_range(2):
-                    even = _phase(low0, ahead - AHEAD, low_h, -1, phase, TAPS_H, like)
-                    odd = _phase(low1, ahead - AHEAD, low_h, -1, phase, TAPS_H, like)
+                    even = _phase(low0, ahead - AHEAD, taps_h[0], -1, phase, TAPS_H, like)
+                    odd = _phase(low1, ahead - AHEAD, taps_h[0], -1, phase, TAPS_H, like)
                     if HIGH:
-                        even += _phase(high0, ahead - AHEAD, high_h, -1, phase, TAPS_H, like)
-                        odd += _phase(high1, ahead - AHEAD, high_h, -1, phase, TAPS_H, like)
+                        even += _phase(high0, ahead - AHEAD, taps_h[1], -1, phase, TAPS_H, like)
+                        odd += _phase(high1, ahead - AHEAD, taps_h[1], -1, phase, TAPS_H, like)
                     y = start_h + 2 * (row + ahead - AHEAD - (STEPS_H - 1)) + phase
                     samples = tl.join(even, odd).to(image.dtype.element_ty)
                     limit = tl.where((y >= 0) & (y < height), width, 0)

@@ -36,10 +36,7 @@ def _source(at, n, MODE: tl.constexpr, FAR: tl.constexpr):
         place = tl.minimum(tl.maximum(at, 0), n - 1)
     elif MODE == "periodic" or MODE == "periodization":
         period = n + n % 2 if MODE == "periodization" else n
-        if FAR:
-            place = _floor_mod(at, period)
-        else:
-            place = tl.where(at < 0, at + period, tl.where(at < period, at, at - period))
+        place = _floor_mod(at, period) if FAR else at + tl.where(at < 0, period, tl.where(at < period, 0, -period))
         place = tl.minimum(place, n - 1)
     else:
         WHOLE: tl.constexpr = MODE == "reflect" or MODE == "antireflect"  # an end is a sample, not between two
@@ -156,7 +153,7 @@ def _sample(
     return value
 
 
-@triton.jit(do_not_specialize=("pairs", "first", "before", "after") + _SIZES + _IMAGE + _BANDS)
+@triton.jit(do_not_specialize=("pairs", "first", "before", "after", *_SIZES, *_IMAGE, *_BANDS))
 def _synthesis_kernel(
     image, low, high, low_taps, high_taps,
     pairs: tl.int32, first: tl.int32, before: tl.int32, after: tl.int32,

@@ -16,8 +16,8 @@ def _check(sizes: Sequence[int], mode: str) -> None:
     if mode in ("reflect", "antireflect") and 1 in sizes:
         axis = "H" if len(sizes) == 2 and sizes[0] == 1 else "W"
         raise ValueError(
-            f"mode={mode!r}: a level meets a single sample along {axis}, which has nothing to reflect; use fewer levels "
-            f"or mode='symmetric'"
+            f"mode={mode!r}: a level meets a single sample along {axis}, which has nothing to reflect; use fewer "
+            f"levels or mode='symmetric'"
         )
 
 

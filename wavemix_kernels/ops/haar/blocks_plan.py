@@ -145,7 +145,8 @@ def plan(
         "FRONT": next((i for i, a in enumerate(row_axes) if a.front), -1), "REPEAT": repeat,
         "SIGNED": any(a.edge < 0 for a in row_axes),
         "PAIRED": paired, "EDGE": col.edge if paired else 0, "IMAGE_UNITS": image_units, "BANDS_UNITS": bands_units,
-        "SIZE_UNITS": size_units, "COUNT_UNITS": count_units, "VECTOR": min(run, config.cols), "CONTIGUOUS": contiguous, "FORM": form, "COUNT": count,
+        "SIZE_UNITS": size_units, "COUNT_UNITS": count_units, "VECTOR": min(run, config.cols),
+        "CONTIGUOUS": contiguous, "FORM": form, "COUNT": count,
         "ROWS": config.rows, "COLS": config.cols, "num_warps": config.num_warps, "enable_fp_fusion": False,
     }  # fmt: skip
     return (-(-rows // config.rows) * -(-col.count // config.cols),), tuple(scalars), constants

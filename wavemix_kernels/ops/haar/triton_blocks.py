@@ -174,7 +174,8 @@ def _blocks_kernel(
     EDGES: tl.constexpr, FRONT: tl.constexpr, REPEAT: tl.constexpr, SIGNED: tl.constexpr,
     PAIRED: tl.constexpr, EDGE: tl.constexpr,
     IMAGE_UNITS: tl.constexpr, BANDS_UNITS: tl.constexpr, SIZE_UNITS: tl.constexpr, COUNT_UNITS: tl.constexpr,
-    VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr, FORM: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr, FORM: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     REAL: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     CORNERS: tl.constexpr = COUNT // 2 if PAIRED else COUNT
