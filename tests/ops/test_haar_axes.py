@@ -49,6 +49,7 @@ class Blocks(Contract):
         "mode": ("zero", "symmetric", "antisymmetric", "periodic", "reflect"), "front": (0, 1, 3),
         "inside": blocks.LAYOUTS, "layout": ("contiguous", "channels_last", "sliced"),
     }  # fmt: skip
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
 
     def cases(self, backend: str) -> list[Case]:
         made = singles if backend == "triton" else pairwise  # the interpreter takes half a second for a case

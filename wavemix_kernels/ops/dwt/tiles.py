@@ -20,8 +20,9 @@ class ImageConfig:
 
 
 def config_for(planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
-    """The default: eight rows share the filter's other rows; fewer while multiprocessors would be idle."""
-    rows, warps = min(8, down), 4
+    """The default: the more taps, the more rows share those that their filters overlap in; fewer rows while
+    multiprocessors would be idle."""
+    rows, warps = min(16 if max(taps) > 4 else 8, down), 4
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
-    return ImageConfig(rows, 32 * warps, max(2, 32 // taps[1]), warps)
+    return ImageConfig(rows, 32 * warps, 2 if max(taps) > 4 else 32 // max(taps), warps)
