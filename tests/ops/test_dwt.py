@@ -82,7 +82,8 @@ class AnyFilters(Contract):
     dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
     #: Modes and filters, each once: Triton's interpreter takes a second for a case.
     few: ClassVar[Any] = {
-        "shape": ((1, 2, 7, 10), (2, 1, 6, 5)), "taps": ((4, 2), (2, 5), (3, 6)), "layout": ("nchw", "sliced"),
+        "shape": ((1, 2, 5, 6), (2, 1, 4, 5)), "taps": ((4, 2), (2, 5), (3, 6)), "layout": ("nchw", "sliced"),
+        "levels": (1,),
     }  # fmt: skip
 
     def cases(self, backend: str) -> list[Case]:
@@ -172,7 +173,7 @@ class Lines(AnyFilters):
         "length": (33, 40, 7), "taps": (8, 5, 2, 12), "mode": MODES, "levels": (1, 2), "step": (1, 3),
         "missing": (False, True), "dim": (-1, 1, 0),
     }  # fmt: skip
-    few: ClassVar[Any] = {"length": (7, 8), "taps": (5, 2)}
+    few: ClassVar[Any] = {"length": (7, 8), "taps": (5, 2), "levels": (1,)}
 
     def inputs(self, case: Case, device: str) -> Any:
         length = 40 + case.length

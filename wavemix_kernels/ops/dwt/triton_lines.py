@@ -198,7 +198,7 @@ def _synthesis_kernel(
                     low_lines, high_lines, low_taps, high_taps, place, places, past, start, count, low_s, high_s,
                     TAPS, HIGH, REAL,
                 )  # fmt: skip
-                there, sign = _source(past, size, MODE, FAR)
+                source, sign = _source(past, size, MODE, FAR)
                 if MODE == "smooth" or MODE == "antireflect":
                     weight, second, by_second, third, by_third = _slopes(past, size, MODE, REAL)
                     even += tl.where(at == second, by_second * value, 0.0)
@@ -209,8 +209,8 @@ def _synthesis_kernel(
                     value *= weight
                 elif MODE == "antisymmetric":
                     value *= sign.to(REAL)
-                even += tl.where(at == there, value, 0.0)
-                odd += tl.where(at + 1 == there, value, 0.0)
+                even += tl.where(at == source, value, 0.0)
+                odd += tl.where(at + 1 == source, value, 0.0)
     lines = image + o * image_o + i * image_i + (place if ALONG == "places" else place * image_p)
     if ALONG == "line":
         at = start + 2 * (first + k0) + tl.arange(0, 2 * TILE)[None, :]
