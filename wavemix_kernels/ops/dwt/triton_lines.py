@@ -194,23 +194,23 @@ def _synthesis_kernel(
         if FAR or (lowest < reach) or (lowest + 2 * TILE > size - reach):
             for q in range(before + after):
                 past = tl.where(q < before, q - before, size + q - before)
-                value = _sample(
+                beyond = _sample(
                     low_lines, high_lines, low_taps, high_taps, place, places, past, start, count, low_s, high_s,
                     TAPS, HIGH, REAL,
                 )  # fmt: skip
                 source, sign = _source(past, size, MODE, FAR)
                 if MODE == "smooth" or MODE == "antireflect":
                     weight, second, by_second, third, by_third = _slopes(past, size, MODE, REAL)
-                    even += tl.where(at == second, by_second * value, 0.0)
-                    odd += tl.where(at + 1 == second, by_second * value, 0.0)
+                    even += tl.where(at == second, by_second * beyond, 0.0)
+                    odd += tl.where(at + 1 == second, by_second * beyond, 0.0)
                     if MODE == "antireflect":
-                        even += tl.where(at == third, by_third * value, 0.0)
-                        odd += tl.where(at + 1 == third, by_third * value, 0.0)
-                    value *= weight
+                        even += tl.where(at == third, by_third * beyond, 0.0)
+                        odd += tl.where(at + 1 == third, by_third * beyond, 0.0)
+                    beyond *= weight
                 elif MODE == "antisymmetric":
-                    value *= sign.to(REAL)
-                even += tl.where(at == source, value, 0.0)
-                odd += tl.where(at + 1 == source, value, 0.0)
+                    beyond *= sign.to(REAL)
+                even += tl.where(at == source, beyond, 0.0)
+                odd += tl.where(at + 1 == source, beyond, 0.0)
     lines = image + o * image_o + i * image_i + (place if ALONG == "places" else place * image_p)
     if ALONG == "line":
         at = start + 2 * (first + k0) + tl.arange(0, 2 * TILE)[None, :]
