@@ -19,10 +19,13 @@ class ImageConfig:
     num_warps: int
 
 
-def config_for(planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
-    """The default: the more taps, the more rows share those that their filters overlap in; fewer rows while
-    multiprocessors would be idle."""
-    rows, warps = min(16 if max(taps) > 4 else 8, down), 4
+def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
+    """The default. The more rows, the more of them share those that their filters overlap in. Beyond 4 taps registers
+    hold few loads ahead, of which a transpose has four times as many in a row; small blocks leave none idle."""
+    most, tile, ahead = 8, 128, 32 // max(taps)
+    if max(taps) > 4:
+        most, tile, ahead = (16, 128, 2) if analysis else (8, 64, 1)
+    rows = min(most, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
-    return ImageConfig(rows, 32 * warps, 2 if max(taps) > 4 else 32 // max(taps), warps)
+    return ImageConfig(rows, tile, ahead, tile // 32)

@@ -279,7 +279,7 @@ def launch(
         down, across = ((n - 1 - s) // 2 - f + 1 for n, s, f in zip(size, starts, firsts, strict=True))
         scalars = [down, across, *firsts, *scalars]
         constants |= {"WRAP": mode == "periodization", "HIGH": high is not None}
-    config = config or config_for(n * c, down, across, lengths)
+    config = config or config_for(analysis, n * c, down, across, lengths)
     constants |= {"ROWS": config.rows, "TILE": config.tile, "AHEAD": config.ahead, "num_warps": config.num_warps}
     grid = (-(-down // config.rows) * -(-n * c * across // config.tile),)
     return Launch(_analysis_kernel if analysis else _synthesis_kernel, grid, (*tensors, *scalars), constants)
