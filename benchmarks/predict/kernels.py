@@ -90,6 +90,72 @@ def haar_cases() -> Iterator[Case]:
                 yield Case(f"{backend} haar {what} {_sized(shape)}", _haar(backend, level, shape, last, inverse))
 
 
+def _haar_blocks(
+    x: tuple[int, ...], convention: str, inverse: bool, dtype: torch.dtype, last: bool
+) -> Callable[[], Any]:
+    def run() -> Any:
+        from wavemix_kernels.ops.haar import CONVENTIONS, blocks
+
+        of = CONVENTIONS[convention]
+        order = (0, 4, 1, 2, 3) if last else (0, 1, 2, 3, 4)
+        given = torch.empty([x[i] for i in ((0, 2, 3, 4, 1) if last else order)], dtype=dtype).permute(order)
+        axes, front = list(range(5 - of.axes, 5)), int(of.first_frame)
+        inside = "bands" if of.layout == "separate" else of.layout
+        if not inverse:
+            return blocks.split(given, axes, of.order, of.weight, front=front, layout=inside, backend="triton")
+        bands = blocks._empty_bands(given, axes, front, inside)
+        rest = {"front": front, "repeat": False, "layout": inside, "channels_last": last, "backend": "triton"}
+        return blocks.join(bands, axes, of.order, of.inverse, x[2:], **rest)
+
+    return run
+
+
+def haar_blocks_cases() -> Iterator[Case]:
+    """Video tokenizers' level of 17 frames, networks' bands in each layout, and a line of one axis."""
+    video, images = (8, 16, 17, 128, 128), (8, 64, 1, 256, 256)
+    made = [("cosmos3d", video, torch.float32, False), ("cosmos3d", video, BF16, False), ("wfvae3d", video, BF16, True)]
+    made += [("mwcnn", images, torch.float32, False), ("mwcnn", images, BF16, True), ("wtconv", images, BF16, True)]
+    for convention, shape, dtype, last in made:
+        for inverse in (False, True):
+            way, order = "synthesis" if inverse else "analysis", "channels_last" if last else "nchw"
+            name = f"triton haar_blocks {way} {convention} {order} {str(dtype)[6:]} {_sized(shape)}"
+            yield Case(name, _haar_blocks(shape, convention, inverse, dtype, last))
+
+
+def _dwt(
+    wave: str, mode: str, inverse: bool, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> Callable[[], Any]:
+    taps = _TAPS[wave]
+
+    def run() -> Any:
+        from wavemix_kernels.ops.dwt import Filters, dwt2d, idwt2d
+        from wavemix_kernels.ops.dwt.reference import coefficient_size
+
+        filters = Filters(*(_vector(taps) for _ in range(4)))
+        if not inverse:
+            return dwt2d(image(shape, dtype, False), filters, mode=mode, backend="triton")
+        n, c, h, w = shape
+        h, w = (coefficient_size(size, taps, mode) for size in (h, w))
+        ll, high = torch.empty(n, c, h, w, dtype=dtype), torch.empty(n, c, 3, h, w, dtype=dtype)
+        return idwt2d(ll, [high], filters, mode=mode, backend="triton")
+
+    return run
+
+
+_TAPS = {"haar": 2, "db2": 4, "db4": 8, "db20": 40}
+
+
+def dwt_cases() -> Iterator[Case]:
+    shape = (8, 16, 256, 256)
+    made = [(wave, "zero", torch.float32) for wave in _TAPS]
+    made += [("db4", "symmetric", torch.float32), ("db4", "periodization", torch.float32), ("db4", "zero", BF16)]
+    for wave, mode, dtype in made:
+        for inverse in (False, True) if mode != "symmetric" else (False,):
+            way = "synthesis" if inverse else "analysis"
+            name = f"triton dwt {way} {wave} {mode} {str(dtype)[6:]} {_sized(shape)}"
+            yield Case(name, _dwt(wave, mode, inverse, dtype, shape))
+
+
 # --- A Waveblock's operators -------------------------------------------------------------------------------
 
 
@@ -269,7 +335,8 @@ def patm_cases() -> Iterator[Case]:
 
 
 FAMILIES = (
-    haar_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
+    haar_cases, haar_blocks_cases, dwt_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases,
+    pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
 _SMALL = (

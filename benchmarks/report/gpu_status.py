@@ -12,8 +12,8 @@ _NOTES = {
     "haar": "analysis, synthesis",
     "haar_pyramid": "forward, backward",
     "haar_bands": "WTConv; haar's kernels on strided bands",
-    "haar_blocks": "1-D, 3-D and the conventions of other codes; a GPU runs standard operators",
-    "dwt": "other wavelets; a GPU runs library convolutions",
+    "haar_blocks": "1-D, 3-D and the conventions of other codes",
+    "dwt": "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond",
     "reduce_haar": "forward; backward: one kernel; cuda's for half types in channels_last, else haar_pyramid's and "
     "library convolutions",
     "pointwise_mlp": "forward, backward",

@@ -21,8 +21,10 @@ from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
+from wavemix_kernels.ops.dwt import triton_images, triton_lines
+from wavemix_kernels.ops.haar import blocks as haar_blocks
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
-from wavemix_kernels.ops.haar import triton_analysis, triton_plan, triton_synthesis
+from wavemix_kernels.ops.haar import triton_analysis, triton_blocks, triton_plan, triton_synthesis
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, search_space
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
@@ -121,6 +123,44 @@ def haar_points() -> Iterator[Point]:
             yield haar_point(90, torch.float64, layout, 3, synthesis)
         for layout in (*dense, "strided"):
             yield haar_point(90, torch.float32, layout, 2, synthesis, shape=ODD, edge=1)
+
+
+def haar_blocks_points() -> Iterator[Point]:
+    """Aligned volumes and images move in 16-byte accesses alone, in each layout of the bands."""
+    made = [(90, HALF, "bands", False), (90, HALF, "channels", True), (90, torch.float32, "bands", True)]
+    made += [(90, torch.float64, "batch", False)]
+    made += [(arch, torch.bfloat16, "channels", False) for arch in (80, 100, 120)]
+    for arch, dtype, layout, last in made:
+        axes = (2, 3, 4) if dtype.itemsize == 2 else (3, 4)
+        x = meta(8, 32, 8, 64, 64, dtype=dtype)
+        x = x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3) if last else x
+        bands = haar_blocks._empty_bands(x, axes, 0, layout)
+        count = 2 ** len(axes)
+        for analysis in (True, False):
+            rule = axes, range(count), [0.5] * count, "zero", 0, False
+            launch = triton_blocks.launch(analysis, x, bands, *rule)
+            demands = Demands(accesses=(r"LDG\b.*\.128", r"STG\b.*\.128"), only_wide=True)
+            order = "channels_last" if last else "nchw"
+            name = f"haar_blocks {'analysis' if analysis else 'synthesis'} {layout} {order} {len(axes)}-D"
+            yield Point(name, arch, dtype, launch, demands)
+
+
+# --- Wavelets of any filters ---------------------------------------------------------------------------------
+
+
+def dwt_points() -> Iterator[Point]:
+    """Lanes take neighbouring coefficients, sample by sample: lines of any length are no whole vectors."""
+    demands = Demands(accesses=())
+    for arch, dtype in ((90, HALF), (80, torch.float32)):
+        exact = torch.float32
+        image, low = meta(8, 16, 64, 64, dtype=dtype), meta(8, 16, 33, 33, dtype=dtype)
+        high, taps = meta(8, 16, 3, 33, 33, dtype=dtype), [meta(4, dtype=exact) for _ in range(4)]
+        lines, bands = meta(64, 1, 32, 4096, dtype=dtype), [meta(64, 1, 32, 2049, dtype=dtype) for _ in range(2)]
+        for analysis, way in ((True, "analysis"), (False, "synthesis")):
+            launch = triton_images.launch(analysis, image, low, high, taps, (-2, -2), "zero")
+            yield Point(f"dwt images {way}", arch, dtype, launch, demands)
+            launch = triton_lines.launch(analysis, lines, *bands, (taps[0], taps[1]), -2, "symmetric")
+            yield Point(f"dwt lines {way}", arch, dtype, launch, demands)
 
 
 # --- PATM ----------------------------------------------------------------------------------------------------
@@ -382,5 +422,14 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
 
 @functools.cache
 def points() -> list[Point]:
-    families = deconv_points, waveblock_points, haar_points, patm_points, branch_weights_points, pre_norm_points
+    families = (
+        deconv_points,
+        waveblock_points,
+        haar_points,
+        haar_blocks_points,
+        dwt_points,
+        patm_points,
+        branch_weights_points,
+        pre_norm_points,
+    )
     return [point for family in families for point in family()]

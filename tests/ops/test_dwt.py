@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.clients.test_pytorch_wavelets import MODES, assert_same
 from tests.ops import each
-from tests.ops.contract import LAYOUTS, Case, Contract, image, randn
+from tests.ops.contract import LAYOUTS, Case, Contract, image, randn, singles
 from wavemix_kernels.ops.dwt import op
 from wavemix_kernels.ops.dwt.border import border
 from wavemix_kernels.ops.dwt.reference import (
@@ -79,7 +79,17 @@ class AnyFilters(Contract):
         "shape": SHAPES, "taps": TAPS, "mode": MODES, "levels": (1, 2),
         "layout": ("nchw", "channels_last", "sliced", "expanded"),
     }  # fmt: skip
-    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu")}
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
+    #: Modes and filters, each once: Triton's interpreter takes a second for a case.
+    few: ClassVar[Any] = {
+        "shape": ((1, 2, 5, 6), (2, 1, 4, 5)), "taps": ((4, 2), (2, 5), (3, 6)), "layout": ("nchw", "sliced"),
+        "levels": (1,),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        if backend != "triton":
+            return super().cases(backend)
+        return singles(dtype=self.dtypes[backend], **{**self.axes, **self.few})
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return case.levels * (sum(case.taps) + 8)
@@ -129,6 +139,11 @@ class Synthesis(AnyFilters):
         "mode": ("zero", "periodization"), "levels": (1, 2), "odd": (0, 1), "missing": (False, True),
         "shape": ((2, 3, 24, 21), (1, 2, 21, 70), (1, 1, 40, 23)), "taps": (*TAPS[:4], (3, 10)),
     }  # fmt: skip
+    few: ClassVar[Any] = AnyFilters.few | {
+        "shape": ((1, 1, 5, 4), (2, 1, 4, 5)),
+        "taps": ((4, 2), (2, 5), (3, 4)),
+        "levels": (1, 2),
+    }
 
     def inputs(self, case: Case, device: str) -> Any:
         """The coarser level's coefficients, and finer ones to go with them, one fewer where `odd`."""
@@ -162,6 +177,7 @@ class Lines(AnyFilters):
         "length": (33, 40, 7), "taps": (8, 5, 2, 12), "mode": MODES, "levels": (1, 2), "step": (1, 3),
         "missing": (False, True), "dim": (-1, 1, 0),
     }  # fmt: skip
+    few: ClassVar[Any] = {"length": (7, 8), "taps": (5, 2), "levels": (1,)}
 
     def inputs(self, case: Case, device: str) -> Any:
         length = 40 + case.length
@@ -231,10 +247,12 @@ test_operators = each.operator(
     backends=("auto", "cpu"),
 )
 test_threads_change_nothing = each.thread_count(Analysis(shape=((1, 2, 150, 131), (2, 3, 90, 70)), levels=(1,)))
+# Each operator is the other's gradient, on every backend: one shows that they close.
+CPU = {"cpu": (torch.float64,)}
 test_derivatives = each.gradient(
-    Analysis(shape=((1, 2, 7, 10),), taps=((5, 6), (8, 2)), layout=("nchw",)),
-    Synthesis(shape=((1, 2, 6, 7),), taps=((5, 6), (8, 2)), layout=("nchw",)),
-    Lines(length=(7,), taps=(5, 8)),
+    Analysis(CPU, shape=((1, 2, 7, 10),), taps=((5, 6), (8, 2)), layout=("nchw",)),
+    Synthesis(CPU, shape=((1, 2, 6, 7),), taps=((5, 6), (8, 2)), layout=("nchw",)),
+    Lines(CPU, length=(7,), taps=(5, 8)),
 )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import pywt
 import torch
 from torch import Tensor
 
-from tests.ops.contract import image, pairwise, randn
+from tests.ops import each
+from tests.ops.contract import Case, Contract, image, pairwise, randn, singles
 from tests.tolerances import DTYPES
 from wavemix_kernels.ops.common import selftest
 from wavemix_kernels.ops.haar import (
@@ -34,6 +37,82 @@ ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels
 
 def functions(of: Convention) -> tuple[object, object]:
     return (haar_bands2d, haar_from_bands2d) if of.axes == 2 else (haar_bands3d, haar_from_bands3d)
+
+
+class Blocks(Contract):
+    """There and, from other bands, back, with an order, signs and scales of no convention."""
+
+    name = "haar_blocks"
+    differentiable = ("x", "bands")
+    axes: ClassVar[Any] = {
+        "along": ((4,), (3,), (2,), (3, 4), (2, 4), (2, 3, 4)), "size": ((4, 6, 32), (5, 7, 9), (1, 3, 2), (6, 1, 40)),
+        "mode": ("zero", "symmetric", "antisymmetric", "periodic", "reflect"), "front": (0, 1, 3),
+        "inside": blocks.LAYOUTS, "layout": ("contiguous", "channels_last", "sliced"),
+    }  # fmt: skip
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
+
+    def cases(self, backend: str) -> list[Case]:
+        made = singles if backend == "triton" else pairwise  # the interpreter takes half a second for a case
+        return made(dtype=self.dtypes[backend], **self.axes)
+
+    def cotangent(self, case: Case, name: str, out: Tensor, seed: int) -> Tensor:
+        return randn(*out.shape, seed=seed).to(out.device, out.dtype)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        if case.mode == "reflect" and any(case.size[a - 2] + (case.front if a == 2 else 0) == 1 for a in case.along):
+            pytest.skip("a single sample has nothing to reflect: tests/tools/test_errors.py")
+        x = randn(2, 8, *case.size).to(device, case.dtype)
+        order = torch.channels_last_3d if case.layout == "channels_last" else torch.contiguous_format
+        x = torch.stack((x, x), -1)[..., 0] if case.layout == "sliced" else x.contiguous(memory_format=order)
+        shape = blocks._empty_bands(x, case.along, self.front(case), case.inside).shape
+        bands = blocks._empty_bands(x, case.along, self.front(case), case.inside)
+        return {"x": x, "bands": bands.copy_(randn(*shape, seed=1))}
+
+    def front(self, case: Case) -> int:
+        return case.front if 2 in case.along else 0
+
+    def rule(self, case: Case) -> tuple[list[int], list[int], list[float]]:
+        order = [p ^ (1 if p > 1 else 0) for p in range(2 ** len(case.along))]
+        return list(case.along), order[::-1], [(k + 1) / 8 * (-1) ** k for k in range(len(order))]
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        return self.both(case, tensors, blocks._split_op, blocks._join_op, backend)
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.both(case, tensors, blocks._split_standard, blocks._join_standard, "reference")
+
+    def both(self, case: Case, tensors: Any, there: Any, back: Any, backend: str) -> Any:
+        rule, size = self.rule(case), list(case.size)
+        border = (self.front(case), True, case.inside)
+        joined = ("zero", self.front(case), False, case.inside, case.layout == "channels_last", backend)
+        return {
+            "split": there(tensors["x"], *rule, case.mode, *border, backend),
+            "joined": back(tensors["bands"], *rule, size, *joined),
+        }
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        """All bands are the sum of a block, and all samples that of its bands."""
+        along, order, weight = self.rule(case)
+        mode = "symmetric" if case.mode == "antisymmetric" else case.mode
+        weight = [abs(w) for w in weight]
+        there = blocks._split_standard(
+            tensors["x"], along, [0] * len(order), weight, mode, self.front(case), True, case.inside, backend
+        )  # fmt: skip
+        total = (tensors["bands"] * torch.tensor(weight, dtype=torch.float64)[:, None, None, None]).sum(2, keepdim=True)
+        alone = torch.cat((total, torch.zeros_like(total).expand(-1, -1, len(order) - 1, -1, -1, -1)), 2)
+        ones = [*range(len(order))], [1.0] * len(order), list(case.size)
+        joined = ("zero", self.front(case), False, case.inside, False, backend)
+        return {"split": there, "joined": blocks._join_standard(alone, along, *ones, *joined)}
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        return 2 * len(case.along) + 2 + self.front(case)
+
+    def operands(self, case: Case, name: str, backend: str) -> float:
+        """What stood past an end is added to samples that are stored."""
+        return 1 + len(case.along) + self.front(case) if name == "d_x" else 0
+
+
+test_contract = each.case(Blocks())
 
 
 @pytest.mark.parametrize(

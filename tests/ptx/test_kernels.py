@@ -60,6 +60,10 @@ SESSIONS = {
         "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
     ),
     "patm_whole-cuda": Session("cuda and contract", ("whole_moments", "whole_branch_weights", "whole_mix")),
+    "haar_axes-triton": Session("triton and contract", ("haar.triton_blocks",)),
+    "dwt-triton": Session(
+        "triton and (test_analysis or test_synthesis or test_lines)", ("dwt.triton_images", "dwt.triton_lines")
+    ),
     "batch_norm-triton": Session(
         "triton and (contract or several_norms)", ("norm.triton_batch_norm", "norm.triton_running")
     ),

@@ -168,7 +168,14 @@ def _cpu(
     )  # fmt: skip
 
 
+def _triton(*args: Any) -> None:
+    from wavemix_kernels.ops.haar.triton_blocks import run
+
+    run(*args)
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(backends.triton_why_not, {"run": _triton}),
     "cpu": backends.Backend(backends.cpu_why_not, {"run": _cpu}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }

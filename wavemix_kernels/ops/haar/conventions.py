@@ -78,7 +78,7 @@ def haar_bands2d(
         x: (N, C, H, W), float64, float32, float16 or bfloat16, any strides.
         convention: a name in :data:`CONVENTIONS` or a :class:`Convention` of two axes.
         rounds: more than 1: every band is transformed again (packets), in layout "bands" or "channels".
-        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`: ``"cpu"`` or ``"reference"``.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`; all but ``"cuda"``.
 
     Returns:
         The bands in the convention's layout, in x's dtype; sizes are halved and rounded up each round. Differentiable

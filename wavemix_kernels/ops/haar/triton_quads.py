@@ -183,6 +183,19 @@ def _deal(x):
     return tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
 
 
+@triton.jit
+def _dealt(first, second, RUN: tl.constexpr):
+    """Even and odd samples of pairs of vectors of RUN samples next to each other."""
+    if RUN == 1:
+        return first, second
+    else:
+        even0, odd0 = _deal(_in_vectors(first, 1))
+        even1, odd1 = _deal(_in_vectors(second, 1))
+        even = _concatenate(_in_vectors(_flat(even0), RUN // 2), _in_vectors(_flat(even1), RUN // 2))
+        odd = _concatenate(_in_vectors(_flat(odd0), RUN // 2), _in_vectors(_flat(odd1), RUN // 2))
+        return _flat(even), _flat(odd)
+
+
 # -------------------------------------------------------------------------------------------- tiles in memory
 
 
@@ -206,15 +219,7 @@ def _load_pairs(
     at, mask = _samples(image, plane, row, col, height, width, strides, ALIGN, LAYOUT)
     first = tl.load(at, mask=mask, other=0.0)
     _, mask = _samples(image, plane, row, col + run, height, width, strides, ALIGN, LAYOUT)
-    second = tl.load(at + step, mask=mask, other=0.0)
-    if run == 1:
-        return first, second
-    else:
-        even0, odd0 = _deal(_in_vectors(first, 1))
-        even1, odd1 = _deal(_in_vectors(second, 1))
-        even = _concatenate(_in_vectors(_flat(even0), run // 2), _in_vectors(_flat(even1), run // 2))
-        odd = _concatenate(_in_vectors(_flat(odd0), run // 2), _in_vectors(_flat(odd1), run // 2))
-        return _flat(even), _flat(odd)
+    return _dealt(first, tl.load(at + step, mask=mask, other=0.0), run)
 
 
 @triton.jit

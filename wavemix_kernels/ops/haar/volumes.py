@@ -28,7 +28,7 @@ def haar_dwt3d(
         x: (N, C, D, H, W), float64, float32, float16 or bfloat16, any strides.
         levels: how many, at least 1.
         mode: what stands past the end where a level's size is odd, as in :func:`wavemix_kernels.haar_dwt2d`.
-        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`: ``"cpu"`` or ``"reference"``.
+        backend: for this call instead of the ambient :class:`wavemix_kernels.backend`; all but ``"cuda"``.
 
     Returns:
         ``(lll, highs)``: lll (N, C, d_L, h_L, w_L) and ``highs[l-1]`` (N, C, 7, d_l, h_l, w_l), the finest level first,

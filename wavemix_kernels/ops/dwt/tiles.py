@@ -1,0 +1,31 @@
+"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py). Free of triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Filters up to so many taps on both axes take one pass: registers hold as many rows.
+ONE_PASS = 16
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """`rows` rows of coefficients (of pairs of rows, in a transpose) of `tile` columns, by `num_warps` warps. Loads of
+    `ahead` rows are on their way while one is filtered."""
+
+    rows: int
+    tile: int
+    ahead: int
+    num_warps: int
+
+
+def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
+    """The default. The more rows, the more of them share those that their filters overlap in. Beyond 4 taps registers
+    hold few loads ahead, of which a transpose has four times as many in a row; small blocks leave none idle."""
+    most, tile, ahead = 8, 128, 32 // max(taps)
+    if max(taps) > 4:
+        most, tile, ahead = (16, 128, 2) if analysis else (8, 64, 1)
+    rows = min(most, down)
+    while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
+        rows = (rows + 1) // 2
+    return ImageConfig(rows, tile, ahead, tile // 32)

@@ -1,0 +1,285 @@
+"""One level of a wavelet transform of images in Triton, both axes in one pass, and its transpose.
+
+A program takes a few rows of coefficients in a strip of columns. It filters one row of samples after the other along W
+and keeps as many of them in registers as the filters along H read; the transpose does the same with rows of
+coefficients. Samples are read from memory once, and by the filter's other taps from the first-level cache.
+"""
+
+# No `from __future__ import annotations` here: Triton reads its kernels' annotations.
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef"
+# (Triton's functions are traced, not called: their arguments have no Python types.)
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavemix_kernels.ops.common.triton_launch import Launch
+from wavemix_kernels.ops.dwt.tiles import ImageConfig, config_for
+from wavemix_kernels.ops.dwt.triton_lines import _floor_mod, _source
+
+_SIZES = ("planes", "channels", "height", "width", "count_h", "count_w", "start_h", "start_w")
+_STRIDES = (*(f"{name}_{axis}" for name in ("image", "ll") for axis in "ncy"), *(f"high_{axis}" for axis in "ncby"))
+
+
+@triton.jit
+def _origin(planes, channels, down, across, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Batch index, channel, column and validity of a program's items, and its first row. Items are columns of one plane
+    after the other: no tile is filled in part but the last."""
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(down, ROWS)
+    item = (tile // tiles).to(tl.int64) * TILE
+    first = item // across
+    item = (item - first * across).to(tl.int32) + tl.arange(0, TILE)
+    plane = first.to(tl.int32) + item // across
+    n, c = (plane // channels).to(tl.int64), (plane % channels).to(tl.int64)
+    return n, c, item % across, plane < planes, tile % tiles * ROWS
+
+
+@triton.jit
+def _taps(filter, TAPS: tl.constexpr):
+    """A filter in registers. Loads behind a store would be made again."""
+    taps = (tl.load(filter),)
+    for t in tl.static_range(1, TAPS):
+        taps = taps + (tl.load(filter + t),)  # noqa: RUF005
+    return taps
+
+
+@triton.jit
+def _samples(
+    lines, at, size, limit, valid, TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """What the filters along W read of a row of samples, at `lines`, a tap after the other. Coefficients begin at
+    `at`; `limit` is `size`, or 0 for a row of zeros."""
+    read = ()
+    if MODE == "zero":
+        lines += at
+    for t in tl.static_range(TAPS):
+        if MODE == "zero":
+            # As unsigned numbers, negative places are past the end too.
+            value = tl.load(lines + t, mask=(at + t).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
+        else:
+            place, _ = _source(at + t, size, MODE, FAR)
+            value = tl.load(lines + place, mask=valid, other=0.0)
+        read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def _filtered(
+    read, first: tl.constexpr, at, size, taps,
+    TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """The sum by a filter along W of what _samples has read, from number `first` on."""
+    total = tl.zeros(at.shape, REAL)
+    for t in tl.static_range(TAPS):
+        value = read[first + t].to(REAL)
+        if MODE == "antisymmetric":
+            _, sign = _source(at + t, size, MODE, FAR)
+            value *= sign.to(REAL)
+        total += taps[t] * value
+    return total
+
+
+@triton.jit
+def _weighted(values, first: tl.constexpr, taps, TAPS: tl.constexpr):
+    """The sum of `values` from number `first` on by a filter."""
+    total = values[first] * taps[0]
+    for t in tl.static_range(1, TAPS):
+        total += values[first + t] * taps[t]
+    return total
+
+
+@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+def _analysis_kernel(
+    image, ll, high, low_w, high_w, low_h, high_h,
+    planes: tl.int32, channels: tl.int32, height: tl.int32, width: tl.int32, count_h: tl.int32, count_w: tl.int32,
+    start_h: tl.int32, start_w: tl.int32,
+    image_n: tl.int64, image_c: tl.int64, image_y: tl.int64,
+    ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
+    high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, MODE: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    REAL: tl.constexpr = low_w.dtype.element_ty
+    n, c, col, valid, row = _origin(planes, channels, count_h, count_w, ROWS, TILE)
+    plane = image + n * image_n + c * image_c
+    to_ll = ll + n * ll_n + c * ll_c + col
+    to_high = high + n * high_n + c * high_c + col
+    at = start_w + 2 * tl.where(valid, col, 2**29)
+    taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
+    taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
+    read = ()
+    lows = ()
+    highs = ()
+    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
+    for ahead in tl.static_range(2 * ROWS + TAPS_H - 2 + AHEAD):
+        if ahead < 2 * ROWS + TAPS_H - 2:
+            y = start_h + 2 * row + ahead
+            limit = tl.where((y >= 0) & (y < height), width, 0)
+            if MODE != "zero":
+                # Rows of coefficients that the last program has too many of read what the last one reads.
+                y, _ = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
+            read = read + _samples(plane + y * image_y, at, width, limit, valid, TAPS_W, MODE, FAR_W)
+        if ahead >= AHEAD:
+            low = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[0], TAPS_W, MODE, FAR_W, REAL)
+            other = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[1], TAPS_W, MODE, FAR_W, REAL)
+            if MODE == "antisymmetric":
+                y = start_h + 2 * row + ahead - AHEAD
+                _, sign = _source(tl.minimum(y, start_h + 2 * count_h + TAPS_H - 3), height, MODE, FAR_H)
+                low *= sign.to(REAL)
+                other *= sign.to(REAL)
+            lows = lows + (low,)  # noqa: RUF005
+            highs = highs + (other,)  # noqa: RUF005
+            if ahead - AHEAD >= TAPS_H - 1 and (ahead - AHEAD - TAPS_H + 1) % 2 == 0:
+                k = row + (ahead - AHEAD - TAPS_H + 1) // 2
+                mask = valid & (col < tl.where(k < count_h, count_w, 0))
+                to = to_high + k * high_y
+                ll_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
+                lh_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
+                hl_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
+                hh_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
+                tl.store(to_ll + k * ll_y, ll_k.to(ll.dtype.element_ty), mask=mask)
+                tl.store(to, lh_k.to(high.dtype.element_ty), mask=mask)
+                tl.store(to + high_b, hl_k.to(high.dtype.element_ty), mask=mask)
+                tl.store(to + 2 * high_b, hh_k.to(high.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _coefficients(band, k, count, limit, valid, STEPS: tl.constexpr, WRAP: tl.constexpr):
+    """The coefficients of a row that the pairs `k` of samples along W are sums of. `limit` is `count`, or 0 for a row
+    of zeros."""
+    read = ()
+    if not WRAP:
+        band += k
+    for j in tl.static_range(STEPS):
+        if WRAP:
+            value = tl.load(band + _floor_mod(k - j, count), mask=valid, other=0.0)
+        else:
+            # As unsigned numbers, negative places are past the end too.
+            value = tl.load(band - j, mask=(k - j).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
+        read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def _phase(read, first: tl.constexpr, taps, STEP: tl.constexpr, PHASE: tl.constexpr, TAPS: tl.constexpr, like):
+    """Samples number PHASE of each pair: `read` from number `first` on, every STEP-th, by every second tap."""
+    total = tl.zeros_like(like)
+    for j in tl.static_range((TAPS + 1 - PHASE) // 2):
+        total += taps[2 * j + PHASE] * read[first + j * STEP].to(like.dtype)
+    return total
+
+
+@triton.jit
+def _row(
+    read, first: tl.constexpr, taps, PHASE: tl.constexpr, TAPS: tl.constexpr, HIGH: tl.constexpr, like,
+):  # fmt: skip
+    """Samples number PHASE along W: of a band at number `first`, and of the next but one by the high-pass."""
+    total = _phase(read, first, taps[0], 1, PHASE, TAPS, like)
+    if HIGH:
+        total += _phase(read, first + 2 * ((TAPS + 1) // 2), taps[1], 1, PHASE, TAPS, like)
+    return total
+
+
+@triton.jit(do_not_specialize=("down", "across", "first_h", "first_w", *_SIZES, *_STRIDES))
+def _synthesis_kernel(
+    image, ll, high, low_w, high_w, low_h, high_h,
+    down: tl.int32, across: tl.int32, first_h: tl.int32, first_w: tl.int32,
+    planes: tl.int32, channels: tl.int32, height: tl.int32, width: tl.int32, count_h: tl.int32, count_w: tl.int32,
+    start_h: tl.int32, start_w: tl.int32,
+    image_n: tl.int64, image_c: tl.int64, image_y: tl.int64,
+    ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
+    high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, WRAP: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Pairs of samples: numbers start_h + 2 k and the next along H, for `down` k from first_h, as many `across` W."""
+    STEPS_H: tl.constexpr = (TAPS_H + 1) // 2
+    STEPS_W: tl.constexpr = (TAPS_W + 1) // 2
+    BANDS: tl.constexpr = 4 if HIGH else 1
+    n, c, col, valid, row = _origin(planes, channels, down, across, ROWS, TILE)
+    row += first_h
+    col += first_w
+    from_ll = ll + n * ll_n + c * ll_c
+    from_high = high + n * high_n + c * high_c
+    x = start_w + 2 * col[:, None] + tl.arange(0, 2)[None, :]
+    to = image + n[:, None] * image_n + c[:, None] * image_c + x
+    x = tl.where(valid[:, None], x, -1)
+    col = tl.where(valid, col, 2**29)
+    like = tl.zeros((TILE,), low_w.dtype.element_ty)
+    taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
+    taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
+    read = ()
+    low0 = ()
+    low1 = ()
+    high0 = ()
+    high1 = ()
+    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
+    for ahead in tl.static_range(ROWS + STEPS_H - 1 + AHEAD):
+        if ahead < ROWS + STEPS_H - 1:
+            k = row + ahead - (STEPS_H - 1)
+            limit = tl.where((k >= 0) & (k < count_h), count_w, 0)
+            if WRAP:
+                k = _floor_mod(k, count_h)
+            read = read + _coefficients(from_ll + k * ll_y, col, count_w, limit, valid, STEPS_W, WRAP)
+            if HIGH:
+                for band in tl.static_range(3):
+                    read = read + _coefficients(
+                        from_high + band * high_b + k * high_y, col, count_w, limit, valid, STEPS_W, WRAP
+                    )  # fmt: skip
+        if ahead >= AHEAD:
+            # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
+            low0 = low0 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+            low1 = low1 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            if HIGH:
+                high0 = high0 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
+                high1 = high1 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            if ahead - AHEAD >= STEPS_H - 1:
+                for phase in tl.static_range(2):
+                    even = _phase(low0, ahead - AHEAD, taps_h[0], -1, phase, TAPS_H, like)
+                    odd = _phase(low1, ahead - AHEAD, taps_h[0], -1, phase, TAPS_H, like)
+                    if HIGH:
+                        even += _phase(high0, ahead - AHEAD, taps_h[1], -1, phase, TAPS_H, like)
+                        odd += _phase(high1, ahead - AHEAD, taps_h[1], -1, phase, TAPS_H, like)
+                    y = start_h + 2 * (row + ahead - AHEAD - (STEPS_H - 1)) + phase
+                    samples = tl.join(even, odd).to(image.dtype.element_ty)
+                    limit = tl.where((y >= 0) & (y < height), width, 0)
+                    tl.store(to + y * image_y, samples, mask=x.to(tl.uint32) < limit.to(tl.uint32))
+
+
+def launch(
+    analysis: bool, image: Tensor, ll: Tensor, high: Tensor | None, taps: Sequence[Tensor], starts: tuple[int, int],
+    mode: str, config: ImageConfig | None = None,
+) -> Launch:  # fmt: skip
+    """The launch for tensors whose last axis has stride 1.
+
+    Args:
+        taps: low and high along W, then along H, on the device, in the type of the arithmetic.
+        starts: the samples that the first taps along H and W read for coefficient 0.
+        mode: of the analysis none of :data:`~wavemix_kernels.ops.dwt.triton_lines.LINEAR`; the transpose has "zero" and
+            "periodization" of even sizes.
+    """
+    n, c, *size = image.shape
+    lengths = taps[2].numel(), taps[0].numel()
+    counts = ll.shape[2:]
+    scalars = [n * c, c, *size, *counts, *starts, *image.stride()[:3], *ll.stride()[:3]]
+    scalars += [0] * 4 if high is None else high.stride()[:4]
+    tensors = (image, ll, ll if high is None else high, *taps)
+    constants = {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "enable_fp_fusion": True}
+    if analysis:
+        far = [
+            mode != "zero" and max(-start, start + 2 * (count - 1) + length - n) >= n
+            for n, count, start, length in zip(size, counts, starts, lengths, strict=True)
+        ]
+        constants |= {"MODE": mode, "FAR_H": far[0], "FAR_W": far[1]}
+        down, across = counts
+    else:
+        firsts = [-start // 2 for start in starts]
+        down, across = ((n - 1 - s) // 2 - f + 1 for n, s, f in zip(size, starts, firsts, strict=True))
+        scalars = [down, across, *firsts, *scalars]
+        constants |= {"WRAP": mode == "periodization", "HIGH": high is not None}
+    config = config or config_for(analysis, n * c, down, across, lengths)
+    constants |= {"ROWS": config.rows, "TILE": config.tile, "AHEAD": config.ahead, "num_warps": config.num_warps}
+    grid = (-(-down // config.rows) * -(-n * c * across // config.tile),)
+    return Launch(_analysis_kernel if analysis else _synthesis_kernel, grid, (*tensors, *scalars), constants)
