@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.triton_launch import Launch
 
+gc.set_threshold(200_000, 20, 100)  # kernels made ready are many objects, and stay
 ARCH = 80  # its instructions run on every later chip
 #: Told of each launch: what it executed.
 Met = Callable[[Executed], None]

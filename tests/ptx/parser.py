@@ -38,9 +38,13 @@ class Instruction:
     text: str
     opcode: str  # without its modifiers
     modifiers: tuple[str, ...]  # types and all others, in order
-    operands: tuple[Operand, ...]
+    rest: str
     guard: str | None = None  # predicate register
     negated: bool = False
+
+    @functools.cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(map(_operand, _split(self.rest)))
 
 
 class Variable(NamedTuple):
@@ -163,9 +167,9 @@ def _instruction(text: str) -> Instruction:
     text = " ".join(text.split())
     match = re.match(r"(?:@(!?)([\w$%]+)\s+)?([\w.:]+)\s*(.*)$", text)
     assert match is not None, text
-    negated, guard, code, operands = match.groups()
+    negated, guard, code, rest = match.groups()
     opcode, *modifiers = code.split(".")
-    return Instruction(text, opcode, tuple(modifiers), tuple(map(_operand, _split(operands))), guard, negated == "!")
+    return Instruction(text, opcode, tuple(modifiers), rest, guard, negated == "!")
 
 
 def _split(text: str) -> list[str]:

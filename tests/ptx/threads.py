@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -97,8 +100,10 @@ class Operands:
 
     def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
         self.kernel, self.symbols = kernel, symbols
+        self.read = functools.lru_cache(maxsize=None)(self._read)
+        self.named = Counter(re.findall(r"%\w+", " ".join(made.rest for block in kernel.blocks for made in block)))
 
-    def read(self, operand: Operand, kind: type) -> Reader:
+    def _read(self, operand: Operand, kind: type) -> Reader:
         size = np.dtype(kind).itemsize
         if isinstance(operand, Literal) and operand.float_bytes:
             bits = np.array([operand.value], UINT[operand.float_bytes])
@@ -114,7 +119,7 @@ class Operands:
         if width == size or kind is np.bool_:
             return lambda s: s.registers[operand].view(kind)
         assert width > size, f"{operand} of {width} bytes read as {kind.__name__}"
-        return lambda s: s.registers[operand].astype(UINT[size]).view(kind)
+        return lambda s: s.registers[operand].view(UINT[width]).astype(UINT[size]).view(kind)
 
     def address(self, operand: Operand, kind: type) -> Reader:
         assert isinstance(operand, Address), operand
@@ -133,8 +138,9 @@ class Operands:
         def write(s: Threads, value: Array) -> None:
             if value.itemsize < width:  # signed types extend their sign
                 value = value.astype(signed if value.dtype.kind == "i" else bits)
-            value = value.view(bits)
-            s.registers[register] = value if s.everyone else np.where(s.mask, value, s.registers[register])
+            if not s.everyone:
+                value = np.where(s.mask, value.view(bits), s.registers[register].view(bits))
+            s.registers[register] = value
 
         return write
 
@@ -162,19 +168,21 @@ def load(of: Operands, made: Instruction) -> Step:
     address, unit = of.address(made.operands[1], pointer), np.dtype(kind).itemsize
     writers = [of.write(register) for register in _spread(made.operands[0])]
     count = len(writers)
+    # The compiler leaves a load away whose values nobody uses.
+    needed = any(of.named[register] > 1 for register in _spread(made.operands[0]))
 
     def run(s: Threads) -> None:
-        every = address(s)
+        every, counts = address(s), s.counts if needed else Counts("", 0, 0)
         if space == "param":
             at = every if len(every) == 1 else s.of_active(every)
             if (end := int(at.max()) + unit * count) > len(s.parameters):
                 raise Fault(f"reads byte {end} of {len(s.parameters)} bytes of parameters")
             words = s.parameters[at.astype(np.int64)[:, None] + np.arange(unit * count)].view(UINT[unit])
         elif space == "shared":
-            count_wavefronts(s.counts, every, unit * count, s.mask)
+            count_wavefronts(counts, every, unit * count, s.mask)
             words = s.shared.load(s.of_active(every), unit, count, s.active)
         else:
-            count_sectors(s.counts, every, s.mask)
+            count_sectors(counts, every, s.mask)
             words = s.memory.load(s.of_active(every), unit, count, s.of_active(s.block))
         for write, word in zip(writers, np.ascontiguousarray(words.T).view(kind), strict=True):
             write(s, s.of_all(word))
