@@ -243,8 +243,6 @@ def executed_cuda(met: Met) -> Iterator[None]:
 
 
 EXECUTED: dict[str, Callable[[Met], AbstractContextManager[None]]] = {"triton": executed_triton, "cuda": executed_cuda}
-
-
 _LARGEST = Largest()
 
 
@@ -252,11 +250,10 @@ def recorder(file: str | None) -> Met:
     """Adds a line of JSON for every launch."""
 
     def met(executed: Executed) -> None:
-        if file is not None:
-            _LARGEST.add(executed)
-            _write(file, [asdict(executed.counts)])
+        _LARGEST.add(executed)
+        _write(file, [asdict(executed.counts)])
 
-    return met
+    return met if file is not None else lambda executed: None
 
 
 def compare(file: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -33,7 +34,7 @@ class Either(NamedTuple):
 Operand: TypeAlias = "str | Literal | Address | Either | tuple[Operand, ...]"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Instruction:
     text: str
     opcode: str  # without its modifiers
@@ -41,6 +42,16 @@ class Instruction:
     rest: str
     guard: str | None = None  # predicate register
     negated: bool = False
+    needed: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """Registers that it reads or writes."""
+        return re.findall(r"%[\w.]+", f"{self.rest} {self.guard}")
+
+    @property
+    def results(self) -> list[str]:
+        return re.findall(r"%[\w.]+", "".join(_split(self.rest)[:1]))
 
     @functools.cached_property
     def operands(self) -> tuple[Operand, ...]:
@@ -80,6 +91,8 @@ _LABEL = re.compile(r"([\w$]+):(?!:)")
 SPECIAL = {"%laneid": 4, "%warpid": 4} | {
     f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"
 }
+#: Where nobody uses their results they can be left out.
+_PURE = {"ld", "mov", "cvt", "add", "sub", "mul", "fma", "selp", "and", "or", "xor", "not", "shl", "shr", "prmt"}
 #: A block ends behind them.
 _ENDS = ("bra", "ret", "exit", "bar", "barrier")
 
@@ -160,7 +173,17 @@ def _kernel(name: str, parameters: str, body: str, shared: list[Variable]) -> Ke
             blocks[-1].append(made := _instruction(rest))
             if made.opcode in _ENDS:
                 blocks.append([])
+    _mark(blocks)
     return Kernel(name, params, registers, [*shared, *own], blocks, labels)
+
+
+def _mark(blocks: list[list[Instruction]]) -> None:
+    """What is computed or loaded for nobody is not in machine code."""
+    uses = Counter(name for block in blocks for made in block for name in made.names)
+    for made in (made for block in reversed(blocks) for made in reversed(block)):
+        if made.opcode in _PURE and all(uses[name] == 1 for name in made.results):
+            made.needed = False
+            uses.subtract(made.names)
 
 
 def _instruction(text: str) -> Instruction:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.prove
 
 
 class Session(NamedTuple):
-    """Tests of tests/ops/test_<family>.py, of several families by one process, and of `more` files; all kernels of these
-    Triton modules, or .cu files, have to run."""
+    """Tests of tests/ops/test_<family>.py, of several families by one process, and of `more` files; all kernels of
+    these Triton modules, or .cu files, have to run."""
 
     tests: str
     kernels: tuple[str, ...]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -101,7 +99,6 @@ class Operands:
     def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
         self.kernel, self.symbols = kernel, symbols
         self.read = functools.lru_cache(maxsize=None)(self._read)
-        self.named = Counter(re.findall(r"%\w+", " ".join(made.rest for block in kernel.blocks for made in block)))
 
     def _read(self, operand: Operand, kind: type) -> Reader:
         size = np.dtype(kind).itemsize
@@ -168,21 +165,21 @@ def load(of: Operands, made: Instruction) -> Step:
     address, unit = of.address(made.operands[1], pointer), np.dtype(kind).itemsize
     writers = [of.write(register) for register in _spread(made.operands[0])]
     count = len(writers)
-    # The compiler leaves a load away whose values nobody uses.
-    needed = any(of.named[register] > 1 for register in _spread(made.operands[0]))
 
     def run(s: Threads) -> None:
-        every, counts = address(s), s.counts if needed else Counts("", 0, 0)
+        every = address(s)
         if space == "param":
             at = every if len(every) == 1 else s.of_active(every)
             if (end := int(at.max()) + unit * count) > len(s.parameters):
                 raise Fault(f"reads byte {end} of {len(s.parameters)} bytes of parameters")
             words = s.parameters[at.astype(np.int64)[:, None] + np.arange(unit * count)].view(UINT[unit])
         elif space == "shared":
-            count_wavefronts(counts, every, unit * count, s.mask)
+            if made.needed:
+                count_wavefronts(s.counts, every, unit * count, s.mask)
             words = s.shared.load(s.of_active(every), unit, count, s.active)
         else:
-            count_sectors(counts, every, s.mask)
+            if made.needed:
+                count_sectors(s.counts, every, s.mask)
             words = s.memory.load(s.of_active(every), unit, count, s.of_active(s.block))
         for write, word in zip(writers, np.ascontiguousarray(words.T).view(kind), strict=True):
             write(s, s.of_all(word))
