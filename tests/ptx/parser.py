@@ -42,7 +42,7 @@ class Instruction:
     rest: str
     guard: str | None = None  # predicate register
     negated: bool = False
-    needed: bool = True
+    used: tuple[bool, ...] = (True,)  # each of its results, by an instruction that is not for nobody itself
 
     @property
     def names(self) -> list[str]:
@@ -181,9 +181,10 @@ def _mark(blocks: list[list[Instruction]]) -> None:
     """What is computed or loaded for nobody is not in machine code."""
     uses = Counter(name for block in blocks for made in block for name in made.names)
     for made in (made for block in reversed(blocks) for made in reversed(block)):
-        if made.opcode in _PURE and all(uses[name] == 1 for name in made.results):
-            made.needed = False
-            uses.subtract(made.names)
+        if made.opcode in _PURE:
+            made.used = tuple(uses[name] > 1 for name in made.results)
+            if not any(made.used):
+                uses.subtract(made.names)
 
 
 def _instruction(text: str) -> Instruction:
