@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -42,16 +41,6 @@ class Instruction:
     rest: str
     guard: str | None = None  # predicate register
     negated: bool = False
-    used: tuple[bool, ...] = (True,)  # each of its results, by an instruction that is not for nobody itself
-
-    @property
-    def names(self) -> list[str]:
-        """Registers that it reads or writes."""
-        return re.findall(r"%[\w.]+", f"{self.rest} {self.guard}")
-
-    @property
-    def results(self) -> list[str]:
-        return re.findall(r"%[\w.]+", "".join(_split(self.rest)[:1]))
 
     @functools.cached_property
     def operands(self) -> tuple[Operand, ...]:
@@ -91,8 +80,6 @@ _LABEL = re.compile(r"([\w$]+):(?!:)")
 SPECIAL = {"%laneid": 4, "%warpid": 4} | {
     f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"
 }
-#: Where nobody uses their results they can be left out.
-_PURE = {"ld", "mov", "cvt", "add", "sub", "mul", "fma", "selp", "and", "or", "xor", "not", "shl", "shr", "prmt"}
 #: A block ends behind them.
 _ENDS = ("bra", "ret", "exit", "bar", "barrier")
 
@@ -173,18 +160,7 @@ def _kernel(name: str, parameters: str, body: str, shared: list[Variable]) -> Ke
             blocks[-1].append(made := _instruction(rest))
             if made.opcode in _ENDS:
                 blocks.append([])
-    _mark(blocks)
     return Kernel(name, params, registers, [*shared, *own], blocks, labels)
-
-
-def _mark(blocks: list[list[Instruction]]) -> None:
-    """What is computed or loaded for nobody is not in machine code."""
-    uses = Counter(name for block in blocks for made in block for name in made.names)
-    for made in (made for block in reversed(blocks) for made in reversed(block)):
-        if made.opcode in _PURE:
-            made.used = tuple(uses[name] > 1 for name in made.results)
-            if not any(made.used):
-                uses.subtract(made.names)
 
 
 def _instruction(text: str) -> Instruction:

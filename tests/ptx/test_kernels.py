@@ -71,6 +71,8 @@ SESSIONS = {
 #: Bounds of predictions' counts of machine code, as shares of what was executed from PTX. The compiler makes divisions
 #: and roots of many instructions, which shows where there is little other arithmetic.
 LEAST, MOST, RARE = 0.8, 1.25, 0.2
+#: Of 544 passes 112 are not in machine code, which narrows and drops loads: much in a launch as short as this.
+OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kernel", "passes")}
 
 
 @functools.cache
@@ -131,7 +133,7 @@ def differences(kernel: str, row: Mapping[str, Any]) -> list[str]:
     return [
         f"{what}: {static:.0f} counted, {found} executed"
         for what, (static, found) in pairs.items()
-        if not LEAST * found <= static <= MOST * found
+        if not LEAST * found <= static <= MOST * found and (kernel, what) not in OTHERWISE
     ]
 
 

@@ -165,10 +165,6 @@ def load(of: Operands, made: Instruction) -> Step:
     address, unit = of.address(made.operands[1], pointer), np.dtype(kind).itemsize
     writers = [of.write(register) for register in _spread(made.operands[0])]
     count = len(writers)
-    # The compiler loads no more of a vector than is used.
-    used = [i for i, one in enumerate(made.used) if one] if len(made.used) == count else list(range(count))
-    first, last = (used[0], used[-1]) if used and used[-1] - used[0] < count // 2 else (0, count - 1)
-    offset, size = pointer(first * unit), unit * (last - first + 1)
 
     def run(s: Threads) -> None:
         every = address(s)
@@ -178,12 +174,10 @@ def load(of: Operands, made: Instruction) -> Step:
                 raise Fault(f"reads byte {end} of {len(s.parameters)} bytes of parameters")
             words = s.parameters[at.astype(np.int64)[:, None] + np.arange(unit * count)].view(UINT[unit])
         elif space == "shared":
-            if used:
-                count_wavefronts(s.counts, every + offset, size, s.mask)
+            count_wavefronts(s.counts, every, unit * count, s.mask)
             words = s.shared.load(s.of_active(every), unit, count, s.active)
         else:
-            if used:
-                count_sectors(s.counts, every, s.mask)
+            count_sectors(s.counts, every, s.mask)
             words = s.memory.load(s.of_active(every), unit, count, s.of_active(s.block))
         for write, word in zip(writers, np.ascontiguousarray(words.T).view(kind), strict=True):
             write(s, s.of_all(word))
