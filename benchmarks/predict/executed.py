@@ -27,6 +27,7 @@ from .tools import ROOT, locked
 
 DATA = Path(__file__).with_name("executed.json")
 SCALED = ("requests", "sectors", "passes")
+LEAST, MOST = 0.8, 1.25  # of static / executed
 _CUDA = ROOT / "csrc" / "cuda"
 
 
@@ -83,11 +84,13 @@ def renew(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def scales(kernel: str) -> dict[str, float]:
     """Executed / static of each count that predictions scale; empty where the kernel was not executed, or is another
-    one by now, or has branches that data decide: a test's data are no model's."""
+    one by now, or has branches that data decide: a test's data are no model's. A ratio outside of the bounds is the
+    compiler's doing, which left accesses out."""
     row = records().get(kernel)
     if row is None or row["guessed"] or row["source"] != source(kernel):
         return {}
-    return {what: row[what][1] / row[what][0] for what in SCALED if row[what][0]}
+    pairs = {what: row[what] for what in SCALED}
+    return {what: ran / static for what, (static, ran) in pairs.items() if ran and LEAST * ran <= static <= MOST * ran}
 
 
 def scaled(found: Profile, by: Mapping[str, float]) -> Profile:

@@ -70,7 +70,7 @@ SESSIONS = {
 
 #: Bounds of predictions' counts of machine code, as shares of what was executed from PTX. The compiler makes divisions
 #: and roots of many instructions, which shows where there is little other arithmetic.
-LEAST, MOST, RARE = 0.8, 1.25, 0.2
+LEAST, MOST, RARE = executed.LEAST, executed.MOST, 0.2
 #: Of 544 passes 112 are not in machine code, which narrows and drops loads: much in a launch as short as this.
 OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kernel", "passes")}
 
@@ -125,10 +125,9 @@ def fresh(record: Mapping[str, Any] | None, row: Mapping[str, Any]) -> bool:
 def differences(kernel: str, row: Mapping[str, Any]) -> list[str]:
     """A line for each count that differs between machine code, as predictions follow it, and PTX."""
     pairs = {what: pair for what, pair in row.items() if what not in ("source", "guessed")}
-    ratios = {what: static / executed for what, (static, executed) in pairs.items() if executed}
+    ratios = {what: static / found for what, (static, found) in pairs.items() if found}
     print(f"{kernel}:", ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items()))
-    executed = pairs.pop("all")[1]
-    if pairs["floating point"][1] < RARE * executed:
+    if pairs["floating point"][1] < RARE * pairs.pop("all")[1]:
         del pairs["floating point"]
     return [
         f"{what}: {static:.0f} counted, {found} executed"
