@@ -18,11 +18,12 @@ number of blocks there, and one block alone takes the sum.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .chips import Chip
+from .executed import name_of, scaled, scales
 from .profile import Profile, profile
 from .record import Launch
 
@@ -41,6 +42,7 @@ class Prediction:
         bytes: that device memory moves.
         flops: of tensor cores.
         bounds: seconds by name.
+        executed: whether accesses to memory are scaled to what was executed (:mod:`benchmarks.predict.executed`).
     """
 
     seconds: float
@@ -50,6 +52,7 @@ class Prediction:
     flops: float
     bounds: dict[str, float]
     profile: Profile
+    executed: bool = False
 
 
 def predict(launch: Launch, chip: Chip) -> Prediction:
@@ -58,7 +61,8 @@ def predict(launch: Launch, chip: Chip) -> Prediction:
     Raises:
         execute.NotUnderstood, tools.Missing, ValueError: see :func:`benchmarks.predict.profile.profile`.
     """
-    return of_profile(profile(launch, chip), launch, chip)
+    scale = scales(name_of(launch))
+    return replace(of_profile(scaled(profile(launch, chip), scale), launch, chip), executed=bool(scale))
 
 
 def of_profile(found: Profile, launch: Launch, chip: Chip) -> Prediction:

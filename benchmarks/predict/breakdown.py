@@ -23,6 +23,8 @@ class Part:
         seconds: of all of them, without what lies between launches.
         share: of what the chip can do, see :class:`benchmarks.predict.bound.Prediction`; the mean by time.
         bound: that holds for most of the time.
+        counts: how sectors and bank conflicts are known: "executed" (:mod:`benchmarks.predict.executed`), "static" from
+            the machine code alone, or "" of a library's kernel.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Part:
     seconds: float
     share: float
     bound: str
+    counts: str
 
 
 def parts(step: Step, training: bool, chip: Chip) -> list[Part]:
@@ -59,4 +62,5 @@ def _part(name: str, ones: list[Known]) -> Part:
     for one in ones:
         bounds[one.bound] += one.seconds  # type: ignore[assignment]  # a Counter's values are ints by its type, any number in fact
     share = math.fsum(one.share * one.seconds for one in ones) / seconds
-    return Part(name, len(ones), seconds, share, max(bounds, key=lambda bound: bounds[bound]))
+    counts = "" if name.startswith("aten") else "executed" if all(one.executed for one in ones) else "static"
+    return Part(name, len(ones), seconds, share, max(bounds, key=lambda bound: bounds[bound]), counts)

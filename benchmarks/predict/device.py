@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from . import rivals
+from . import executed, rivals
 from .bound import predict
 from .chips import CHIPS, Chip
 from .record import Array, Launch, image, recording
@@ -79,6 +79,7 @@ class Known:
     bound: str
     bytes: float
     share: float
+    executed: bool = False
 
 
 def known(one: Launch, chip: Chip) -> Known:
@@ -125,7 +126,8 @@ def _sources() -> str:
 
     here = [p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".cpp") and p.name not in _ABOVE]
     kernels = [*(ROOT / "wavemix_kernels" / "ops").rglob("*.py"), *(ROOT / "csrc" / "cuda").rglob("*.cu*")]
-    return key([*here, *kernels, *(ROOT / "csrc" / "include").rglob("*.h")], triton.__version__)
+    headers = (ROOT / "csrc" / "include").rglob("*.h")
+    return key([*here, *kernels, *headers, *filter(Path.exists, [executed.DATA])], triton.__version__)
 
 
 # Modules that do not decide the prediction of a launch.
@@ -149,7 +151,7 @@ def _predicted(launch: Launch, chip: Chip) -> Known:
             _known[name] = Known(**json.loads(file.read_text()))
         else:
             found = predict(moved, chip)
-            _known[name] = Known(found.seconds, found.bound, found.bytes, found.share)
+            _known[name] = Known(found.seconds, found.bound, found.bytes, found.share, found.executed)
             file.parent.mkdir(parents=True, exist_ok=True)
             own = file.with_suffix(f".{os.getpid()}")
             own.write_text(json.dumps(asdict(_known[name])))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .chips import Chip
+from .executed import kernel_of
 from .record import Launch, image, recording
 
 BF16 = torch.bfloat16
@@ -354,13 +355,7 @@ _SMALL = (
 
 def function_of(launch: Launch) -> str:
     """The kernel's name in the source."""
-    if launch.kind != "cuda":
-        return launch.name
-    names = ("analysis_rows", "analysis_channels", "synthesis_rows", "synthesis_channels", "reduce_haar",
-             "reduce_haar_gradients", "reduce_haar_sums", "phase_forward", "phase_backward", "phase_statistics",
-             "phase_sum_rows", "patm_products", "patm_sum_products", "patm_branch_sums", "patm_branch_mlp",
-             "patm_mix")  # fmt: skip
-    return next((name for name in names if f"{len(name)}{name}I" in launch.name), launch.name)
+    return kernel_of(launch.name) if launch.kind == "cuda" else launch.name
 
 
 def cases(pattern: str = "*") -> list[Case]:

@@ -40,18 +40,20 @@ def kernels(found: dict[str, dict[str, Any]], chip: str) -> list[str]:
 
 def breakdown(parts: Sequence[Part], title: str, chip: Chip) -> list[str]:
     """A line for each kernel of a step: microseconds in all, share of the step, launches, microseconds each, share of
-    what the chip can do, bound."""
+    what the chip can do, bound, and whether sectors and bank conflicts are those that ran from PTX, or counted."""
     between = chip.launch * sum(part.launches for part in parts)
     whole = sum(part.seconds for part in parts) + between
     rows = [
         (
             f"{part.seconds * 1e6:.0f}", f"{part.seconds / whole:.0%}", str(part.launches),
-            f"{part.seconds / part.launches * 1e6:.1f}", f"{part.share:.2f}", part.bound, part.name,
+            f"{part.seconds / part.launches * 1e6:.1f}", f"{part.share:.2f}", part.counts, part.bound, part.name,
         )
         for part in parts
     ]  # fmt: skip
-    rows.append((f"{between * 1e6:.0f}", f"{between / whole:.0%}", "", f"{chip.launch * 1e6:.1f}", "", "", "launches"))
-    headings = ("us in all", "of step", "launches", "us each", "of chip", "bound", "kernel")
+    rows.append(
+        (f"{between * 1e6:.0f}", f"{between / whole:.0%}", "", f"{chip.launch * 1e6:.1f}", "", "", "", "launches")
+    )
+    headings = ("us in all", "of step", "launches", "us each", "of chip", "accesses", "bound", "kernel")
     lines = _columns([headings, *rows], last=True)
     return ["", f"{chip.name}, {title}, device {duration(whole * 1e3)}, predicted", *lines]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.triton_launch import Launch
 
+gc.set_threshold(200_000, 20, 100)  # kernels made ready are many objects, and stay
 ARCH = 80  # its instructions run on every later chip
 #: Told of each launch: what it executed.
 Met = Callable[[Executed], None]
@@ -54,34 +56,31 @@ def unwritten() -> Iterator[None]:
         patch.undo()
 
 
-class Ranges:
+class Storages(Global):
     """The storages of tensors, each with a tag."""
 
     def __init__(self) -> None:
-        self.by_pointer: dict[int, Range] = {}
-
-    def address(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        return self.tagged(tensor.data_ptr(), storage.data_ptr(), storage.nbytes(), tensor.dtype.itemsize)
+        super().__init__([])
+        self._tags: dict[int, int] = {}  # by address
 
     def tagged(self, address: int, start: int, size: int, itemsize: int) -> int:
         """An address in the storage at `start`; null stays null."""
         if start == 0:
             return 0
-        found = self.by_pointer.get(start)
-        if found is None:
-            found = Range(len(self.by_pointer) + 1, start, size, itemsize)
-            self.by_pointer[start] = found
-        elif itemsize < found.itemsize:
-            found.grain(itemsize)
-        return address + (found.start >> TAG_BITS << TAG_BITS)
+        tag = self._tags.setdefault(start, len(self._tags) + 1)
+        if tag not in self.ranges:
+            self.ranges[tag] = Range(tag, start, size, itemsize)
+        elif itemsize < self.ranges[tag].itemsize:
+            self.ranges[tag].grain(itemsize)
+        return address + (tag << TAG_BITS)
 
-    def spans(self) -> list[tuple[int, int]]:
-        """(address, bytes) of each."""
-        return [(found.start, found.end - found.start) for found in self.by_pointer.values()]
-
-    def memory(self) -> Global:
-        return Global(list(self.by_pointer.values()))
+    def run(self, met: Met, module: Module, name: str, ptx: str | None, known: str, grid: Sequence[int], threads: int,
+            shared: int, parameters: bytes) -> None:  # fmt: skip
+        """Executes a launch and tells of it under the name that is `known`."""
+        counts = launch(module, name, grid, threads, shared, parameters, self)
+        counts.kernel = known
+        spans = [(found.start, found.end - found.start) for found in self.ranges.values()]
+        met(Executed(counts, ptx, name, grid, shared, parameters, spans))
 
 
 # --- Triton --------------------------------------------------------------------------------------------------------
@@ -100,14 +99,11 @@ def run_triton(given: Launch, met: Met) -> None:
     module = _module(binary.asm["ptx"])
     (name,) = module.names()
     values = dict(zip(given.kernel.arg_names, given.args, strict=False)) | given.constants
-    ranges = Ranges()
-    passed = list(_flat([(kind, values[n]) for n, kind in binary.src.signature.items()]))
-    parameters = _packed(module.kernel(name), passed, ranges)
-    threads = 32 * given.constants["num_warps"]
-    shared = binary.metadata.shared
-    counts = launch(module, name, given.grid, threads, shared, parameters, ranges.memory())
-    counts.kernel = kernel_name(given)
-    met(Executed(counts, binary.asm["ptx"], name, given.grid, shared, parameters, ranges.spans()))
+    storages = Storages()
+    passed = _flat([(kind, values[n]) for n, kind in binary.src.signature.items()])
+    parameters, threads = _packed(module.kernel(name), passed, storages), 32 * given.constants["num_warps"]
+    storages.run(met, module, name, binary.asm["ptx"], kernel_name(given), given.grid, threads, binary.metadata.shared,
+                 parameters)  # fmt: skip
 
 
 def kernel_name(given: Launch) -> str:
@@ -126,19 +122,19 @@ def _flat(passed: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-def _packed(kernel: Kernel, passed: list[tuple[str, Any]], ranges: Ranges) -> bytes:
+def _packed(kernel: Kernel, passed: Iterable[tuple[str, Any]], storages: Storages) -> bytes:
     """In the order of the PTX's parameters; Triton's own scratch pointers behind ours are null."""
     out = bytearray(sum(v.size + 16 for v in kernel.parameters.values()))
     for (kind, value), variable in zip(passed, kernel.parameters.values(), strict=False):
         if isinstance(value, Tensor):
-            value = ranges.address(value)
+            storage = value.untyped_storage()
+            value = storages.tagged(value.data_ptr(), storage.data_ptr(), storage.nbytes(), value.dtype.itemsize)
         if kind in ("fp32", "fp64"):
             data = struct.pack("<f" if kind == "fp32" else "<d", value)
         else:
             data = (int(value) % (1 << 8 * variable.size)).to_bytes(variable.size, "little")
         assert len(data) == variable.size, f"{kernel.name}: {variable.name} has {variable.size} bytes, {kind} passed"
-        at = kernel.parameter_offsets[variable.name]
-        out[at : at + variable.size] = data
+        out[variable.at : variable.at + variable.size] = data
     return bytes(out)
 
 
@@ -177,8 +173,8 @@ class Core:
         self._kernels = {
             name: module for text in built.ptx.values() for module in [_module(text)] for name in module.names()
         }
-        self._storages: dict[int, tuple[int, int]] = {}
-        self._ranges = Ranges()
+        self._known: dict[int, tuple[int, int]] = {}  # address -> bytes, of an element
+        self._storages = Storages()
         self._error: bytes = b""
         self._callback = _CALLBACK(self._launch)
         library = ctypes.CDLL(built.module.__file__)
@@ -188,40 +184,36 @@ class Core:
     def record(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
-        for other, (length, _) in list(self._storages.items()):  # freed meanwhile
+        for other, (length, _) in list(self._known.items()):  # freed meanwhile
             if other < start + size and start < other + length:
-                del self._storages[other]
-        self._storages[start] = (size, tensor.dtype.itemsize)
+                del self._known[other]
+        self._known[start] = (size, tensor.dtype.itemsize)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return functools.partial(self._call, value) if callable(value) else value
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        self._ranges = Ranges()
+        self._storages = Storages()
         return function(*map(self._tagged, arguments), **{n: self._tagged(v) for n, v in named.items()})
 
     def _tagged(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [self._tagged(v) for v in value]
         if type(value) is int and value > 1 << 32:
-            for start, (size, itemsize) in self._storages.items():
+            for start, (size, itemsize) in self._known.items():
                 if start <= value < start + size:
-                    return self._ranges.tagged(value, start, size, itemsize)
+                    return self._storages.tagged(value, start, size, itemsize)
         return value
 
     def _launch(self, name: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int | None:
         try:
-            module = self._kernels[name.decode()]
-            kernel = module.kernel(name.decode())
+            module, text = self._kernels[name.decode()], name.decode()
             parameters = bytearray()
-            for i, variable in enumerate(kernel.parameters.values()):
-                parameters = parameters.ljust(kernel.parameter_offsets[variable.name], b"\0")
-                parameters += ctypes.string_at(arguments[i], variable.size)
+            for variable, argument in zip(module.kernel(text).parameters.values(), arguments, strict=False):
+                parameters = parameters.ljust(variable.at, b"\0") + ctypes.string_at(argument, variable.size)
             sizes = tuple(grid[axis] for axis in range(3))
-            passed, ranges = bytes(parameters), self._ranges
-            counts = launch(module, name.decode(), sizes, threads, shared, passed, ranges.memory())
-            self._met(Executed(counts, None, name.decode(), sizes, shared, passed, ranges.spans()))
+            self._storages.run(self._met, module, text, None, text, sizes, threads, shared, bytes(parameters))
         except Exception as error:  # noqa: BLE001 (an exception cannot pass through the host code; the message can)
             self._error = f"{type(error).__name__}: {error}".encode()
             return ctypes.cast(ctypes.c_char_p(self._error), ctypes.c_void_p).value
@@ -251,8 +243,6 @@ def executed_cuda(met: Met) -> Iterator[None]:
 
 
 EXECUTED: dict[str, Callable[[Met], AbstractContextManager[None]]] = {"triton": executed_triton, "cuda": executed_cuda}
-
-
 _LARGEST = Largest()
 
 
@@ -260,11 +250,10 @@ def recorder(file: str | None) -> Met:
     """Adds a line of JSON for every launch."""
 
     def met(executed: Executed) -> None:
-        if file is not None:
-            _LARGEST.add(executed)
-            _write(file, [asdict(executed.counts)])
+        _LARGEST.add(executed)
+        _write(file, [asdict(executed.counts)])
 
-    return met
+    return met if file is not None else lambda executed: None
 
 
 def compare(file: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +17,10 @@ POINTER = (1 << TAG_BITS) - 1
 #: Every two bytes of memory that nobody has written: a NaN in each type that no arithmetic makes.
 POISON = 0xFFA5
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_WORD = UINT | {16: np.complex128}  # what an access moves at once
 _MANY = -1
+#: Reads that are kept until a write comes: threads' accesses of a range, instructions of shared memory.
+_LOG, _READS = 1 << 22, 256
 
 
 class Fault(AssertionError):
@@ -63,54 +68,62 @@ class Range:
 
     def grain(self, itemsize: int) -> None:
         self.itemsize = itemsize
-        self.poison = (
-            np.full(max(1, itemsize // 2), POISON, np.uint16).view(UINT[itemsize])[0] if itemsize > 1 else None
-        )
+        self.poison = np.full(4, POISON, np.uint16).view(UINT[itemsize])[0] if itemsize > 1 else None
         self.begin()
 
     def begin(self) -> None:
         """Forgets the accesses of the launch before. Zero is no block; pages are made when touched."""
         cells = len(self.bytes) // self.itemsize
         self.writer, self.reader = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
-
-    def view(self, size: int) -> Array:
-        return self.bytes.view(UINT[size])
+        self.written, self.reads, self.logged = False, [], 0
 
     def cells(self, offsets: Array, size: int) -> Array:
         """Indices of the elements that accesses touch: (accesses, elements)."""
-        each = max(1, size // self.itemsize)
-        return (offsets // self.itemsize)[:, None] + np.arange(each)
+        return (offsets // self.itemsize)[:, None] + np.arange(max(1, size // self.itemsize))
 
-    def read(self, offsets: Array, size: int, blocks: Array) -> None:
-        cells, blocks = self.cells(offsets, size), blocks[:, None]
+    def load(self, offsets: Array, size: int, blocks: Array) -> Array:
+        """A row of `size` bytes for each access."""
+        rows = self.bytes.view(_WORD[size])[offsets // size]
         if self.poison is not None and size >= self.itemsize:
-            unwritten = self.view(self.itemsize)[cells] == self.poison
+            unwritten = rows.view(UINT[self.itemsize]) == self.poison
             if unwritten.any():
-                raise Fault(f"reads global memory that nobody wrote: {self.where(cells[unwritten][0])}")
-        writer = self.writer[cells]
-        if ((writer != 0) & (writer != blocks)).any():
-            other = writer[(writer != 0) & (writer != blocks)][0]
-            raise Fault(f"a block reads what block {other - 1} of the same launch writes")
-        reader = self.reader[cells]
-        new = np.where((reader == 0) | (reader == blocks), blocks, _MANY)
-        self.reader[cells] = new
-        shared = self.reader[cells] != new
-        if shared.any():
-            self.reader[cells[shared]] = _MANY
+                cell = int(self.cells(offsets, size).reshape(-1)[unwritten][0])
+                where = (
+                    f"element {cell - (self.start - self.origin) // self.itemsize} of range {self.start >> TAG_BITS}"
+                )
+                raise Fault(f"reads global memory that nobody wrote: {where}")
+        if self.written:
+            writer = self.writer[self.cells(offsets, size)]
+            others = writer[(writer != 0) & (writer != blocks[:, None])]
+            if len(others):
+                raise Fault(f"a block reads what block {others[0] - 1} of the same launch writes")
+        self.reads.append((offsets, size, blocks))
+        self.logged += len(offsets)
+        if self.logged > _LOG:
+            self._look_at_reads()
+        return rows
 
-    def write(self, offsets: Array, size: int, blocks: Array) -> None:
+    def _look_at_reads(self) -> None:
+        """Notes the readers of each element: not before a write comes, since most memory is only read."""
+        for offsets, size, blocks in self.reads:
+            cells, blocks = self.cells(offsets, size), blocks[:, None]
+            reader = self.reader[cells]
+            self.reader[cells] = new = np.where((reader == 0) | (reader == blocks), blocks, _MANY)
+            self.reader[cells[self.reader[cells] != new]] = _MANY
+        self.reads, self.logged = [], 0
+
+    def store(self, offsets: Array, rows: Array, blocks: Array) -> None:
         if not self.writable:
             raise Fault("writes to a constant")
-        cells, blocks = self.cells(offsets, size), blocks[:, None]
-        for name, before in (("writes", self.writer[cells]), ("reads", self.reader[cells])):
-            if ((before != 0) & (before != blocks)).any():
+        self._look_at_reads()
+        cells, of = self.cells(offsets, rows.itemsize), blocks[:, None]
+        for name, before in (("writes", self.writer), ("reads", self.reader)):
+            if (((found := before[cells]) != 0) & (found != of)).any():
                 raise Fault(f"a block writes what another block of the same launch {name}")
-        self.writer[cells] = blocks
-        if (self.writer[cells] != blocks).any():
+        self.written, self.writer[cells] = True, of
+        if (self.writer[cells] != of).any():
             raise Fault("a block writes what another block of the same launch writes")
-
-    def where(self, cell: int) -> str:
-        return f"element {int(cell) - (self.start - self.origin) // self.itemsize} of range {self.start >> TAG_BITS}"
+        self.bytes.view(rows.dtype)[offsets // rows.itemsize] = rows
 
 
 class Global:
@@ -120,13 +133,12 @@ class Global:
         self.ranges = {r.start >> TAG_BITS: r for r in ranges}
 
     def _by_range(self, addresses: Array, size: int) -> list[tuple[Range, Array, Array | slice]]:
-        if (addresses & np.uint64(size - 1)).any():
-            wrong = int(addresses[(addresses & np.uint64(size - 1)) != 0][0])
-            raise Fault(f"misaligned access of {size} bytes at {wrong & POINTER:#x}")
+        if (wrong := addresses[(addresses & np.uint64(size - 1)) != 0]).size:
+            raise Fault(f"misaligned access of {size} bytes at {int(wrong[0]) & POINTER:#x}")
         tags = addresses >> np.uint64(TAG_BITS)
-        parts, first = [], int(tags[0])
-        for tag in [first] if (tags == tags[0]).all() else np.unique(tags).tolist():
-            chosen = slice(None) if tag == first and (tags == tag).all() else tags == tag
+        parts, one = [], (tags == tags[0]).all()
+        for tag in tags[:1].tolist() if one else np.unique(tags).tolist():
+            chosen = slice(None) if one else tags == tag
             found, of = self.ranges.get(tag), addresses[chosen]
             lowest, highest = int(of.min()), int(of.max()) + size
             if found is None or lowest < found.start or highest > found.end:
@@ -139,26 +151,16 @@ class Global:
 
     def load(self, addresses: Array, unit: int, count: int, blocks: Array) -> Array:
         """(threads, count) words of `unit` bytes."""
-        out = np.empty((len(addresses), count), UINT[unit])
+        out = np.empty(len(addresses), _WORD[unit * count])
         for found, offsets, chosen in self._by_range(addresses, unit * count):
-            found.read(offsets, unit * count, blocks[chosen])
-            out[chosen] = found.view(unit)[(offsets // unit)[:, None] + np.arange(count)]
-        return out
+            out[chosen] = found.load(offsets, unit * count, blocks[chosen])
+        return out.view(UINT[unit]).reshape(-1, count)
 
     def store(self, addresses: Array, words: Array, blocks: Array) -> None:
-        count, unit = words.shape[1], words.itemsize
-        for found, offsets, chosen in self._by_range(addresses, unit * count):
-            found.write(offsets, unit * count, blocks[chosen])
-            found.view(unit)[(offsets // unit)[:, None] + np.arange(count)] = words[chosen]
-
-
-@dataclass
-class Copy:
-    """Asynchronous copies of one instruction: of which threads, where to, and in which group of each thread's."""
-
-    threads: Array
-    cells: Array
-    group: Array
+        size = words.shape[1] * words.itemsize
+        rows = words.view(_WORD[size])[:, 0]
+        for found, offsets, chosen in self._by_range(addresses, size):
+            found.store(offsets, rows[chosen], blocks[chosen])
 
 
 class Shared:
@@ -170,22 +172,22 @@ class Shared:
     """
 
     def __init__(self, blocks: int, size: int, cell: int, gaps: list[tuple[int, int]], threads: int) -> None:
-        self.size, self.cell = size, cell
-        self.stride = -(-size // 16) * 16
-        self.bytes = np.zeros(blocks * self.stride, np.uint8)
-        cells = self.stride // cell
-        self.base = np.repeat(np.arange(blocks) * self.stride, threads)  # of each thread
+        self.size, self.cell, stride = size, cell, -(-size // 16) * 16
+        self.bytes = np.zeros(blocks * stride, np.uint8)
+        cells, lanes = stride // cell, blocks * threads
+        self.base = np.repeat(np.arange(blocks) * stride, threads)  # of each thread
         self.written, self.writer, self.read_at, self.reader = np.zeros((4, blocks * cells), np.int32)
-        self.pending = np.zeros(blocks * cells, bool)
-        self.gap = np.zeros(cells, bool)
+        self.pending, self.gap, self.gaps = np.zeros(blocks * cells, bool), np.zeros(cells, bool), bool(gaps)
         for start, end in gaps:
             self.gap[start // cell : end // cell] = True
-        self.now = 1
-        lanes = blocks * threads
-        #: When the last barrier of each thread's block, or warp, was.
+        #: Times: now, of the last write, of the last barrier at which all threads met, and each thread's last barrier
+        #: of its block and of its warp.
+        self.now, self.wrote, self.met = 1, 0, 1
         self.block_barrier, self.warp_barrier = np.ones((2, lanes), np.int32)
+        self.reads: list[tuple[Array, Array, int]] = []  # since then: cells, threads, time
         self.groups = np.zeros(lanes, np.int32)  # of copies that each thread committed
-        self.copies: list[Copy] = []
+        #: Asynchronous copies of an instruction: of which threads, where to, and in which group of each thread's.
+        self.copies: list[tuple[Array, Array, Array]] = []
 
     def _cells(self, addresses: Array, size: int, threads: Array) -> tuple[Array, Array]:
         """(bytes of all blocks, cells) of each access."""
@@ -193,126 +195,145 @@ class Shared:
             raise Fault(f"misaligned access of {size} bytes to shared memory")
         if (highest := int(addresses.max()) + size) > self.size:
             raise Fault(f"access of {size} bytes out of bounds: ends at byte {highest} of {self.size} shared bytes")
-        at = addresses.astype(np.int64)
-        inside = (at // self.cell)[:, None] + np.arange(size // self.cell)
-        if self.gap[inside].any():
+        each = np.arange(size // self.cell)
+        if self.gaps and self.gap[(addresses // np.uint32(self.cell))[:, None] + each].any():
             raise Fault("access between two variables of shared memory")
-        base = self.base[threads]
-        cells = inside + (base // self.cell)[:, None]
-        if self.pending[cells].any():
+        at = self.base[threads] + addresses
+        cells = (at // self.cell)[:, None] + each
+        if self.copies and self.pending[cells].any():
             raise Fault("access to shared memory that an asynchronous copy writes and nobody has waited for")
-        return base + at, cells
+        return at // size, cells
 
-    def _races(self, time: Array, thread: Array, threads: Array) -> Array:
-        """Which accesses of other threads, at `time`, no barrier orders before."""
-        recent = time >= self.block_barrier[threads][:, None]
-        if not recent.any():
-            return recent
-        mine = threads[:, None]
-        ordered = (thread >> 5 == mine >> 5) & (time < self.warp_barrier[threads][:, None])
-        return recent & (thread != mine) & ~ordered
+    def _races(self, cells: Array, threads: Array) -> Array:
+        """Which of these cells other threads wrote, and no barrier orders before."""
+        if self.wrote < self.met:
+            return np.zeros((1, 1), bool)
+        time, writer, mine = self.written[cells], self.writer[cells], threads[:, None]
+        ordered = (writer >> 5 == mine >> 5) & (time < self.warp_barrier[threads][:, None])
+        return (time >= self.block_barrier[threads][:, None]) & (writer != mine) & ~ordered
 
     def load(self, addresses: Array, unit: int, count: int, threads: Array) -> Array:
         at, cells = self._cells(addresses, unit * count, threads)
         self.now += 1
-        time = self.written[cells]
-        if not time.all():
-            raise Fault(f"reads shared memory that nobody wrote, at byte {int(addresses[~time.all(1)][0])}")
-        races = self._races(time, self.writer[cells], threads)
-        if races.any():
+        if not (written := self.written[cells]).all():
+            raise Fault(f"reads shared memory that nobody wrote, at byte {int(addresses[~written.all(1)][0])}")
+        if (races := self._races(cells, threads)).any():
             raise Fault(f"race: reads what thread {int(self.writer[cells][races][0])} wrote without a barrier between")
-        warps = (threads >> 5)[:, None]
-        stale = self.read_at[cells] < self.block_barrier[threads][:, None]
-        new = np.where(stale | (self.reader[cells] == warps), warps, _MANY)
-        self.reader[cells] = new
-        self.read_at[cells] = self.now
-        several = self.reader[cells] != new
-        if several.any():
-            self.reader[cells[several]] = _MANY
-        return self.bytes.view(UINT[unit])[(at // unit)[:, None] + np.arange(count)]
+        self.reads.append((cells, threads, self.now))
+        if len(self.reads) > _READS:
+            self._look_at_reads()
+        return self.bytes.view(_WORD[unit * count])[at].view(UINT[unit]).reshape(-1, count)
+
+    def _look_at_reads(self) -> None:
+        """Notes the readers of each cell: not before a write comes, since a barrier mostly lies between."""
+        for cells, threads, time in self.reads:
+            warps = (threads >> 5)[:, None]
+            stale = self.read_at[cells] < self.block_barrier[threads][:, None]
+            self.reader[cells] = new = np.where(stale | (self.reader[cells] == warps), warps, _MANY)
+            self.read_at[cells] = time
+            self.reader[cells[self.reader[cells] != new]] = _MANY
+        self.reads = []
 
     def store(self, addresses: Array, words: Array, threads: Array) -> None:
-        unit, count = words.itemsize, words.shape[1]
-        at, cells = self._cells(addresses, unit * count, threads)
-        self._check_write(cells, threads, (at, words))
-        memory, where = self.bytes.view(UINT[unit]), (at // unit)[:, None] + np.arange(count)
-        memory[where] = words
+        at, cells = self._cells(addresses, words.shape[1] * words.itemsize, threads)
+        rows = words.view(_WORD[words.shape[1] * words.itemsize])[:, 0]
+        memory = self.bytes.view(rows.dtype)
+        self._check_write(cells, threads, lambda: (memory[at].view(words.dtype).reshape(words.shape) != words).any(1))
+        memory[at] = rows
         self._wrote(cells, threads)
-        stored = memory[where]
+        stored = memory[at].view(words.dtype).reshape(words.shape)
         for warp in np.unique(threads[(stored != words).any(1)] >> 5):
             mine = threads >> 5 == warp
-            memory[where[mine]] = words[mine]
-            if (memory[where[mine]] != stored[mine]).any():
+            memory[at[mine]] = rows[mine]
+            if (memory[at[mine]].view(words.dtype).reshape(-1, words.shape[1]) != stored[mine]).any():
                 raise Fault("race: two warps write different values to the same shared memory at once")
 
-    def _check_write(self, cells: Array, threads: Array, same: tuple[Array, Array] | None = None) -> None:
+    def _check_write(self, cells: Array, threads: Array, differs: Callable[[], Array]) -> None:
         """Two threads may write the same value to the same place."""
-        races = self._races(self.written[cells], self.writer[cells], threads).any(1)
-        if races.any() and same is not None:
-            at, words = same
-            where = (at // words.itemsize)[:, None] + np.arange(words.shape[1])
-            races &= (self.bytes.view(words.dtype)[where] != words).any(1)
-        if races.any():
+        if (races := self._races(cells, threads).any(1)).any() and (races & differs()).any():
             raise Fault("race: writes what another thread wrote without a barrier between")
+        self._look_at_reads()
         read = self.read_at[cells] >= self.block_barrier[threads][:, None]
         if (read & (self.reader[cells] != (threads >> 5)[:, None])).any():
             raise Fault("race: writes what another warp reads without a barrier between")
 
     def _wrote(self, cells: Array, threads: Array) -> None:
         self.now += 1
+        self.wrote = self.now
         self.written[cells] = self.now
         self.writer[cells] = threads[:, None]
 
-    def copy(self, addresses: Array, words: Array, threads: Array) -> None:
+    def copy(self, addresses: Array, rows: Array, threads: Array) -> None:
         """Begins an asynchronous copy."""
-        at, cells = self._cells(addresses, words.shape[1], threads)
-        self._check_write(cells, threads)
-        self.bytes[at[:, None] + np.arange(words.shape[1])] = words
+        size = rows.shape[1]
+        at, cells = self._cells(addresses, size, threads)
+        self._check_write(cells, threads, lambda: np.ones(1, bool))
+        self.bytes.view(_WORD[size])[at] = rows.view(_WORD[size])[:, 0]
         self.pending[cells] = True
-        self.copies.append(Copy(threads, cells, self.groups[threads]))
+        self.copies.append((threads, cells, self.groups[threads]))
+
+    def commit(self, threads: Array) -> None:
+        self.groups[threads] += 1
 
     def wait(self, threads: Array, most_pending: int | None) -> None:
         """For all but the last groups that each thread committed; None waits for every copy."""
         waiting = np.zeros(len(self.groups), bool)
         waiting[threads] = True
-        left = []
-        for copy in self.copies:
-            done = waiting[copy.threads]
+        copies, self.copies = self.copies, []
+        for of, cells, group in copies:
+            done = waiting[of]
             if most_pending is not None:
-                done &= copy.group < self.groups[copy.threads] - most_pending
-            self.pending[copy.cells[done]] = False
-            self._wrote(copy.cells[done], copy.threads[done])
+                done &= group < self.groups[of] - most_pending
+            self.pending[cells[done]] = False
+            self._wrote(cells[done], of[done])
             if not done.all():
-                left.append(Copy(copy.threads[~done], copy.cells[~done], copy.group[~done]))
-        self.copies = left
+                self.copies.append((of[~done], cells[~done], group[~done]))
 
     def barrier(self, threads: Array, of_warp: bool) -> None:
         self.now += 1
         self.warp_barrier[threads] = self.now
         if not of_warp:
             self.block_barrier[threads] = self.now
+            if len(threads) == len(self.groups):
+                self.met, self.reads = self.now, []
+
+
+def _warps(addresses: Array, active: Array) -> tuple[Array, Array]:
+    """(addresses, active) by warps; one address is that of all."""
+    return np.broadcast_to(addresses, active.shape).reshape(-1, 32), active.reshape(-1, 32)
 
 
 def count_sectors(counts: Counts, addresses: Array, active: Array) -> None:
-    """Counts one load or store of global memory; arrays hold all threads."""
-    rows = np.where(active, addresses >> np.uint64(5), np.uint64(2**64 - 1)).reshape(-1, 32)
-    rows.sort(axis=1)
-    busy = active.reshape(-1, 32).any(1)
-    different = (rows[:, 1:] != rows[:, :-1]).sum(1) + 1 - ~active.reshape(-1, 32).all(1)
-    counts.requests += int(busy.sum())
-    counts.sectors += int(different[busy].sum())
+    """Counts one load or store of global memory."""
+    rows, there = _warps(addresses >> np.uint64(5), active)
+    rows = np.where(there, rows, np.uint64(2**64 - 1))  # who is away looks like a sector of its own
+    if (rows[:, 1:] < rows[:, :-1]).any():
+        rows.sort(axis=1)
+    counts.requests += int(there.any(1).sum())
+    counts.sectors += int((rows[:, 1:] != rows[:, :-1]).sum()) + int(there.all(1).sum())
 
 
 def count_wavefronts(counts: Counts, addresses: Array, size: int, active: Array) -> None:
-    """Counts one access to shared memory: words of 8 and 16 bytes go by halves and quarters of a warp."""
+    """Counts one access to shared memory."""
+    rows, there = _warps(addresses, active)
+    rows = np.where(there, rows, np.uint32(2**32 - 1))
+    requests, wavefronts, least = _passes(rows.tobytes(), size)
+    counts.shared_requests += requests
+    counts.wavefronts += wavefronts
+    counts.conflict_free += least
+
+
+@functools.lru_cache(maxsize=1024)  # loops ask the same again
+def _passes(addresses: bytes, size: int) -> tuple[int, int, int]:
+    """(requests, passes over the banks, the least): words of 8 and 16 bytes go by halves and quarters of a warp."""
+    each = np.frombuffer(addresses, np.uint32).reshape(-1, 32)
+    active = each != np.uint32(2**32 - 1)
     lanes, words = min(32, 128 // size), max(1, size // 4)
-    first = np.where(active, addresses.astype(np.int64) // 4, -1).reshape(-1, lanes)
+    first = np.where(active, each.astype(np.int64) // 4, -1).reshape(-1, lanes)
     every = np.where(first[..., None] < 0, -1, first[..., None] + np.arange(words)).reshape(len(first), -1)
     every.sort(axis=1)
     new = every >= 0
     new[:, 1:] &= every[:, 1:] != every[:, :-1]
     row, column = np.nonzero(new)
     banks = np.bincount(row * 32 + every[row, column] % 32, minlength=32 * len(every)).reshape(-1, 32).max(1)
-    counts.shared_requests += int(active.reshape(-1, 32).any(1).sum())
-    counts.wavefronts += int(banks.sum())
-    counts.conflict_free += int((banks > 0).sum())
+    return int(active.any(1).sum()), int(banks.sum()), int((banks > 0).sum())

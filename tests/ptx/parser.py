@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16, "16x2": 4}
@@ -33,21 +33,18 @@ class Either(NamedTuple):
 Operand: TypeAlias = "str | Literal | Address | Either | tuple[Operand, ...]"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Instruction:
     text: str
     opcode: str  # without its modifiers
     modifiers: tuple[str, ...]  # types and all others, in order
-    operands: tuple[Operand, ...]
+    rest: str
     guard: str | None = None  # predicate register
     negated: bool = False
 
-
-@dataclass
-class Block:
-    """Instructions that follow each other: only the last may branch, and none but the first is jumped to."""
-
-    instructions: list[Instruction] = field(default_factory=list)
+    @functools.cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(map(_operand, _split(self.rest)))
 
 
 class Variable(NamedTuple):
@@ -55,16 +52,18 @@ class Variable(NamedTuple):
     align: int
     size: int  # bytes; 0: as many as the launch asks for
     data: bytes = b""
+    at: int = 0  # of a parameter, behind those before
 
 
 @dataclass
 class Kernel:
+    """Only the last instruction of a block may branch, and none but the first is jumped to."""
+
     name: str
     parameters: dict[str, Variable]  # in order
-    parameter_offsets: dict[str, int]
     registers: dict[str, int]  # prefix -> bytes; 0 for predicates
     shared: list[Variable]
-    blocks: list[Block]
+    blocks: list[list[Instruction]]
     labels: dict[str, int]  # -> index of a block
 
     def width(self, register: str) -> int:
@@ -77,6 +76,10 @@ _VARIABLE = re.compile(
 )
 _REGISTERS = re.compile(r"\.reg\s+\.(pred|[bsuf]\d+)\s+([^;]*);")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
+#: Registers that a launch sets, and their bytes.
+SPECIAL = {"%laneid": 4, "%warpid": 4} | {
+    f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"
+}
 #: A block ends behind them.
 _ENDS = ("bra", "ret", "exit", "bar", "barrier")
 
@@ -134,42 +137,39 @@ def _variable(match: re.Match[str]) -> Variable:
 
 
 def _kernel(name: str, parameters: str, body: str, shared: list[Variable]) -> Kernel:
-    params = {v.name: v for v in map(_variable, _VARIABLE.finditer(parameters))}
-    offsets, at = {}, 0
-    for v in params.values():
+    params, at = {}, 0
+    for v in map(_variable, _VARIABLE.finditer(parameters)):
         at = -(-at // v.align) * v.align
-        offsets[v.name] = at
+        params[v.name] = v._replace(at=at)
         at += v.size
-    registers = {}
+    registers = dict(SPECIAL)
     for kind, names in _REGISTERS.findall(body):
         for register in names.split(","):
             registers[re.sub(r"<\d+>", "", register.strip())] = 0 if kind == "pred" else int(kind[1:]) // 8
     own = [_variable(match) for match in _VARIABLE.finditer(body) if match["space"] == "shared"]
     body = re.sub(r"^\s*\.pragma[^;]*;", "", _VARIABLE.sub("", _REGISTERS.sub("", body)), flags=re.MULTILINE)
-    blocks, labels = [Block()], {}
+    blocks, labels = [[]], {}
     for statement in body.split(";"):
-        rest = statement.strip("{} \t\n") if re.match(r"[{}\s]*$", statement) else statement.lstrip("{} \t\n").rstrip()
+        rest = statement.lstrip("{} \t\n").rstrip()
         while label := _LABEL.match(rest):
-            if blocks[-1].instructions:
-                blocks.append(Block())
+            if blocks[-1]:
+                blocks.append([])
             labels[label[1]] = len(blocks) - 1
             rest = rest[label.end() :].lstrip("{} \t\n")
-        if not rest:
-            continue
-        made = _instruction(rest)
-        blocks[-1].instructions.append(made)
-        if made.opcode in _ENDS:
-            blocks.append(Block())
-    return Kernel(name, params, offsets, registers, [*shared, *own], blocks, labels)
+        if rest:
+            blocks[-1].append(made := _instruction(rest))
+            if made.opcode in _ENDS:
+                blocks.append([])
+    return Kernel(name, params, registers, [*shared, *own], blocks, labels)
 
 
 def _instruction(text: str) -> Instruction:
     text = " ".join(text.split())
     match = re.match(r"(?:@(!?)([\w$%]+)\s+)?([\w.:]+)\s*(.*)$", text)
     assert match is not None, text
-    negated, guard, code, operands = match.groups()
+    negated, guard, code, rest = match.groups()
     opcode, *modifiers = code.split(".")
-    return Instruction(text, opcode, tuple(modifiers), tuple(map(_operand, _split(operands))), guard, negated == "!")
+    return Instruction(text, opcode, tuple(modifiers), rest, guard, negated == "!")
 
 
 def _split(text: str) -> list[str]:

@@ -13,15 +13,14 @@ import torch
 from benchmarks.predict import elf
 from benchmarks.predict.chips import CHIPS
 from benchmarks.predict.compiled import Compiled, bank
-from benchmarks.predict.kernels import function_of
+from benchmarks.predict.executed import kernel_of, source
 from benchmarks.predict.profile import profiled
-from benchmarks.predict.record import Array, Launch
+from benchmarks.predict.record import Array
 from benchmarks.predict.tools import program, run
 from tests.ptx.memory import Counts
 
 CHIP = CHIPS["a100"]  # the executor runs sm_80
 _MOST = 256  # threads of a launch that is compared: the way of every one is followed
-_UNITED = 0.95  # of a warp's lanes that go one way, on average: predictions follow one of them
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,13 @@ class Executed:
     ranges: Sequence[tuple[int, int]]  # address, bytes
 
     @property
-    def rank(self) -> tuple[bool, int]:
-        """A launch of higher rank says more: the longest of those with few threads, else one with fewest."""
+    def rank(self) -> tuple[int, int]:
+        """A launch of higher rank says more: of those whose warps go one way, which predictions follow, in most of the
+        instructions, by hundredths (data may part them: phases of a thousand turns), the longest of few threads, else
+        one with fewest."""
         counts, instructions = self.counts, sum(self.counts.instructions.values())
         threads = counts.blocks * counts.threads
-        return counts.lanes >= 32 * _UNITED * instructions, instructions if threads <= _MOST else -threads
+        return 100 * counts.lanes // (32 * instructions), instructions if threads <= _MOST else -threads
 
 
 @dataclass
@@ -54,16 +55,16 @@ class Largest:
         name = one.counts.kernel
         if "bfloat16" not in name:
             return
-        name = function_of(Launch("cuda", name, "", 0)) if one.ptx is None else name.split()[0]
+        name = kernel_of(name) if one.ptx is None else name.split()[0]
         if name not in self.kept or one.rank > self.kept[name].rank:
             self.kept[name] = one
 
     def compared(self) -> list[dict[str, Any]]:
-        return [{"kernel": name, "compared": compared(one)} for name, one in self.kept.items()]
+        return [{"kernel": name, "source": source(name), "compared": compared(one)} for name, one in self.kept.items()]
 
 
-def compared(one: Executed) -> dict[str, tuple[float, float]]:
-    """Counts by name: (in machine code, executed)."""
+def compared(one: Executed) -> dict[str, Any]:
+    """Counts by name: (in machine code, executed); and how many branches data decide."""
     cubin = elf.cuda_entries(CHIP.arch)[one.name][0].read_bytes() if one.ptx is None else _assembled(one.ptx)
     entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
     values = [one.parameters[at : at + size].ljust(size, b"\0") for at, size in entry.parameters]
@@ -81,6 +82,7 @@ def compared(one: Executed) -> dict[str, tuple[float, float]]:
         "sectors": (found.asked * warps, counts.sectors),
         "passes": (found.passes * warps, counts.wavefronts),
         "all": (found.instructions * warps, sum(executed.values())),
+        "guessed": found.guessed,
     }
 
 

@@ -1,24 +1,23 @@
-"""The state of all threads of some blocks, and instructions by which the threads of a warp work together."""
+"""The state of all threads of some blocks, and instructions by which they touch memory or work together."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.ptx.arithmetic import F32, F64, U16, U32, from_bf16, is_type, numpy_type
+from tests.ptx.arithmetic import F32, F64, U16, U32, U64, from_bf16, numpy_type
 from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Shared, count_sectors, count_wavefronts
-from tests.ptx.parser import Either, Instruction, Kernel, Literal, Operand
-
-#: Reads an operand: one value for each thread, or a single one for all.
-Reader = Callable[["Threads"], Array]
+from tests.ptx.parser import Address, Either, Instruction, Kernel, Literal, Operand
 
 
 class Registers(dict[str, Array]):
-    """By name. One that nothing was written to holds NaN, in every type: compiled code may compute with it, as long as
-    it selects the result away."""
+    """By name: of each thread, or one value for all. One that nothing was written to holds NaN, in every type: compiled
+    code may compute with it, as long as it selects the result away."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, values: dict[str, Array]) -> None:
+        super().__init__(values)
         self.kernel = kernel
 
     def __missing__(self, name: str) -> Array:
@@ -27,19 +26,25 @@ class Registers(dict[str, Array]):
 
 
 class Threads:
-    """Registers are arrays of all threads; `mask` says which of them the present instruction is for."""
+    """Registers of all threads; `mask` says which of them the present instruction is for."""
 
     def __init__(
-        self, kernel: Kernel, blocks: Array, threads: int, special: dict[str, Array], parameters: Array,
-        memory: Global, shared: Shared, counts: Counts,
+        self, kernel: Kernel, blocks: Array, grid: Sequence[int], threads: int, parameters: Array, memory: Global,
+        shared: Shared, counts: Counts,
     ) -> None:  # fmt: skip
-        self.kernel, self.counts = kernel, counts
-        self.count = len(blocks) * threads
-        self.per_block = threads
-        self.block = np.repeat(blocks.astype(np.int32) + 1, threads)  # no block is zero
-        self.special, self.parameters = special, parameters
-        self.memory, self.shared = memory, shared
-        self.registers = Registers(kernel)
+        self.counts, self.parameters, self.memory, self.shared = counts, parameters, memory, shared
+        self.count, self.per_block = len(blocks) * threads, threads
+        each = np.repeat(blocks, threads)
+        self.block = each.astype(np.int32) + 1  # no block is zero
+        thread = np.tile(np.arange(threads, dtype=U32), len(blocks))
+        special = {"%tid.x": thread, "%laneid": thread & U32(31), "%warpid": thread >> U32(5), "%ntid.x": threads}
+        special |= {f"%{name}.{axis}": size for axis in "yz" for name, size in (("tid", 0), ("ntid", 1))}
+        for axis, size in zip("xyz", grid, strict=True):
+            special |= {f"%ctaid.{axis}": each % size, f"%nctaid.{axis}": size}
+            each = each // size
+        values = {name: np.atleast_1d(np.asarray(value)).astype(U32) for name, value in special.items()}
+        self.registers = Registers(kernel, values)
+        self.number = np.arange(self.count)
         self.all = np.ones(self.count, bool)
         self.exited = ~self.all
         self.enter(self.all, True)
@@ -53,69 +58,200 @@ class Threads:
     def active(self) -> Array:
         """Numbers of the threads in the mask."""
         if self._active is None:
-            self._active = np.flatnonzero(self.mask)
+            self._active = self.number if self.mask.all() else np.flatnonzero(self.mask)
         return self._active
 
-    def put(self, register: str, value: Array) -> None:
-        if register == "_":
-            return
-        width = self.kernel.width(register)
-        if width:
-            if value.itemsize < width:  # signed types extend their sign
-                value = value.astype(np.dtype(f"{'i' if value.dtype.kind == 'i' else 'u'}{width}"))
-            value = value.view(UINT[width])
-        if not self.everyone:
-            value = np.where(self.mask, value, self.registers[register])
-        self.registers[register] = value
-
-    def put_active(self, register: str, values: Array) -> None:
+    def of_active(self, values: Array) -> Array:
         """One value for each active thread."""
-        if len(values) == self.count:
-            self.put(register, values)
-            return
+        if len(values) == 1:
+            return np.broadcast_to(values, len(self.active))
+        return values if len(self.active) == self.count else values[self.active]
+
+    def of_all(self, values: Array) -> Array:
+        """The other way round; a single value stays one."""
+        if len(values) in (1, self.count):
+            return values
         full = np.zeros(self.count, values.dtype)
         full[self.active] = values
-        self.put(register, full)
+        return full
 
-    def whole(self, values: Array) -> Array:
-        return np.broadcast_to(values, self.count)
+    def warps(self, values: Array) -> Array:
+        return np.broadcast_to(values, self.count).reshape(-1, 32)
 
     def converged(self, what: str) -> None:
         """Every warp takes part with all its threads or none."""
-        warps = self.mask.reshape(-1, 32)
         if not self.everyone or self.exited.any():
-            taking = warps.sum(1)
-            if ((taking != 0) & (taking != 32)).any():
+            taking = self.warps(self.mask).sum(1)
+            if (taking % 32).any():
                 raise Fault(f"divergent {what}: {int(taking[taking % 32 != 0][0])} of 32 threads of a warp are there")
 
 
-def reader(kernel: Kernel, operand: Operand, kind: type, symbols: dict[str, int]) -> Reader:
-    size = np.dtype(kind).itemsize
-    if isinstance(operand, Literal):
-        if operand.float_bytes:
+#: Reads an operand (one value for each thread, or a single one for all), writes one, and is an instruction.
+Reader = Callable[[Threads], Array]
+Writer = Callable[[Threads, Array], None]
+Step = Callable[[Threads], None]
+Function = Callable[..., Array]
+
+
+class Operands:
+    """Operands of a kernel's instructions as functions of :class:`Threads`."""
+
+    def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
+        self.kernel, self.symbols = kernel, symbols
+        self.read = functools.lru_cache(maxsize=None)(self._read)
+
+    def _read(self, operand: Operand, kind: type) -> Reader:
+        size = np.dtype(kind).itemsize
+        if isinstance(operand, Literal) and operand.float_bytes:
             bits = np.array([operand.value], UINT[operand.float_bytes])
-            fixed = (
-                bits.view(kind) if operand.float_bytes == size else bits.view(F32 if size == 8 else F64).astype(kind)
-            )
-        elif kind is np.bool_:
-            fixed = np.array([operand.value != 0])
+            same = operand.float_bytes == size
+            fixed = bits.view(kind) if same else bits.view(F32 if size == 8 else F64).astype(kind)
+            return lambda s: fixed
+        if isinstance(operand, Literal) or operand in self.symbols:
+            value = operand.value if isinstance(operand, Literal) else self.symbols[operand]
+            number = np.array([value % (1 << 8 * size)], UINT[size]).view(kind)
+            return lambda s: number
+        assert isinstance(operand, str), operand
+        width = self.kernel.width(operand)
+        if width == size or kind is np.bool_:
+            return lambda s: s.registers[operand].view(kind)
+        assert width > size, f"{operand} of {width} bytes read as {kind.__name__}"
+        return lambda s: s.registers[operand].view(UINT[width]).astype(UINT[size]).view(kind)
+
+    def address(self, operand: Operand, kind: type) -> Reader:
+        assert isinstance(operand, Address), operand
+        base, offset = self.read(operand.base, kind), np.array([operand.offset], np.int64).astype(kind)
+        return (lambda s: base(s) + offset) if operand.offset else base
+
+    def write(self, register: Operand) -> Writer:
+        if register == "_":
+            return lambda s, value: None
+        if isinstance(register, Either):  # `p|q`: the second is the opposite
+            first, second = map(self.write, register)
+            return lambda s, value: (first(s, value), second(s, ~value))
+        width = self.kernel.width(register)
+        bits, signed = UINT.get(width, np.bool_), np.dtype(f"i{width or 1}")
+
+        def write(s: Threads, value: Array) -> None:
+            if value.itemsize < width:  # signed types extend their sign
+                value = value.astype(signed if value.dtype.kind == "i" else bits)
+            if not s.everyone:
+                value = np.where(s.mask, value.view(bits), s.registers[register].view(bits))
+            s.registers[register] = value
+
+        return write
+
+
+def unit_of(made: Instruction) -> type:
+    return numpy_type(next(word for word in reversed(made.modifiers) if numpy_type(word)))
+
+
+def _spread(operand: Operand) -> Sequence[Operand]:
+    """The operands in braces, or the one without."""
+    return operand if type(operand) is tuple else [operand]
+
+
+# --- Loads and stores ----------------------------------------------------------------------------------------------
+
+
+def _space(made: Instruction) -> tuple[str, type]:
+    """Whose memory, and the type of its addresses."""
+    space = next((word for word in made.modifiers if word in ("shared", "param")), "global")
+    return space, U64 if space == "global" else U32
+
+
+def load(of: Operands, made: Instruction) -> Step:
+    (space, pointer), kind = _space(made), unit_of(made)
+    address, unit = of.address(made.operands[1], pointer), np.dtype(kind).itemsize
+    writers = [of.write(register) for register in _spread(made.operands[0])]
+    count = len(writers)
+
+    def run(s: Threads) -> None:
+        every = address(s)
+        if space == "param":
+            at = every if len(every) == 1 else s.of_active(every)
+            if (end := int(at.max()) + unit * count) > len(s.parameters):
+                raise Fault(f"reads byte {end} of {len(s.parameters)} bytes of parameters")
+            words = s.parameters[at.astype(np.int64)[:, None] + np.arange(unit * count)].view(UINT[unit])
+        elif space == "shared":
+            count_wavefronts(s.counts, every, unit * count, s.mask)
+            words = s.shared.load(s.of_active(every), unit, count, s.active)
         else:
-            fixed = np.array([operand.value % (1 << 8 * size)], np.uint64).astype(UINT[size]).view(kind)
-        return lambda s: fixed
-    assert isinstance(operand, str), operand
-    if operand in symbols:
-        address = np.array([symbols[operand]], np.uint64).astype(UINT[size]).view(kind)
-        return lambda s: address
-    if operand.split(".")[0] in ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid"):
-        return lambda s: s.special[operand].astype(UINT[size], copy=False).view(kind)
-    width = kernel.width(operand)
-    if width == size or kind is np.bool_:
-        return lambda s: s.registers[operand].view(kind)
-    assert width > size, f"{operand} of {width} bytes read as {kind.__name__}"
-    return lambda s: s.registers[operand].astype(UINT[size]).view(kind)
+            count_sectors(s.counts, every, s.mask)
+            words = s.memory.load(s.of_active(every), unit, count, s.of_active(s.block))
+        for write, word in zip(writers, np.ascontiguousarray(words.T).view(kind), strict=True):
+            write(s, s.of_all(word))
+
+    return run
 
 
-# --- Matrix products -----------------------------------------------------------------------------------------------
+def store(of: Operands, made: Instruction) -> Step:
+    (space, pointer), kind = _space(made), unit_of(made)
+    if space == "param":  # libdevice's functions, as float64's sine of more than 2**20 or so
+        raise NotImplementedError(f"PTX: calls are not executed: {made.text}")
+    address, readers = of.address(made.operands[0], pointer), [of.read(o, kind) for o in _spread(made.operands[1])]
+    size = np.dtype(kind).itemsize * len(readers)
+
+    def run(s: Threads) -> None:
+        every, words = address(s), np.stack([s.of_active(read(s)) for read in readers], 1)
+        words = words.view(UINT[words.itemsize])
+        if space == "shared":
+            count_wavefronts(s.counts, every, size, s.mask)
+            s.shared.store(s.of_active(every), words, s.active)
+        else:
+            count_sectors(s.counts, every, s.mask)
+            s.memory.store(s.of_active(every), words, s.of_active(s.block))
+
+    return run
+
+
+def copy(of: Operands, made: Instruction) -> Step:
+    """cp.async [shared], [global], bytes{, bytes to read}: the rest is zero; and its groups."""
+    if "commit_group" in made.modifiers:
+        return lambda s: s.shared.commit(s.active)
+    if "wait_group" in made.modifiers or "wait_all" in made.modifiers:
+        most = made.operands[0].value if made.operands else None
+        return lambda s: s.shared.wait(s.active, most)
+    to, source = of.address(made.operands[0], U32), of.address(made.operands[1], U64)
+    size, wanted = made.operands[2].value, of.read(made.operands[-1], U32)  # of three, all
+    unit = min(size, 8)
+
+    def run(s: Threads) -> None:
+        at, bytes_read, words = source(s), s.warps(wanted(s)).reshape(-1), np.zeros((len(s.active), size), np.uint8)
+        reading = s.mask & (bytes_read > 0)
+        if not np.isin(bytes_read[s.active], (0, size)).all():
+            raise NotImplementedError("PTX: cp.async of a part")
+        if reading.any():
+            count_sectors(s.counts, at, reading)
+            got = s.memory.load(s.warps(at).reshape(-1)[reading], unit, size // unit, s.block[reading])
+            words[reading[s.active]] = got.view(np.uint8)
+        target = to(s)
+        count_wavefronts(s.counts, target, size, s.mask)
+        s.shared.copy(s.of_active(target), words, s.active)
+
+    return run
+
+
+def load_matrices(of: Operands, made: Instruction) -> Step:
+    count, address = int(made.modifiers[3][1:]), of.address(made.operands[1], U32)
+    writers = [of.write(register) for register in made.operands[0]]
+
+    def run(s: Threads) -> None:
+        s.converged("ldmatrix")
+        naming = s.mask & (s.number % 32 < 8 * count)
+        every, rows = s.warps(address(s)).reshape(-1), np.flatnonzero(naming)
+        count_wavefronts(s.counts, every, 16, naming)
+        matrices = s.shared.load(every[rows], 4, 4, rows).view(U16).reshape(-1, count, 8, 8)
+        if "trans" in made.modifiers:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        words = np.ascontiguousarray(matrices.swapaxes(0, 1)).view(U32).reshape(count, -1)
+        for write, word in zip(writers, words, strict=True):
+            write(s, s.of_all(word))
+
+    return run
+
+
+# --- Warps ---------------------------------------------------------------------------------------------------------
 
 #: Types of the operands -> from the bits of registers to values.
 _ELEMENTS = {
@@ -125,171 +261,87 @@ _ELEMENTS = {
 }
 
 
-def product(made: Instruction, readers: Sequence[Sequence[Reader]]) -> Callable[[Threads], None]:
+def product(of: Operands, made: Instruction) -> Step:
     """mma.sync of 16 x k by k x 8, fragments as in the PTX ISA (csrc/cuda/common/mma.cuh repeats them); the sum over k
     is exact, and rounded once to float32."""
-    shape, types = made.modifiers[2], [word for word in made.modifiers if is_type(word)]
+    shape, types = made.modifiers[2], [word for word in made.modifiers if numpy_type(word)]
     known = {("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "tf32")}
     if (shape, types[1]) not in known or types[0] != "f32" or types[3] != "f32":
         raise NotImplementedError(f"PTX: {made.text}")
     values, halves = _ELEMENTS[types[1]], 1 if types[1] == "tf32" else 2
-    k = 8 * halves
+    k, bits = 8 * halves, U16 if types[1] != "tf32" else U32
+    reads = [[of.read(o, F32 if i == 3 else U32) for o in made.operands[i]] for i in (1, 2, 3)]
+    writers = [of.write(register) for register in made.operands[0]]
 
     def run(s: Threads) -> None:
         s.converged("mma.sync")
-        a, b, c = ([s.whole(read(s)).reshape(-1, 8, 4) for read in group] for group in readers)
+        a, b, c = ([s.warps(read(s)).reshape(-1, 8, 4) for read in group] for group in reads)
         # warp, columns' part, rows' part, group, member, half -> warp, row, column
-        a_bits = np.stack(a, 1).reshape(-1, 2, 2, 8, 4, 1).view(U16 if halves == 2 else U32)
+        a_bits = np.stack(a, 1).reshape(-1, 2, 2, 8, 4, 1).view(bits)
         left = values(a_bits).transpose(0, 2, 3, 1, 4, 5).reshape(-1, 16, k)
-        b_bits = np.stack(b, 1).reshape(-1, 2, 8, 4, 1).view(U16 if halves == 2 else U32)
+        b_bits = np.stack(b, 1).reshape(-1, 2, 8, 4, 1).view(bits)
         right = values(b_bits).transpose(0, 1, 3, 4, 2).reshape(-1, k, 8)
         out = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 1, 4, 2, 3)  # warp, rows' part, pair, group, member
-        for i, register in enumerate(made.operands[0]):
-            d = out[:, i // 2, i % 2] + c[i]
-            s.put(register, d.astype(F32).reshape(-1))
+        for i, write in enumerate(writers):
+            write(s, (out[:, i // 2, i % 2] + c[i]).astype(F32).reshape(-1))
 
     return run
 
 
-def load_matrices(made: Instruction, address: Reader) -> Callable[[Threads], None]:
-    count = int(next(word for word in made.modifiers if word in ("x1", "x2", "x4"))[1:])
-    transposed = "trans" in made.modifiers
-
-    def run(s: Threads) -> None:
-        s.converged("ldmatrix")
-        warps = np.flatnonzero(s.mask.reshape(-1, 32).any(1))
-        rows = (warps[:, None] * 32 + np.arange(8 * count)).reshape(-1)
-        every = s.whole(address(s))
-        count_wavefronts(s.counts, every, 16, s.mask & (np.arange(s.count) % 32 < 8 * count))
-        words = s.shared.load(every[rows], 4, 4, rows)
-        matrices = words.view(U16).reshape(-1, count, 8, 8)
-        if transposed:
-            matrices = np.ascontiguousarray(matrices.transpose(0, 1, 3, 2))
-        out = np.ascontiguousarray(matrices).view(U32).reshape(-1, count, 32)
-        for i, register in enumerate(made.operands[0]):
-            s.put_active(register, out[:, i].reshape(-1))
-
-    return run
+#: Of lane, operand and the bits of a segment: the lane that is read.
+_SHUFFLES = {
+    "bfly": lambda lane, by, segment: lane ^ by, "down": lambda lane, by, segment: lane + by,
+    "up": lambda lane, by, segment: lane - by, "idx": lambda lane, by, segment: (lane & segment) | (by & ~segment),
+}  # fmt: skip
 
 
-def shuffle(made: Instruction, readers: Sequence[Reader]) -> Callable[[Threads], None]:
+def shuffle(of: Operands, made: Instruction) -> Step:
     """shfl.sync d|p, a, b, c, members"""
-    mode, destination = made.modifiers[1], made.operands[0]
+    mode, reads = made.modifiers[1], [of.read(o, U32) for o in made.operands[1:]]
+    results = made.operands[0] if isinstance(made.operands[0], Either) else (made.operands[0], "_")
+    write, write_inside = map(of.write, results)
 
     def run(s: Threads) -> None:
-        value, operand, clamp, members = (s.whole(read(s)) for read in readers)
-        lane = np.arange(s.count, dtype=np.int64) & 31
-        there = s.mask.reshape(-1, 32)
-        active = (there << np.arange(32)).sum(1).repeat(32)
-        missing = s.mask & ((members & ~active.astype(U32)) != 0)
-        if missing.any():
+        value, (by, clamp, members) = s.warps(reads[0](s)), (read(s).astype(np.int64) for read in reads[1:])
+        lane, by = s.number & 31, by & 31
+        there = (s.warps(s.mask) << np.arange(32)).sum(1).repeat(32)
+        if (s.mask & (members & ~there != 0)).any():
             raise Fault("divergent shfl.sync: not every thread that its mask names is there")
-        segment, most = ((clamp >> U32(8)) & U32(31)).astype(np.int64), (clamp & U32(31)).astype(np.int64)
-        highest = (lane & segment) | (most & ~segment)
-        by = (operand & U32(31)).astype(np.int64)
-        source = {
-            "bfly": lane ^ by, "down": lane + by, "up": lane - by, "idx": (lane & segment) | (by & ~segment),
-        }[mode]  # fmt: skip
+        segment, most = (clamp >> 8) & 31, clamp & 31
+        highest, source = (lane & segment) | (most & ~segment), _SHUFFLES[mode](lane, by, segment)
         inside = source >= highest if mode == "up" else source <= highest
         source = np.where(inside, source, lane)
-        if (s.mask & ((members >> source.astype(U32)) & U32(1) == 0)).any():
+        if (s.mask & (members >> source & 1 == 0)).any():
             raise Fault("shfl.sync reads a lane that is not in its mask")
-        result = value[(np.arange(s.count) & ~31) + source]
-        if isinstance(destination, Either):
-            s.put(destination.first, result)
-            s.put(destination.second, inside)
-        else:
-            s.put(destination, result)
+        write(s, value.reshape(-1)[(s.number & ~31) + source])
+        write_inside(s, inside)
 
     return run
 
 
-def reduce(made: Instruction, value: Reader) -> Callable[[Threads], None]:
+def reduce(of: Operands, made: Instruction) -> Step:
     """redux.sync over whole warps"""
-    combine = {
-        "max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }[made.modifiers[1]]  # fmt: skip
+    combine = {"max": np.maximum, "min": np.minimum, "add": np.add}[made.modifiers[1]]
+    read, write = of.read(made.operands[1], unit_of(made)), of.write(made.operands[0])
 
     def run(s: Threads) -> None:
         s.converged("redux.sync")
-        rows = s.whole(value(s)).reshape(-1, 32)
-        s.put(made.operands[0], combine.reduce(rows, axis=1, dtype=rows.dtype).repeat(32))
+        rows = s.warps(read(s))
+        write(s, combine.reduce(rows, axis=1, dtype=rows.dtype).repeat(32))
 
     return run
 
 
-# --- Loads and stores ----------------------------------------------------------------------------------------------
+def barrier(of: Operands, made: Instruction) -> Step:
+    def of_warp(s: Threads) -> None:
+        s.converged("bar.warp.sync")
+        s.shared.barrier(s.active, of_warp=True)
 
+    def of_block(s: Threads) -> None:
+        there = s.mask.reshape(-1, s.per_block).sum(1)
+        if (there % s.per_block).any():
+            here = int(there[there % s.per_block != 0][0])
+            raise Fault(f"divergent barrier: {here} of {s.per_block} threads of a block are there")
+        s.shared.barrier(s.active, of_warp=False)
 
-def spread(operand: Operand) -> list[Operand]:
-    """The operands in braces, or the one without."""
-    return list(operand) if type(operand) is tuple else [operand]
-
-
-def unit_of(made: Instruction) -> type:
-    return numpy_type(next(word for word in reversed(made.modifiers) if is_type(word)))
-
-
-def load(made: Instruction, address: Reader, space: str) -> Callable[[Threads], None]:
-    kind = unit_of(made)
-    unit, registers = np.dtype(kind).itemsize, spread(made.operands[0])
-    size = unit * len(registers)
-
-    def run(s: Threads) -> None:
-        threads, every = s.active, s.whole(address(s))
-        at = every[threads]
-        if space == "param":
-            if int(at.max()) + size > len(s.parameters):
-                raise Fault(f"reads byte {int(at.max()) + size} of {len(s.parameters)} bytes of parameters")
-            words = s.parameters[at.astype(np.int64)[:, None] + np.arange(size)].view(UINT[unit])
-        elif space == "shared":
-            count_wavefronts(s.counts, every, size, s.mask)
-            words = s.shared.load(at, unit, len(registers), threads)
-        else:
-            count_sectors(s.counts, every, s.mask)
-            words = s.memory.load(at, unit, len(registers), s.block[threads])
-        for i, register in enumerate(registers):
-            s.put_active(register, np.ascontiguousarray(words[:, i]).view(kind))
-
-    return run
-
-
-def store(made: Instruction, address: Reader, values: Sequence[Reader], space: str) -> Callable[[Threads], None]:
-    size = np.dtype(unit_of(made)).itemsize * len(values)
-
-    def run(s: Threads) -> None:
-        threads, every = s.active, s.whole(address(s))
-        words = np.stack([s.whole(read(s))[threads] for read in values], 1)
-        words = words.view(UINT[words.itemsize])
-        if space == "shared":
-            count_wavefronts(s.counts, every, size, s.mask)
-            s.shared.store(every[threads], words, threads)
-        else:
-            count_sectors(s.counts, every, s.mask)
-            s.memory.store(every[threads], words, s.block[threads])
-
-    return run
-
-
-def copy(made: Instruction, readers: Sequence[Reader]) -> Callable[[Threads], None]:
-    """cp.async [shared], [global], bytes{, bytes to read}: the rest is zero."""
-    size = made.operands[2].value
-
-    def run(s: Threads) -> None:
-        threads, source = s.active, s.whole(readers[1](s))
-        words = np.zeros((len(threads), size), np.uint8)
-        wanted = s.whole(readers[2](s) if len(readers) > 2 else np.array([size], U32))
-        reading = s.mask & (wanted > 0)
-        if not np.isin(wanted[threads], (0, size)).all():
-            raise NotImplementedError("PTX: cp.async of a part")
-        if reading.any():
-            count_sectors(s.counts, source, reading)
-            unit = min(size, 8)
-            got = s.memory.load(source[reading], unit, size // unit, s.block[reading])
-            words[reading[threads]] = got.view(np.uint8)
-        target = s.whole(readers[0](s))
-        count_wavefronts(s.counts, target, size, s.mask)
-        s.shared.copy(target[threads], words, threads)
-
-    return run
+    return of_warp if "warp" in made.modifiers else of_block

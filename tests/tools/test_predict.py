@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks import cli
-from benchmarks.predict import report, rivals, steps, terminal
+from benchmarks.predict import executed, report, rivals, steps, terminal
 from benchmarks.predict.device import relocated
+from benchmarks.predict.profile import Profile
 from benchmarks.predict.record import Array, Launch
 
 BF16 = torch.bfloat16
@@ -110,6 +111,23 @@ def test_repeated_blocks_are_one_launch_to_predict() -> None:
     assert third.address - first.address == 512
     assert one.parameters[:8] == first.address.to_bytes(8, "little")
     assert one.parameters[24:] == b"\1\0\0\0"
+
+
+def test_accesses_are_scaled_to_what_was_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the sources are others by now, nor where data decide the way."""
+    row = {"source": executed.source("phase_statistics"), "guessed": 0} | dict.fromkeys(executed.SCALED, (4, 5))
+    rows = {"phase_statistics": row, "reduce_haar": row, "phase_forward": row | {"guessed": 1}}
+    monkeypatch.setattr(executed, "records", lambda: rows)
+    assert [executed.scales(name) for name in ("reduce_haar", "phase_forward", "patm_mix")] == [{}, {}, {}]
+    found = Profile("", 1, 32, 1, requests=4, asked=8, passes=12, shared_clocks=20, loaded={0: 64}, stored={9: 32})
+    scaled = executed.scaled(found, executed.scales("phase_statistics"))
+    assert (scaled.requests, scaled.asked, scaled.passes, scaled.shared_clocks) == (5, 10, 15, 23)
+    assert (scaled.loaded, scaled.stored, found.loaded) == ({0: 80}, {9: 40}, {0: 64})
+
+
+def test_every_record_names_a_kernel() -> None:
+    for kernel in executed.records():
+        assert len(executed.source(kernel)) == 16
 
 
 def test_steps_have_names_of_their_own() -> None:
