@@ -169,6 +169,26 @@ __device__ inline void load_matrix(const void* matrix, int rows, SharedSpan<T> t
     cp_async<16>(tile + place<C>(i / kWords, i % kWords), static_cast<const T*>(matrix) + int64_t{i} * kWord);
 }
 
+// --- Pairs -----------------------------------------------------------------------------------------------
+
+// Rows of matrices are permuted, so that a thread's two rows of a product are both channels of a pair, or the pair's two
+// outputs, C / 2 apart; pixels of a tile, so that its four columns of two products are neighbours.
+
+// The channel that row `row` of a projection makes.
+__device__ constexpr int channel_of_row(int row) { return row / kStep * kStep + 2 * (row % 8) + row / 8 % 2; }
+// The output channel in row `row` of what lives among outputs.
+template <int C>
+__device__ constexpr int output_of_row(int row) {
+  return row / kStep * 8 + row % 8 + row / 8 % 2 * (C / 2);
+}
+// The output channel at place i of a pixel whose outputs lie in pairs.
+template <int C>
+__device__ constexpr int output_at(int i) {
+  return i / 2 + i % 2 * (C / 2);
+}
+// The pixel, of 16, in row i of a tile.
+__device__ constexpr int pixel_of(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
+
 // --- Fragments -------------------------------------------------------------------------------------------
 
 // A operand: 16 rows of the tile, channels 16 step .. 16 step + 15.
