@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
   const int begin = part * lines.tiles_of_part;
   const int end = begin + lines.tiles_of_part < lines.tiles ? begin + lines.tiles_of_part : lines.tiles;
   const auto is_tile = [&](int tile) { return tile >= 0 && tile < lines.tiles; };
-  const auto x_tile = [&](int tile) { return memory + (P::kX + (tile + 3) % 3 * kTile); };
-  const auto grad_tile = [&](int tile) { return memory + (P::kGrad + tile % 3 * kTile); };
+  const auto x_tile = [&](int slot) { return memory + (P::kX + slot * kTile); };
+  const auto grad_tile = [&](int slot) { return memory + (P::kGrad + slot * kTile); };
   const SharedSpan<T> mixed = memory + P::kMixed;
   const SharedSpan<uint32_t> waves_at = shared_cast<uint32_t>(memory + P::kWaves);
   const auto line = [&](int half) { return waves_at + (half * (C / 2) + block.pair()) * kLine; };
@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
   const auto constants = [&](int which) { return floats + (P::kConstantsAt + which * C); };
   const T* const x = static_cast<const T*>(p.image.x) + n * p.x.n;
   const T* const grad = static_cast<const T*>(p.grad) + n * p.grad_strides.n;
-  // What the step of tile `step` reads: x of the next tile, the gradient of this one.
-  const auto fetch_for = [&](int step) {
-    if (step < end && is_tile(step + 1)) block.fetch(x, p.x, branch, lines, step + 1, x_tile(step + 1));
-    if (step >= begin && step < end) block.fetch(grad, p.grad_strides, branch, lines, step, grad_tile(step));
+  // What the step of tile `step` reads: x of the next tile, the gradient of this one. `slot`, of three, is the step's.
+  const auto fetch_for = [&](int step, int slot) {
+    if (step < end && is_tile(step + 1)) block.fetch(x, p.x, branch, lines, step + 1, x_tile(after(slot)));
+    if (step >= begin && step < end) block.fetch(grad, p.grad_strides, branch, lines, step, grad_tile(slot));
     cp_async_commit();
   };
   block.keep_projection(p.z[branch], memory);
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
       }
     }
   }
-  fetch_for(begin - 2);
-  fetch_for(begin - 1);
+  fetch_for(begin - 2, 0);
+  fetch_for(begin - 1, 1);
   block.keep_taps(p.taps[branch], floats);
   for (int i = static_cast<int>(threadIdx.x); i < C; i += kThreads) {
     const float scale = p.scale[branch][i];
@@ -98,19 +98,20 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
   const float path = p.path == nullptr ? 1.0f : p.path[n];
   const int half_of_columns = block.warp / LineBlock<T, C>::kChunks;
   float d_proj[kPairs][2][4] = {}, d_bias[2] = {}, d_a[4] = {};  // of the branch and of the third one, two outputs each
+  int slot = 0;
 #pragma unroll 1
-  for (int tile = begin - 2; tile < end; ++tile) {
-    const int next = tile + 1;
+  for (int tile = begin - 2; tile < end; ++tile, slot = after(slot)) {
+    const int next = tile + 1, slot_of_next = after(slot);
     cp_async_wait<1>();
-    if (is_tile(next)) normalise<T, C, kThreads>(p.image, n, kPlaces, x_tile(next));
+    if (is_tile(next)) normalise<T, C, kThreads>(p.image, n, kPlaces, x_tile(slot_of_next));
     __syncthreads();
     {
       Products z = {}, theta = {};
-      const int at = block.at(next);
+      const int at = block.at(slot_of_next);
       uint32_t words[2][4] = {};
       if (is_tile(next)) {
-        block.multiply_places(x_tile(next), memory, z, theta);
-        const Four four(lines, next, block.first + 4 * block.member);
+        block.multiply_places(x_tile(slot_of_next), memory, z, theta);
+        const Four four(lines, next, block.first + 4 * block.member, 0, 0);
         float of[3][2];
 #pragma unroll
         for (int which = 0; which < 3; ++which) {
@@ -143,15 +144,15 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
     }
     Products d = {}, third = {};
     if (tile >= begin) {
-      block.multiply_places(grad_tile(tile), memory + 2 * C * C, d);
+      block.multiply_places(grad_tile(slot), memory + 2 * C * C, d);
       if (branch == 0) {
         if constexpr (kHeld<C>) {
-          block.multiply_places(x_tile(tile), memory + 3 * C * C, third);
+          block.multiply_places(x_tile(slot), memory + 3 * C * C, third);
         } else {
 #pragma unroll 2
           for (int step = 0; step < C / kStep; ++step) {
             Fragment a[4], b[4];
-            load_columns<C>(b, x_tile(tile), block.first, step);
+            load_columns<C>(b, x_tile(slot), block.first, step);
             block.from_caches(p.z_c, [](int row) { return output_of_row<C>(row); }, step, a);
             multiply<T>(third, a, b);
           }
@@ -159,13 +160,13 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
       }
     }
     __syncthreads();
-    fetch_for(tile + 2);
+    fetch_for(tile + 2, after(slot_of_next));
     if (tile < begin) continue;
     float sums[2][4];  // what this branch adds to the mixed, [output of the pair][place]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 words[3];
-      block.around(line(half), tile, words);
+      block.around(line(half), slot, words);
       float near[2][3 * kMargin];
       block.unpack(words, near);
       float convolved[4] = {};
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
 #pragma unroll
     for (int row = 0; row < kPlaces; row += kStep) {
       Fragment a[4];
-      load_rows_transposed<C>(a, grad_tile(tile), row, block.chunk);
+      load_rows_transposed<C>(a, grad_tile(slot), row, block.chunk);
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         Fragment b[4];
@@ -208,8 +209,9 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
         multiply<T>(d_proj[pair], a, b);
       }
     }
-    if (branch == 0) add_columns<T, C>(d_bias, grad_tile(tile), kPlaces, block.warp);
+    if (branch == 0) add_columns<T, C>(d_bias, grad_tile(slot), kPlaces, block.warp);
   }
+  cp_async_wait<0>();  // a part without a tile has not waited for its weights
   float* const out = p.d_proj + ((n * 2 + branch) * p.parts + part) * (C * C + C);
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
@@ -251,8 +253,8 @@ void run(const PatmArgs& args, const Plane& grad, const float* a, float* d_a, fl
   const Workspace places(args, cut);
   float* const partial = static_cast<float*>(workspace);
   Params p = {image_of(args),
-              strides_of(args.x),
-              strides_of(grad),
+              strides_of(args.x, "x"),
+              strides_of(grad, "grad"),
               grad.data,
               {args.z_h, args.z_w},
               {args.theta_h, args.theta_w},

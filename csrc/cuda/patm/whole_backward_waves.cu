@@ -89,16 +89,19 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
       constants(kMean)[i] = p.d_mean[n * C + i];
     }
   }
-  const int64_t step_of_place = branch == 0 ? 1 : p.image.w, step_of_line = branch == 0 ? p.image.w : 1;
+  const int step_of_place = branch == 0 ? 1 : p.image.w, step_of_line = branch == 0 ? p.image.w : 1;
   T* const gradients = static_cast<T*>(p.gradients) + n * p.image.h * p.image.w * (5 * C) + block.channel();
   const auto pixel = [&](const Four& four, int i) {
-    return gradients + (four.place_of(i) * step_of_place + four.line_of(i) * step_of_line) * (5 * C);
+    return gradients + static_cast<int64_t>(four.at(i)) * (5 * C);
   };
   float d_taps[2][2][kPhaseTaps] = {};  // [output of the pair][channel of the pair]
   float sum_pre[2] = {}, sum_pre_theta[2] = {}, sum_z[2] = {}, sum_third[2] = {};
+  Four four, four_of_next;
+  int slot = 0;  // of the ring, the tile's
 #pragma unroll 1
-  for (int tile = begin - 2; tile < end; ++tile) {
+  for (int tile = begin - 2; tile < end; ++tile, slot = after(slot)) {
     const int next = tile + 1;
+    four = four_of_next;
     cp_async_wait<1>();
     if (tile >= begin) normalise<T, C, kThreads>(p.image, n, kPlaces, x_tile(tile));
     __syncthreads();
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
       uint32_t words[4] = {};
       if (is_tile(next)) {
         block.multiply_places(grad_tile(next), memory + 2 * C * C, d);
-        const Four four(lines, next, block.first + 4 * block.member);
+        four_of_next = Four(lines, next, block.first + 4 * block.member, step_of_place, step_of_line);
         const bool mine = branch == 0 && next >= begin && next < end;
         float weight[2], third_weight[2], mean[2];
 #pragma unroll
@@ -119,28 +122,27 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (!four.exists(i)) continue;
+          if (!four_of_next.exists(i)) continue;
           const float of[2] = {d[i / 2][i % 2], d[i / 2][2 + i % 2]};
           words[i] = packed<T>(of[0] * weight[0] + mean[0], of[1] * weight[1] + mean[1]);
           if (!mine) continue;
           const float third[2] = {of[0] * third_weight[0] + mean[0], of[1] * third_weight[1] + mean[1]};
           sum_third[0] += third[0];
           sum_third[1] += third[1];
-          store(pixel(four, i) + 2 * C, third);
+          store(pixel(four_of_next, i) + 2 * C, third);
         }
       }
-      shared_cast<uint4>(line + block.at(next))[0] = uint4{words[0], words[1], words[2], words[3]};
+      shared_cast<uint4>(line + block.at(after(slot)))[0] = uint4{words[0], words[1], words[2], words[3]};
     }
     Products z = {}, theta = {};
     if (tile >= begin) block.multiply_places(x_tile(tile), memory, z, theta);
     __syncthreads();
     fetch_for(tile + 2);
     if (tile < begin) continue;
-    const Four four(lines, tile, block.first + 4 * block.member);
     float near[2][3 * kMargin];
     {
       uint4 words[3];
-      block.around(line, tile, words);
+      block.around(line, slot, words);
       block.unpack(words, near);
     }
     float d_z[2][4], d_theta[2][4];  // [channel of the pair]
@@ -195,6 +197,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
       store(to + (3 + branch) * C, of_theta);
     }
   }
+  cp_async_wait<0>();  // a part without a tile has not waited for its weights
   float* const out = p.partial + ((branch * p.n + n) * p.parts + part) * (kSums * C);
   const SharedSpan<float> scratch = shared_cast<float>(memory);
 #pragma unroll
@@ -221,8 +224,8 @@ void run(const PatmArgs& args, const PatmWaveGradArgs& grads, void* workspace, i
   const auto vector = [](const void* data) { return static_cast<const float*>(data); };
   const Cut cut(args, multiprocessors, kBlocks<C>);
   Params p = {image_of(args),
-              strides_of(args.x),
-              strides_of(grads.grad),
+              strides_of(args.x, "x"),
+              strides_of(grads.grad, "grad"),
               grads.grad.data,
               {args.z_h, args.z_w},
               {args.theta_h, args.theta_w},

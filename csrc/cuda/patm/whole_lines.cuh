@@ -62,26 +62,40 @@ struct Cut {
 
 // A tensor's address in elements: of image n, then by place and line of a branch.
 struct Strides {
-  int64_t n, place[2], line[2];
+  int64_t n;
+  int place[2], line[2];
 };
-inline Strides strides_of(const int64_t (&nhw)[3]) { return {nhw[0], {nhw[2], nhw[1]}, {nhw[1], nhw[2]}}; }
-inline Strides strides_of(const Plane& plane) {
-  return strides_of({plane.stride[0], plane.stride[2], plane.stride[3]});
+inline Strides strides_of(const Plane& plane, const char* name) {
+  for (int k : {2, 3})
+    if (plane.stride[k] > INT32_MAX)
+      throw std::invalid_argument(std::string(name) + ": got a stride of " + std::to_string(plane.stride[k]) +
+                                  " elements from one pixel to the next; up to 2147483647 would work");
+  const int h = static_cast<int>(plane.stride[2]), w = static_cast<int>(plane.stride[3]);
+  return {plane.stride[0], {w, h}, {h, w}};
 }
 
-// Where a thread's four places of a tile lie.
+// Where a thread's four places of a tile lie: which of them are pixels, and these pixels' numbers.
 struct Four {
-  int line, at, length, count;
+  unsigned mask = 0;
+  int pixel = 0, step = 0, until_next = 0, to_next = 0;
 
-  __device__ Four(const Lines& of, int tile, int first) : length(of.length), count(of.count) {
+  __device__ Four() = default;
+  __device__ Four(const Lines& of, int tile, int first, int step_of_place, int step_of_line) : step(step_of_place) {
+    const int pitch = of.length + kReach;
     uint32_t value = static_cast<uint32_t>(tile * kPlaces + first);
-    at = static_cast<int>(of.pitch.take(value));
-    line = static_cast<int>(value);
+    const int at = static_cast<int>(of.pitch.take(value)), line = static_cast<int>(value);
+    pixel = at * step_of_place + line * step_of_line;
+    until_next = pitch - at;
+    to_next = step_of_line - pitch * step_of_place;
+    const int here = of.length - at, next = of.length < 4 ? of.length : 4;
+    if (line < of.count && here > 0) mask = here < 4 ? (1u << here) - 1 : 15u;
+    if (line + 1 < of.count && until_next < 4) mask |= ((1u << next) - 1) << until_next;
   }
-  __device__ int place_of(int i) const { return at + i < length + kReach ? at + i : at + i - length - kReach; }
-  __device__ int line_of(int i) const { return line + (at + i < length + kReach ? 0 : 1); }
-  __device__ bool exists(int i) const { return place_of(i) < length && line_of(i) < count; }
+  __device__ bool exists(int i) const { return (mask >> i & 1u) != 0; }
+  __device__ int at(int i) const { return pixel + i * step + (i < until_next ? 0 : to_next); }
 };
+
+__device__ constexpr int after(int slot) { return slot == 2 ? 0 : slot + 1; }  // of three
 
 // What a block of these kernels does: shared by them.
 template <class T, int C>
@@ -108,7 +122,8 @@ struct LineBlock {
       const int at = static_cast<int>(lines.pitch.take(line));
       if (at < lines.length && static_cast<int>(line) < lines.count) {
         cp_async<16>(to + place<C>(row, word),
-                     source + at * strides.place[branch] + line * strides.line[branch] + word * kWord);
+                     source + static_cast<int64_t>(at) * strides.place[branch] +
+                         static_cast<int64_t>(line) * strides.line[branch] + word * kWord);
       } else {
         shared_cast<uint4>(to + place<C>(row, word))[0] = uint4{};
       }
@@ -144,7 +159,7 @@ struct LineBlock {
   // Products of matrices, one behind the other in memory, with the warp's places of a tile, all from one read of these.
   template <class... Sums>
   __device__ void multiply_places(SharedSpan<T> tile, SharedSpan<T> matrices, Sums&... sums) const {
-#pragma unroll 2
+#pragma unroll
     for (int step = 0; step < C / kStep; ++step) {
       Fragment b[4], a[4];
       load_columns<C>(b, tile, first, step);
@@ -153,11 +168,11 @@ struct LineBlock {
     }
   }
 
-  // The line's words at this thread's places of a tile.
-  __device__ int at(int tile) const { return (tile + 3) % 3 * kPlaces + first + 4 * member; }
-  // From four places before them on: eight before and behind, as words of two elements.
-  __device__ void around(SharedSpan<uint32_t> line, int tile, uint4 (&words)[3]) const {
-    const int here = at(tile);
+  // The line's words at this thread's places of a slot of the ring.
+  __device__ int at(int slot) const { return slot * kPlaces + first + 4 * member; }
+  // From four places before them on: twelve, as words of two elements.
+  __device__ void around(SharedSpan<uint32_t> line, int slot, uint4 (&words)[3]) const {
+    const int here = at(slot);
     words[0] = shared_cast<uint4>(line + ((here == 0 ? kRing : here) - kMargin))[0];
     words[1] = shared_cast<uint4>(line + here)[0];
     words[2] = shared_cast<uint4>(line + (here + kMargin == kRing ? 0 : here + kMargin))[0];
