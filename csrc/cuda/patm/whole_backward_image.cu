@@ -20,6 +20,7 @@ struct Slice {
   static constexpr int kPairs = kChannels / kStep, kGroups = kWarps / kPairs;  // of warps, for the weights' gradient
   static constexpr int kChunks = kProjections * C / kStep;
   static constexpr int kOfWarp = (kChunks + kGroups - 1) / kGroups;
+  static constexpr int kUnroll = C == 128 ? 1 : C / kStep / 2;  // 80 sums leave few registers
   static constexpr int kRow = kChannels + kWord;  // of the weights: odd multiples of 16 bytes fill the banks evenly
   static constexpr int kMatrix = C * kRow, kTile = kPixels * C;
   // In elements: weights of the projections, then of the image; two sets of tiles, the image's last.
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
   // The warp's part of the image's gradient: 16 pixels, kColumns channels; of the weights': rows of 16, 16 channels.
   constexpr int kOfPixels = S::kChannels / S::kColumns, kParts = S::kColumns / 8;
   const int of_pixels = warp / kOfPixels * kStep, of_channels = warp % kOfPixels * S::kColumns;
-  const int pair = warp % S::kPairs, first_chunk = warp / S::kPairs * S::kOfWarp;
+  const int pair = warp % S::kPairs, share = warp / S::kPairs;
+  const int own = place<C>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   float line[kParts][2] = {};
   const float size = with_line ? *p.size : 1.0f;
   if (with_line) {
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
     const auto add_product = [&](int which) {
       const SharedSpan<T> from = tile_at(tile, which);
       const SharedSpan<T> weights = memory + (which * S::kMatrix + of_channels);
-#pragma unroll
+#pragma unroll S::kUnroll
       for (int step = 0; step < C / kStep; step += 2) {
         Fragment a[2][4], b[4];
         load_rows<C>(a[0], from, of_pixels, step);
@@ -163,10 +165,17 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
       load_columns_transposed<C>(b, x, row, slice * S::kPairs + pair);
 #pragma unroll
       for (int k = 0; k < S::kOfWarp; ++k) {
-        const int chunk = first_chunk + k;
-        if (S::kChunks % S::kOfWarp != 0 && chunk >= S::kChunks) break;
+        constexpr int kOfProjection = C / kStep;
         Fragment a[4];
-        load_rows_transposed<C>(a, tile_at(tile, chunk / (C / kStep)), row, chunk % (C / kStep));
+        if constexpr (kOfProjection % S::kGroups == 0) {  // all but the share is known: one address serves
+          const int first = k * S::kGroups;
+          ldmatrix_x4<true>(a, tile_at(tile, first / kOfProjection) +
+                                   (row * C + moved<C>(moved<C>(own, share), first % kOfProjection)));
+        } else {
+          const int chunk = k * S::kGroups + share;
+          if (chunk >= S::kChunks) break;
+          ldmatrix_x4<true>(a, tile_at(tile, chunk / kOfProjection) + (row * C + moved<C>(own, chunk % kOfProjection)));
+        }
         multiply<T>(d_weights[k], a, b);
       }
     }
@@ -175,7 +184,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
   float* const out = p.partial + run * (kProjections * C * C) + first_channel + pair * kStep + 2 * member;
 #pragma unroll
   for (int k = 0; k < S::kOfWarp; ++k) {
-    const int chunk = first_chunk + k;
+    const int chunk = k * S::kGroups + share;
     if (chunk >= S::kChunks) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -46,6 +46,15 @@ def why_not(*tensors: Tensor) -> str | None:
     return None
 
 
+def why_not_these(x: Tensor, hidden: int, dtype: torch.dtype) -> str | None:
+    """The same, of weights: hidden channels of the branch weights' MLP, dtype of the projections."""
+    if hidden > MOST_HIDDEN:
+        return f"it takes up to {MOST_HIDDEN} hidden channels, got {hidden}"
+    if dtype != x.dtype:
+        return f"it takes weights of x's dtype, {x.dtype}, got {dtype}"
+    return None
+
+
 @functools.cache
 def _shared(channels: int) -> int:
     core: Any = _native.cuda_core
