@@ -155,8 +155,8 @@ class Back(OnGpu):
         moments = whole.moments(whole.Image(wide["x"], wide["scale"], wide["shift"]), "reference")
         statistics = (0.1 * randn(2, c)).float(), 1 + randn(2, c).square().float(), *moments
         made |= {name: t.to(device) if case.of_batch else None for name, t in zip(self.STATISTICS, statistics)}
-        made["mean"] = reference.patm(whole._read(whole.Image(wide["x"], wide["scale"], wide["shift"])),
-                                      {k: 0 if t is None else t for k, t in wide.items()})[1].float().to(device)
+        given = whole.Image(wide["x"], wide["scale"], wide["shift"]), None, False, *split(wide)
+        made["mean"] = whole.forward(*given, "reference")[1].float().to(device)
         return made
 
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
@@ -267,8 +267,8 @@ class Back(OnGpu):
         if case.of_batch:
             self._through_statistics(t, torch.stack(sums), torch.stack(e_sums), made, read, d_x, u, few)
         made["image"] = made["image"] + u * (exact["image"].abs() + made["image"])
-        return {name: torch.broadcast_to(made[name].reshape(-1).reshape(exact[name].shape), exact[name].shape)
-                for name in exact}  # fmt: skip
+        out = {name: made[name].reshape(want.shape) for name, want in exact.items()}
+        return {name: of + u * (exact[name].abs() + of) if name in ON_X else of for name, of in out.items()}
 
     def _through_statistics(self, t: Any, sums: Tensor, e_sums: Tensor, made: Any, read: Tensor, d_x: Tensor, u: float,
                             few: float) -> None:  # fmt: skip
