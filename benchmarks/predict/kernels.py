@@ -240,7 +240,11 @@ def _patm_whole(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any
         taps = torch.empty(c, 2, 1, 7), torch.empty(c, 2, 7, 1)
         mlp = torch.empty(c // 4, c, 1, 1), _vector(c // 4), torch.empty(3 * c, c // 4, 1, 1), _vector(3 * c)
         convolutions = (image((c, c, 1, 1)), None) * 3 + (image((c, c, 1, 1)), image((c,))) * 3
-        maps, path, weights = Affine(*(_vector(c) for _ in range(4))), _vector(shape[0]), Weights(*convolutions, *taps, *mlp)
+        maps, path, weights = (
+            Affine(*(_vector(c) for _ in range(4))),
+            _vector(shape[0]),
+            Weights(*convolutions, *taps, *mlp),
+        )
         if what == "forward":
             return whole.forward(x, path, True, weights, maps, "cuda")
         wide = torch.empty(c, dtype=torch.float64), torch.empty(c, c, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""PATM from end to end on a GPU: moments and forward of the CUDA kernels against the reference in float64."""
+"""PATM from end to end on a GPU: the CUDA kernels against the reference in float64."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ class Back(OnGpu):
         wide = {name: None if t is None else t.double().cpu() for name, t in made.items()}
         moments = whole.moments(whole.Image(wide["x"], wide["scale"], wide["shift"]), "reference")
         statistics = (0.1 * randn(2, c)).float(), 1 + randn(2, c).square().float(), *moments
-        made |= {name: t.to(device) if case.of_batch else None for name, t in zip(self.STATISTICS, statistics)}
+        given_ones = statistics if case.of_batch else (None,) * 4
+        made |= {name: None if t is None else t.to(device) for name, t in zip(self.STATISTICS, given_ones, strict=True)}
         given = whole.Image(wide["x"], wide["scale"], wide["shift"]), None, False, *split(wide)
         made["mean"] = whole.forward(*given, "reference")[1].float().to(device)
         return made
@@ -168,8 +169,8 @@ class Back(OnGpu):
         return {"image": made.image, "sums": made.sums} | made.weights
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
-        """As forward: what comes in, through absolute values, and a step's own rounding. Rounded to the element type are
-        the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
+        """As forward: what comes in, through absolute values, and a step's own rounding. Rounded to the element type
+        are the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
         u, t = UNIT_ROUNDOFF[case.dtype], tensors
         n, c, h, w = case.shape
         pixels = h * w
@@ -207,7 +208,10 @@ class Back(OnGpu):
         d_a = {b: (mixed_gradient.abs() * d_branch[b] + (d_mixed + few * mixed_gradient.abs()) * branch[b].abs())
                .sum((2, 3)) for b in "hwc"}  # fmt: skip
         by_a = {b: (mixed_gradient * branch[b]).sum((2, 3)) for b in "hwc"}
-        size_a, error_a = sum(a[b][..., 0, 0] * by_a[b].abs() for b in "hwc"), sum(a[b][..., 0, 0] * d_a[b] for b in "hwc")
+        size_a, error_a = (
+            sum(a[b][..., 0, 0] * by_a[b].abs() for b in "hwc"),
+            sum(a[b][..., 0, 0] * d_a[b] for b in "hwc"),
+        )
         made: Any = {}
         logits, d_logits = (
             torch.stack([a[b][..., 0, 0] * (own[b].abs() + whole_) for b in "hwc"], 2).flatten(1)
@@ -222,7 +226,6 @@ class Back(OnGpu):
         d_mean = ((d_pre + few * pre) @ fc1 / pixels)[..., None, None]
         # Of mean itself: from the exact gradient of the hidden layer, whose logits' gradient may cancel.
         mean = _mean_gradient(torch.stack([by_a[b] for b in "hwc"], 2), mlp, t)[..., None, None] / pixels
-        mixed = sum(branch[b] * a[b] for b in "hwc")
         e_mixed = sum((d_branch[b] + 2 * u * branch[b].abs()) * a[b] for b in "hwc")
         made["proj"] = over_pixels(grad.abs(), e_mixed + few * sum(branch[b].abs() * a[b] for b in "hwc"))
         made["proj_bias"] = few * grad.abs().sum((0, 2, 3))
@@ -244,7 +247,7 @@ class Back(OnGpu):
             scale = t[f"scale_{b}"][:, None, None].abs()
             image_[f"theta_{b}"], error[f"theta_{b}"] = scale * turn, scale * e_turn
             center = (theta - (0 if t["center"] is None else t["center"]["hw".index(b)][:, None, None])).abs()
-            apart = center + 0 if t["center"] is None else center
+            apart = center
             e_sums.append(torch.stack(((e_turn + few * turn.abs()).sum((0, 2, 3)),
                 (e_turn * apart + turn.abs() * (d_theta + few * (apart + theta.abs()))).sum((0, 2, 3)))))  # fmt: skip
             sums.append(torch.stack((turn.abs().sum((0, 2, 3)), (turn.abs() * apart).sum((0, 2, 3)))))
@@ -299,7 +302,10 @@ def _mean_gradient(d_a: Tensor, mlp: Any, t: Any) -> Tensor:
     return pre @ t["fc1"].flatten(1)
 
 
-test_contract = each.case(OnGpu(), Lit(), Back())
+test_contract = each.case(OnGpu(), Lit())
+ONE: Any = {"shape": ((2, 64, 3, 21),), "map": ("by image",), "layout": ("sliced",), "of_batch": (True,)}
+test_contract_of_a_gradient = each.case(Back({"cuda": HALF[:1]}, **ONE))
+test_contract_of_gradients = pytest.mark.prove(each.case(Back()))
 
 
 @on("cuda")

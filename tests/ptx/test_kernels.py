@@ -57,7 +57,18 @@ SESSIONS = {
     "patm-cuda": Session(
         "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
     ),
-    "patm_whole-cuda": Session("cuda and contract", ("whole_moments", "whole_branch_weights", "whole_mix")),
+    "patm_whole-cuda": Session(
+        "cuda and contract",
+        (
+            "whole_moments",
+            "whole_branch_weights",
+            "whole_mix",
+            "whole_backward_mixed",
+            "whole_backward_waves",
+            "whole_backward_image",
+            "whole_sums",
+        ),
+    ),
     "batch_norm-triton": Session("triton and contract", ("norm.triton_batch_norm",)),
 }
 

@@ -171,8 +171,8 @@ __device__ inline void load_matrix(const void* matrix, int rows, SharedSpan<T> t
 
 // --- Pairs -----------------------------------------------------------------------------------------------
 
-// Rows of matrices are permuted, so that a thread's two rows of a product are both channels of a pair, or the pair's two
-// outputs, C / 2 apart; pixels of a tile, so that its four columns of two products are neighbours.
+// Rows of matrices are permuted, so that a thread's two rows of a product are both channels of a pair, or the pair's
+// two outputs, C / 2 apart; pixels of a tile, so that its four columns of two products are neighbours.
 
 // The channel that row `row` of a projection makes.
 __device__ constexpr int channel_of_row(int row) { return row / kStep * kStep + 2 * (row % 8) + row / 8 % 2; }
@@ -191,7 +191,8 @@ __device__ constexpr int pixel_of(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i 
 
 // --- Fragments -------------------------------------------------------------------------------------------
 
-// `place` of word 2 step + 0 or 1, from that of word 0 or 1 of the same row: next to no arithmetic where `step` is known.
+// `place` of word 2 step + 0 or 1, from that of word 0 or 1 of the same row: next to no arithmetic where `step` is
+// known.
 template <int C>
 __device__ constexpr int moved(int first, int step) {
   return C % 64 == 0 ? first ^ step * kStep : (first ^ step % 2 * kStep) + step / 2 * (2 * kStep);

@@ -14,8 +14,8 @@ constexpr int kProjections = 5, kThirdSlot = 2;
 template <int C_>
 struct Slice {
   static constexpr int C = C_, kSlices = C == 64 ? 1 : 2, kChannels = C / kSlices;
-  static constexpr int kPixels = C == 64 ? 64 : 32;            // of a tile
-  static constexpr int kColumns = kPixels == 64 ? 16 : 8;      // of the image's gradient, by warp, for 16 pixels
+  static constexpr int kPixels = C == 64 ? 64 : 32;        // of a tile
+  static constexpr int kColumns = kPixels == 64 ? 16 : 8;  // of the image's gradient, by warp, for 16 pixels
   static constexpr int kWarps = kPixels / kStep * (kChannels / kColumns), kThreads = 32 * kWarps;
   static constexpr int kPairs = kChannels / kStep, kGroups = kWarps / kPairs;  // of warps, for the weights' gradient
   static constexpr int kChunks = kProjections * C / kStep;
@@ -31,7 +31,7 @@ struct Slice {
 
 struct Params {
   Image image;
-  const void* gradients;                  // (n, h, w, 5, C)
+  const void* gradients;                   // (n, h, w, 5, C)
   const void* matrices[kProjections + 1];  // (C, C), the last one transposed; null: no statistics
   const float *vector, *size;              // (C); what the last matrix has been divided by
   int64_t tiles, tiles_of_block;
@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
   const float size = with_line ? *p.size : 1.0f;
   if (with_line) {
 #pragma unroll
-    for (int k = 0; k < kParts; ++k)
-      load(p.vector + first_channel + of_channels + 8 * k + 2 * member, line[k]);
+    for (int k = 0; k < kParts; ++k) load(p.vector + first_channel + of_channels + 8 * k + 2 * member, line[k]);
   }
   float d_weights[S::kOfWarp][2][4] = {};
 #pragma unroll 1
@@ -151,8 +150,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
       if (row >= count) continue;
       uint32_t y = static_cast<uint32_t>(first_of(tile) + row);
       const uint32_t column = p.image.width.take(y);
-      T* const out = static_cast<T*>(p.d_image) + n * p.out_stride[0] + y * p.out_stride[1] +
-                     column * p.out_stride[2] + first_channel + of_channels + 2 * member;
+      T* const out = static_cast<T*>(p.d_image) + n * p.out_stride[0] + y * p.out_stride[1] + column * p.out_stride[2] +
+                     first_channel + of_channels + 2 * member;
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
         const float both[2] = {d[k][2 * low], d[k][2 * low + 1]};

@@ -1,8 +1,8 @@
 // The gradients of PATM's branch weights and output projection, from x and the output's gradient.
 //
 // Each branch is made again along its lines, waves one tile ahead of what they convolve to. With d = proj^T grad the
-// branch weights' gradient is the sum over an image of d times a branch; proj's is the sum over all pixels of grad times
-// what was mixed, to which each branch adds its own part: no block has to know both.
+// branch weights' gradient is the sum over an image of d times a branch; proj's is the sum over all pixels of grad
+// times what was mixed, to which each branch adds its own part: no block has to know both.
 #include "cuda/patm/whole_lines.cuh"
 
 namespace wavemix::whole {
@@ -41,8 +41,7 @@ struct Params {
 };
 
 template <class T, int C>
-__global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
-    patm_mixed_gradients(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_mixed_gradients(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
   using P = Places<T, C>;
   constexpr int kThreads = kLineThreads<C>, kTile = kPlaces * C, kPairs = C / 32;
@@ -139,8 +138,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        shared_cast<uint4>(line(half) + at)[0] =
-            uint4{words[half][0], words[half][1], words[half][2], words[half][3]};
+        shared_cast<uint4>(line(half) + at)[0] = uint4{words[half][0], words[half][1], words[half][2], words[half][3]};
     }
     Products d = {}, third = {};
     if (tile >= begin) {
@@ -193,10 +191,9 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>)
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      shared_cast<Fragment>(mixed +
-                            place<C>(block.first + i / 2 * 8 + 2 * block.member + i % 2,
-                                     2 * block.chunk + block.group / 4) +
-                            block.group % 4 * 2)[0] = packed<T>(sums[0][i], sums[1][i]);
+      shared_cast<Fragment>(
+          mixed + place<C>(block.first + i / 2 * 8 + 2 * block.member + i % 2, 2 * block.chunk + block.group / 4) +
+          block.group % 4 * 2)[0] = packed<T>(sums[0][i], sums[1][i]);
     __syncthreads();
 #pragma unroll
     for (int row = 0; row < kPlaces; row += kStep) {

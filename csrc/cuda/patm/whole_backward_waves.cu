@@ -91,9 +91,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
   }
   const int step_of_place = branch == 0 ? 1 : p.image.w, step_of_line = branch == 0 ? p.image.w : 1;
   T* const gradients = static_cast<T*>(p.gradients) + n * p.image.h * p.image.w * (5 * C) + block.channel();
-  const auto pixel = [&](const Four& four, int i) {
-    return gradients + static_cast<int64_t>(four.at(i)) * (5 * C);
-  };
+  const auto pixel = [&](const Four& four, int i) { return gradients + static_cast<int64_t>(four.at(i)) * (5 * C); };
   float d_taps[2][2][kPhaseTaps] = {};  // [output of the pair][channel of the pair]
   float sum_pre[2] = {}, sum_pre_theta[2] = {}, sum_z[2] = {}, sum_third[2] = {};
   Four four, four_of_next;
@@ -204,17 +202,14 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int even = 0; even < 2; ++even)
-      block.add_up(d_taps[half][even], scratch, [&](int k, float sum) {
-        out[((block.pair() + half * (C / 2)) * 2 + even) * kPhaseTaps + k] = sum;
-      });
+      block.add_up(d_taps[half][even], scratch,
+                   [&](int k, float sum) { out[((block.pair() + half * (C / 2)) * 2 + even) * kPhaseTaps + k] = sum; });
   }
   float* const more = out + block.channel();
   block.add_up(sum_pre, scratch, [&](int even, float sum) { more[kPre * C + even] = sum; });
   block.add_up(sum_pre_theta, scratch, [&](int even, float sum) { more[kPreTheta * C + even] = sum; });
   block.add_up(sum_z, scratch, [&](int even, float sum) { more[kZ * C + even] = sum; });
-  block.add_up(sum_third, scratch, [&](int half, float sum) {
-    out[kThird * C + block.pair() + half * (C / 2)] = sum;
-  });
+  block.add_up(sum_third, scratch, [&](int half, float sum) { out[kThird * C + block.pair() + half * (C / 2)] = sum; });
 }
 
 // --- Launches --------------------------------------------------------------------------------------------

@@ -121,9 +121,8 @@ struct LineBlock {
       uint32_t line = static_cast<uint32_t>(tile * kPlaces + row / kStep * kStep + pixel_of(row % kStep));
       const int at = static_cast<int>(lines.pitch.take(line));
       if (at < lines.length && static_cast<int>(line) < lines.count) {
-        cp_async<16>(to + place<C>(row, word),
-                     source + static_cast<int64_t>(at) * strides.place[branch] +
-                         static_cast<int64_t>(line) * strides.line[branch] + word * kWord);
+        cp_async<16>(to + place<C>(row, word), source + static_cast<int64_t>(at) * strides.place[branch] +
+                                                   static_cast<int64_t>(line) * strides.line[branch] + word * kWord);
       } else {
         shared_cast<uint4>(to + place<C>(row, word))[0] = uint4{};
       }
@@ -135,8 +134,7 @@ struct LineBlock {
     constexpr int kWords = C / kWord;
     for (int i = static_cast<int>(threadIdx.x); i < C * kWords; i += kThreads) {
       const int row = i / kWords, word = i % kWords;
-      cp_async<16>(to + place<C>(row, word),
-                   static_cast<const T*>(matrix) + channel_of_row(row) * C + word * kWord);
+      cp_async<16>(to + place<C>(row, word), static_cast<const T*>(matrix) + channel_of_row(row) * C + word * kWord);
     }
   }
   __device__ void keep_columns(const void* proj, SharedSpan<T> to) const {

@@ -84,8 +84,8 @@ void patm_mixed_gradients_cuda(const PatmArgs& args, const Plane& grad, const fl
 
 // Second, from `d_mean` (n, c), the gradient of the branches' sum at each pixel through the branch weights:
 // `gradients` (n, h, w, 5, c) of z_h, z_w, z_c, theta_h, theta_w in x's type, z_c's channels in pairs (0, c / 2), (1, c
-// / 2 + 1), ...; `sums` (2, 18, c), for the branch along W, then along H: of the taps (c, 2, 7), then over all pixels of
-// d_pre, of d_pre * (theta - center), of z's gradient and, along W alone, of z_c's (see PatmGradArgs).
+// / 2 + 1), ...; `sums` (2, 18, c), for the branch along W, then along H: of the taps (c, 2, 7), then over all pixels
+// of d_pre, of d_pre * (theta - center), of z's gradient and, along W alone, of z_c's (see PatmGradArgs).
 struct PatmWaveGradArgs {
   Plane grad;
   const float* a = nullptr;

@@ -120,9 +120,7 @@ def runs_whole(
     return None
 
 
-def _why_by_parts(
-    x: Tensor, backend: str, name: str, depthwise: bool, hidden: int, dtype: torch.dtype
-) -> str | None:
+def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: int, dtype: torch.dtype) -> str | None:
     if depthwise:
         return "depthwise phases have no kernels of the whole"
     if name not in ("cpu", "cuda"):

@@ -1,8 +1,8 @@
 """``patm_whole`` on a GPU, in CUDA C++. Half types and the channels of :data:`CHANNELS`.
 
-Forward from three reads of x: ``moments`` is one, for batch statistics. ``forward`` makes the branch weights of sums over
-each image, without a convolution (:mod:`csrc/cuda/patm/whole_branch_weights.cu`), then mixes the branches in strips of
-rows.
+Forward from three reads of x: ``moments`` is one, for batch statistics. ``forward`` makes the branch weights of sums
+over each image, without a convolution (:mod:`csrc/cuda/patm/whole_branch_weights.cu`), then mixes the branches in
+strips of rows.
 
 Backward from x and the output's gradient: ``backward`` first makes the gradients of the branch weights and of ``proj``
 (:mod:`csrc/cuda/patm/whole_backward_mixed.cu`), then those of all projections at every pixel
@@ -181,7 +181,6 @@ def backward(
         "fc1_bias": d_fc1_bias, "fc2": d_fc2, "fc2_bias": d_fc2_bias,
     }  # fmt: skip
     return gradients.permute(0, 3, 1, 2), small, sums[:, _PRE : _PRE_THETA + 1]
-
 
 
 def finish(
