@@ -309,8 +309,17 @@ def _patm_whole(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any
         taps = torch.empty(c, 2, 1, 7), torch.empty(c, 2, 7, 1)
         mlp = torch.empty(c // 4, c, 1, 1), _vector(c // 4), torch.empty(3 * c, c // 4, 1, 1), _vector(3 * c)
         convolutions = (image((c, c, 1, 1)), None) * 3 + (image((c, c, 1, 1)), image((c,))) * 3
-        maps = Affine(*(_vector(c) for _ in range(4)))
-        return whole.forward(x, _vector(shape[0]), True, Weights(*convolutions, *taps, *mlp), maps, "cuda")
+        maps, path, weights = (
+            Affine(*(_vector(c) for _ in range(4))),
+            _vector(shape[0]),
+            Weights(*convolutions, *taps, *mlp),
+        )
+        if what == "forward":
+            return whole.forward(x, path, True, weights, maps, "cuda")
+        wide = torch.empty(c, dtype=torch.float64), torch.empty(c, c, dtype=torch.float64)
+        batch = whole.Batch(*(_vector(2 * c).view(2, c) for _ in range(2)), *wide)
+        mean = torch.empty(shape[:2])
+        return whole.backward(image(shape, BF16, True), mean, batch, x, path, weights, maps, "cuda")
 
     return run
 
@@ -323,8 +332,11 @@ def patm_cases() -> Iterator[Case]:
             "patm_products": product,
             "patm_branch_sums": 4 * product,
             "patm_mix": 6 * product + 56 * pixels * shape[1],
+            "patm_mixed_gradients": 8 * product + 56 * pixels * shape[1],
+            "patm_wave_gradients": 6 * product + 112 * pixels * shape[1],
+            "patm_image_gradients": 11 * product,
         }
-        for what in ("moments", "forward"):
+        for what in ("moments", "forward", "backward"):
             yield Case(f"cuda patm_whole {what} {_sized(shape)}", _patm_whole(shape, what), flops)
     for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
         for backend in ("cuda", "triton"):
@@ -350,6 +362,7 @@ _SMALL = (
     "patm_sum_products",
     "patm_branch_mlp",
     "reduce_haar_sums",
+    "patm_sum_rows",
 )
 
 

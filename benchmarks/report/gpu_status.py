@@ -24,7 +24,7 @@ _NOTES = {
     "branch_weights": "PATM: forward, backward",
     "branch_sum": "PATM",
     "pre_norm": "norm, residual and stochastic depth around Wave-MLP's mixers",
-    "patm_whole": "PATM from end to end: forward alone on a GPU, half types, 64, 96 or 128 channels",
+    "patm_whole": "PATM from end to end: on a GPU half types, 64, 96 or 128 channels",
     "channel_mlp": "Wave-MLP's MLP: pointwise_mlp's kernels",
 }
 

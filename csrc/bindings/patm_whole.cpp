@@ -159,6 +159,76 @@ void bind_patm_whole(py::module_& m) {
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("residual"), py::arg("path"), py::arg("a"),
       py::arg("out"), py::arg("multiprocessors"), py::arg("stream"));
+  m.def(
+      "patm_mixed_gradients_workspace_cuda",
+      [](const ImageInts& image, int multiprocessors) {
+        return patm_mixed_gradients_workspace_cuda(image_args(image), multiprocessors);
+      },
+      py::arg("image"), py::arg("multiprocessors"));
+  m.def(
+      "patm_mixed_gradients_cuda",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
+         const Ints& grad, uintptr_t a, uintptr_t d_a, uintptr_t d_proj, uintptr_t workspace, int multiprocessors,
+         uintptr_t stream) {
+        const auto args = whole_args(image, weights, hidden, false, path);
+        const auto from = plane(grad, "grad", std::get<1>(image));
+        py::gil_scoped_release unlocked;
+        patm_mixed_gradients_cuda(args, from, static_cast<const float*>(pointer(a)), static_cast<float*>(pointer(d_a)),
+                                  static_cast<float*>(pointer(d_proj)), pointer(workspace), multiprocessors,
+                                  pointer(stream));
+      },
+      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("a"),
+      py::arg("d_a"), py::arg("d_proj"), py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
+  m.def(
+      "patm_wave_gradients_workspace_cuda",
+      [](const ImageInts& image, int multiprocessors) {
+        return patm_wave_gradients_workspace_cuda(image_args(image), multiprocessors);
+      },
+      py::arg("image"), py::arg("multiprocessors"));
+  m.def(
+      "patm_wave_gradients_cuda",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t path,
+         const Ints& grad, uintptr_t a, uintptr_t d_mean, uintptr_t center, uintptr_t gradients, uintptr_t sums,
+         uintptr_t workspace, int multiprocessors, uintptr_t stream) {
+        const auto args = whole_args(image, weights, hidden, false, path);
+        PatmWaveGradArgs grads;
+        grads.grad = plane(grad, "grad", std::get<1>(image));
+        grads.a = static_cast<const float*>(pointer(a));
+        grads.d_mean = static_cast<const float*>(pointer(d_mean));
+        grads.center = static_cast<const float*>(pointer(center));
+        grads.gradients = pointer(gradients);
+        grads.sums = static_cast<float*>(pointer(sums));
+        py::gil_scoped_release unlocked;
+        patm_wave_gradients_cuda(args, grads, pointer(workspace), multiprocessors, pointer(stream));
+      },
+      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("path"), py::arg("grad"), py::arg("a"),
+      py::arg("d_mean"), py::arg("center"), py::arg("gradients"), py::arg("sums"), py::arg("workspace"),
+      py::arg("multiprocessors"), py::arg("stream"));
+  m.def(
+      "patm_image_gradients_workspace_cuda",
+      [](const ImageInts& image, int multiprocessors) {
+        return patm_image_gradients_workspace_cuda(image_args(image), multiprocessors);
+      },
+      py::arg("image"), py::arg("multiprocessors"));
+  m.def(
+      "patm_image_gradients_cuda",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t gradients,
+         uintptr_t matrix, uintptr_t vector, uintptr_t size, const Ints& d_image, uintptr_t d_weights,
+         uintptr_t workspace, int multiprocessors, uintptr_t stream) {
+        const auto args = whole_args(image, weights, hidden, false, 0);
+        PatmImageGradArgs grads;
+        grads.gradients = pointer(gradients);
+        grads.matrix = pointer(matrix);
+        grads.vector = static_cast<const float*>(pointer(vector));
+        grads.size = static_cast<const float*>(pointer(size));
+        grads.d_image = plane(d_image, "d_image", std::get<1>(image));
+        grads.d_weights = static_cast<float*>(pointer(d_weights));
+        py::gil_scoped_release unlocked;
+        patm_image_gradients_cuda(args, grads, pointer(workspace), multiprocessors, pointer(stream));
+      },
+      py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("gradients"), py::arg("matrix"),
+      py::arg("vector"), py::arg("size"), py::arg("d_image"), py::arg("d_weights"), py::arg("workspace"),
+      py::arg("multiprocessors"), py::arg("stream"));
 #endif
 }
 

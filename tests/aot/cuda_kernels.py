@@ -27,7 +27,8 @@ HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)EL
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
 GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)E)?E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
-PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5StripI)?Li(\d+)E")
+PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5(?:Strip|Slice)I)?Li(\d+)E")
+PATM_ROWS = re.compile(r"(patm_sum_rows)()()")
 MMA = re.compile(rf"(matmul_16_bit|matmul_tf32_kernel)(?:I{_TYPE}E)?")
 _MOVES = r"(\.CONSTANT|\.STRONG\.\w+)*$"
 
@@ -94,6 +95,8 @@ def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 PATM_THREADS = {
     "patm_sum_products": lambda c: 512, "patm_branch_mlp": lambda c: 256, "patm_products": lambda c: 4 * c,
     "patm_branch_sums": lambda c: 4 * c, "patm_mix": lambda c: {64: 512, 96: 384, 128: 512}[c],
+    "patm_mixed_gradients": lambda c: 4 * c, "patm_wave_gradients": lambda c: 4 * c,
+    "patm_image_gradients": lambda c: {64: 512, 96: 384, 128: 512}[c],
 }  # fmt: skip
 
 
@@ -104,8 +107,14 @@ def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
         return match[3], Demands(accesses=(r"LDG\.E",))
     # 48 sums of seven rows stay in a thread's 128 registers; some ten words beside them do not fit.
     local = 40 if kernel == "patm_mix" and match[3] != "96" else 0
+    if kernel == "patm_image_gradients" and match[3] == "128":
+        local = 64  # 80 sums of the weights' gradient stay in 128 registers; a dozen words beside them do not fit
     accesses, products = (r"LDGSTS\.E\.BYPASS", r"LDSM\.16\.M"), (PRODUCTS[dtype],)
     return match[3], Demands(accesses=accesses, products=products, most_local=local)
+
+
+def patm_rows(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    return "", Demands(accesses=(r"LDG\.E",))
 
 
 def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
@@ -117,12 +126,12 @@ def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 def described(row: Kernel) -> Kernel:
     """With a readable name, a dtype and demands."""
     families = (HAAR, haar), (REDUCE, reduce_haar), (GRADIENTS, gradients), (PHASE, phase), (PATM, patm), (MMA, mma)
-    for pattern, of in families:
+    for pattern, of in (*families, (PATM_ROWS, patm_rows)):
         if match := pattern.search(row.name):
             form, demands = of(match, row.arch)
             dtype = DTYPES[match[2] or "f"]
             name = f"cuda {match[1]}<{', '.join(filter(None, [dtype, form]))}>"
-            threads = 256 if of is gradients else row.threads
+            threads = 256 if of in (gradients, patm_rows) else row.threads
             threads = PATM_THREADS[match[1]](int(match[3])) if of is patm else threads
             return replace(row, name=name, dtype=dtype, threads=threads, demands=demands)
     raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")

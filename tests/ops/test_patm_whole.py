@@ -1,4 +1,4 @@
-"""PATM from end to end on a GPU: moments and forward of the CUDA kernels against the reference in float64."""
+"""PATM from end to end on a GPU: the CUDA kernels against the reference in float64."""
 
 from __future__ import annotations
 
@@ -134,7 +134,178 @@ class Lit(OnGpu):
         return made
 
 
+class Back(OnGpu):
+    """All gradients, with statistics given or of the batch. Phases stay away from ReLU's corner, where a rounded image
+    would decide between two gradients."""
+
+    axes: ClassVar[Any] = {
+        "shape": ((2, 64, 3, 21), (1, 96, 2, 35), (1, 128, 7, 7), (9, 64, 1, 5)),
+        "map": ("by image", "none"),
+        "layout": ("sliced", "nchw"),
+        "of_batch": (True, False),
+    }
+    STATISTICS = ("center", "invstd", "image_mean", "covariance")
+
+    def inputs(self, case: Case, device: str) -> Any:
+        made, c = super().inputs(case, device), case.shape[1]
+        for b in "hw":
+            made[f"shift_{b}"] = 12 * made[f"shift_{b}"].sign()
+        made["grad"] = image(randn(*case.shape, seed=4), case.dtype, device, case.layout)
+        wide = {name: None if t is None else t.double().cpu() for name, t in made.items()}
+        moments = whole.moments(whole.Image(wide["x"], wide["scale"], wide["shift"]), "reference")
+        statistics = (0.1 * randn(2, c)).float(), 1 + randn(2, c).square().float(), *moments
+        given_ones = statistics if case.of_batch else (None,) * 4
+        made |= {name: None if t is None else t.to(device) for name, t in zip(self.STATISTICS, given_ones, strict=True)}
+        given = whole.Image(wide["x"], wide["scale"], wide["shift"]), None, False, *split(wide)
+        made["mean"] = whole.forward(*given, "reference")[1].float().to(device)
+        return made
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        read = whole.Image(tensors["x"], tensors["scale"], tensors["shift"])
+        batch = whole.Batch(*(tensors[name] for name in self.STATISTICS)) if case.of_batch else None
+        made = whole.backward(
+            tensors["grad"], tensors["mean"], batch, read, tensors["path"], *split(tensors), backend
+        )  # fmt: skip
+        return {"image": made.image, "sums": made.sums} | made.weights
+
+    def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
+        """As forward: what comes in, through absolute values, and a step's own rounding. Rounded to the element type
+        are the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
+        u, t = UNIT_ROUNDOFF[case.dtype], tensors
+        n, c, h, w = case.shape
+        pixels = h * w
+        few = (n * pixels + 64) * WIDE  # of a sum over all pixels, of shorter ones and of the arithmetic between
+        read = whole._read(whole.Image(t["x"], t["scale"], t["shift"]))
+        x, d_x = read.abs(), 0 * read if t["scale"] is None else u * read.abs()
+
+        def product(weight: Tensor, values: Tensor) -> Tensor:
+            return torch.einsum("oc,nchw->nohw", weight.flatten(1), values)
+
+        def over_pixels(rows: Tensor, columns: Tensor) -> Tensor:
+            return torch.einsum("nohw,nchw->oc", rows, columns)
+
+        grad = t["grad"] * t["path"][:, None, None, None]
+        mixed_gradient = product(t["proj"].flatten(1).t(), grad)
+        d_mixed = few * product(t["proj"].flatten(1).t().abs(), grad.abs())
+        mlp = branch_weights(t["mean"], *(t[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias")))
+        a = dict(zip("hwc", mlp.by_branch()[..., None, None], strict=True))
+        wave, d_wave, turned, branch, d_branch = {}, {}, {}, {}, {}
+        for b in "hw":
+            theta, z = (product(t[f"{k}_{b}"], read) + (0 if t[f"{k}_{b}_bias"] is None else
+                        t[f"{k}_{b}_bias"][:, None, None]) for k in ("theta", "z"))  # fmt: skip
+            d_theta, d_z = (product(t[f"{k}_{b}"].abs(), d_x + few * x) for k in ("theta", "z"))
+            scale, shift = t[f"scale_{b}"][:, None, None], t[f"shift_{b}"][:, None, None]
+            phase = (theta * scale + shift).relu()
+            d_phase = scale.abs() * (d_theta + 4 * WIDE * theta.abs()) + 4 * WIDE * shift.abs() + SINE + 16 * WIDE
+            wave[b] = torch.cat((z * phase.cos(), z * phase.sin()), 1)
+            d_wave[b] = torch.cat([d_z + z.abs() * d_phase] * 2, 1)
+            turned[b] = phase, d_phase, z, d_z, theta, d_theta
+            taps, padding = t[f"taps_{b}"], (0, 3) if b == "h" else (3, 0)
+            branch[b] = F.conv2d(wave[b], taps, padding=padding, groups=c)
+            d_branch[b] = F.conv2d(d_wave[b] + 2 * u * wave[b].abs(), taps.abs(), padding=padding, groups=c)
+        branch["c"] = product(t["z_c"], read) + (0 if t["z_c_bias"] is None else t["z_c_bias"][:, None, None])
+        d_branch["c"] = product(t["z_c"].abs(), d_x + few * x)
+        d_a = {b: (mixed_gradient.abs() * d_branch[b] + (d_mixed + few * mixed_gradient.abs()) * branch[b].abs())
+               .sum((2, 3)) for b in "hwc"}  # fmt: skip
+        by_a = {b: (mixed_gradient * branch[b]).sum((2, 3)) for b in "hwc"}
+        size_a, error_a = (
+            sum(a[b][..., 0, 0] * by_a[b].abs() for b in "hwc"),
+            sum(a[b][..., 0, 0] * d_a[b] for b in "hwc"),
+        )
+        made: Any = {}
+        logits, d_logits = (
+            torch.stack([a[b][..., 0, 0] * (own[b].abs() + whole_) for b in "hwc"], 2).flatten(1)
+            for own, whole_ in ((by_a, size_a), (d_a, error_a))
+        )
+        d_logits = d_logits + few * logits
+        fc1, fc2, hidden = t["fc1"].flatten(1).abs(), t["fc2"].flatten(1).abs(), mlp.hidden.abs()
+        pre, d_pre = 1.13 * logits @ fc2, 1.13 * d_logits @ fc2
+        d_pre = d_pre + few * pre
+        made |= {"fc2": d_logits.t() @ hidden + few * logits.t() @ hidden, "fc2_bias": (d_logits + few * logits).sum(0)}
+        made |= {"fc1": (d_pre + few * pre).t() @ t["mean"].abs(), "fc1_bias": (d_pre + few * pre).sum(0)}
+        d_mean = ((d_pre + few * pre) @ fc1 / pixels)[..., None, None]
+        # Of mean itself: from the exact gradient of the hidden layer, whose logits' gradient may cancel.
+        mean = _mean_gradient(torch.stack([by_a[b] for b in "hwc"], 2), mlp, t)[..., None, None] / pixels
+        e_mixed = sum((d_branch[b] + 2 * u * branch[b].abs()) * a[b] for b in "hwc")
+        made["proj"] = over_pixels(grad.abs(), e_mixed + few * sum(branch[b].abs() * a[b] for b in "hwc"))
+        made["proj_bias"] = few * grad.abs().sum((0, 2, 3))
+        image_, error = {}, {}
+        sums, e_sums = [], []
+        for b in "hw":
+            phase, d_phase, z, d_z, theta, d_theta = turned[b]
+            of = mixed_gradient * a[b] + mean
+            e_of = d_mixed * a[b] + d_mean + (u + few) * (mixed_gradient.abs() * a[b] + mean.abs())
+            taps, padding = t[f"taps_{b}"], (0, 3) if b == "h" else (3, 0)
+            back = F.conv_transpose2d(of, taps, padding=padding, groups=c)
+            e_back = F.conv_transpose2d(e_of + few * of.abs(), taps.abs(), padding=padding, groups=c)
+            (re, im), (e_re, e_im) = back.chunk(2, 1), e_back.chunk(2, 1)
+            size = re.abs() + im.abs()
+            image_[f"z_{b}"] = re * phase.cos() + im * phase.sin()
+            error[f"z_{b}"] = e_re + e_im + size * d_phase
+            turn = torch.where(phase > 0, z * (im * phase.cos() - re * phase.sin()), 0)
+            e_turn = torch.where(phase > 0, z.abs() * (e_re + e_im + size * d_phase) + d_z * size, 0)
+            scale = t[f"scale_{b}"][:, None, None].abs()
+            image_[f"theta_{b}"], error[f"theta_{b}"] = scale * turn, scale * e_turn
+            center = (theta - (0 if t["center"] is None else t["center"]["hw".index(b)][:, None, None])).abs()
+            apart = center
+            e_sums.append(torch.stack(((e_turn + few * turn.abs()).sum((0, 2, 3)),
+                (e_turn * apart + turn.abs() * (d_theta + few * (apart + theta.abs()))).sum((0, 2, 3)))))  # fmt: skip
+            sums.append(torch.stack((turn.abs().sum((0, 2, 3)), (turn.abs() * apart).sum((0, 2, 3)))))
+            padded = F.pad(wave[b].abs(), (3, 3, 0, 0) if b == "h" else (0, 0, 3, 3))
+            e_padded = F.pad(d_wave[b] + few * wave[b].abs(), (3, 3, 0, 0) if b == "h" else (0, 0, 3, 3))
+            windows, e_windows = (v.unfold(3 if b == "h" else 2, 7, 1).unflatten(1, (c, 2)) for v in (padded, e_padded))
+            made[f"taps_{b}"] = (
+                torch.einsum("nohw,nokhwt->okt", e_of, windows) + torch.einsum("nohw,nokhwt->okt", of.abs(), e_windows)
+            ).reshape(taps.shape)
+            made[f"z_{b}_bias"] = (error[f"z_{b}"] + few * image_[f"z_{b}"].abs()).sum((0, 2, 3))
+        of = mixed_gradient * a["c"] + mean
+        image_["z_c"], error["z_c"] = of, d_mixed * a["c"] + d_mean + few * (mixed_gradient.abs() * a["c"] + mean.abs())
+        made["z_c_bias"] = (error["z_c"] + few * of.abs()).sum((0, 2, 3))
+        made["sums"] = torch.stack(e_sums)
+        made["image"] = 0 * x
+        for name, of in image_.items():
+            stored = error[name] + u * (of.abs() + error[name])
+            made[name] = over_pixels(stored + few * of.abs(), x + d_x) + over_pixels(of.abs(), d_x)
+            made["image"] = made["image"] + product(t[name].flatten(1).t().abs(), stored + few * of.abs())
+        if case.of_batch:
+            self._through_statistics(t, torch.stack(sums), torch.stack(e_sums), made, read, d_x, u, few)
+        made["image"] = made["image"] + u * (exact["image"].abs() + made["image"])
+        out = {name: made[name].reshape(want.shape) for name, want in exact.items()}
+        return {name: of + u * (exact[name].abs() + of) if name in ON_X else of for name, of in out.items()}
+
+    def _through_statistics(self, t: Any, sums: Tensor, e_sums: Tensor, made: Any, read: Tensor, d_x: Tensor, u: float,
+                            few: float) -> None:  # fmt: skip
+        """A line of sums, as :func:`wavemix_kernels.ops.patm.whole._through_statistics` has it, of absolute values."""
+        count = read.shape[0] * read.shape[2] * read.shape[3]
+        scale = torch.stack((t["scale_h"], t["scale_w"])).abs()[:, None] / count
+        theta = torch.stack((t["theta_h"], t["theta_w"])).flatten(2).abs()
+        (offset, rise), (e_offset, e_rise) = (
+            ((scale * s)[:, 0], (scale * s)[:, 1] * t["invstd"].square()) for s in (sums, e_sums + few * sums)
+        )
+        mean, covariance = t["image_mean"].abs(), t["covariance"].abs()
+        for i, b in enumerate("hw"):
+            through = (e_rise[i][:, None] * theta[i]) @ covariance + e_offset[i][:, None] * mean
+            made[f"theta_{b}"] = made[f"theta_{b}"] + count * (
+                through + few * ((rise[i][:, None] * theta[i]) @ covariance + offset[i][:, None] * mean)
+            )
+        matrix, e_matrix = (torch.einsum("bok,boc,bo->kc", theta, theta, v) for v in (rise, e_rise))
+        x = (read - t["image_mean"][:, None, None]).abs()
+        made["image"] = made["image"] + torch.einsum("kc,nchw->nkhw", e_matrix, x + few * read.abs())
+        made["image"] = made["image"] + torch.einsum("kc,nchw->nkhw", matrix, (2 * u + few) * read.abs() + d_x)
+        line = torch.einsum("bok,bo->k", theta, e_offset + few * offset) + few * matrix @ mean
+        made["image"] = made["image"] + line[:, None, None]
+
+
+def _mean_gradient(d_a: Tensor, mlp: Any, t: Any) -> Tensor:
+    logits = (mlp.a * (d_a - (mlp.a * d_a).sum(2, keepdim=True))).flatten(1)
+    pre = torch.ops.aten.gelu_backward(logits @ t["fc2"].flatten(1), mlp.pre)
+    return pre @ t["fc1"].flatten(1)
+
+
 test_contract = each.case(OnGpu(), Lit())
+ONE: Any = {"shape": ((2, 64, 3, 21),), "map": ("by image",), "layout": ("sliced",), "of_batch": (True,)}
+test_contract_of_a_gradient = each.case(Back({"cuda": HALF[:1]}, **ONE))
+test_contract_of_gradients = pytest.mark.prove(each.case(Back()))
 
 
 @on("cuda")
@@ -156,8 +327,9 @@ def test_what_it_does_not_serve_it_says(backend: str, device: str, c: int, dtype
 
 
 @on("cuda")
-def test_backward_is_by_parts(backend: str, device: str) -> None:
+def test_backward_of_an_empty_batch(backend: str, device: str) -> None:
     w, maps = split({k: t.to(device) for k, t in some_weights(64, torch.float16).items()})
-    x = torch.zeros(1, 64, 2, 2, dtype=torch.float16, device=device)
-    with pytest.raises(ValueError, match="backend='cuda' goes forward alone"):
-        whole.backward(x, x[..., 0, 0].float(), None, whole.Image(x, None, None), None, w, maps, backend)
+    x = torch.empty(0, 64, 3, 5, dtype=torch.float16, device=device)
+    made = whole.backward(x, x.new_empty((0, 64)).float(), None, whole.Image(x, None, None), None, w, maps, backend)
+    assert made.image.shape == x.shape
+    assert all((t == 0).all() for t in (made.sums, *made.weights.values()))

@@ -68,7 +68,18 @@ SESSIONS = {
     "patm-cuda": Session(
         "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
     ),
-    "patm_whole-cuda": Session("cuda and contract", ("whole_moments", "whole_branch_weights", "whole_mix")),
+    "patm_whole-cuda": Session(
+        "cuda and contract",
+        (
+            "whole_moments",
+            "whole_branch_weights",
+            "whole_mix",
+            "whole_backward_mixed",
+            "whole_backward_waves",
+            "whole_backward_image",
+            "whole_sums",
+        ),
+    ),
     "haar_axes-triton": Session("triton and contract", ("haar.triton_blocks",)),
     "dwt-triton": Session(
         "triton and (test_analysis or test_synthesis or test_lines)", ("dwt.triton_images", "dwt.triton_lines")

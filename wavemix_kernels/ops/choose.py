@@ -226,12 +226,10 @@ WHOLE = 128
 JOINED = 128
 
 
-def patm(device: str, channels: int, depthwise: bool, gradients: bool) -> str:
-    """``"whole"``: images from end to end; ``"parts"``: kernels of parts. Measured on a CPU, predicted for a GPU, whose
-    whole kernels have no backward: with gradients its forward would be made again in parts.
-    (docs/develop/tuning.md, PATM on a CPU)"""
-    served = device == "cpu" or (device == "cuda" and not gradients)
-    return "whole" if served and not depthwise and channels <= WHOLE else "parts"
+def patm(device: str, channels: int, depthwise: bool) -> str:
+    """``"whole"``: images from end to end; ``"parts"``: kernels of parts. Measured on a CPU, predicted for a GPU.
+    (docs/develop/tuning.md, PATM on a CPU, PATM on a GPU)"""
+    return "whole" if device in ("cpu", "cuda") and not depthwise and channels <= WHOLE else "parts"
 
 
 def projections(channels: int) -> str:

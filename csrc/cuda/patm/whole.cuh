@@ -169,31 +169,58 @@ __device__ inline void load_matrix(const void* matrix, int rows, SharedSpan<T> t
     cp_async<16>(tile + place<C>(i / kWords, i % kWords), static_cast<const T*>(matrix) + int64_t{i} * kWord);
 }
 
+// --- Pairs -----------------------------------------------------------------------------------------------
+
+// Rows of matrices are permuted, so that a thread's two rows of a product are both channels of a pair, or the pair's
+// two outputs, C / 2 apart; pixels of a tile, so that its four columns of two products are neighbours.
+
+// The channel that row `row` of a projection makes.
+__device__ constexpr int channel_of_row(int row) { return row / kStep * kStep + 2 * (row % 8) + row / 8 % 2; }
+// The output channel in row `row` of what lives among outputs.
+template <int C>
+__device__ constexpr int output_of_row(int row) {
+  return row / kStep * 8 + row % 8 + row / 8 % 2 * (C / 2);
+}
+// The output channel at place i of a pixel whose outputs lie in pairs.
+template <int C>
+__device__ constexpr int output_at(int i) {
+  return i / 2 + i % 2 * (C / 2);
+}
+// The pixel, of 16, in row i of a tile.
+__device__ constexpr int pixel_of(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
+
 // --- Fragments -------------------------------------------------------------------------------------------
+
+// `place` of word 2 step + 0 or 1, from that of word 0 or 1 of the same row: next to no arithmetic where `step` is
+// known.
+template <int C>
+__device__ constexpr int moved(int first, int step) {
+  return C % 64 == 0 ? first ^ step * kStep : (first ^ step % 2 * kStep) + step / 2 * (2 * kStep);
+}
 
 // A operand: 16 rows of the tile, channels 16 step .. 16 step + 15.
 template <int C, class T>
 __device__ inline void load_rows(Fragment (&a)[4], SharedSpan<T> tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ldmatrix_x4<false>(a, tile + place<C>(row + lane % 16, 2 * step + lane / 16));
+  ldmatrix_x4<false>(a, tile + moved<C>(place<C>(row + lane % 16, lane / 16), step));
 }
 // B operand: the same rows as two tiles of eight columns, b[0], b[1] and b[2], b[3].
 template <int C, class T>
 __device__ inline void load_columns(Fragment (&b)[4], SharedSpan<T> tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ldmatrix_x4<false>(b, tile + place<C>(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+  ldmatrix_x4<false>(b, tile + moved<C>(place<C>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2), step));
 }
 // The same memory with rows as the inner dimension k (16 of them): as A operand channels 16 step .. + 15, as B operand
 // these as two tiles of eight columns.
 template <int C, class T>
 __device__ inline void load_rows_transposed(Fragment (&a)[4], SharedSpan<T> tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ldmatrix_x4<true>(a, tile + place<C>(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+  ldmatrix_x4<true>(a, tile + moved<C>(place<C>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2), step));
 }
 template <int C, class T>
 __device__ inline void load_columns_transposed(Fragment (&b)[4], SharedSpan<T> tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ldmatrix_x4<true>(b, tile + place<C>(row + lane % 16, 2 * step + lane / 16));
+  ldmatrix_x4<true>(b, tile + moved<C>(place<C>(row + lane % 16, lane / 16), step));
 }
 
 // d[0] += a * first two of b, d[1] += a * last two.

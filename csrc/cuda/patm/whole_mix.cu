@@ -36,16 +36,8 @@ struct Strip {
 // The channel that row `row` of a matrix makes.
 template <int C>
 __device__ constexpr int channel_of(int which, int row) {
-  const int first = row / kStep * kStep, pair = row % 8, half = row / 8 % 2;
-  return which == kZc ? first / 2 + pair + half * (C / 2) : first + 2 * pair + half;
+  return which == kZc ? output_of_row<C>(row) : channel_of_row(row);
 }
-// The output channel at place i of a pixel in the mixed tile.
-template <int C>
-__device__ constexpr int output(int i) {
-  return i / 2 + i % 2 * (C / 2);
-}
-// The pixel, of 16, in row i of a tile, so that a thread's four columns of two products are neighbours.
-__device__ constexpr int pixel_of(int i) { return i % 8 / 2 * 4 + i / 8 * 2 + i % 2; }
 
 struct Params {
   Image image;
@@ -92,7 +84,7 @@ struct Mix {
     for (int i = thread; i < C * C; i += kThreads) {
       const int row = i / C, k = i % C;
       matrix(kProj)[place<C>(row, k / kWord) + k % kWord] =
-          static_cast<const T*>(p.matrix[kProj])[channel_of<C>(kProj, row) * C + output<C>(k)];
+          static_cast<const T*>(p.matrix[kProj])[channel_of<C>(kProj, row) * C + output_at<C>(k)];
     }
 #pragma unroll
     for (int which = kProj + 1; which < S::kResident; ++which)

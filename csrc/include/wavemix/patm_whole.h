@@ -76,4 +76,38 @@ int64_t patm_shared_cuda(int64_t c);
 // out = proj(h a[0] + w a[1] + c a[2]), or with `residual` x + path * that.
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream);
 
+// Backward, first: d_a (3, n, c), and in d_proj the gradients of proj (c, c) and of its bias (c), one behind the other.
+// `grad` is the output's, its pixels at multiples of 16 bytes.
+int64_t patm_mixed_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors);
+void patm_mixed_gradients_cuda(const PatmArgs& args, const Plane& grad, const float* a, float* d_a, float* d_proj,
+                               void* workspace, int multiprocessors, void* stream);
+
+// Second, from `d_mean` (n, c), the gradient of the branches' sum at each pixel through the branch weights:
+// `gradients` (n, h, w, 5, c) of z_h, z_w, z_c, theta_h, theta_w in x's type, z_c's channels in pairs (0, c / 2), (1, c
+// / 2 + 1), ...; `sums` (2, 18, c), for the branch along W, then along H: of the taps (c, 2, 7), then over all pixels
+// of d_pre, of d_pre * (theta - center), of z's gradient and, along W alone, of z_c's (see PatmGradArgs).
+struct PatmWaveGradArgs {
+  Plane grad;
+  const float* a = nullptr;
+  const float* d_mean = nullptr;
+  const float* center = nullptr;  // (2, c), null for zeros
+  void* gradients = nullptr;
+  float* sums = nullptr;
+};
+int64_t patm_wave_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors);
+void patm_wave_gradients_cuda(const PatmArgs& args, const PatmWaveGradArgs& grads, void* workspace, int multiprocessors,
+                              void* stream);
+
+// Third, from these `gradients`: d_image = the projections' weights, transposed, by them, plus `size` matrix^T image +
+// vector where `matrix` (c, c), in x's type, is not null; d_weights (5, c, c) in the order of `gradients`.
+struct PatmImageGradArgs {
+  const void *gradients = nullptr, *matrix = nullptr;
+  const float *vector = nullptr, *size = nullptr;  // (c) and (1)
+  Plane d_image;
+  float* d_weights = nullptr;
+};
+int64_t patm_image_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors);
+void patm_image_gradients_cuda(const PatmArgs& args, const PatmImageGradArgs& grads, void* workspace,
+                               int multiprocessors, void* stream);
+
 }  // namespace wavemix

@@ -49,7 +49,7 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
     ``"reference"`` has standard operators only."""
     if backend == "reference":
         return _evaluate_standard(image, f)
-    if (name := runs_whole(image, backend, f.theta_h is not None)) is not None:
+    if (name := runs_whole(image, backend, f.theta_h is not None, f.fc1.shape[0], f.joined.dtype)) is not None:
         z_h, z_w, z_c, theta_h, theta_w = f.joined.chunk(5)
         biases = (None,) * 5 if f.joined_bias is None else f.joined_bias.chunk(5)
         weights = Weights(

@@ -20,9 +20,11 @@ whole (:class:`_Whole`; a CPU, narrow images)                                   
 - the image's moments give the batch statistics    ``whole``: CPU                              1
 - everything else, one image after the other       ``whole``: CPU                              3        3
 - what comes through batch statistics              ``whole``: CPU                                       4
-whole, then by parts (:class:`_WholeThenParts`; a GPU, half types, 64, 96, 128 channels)       4        53
+whole (:class:`_Whole`; a GPU, half types, 64, 96, 128 channels)                               4        16
 - moments; branch weights; mix                     ``whole``: CUDA                             4
-- as by parts, the thetas made again               see above                                            53
+- gradients of branch weights and proj             ``whole``: CUDA                                      2
+- gradients of all projections at every pixel      ``whole``: CUDA                                      7
+- of x (with batch statistics) and of weights      ``whole``: CUDA                                      7
 =================================================  ==========================================  =======  ========
 
 Kept for backward: x and the thetas (``recompute="amplitudes"``), or x alone (``recompute="all"``, and always where the
@@ -39,13 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels import log
 from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.norm import pre_norm
-from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole
+from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole, whole_gpu
 from wavemix_kernels.ops.patm.weights import COUNT, ON_IMAGES, Arguments, PhaseNorm, Weights, unflatten
 
 RECOMPUTE = ("amplitudes", "all")
@@ -91,33 +94,50 @@ def patm(
         path: (N, 1, 1, 1), what stochastic depth multiplies each sample's branch with, or None.
     """
     arguments = Arguments(norm or _NO_NORM, weights, norm_h, norm_w)
-    name = runs_whole(x, backend, arguments.depthwise())
-    if name == "cuda" and weights.z_h.dtype != x.dtype:
-        name = None  # its products take both in one type
+    name = runs_whole(x, backend, arguments.depthwise(), weights.fc1.shape[0], weights.z_h.dtype)
     options = Options(eps, recompute, backend, kind, name)
-    function: Any = _ByParts if name is None else _Whole if goes_back(name) else _WholeThenParts
+    function: Any = _ByParts if name is None else _Whole
     # Tensors already have their dtypes; autocast would round the branch weights' small MLP.
     with torch.autocast(x.device.type, enabled=False):
         out, mean, var, *of_norm = function.apply(options, x, path, *arguments.flat())
     return Output(out, (mean[0], var[0]), (mean[1], var[1]), (of_norm[0], of_norm[1]))
 
 
-def runs_whole(x: Tensor, backend: str, depthwise: bool) -> str | None:
-    """The backend that takes images from end to end, or None: by parts."""
+def runs_whole(
+    x: Tensor, backend: str, depthwise: bool, hidden: int = 0, dtype: torch.dtype | None = None
+) -> str | None:
+    """The backend that takes images from end to end, or None: by parts, and the log says why.
+
+    Args:
+        hidden, dtype: hidden channels of the branch weights' MLP, dtype of the projections' weights; default: x's.
+    """
     name = x.device.type if backend == "auto" else backend
-    if depthwise or name not in ("cpu", "cuda") or whole.BACKENDS[name].why_not(x) is not None:
-        return None
-    form = choose.patm(name, x.shape[1], depthwise, torch.is_grad_enabled())
+    if (reason := _why_by_parts(x, backend, name, depthwise, hidden, dtype or x.dtype)) is None:
+        return name
+    if log.enabled():
+        given, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
+        log.once(("patm", backend, given, shape, reason), lambda: f"patm {given} {shape}: by parts ({reason})")
+    return None
+
+
+def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: int, dtype: torch.dtype) -> str | None:
+    if depthwise:
+        return "depthwise phases have no kernels of the whole"
+    if name not in ("cpu", "cuda"):
+        return f"{name} has no kernels of the whole"
+    if (reason := whole.BACKENDS[name].why_not(x)) is not None:
+        return f"whole on {name}: {reason}"
+    if name == "cuda" and (reason := whole_gpu.why_not_these(x, hidden, dtype)) is not None:
+        return f"whole on cuda: {reason}"
+    form = choose.patm(name, x.shape[1], depthwise)
     if backend == "auto":
         other = "parts" if form == "whole" else "whole"
-        form = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
-        if name in verify.DEVICES and verify.fault(whole.BACKENDS, name, x) is not None:
-            form = "parts"
-    return name if form == "whole" else None
-
-
-def goes_back(name: str) -> bool:
-    return "backward" in whole.BACKENDS[name].functions
+        measured = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
+        if name in verify.DEVICES and (fault := verify.fault(whole.BACKENDS, name, x)) is not None:
+            return f"whole on {name} failed its self-test: {fault}"
+        if measured != form:
+            return None if measured == "whole" else "measured on this device"
+    return None if form == "whole" else f"parts are faster for {x.shape[1]} channels"
 
 
 # --- What both functions save and return ----------------------------------------------------------------------
@@ -322,7 +342,7 @@ def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Ten
 
 
 def _forward_whole(
-    ctx: Any, options: Options, x: Tensor, path: Tensor | None, flat: tuple[Tensor | None, ...], goes_back: bool
+    ctx: Any, options: Options, x: Tensor, path: Tensor | None, flat: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
     arguments, name = unflatten(flat), options.whole
     assert name is not None
@@ -336,14 +356,14 @@ def _forward_whole(
     out, branch_mean = whole.forward(image, by_image, options.kind is not None, arguments.weights, maps, name)
     if not layout.is_channels_last(x):
         out = layout.laid_out(out, False)
-    saved = (x, by_image if goes_back else path, *flat)
-    return out, *_save(ctx, options, saved, of_norm, of_thetas, branch_mean, moments if goes_back else ())
+    return out, *_save(ctx, options, (x, by_image, *flat), of_norm, of_thetas, branch_mean, moments)
 
 
+@plan.function
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        return _forward_whole(ctx, options, x, path, flat, True)
+        return _forward_whole(ctx, options, x, path, flat)
 
     @staticmethod
     @once_differentiable
@@ -357,20 +377,6 @@ class _Whole(torch.autograd.Function):
         batch = whole.Batch(of_thetas.mean, of_thetas.invstd, *moments) if moments else None
         out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, str(options.whole))
         return _returned(saved, grad, out.image, out.weights, out.sums)
-
-
-@plan.function
-class _WholeThenParts(torch.autograd.Function):
-    """Forward whole; backward by parts, from x and the statistics alone, whatever ``recompute`` says."""
-
-    @staticmethod
-    def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        return _forward_whole(ctx, options, x, path, flat, False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, around: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        return _backward_by_parts(ctx, around)
 
 
 def _whole_image(

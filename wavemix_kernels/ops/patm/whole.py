@@ -3,8 +3,8 @@
 Three operators. ``patm_moments`` makes mean and covariance of the image's channels: batch statistics of any 1x1
 convolution of it follow. With those the phases' BatchNorms are affine maps, and ``patm_whole`` takes one image of the
 batch after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same from the image
-alone; what comes through batch statistics is linear in the image, and is added at the end. A GPU's kernels
-(:mod:`wavemix_kernels.ops.patm.whole_gpu`) go forward alone.
+alone; what comes through batch statistics is linear in the image, and is added at the end. A GPU's kernels are
+:mod:`wavemix_kernels.ops.patm.whole_gpu`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class Gradients(NamedTuple):
     weights: dict[str, Tensor]
     sums: Tensor
 
+
+#: A matrix (C, C) and a vector (C): what comes through batch statistics is ``matrix image + vector``.
+Line = tuple[Tensor, Tensor]
 
 #: Weights whose gradients the operator returns, in its order.
 _WITH_GRADIENT = tuple(name for name in Weights._fields if name not in ("theta_h_bias", "theta_w_bias"))
@@ -153,14 +156,31 @@ def _cpu_backward(
     return out
 
 
-def _cpu_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector: Tensor) -> Tensor:
+def _cpu_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
+    if line is None:
+        return out
     core: Any = _native.core
+    partial, (matrix, vector) = out.image, line
     given = _CpuArguments(image, matrix, vector)
-    out = partial if partial.dtype == image.x.dtype else layout.empty(image.x, image.x.shape, True)
+    d_image = partial if partial.dtype == image.x.dtype else layout.empty(image.x, image.x.shape, True)
     core.patm_add_linear_cpu(
-        given.image, _native.address(partial), *given.rest, _native.address(out), torch.get_num_threads()
+        given.image, _native.address(partial), *given.rest, _native.address(d_image), torch.get_num_threads()
     )
-    return out
+    return out._replace(image=d_image)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------
+
+
+def _cuda_backward(*arguments: Any) -> Gradients:
+    return Gradients(*whole_gpu.backward(*arguments))
+
+
+def _cuda_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
+    d_image, of_projections = whole_gpu.finish(out.image, image, w, line)
+    weights = {**out.weights, **of_projections}
+    shapes = dict(zip(_WITH_GRADIENT, _gradient_shapes(w), strict=False))
+    return Gradients(d_image, {name: weights[name].reshape(shape) for name, shape in shapes.items()}, out.sums)
 
 
 # --- Reference -------------------------------------------------------------------------------------------
@@ -208,19 +228,27 @@ def _reference_backward(
     return Gradients(layout.laid_out(grads["read"], True), {name: grads[name] for name in _WITH_GRADIENT}, sums)
 
 
-def _reference_add_linear(partial: Tensor, image: Image, matrix: Tensor, vector: Tensor) -> Tensor:
-    linear = F.conv2d(_read(image), matrix.to(partial.dtype)[:, :, None, None], vector.to(partial.dtype))
-    return layout.laid_out((partial + linear).to(image.x.dtype), True)
+def _reference_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
+    if line is None:
+        return out
+    matrix, vector = (t.to(out.image.dtype) for t in line)
+    d_image = out.image + F.conv2d(_read(image), matrix[:, :, None, None], vector)
+    return out._replace(image=layout.laid_out(d_image.to(image.x.dtype), True))
 
 
 BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
         in_pairs(backends.cpu_why_not),
-        {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "add_linear": _cpu_add_linear},
+        {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "finish": _cpu_finish},
     ),
     "cuda": backends.Backend(
         whole_gpu.why_not,
-        {"moments": whole_gpu.moments, "forward": whole_gpu.forward},
+        {
+            "moments": whole_gpu.moments,
+            "forward": whole_gpu.forward,
+            "backward": _cuda_backward,
+            "finish": _cuda_finish,
+        },
         torch.float16,
         (1, whole_gpu.CHANNELS[0], 2, 2),
     ),
@@ -230,7 +258,7 @@ BACKENDS: dict[str, backends.Backend] = {
             "moments": _reference_moments,
             "forward": _reference_forward,
             "backward": _reference_backward,
-            "add_linear": _reference_add_linear,
+            "finish": _reference_finish,
         },
     ),
 }
@@ -259,22 +287,19 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     image = Image(x, scale, shift)
     order = choose.with_kernels("backward", BACKENDS, x.device.type)
     functions = choose.select("patm_whole_backward", BACKENDS, backend, grad, x, order=order).functions
-    if "backward" not in functions:
-        raise ValueError(
-            f"patm_whole_backward: backend={backend!r} goes forward alone; 'auto' or 'reference' would work"
-        )
     batch = None if given[0] is None else Batch(*given)
     out: Gradients = functions["backward"](
         grad, branch_mean, None if batch is None else batch.mean, image, path, weights, maps
     )
-    d_image = out.image
-    if batch is not None:
-        d_theta, matrix, vector = _through_statistics(out.sums, image, weights, maps, batch)
+    if batch is None:
+        out = functions["finish"](out, image, weights, None)
+    else:
+        d_theta, *line = _through_statistics(out.sums, image, weights, maps, batch)
+        out = functions["finish"](out, image, weights, line)
         for name, more in zip(("theta_h", "theta_w"), d_theta, strict=True):
             out.weights[name].add_(more.reshape(out.weights[name].shape))
-        d_image = functions["add_linear"](d_image, image, matrix, vector)
     dtypes = _gradient_dtypes(weights)
-    return [d_image, *(t.to(dtype) for t, dtype in zip(out.weights.values(), dtypes, strict=True)), out.sums]
+    return [out.image, *(t.to(dtype) for t, dtype in zip(out.weights.values(), dtypes, strict=True)), out.sums]
 
 
 def _weights(arguments: tuple[Any, ...]) -> Weights:

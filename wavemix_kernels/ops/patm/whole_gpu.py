@@ -1,8 +1,13 @@
-"""``patm_whole`` on a GPU, in CUDA C++: forward, from three reads of x.
+"""``patm_whole`` on a GPU, in CUDA C++. Half types and the channels of :data:`CHANNELS`.
 
-``moments`` is one read, for batch statistics. ``forward`` makes the branch weights of sums over each image, without a
-convolution (:mod:`csrc/cuda/patm/whole_branch_weights.cu`), then mixes the branches in strips of rows. Half types and
-the channels of :data:`CHANNELS`; backward is :mod:`wavemix_kernels.ops.patm.op`'s, by parts.
+Forward from three reads of x: ``moments`` is one, for batch statistics. ``forward`` makes the branch weights of sums
+over each image, without a convolution (:mod:`csrc/cuda/patm/whole_branch_weights.cu`), then mixes the branches in
+strips of rows.
+
+Backward from x and the output's gradient: ``backward`` first makes the gradients of the branch weights and of ``proj``
+(:mod:`csrc/cuda/patm/whole_backward_mixed.cu`), then those of all projections at every pixel
+(:mod:`csrc/cuda/patm/whole_backward_waves.cu`), the one image in memory in between. ``finish`` makes of these the
+gradients of x and of the projections' weights.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from torch import Tensor
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops.common import chips, layout
 from wavemix_kernels.ops.common.dtypes import cast_together
+from wavemix_kernels.ops.patm import branch_weights
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
 #: Channels that have kernels. Their weights lie in shared memory: 64 and 96 take what sm_80 has, 128 what sm_90 has.
@@ -40,6 +46,15 @@ def why_not(*tensors: Tensor) -> str | None:
     return None
 
 
+def why_not_these(x: Tensor, hidden: int, dtype: torch.dtype) -> str | None:
+    """The same, of weights: hidden channels of the branch weights' MLP, dtype of the projections."""
+    if hidden > MOST_HIDDEN:
+        return f"it takes up to {MOST_HIDDEN} hidden channels, got {hidden}"
+    if dtype != x.dtype:
+        return f"it takes weights of x's dtype, {x.dtype}, got {dtype}"
+    return None
+
+
 @functools.cache
 def _shared(channels: int) -> int:
     core: Any = _native.cuda_core
@@ -51,15 +66,21 @@ class _Arguments:
 
     def __init__(self, image: _Image, *vectors: Tensor | None) -> None:
         x, scale, shift = image
-        x = layout.channels_inner(x)
-        words = 16 // x.element_size()
-        if x.data_ptr() % 16 or any(x.stride(axis) % words for axis in (0, 2, 3)):
-            x = layout.laid_out(x, True)  # kernels copy by 16 bytes
+        x = _by_words(x)
         self._kept = x, *_floats(scale, shift, *vectors)
         by_image = scale is not None and scale.dim() == 2
         addresses = [_native.pointer(t) for t in self._kept[1:]]
         self.image = _native.DTYPES[x.dtype], x.shape, _native.address(x), *addresses[:2], by_image
         self.vectors = addresses[2:]
+
+
+def _by_words(x: Tensor) -> Tensor:
+    """x as kernels copy it, by 16 bytes."""
+    x = layout.channels_inner(x)
+    words = 16 // x.element_size()
+    if x.data_ptr() % 16 or any(x.stride(axis) % words for axis in (0, 2, 3)):
+        return layout.laid_out(x, True)
+    return x
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -84,6 +105,10 @@ def moments(image: _Image) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
+def _on_images(x: Tensor, w: Weights) -> list[Tensor | None]:
+    return [None if t is None else t.to(x.dtype).contiguous() for t in w[:ON_IMAGES]]
+
+
 def forward(image: _Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine) -> tuple[Tensor, Tensor]:
     core: Any = _native.cuda_core
     x = image[0]
@@ -94,7 +119,7 @@ def forward(image: _Image, path: Tensor | None, residual: bool, w: Weights, maps
     out, branch_mean = layout.empty(x, x.shape, True), x.new_empty((n, c), dtype=torch.float32)
     if x.numel() == 0:
         return out, branch_mean
-    on_images = [None if t is None else t.to(x.dtype).contiguous() for t in w[:ON_IMAGES]]
+    on_images = _on_images(x, w)
     given = _Arguments(image, path, *w[ON_IMAGES:], *maps)
     path_at, *rest = given.vectors
     weights = [*map(_native.pointer, on_images), *rest]
@@ -109,3 +134,78 @@ def forward(image: _Image, path: Tensor | None, residual: bool, w: Weights, maps
         _native.address(out), multiprocessors,
     )  # fmt: skip
     return out, branch_mean
+
+
+#: Sums that ``patm_wave_gradients_cuda`` makes of each branch, behind the taps' gradient (C, 2, 7).
+_TAPS, _PRE, _PRE_THETA, _Z, _THIRD = 14, 14, 15, 16, 17
+#: Projections in the order of their gradients at a pixel.
+_PROJECTIONS = ("z_h", "z_w", "z_c", "theta_h", "theta_w")
+
+
+def backward(
+    grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: _Image, path: Tensor | None, w: Weights,
+    maps: Affine,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
+    """Gradients of all projections at every pixel (N, 5 C, H, W), those of weights but the projections', and sums."""
+    core: Any = _native.cuda_core
+    x = image[0]
+    (n, c, height, width), device, hidden = x.shape, x.device, w.fc1.shape[0]
+    multiprocessors = _native.multiprocessors(device)
+    made = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
+    a, new = made.by_branch(), branch_mean.new_zeros if x.numel() == 0 else branch_mean.new_empty
+    d_a, d_proj, sums = new((3, n, c)), new((c + 1, c)), new((2, 18, c))
+    grad = _by_words(grad.to(x.dtype))
+    on_images = _on_images(x, w)
+    given = _Arguments(image, path, center, *w[ON_IMAGES:], *maps)
+    path_at, center_at, *rest = given.vectors
+    weights = [*map(_native.pointer, on_images), *rest]
+    bytes_ = core.patm_mixed_gradients_workspace_cuda(given.image, multiprocessors)
+    workspace = x.new_empty(bytes_, dtype=torch.uint8)
+    _native.launch(
+        "patm_mixed_gradients_cuda", device, given.image, weights, hidden, path_at, _native.address(grad),
+        _native.pointer(a), _native.pointer(d_a), _native.pointer(d_proj), _native.pointer(workspace), multiprocessors,
+    )  # fmt: skip
+    d_mean, (d_fc1, d_fc1_bias, d_fc2, d_fc2_bias) = branch_weights.backward(d_a, made, w)
+    d_mean = (d_mean / max(height * width, 1)).contiguous()
+    gradients = x.new_empty((n, height, width, 5 * c))
+    bytes_ = core.patm_wave_gradients_workspace_cuda(given.image, multiprocessors)
+    workspace = x.new_empty(bytes_, dtype=torch.uint8)
+    _native.launch(
+        "patm_wave_gradients_cuda", device, given.image, weights, hidden, path_at, _native.address(grad),
+        _native.pointer(a), _native.pointer(d_mean), center_at, _native.pointer(gradients), _native.pointer(sums),
+        _native.pointer(workspace), multiprocessors,
+    )  # fmt: skip
+    small = {
+        "z_h_bias": sums[0, _Z], "z_w_bias": sums[1, _Z], "z_c_bias": sums[0, _THIRD], "proj": d_proj[:c],
+        "proj_bias": d_proj[c], "taps_h": sums[0, :_TAPS], "taps_w": sums[1, :_TAPS], "fc1": d_fc1,
+        "fc1_bias": d_fc1_bias, "fc2": d_fc2, "fc2_bias": d_fc2_bias,
+    }  # fmt: skip
+    return gradients.permute(0, 3, 1, 2), small, sums[:, _PRE : _PRE_THETA + 1]
+
+
+def finish(
+    gradients: Tensor, image: _Image, w: Weights, line: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The image's gradient, with ``matrix image + vector`` of ``line``, and those of the projections' weights, fp32."""
+    core: Any = _native.cuda_core
+    x, c, device = image[0], image[0].shape[1], image[0].device
+    multiprocessors = _native.multiprocessors(device)
+    d_image = layout.empty(x, x.shape, True)
+    new = x.new_zeros if x.numel() == 0 else x.new_empty
+    d_weights = new((len(_PROJECTIONS), c, c), dtype=torch.float32)
+    on_images = _on_images(x, w)
+    matrix = vector = size = None
+    if line is not None:
+        # Of a size that float16 holds; products make it what it was.
+        size = line[0].abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
+        matrix, vector = (line[0].t() / size).to(x.dtype).contiguous(), line[1].float().contiguous()
+    given = _Arguments(image)
+    bytes_ = core.patm_image_gradients_workspace_cuda(given.image, multiprocessors)
+    workspace = x.new_empty(bytes_, dtype=torch.uint8)
+    weights = [*map(_native.pointer, on_images), *[0] * (len(w) + len(Affine._fields) - ON_IMAGES)]
+    _native.launch(
+        "patm_image_gradients_cuda", device, given.image, weights, w.fc1.shape[0], _native.pointer(gradients),
+        _native.pointer(matrix), _native.pointer(vector), _native.pointer(size), _native.address(d_image),
+        _native.pointer(d_weights), _native.pointer(workspace), multiprocessors,
+    )  # fmt: skip
+    return d_image, dict(zip(_PROJECTIONS, d_weights.unbind(), strict=True))
