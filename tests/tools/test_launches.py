@@ -12,11 +12,11 @@ from tests.tools.helpers import ROOT, python
 
 #: Launches of a training step and of an inference: this package's kernels and PyTorch's.
 MOST = {
-    "waveblock/L1/nchw/64x192x64x64": (31, 6),
-    "waveblock/L3/nchw/64x192x64x64": (71, 10),
-    "patm/fc/nchw/64x64x56x56": (70, 19),
-    "wavemix/192-16-L3/64x3x224x224": (1158, 137),
-    "wavemlp/T/32x3x224x224": (1000, 220),  # wide MLPs are two products of the library
+    "waveblock/L1/nchw/64x192x64x64": (23, 6),
+    "waveblock/L3/nchw/64x192x64x64": (57, 10),
+    "patm/fc/nchw/64x64x56x56": (51, 6),
+    "wavemix/192-16-L3/64x3x224x224": (934, 137),
+    "wavemlp/T/32x3x224x224": (758, 114),  # wide MLPs are two products of the library
 }
 
 
