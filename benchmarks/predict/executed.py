@@ -84,8 +84,8 @@ def renew(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def scales(kernel: str) -> dict[str, float]:
     """Executed / static of each count that predictions scale; empty where the kernel was not executed, or is another
-    one by now, or has branches that data decide: a test's data are no model's. A ratio outside of the bounds is the
-    compiler's doing, which left accesses out."""
+    one by now, or has branches that data decide: a test's data are no model's. A ratio outside of the bounds is not
+    used: machine code has other accesses than PTX there."""
     row = records().get(kernel)
     if row is None or row["guessed"] or row["source"] != source(kernel):
         return {}

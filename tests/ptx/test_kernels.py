@@ -90,7 +90,7 @@ SESSIONS = {
 #: Bounds of predictions' counts of machine code, as shares of what was executed from PTX. The compiler makes divisions
 #: and roots of many instructions, which shows where there is little other arithmetic.
 LEAST, MOST, RARE = executed.LEAST, executed.MOST, 0.2
-#: Of 544 passes 112 are not in machine code, which narrows and drops loads: much in a launch as short as this.
+#: 112 of 544 passes are not found in its machine code; the cause is not known.
 OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kernel", "passes")}
 
 
