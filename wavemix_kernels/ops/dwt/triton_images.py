@@ -6,9 +6,10 @@ coefficients. Samples are read from memory once, and by the filter's other taps 
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
-# mypy: disable-error-code="no-untyped-def, has-type, no-redef"
-# (Triton's functions are traced, not called: their arguments have no Python types.)
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef, assignment"
+# (Triton's functions are traced, not called: their arguments have no Python types, and tuples grow.)
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -266,7 +267,7 @@ def launch(
     scalars = [n * c, c, *size, *counts, *starts, *image.stride()[:3], *ll.stride()[:3]]
     scalars += [0] * 4 if high is None else high.stride()[:4]
     tensors = (image, ll, ll if high is None else high, *taps)
-    constants = {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "enable_fp_fusion": True}
+    constants: dict[str, Any] = {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "enable_fp_fusion": True}
     if analysis:
         far = [
             mode != "zero" and max(-start, start + 2 * (count - 1) + length - n) >= n

@@ -50,7 +50,8 @@ def run(
         return
     _check(image.shape[2:], mode)
     if max(f.numel() for f in taps) <= ONE_PASS and _in_one_pass(analysis, image, mode):
-        image, low, high = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (image, low, high))
+        image, low = (t if t.stride(-1) == 1 else t.contiguous() for t in (image, low))
+        high = high if high is None or high.stride(-1) == 1 else high.contiguous()
         triton_images.launch(analysis, image, low, high, taps, (starts[1], starts[0]), mode).run(image)
         return
     rows = image.new_empty((2, *image.shape[:3], low.shape[3]), dtype=exact)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -31,7 +31,8 @@ class BlocksConfig:
     num_warps: int
 
 
-class Axis(NamedTuple):
+@dataclass(frozen=True)
+class Axis:
     """An axis as a launch sees it: `bit` of its place in a block, or -1 where it is not transformed."""
 
     size: int
