@@ -13,8 +13,7 @@ from tests.ops import each
 from tests.ops.contract import Case, Contract, image, on, randn
 from tests.ops.test_patm import some_weights, split
 from tests.tolerances import UNIT_ROUNDOFF
-from wavemix_kernels.ops.patm import reference, whole
-from wavemix_kernels.ops.patm.branch_weights import branch_weights
+from wavemix_kernels.ops.patm import branch_weights, reference, whole
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
 HALF = (torch.bfloat16, torch.float16)
@@ -103,13 +102,13 @@ class OnGpu(Contract):
         every = sum(of.abs() for of in branch.values())
         made["branch_mean"] = (sum(d_branch.values()) + (h * w + 8) * WIDE * every).mean((2, 3))
         given = (t[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias"))
-        mlp = branch_weights(exact["branch_mean"], *given)
+        mlp = branch_weights._made(exact["branch_mean"], branch_weights.Mlp(*given))
         few = 64 * WIDE  # of sums of no more terms, a GELU and a softmax
         d_hidden = 1.13 * (made["branch_mean"] + few * exact["branch_mean"].abs()) @ t["fc1"].flatten(1).abs().T + few
         d_logits = (d_hidden + few * mlp.hidden.abs()) @ t["fc2"].flatten(1).abs().T + few
         # A softmax's weight moves by at most half of what a logit moves.
         d_a = 0.5 * d_logits.unflatten(1, (c, 3)).amax(2)[..., None, None] + few
-        a = dict(zip("hwc", mlp.by_branch()[..., None, None], strict=True))
+        a = dict(zip("hwc", mlp.a.permute(2, 0, 1)[..., None, None], strict=True))
         mixed = sum(branch[b] * a[b] for b in "hwc")
         d_mixed = sum(d_branch[b] * a[b] for b in "hwc") + (d_a + 8 * WIDE) * every + u * mixed.abs()
         d_out = product(t["proj"].abs(), d_mixed + (c + 2) * WIDE * mixed.abs())
@@ -187,8 +186,9 @@ class Back(OnGpu):
         grad = t["grad"] * t["path"][:, None, None, None]
         mixed_gradient = product(t["proj"].flatten(1).t(), grad)
         d_mixed = few * product(t["proj"].flatten(1).t().abs(), grad.abs())
-        mlp = branch_weights(t["mean"], *(t[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias")))
-        a = dict(zip("hwc", mlp.by_branch()[..., None, None], strict=True))
+        given = (t[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias"))
+        mlp = branch_weights._made(t["mean"], branch_weights.Mlp(*given))
+        a = dict(zip("hwc", mlp.a.permute(2, 0, 1)[..., None, None], strict=True))
         wave, d_wave, turned, branch, d_branch = {}, {}, {}, {}, {}
         for b in "hw":
             theta, z = (product(t[f"{k}_{b}"], read) + (0 if t[f"{k}_{b}_bias"] is None else

@@ -51,7 +51,8 @@ SESSIONS = {
         (FORMS,),
     ),
     "pre_norm+batch_norm+patm+branch_weights-triton": Session(
-        "triton and (contract or test_pre_norm or sums_together or several_norms) and not (empty or tf32 or many_parts)",
+        "triton and (contract or test_pre_norm or sums_together or several_norms)"
+        " and not (empty or tf32 or many_parts)",
         (
             "norm.triton_pre_norm",
             "norm.triton_finish",

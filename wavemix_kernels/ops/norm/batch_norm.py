@@ -121,7 +121,8 @@ def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
 
 def _running_statistics(running: list[Tensor], batch: list[Tensor], values: list[int], momentum: float) -> None:
     """In one launch of Triton's, which has arithmetic in float32."""
-    moves = [Move(*running[3 * i : 3 * i + 3], *batch[2 * i : 2 * i + 2], n) for i, n in enumerate(values)]
+    tensors = zip(running[::3], running[1::3], running[2::3], batch[::2], batch[1::2], values, strict=True)
+    moves = [Move(*of_norm) for of_norm in tensors]
     narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in (*running, *batch))
     if not narrow or backends.triton_why_not(batch[0]) is not None:
         _by_operators(moves, momentum)

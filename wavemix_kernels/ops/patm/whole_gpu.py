@@ -151,8 +151,8 @@ def backward(
     x = image[0]
     (n, c, height, width), device, hidden = x.shape, x.device, w.fc1.shape[0]
     multiprocessors = _native.multiprocessors(device)
-    made = branch_weights.branch_weights(branch_mean, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias)
-    a, new = made.by_branch(), branch_mean.new_zeros if x.numel() == 0 else branch_mean.new_empty
+    a, _ = branch_weights.branch_weights(branch_mean, 1, w.mlp(), "auto")
+    new = branch_mean.new_zeros if x.numel() == 0 else branch_mean.new_empty
     d_a, d_proj, sums = new((3, n, c)), new((c + 1, c)), new((2, 18, c))
     grad = _by_words(grad.to(x.dtype))
     on_images = _on_images(x, w)
@@ -165,14 +165,16 @@ def backward(
         "patm_mixed_gradients_cuda", device, given.image, weights, hidden, path_at, _native.address(grad),
         _native.pointer(a), _native.pointer(d_a), _native.pointer(d_proj), _native.pointer(workspace), multiprocessors,
     )  # fmt: skip
-    d_mean, (d_fc1, d_fc1_bias, d_fc2, d_fc2_bias) = branch_weights.backward(d_a, made, w)
-    d_mean = (d_mean / max(height * width, 1)).contiguous()
+    d_s, (d_fc1, d_fc1_bias, d_fc2, d_fc2_bias) = branch_weights.backward(
+        d_a, a, branch_mean, max(height * width, 1), w.mlp(), "auto"
+    )
+    d_s = d_s.contiguous()
     gradients = x.new_empty((n, height, width, 5 * c))
     bytes_ = core.patm_wave_gradients_workspace_cuda(given.image, multiprocessors)
     workspace = x.new_empty(bytes_, dtype=torch.uint8)
     _native.launch(
         "patm_wave_gradients_cuda", device, given.image, weights, hidden, path_at, _native.address(grad),
-        _native.pointer(a), _native.pointer(d_mean), center_at, _native.pointer(gradients), _native.pointer(sums),
+        _native.pointer(a), _native.pointer(d_s), center_at, _native.pointer(gradients), _native.pointer(sums),
         _native.pointer(workspace), multiprocessors,
     )  # fmt: skip
     small = {
