@@ -408,7 +408,12 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         # Sums of many channels stay small, or their rounding would turn phases by whole radians.
         share = 8 if c > 6 else 1
         w = Weights(*(to(p(*shape, phase=phase) / share) for shape, phase in zip(shapes, phases, strict=True)))
-        maps = Affine(*(to(p(c, phase=phase) + 2) for phase in (0, 1, 1, 2)))
+        w = w._replace(theta_h=w.theta_h / 8, theta_w=w.theta_w / 8)
+        # No phase is near the kink of its ReLU, where rounding would switch its gradient on or off.
+        sides = 6.0 * (1 - 2 * (torch.arange(c) % 2))
+        maps = Affine(
+            to(p(c) + 2), to(sides + p(c, phase=1)), to(p(c, phase=1) + 2), to(sides.roll(1) + p(c, phase=2))
+        )  # fmt: skip
         mean, covariance = moments(image, name)
         batch = Batch(to(p(2, c)), to(p(2, c) + 2), mean, covariance)
         out, branch_mean = forward(image, to(p(2)), True, w, maps, name)
