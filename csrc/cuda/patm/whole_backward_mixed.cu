@@ -23,7 +23,7 @@ struct Places {
   static constexpr int kX = kMatrices * C * C, kGrad = kX + 3 * kPlaces * C, kMixed = kGrad + 3 * kPlaces * C;
   static constexpr int kWaves = kMixed + kPlaces * C, kFloats = kWaves + 2 * C * kLine;
   // In floats.
-  static constexpr int kTaps = 0, kConstantsAt = 16 * C;
+  static constexpr int kConstantsAt = 16 * C;
   static constexpr size_t kBytes = size_t{2} * kFloats + size_t{4} * (kConstantsAt + kConstants * C);
 };
 

@@ -79,7 +79,7 @@ struct Four {
   unsigned mask = 0;
   int pixel = 0, step = 0, until_next = 0, to_next = 0;
 
-  __device__ Four() = default;
+  Four() = default;
   __device__ Four(const Lines& of, int tile, int first, int step_of_place, int step_of_line) : step(step_of_place) {
     const int pitch = of.length + kReach;
     uint32_t value = static_cast<uint32_t>(tile * kPlaces + first);

@@ -120,7 +120,8 @@ class FusedPATM(PATM):
         if (reason := standard_wanted()) is not None:
             return reason
         convolutions = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
-        reweight, norms = self.reweight, list[Any]()
+        reweight = self.reweight
+        norms: list[Any] = []
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
             *((name, getattr(self, name), nn.Conv2d) for name in convolutions),
             ("reweight", reweight, FusedMlp if type(reweight) is FusedMlp else Mlp),
