@@ -24,6 +24,7 @@ from wavemix_kernels.nn.wavemlp.mlp import FusedMlp
 from wavemix_kernels.nn.wavemlp.patm import FusedPATM
 from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp, WaveBlock
 from wavemix_kernels.ops.common import precision
+from wavemix_kernels.pytorch_wavelets.dwt.bank import FilterBank
 from wavemix_kernels.wtconv import CannotReplace, names_in
 
 __all__ = ["CannotReplace", "become", "names_in", "replacement"]
@@ -35,10 +36,9 @@ Replace = Callable[[nn.Module], str]
 _UPSTREAM_BLOCKS = {f"Level{level}Waveblock": level for level in LEVELS}
 _OURS = (
     *(FusedWaveblock, FusedShuffleWaveblock, FusedDeconvs),
-    *(FusedPATM, FusedMlp, FusedWaveBlock),
-    pytorch_wavelets._FilterBank,
+    *(FusedPATM, FusedMlp, FusedWaveBlock, FilterBank),
 )
-_FILTERS = {
+_FILTERS: dict[type[FilterBank], tuple[str, str, str, str]] = {
     pytorch_wavelets.DWTForward: pytorch_wavelets.DWTForward._names,
     pytorch_wavelets.DWTInverse: pytorch_wavelets.DWTInverse._names,
 }

@@ -15,7 +15,8 @@ from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.dwt.op import dwt2d
 from wavemix_kernels.ops.dwt.reference import Filters
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d
-from wavemix_kernels.pytorch_wavelets import WaveletLike, _taps
+from wavemix_kernels.pytorch_wavelets.dwt.swt import swt2d
+from wavemix_kernels.pytorch_wavelets.wavelets import WaveletLike, filters_of
 
 __all__ = ["wavelet_loss"]
 
@@ -26,7 +27,8 @@ _CHUNK_BYTES = 1 << 22
 
 def wavelet_loss(
     pred: Tensor, target: Tensor, wavelet: str | WaveletLike | Sequence[Any] = "haar", levels: int = 1, *,
-    kind: str = "l1", weights: Sequence[float | Sequence[float]] | None = None, mode: str = "zero", delta: float = 1.0,
+    kind: str = "l1", weights: Sequence[float | Sequence[float]] | None = None, mode: str | None = None,
+    delta: float = 1.0, undecimated: bool = False,
 ) -> Tensor:  # fmt: skip
     """Weighted sum of the losses between the bands of `pred` and of `target`.
 
@@ -45,8 +47,11 @@ def wavelet_loss(
         kind: 'l1', 'mse' or 'huber'.
         weights: ``1 + levels`` entries, that of the low-pass first, then of the levels from the finest. An entry of a
             level is a number or three, for LH, HL and HH. None: 1 everywhere.
-        mode: how the image goes on past its borders, as for DWTForward.
+        mode: how the image goes on past its borders, as for the module; None: 'zero', or where `undecimated`
+            'periodization', both the defaults of the modules.
         delta: where 'huber' turns from quadratic to linear.
+        undecimated: take the bands of :class:`wavemix_kernels.pytorch_wavelets.SWTForward`: yl is the LL of the
+            coarsest level, yh[j] the three other bands of level j.
 
     Returns:
         The loss, a scalar: float64 for float64, else float32, in which it is computed.
@@ -64,11 +69,13 @@ def wavelet_loss(
         raise ValueError(f"pred: expected at least one image and channel, got shape {tuple(pred.shape)}")
     checks.check_positive_int("levels", levels)
     checks.check_choice("kind", kind, _KINDS)
+    mode = ("periodization" if undecimated else "zero") if mode is None else mode
     checks.check_choice("mode", mode, MODES)
     if not delta > 0:
         raise ValueError(f"delta: expected a positive number, got {delta}")
     dtype = accumulate_dtype(torch.promote_types(pred.dtype, target.dtype))
-    loss = _BandLoss(wavelet, levels, kind, _checked_weights(weights, levels), mode, delta, dtype, pred.device)
+    weighted = _checked_weights(weights, levels)
+    loss = _BandLoss(wavelet, levels, kind, weighted, mode, delta, undecimated, dtype, pred.device)
     if pred.device.type != "cpu" or torch.compiler.is_compiling() or standard_wanted():
         return loss.total(pred.to(dtype) - target.to(dtype)) / (pred.shape[0] * pred.shape[1])
     if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
@@ -82,18 +89,24 @@ class _BandLoss:
 
     def __init__(
         self, wavelet: str | WaveletLike | Sequence[Any], levels: int, kind: str,
-        weights: list[list[float]], mode: str, delta: float, dtype: torch.dtype, device: torch.device,
+        weights: list[list[float]], mode: str, delta: float, undecimated: bool, dtype: torch.dtype,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        taps = tuple(tuple(f[::-1]) for f in _taps(wavelet, "dec_lo", "dec_hi"))
-        haar = taps == tuple(tuple(f[::-1]) for f in _taps("haar", "dec_lo", "dec_hi"))
-        self.filters = None if haar else _filters(taps, dtype, device)
+        taps = tuple(tuple(f[::-1]) for f in filters_of(wavelet, "dec_lo", "dec_hi"))
+        haar = taps == tuple(tuple(f[::-1]) for f in filters_of("haar", "dec_lo", "dec_hi"))
+        self.filters = None if haar and not undecimated else _filters(taps, dtype, device)
+        self.undecimated = undecimated
         self.levels, self.kind, self.weights, self.delta = levels, kind, weights, delta
         self.mode = "periodization" if mode == "per" else mode
         self.dtype = dtype
 
     def total(self, difference: Tensor) -> Tensor:
         """The loss of each plane (a mean over its own coefficients), summed over the planes."""
-        if self.filters is None:
+        if self.undecimated:
+            assert self.filters is not None
+            levels = swt2d(difference, self.filters, self.levels, self.mode)
+            low, highs = levels[-1][:, :, 0], [bands[:, :, 1:] for bands in levels]
+        elif self.filters is None:
             low, highs = haar_dwt2d(difference, self.levels, mode=self.mode)
         else:
             low, highs = dwt2d(difference, self.filters, self.levels, mode=self.mode)

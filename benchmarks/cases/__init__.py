@@ -11,11 +11,14 @@ from itertools import zip_longest
 from ..harness.case import Case
 from .dwt import dwt_cases
 from .haar import haar_cases
+from .transforms import transform_cases
 from .wavemix import waveblock_cases, wavemix_cases
 from .wavemlp import patm_cases, wavemlp_cases
 
 
 def registry() -> list[Case]:
     """All cases in the order in which they run: by turns, so that a short run has something of each family."""
-    families = (waveblock_cases(), patm_cases(), haar_cases(), dwt_cases(), wavemix_cases(), wavemlp_cases())
+    families = (
+        waveblock_cases(), patm_cases(), haar_cases(), dwt_cases(), transform_cases(), wavemix_cases(), wavemlp_cases(),
+    )  # fmt: skip
     return [case for turn in zip_longest(*families) for case in turn if case is not None]

@@ -8,12 +8,15 @@
 namespace wavemix::bindings {
 namespace {
 
-// size, count, start, taps, addresses of low and high, before, after, then of the border's three arrays.
+// size, count, start, taps, addresses of low and high, before, after, then of the border's three arrays, stride,
+// dilation, spacing.
 DwtAxis axis(const Ints& ints, const char* name) {
-  if (ints.size() != 11)
-    throw py::value_error(std::string(name) + ": expected 11 integers, got " + std::to_string(ints.size()));
+  if (ints.size() != 14)
+    throw py::value_error(std::string(name) + ": expected 14 integers, got " + std::to_string(ints.size()));
   if (ints[2] > 0 || ints[3] < 0 || ints[3] == 1 || (ints[3] == 0 && ints[0] != ints[1]))
     throw py::value_error(std::string(name) + ": expected start <= 0 and 2 taps or more, or none and equal sizes");
+  if (ints[11] < 1 || ints[11] > 2 || ints[12] < 1 || ints[13] < 1 || (ints[11] == 2 && ints[12] != 1))
+    throw py::value_error(std::string(name) + ": expected stride 2 and dilation 1, or stride 1, and a spacing of 1 up");
   DwtAxis out;
   out.size = ints[0];
   out.count = ints[1];
@@ -26,6 +29,9 @@ DwtAxis axis(const Ints& ints, const char* name) {
   out.border.begin = static_cast<const int64_t*>(pointer(ints[8]));
   out.border.index = static_cast<const int64_t*>(pointer(ints[9]));
   out.border.weight = static_cast<const double*>(pointer(ints[10]));
+  out.stride = ints[11];
+  out.dilation = ints[12];
+  out.spacing = ints[13];
   return out;
 }
 

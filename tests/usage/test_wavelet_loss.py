@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from wavemix_kernels import wavelet_loss as module
-from wavemix_kernels.pytorch_wavelets import DWTForward
+from wavemix_kernels.pytorch_wavelets import DWTForward, SWTForward
 from wavemix_kernels.wavelet_loss import wavelet_loss
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": lambda a, b: F.huber_loss(a, b, delta=0.3)}
@@ -63,7 +63,7 @@ def test_equals_two_transforms_and_a_loss_for_each_band(monkeypatch, wavelet, ki
 
 def test_whole_bands_agree_with_chunks():
     pred, target = images()
-    loss = module._BandLoss("haar", 2, "l1", [[1.0]] * 3, "zero", 1.0, torch.float64, pred.device)
+    loss = module._BandLoss("haar", 2, "l1", [[1.0]] * 3, "zero", 1.0, False, torch.float64, pred.device)
     torch.testing.assert_close(loss.total(pred - target) / 6, wavelet_loss(pred, target, "haar", 2))
 
 
@@ -117,3 +117,19 @@ def test_arguments_that_do_not_fit_are_named(change, error, message):
     pred, target = images()
     with pytest.raises(error, match=message):
         wavelet_loss(**({"pred": pred, "target": target} | change))
+
+
+def test_bands_of_the_undecimated_transform():
+    pred, target = images(shape=(2, 3, 16, 12))
+    weights = [0.5, 1.0, [0.0, 2.0, 3.0]]
+    for wavelet, mode in (("haar", None), ("haar", "zero")):
+        ours = wavelet_loss(pred, target, wavelet, 2, weights=weights, mode=mode, undecimated=True)
+        both = zip(*(SWTForward(2, wavelet, mode or "periodization")(x) for x in (pred, target)), strict=True)
+        (fine, fine_target), (coarse, coarse_target) = both
+        expected = weights[0] * F.l1_loss(coarse[:, :, 0], coarse_target[:, :, 0])
+        expected = expected + F.l1_loss(fine[:, :, 1:], fine_target[:, :, 1:])
+        for band, weight in enumerate(weights[2], 1):
+            expected = expected + weight * F.l1_loss(coarse[:, :, band], coarse_target[:, :, band]) / 3
+        torch.testing.assert_close(ours, expected)
+        gradients = (torch.autograd.grad(loss, (pred, target)) for loss in (ours, expected))
+        torch.testing.assert_close(*gradients)

@@ -22,6 +22,7 @@ OPS = {
     "haar_bands": "haar.bands",
     "haar_blocks": "haar.blocks",
     "dwt": "dwt.op",
+    "filter_bank": "dwt.bank",
     "reduce_haar": "reduce_haar.op",
     "pointwise_mlp": "mlp.op",
     "deconv": "deconv.op",

@@ -1,9 +1,9 @@
 // One level of wavelet synthesis, the exact transpose of analysis, on the CPU. Compiled once per instruction set (see
 // isa.h).
 //
-// An image row is a sum of `taps` / 2 rows of each band along h, then of the two phases along w. What falls outside the
-// image goes back to where its samples came from: along w within the row, along h by rows of the border that are
-// made again for the rows they belong to.
+// An image row is a sum of rows of each band along h, as many as a sample reaches, then along w by phases. What falls
+// outside the image goes back to where its samples came from: along w within the row, along h by rows of the border
+// that are made again for the rows they belong to.
 
 #include "cpu/dwt/lines.h"
 
@@ -14,19 +14,21 @@ namespace {
 template <class A>
 struct Synthesis {
   const DwtArgs& args;
-  const int64_t half_w, half_h;
+  const int64_t reach_w, reach_h;
   const int64_t width;   // elements of a row of coefficients
   const int64_t margin;  // zeros before and behind them
-  const int64_t pairs;   // pairs of samples in an extended row
+  const int64_t steps;   // of `stride` samples in an extended row
   const A *low_w, *high_w, *low_h, *high_h;
   A *line, *phase[2], *joined[2];
   A* ring;            // rows k of LL, LH, HL and HH at k % slots
   int64_t* held;      // k of each slot
   const A** rows_of;  // rows of LL that an image row adds up
+  int64_t* tap_of;    // and the taps that weight them
   int64_t n = 0, c = 0;
 
-  static int64_t most_pairs(const DwtAxis& w) {
-    const int64_t filtered = w.count + (w.taps + 1) / 2, image = (w.size - w.start + 1) / 2;
+  static int64_t most_steps(const DwtAxis& w) {
+    const int64_t filtered = w.count + w.reach(), step = w.spacing * w.stride;
+    const int64_t image = (w.size - w.start + step - 1) / step;
     return filtered > image ? filtered : image;
   }
   static int64_t scratch_bytes(const DwtArgs& args) {
@@ -34,11 +36,11 @@ struct Synthesis {
   }
   Synthesis(const DwtArgs& args, A* block)
       : args(args),
-        half_w((args.w.taps + 1) / 2),
-        half_h((args.h.taps + 1) / 2),
+        reach_w(args.w.reach()),
+        reach_h(args.h.reach()),
         width(row_elements<A>(args.w.count)),
-        margin(round_up(half_w, kLanes<A>)),
-        pairs(most_pairs(args.w)),
+        margin(round_up(reach_w, kLanes<A>)),
+        steps(most_steps(args.w)),
         low_w(static_cast<const A*>(args.w.low)),
         high_w(static_cast<const A*>(args.w.high)),
         low_h(static_cast<const A*>(args.h.low)),
@@ -50,16 +52,18 @@ struct Synthesis {
     for (int64_t i = 0; i < 4 * slots() * width; ++i) ring[i] = A(0);
     point_at(0, 0);
   }
-  int64_t slots() const { return half_h + 1; }
-  int64_t joined_elements() const { return 2 * margin + (pairs > width ? row_elements<A>(pairs) : width); }
+  int64_t slots() const { return reach_h + 1; }
+  int64_t joined_elements() const { return 2 * margin + (steps > width ? row_elements<A>(steps) : width); }
+  int64_t line_elements() const { return args.w.spacing * args.w.stride * steps; }
   int64_t line_up(A* block) {
     Rows<A> rows(block);
-    for (A*& row : phase) row = rows.take(row_elements<A>(pairs));
+    for (A*& row : phase) row = rows.take(row_elements<A>(steps));
     for (A*& row : joined) row = rows.take(joined_elements()) + (block == nullptr ? 0 : margin);
-    line = rows.take(2 * pairs);
+    line = rows.take(line_elements());
     ring = rows.take(4 * slots() * width);
     held = rows.template take<int64_t>(slots());
-    rows_of = rows.template take<const A*>(slots());
+    rows_of = rows.template take<const A*>(args.h.taps);
+    tap_of = rows.template take<int64_t>(args.h.taps);
     return rows.used;
   }
   void point_at(int64_t sample, int64_t channel) {
@@ -85,26 +89,33 @@ struct Synthesis {
     return row;
   }
   // Adds `weight` times row y of the extended image, before the pass along w, to the joined rows, or begins with it.
-  void join(int64_t y, A weight, bool begin) const {
-    const int64_t above = y - args.h.start;
-    int64_t last = above / 2, first = (above - args.h.taps + 2) / 2;  // taps: above - 2 k = 0 ... taps - 1
-    if (above - args.h.taps + 1 < 0) first = 0;
-    if (last > args.h.count - 1) last = args.h.count - 1;
-    const int64_t tap = above - 2 * first, count = last - first + 1;  // of the first row; two less for each next
-    for (int64_t i = 0; i < count; ++i) rows_of[i] = bands(first + i);
+  // False where no row of coefficients reaches it.
+  bool join(int64_t y, A weight, bool begin) const {
+    const DwtAxis& h = args.h;
+    const int64_t above = (y - h.start) / h.spacing;
+    int64_t count = 0;
+    if ((y - h.start) % h.spacing == 0)
+      for (int64_t tap = h.taps - 1; tap >= 0; --tap) {
+        const int64_t from = above - h.dilation * tap;
+        if (from < 0 || from % h.stride != 0 || from / h.stride >= h.count) continue;
+        rows_of[count] = bands(from / h.stride);
+        tap_of[count++] = tap;
+      }
+    if (count == 0 && !begin) return false;
     if (args.w.taps == 0) {
-      join<1>(weight, begin, tap, count);
+      join<1>(weight, begin, count);
     } else {
-      join<2>(weight, begin, tap, count);
+      join<2>(weight, begin, count);
     }
+    return count > 0;
   }
   template <int rows>
-  void join(A weight, bool begin, int64_t tap, int64_t count) const {
+  void join(A weight, bool begin, int64_t count) const {
     constexpr int64_t kLane = kLanes<A>;
     for (int64_t x = 0; x < args.w.count; x += kAtOnce * kLane) {
       Vec<A> sum[rows][kAtOnce] = {};
       for (int64_t i = 0; i < count; ++i) {
-        const A low = low_h[tap - 2 * i], high = high_h[tap - 2 * i];
+        const A low = low_h[tap_of[i]], high = high_h[tap_of[i]];
         for (int r = 0; r < rows; ++r) {
           const A* row = rows_of[i] + 2 * r * width + x;
           for (int v = 0; v < kAtOnce; ++v, row += kLane) sum[r][v] += low * get(row) + high * get(row + width);
@@ -128,25 +139,44 @@ struct Synthesis {
                 args.w.count, joined[1]);
   }
   void expand() const {
-    constexpr int64_t kLane = kLanes<A>;
-    for (int64_t m = 0; m < pairs; m += kAtOnce * kLane) {
-      Vec<A> even[kAtOnce] = {}, odd[kAtOnce] = {};
-      for (int64_t t = 0; t < half_w; ++t) {
-        const bool both = 2 * t + 1 < args.w.taps;
-        for (int v = 0; v < kAtOnce; ++v) {
-          const Vec<A> l = get(joined[0] + m - t + v * kLane), h = get(joined[1] + m - t + v * kLane);
-          even[v] += low_w[2 * t] * l + high_w[2 * t] * h;
-          if (both) odd[v] += low_w[2 * t + 1] * l + high_w[2 * t + 1] * h;
-        }
+    if (args.w.stride == 1) {
+      expand<1>();
+    } else {
+      expand<2>();
+    }
+    const int64_t spacing = args.w.spacing;
+    if (spacing > 1)  // samples between the filter's
+      for (int64_t x = 0; x < line_elements(); ++x) line[x] = A(0);
+    if (args.w.stride == 1) {
+      for (int64_t m = 0; m < steps; ++m) line[spacing * m] = phase[0][m];
+    } else if (spacing == 1) {
+      for (int64_t m = 0; m < steps; ++m) {
+        line[2 * m] = phase[0][m];
+        line[2 * m + 1] = phase[1][m];
       }
-      for (int v = 0; v < kAtOnce; ++v) {
-        put(phase[0] + m + v * kLane, even[v]);
-        put(phase[1] + m + v * kLane, odd[v]);
+    } else {
+      for (int64_t m = 0; m < steps; ++m) {
+        line[2 * spacing * m] = phase[0][m];
+        line[spacing * (2 * m + 1)] = phase[1][m];
       }
     }
-    for (int64_t m = 0; m < pairs; ++m) {
-      line[2 * m] = phase[0][m];
-      line[2 * m + 1] = phase[1][m];
+  }
+  template <int stride>
+  void expand() const {
+    constexpr int64_t kLane = kLanes<A>;
+    const int64_t taps = args.w.taps, apart = stride == 2 ? 1 : args.w.dilation;
+    for (int64_t m = 0; m < steps; m += kAtOnce * kLane) {
+      Vec<A> sum[stride][kAtOnce] = {};
+      for (int64_t t = 0, back = 0; t < taps; t += stride, back += apart) {
+        const bool both = stride == 2 && t + 1 < taps;
+        for (int v = 0; v < kAtOnce; ++v) {
+          const Vec<A> l = get(joined[0] + m - back + v * kLane), h = get(joined[1] + m - back + v * kLane);
+          sum[0][v] += low_w[t] * l + high_w[t] * h;
+          if (both) sum[stride - 1][v] += low_w[t + 1] * l + high_w[t + 1] * h;
+        }
+      }
+      for (int p = 0; p < stride; ++p)
+        for (int v = 0; v < kAtOnce; ++v) put(phase[p] + m + v * kLane, sum[p][v]);
     }
   }
   void fold() const {
@@ -154,7 +184,7 @@ struct Synthesis {
     const DwtBorder& b = args.w.border;
     for (int64_t i = 0; i < b.before + b.after; ++i) {
       const int64_t from = i < b.before ? i - b.before : args.w.size + i - b.before;
-      if (from < args.w.start || from - args.w.start >= 2 * pairs) continue;
+      if (from < args.w.start || from - args.w.start >= line_elements()) continue;
       for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t) x[b.index[t]] += static_cast<A>(b.weight[t]) * x[from];
     }
   }
@@ -162,18 +192,22 @@ struct Synthesis {
     const DwtBorder& b = args.h.border;
     const Plane& p = args.image;
     for (int64_t y = begin; y < end; ++y) {
+      bool reached = true;
       if (args.h.taps == 0) {
         read(y);
       } else {
-        join(y, A(1), true);
+        reached = join(y, A(1), true);
       }
       for (int64_t i = 0; i < b.before + b.after; ++i)
         for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t)
-          if (b.index[t] == y)
-            join(i < b.before ? i - b.before : args.h.size + i - b.before, static_cast<A>(b.weight[t]), false);
-      if (args.w.taps != 0) {
+          if (b.index[t] == y &&
+              join(i < b.before ? i - b.before : args.h.size + i - b.before, static_cast<A>(b.weight[t]), false))
+            reached = true;
+      if (args.w.taps != 0 && reached) {
         expand();
         fold();
+      } else if (args.w.taps != 0) {
+        for (int64_t x = 0; x < line_elements(); ++x) line[x] = A(0);
       }
       store_line(args.w.taps == 0 ? joined[0] : line - args.w.start, Elements(args.image_dtype, p.data),
                  n * p.stride[0] + c * p.stride[1] + y * p.stride[2], p.stride[3], args.w.size);

@@ -106,7 +106,7 @@ struct Units {
 template <class Worker, class A>
 void run_units(const DwtArgs& args, int64_t rows, int threads) {
   if (args.n * args.c * args.h.size * args.w.size < kSerialElements) threads = 1;
-  const Units units(args.n * args.c, rows, args.h.taps, threads);
+  const Units units(args.n * args.c, rows, args.h.dilation * args.h.taps, threads);
   WAVEMIX_PARALLEL(threads) {
     Scratch scratch(Worker::scratch_bytes(args));
     Worker worker(args, reinterpret_cast<A*>(scratch.block));

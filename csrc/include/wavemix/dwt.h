@@ -15,13 +15,17 @@ struct DwtBorder {
   const double* weight = nullptr;
 };
 
-// One axis: coefficient k = 0 ... count - 1 is the sum over t of filter[t] * sample[start + 2 k + t], with the samples
-// past the ends as `border` says; start <= 0.
+// One axis: coefficient k = 0 ... count - 1 is the sum over t of filter[t] * sample[start + spacing (stride k +
+// dilation t)], with the samples past the ends as `border` says; start <= 0. A stride of 2 goes with a dilation of 1.
 struct DwtAxis {
   int64_t size = 0, count = 0, start = 0, taps = 0;
+  int64_t stride = 2, dilation = 1, spacing = 1;
   const void* low = nullptr;  // filters in the arithmetic type
   const void* high = nullptr;
   DwtBorder border;
+
+  // Coefficients that one sample can reach: how many steps of `stride` the filter spans.
+  int64_t reach() const { return taps == 0 ? 0 : dilation * (taps - 1) / stride + 1; }
 };
 
 // Bands: LL, LH (high along h), HL (high along w), HH. Analysis writes ll and high; synthesis, its exact transpose,

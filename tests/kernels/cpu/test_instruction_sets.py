@@ -37,7 +37,9 @@ def test_variants(isa: str) -> None:
         reason = found.stderr.strip().splitlines()[-1]
         assert VARIABLE in reason, found.stderr
         pytest.skip(reason)
-    families = ("haar", "dwt", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp")
+    families = (
+        "haar", "dwt", "filter_bank", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp",
+    )  # fmt: skip
     files = ["tests/kernels/cpu", *(f"tests/ops/test_{family}.py" for family in families)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--few", "-k", "cpu or threads", *files]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

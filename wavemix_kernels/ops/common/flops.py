@@ -79,6 +79,11 @@ def _dwt(image: Shape, low: Shape, filters: Sequence[Shape]) -> int:
     return 4 * prod(image[:-1]) * low[-1] * taps[0] + 8 * prod(low) * taps[1]
 
 
+def _filter_bank(a: Shapes, image: Shape) -> int:
+    """As a level of analysis, on lattices (start, count, stride, step)."""
+    return _dwt(image, (*image[:2], a["h"][1], a["w"][1]), a["filters"])
+
+
 def _dwt_analysis(a: Shapes) -> int:
     low = list(a["x"])
     for dim, f in zip((-1, -2) if len(a["filters"]) == 4 else (2,), a["filters"][::2], strict=True):
@@ -90,6 +95,8 @@ def _dwt_analysis(a: Shapes) -> int:
 FORMULAS: dict[str, Callable[[Shapes], int]] = {
     "dwt_analysis": _dwt_analysis,
     "dwt_synthesis": lambda a: _dwt((*a["ll"][:2], *a["size"]), a["ll"], a["filters"]),
+    "filter_bank": lambda a: _filter_bank(a, a["x"]),
+    "filter_bank_transpose": lambda a: _filter_bank(a, (*a["ll"][:2], *a["size"])),
     "reduce_haar": lambda a: _product(a["x"], a["weight"][0]),
     "reduce_haar_backward": lambda a: 2 * _product(a["x"], a["weight"][0]),
     "pointwise_mlp": _mlp,

@@ -194,6 +194,13 @@ def _first(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _chosen(op: str, backend: str | None, filters: Sequence[Tensor], *tensors: Tensor) -> str:
+    return chosen(op, BACKENDS, backend, filters, *tensors)
+
+
+def chosen(
+    op: str, table: dict[str, backends.Backend], backend: str | None, filters: Sequence[Tensor], *tensors: Tensor
+) -> str:
+    """The backend of a call; learned filters get their gradient from the reference."""
     asked = backends.requested(backend)
     learned = any(f.requires_grad for f in filters)
     if inlined(asked) or standard_wanted() is not None or (asked == "auto" and learned):
@@ -202,7 +209,7 @@ def _chosen(op: str, backend: str | None, filters: Sequence[Tensor], *tensors: T
         raise ValueError(
             f"{op}: backend={asked!r} has no gradient for filters, which require one; use backend='reference' or 'auto'"
         )
-    return choose.pick(op, BACKENDS, asked, *tensors)
+    return choose.pick(op, table, asked, *tensors)
 
 
 # --- Backends: one level on allocated tensors ------------------------------------------------------------
@@ -214,14 +221,17 @@ def first_sample(taps: int, mode: str) -> int:
 
 
 def _untransformed(size: int) -> tuple[int, ...]:
-    return (size, size, *[0] * 9)
+    return (size, size, *[0] * 9, 2, 1, 1)
 
 
-def _axis(size: int, count: int, low: Tensor, high: Tensor, table: Border, start: int) -> tuple[int, ...]:
-    """An axis as the core takes it (csrc/bindings/dwt.cpp)."""
+def core_axis(
+    size: int, count: int, low: Tensor, high: Tensor, table: Border, start: int,
+    steps: tuple[int, int, int] = (2, 1, 1),
+) -> tuple[int, ...]:  # fmt: skip
+    """An axis as the core takes it (csrc/bindings/dwt.cpp); `steps` are its stride, dilation and spacing."""
     return (
         size, count, start, low.numel(), low.data_ptr(), high.data_ptr(), table.before, table.after,
-        table.begin.data_ptr(), table.sample.data_ptr(), table.weight.data_ptr(),
+        table.begin.data_ptr(), table.sample.data_ptr(), table.weight.data_ptr(), *steps,
     )  # fmt: skip
 
 
@@ -242,7 +252,7 @@ def _compiled(direction: str) -> Any:
             size, count, start = image.shape[dim], low.shape[dim], first_sample(f.numel(), mode)
             table = border(size, -start, max(0, start + 2 * (count - 1) + f.numel() - size), mode)
             kept.append(table)
-            axes[dim] = _axis(size, count, f, g, table, start)
+            axes[dim] = core_axis(size, count, f, g, table, start)
         getattr(_native.core, f"dwt_{direction}_cpu")(
             [_native.DTYPES[t.dtype] for t in (image, low, low if high is None else high)], *image.shape[:2],
             axes[-2], axes[-1], _native.address(image), _native.address(low), _native.address(high),
@@ -289,7 +299,8 @@ def _rows(x: Tensor) -> Tensor:
 def _analysis(x: Tensor, filters: list[Tensor], mode: str, low: Any, high: Any, backend: str) -> tuple[Tensor, Tensor]:
     chosen = choose.select(f"dwt{len(filters) // 2}d", BACKENDS, backend, x)
     out = _empty_bands(x, filters, mode, low, high)
-    chosen.functions["analysis"](_rows(x), *out, filters, mode)
+    image = x if chosen is BACKENDS["cpu"] else _rows(x)  # the CPU's kernel takes both memory orders as they are
+    chosen.functions["analysis"](image, *out, filters, mode)
     return out
 
 

@@ -124,6 +124,71 @@ def separable_idwt1d(
         return x.squeeze(2).to(low.dtype)
 
 
+class Lattice(NamedTuple):
+    """The samples that the coefficients of an axis read: coefficient k = 0 ... length - 1 is the sum over t of
+    filter[t] * sample[start + stride * k + step * t]; start <= 0."""
+
+    start: int
+    length: int
+    stride: int = 1
+    step: int = 1
+
+
+def separable_bank(x: Tensor, filters: Filters, h: Lattice, w: Lattice, mode: str) -> Tensor:
+    """One level of x (N, C, H, W) on the lattices of its axes, past the ends as `mode`, a key of `haar.MODES` other
+    than 'per', says. Returns (N, C, 4, h.length, w.length), bands LL, LH, HL, HH, of x's dtype."""
+    with _without_autocast(x):
+        exact = x.to(accumulate_dtype(x.dtype))
+        bank = Filters(*(f.to(exact.dtype) for f in filters))
+        rows = bank_along(exact, bank.low_w, bank.high_w, -1, w, mode)
+        bands = bank_along(rows, bank.low_h, bank.high_h, -2, h, mode)
+        return bands.unflatten(1, (x.shape[1], 4)).to(x.dtype)
+
+
+def separable_bank_transpose(
+    ll: Tensor, high: Tensor | None, filters: Filters, h: Lattice, w: Lattice, size: Sequence[int], mode: str
+) -> Tensor:
+    """The transpose of :func:`separable_bank`, from its first band (N, C, h.length, w.length) and the other three
+    (N, C, 3, h.length, w.length), None for zeros, to (N, C, *size) of ll's dtype."""
+    with _without_autocast(ll):
+        first = ll.to(accumulate_dtype(ll.dtype)).unsqueeze(2)
+        rest = first.new_zeros(()).expand(*ll.shape[:2], 3, *ll.shape[2:]) if high is None else high.to(first.dtype)
+        bank = Filters(*(f.to(first.dtype) for f in filters))
+        bands = torch.cat((first, rest), 2).flatten(1, 2)
+        rows = _bank_back(bands, bank.low_h, bank.high_h, -2, h, size[0], mode)
+        return _bank_back(rows, bank.low_w, bank.high_w, -1, w, size[1], mode).to(ll.dtype)
+
+
+def bank_along(x: Tensor, low: Tensor, high: Tensor, dim: int, lattice: Lattice, mode: str) -> Tensor:
+    """x (N, C, H, W) to (N, 2C, h, w), low and high by turns."""
+    start, count, stride, step = lattice
+    taps = low.numel()
+    length = stride * (count - 1) + step * (taps - 1) + 1
+    x = extend(x, dim, -start, max(0, start + length - x.shape[dim]), mode).narrow(dim, 0, length)
+    kernel = torch.stack((low.flatten(), high.flatten())).reshape(2, 1, *_along(dim, taps, 1))
+    return _convolve(x, kernel, _along(dim, stride, 1), _along(dim, step, 1))
+
+
+def _bank_back(bands: Tensor, low: Tensor, high: Tensor, dim: int, lattice: Lattice, size: int, mode: str) -> Tensor:
+    """The transpose of :func:`bank_along`, to lines of `size`."""
+    start, _, stride, step = lattice
+    channels = bands.shape[1] // 2
+    kernel = torch.stack((low.flatten(), high.flatten())).reshape(2, 1, *_along(dim, low.numel(), 1))
+    wide = F.conv_transpose2d(
+        bands, kernel.repeat(channels, 1, 1, 1), stride=_along(dim, stride, 1), dilation=_along(dim, step, 1),
+        groups=channels,
+    )  # fmt: skip
+    after = max(0, wide.shape[dim] + start - size)
+    wide = extend(wide, dim, 0, size - start + after - wide.shape[dim], "zero")
+    inside = wide.narrow(dim, -start, size)
+    if mode == "zero":
+        return inside
+    border = torch.cat((wide.narrow(dim, 0, -start), wide.narrow(dim, size - start, after)), dim)
+    samples = extend(torch.eye(size, dtype=wide.dtype, device=wide.device), -1, -start, after, mode)
+    of_border = torch.cat((samples[:, :-start], samples[:, size - start :]), 1)
+    return inside + (border.movedim(dim, -1) @ of_border.mT).movedim(-1, dim)
+
+
 def synthesis_lengths(low: Tensor, highs: Sequence[Tensor | None], taps: int, mode: str, dim: int) -> list[int]:
     """The length along `dim` at which each level reads its low-pass, coarsest first, then that of the result; raises
     as `synthesis_sizes`."""
@@ -279,13 +344,13 @@ def _merge(bands: Tensor, filters: tuple[Tensor, ...], dim: int, mode: str) -> T
     return torch.stack((even, odd), dim).flatten(dim - 1, dim).narrow(dim, start, size)
 
 
-def _convolve(x: Tensor, kernel: Tensor, stride: tuple[int, int]) -> Tensor:
+def _convolve(x: Tensor, kernel: Tensor, stride: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
     """`kernel` (2, K, h, w) on each K channels of x (N, K * C, H, W) to (N, 2 * C, ...)."""
     channels = x.shape[1] // kernel.shape[1]
     if channels == 0:  # conv2d takes no samples, but not no channels
-        none = F.conv2d(x.reshape(0, kernel.shape[1], *x.shape[2:]), kernel, stride=stride)
+        none = F.conv2d(x.reshape(0, kernel.shape[1], *x.shape[2:]), kernel, stride=stride, dilation=dilation)
         return none.reshape(x.shape[0], 0, *none.shape[2:])
-    return F.conv2d(x, kernel.repeat(channels, 1, 1, 1), stride=stride, groups=channels)
+    return F.conv2d(x, kernel.repeat(channels, 1, 1, 1), stride=stride, dilation=dilation, groups=channels)
 
 
 def _along(dim: int, size: int, other: int) -> tuple[int, int]:

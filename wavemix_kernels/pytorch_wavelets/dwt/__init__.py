@@ -1,0 +1,1 @@
+"""The decimated and the undecimated discrete wavelet transform."""
