@@ -57,6 +57,7 @@ REASONS = {
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
     "cuda phase_aggregate *": "about 180 instructions a step, and registers for three blocks of a multiprocessor",
+    "cuda patm_whole backward *: _*_kernel": "the branch weights' small MLP: few blocks",
     "cuda patm_whole moments *": "two ldmatrix for each product; 229 blocks",
     "cuda patm_whole * patm_branch_sums": "sines: issue slots",
     "cuda patm_whole * patm_mixed_gradients": "waves and weights through shared memory; each branch reads x for itself",

@@ -75,7 +75,9 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{func} is no operator of PyTorch")
         view_of = None
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            step.kind, view_of = "view", next(t for t in args if isinstance(t, Tensor))
+            source = next(t for t in args if isinstance(t, Tensor))
+            if _of_one_memory(result, source):  # contiguous and its like copy where they have to
+                step.kind, view_of = "view", source
         elif name in _ALLOCATIONS:
             step.kind = "allocation"
         step.out = self._made(result, view_of, func)
@@ -166,6 +168,11 @@ class Recorder(TorchDispatchMode):
     def compiled(self, result: Any) -> Callable[..., Any]:
         """A function ``(stream, *tensors)`` that does the same and returns the like of ``result``."""
         return Writer(self._inputs, self._steps, self._symbol(result)).function()
+
+
+def _of_one_memory(result: Any, source: Tensor) -> bool:
+    one = result[0] if isinstance(result, (tuple, list)) and result else result
+    return not isinstance(one, Tensor) or one.untyped_storage()._cdata == source.untyped_storage()._cdata
 
 
 class _Again:

@@ -101,12 +101,13 @@ def _load(
         step = RUN if CONTIGUOUS else stride
         second = tl.load(image + offset + step, mask=mask & (col + RUN < size)[None, None, :], other=0.0)
         even, odd = _dealt(first, second, RUN)
+        odd = odd.to(REAL)
         if EDGE != 0:
             last = 2 * (col0 + lane) + 1 == size
             offset, mask = _along(at, valid, tl.zeros_like(lane) + source, size, stride, CONTIGUOUS)
             missing = tl.load(image + offset, mask=mask & last[None, None, :], other=0.0)
-            odd = tl.where(last[None, None, :], missing * EDGE, odd)
-        return even.to(REAL), odd.to(REAL)
+            odd = tl.where(last[None, None, :], missing.to(REAL) * EDGE, odd)
+        return even.to(REAL), odd
 
 
 @triton.jit

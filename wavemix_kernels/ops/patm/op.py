@@ -114,7 +114,7 @@ def runs_whole(
     name = x.device.type if backend == "auto" else backend
     if (reason := _why_by_parts(x, backend, name, depthwise, hidden, dtype or x.dtype)) is None:
         return name
-    if log.enabled():
+    if not torch.compiler.is_compiling() and log.enabled():
         given, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
         log.once(("patm", backend, given, shape, reason), lambda: f"patm {given} {shape}: by parts ({reason})")
     return None
@@ -129,7 +129,7 @@ def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: i
         return f"whole on {name}: {reason}"
     if name == "cuda" and (reason := whole_gpu.why_not_these(x, hidden, dtype)) is not None:
         return f"whole on cuda: {reason}"
-    form = choose.patm(name, x.shape[1], depthwise)
+    form = choose.patm(name, x.shape[1], depthwise, torch.is_grad_enabled())
     if backend == "auto":
         other = "parts" if form == "whole" else "whole"
         measured = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
@@ -137,7 +137,7 @@ def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: i
             return f"whole on {name} failed its self-test: {fault}"
         if measured != form:
             return None if measured == "whole" else "measured on this device"
-    return None if form == "whole" else f"parts are faster for {x.shape[1]} channels"
+    return None if form == "whole" else "parts are faster here"
 
 
 # --- What both functions save and return ----------------------------------------------------------------------
