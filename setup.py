@@ -85,7 +85,7 @@ def cuda_plan() -> tuple[str | None, list[str], str]:
     return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)} and, as PTX, for newer GPUs"
 
 
-#: What a build of everything took, in seconds of one core, roughly: the CPU's part, and each CUDA architecture.
+#: Rough seconds of one core for a build of everything: the CPU's part, and each CUDA architecture.
 CPU_SECONDS, CUDA_SECONDS = 100, 60
 #: In the package, where the core is left out: why. wavemix_kernels/_native.py reads it.
 LEFT_OUT = "_core_left_out.txt"

@@ -78,7 +78,7 @@ def spread(images: Tensor, masks: Tensor) -> Tensor:
     kept = 1 - masks
     scales = [(images * kept, kept)]
     while max(scales[-1][0].shape[2:]) > 1:
-        scales.append(tuple(F.avg_pool2d(t, 2, ceil_mode=True) for t in scales[-1]))  # type: ignore[arg-type]
+        scales.append(tuple(F.avg_pool2d(t, 2, ceil_mode=True) for t in scales[-1]))  # type: ignore[arg-type]  # a pair gives a pair
     found = torch.full_like(scales[-1][0], 0.5)
     for total, weight in reversed(scales):
         coarse = F.interpolate(found, size=total.shape[2:], mode="bilinear", align_corners=False)

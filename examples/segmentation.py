@@ -40,7 +40,7 @@ COLUMNS = ("class", "share", "iou")
 
 
 class Scores(NamedTuple):
-    """Of all test mosaics: shares of pixels classified rightly, and IoU of each class."""
+    """Shares of pixels classified rightly in all test mosaics, and IoU of each class."""
 
     accuracy: float
     majority: float

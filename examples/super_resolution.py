@@ -77,7 +77,7 @@ class OverBicubic(nn.Module):
         return bicubic(images) + self.detail(images - 0.5)
 
 
-#: Of red, green and blue in Y, Cb and Cr (ITU-R BT.601, full range, without offsets).
+#: Weights of red, green and blue in Y, Cb and Cr (ITU-R BT.601, full range, without offsets).
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 

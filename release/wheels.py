@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("cpu", "cuda")
 
-#: What an installed wheel has to do, in an environment that has it and torch alone.
+#: An installed wheel has to run this, in an environment that has it and torch alone.
 _CHECK = """
 import sys, torch
 import wavemix_kernels
@@ -87,7 +87,7 @@ def build(python: str, kind: str, folder: Path, isolated: bool = True) -> Path:
 
 
 def cuda_version() -> str:
-    """As torch's wheels have it: 130 for CUDA 13.0."""
+    """The version in the form of torch's wheels: 130 for CUDA 13.0."""
     told = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     return "".join(re.findall(r"release (\d+)\.(\d+)", told)[0])
 
@@ -113,7 +113,7 @@ def check(wheel: Path, kind: str, torch_at: str) -> str:
     """Installs `wheel` into a fresh environment, whose only other package is the torch at `torch_at`, and uses it.
 
     Returns:
-        What the build says about itself.
+        The build's note about itself.
     """
     with tempfile.TemporaryDirectory() as folder:
         run([sys.executable, "-m", "venv", "--without-pip", folder])

@@ -35,7 +35,7 @@ PROVIDERS = {
 BACKENDS = ("cpu", "triton", "cuda")
 OURS = ("ours", "ours+compile", "ours+graph", *BACKENDS)
 COMPILED = ("compile", "reduce-overhead", "ours+compile")
-#: What a CPU measures by default. "ours" is "cpu" there: each row is measured once.
+#: A CPU measures these by default. "ours" is "cpu" there: each row is measured once.
 ON_CPU = ("upstream", *PEERS, "reference", "compile", "ours")
 
 

@@ -67,7 +67,7 @@ def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 
 
 def gradients(match: re.Match[str], arch: int) -> tuple[str, Demands]:
-    """As many blocks of a multiprocessor as there are sums for, which stay in registers."""
+    """Sums stay in registers, which limits the blocks of a multiprocessor."""
     if match[3] is None:
         return "", Demands(accesses=(r"LDG\.E",))
     accesses = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"STG\.E\.128")

@@ -15,9 +15,9 @@ from tests.ops.contract import randn
 from wavemix_kernels.pytorch_wavelets.dtcwt import coeffs
 
 S = 0.5**0.5
-#: As `qshift`: orthonormal, those of tree b the mirror images of tree a's.
+#: In the form of `qshift`: orthonormal, those of tree b the mirror images of tree a's.
 HAAR = (S, S), (S, S), (S, -S), (-S, S)
-#: As `biort`: analysis, synthesis.
+#: In the form of `biort`: analysis, synthesis.
 BY_HAND = ((-1, 2, 6, 2, -1), (-1, 2, -1)), ((1 / 32, 2 / 32, 1 / 32), (-1 / 32, -2 / 32, 6 / 32, -2 / 32, -1 / 32))
 
 

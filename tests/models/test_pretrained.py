@@ -65,7 +65,7 @@ def test_pretrained_offline_says_what_to_do(published: tuple[Path, dict[str, tor
         tiny()
 
 
-#: Of the published files, in megabytes as their host lists them, or in bytes as a commit does.
+#: Sizes of the published files, in megabytes as their host lists them, or in bytes as a commit does.
 SIZES = {
     "imagenet_75.06": 111_681_543, "imagenet_75.04": 112, "imagenet_73.03": 198, "imagenet_71.49": 112,
     "imagenet_70.66": 50_080_583, "imagenet_70.42": 251, "places365_54.94": 114, "cifar10_95.37": 68.4,

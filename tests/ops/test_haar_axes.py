@@ -108,7 +108,7 @@ class Blocks(Contract):
         return 2 * len(case.along) + 2 + self.front(case)
 
     def operands(self, case: Case, name: str, backend: str) -> float:
-        """What stood past an end is added to samples that are stored."""
+        """The gradient of a place past an end is added to samples that are stored."""
         return 1 + len(case.along) + self.front(case) if name == "d_x" else 0
 
 

@@ -168,8 +168,8 @@ class Back(OnGpu):
         return {"image": made.image, "sums": made.sums} | made.weights
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
-        """As forward: what comes in, through absolute values, and a step's own rounding. Rounded to the element type
-        are the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
+        """Like forward's: incoming errors go through absolute values, and each step adds its own. The element type rounds
+        the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
         u, t = UNIT_ROUNDOFF[case.dtype], tensors
         n, c, h, w = case.shape
         pixels = h * w
@@ -224,7 +224,7 @@ class Back(OnGpu):
         made |= {"fc2": d_logits.t() @ hidden + few * logits.t() @ hidden, "fc2_bias": (d_logits + few * logits).sum(0)}
         made |= {"fc1": (d_pre + few * pre).t() @ t["mean"].abs(), "fc1_bias": (d_pre + few * pre).sum(0)}
         d_mean = ((d_pre + few * pre) @ fc1 / pixels)[..., None, None]
-        # Of mean itself: from the exact gradient of the hidden layer, whose logits' gradient may cancel.
+        # The error of mean itself: from the exact gradient of the hidden layer, whose logits' gradient may cancel.
         mean = _mean_gradient(torch.stack([by_a[b] for b in "hwc"], 2), mlp, t)[..., None, None] / pixels
         e_mixed = sum((d_branch[b] + 2 * u * branch[b].abs()) * a[b] for b in "hwc")
         made["proj"] = over_pixels(grad.abs(), e_mixed + few * sum(branch[b].abs() * a[b] for b in "hwc"))

@@ -139,7 +139,7 @@ class Gradients(ReduceHaar):
 
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
 SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
-#: What the CUDA kernel of the gradients takes: each of its sizes, each number of levels, tiles filled in part.
+#: Cases that the CUDA kernel of the gradients takes: each of its sizes, each number of levels, tiles filled in part.
 TAKEN: Any = {
     "size": (
         ((1, 16, 6, 10), 4, 1), ((3, 104, 4, 4), 26, 2), ((1, 136, 8, 8), 48, 3), ((1, 8, 16, 16), 34, 4),

@@ -159,7 +159,7 @@ def funnel(low: Array, high: Array, by: Array, left: bool, wraps: bool) -> Array
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
-#: Of one source, and of two, of the result's type.
+#: Functions of one source, and of two, of the result's type.
 _UNARY = {
     "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": lambda x: F32(1) / x,
     "rsqrt": lambda x: F32(1) / np.sqrt(x), "ex2": np.exp2, "lg2": np.log2, "sin": as_wrong_as_allowed(np.sin),

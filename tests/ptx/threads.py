@@ -288,7 +288,7 @@ def product(of: Operands, made: Instruction) -> Step:
     return run
 
 
-#: Of lane, operand and the bits of a segment: the lane that is read.
+#: The lane that is read, from lane, operand and the bits of a segment.
 _SHUFFLES = {
     "bfly": lambda lane, by, segment: lane ^ by, "down": lambda lane, by, segment: lane + by,
     "up": lambda lane, by, segment: lane - by, "idx": lambda lane, by, segment: (lane & segment) | (by & ~segment),

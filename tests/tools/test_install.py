@@ -1,4 +1,4 @@
-"""What setup.py decides, and what an install without the compiled core says."""
+"""Decisions of setup.py, and the words of an install without the compiled core."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class WaveMixModule(nn.Module):
         self.decoder2 = nn.Sequential(nn.Conv2d(half + 3, 3, 1))
 
     def encoded(self, img: Tensor, mask: Tensor) -> Tensor:
-        """What the decoder reads: (N, 2 final_dim, H/2, W/2)."""
+        """The decoder's input: (N, 2 final_dim, H/2, W/2)."""
         given = torch.cat((img, mask), 1) if self.mask_channel else img
         skip = self.conv(given) if isinstance(img, fx.Proxy) else run_stem(self.conv, given)
         return torch.cat((self.depthconv(through(self.layers, skip)), skip), 1)

@@ -212,7 +212,7 @@ struct Analysis {
   }
 };
 
-// What rows begin ... end - 1 of the coefficients read of the image itself.
+// The rows of the image that rows begin ... end - 1 of the coefficients read.
 Range rows_read(const DwtAxis& h, int64_t begin, int64_t end) {
   const int64_t top = h.start + h.spacing * h.stride * begin;
   const int64_t bottom = h.start + h.spacing * (h.stride * (end - 1) + h.dilation * (h.taps - 1));

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_mixed_gradie
   const auto constants = [&](int which) { return floats + (P::kConstantsAt + which * C); };
   const T* const x = static_cast<const T*>(p.image.x) + n * p.x.n;
   const T* const grad = static_cast<const T*>(p.grad) + n * p.grad_strides.n;
-  // What the step of tile `step` reads: x of the next tile, the gradient of this one. `slot`, of three, is the step's.
+  // Copies for the step of tile `step`: x of the next tile, the gradient of this one, into its `slot` of three.
   const auto fetch_for = [&](int step, int slot) {
     if (step < end && is_tile(step + 1)) block.fetch(x, p.x, branch, lines, step + 1, x_tile(after(slot)));
     if (step >= begin && step < end) block.fetch(grad, p.grad_strides, branch, lines, step, grad_tile(slot));

@@ -12,9 +12,9 @@ namespace {
 template <int C>
 constexpr int kBlocks = C == 64 ? 2 : 1;
 
-// Each C. Of a channel the first four, of an output the others.
+// C floats each: the first four belong to input channels, the others to outputs.
 enum Constant { kZBias, kScale, kShift, kCenter, kWeight, kThirdWeight, kMean, kConstants };
-// What a block adds up, each C floats but the taps' gradient, which is 14 C of the outputs.
+// Sums of a block: the taps' gradient has 14 C floats, each of the others C.
 enum Sum { kPre = 2 * kPhaseTaps, kPreTheta, kZ, kThird, kSums };
 
 template <class T, int C>
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
   const auto constants = [&](int which) { return floats + (P::kConstantsAt + which * C); };
   const T* const x = static_cast<const T*>(p.image.x) + n * p.x.n;
   const T* const grad = static_cast<const T*>(p.grad) + n * p.grad_strides.n;
-  // What the step of tile `step` reads: x of this tile, the gradient of the next.
+  // Copies for the step of tile `step`: x of this tile, the gradient of the next.
   const auto fetch_for = [&](int step) {
     if (step >= begin && step < end) block.fetch(x, p.x, branch, lines, step, x_tile(step));
     if (step < end && is_tile(step + 1))

@@ -97,7 +97,7 @@ struct Four {
 
 __device__ constexpr int after(int slot) { return slot == 2 ? 0 : slot + 1; }  // of three
 
-// What a block of these kernels does: shared by them.
+// The steps of a block that the kernels along lines share.
 template <class T, int C>
 struct LineBlock {
   static constexpr int kThreads = kLineThreads<C>, kChunks = C / kStep, kTile = kPlaces * C;

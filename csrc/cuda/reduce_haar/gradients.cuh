@@ -116,7 +116,7 @@ struct Block {
 
   // --- Into shared memory
 
-  // Of 32 channels, 8 m + 2 t + e goes to place 8 t + 2 m + e: the product's columns 2 m and 2 m + 1 of four tiles t,
+  // Channel 8 m + 2 t + e of 32 goes to place 8 t + 2 m + e: the product's columns 2 m and 2 m + 1 of four tiles t,
   // which are one thread's, are then neighbours in d_x.
   __device__ void load_weight() const {
     constexpr int kRowPairs = kChannels * S / 2;

@@ -86,7 +86,7 @@ class FusedShuffleWaveblock(ShuffleWaveblock):
         return next((reason for reason in reasons if reason is not None), None)
 
     def fuse_for_inference(self) -> InferenceShuffleWaveblock:
-        """As :meth:`wavemix_kernels.FusedWaveblock.fuse_for_inference`.
+        """Like :meth:`wavemix_kernels.FusedWaveblock.fuse_for_inference`.
 
         Raises:
             ValueError: a part has hooks, parametrizations or a class of its own; BatchNorm has no running statistics.

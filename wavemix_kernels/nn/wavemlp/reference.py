@@ -160,7 +160,7 @@ class DropPath(nn.Module):
         return x if factors is None else x * factors
 
     def factors(self, x: Tensor) -> Tensor | None:
-        """What each sample of x is multiplied with, (N, 1, ...) in the dtype of x, or None for 1."""
+        """The factor of each sample of x, (N, 1, ...) in the dtype of x, or None for 1."""
         if not self.training or self.drop_prob == 0:
             return None
         keep = 1 - self.drop_prob

@@ -80,7 +80,7 @@ def _dwt(image: Shape, low: Shape, filters: Sequence[Shape]) -> int:
 
 
 def _filter_bank(a: Shapes, image: Shape) -> int:
-    """As a level of analysis, on lattices (start, count, stride, step)."""
+    """Like a level of analysis, on lattices (start, count, stride, step)."""
     return _dwt(image, (*image[:2], a["h"][1], a["w"][1]), a["filters"])
 
 

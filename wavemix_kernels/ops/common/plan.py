@@ -76,7 +76,7 @@ class _Words(tuple[Any, ...]):
     """A tuple without tensors."""
 
 
-#: Of these a value is a part of a key.
+#: Values of these types are a part of a key.
 _WORDS = {type(None), int, str, float, bool, _Words}
 
 
@@ -238,7 +238,7 @@ def _watched() -> bool:
 
 
 def _kind(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """What a plan depends on beside its tensors; None where there can be none. Fills ``tensors``."""
+    """The arguments that a plan depends on beside its tensors; None where there can be none. Fills ``tensors``."""
     parts: list[Any] = []
     if not _collect(args, parts, tensors) or not tensors:
         return None

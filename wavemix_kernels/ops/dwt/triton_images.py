@@ -50,14 +50,14 @@ def _taps(filter, TAPS: tl.constexpr):
 def _samples(
     lines, at, size, limit, valid, TAPS: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """What the filters along W read of a row of samples, at `lines`, a tap after the other. Coefficients begin at
+    """The samples of a row that the filters along W read, at `lines`, a tap after the other. Coefficients begin at
     `at`; `limit` is `size`, or 0 for a row of zeros."""
     read = ()
     if MODE == "zero":
         lines += at
     for t in tl.static_range(TAPS):
         if MODE == "zero":
-            # As unsigned numbers, negative places are past the end too.
+            # Compared as unsigned numbers, negative places are past the end too.
             value = tl.load(lines + t, mask=(at + t).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
         else:
             place, _ = _source(at + t, size, MODE, FAR)
@@ -157,7 +157,7 @@ def _coefficients(band, k, count, limit, valid, STEPS: tl.constexpr, WRAP: tl.co
         if WRAP:
             value = tl.load(band + _floor_mod(k - j, count), mask=valid, other=0.0)
         else:
-            # As unsigned numbers, negative places are past the end too.
+            # Compared as unsigned numbers, negative places are past the end too.
             value = tl.load(band - j, mask=(k - j).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
         read = read + (value,)  # noqa: RUF005
     return read

@@ -57,7 +57,7 @@ def _source(at, n, MODE: tl.constexpr, FAR: tl.constexpr):
 
 @triton.jit
 def _slopes(at, n, MODE: tl.constexpr, REAL: tl.constexpr):
-    """What else a sample of the modes of LINEAR is made of: the weight of the place that _source has, then two places
+    """The other parts of a sample in the modes of LINEAR: the weight of the place that _source has, then two places
     with their weights."""
     if MODE == "smooth":
         off = at - tl.minimum(tl.maximum(at, 0), n - 1)

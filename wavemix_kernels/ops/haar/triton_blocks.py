@@ -39,7 +39,7 @@ def _corner(
     CORNER: tl.constexpr, BITS: tl.constexpr, EDGES: tl.constexpr, FRONT: tl.constexpr, REPEAT: tl.constexpr,
     RANK: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Of the samples of one corner of each row's blocks: offset in the image, whether there are any, and sign."""
+    """Offsets in the image of one corner of each row's blocks, whether there are samples, and their sign."""
     at = places[0].to(tl.int64) * 0
     sign = tl.where(valid, 1.0, 1.0)
     for axis in tl.static_range(RANK):

@@ -91,7 +91,7 @@ class Move(NamedTuple):
     values: int
 
     def factor(self) -> float:
-        """What makes the variance unbiased."""
+        """Makes the variance unbiased."""
         return self.values / max(self.values - 1, 1)
 
 

@@ -33,7 +33,7 @@ class Move(NamedTuple):
 def _towards(running, batch, at, inside, factor, momentum):
     before = tl.load(running + at, mask=inside, other=0.0).to(tl.float32)
     seen = tl.load(batch + at, mask=inside, other=0.0).to(tl.float32) * factor
-    # As torch.lerp: exact at both ends.
+    # Like torch.lerp: exact at both ends.
     near, far = before + momentum * (seen - before), seen - (seen - before) * (1.0 - momentum)
     tl.store(running + at, tl.where(momentum < 0.5, near, far).to(running.dtype.element_ty), mask=inside)
 
@@ -69,7 +69,7 @@ def _running_kernel(
 
 
 def move_launch(moves: Sequence[Move], momentum: float) -> Launch:
-    """Of different norms, one to :data:`MOST`."""
+    """Moves the statistics of different norms, one to :data:`MOST` of them."""
     args: list[Any] = []
     for i in range(MOST):
         *tensors, factor = moves[min(i, len(moves) - 1)]

@@ -198,7 +198,7 @@ def finish(
     on_images = _on_images(x, w)
     matrix = vector = size = None
     if line is not None:
-        # Of a size that float16 holds; products make it what it was.
+        # Scaled to what float16 holds; the kernel scales the products back.
         size = line[0].abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
         matrix, vector = (line[0].t() / size).to(x.dtype).contiguous(), line[1].float().contiguous()
     given = _Arguments(image)

@@ -91,7 +91,7 @@ def _interpolated(x: Tensor, ha: Tensor, hb: Tensor, highpass: bool, dim: int, m
     _check(x, 2, dim, mode)
     half, count = ha.numel() // 2, x.shape[dim] // 2
     wide = extend(x, dim, half, half, "symmetric")
-    # Of each four results, the coefficients that they start from and the phases of their filters: with an odd half both
+    # For four results each: the coefficients they start from and the phases of their filters: with an odd half both
     # results of a tree lie on one stretch of it, with an even one the later lies a coefficient further on.
     starts, first = ((1, 2, 1, 2), 1) if half % 2 else ((0, 1, 2, 3), 0)
     if highpass:

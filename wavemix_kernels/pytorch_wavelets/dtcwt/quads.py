@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from wavemix_kernels.ops.common.transforms import in_transform
 
 _ROOT_HALF = math.sqrt(0.5)
-#: Of bands LH, HL, HH: where their two complex numbers go among 15, 45, 75, 105, 135, 165 degrees.
+#: Where the two complex numbers of bands LH, HL, HH go among 15, 45, 75, 105, 135, 165 degrees.
 _ORIENTATIONS = ((0, 5), (2, 3), (1, 4))
 
 

@@ -14,7 +14,7 @@ from wavemix_kernels.pytorch_wavelets.dtcwt.levels import analyse_1, analyse_2
 from wavemix_kernels.pytorch_wavelets.dtcwt.lowlevel import prep_filt
 from wavemix_kernels.pytorch_wavelets.scatternet.lowlevel import mode_to_int, smooth_magnitude
 
-#: Of orientations, and of real and imaginary part: in front, as magnitudes take them apart.
+#: Axes of orientations, and of real and imaginary part: in front, as magnitudes take them apart.
 _AXES = (2, 0)
 
 
