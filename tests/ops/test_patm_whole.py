@@ -168,7 +168,7 @@ class Back(OnGpu):
         return {"image": made.image, "sums": made.sums} | made.weights
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
-        """Like forward's: incoming errors go through absolute values, and each step adds its own. The element type rounds
+        """Like forward's: incoming errors go through absolute values, each step adds its own. The element type rounds
         the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
         u, t = UNIT_ROUNDOFF[case.dtype], tensors
         n, c, h, w = case.shape
