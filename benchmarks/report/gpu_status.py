@@ -15,8 +15,7 @@ _NOTES = {
     "haar_blocks": "1-D, 3-D and the conventions of other codes",
     "dwt": "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond",
     "filter_bank": "undecimated and dual-tree transforms; a GPU runs library convolutions",
-    "reduce_haar": "forward; backward: one kernel; cuda's for half types in channels_last, else haar_pyramid's and "
-    "library convolutions",
+    "reduce_haar": "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library convolutions",
     "pointwise_mlp": "forward, backward",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
     "takes cuDNN",

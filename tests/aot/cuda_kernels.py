@@ -25,7 +25,7 @@ DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16
 _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
-GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)E)?E")
+GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)ELb([01])E)?E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
 PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5(?:Strip|Slice)I)?Li(\d+)E")
 PATM_ROWS = re.compile(r"(patm_sum_rows)()()")
@@ -72,7 +72,8 @@ def gradients(match: re.Match[str], arch: int) -> tuple[str, Demands]:
         return "", Demands(accesses=(r"LDG\.E",))
     accesses = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"STG\.E\.128")
     blocks = {"1": 3, "2": 2, "3": 2, "4": 1}[match[3]]
-    return match[3], Demands(blocks=blocks, accesses=accesses, products=(PRODUCTS[DTYPES[match[2]]],))
+    form = f"{match[3]}, {('channels_last', 'along W')[int(match[4])]}"
+    return form, Demands(blocks=blocks, accesses=accesses, products=(PRODUCTS[DTYPES[match[2]]],))
 
 
 def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:

@@ -148,9 +148,17 @@ TAKEN: Any = {
     "layout": ("channels_last", "channels_slice"), "bias": (True,), "add": (None, "channels_last"),
     "cotangents": ("channels_last",),
 }  # fmt: skip
+#: The same along W: rows of whole words of eight pixels, also across tiles, and of four and two.
+TAKEN_ROWS: Any = TAKEN | {
+    "size": (
+        ((2, 8, 4, 24), 6, 1), ((1, 72, 4, 12), 18, 1), ((1, 200, 4, 6), 2, 1), ((2, 8, 8, 56), 2, 2),
+        ((3, 104, 4, 4), 26, 2), ((2, 136, 8, 8), 48, 3), ((1, 8, 16, 32), 34, 4), ((1, 8, 32, 32), 2, 5),
+    ),
+    "layout": ("nchw",), "add": (None, "nchw", "channels_last"),
+}  # fmt: skip
 test_contract = each.case(ReduceHaar())
 test_gradients = each.case(Gradients())
-test_gradients_taken_by_cuda = each.case(Gradients({"cuda": HALF}, **TAKEN))
+test_gradients_taken_by_cuda = each.case(*(Gradients({"cuda": HALF}, **of) for of in (TAKEN, TAKEN_ROWS)))
 test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
 test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False

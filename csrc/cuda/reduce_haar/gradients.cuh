@@ -1,77 +1,17 @@
 // One tile of reduce_haar's gradients: Z's and x's ways into shared memory, the synthesis, the two products.
 //
 // The synthesis' result g, rounded to the images' dtype, lies in shared memory for both products, by rows for d_x and
-// by columns for d_weight, whose sums stay in registers from tile to tile.
+// by columns for d_weight, whose sums stay in registers from tile to tile. Where pixels are contiguous along W, x lies
+// there by channels, and d_x is made transposed: a thread then has eight neighbouring pixels of a channel, elsewhere
+// eight neighbouring channels of a pixel.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "cuda/common/mma.cuh"
-#include "cuda/common/vector.cuh"
-#include "wavemix/reduce_haar.h"
+#include "cuda/reduce_haar/gradients_memory.cuh"
 
 namespace wavemix::reduce_haar::gradients {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kPixels = 64;  // of a tile: one 8x8 block, or 4 of 4x4, or 16 quads
-constexpr int kQuads = kPixels / 4;
-constexpr int kTileLevels = 3;
-constexpr int kMostRows = kQuads + 7;         // pixels of Z for a tile: 16, 4, 1, and one of levels 4 and 5
-constexpr int kWord = kVectorBytes / 2;       // elements of 16 bytes
-constexpr int kMostSize = 4;                  // a form of size S serves up to
-constexpr int kOutputs = 16, kChannels = 64;  // S times so many
-
-// Blocks of a multiprocessor, as registers allow.
-constexpr int most_blocks(int size) { return size == 1 ? 3 : size < 4 ? 2 : 1; }
-
-// Shared memory. Rows are a word longer than their values, so that eight of them meet in no bank.
-template <int S>
-struct Places {
-  static constexpr int kChannelRow = kChannels * S + kWord, kOutputRow = kOutputs * S + kWord;
-  static constexpr int kZRow = 4 * kOutputs * S;
-  static constexpr int kWeight = kOutputs * S * kChannelRow, kGradient = kPixels * kOutputRow;
-  static constexpr int kX = kPixels * kChannelRow, kStage = kX + kMostRows * kZRow;
-  static constexpr int kBytes = 2 * (kWeight + kGradient + 2 * kStage);
-};
-
-struct Params {
-  const void *x, *weight, *add;
-  void* d_x;
-  const void* z[kMaxHaarLevels];
-  float* sums;  // of each block: d_weight, d_bias
-  int c, h, w, o, levels;
-  int side_shift;                  // a tile is made up of blocks of 2^side_shift pixels square
-  uint32_t squares;                // of the batch
-  Divisor across, down;            // squares of an image
-  int tiles_of_block, more_tiles;  // as many blocks have one more
-  int z_rows;                      // pixels of Z for a tile
-};
-
-// Pixels of Z lie level by level.
-__device__ inline int first_row(int level) { return level == 1 ? 0 : level == 2 ? 16 : 17 + level; }
-
-struct Square {
-  int image, top, left;
-};
-__device__ inline Square square_of(const Params& p, uint32_t number) {
-  const int left = static_cast<int>(p.across.take(number)), top = static_cast<int>(p.down.take(number));
-  return {static_cast<int>(number), top, left};
-}
-
-// Number of a tile's pixel i at a level (0: x) through all images of that level; -1 behind the last image.
-__device__ inline int pixel_of(const Params& p, int tile, int level, int i) {
-  const int side = p.side_shift, bits = level < side ? side - level : 0, up = level > side ? level - side : 0;
-  const uint32_t number =
-      (static_cast<uint32_t>(tile) << 2 * (kTileLevels - side)) + (static_cast<uint32_t>(i) >> 2 * bits);
-  if (number >= p.squares) return -1;
-  const Square square = square_of(p, number);
-  const int in = i & ((1 << 2 * bits) - 1);  // in Z-order
-  const int right = (in & 1) | (in >> 1 & 2) | (in >> 2 & 4), below = (in >> 1 & 1) | (in >> 2 & 2) | (in >> 3 & 4);
-  const int y = ((square.top << bits) + below) >> up, x = ((square.left << bits) + right) >> up;
-  return (square.image * (p.h >> level) + y) * (p.w >> level) + x;
-}
 
 template <class T>
 __device__ inline void get_pair(SharedSpan<T> source, float (&values)[2]) {
@@ -91,9 +31,10 @@ __device__ inline void put_pair(SharedSpan<T> target, float first, float second)
   shared_cast<Fragment>(target)[0] = bits;
 }
 
-template <class T, int S>
+template <class T, int S, bool kAlongW>
 struct Block {
   using P = Places<S>;
+  static constexpr int kMostSide = most_side(kAlongW);
   // A thread of the synthesis has a pair of outputs and one quad of each so many.
   static constexpr int kPairs = kOutputs * S / 2, kQuadsAtOnce = S < 3 ? kQuads : kQuads / 2;
   static_assert(kPairs * kQuadsAtOnce <= kThreads);
@@ -103,55 +44,109 @@ struct Block {
   uint32_t thread;
   int lane = static_cast<int>(thread % 32), warp = static_cast<int>(thread / 32);
   int group = lane / 4, member = static_cast<int>(thread % 4);
-  // A warp makes d_x of 16 pixels and half the channels; a thread of pixels `group` and 8 behind, of words of eight
-  // channels. It copies x in the same places.
-  int first_pixel = static_cast<int>(thread / 32 % 4 * 16), half = static_cast<int>(thread / 128);
+  // Channels_last: a warp makes d_x of 16 pixels and half the channels, a thread of pixels `group` and 8 behind, of
+  // words of eight channels. Along W: of half the pixels and 16 channels of each 64, a thread of channels `group` and 8
+  // behind, of one word of eight pixels. It copies x in the same places.
+  int quarter = static_cast<int>(thread / 32 % 4), half = static_cast<int>(thread / 128);
 
   __device__ SharedSpan<T> weight() const { return memory; }
   __device__ SharedSpan<T> gradient() const { return memory + P::kWeight; }
   __device__ SharedSpan<T> stage(int tile) const {
     return memory + (P::kWeight + P::kGradient + (tile & 1) * P::kStage);
   }
-  __device__ int channel(int j) const { return (4 * (half * S + j) + member) * kWord; }
+  __device__ int channel(int j, int second) const {
+    return kAlongW ? kChannels * j + 16 * quarter + group + 8 * second : (4 * (half * S + j) + member) * kWord;
+  }
+  __device__ int pixel(int second) const { return 16 * quarter + group + 8 * second; }
+  __device__ int word() const { return 4 * half + member; }
+
+  // Where the thread's parts of x and d_x lie. Channels_last: numbers of two pixels; along W: an image and its pixel.
+  // The first, or each, is -1 where there is none.
+  struct Position {
+    int at[2];
+  };
+  __device__ Position position_of(int tile) const {
+    if constexpr (kAlongW) {
+      const Pixel first = pixel_of_word(p, tile, word(), 0);
+      return {{first.image, first.number}};
+    } else {
+      return {{pixel_of(p, tile, 0, pixel(0)), pixel_of(p, tile, 0, pixel(1))}};
+    }
+  }
+  __device__ bool exists(const Position& of, int j, int second) const {
+    return of.at[kAlongW ? 0 : second] >= 0 && channel(j, second) < p.c;
+  }
+  __device__ int64_t offset(const Position& of, int j, int second) const {
+    const int64_t c = channel(j, second);
+    if constexpr (kAlongW) {
+      return (static_cast<int64_t>(of.at[0]) * p.c + c) * (p.h * p.w) + of.at[1];
+    } else {
+      return static_cast<int64_t>(of.at[second]) * p.c + c;
+    }
+  }
 
   // --- Into shared memory
 
-  // Channel 8 m + 2 t + e of 32 goes to place 8 t + 2 m + e: the product's columns 2 m and 2 m + 1 of four tiles t,
-  // which are one thread's, are then neighbours in d_x.
+  // Channels_last: channel 8 m + 2 t + e of 32 goes to place 8 t + 2 m + e: the product's columns 2 m and 2 m + 1 of
+  // four tiles t, which are one thread's, are then neighbours in d_x.
   __device__ void load_weight() const {
     constexpr int kRowPairs = kChannels * S / 2;
     const SharedSpan<Fragment> target = shared_cast<Fragment>(weight());
 #pragma unroll 2
     for (int i = static_cast<int>(thread); i < kOutputs * S * kRowPairs; i += kThreads) {
-      const int o = i / kRowPairs, at = i % kRowPairs, pair = (at & ~15) | (at & 3) << 2 | (at >> 2 & 3);
+      const int o = i / kRowPairs, at = i % kRowPairs, pair = kAlongW ? at : (at & ~15) | (at & 3) << 2 | (at >> 2 & 3);
       Fragment bits = 0;
       if (o < p.o && 2 * pair < p.c) bits = __ldg(static_cast<const Fragment*>(p.weight) + (o * (p.c / 2) + pair));
       target[o * (P::kChannelRow / 2) + at] = bits;
     }
   }
 
-  // Starts the copies of a tile; the thread's own pixels are wanted again for d_x.
-  __device__ void fetch(int tile, int (&pixels)[2]) const {
-    const SharedSpan<T> x = stage(tile), z = x + P::kX;
+  // The thread's part `j`, `second` of x in shared memory.
+  __device__ SharedSpan<T> x_place(SharedSpan<T> x, int j, int second) const {
+    const int c = channel(j, second);
+    if constexpr (kAlongW) {
+      return x + (c * kPixels + word_place(group, word()) * kWord);
+    } else {
+      return x + (pixel(second) * P::kChannelRow + c);
+    }
+  }
+
+  template <int pairs>
+  __device__ void fetch_x(const Position& of, SharedSpan<T> x) const {
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int in_tile = first_pixel + group + 8 * below;
-      pixels[below] = pixel_of(p, tile, 0, in_tile);
-      const T* const source = static_cast<const T*>(p.x) + static_cast<int64_t>(pixels[below]) * p.c;
+    for (int j = 0; j < S; ++j) {
 #pragma unroll
-      for (int j = 0; j < S; ++j) {
-        const SharedSpan<T> target = x + (in_tile * P::kChannelRow + channel(j));
-        if (pixels[below] >= 0 && channel(j) < p.c) {
-          cp_async<16>(target, source + channel(j));
+      for (int second = 0; second < 2; ++second) {
+        const SharedSpan<T> target = x_place(x, j, second);
+        if (exists(of, j, second)) {
+          cp_async<4 * pairs>(target, static_cast<const T*>(p.x) + offset(of, j, second));
         } else {
-          shared_cast<uint4>(target)[0] = uint4{};
+          using Word = typename WordOf<4 * pairs>::type;
+          shared_cast<Word>(target)[0] = Word{};
         }
       }
     }
+  }
+
+  // Starts the copies of a tile; the thread's own positions are wanted again for d_x.
+  __device__ void fetch(int tile, Position& of) const {
+    const SharedSpan<T> x = stage(tile), z = x + P::kX;
+    of = position_of(tile);
+    if (!kAlongW || p.in_words) {
+      fetch_x<4>(of, x);
+    } else {
 #pragma unroll 1
-    for (int i = warp; i < p.z_rows; i += kWarps) {
-      const int level = 1 + (i >= 16) + (i >= 20) + (i >= 21) + (i >= 22);
-      const int pixel = pixel_of(p, tile, level, i - first_row(level));
+      for (int pair = 0; pair < 4; ++pair) {
+        const Pixel first = pixel_of_word(p, tile, word(), pair);
+        fetch_x<1>({{first.image, first.number}}, x + 2 * pair);
+      }
+    }
+#pragma unroll 1
+    for (int i = warp; i < first_row(kAlongW, p.levels + 1); i += kWarps) {
+      int level = 1;
+#pragma unroll
+      for (int next = 2; next <= kMaxHaarLevels; ++next) level += i >= first_row(kAlongW, next);
+      const int pixel = pixel_of(p, tile, level, i - first_row(kAlongW, level));
       if (pixel < 0) continue;
       const T* const source = static_cast<const T*>(p.z[level - 1]) + static_cast<int64_t>(pixel) * (4 * p.o);
       for (int e = lane * kWord; e < 4 * p.o; e += 32 * kWord) cp_async<16>(z + (i * P::kZRow + e), source + e);
@@ -175,6 +170,17 @@ struct Block {
     }
   }
 
+  // The row of g that has a corner of a quad, its pixels left or right of it following: in Z-order, or in words' order.
+  __device__ int row_of_corner(int quad, int below) const {
+    if constexpr (kAlongW) {
+      const bool fours = p.side_shift == 2;  // squares of four quads
+      const int down = fours ? quad & 2 : 0, along = fours ? quad >> 2 << 1 | (quad & 1) : quad;
+      return row_of((down + below) << (6 - p.side_shift) | 2 * along);
+    } else {
+      return 4 * quad + 2 * below;
+    }
+  }
+
   // g of the tile, and its sums over the thread's quads; zeros for what does not exist.
   __device__ void synthesise(int tile, float (&sums)[2]) const {
     const SharedSpan<T> z = stage(tile) + P::kX, g = gradient();
@@ -182,18 +188,18 @@ struct Block {
     if (thread >= kPairs * kQuadsAtOnce) return;
 #pragma unroll 1
     for (int quad = static_cast<int>(thread / kPairs); quad < kQuads; quad += kQuadsAtOnce) {
-      const uint32_t square = (static_cast<uint32_t>(tile) << 2 * (kTileLevels - p.side_shift)) +
-                              (static_cast<uint32_t>(quad) >> 2 * per_square);
+      const uint32_t square = first_square(p, tile) + (static_cast<uint32_t>(quad) >> 2 * per_square);
       float low[2] = {}, bands[3][2] = {};
       if (square < p.squares && pair < p.o / 2) {
 #pragma unroll 1
         for (int level = p.levels; level > 1; --level) {
-          get_bands(z + (first_row(level) + (quad >> 2 * (level - 1))) * P::kZRow, pair, low, bands);
-          int corner = quad >> 2 * (level - 2) & 3;
-          if (level > kTileLevels) {
+          int in_level = quad >> 2 * (level - 1), corner = quad >> 2 * (level - 2) & 3;
+          if (level > kMostSide) {
             const Square at = square_of(p, square);
-            corner = (at.left >> (level - kTileLevels - 1) & 1) | (at.top >> (level - kTileLevels - 1) & 1) << 1;
+            in_level = kAlongW ? quad >> 3 : 0;
+            corner = (at.left >> (level - kMostSide - 1) & 1) | (at.top >> (level - kMostSide - 1) & 1) << 1;
           }
+          get_bands(z + (first_row(kAlongW, level) + in_level) * P::kZRow, pair, low, bands);
           const float across = corner & 1 ? -0.5f : 0.5f, down = corner & 2 ? -1.0f : 1.0f;
 #pragma unroll
           for (int e = 0; e < 2; ++e)
@@ -214,7 +220,7 @@ struct Block {
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        put_pair(g + ((4 * quad + k) * P::kOutputRow + 2 * pair), corners[k][0], corners[k][1]);
+        put_pair(g + ((row_of_corner(quad, k / 2) + k % 2) * P::kOutputRow + 2 * pair), corners[k][0], corners[k][1]);
     }
   }
 
@@ -232,15 +238,22 @@ struct Block {
     for (int first = 0; first < kPixels; first += 32) {
       Fragment b[S][4];
 #pragma unroll
-      for (int i = 0; i < S; ++i)
-        ldmatrix_x4<true>(b[i], x + ((first + lane) * P::kChannelRow + (warp * S + i) * kWord));
+      for (int i = 0; i < S; ++i) {
+        const int column = (warp * S + i) * 8;
+        if constexpr (kAlongW) {
+          ldmatrix_x4<false>(b[i],
+                             x + ((column + lane % 8) * kPixels + word_place(lane % 8, first / 8 + lane / 8) * kWord));
+        } else {
+          ldmatrix_x4<true>(b[i], x + ((first + lane) * P::kChannelRow + column));
+        }
+      }
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const int pixel = first + 16 * step + lane / 16 * 8 + lane % 8;
+        const int pixel = first + 16 * step + lane / 16 * 8 + lane % 8, row = kAlongW ? row_of(pixel) : pixel;
 #pragma unroll
         for (int m = 0; m < S; ++m) {
           Fragment a[4];
-          ldmatrix_x4<true>(a, g + (pixel * P::kOutputRow + (2 * m + lane / 8 % 2) * kWord));
+          ldmatrix_x4<true>(a, g + (row * P::kOutputRow + (2 * m + lane / 8 % 2) * kWord));
 #pragma unroll
           for (int i = 0; i < S; ++i) multiply(products[m][i], a, b[i][2 * step], b[i][2 * step + 1]);
         }
@@ -249,50 +262,97 @@ struct Block {
   }
 
   static constexpr int kAhead = S < 2 ? 1 : 2;
-  // Word j of both pixels.
-  __device__ void load_add(const int (&pixels)[2], int j, Raw<T, kWord> (&add)[2][S]) const {
-    if (p.add == nullptr || channel(j) >= p.c) return;
+  // Both words j of `add`.
+  __device__ void load_add(const Position& of, int j, Raw<T, kWord> (&add)[2][S]) const {
+    if (p.add == nullptr || (kAlongW && !p.in_words)) return;
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const T* const source = static_cast<const T*>(p.add) + static_cast<int64_t>(pixels[below]) * p.c;
-      if (pixels[below] >= 0) wavemix::fetch<T, kWord>(source + channel(j), add[below][j]);
+    for (int second = 0; second < 2; ++second) {
+      if (exists(of, j, second))
+        wavemix::fetch<T, kWord>(static_cast<const T*>(p.add) + offset(of, j, second), add[second][j]);
+    }
+  }
+
+  // Fragments of step `step` of d_x, or of d_x transposed: rows of the thread's words j, columns of two tiles t.
+  __device__ void load_rows(int j, int step, Fragment (&a)[4]) const {
+    if constexpr (kAlongW) {
+      const int o = 16 * step + lane / 16 * 8 + lane % 8, c = kChannels * j + 16 * quarter + lane / 8 % 2 * 8;
+      ldmatrix_x4<true>(a, weight() + (o * P::kChannelRow + c));
+    } else {
+      ldmatrix_x4<false>(a, gradient() + ((16 * quarter + lane % 16) * P::kOutputRow + (2 * step + lane / 16) * kWord));
+    }
+  }
+  __device__ void load_columns(int j, int step, int t, Fragment (&b)[4]) const {
+    if constexpr (kAlongW) {
+      const int pixel = 32 * half + lane % 8 / 2 * 8 + 2 * (t + lane / 16) + lane % 2;
+      ldmatrix_x4<false>(b, gradient() + (row_of(pixel) * P::kOutputRow + (2 * step + lane / 8 % 2) * kWord));
+    } else {
+      const int c = (4 * (half * S + j) + t + lane / 16) * kWord;
+      ldmatrix_x4<true>(b, weight() + ((16 * step + lane % 16) * P::kChannelRow + c));
+    }
+  }
+
+  template <int N>
+  __device__ void store_d_x(int64_t at, const float (&values)[N]) const {
+    store(static_cast<T*>(p.d_x) + at, values);
+  }
+
+  // A word of d_x in pieces of two pixels, whose places are computed here and nowhere before: the rare branch may hold
+  // no registers of the others.
+  __device__ void store_pairs(int tile, int j, int second, const float (&values)[kWord]) const {
+    const Block again{p, memory, static_cast<uint32_t>(here(static_cast<int64_t>(threadIdx.x)))};
+#pragma unroll 1
+    for (int pair = 0; pair < 4; ++pair) {
+      const Pixel first = pixel_of_word(p, static_cast<int>(here(tile)), again.word(), pair);
+      const Position of = {{first.image, first.number}};
+      if (!exists(of, j, second)) continue;
+      float both[2] = {values[0], values[1]}, add[2];
+#pragma unroll
+      for (int k = 1; k < 4; ++k) {
+        both[0] = pair == k ? values[2 * k] : both[0];
+        both[1] = pair == k ? values[2 * k + 1] : both[1];
+      }
+      const int64_t at = offset(of, j, second);
+      if (p.add != nullptr) {
+        load(static_cast<const T*>(p.add) + at, add);
+        both[0] += add[0];
+        both[1] += add[1];
+      }
+      store_d_x(at, both);
     }
   }
 
   // kAhead words of `add` are on their way.
-  __device__ void multiply_x(const int (&pixels)[2], Raw<T, kWord> (&add)[2][S]) const {
-    const SharedSpan<T> g = gradient();
+  __device__ void multiply_x(int tile, const Position& of, Raw<T, kWord> (&add)[2][S]) const {
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       float sums[4][4] = {};
 #pragma unroll
       for (int step = 0; step < S; ++step) {
         Fragment a[4];
-        ldmatrix_x4<false>(a, g + ((first_pixel + lane % 16) * P::kOutputRow + (2 * step + lane / 16) * kWord));
+        load_rows(j, step, a);
 #pragma unroll
         for (int t = 0; t < 4; t += 2) {
           Fragment b[4];
-          ldmatrix_x4<true>(
-              b, weight() + ((16 * step + lane % 16) * P::kChannelRow + (4 * (half * S + j) + t + lane / 16) * kWord));
+          load_columns(j, step, t, b);
           multiply(sums[t], a, b[0], b[1]);
           multiply(sums[t + 1], a, b[2], b[3]);
         }
       }
 #pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        if (pixels[below] < 0 || channel(j) >= p.c) continue;
-        float values[kWord];
-        if (p.add != nullptr) {
-          widen<T, kWord>(add[below][j], values);
+      for (int second = 0; second < 2; ++second) {
+        float values[kWord] = {};
+        const bool in_words = !kAlongW || p.in_words;
+        if (in_words && !exists(of, j, second)) continue;
+        if (in_words && p.add != nullptr) widen<T, kWord>(add[second][j], values);
+#pragma unroll
+        for (int e = 0; e < kWord; ++e) values[e] += sums[e / 2][2 * second + e % 2];
+        if (in_words) {
+          store_d_x(offset(of, j, second), values);
         } else {
-#pragma unroll
-          for (float& value : values) value = 0;
+          store_pairs(tile, j, second, values);
         }
-#pragma unroll
-        for (int e = 0; e < kWord; ++e) values[e] += sums[e / 2][2 * below + e % 2];
-        store(static_cast<T*>(p.d_x) + static_cast<int64_t>(pixels[below]) * p.c + channel(j), values);
       }
-      if (j + kAhead < S) load_add(pixels, j + kAhead, add);
+      if (j + kAhead < S) load_add(of, j + kAhead, add);
     }
   }
 

@@ -1,5 +1,7 @@
-// Gradients of reduce_haar for half types in channels_last, from one read of x and of Z's gradients:
+// Gradients of reduce_haar for half types, from one read of x and of Z's gradients:
 //     g = synthesis of Z's gradients (pixels, outputs), d_x = g W + add, d_weight = g^T x, d_bias = sums of g.
+//
+// x, d_x and `add` lie in channels_last or NCHW order, the gradients of Z in channels_last order.
 //
 // A block goes through a run of tiles of 64 pixels. x and the gradients of Z of the next tile arrive by cp.async while
 // one is computed. Each block leaves its sums of d_weight and d_bias; a second kernel adds them in a fixed order.
@@ -14,31 +16,34 @@
 namespace wavemix::reduce_haar::gradients {
 namespace {
 
-template <class T, int S>
+template <class T, int S, bool kAlongW>
 __global__ void __launch_bounds__(kThreads, most_blocks(S)) reduce_haar_gradients(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
-  using Block = Block<T, S>;
+  using Block = Block<T, S, kAlongW>;
   const auto block = [&] { return Block{p, memory, static_cast<uint32_t>(here(static_cast<int64_t>(threadIdx.x)))}; };
-  const int number = static_cast<int>(blockIdx.x);
-  const int begin = number * p.tiles_of_block + (number < p.more_tiles ? number : p.more_tiles);
-  int left = p.tiles_of_block + (number < p.more_tiles);
+  const auto first_tile = [&](int64_t of_block) {
+    const int number = static_cast<int>(here(of_block));
+    return number * p.tiles_of_block + (number < p.more_tiles ? number : p.more_tiles);
+  };
+  const int begin = first_tile(blockIdx.x);
   float products[S][S][4] = {}, sums[2] = {};
-  int next[2];
+  typename Block::Position next;
   block().fetch(begin, next);
   block().load_weight();
 #pragma unroll 1
-  for (int tile = begin; left > 0; ++tile, --left) {
-    const int pixels[2] = {next[0], next[1]};
+  for (int tile = begin; tile < first_tile(blockIdx.x + 1); ++tile) {
+    typename Block::Position now = next;
     cp_async_wait<0>();
     __syncthreads();
-    if (left > 1) block().fetch(tile + 1, next);
+    if (tile + 1 < first_tile(blockIdx.x + 1)) block().fetch(tile + 1, next);
     block().synthesise(tile, sums);
+    if constexpr (kAlongW) now = block().position_of(tile);  // made again for the registers
     Raw<T, kWord> add[2][S];
 #pragma unroll
-    for (int j = 0; j < Block::kAhead; ++j) block().load_add(pixels, j, add);
+    for (int j = 0; j < Block::kAhead; ++j) block().load_add(now, j, add);
     __syncthreads();
     block().multiply_weight(tile, products);
-    block().multiply_x(pixels, add);
+    block().multiply_x(tile, now, add);
   }
   block().store_sums(products, sums);
 }
@@ -98,14 +103,17 @@ auto with_size(int64_t c, int64_t o, const F& run) {
   }
 }
 
+bool along_w(const ReduceHaarArgs& args) { return args.x.stride[1] != 1; }
+
 struct Geometry {
   int side_shift = 0;
   int64_t squares = 0, tiles = 0, blocks = 0;
 };
 
+// Either order of x makes the same tiles.
 Geometry geometry(const ReduceHaarArgs& args, int multiprocessors, int64_t shared_of_multiprocessor) {
   Geometry made;
-  made.side_shift = std::min(args.levels, kTileLevels);
+  made.side_shift = std::min(args.levels, most_side(along_w(args)));
   made.squares = args.n * (args.h >> made.side_shift) * (args.w >> made.side_shift);
   const int64_t of_tile = int64_t{1} << 2 * (kTileLevels - made.side_shift);
   made.tiles = (made.squares + of_tile - 1) / of_tile;
@@ -137,7 +145,7 @@ void check_args(const ReduceHaarArgs& args) {
                                 std::to_string(Divisor::kMaxDividend) + " would work");
 }
 
-template <class T, int S>
+template <class T, int S, bool kAlongW>
 void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const Geometry& made, float* sums,
             cudaStream_t stream) {
   Params p = {};
@@ -160,20 +168,18 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const G
     p.tiles_of_block = static_cast<int>(made.tiles / made.blocks);
     p.more_tiles = static_cast<int>(made.tiles % made.blocks);
   }
-  constexpr int kRows[] = {16, 20, 21, 22, 23};
-  static_assert(kRows[kMaxHaarLevels - 1] == kMostRows);
-  p.z_rows = kRows[args.levels - 1];
+  p.in_words = args.w % kWord == 0;
 
   Launch launch;
   launch.what = [&] {
     return std::string("reduce_haar_gradients (") + name_of(args.dtype) + ", size " + std::to_string(S) + ", " +
-           std::to_string(args.levels) + " levels)";
+           (kAlongW ? "along W, " : "") + std::to_string(args.levels) + " levels)";
   };
   launch.threads = kThreads;
   launch.stream = stream;
   launch.blocks = static_cast<unsigned>(made.blocks);
   launch.shared_bytes = Places<S>::kBytes;
-  if (made.blocks > 0) launch(reduce_haar_gradients<T, S>, p);
+  if (made.blocks > 0) launch(reduce_haar_gradients<T, S, kAlongW>, p);
 
   SumParams of = {};
   of.sums = sums;
@@ -212,11 +218,14 @@ void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradA
   const auto made = of::geometry(args, multiprocessors, shared_of_multiprocessor);
   of::with_size(args.c, args.o, [&](auto size) {
     constexpr int S = decltype(size)::value;
-    const auto run = [&](auto element) {
-      of::launch<decltype(element), S>(args, grads, made, static_cast<float*>(workspace),
-                                       static_cast<cudaStream_t>(stream));
+    const auto run = [&](auto element, auto along_w) {
+      of::launch<decltype(element), S, decltype(along_w)::value>(args, grads, made, static_cast<float*>(workspace),
+                                                                 static_cast<cudaStream_t>(stream));
     };
-    return args.dtype == DType::f16 ? run(__half{}) : run(__nv_bfloat16{});
+    const auto in_order = [&](auto element) {
+      return of::along_w(args) ? run(element, std::true_type{}) : run(element, std::false_type{});
+    };
+    return args.dtype == DType::f16 ? in_order(__half{}) : in_order(__nv_bfloat16{});
   });
 }
 

@@ -39,8 +39,8 @@ void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradAr
 // device.
 void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream);
 
-// Half types, every image dense in channels_last order and aligned to 16 bytes; c a multiple of 8, o of 2, up to 256
-// and 64. Bytes of shared memory that a block takes:
+// Half types, every image dense and aligned to 16 bytes: z in channels_last order, x, d_x and add together in that or
+// NCHW order; c a multiple of 8, o of 2, up to 256 and 64. Bytes of shared memory that a block takes:
 int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o);
 // Bytes of device memory for the blocks' sums:
 int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, int multiprocessors,

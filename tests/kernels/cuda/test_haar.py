@@ -152,7 +152,7 @@ def test_reduce_haar_takes_the_kernel_meant_for_the_shape(
     [
         (HALF, (1, 144, 4, 4), 36, "channels_last", "gradients (float16, size 3, 2 levels)"),
         (torch.bfloat16, (1, 16, 4, 4), 20, "channels_last", "gradients (bfloat16, size 2, 2 levels)"),
-        (HALF, (1, 16, 4, 4), 4, "nchw", "channels_last images"),
+        (HALF, (1, 16, 4, 4), 4, "nchw", "gradients (float16, size 1, along W, 2 levels)"),
         (
             HALF,
             (1, 20, 4, 4),
