@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_cons
   if (thread < C) {
     float sum = convolved<C>(sums, p.taps[0], thread) + convolved<C>(sums + kSums * 2 * C, p.taps[1], thread);
     float third = 0.0f;
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < C; k += kWord) {
       float row[kWord];
       load(static_cast<const T*>(p.z_c) + thread * C + k, row);
@@ -266,10 +266,12 @@ __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_cons
   if (thread >= C) return;
   float logit[3];
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const float* const row = p.fc2 + (3 * thread + i) * p.hidden;
-    logit[i] = p.fc2_bias[3 * thread + i];
-    for (int k = 0; k < p.hidden; ++k) logit[i] += row[k] * hidden[k];
+  for (int i = 0; i < 3; ++i) logit[i] = p.fc2_bias[3 * thread + i];
+  const float* const rows = p.fc2 + 3 * thread * p.hidden;
+#pragma unroll 8
+  for (int k = 0; k < p.hidden; ++k) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) logit[i] += __ldg(rows + i * p.hidden + k) * hidden[k];
   }
   const float most = fmaxf(logit[0], fmaxf(logit[1], logit[2]));
   float total = 0.0f;

@@ -347,10 +347,7 @@ def _forward_whole(
     arguments, name = unflatten(flat), options.whole
     assert name is not None
     image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options, name)
-    wide = accumulate_dtype(x.dtype)
-    before = flops.counted()
-    of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
-    flops.forget_since(before)  # statistics, of which a counter counts none
+    of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, name)
     maps = of_thetas.maps()
     by_image = None if path is None else path.flatten()
     out, branch_mean = whole.forward(image, by_image, options.kind is not None, arguments.weights, maps, name)
