@@ -231,11 +231,20 @@ __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_cons
   const int64_t n = p.first_image + blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const float* const partial = p.partial + n * p.parts * (kRows * C);
-  for (int i = thread; i < kRows * C; i += kMlpThreads) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int part = 0; part < p.parts; ++part) sum += __ldg(partial + part * (kRows * C) + i);
-    sums[i] = sum;
+  constexpr int kOfThread = (kRows * C + kMlpThreads - 1) / kMlpThreads;
+  float of_thread[kOfThread] = {};
+#pragma unroll 2
+  for (int part = 0; part < p.parts; ++part) {
+#pragma unroll
+    for (int k = 0; k < kOfThread; ++k) {
+      const int i = thread + k * kMlpThreads;
+      if (i < kRows * C) of_thread[k] += __ldg(partial + part * (kRows * C) + i);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kOfThread; ++k) {
+    const int i = thread + k * kMlpThreads;
+    if (i < kRows * C) sums[i] = of_thread[k];
   }
   __syncthreads();
   if (thread < C) {

@@ -4,7 +4,7 @@
 namespace wavemix::whole {
 namespace {
 
-constexpr int kColumns = 32, kParts = 8;
+constexpr int kColumns = 32, kParts = 8, kAtOnce = 8;
 
 struct Params {
   RowSums sums[2];
@@ -24,9 +24,16 @@ __global__ void __launch_bounds__(kColumns* kParts) patm_sum_rows(const __grid_c
   float sum = 0.0f;
   if (column < sums.columns) {
     const float* const partial = sums.partial + static_cast<int64_t>(group) * sums.rows * sums.columns + column;
-#pragma unroll 8
-    for (int row = part; row < sums.rows; row += kParts)
-      sum += __ldg(partial + static_cast<int64_t>(row) * sums.columns);
+    for (int row = part; row < sums.rows; row += kParts * kAtOnce) {
+      float values[kAtOnce];  // all on their way before the first is added
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int of = row + k * kParts;
+        values[k] = of < sums.rows ? __ldg(partial + static_cast<int64_t>(of) * sums.columns) : 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) sum += values[k];
+    }
   }
   shared[part * kColumns + lane] = sum;
   __syncthreads();
