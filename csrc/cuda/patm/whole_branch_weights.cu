@@ -224,7 +224,7 @@ __device__ inline float convolved(SharedSpan<float> sums, const float* taps, int
 
 // A block makes one image's.
 template <class T, int C>
-__global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_constant__ MlpParams p) {
+__global__ void __launch_bounds__(kMlpThreads, 4) patm_branch_mlp(const __grid_constant__ MlpParams p) {
   WAVEMIX_SHARED(float, sums, kRows* C);
   WAVEMIX_SHARED(float, mean, C);
   WAVEMIX_SHARED(float, hidden, kMostHidden);
