@@ -73,6 +73,13 @@ def _patm_whole_backward(result: Any, *arguments: Any) -> Tensors:
     return (x, x, *(result[0],) * 2) if batch_statistics else (x,)
 
 
+def _patm_whole_backward_on_a_gpu(result: Any, grad: Tensor, *arguments: Any) -> Tensors:
+    """The branch weights' gradient needs whole images before the first one of x: x and grad are read for each. The
+    gradients of the five projections are written, and read with x for the last two."""
+    x = arguments[5]
+    return (x, x, grad, *(x,) * 10)
+
+
 def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor | None, *_: Any) -> Tensors:
     """One kernel makes the inputs' gradients, and the output where it is asked for; another all weights' gradients."""
     return grad, x, second
@@ -89,7 +96,7 @@ class Plan:
 
     Attributes:
         dtype: dtype of images and parameters; it decides which kernels serve.
-        whole_patm: up to how many channels PATM is one kernel; only a CPU has it.
+        whole_patm: up to how many channels PATM is taken from end to end.
         again: operator -> the tensors that its kernels read or write once more, from its result and arguments.
         blocks: the plan is counted for blocks whose names begin so.
     """
@@ -115,7 +122,15 @@ PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.
     "cpu": Plan(torch.float32, choose.WHOLE, _ALWAYS),
     # What `auto` takes: half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
-    "gpu": Plan(torch.bfloat16, 0, _TRITON | {"wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu}),
+    "gpu": Plan(
+        torch.bfloat16,
+        choose.WHOLE,
+        _TRITON
+        | {
+            "wavemix_kernels::deconv_stats": _deconv_stats_on_a_gpu,
+            "wavemix_kernels::patm_whole_backward": _patm_whole_backward_on_a_gpu,
+        },
+    ),
     # Every op in Triton, by name. The operators are those of the CPU in float32, whose kernels also make BatchNorm's
     # statistics as they write y and its backward as they read; the sizes in bfloat16 are half of everything.
     # The gradients of the transposed convolution are one launch, ordered by image: programs that read the same pixels
@@ -288,7 +303,7 @@ BUDGETS = {
     "Waveblock L1, C=192": Budget(functools.partial(_waveblock, 1), _WIDE, 6.5, 12.0),
     "Waveblock L3, C=192": Budget(functools.partial(_waveblock, 3), _WIDE, 7.5, 13.0),
     "Waveblock L4, C=192": Budget(functools.partial(_waveblock, 4), _WIDE, 7.6, 13.5),
-    "PATM fc, C=64": Budget(_patm, (64, 64, 56, 56), 8.0, 18.0),
+    "PATM fc, C=64": Budget(_patm, (64, 64, 56, 56), 5.0, 16.1),  # 16 on a GPU, see above
 }
 
 

@@ -131,6 +131,50 @@ void bind_patm_whole(py::module_& m) {
       py::arg("image"), py::arg("mean"), py::arg("covariance"), py::arg("workspace"), py::arg("multiprocessors"),
       py::arg("stream"));
   m.def(
+      "patm_statistics_cuda",
+      [](int dtype, int64_t c, uintptr_t mean, uintptr_t covariance, const std::vector<uintptr_t>& thetas,
+         const std::vector<uintptr_t>& norms, const std::vector<double>& eps, uintptr_t out, uintptr_t stream) {
+        if (thetas.size() != 4 || norms.size() != 4 || eps.size() != 2)
+          throw py::value_error("thetas, norms, eps: expected 4, 4 and 2 values");
+        auto args = shaped<PatmArgs>(dtype, Ints{1, c, 1, 1});
+        args.theta_h = pointer(thetas[0]);
+        args.theta_h_bias = pointer(thetas[1]);
+        args.theta_w = pointer(thetas[2]);
+        args.theta_w_bias = pointer(thetas[3]);
+        const auto vector = [&](size_t i) { return static_cast<const float*>(pointer(norms[i])); };
+        const PatmStatisticsArgs of = {static_cast<const double*>(pointer(mean)),
+                                       static_cast<const double*>(pointer(covariance)),
+                                       {vector(0), vector(2)},
+                                       {vector(1), vector(3)},
+                                       {eps[0], eps[1]},
+                                       static_cast<float*>(pointer(out))};
+        py::gil_scoped_release unlocked;
+        patm_statistics_cuda(args, of, pointer(stream));
+      },
+      py::arg("dtype"), py::arg("c"), py::arg("mean"), py::arg("covariance"), py::arg("thetas"), py::arg("norms"),
+      py::arg("eps"), py::arg("out"), py::arg("stream"));
+  m.def(
+      "patm_through_statistics_cuda",
+      [](const ImageInts& image, const std::vector<uintptr_t>& weights, uintptr_t mean, uintptr_t covariance,
+         uintptr_t sums, int64_t sums_stride, uintptr_t invstd, uintptr_t matrix, uintptr_t vector, uintptr_t size,
+         uintptr_t d_theta, uintptr_t stream) {
+        const auto args = whole_args(image, weights, 0, false, 0);
+        const PatmThroughArgs of = {static_cast<const double*>(pointer(mean)),
+                                    static_cast<const double*>(pointer(covariance)),
+                                    static_cast<const float*>(pointer(sums)),
+                                    static_cast<const float*>(pointer(invstd)),
+                                    sums_stride,
+                                    pointer(matrix),
+                                    static_cast<float*>(pointer(vector)),
+                                    static_cast<float*>(pointer(size)),
+                                    static_cast<float*>(pointer(d_theta))};
+        py::gil_scoped_release unlocked;
+        patm_through_statistics_cuda(args, of, pointer(stream));
+      },
+      py::arg("image"), py::arg("weights"), py::arg("mean"), py::arg("covariance"), py::arg("sums"),
+      py::arg("sums_stride"), py::arg("invstd"), py::arg("matrix"), py::arg("vector"), py::arg("size"),
+      py::arg("d_theta"), py::arg("stream"));
+  m.def(
       "patm_branch_weights_workspace_cuda",
       [](const ImageInts& image, int multiprocessors) {
         return patm_branch_weights_workspace_cuda(image_args(image), multiprocessors);
@@ -213,22 +257,23 @@ void bind_patm_whole(py::module_& m) {
   m.def(
       "patm_image_gradients_cuda",
       [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, uintptr_t gradients,
-         uintptr_t matrix, uintptr_t vector, uintptr_t size, const Ints& d_image, uintptr_t d_weights,
-         uintptr_t workspace, int multiprocessors, uintptr_t stream) {
+         uintptr_t matrix, uintptr_t vector, uintptr_t size, uintptr_t d_theta, const Ints& d_image,
+         uintptr_t d_weights, uintptr_t workspace, int multiprocessors, uintptr_t stream) {
         const auto args = whole_args(image, weights, hidden, false, 0);
         PatmImageGradArgs grads;
         grads.gradients = pointer(gradients);
         grads.matrix = pointer(matrix);
         grads.vector = static_cast<const float*>(pointer(vector));
         grads.size = static_cast<const float*>(pointer(size));
+        grads.d_theta = static_cast<const float*>(pointer(d_theta));
         grads.d_image = plane(d_image, "d_image", std::get<1>(image));
         grads.d_weights = static_cast<float*>(pointer(d_weights));
         py::gil_scoped_release unlocked;
         patm_image_gradients_cuda(args, grads, pointer(workspace), multiprocessors, pointer(stream));
       },
       py::arg("image"), py::arg("weights"), py::arg("hidden"), py::arg("gradients"), py::arg("matrix"),
-      py::arg("vector"), py::arg("size"), py::arg("d_image"), py::arg("d_weights"), py::arg("workspace"),
-      py::arg("multiprocessors"), py::arg("stream"));
+      py::arg("vector"), py::arg("size"), py::arg("d_theta"), py::arg("d_image"), py::arg("d_weights"),
+      py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
 #endif
 }
 

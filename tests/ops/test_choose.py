@@ -117,8 +117,8 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     (choose.product, [("cpu", FP32, 1, "onednn"), ("cpu", FP32, 0, "convolution"), ("cpu", BF16, 1, "convolution")]),
     (choose.product_backward_weight, [("cpu", FP64, "core"), ("cpu", BF16, "convolution")]),
     (choose.patm, [
-        ("cpu", 128, False, True, "whole"), ("cpu", 129, False, True, "parts"), ("cpu", 128, True, True, "parts"),
-        ("cuda", 128, False, False, "whole"), ("cuda", 128, False, True, "parts"), ("cuda", 129, False, False, "parts"),
+        ("cpu", 128, False, "whole"), ("cpu", 129, False, "parts"), ("cpu", 128, True, "parts"),
+        ("cuda", 128, False, "whole"), ("cuda", 129, False, "parts"), ("cuda", 128, True, "parts"),
     ]),
     (choose.projections, [(128, "joined"), (129, "apart")]),
     (choose.wavelet_function, [("cpu", True, "convolution"), ("cpu", False, "haar"), ("cuda", True, "haar")]),

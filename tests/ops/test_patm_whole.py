@@ -275,7 +275,7 @@ class Back(OnGpu):
 
     def _through_statistics(self, t: Any, sums: Tensor, e_sums: Tensor, made: Any, read: Tensor, d_x: Tensor, u: float,
                             few: float) -> None:  # fmt: skip
-        """A line of sums, as :func:`wavemix_kernels.ops.patm.whole._through_statistics` has it, of absolute values."""
+        """A line of sums, as :func:`wavemix_kernels.ops.patm.statistics.through_moments` has it, of absolute values."""
         count = read.shape[0] * read.shape[2] * read.shape[3]
         scale = torch.stack((t["scale_h"], t["scale_w"])).abs()[:, None] / count
         theta = torch.stack((t["theta_h"], t["theta_w"])).flatten(2).abs()
@@ -306,6 +306,38 @@ test_contract = each.case(OnGpu(), Lit())
 ONE: Any = {"shape": ((2, 64, 3, 21),), "map": ("by image",), "layout": ("sliced",), "of_batch": (True,)}
 test_contract_of_a_gradient = each.case(Back({"cuda": HALF[:1]}, **ONE))
 test_contract_of_gradients = pytest.mark.prove(each.case(Back()))
+
+
+@on("cuda")
+@pytest.mark.parametrize("c, dtype, biased", [(64, torch.float16, True), (96, torch.bfloat16, False)])
+def test_contract_of_statistics(backend: str, device: str, c: int, dtype: torch.dtype, biased: bool) -> None:
+    """Of moments: sums in double, each result rounded once or twice. A variance of 0 stays one."""
+    root, mean = randn(c, c).double(), randn(c, seed=1).double()
+    phases = []
+    for i in range(2):
+        theta, vectors = randn(c, c, 1, 1, seed=2 + i).to(dtype), randn(3, c, seed=4 + i).to(dtype)
+        theta[3] = 0
+        phases += [theta, *(v if biased else None for v in vectors)]
+    given = [mean, root @ root.t(), *phases]
+
+    def of(name: str, where: str, wide: bool) -> Tensor:
+        to = [None if t is None else t.double() if wide else t.to(where) for t in given]
+        return torch.ops.wavemix_kernels.patm_statistics(*to, 1e-5, 1e-3, name).double().cpu()
+
+    got, want = of(backend, device, False), of("reference", "cpu", True)
+    centre, var, invstd, scale, shift = want
+    in_double = 4 * c * 2.0**-53  # the rounding of a sum of a square's products, at most 4 times as large as the sum
+    largest = torch.stack([(p.double().flatten(1).abs() @ given[1].abs() * p.double().flatten(1).abs()).sum(1)
+                           for p in (phases[0], phases[4])])  # fmt: skip
+    d_var = in_double * largest
+    d_centre = WIDE * centre.abs() + in_double * mean.abs().max() * c
+    d_invstd = 4 * WIDE * invstd + 0.5 * invstd**3 * d_var
+    d_scale = scale.abs() / invstd * d_invstd + WIDE * scale.abs()
+    d_shift = d_centre * scale.abs() + centre.abs() * d_scale + 2 * WIDE * ((centre * scale).abs() + shift.abs())
+    bounds = d_centre, d_var + WIDE * var, d_invstd, d_scale, d_shift
+    for error, bound in zip((got - want).abs(), bounds, strict=True):
+        assert (error <= bound).all(), (error / bound).max()
+    assert (got[1][:, 3] == 0).all()
 
 
 @on("cuda")

@@ -78,6 +78,7 @@ SESSIONS = {
             "whole_backward_mixed",
             "whole_backward_waves",
             "whole_backward_image",
+            "whole_statistics",
             "whole_sums",
         ),
     ),

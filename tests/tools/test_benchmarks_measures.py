@@ -373,8 +373,6 @@ BLOCKS = [f"Waveblock L{level}, C=192" for level in (1, 3, 4)]
 MIXER = "PATM fc, C=64"
 #: Traffic over its budget, and why.
 OVER = {
-    (MIXER, 0): "22.02: 9 convolutions, 7 phase_aggregate, 4 branch_sum, 2 statistics",
-    (MIXER, 1): "50.06: 20 convolutions, 17 phase_aggregate_backward, 7 phases made again",
     **{(block, 0): "the statistics' own pass over the upsampling's output" for block in BLOCKS},
     **{(block, 1): "batch norm in passes of its own, the MLP's inputs read twice" for block in BLOCKS},
 }
@@ -385,17 +383,17 @@ OVER = {
     ("cpu", MIXER), ("gpu", MIXER), *((plan, block) for plan in ("cpu", "gpu", "triton") for block in BLOCKS)
 ])  # fmt: skip
 def test_traffic_stays_within_the_budget(plan, name, at, request):
-    if plan == "gpu":
+    if plan == "gpu" and (name, at) in OVER:
         request.applymarker(pytest.mark.xfail(strict=True, reason=OVER[name, at]))
     budget = traffic.BUDGETS[name]
     assert traffic.count(name, plan).totals[at] <= (budget.forward, budget.backward)[at]
 
 
 def test_traffic_around_the_mixers_of_a_wave_block():
-    """Each branch: x read for statistics; read and normalised, twice; x, branch and sum; and the norm's gradient, which
-    reads two images for its sums, then three, and writes one."""
-    build, plan = (lambda: WaveBlock(64, norm_layer=MyNorm)), traffic.PLANS["gpu"]
-    made = traffic.traffic(build, (32, 64, 28, 28), plan, channels_last=True)
+    """Each branch, PATM by parts: x read for statistics; read and normalised, twice; x, branch and sum; and the norm's
+    gradient, which reads two images for its sums, then three, and writes one."""
+    build, plan = (lambda: WaveBlock(160, norm_layer=MyNorm)), traffic.PLANS["gpu"]
+    made = traffic.traffic(build, (32, 160, 28, 28), plan, channels_last=True)
     forward, backward = (
         {name.removeprefix("wavemix_kernels::pre_norm_"): count for name, count in one.items() if "pre_norm" in name}
         for one in (made.forward, made.backward)

@@ -226,12 +226,10 @@ WHOLE = 128
 JOINED = 128
 
 
-def patm(device: str, channels: int, depthwise: bool, gradients: bool) -> str:
+def patm(device: str, channels: int, depthwise: bool) -> str:
     """``"whole"``: images from end to end; ``"parts"``: kernels of parts. Measured on a CPU
-    (docs/develop/tuning.md, PATM on a CPU); predicted for a GPU, where a training step of the whole is shorter on the
-    device and takes twice the launches (docs/develop/tuning.md, PATM on a GPU)."""
-    served = device == "cpu" or (device == "cuda" and not gradients)
-    return "whole" if served and not depthwise and channels <= WHOLE else "parts"
+    (docs/develop/tuning.md, PATM on a CPU); predicted for a GPU (docs/develop/tuning.md, PATM on a GPU)."""
+    return "whole" if device in ("cpu", "cuda") and not depthwise and channels <= WHOLE else "parts"
 
 
 def projections(channels: int) -> str:

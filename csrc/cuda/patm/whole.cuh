@@ -58,12 +58,15 @@ inline Image image_of(const PatmArgs& args) {
 
 // Raises std::invalid_argument for what these kernels do not serve; wavemix_kernels/ops/patm/whole_gpu.py asks the same
 // before.
-inline void check_image(const PatmArgs& args) {
-  const auto fail = [](const std::string& what) { throw std::invalid_argument(what); };
+inline void check_kind(const PatmArgs& args) {
   if (args.dtype != DType::f16 && args.dtype != DType::bf16)
-    fail(std::string("dtype: got ") + name_of(args.dtype) + "; float16 and bfloat16 would work");
+    throw std::invalid_argument(std::string("dtype: got ") + name_of(args.dtype) + "; float16 and bfloat16 would work");
   if (args.c != 64 && args.c != 96 && args.c != 128)
-    fail("x: got " + std::to_string(args.c) + " channels; 64, 96 and 128 would work");
+    throw std::invalid_argument("x: got " + std::to_string(args.c) + " channels; 64, 96 and 128 would work");
+}
+inline void check_image(const PatmArgs& args) {
+  check_kind(args);
+  const auto fail = [](const std::string& what) { throw std::invalid_argument(what); };
   if (args.h * args.w > (int64_t{1} << 30))
     fail("x: an image of " + std::to_string(args.h) + " x " + std::to_string(args.w) +
          " pixels; up to 1073741824 would work");

@@ -9,7 +9,7 @@
 namespace wavemix::whole {
 namespace {
 
-constexpr int kProjections = 5, kThirdSlot = 2;
+constexpr int kProjections = 5, kThirdSlot = 2, kThetaSlot = 3;
 
 template <int C_>
 struct Slice {
@@ -33,7 +33,7 @@ struct Params {
   Image image;
   const void* gradients;                   // (n, h, w, 5, C)
   const void* matrices[kProjections + 1];  // (C, C), the last one transposed; null: no statistics
-  const float *vector, *size;              // (C); what the last matrix has been divided by
+  const float *vector, *size;              // (C); size: what the last matrix's columns have been divided by
   int64_t tiles, tiles_of_block;
   int tiles_of_image;
   void* d_image;
@@ -95,12 +95,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
   const int of_pixels = warp / kOfPixels * kStep, of_channels = warp % kOfPixels * S::kColumns;
   const int pair = warp % S::kPairs, share = warp / S::kPairs;
   const int own = place<C>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  float line[kParts][2] = {};
-  const float size = with_line ? *p.size : 1.0f;
-  if (with_line) {
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) load(p.vector + first_channel + of_channels + 8 * k + 2 * member, line[k]);
-  }
+  const int of_line = first_channel + of_channels + 2 * member;
   float d_weights[S::kOfWarp][2][4] = {};
 #pragma unroll 1
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -138,8 +133,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
       add_product(kProjections);
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
+        float size[2], line[2];
+        load(p.size + of_line + 8 * k, size);
+        load(p.vector + of_line + 8 * k, line);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) d[k][i] = d[k][i] * size + line[k][i % 2];
+        for (int i = 0; i < 4; ++i) d[k][i] = d[k][i] * size[i % 2] + line[i % 2];
       }
     }
 #pragma unroll 1
@@ -233,7 +231,12 @@ void run(const PatmArgs& args, const PatmImageGradArgs& grads, void* workspace, 
   launch.shared_bytes = S::kBytes;
   launch.stream = static_cast<cudaStream_t>(stream);
   launch(patm_image_gradients<T, S>, p);
-  sum_rows({p.partial, static_cast<int>(plan.runs), kProjections * S::C * S::C, 1, grads.d_weights}, launch.stream);
+  RowSums sums = {p.partial, static_cast<int>(plan.runs), kProjections * S::C * S::C, 1, grads.d_weights};
+  if (grads.matrix != nullptr) {
+    sums.more = grads.d_theta;
+    sums.more_from = kThetaSlot * S::C * S::C;
+  }
+  sum_rows(sums, {}, launch.stream);
 }
 
 }  // namespace

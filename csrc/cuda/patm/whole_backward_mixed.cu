@@ -27,16 +27,8 @@ struct Places {
   static constexpr size_t kBytes = size_t{2} * kFloats + size_t{4} * (kConstantsAt + kConstants * C);
 };
 
-struct Params {
-  Image image;
-  Strides x, grad_strides;
-  const void* grad;
-  const void *z[2], *theta[2], *z_c, *proj, *z_bias[2], *theta_bias[2], *z_c_bias;
-  const float *scale[2], *shift[2], *taps[2], *a, *path;
-  Lines lines[2];
-  int64_t n, first_image;
-  int parts;
-  Divisor of_image;
+struct Params : LineParams {
+  const void *z_c, *z_c_bias;
   float *d_a, *d_proj;  // partial: (3, n, parts, C), and (n, 2, parts, C C + C)
 };
 
@@ -47,13 +39,10 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_mixed_gradie
   constexpr int kThreads = kLineThreads<C>, kTile = kPlaces * C, kPairs = C / 32;
   using Products = typename LineBlock<T, C>::Products;
   const LineBlock<T, C> block;
-  uint32_t of_image = blockIdx.x;
-  const int part_of_both = static_cast<int>(p.of_image.take(of_image));
-  const int64_t n = p.first_image + of_image;
-  const int branch = part_of_both >= p.parts ? 1 : 0, part = part_of_both - branch * p.parts;
+  const LinePart own(p);
+  const int64_t n = own.n;
+  const int branch = own.branch, part = own.part, begin = own.begin, end = own.end;
   const Lines& lines = p.lines[branch];
-  const int begin = part * lines.tiles_of_part;
-  const int end = begin + lines.tiles_of_part < lines.tiles ? begin + lines.tiles_of_part : lines.tiles;
   const auto is_tile = [&](int tile) { return tile >= 0 && tile < lines.tiles; };
   const auto x_tile = [&](int slot) { return memory + (P::kX + slot * kTile); };
   const auto grad_tile = [&](int slot) { return memory + (P::kGrad + slot * kTile); };
@@ -245,48 +234,14 @@ struct Workspace {
 template <class T, int C>
 void run(const PatmArgs& args, const Plane& grad, const float* a, float* d_a, float* d_proj, void* workspace,
          int multiprocessors, void* stream) {
-  const auto vector = [](const void* data) { return static_cast<const float*>(data); };
   const Cut cut(args, multiprocessors, kBlocks<C>);
   const Workspace places(args, cut);
   float* const partial = static_cast<float*>(workspace);
-  Params p = {image_of(args),
-              strides_of(args.x, "x"),
-              strides_of(grad, "grad"),
-              grad.data,
-              {args.z_h, args.z_w},
-              {args.theta_h, args.theta_w},
-              args.z_c,
-              args.proj,
-              {args.z_h_bias, args.z_w_bias},
-              {args.theta_h_bias, args.theta_w_bias},
-              args.z_c_bias,
-              {vector(args.scale_h), vector(args.scale_w)},
-              {vector(args.shift_h), vector(args.shift_w)},
-              {vector(args.taps_h), vector(args.taps_w)},
-              a,
-              vector(args.path),
-              {cut.lines[0], cut.lines[1]},
-              args.n,
-              0,
-              cut.parts,
-              cut.of_image,
-              partial + places.d_a,
-              partial + places.d_proj};
-  Launch launch;
-  launch.what = [&] {
-    return std::string("patm_mixed_gradients (") + name_of(args.dtype) + ", " + std::to_string(C) + ")";
-  };
-  launch.threads = kLineThreads<C>;
-  launch.shared_bytes = Places<T, C>::kBytes;
-  launch.stream = static_cast<cudaStream_t>(stream);
-  const int64_t of_image = 2 * cut.parts, most = WAVEMIX_MAX_BLOCKS, images = std::max<int64_t>(most / of_image, 1);
-  for (int64_t first = 0; first < args.n; first += images) {
-    p.first_image = first;
-    launch.blocks = static_cast<unsigned>(std::min(images, args.n - first) * of_image);
-    launch(patm_mixed_gradients<T, C>, p);
-  }
-  sum_rows({p.d_a, cut.parts, C, 3 * args.n, d_a}, launch.stream);
-  sum_rows({p.d_proj, static_cast<int>(2 * cut.rows(args)), C * C + C, 1, d_proj}, launch.stream);
+  Params p = {line_params(args, grad, a, cut), args.z_c, args.z_c_bias, partial + places.d_a, partial + places.d_proj};
+  const auto of = static_cast<cudaStream_t>(stream);
+  launch_lines<C>("patm_mixed_gradients", patm_mixed_gradients<T, C>, args, p, Places<T, C>::kBytes, of);
+  sum_rows({p.d_a, cut.parts, C, 3 * args.n, d_a},
+           {p.d_proj, static_cast<int>(2 * cut.rows(args)), C * C + C, 1, d_proj}, of);
 }
 
 }  // namespace

@@ -224,24 +224,33 @@ __device__ inline float convolved(SharedSpan<float> sums, const float* taps, int
 
 // A block makes one image's.
 template <class T, int C>
-__global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_constant__ MlpParams p) {
+__global__ void __launch_bounds__(kMlpThreads, 4) patm_branch_mlp(const __grid_constant__ MlpParams p) {
   WAVEMIX_SHARED(float, sums, kRows* C);
   WAVEMIX_SHARED(float, mean, C);
   WAVEMIX_SHARED(float, hidden, kMostHidden);
   const int64_t n = p.first_image + blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const float* const partial = p.partial + n * p.parts * (kRows * C);
-  for (int i = thread; i < kRows * C; i += kMlpThreads) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int part = 0; part < p.parts; ++part) sum += __ldg(partial + part * (kRows * C) + i);
-    sums[i] = sum;
+  constexpr int kOfThread = (kRows * C + kMlpThreads - 1) / kMlpThreads;
+  float of_thread[kOfThread] = {};
+#pragma unroll 2
+  for (int part = 0; part < p.parts; ++part) {
+#pragma unroll
+    for (int k = 0; k < kOfThread; ++k) {
+      const int i = thread + k * kMlpThreads;
+      if (i < kRows * C) of_thread[k] += __ldg(partial + part * (kRows * C) + i);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kOfThread; ++k) {
+    const int i = thread + k * kMlpThreads;
+    if (i < kRows * C) sums[i] = of_thread[k];
   }
   __syncthreads();
   if (thread < C) {
     float sum = convolved<C>(sums, p.taps[0], thread) + convolved<C>(sums + kSums * 2 * C, p.taps[1], thread);
     float third = 0.0f;
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < C; k += kWord) {
       float row[kWord];
       load(static_cast<const T*>(p.z_c) + thread * C + k, row);
@@ -266,10 +275,12 @@ __global__ void __launch_bounds__(kMlpThreads) patm_branch_mlp(const __grid_cons
   if (thread >= C) return;
   float logit[3];
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const float* const row = p.fc2 + (3 * thread + i) * p.hidden;
-    logit[i] = p.fc2_bias[3 * thread + i];
-    for (int k = 0; k < p.hidden; ++k) logit[i] += row[k] * hidden[k];
+  for (int i = 0; i < 3; ++i) logit[i] = p.fc2_bias[3 * thread + i];
+  const float* const rows = p.fc2 + 3 * thread * p.hidden;
+#pragma unroll 8
+  for (int k = 0; k < p.hidden; ++k) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) logit[i] += __ldg(rows + i * p.hidden + k) * hidden[k];
   }
   const float most = fmaxf(logit[0], fmaxf(logit[1], logit[2]));
   float total = 0.0f;

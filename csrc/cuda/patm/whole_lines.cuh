@@ -95,6 +95,73 @@ struct Four {
   __device__ int at(int i) const { return pixel + i * step + (i < until_next ? 0 : to_next); }
 };
 
+// What the kernels along lines read, and how an image is cut for them.
+struct LineParams {
+  Image image;
+  Strides x, grad_strides;
+  const void* grad;
+  const void *z[2], *theta[2], *proj, *z_bias[2], *theta_bias[2];
+  const float *scale[2], *shift[2], *taps[2], *a, *path;
+  Lines lines[2];
+  int64_t n, first_image;
+  int parts;
+  Divisor of_image;
+};
+inline LineParams line_params(const PatmArgs& args, const Plane& grad, const float* a, const Cut& cut) {
+  const auto vector = [](const void* data) { return static_cast<const float*>(data); };
+  return {image_of(args),
+          strides_of(args.x, "x"),
+          strides_of(grad, "grad"),
+          grad.data,
+          {args.z_h, args.z_w},
+          {args.theta_h, args.theta_w},
+          args.proj,
+          {args.z_h_bias, args.z_w_bias},
+          {args.theta_h_bias, args.theta_w_bias},
+          {vector(args.scale_h), vector(args.scale_w)},
+          {vector(args.shift_h), vector(args.shift_w)},
+          {vector(args.taps_h), vector(args.taps_w)},
+          a,
+          vector(args.path),
+          {cut.lines[0], cut.lines[1]},
+          args.n,
+          0,
+          cut.parts,
+          cut.of_image};
+}
+// A block for each part of each image, from `p.first_image` on.
+template <int C, class Params>
+void launch_lines(const char* name, void (*kernel)(Params), const PatmArgs& args, Params& p, size_t shared_bytes,
+                  cudaStream_t stream) {
+  Launch launch;
+  launch.what = [&] { return std::string(name) + " (" + name_of(args.dtype) + ", " + std::to_string(C) + ")"; };
+  launch.threads = kLineThreads<C>;
+  launch.shared_bytes = shared_bytes;
+  launch.stream = stream;
+  const int64_t of_image = 2 * p.parts, most = WAVEMIX_MAX_BLOCKS, images = std::max<int64_t>(most / of_image, 1);
+  for (; p.first_image < args.n; p.first_image += images) {
+    launch.blocks = static_cast<unsigned>(std::min(images, args.n - p.first_image) * of_image);
+    launch(kernel, p);
+  }
+}
+
+// Of a block: its image, its branch, and its tiles there.
+struct LinePart {
+  int64_t n;
+  int branch, part, begin, end;
+
+  __device__ explicit LinePart(const LineParams& p) {
+    uint32_t of_image = blockIdx.x;
+    const int part_of_both = static_cast<int>(p.of_image.take(of_image));
+    n = p.first_image + of_image;
+    branch = part_of_both >= p.parts ? 1 : 0;
+    part = part_of_both - branch * p.parts;
+    const Lines& lines = p.lines[branch];
+    begin = part * lines.tiles_of_part;
+    end = begin + lines.tiles_of_part < lines.tiles ? begin + lines.tiles_of_part : lines.tiles;
+  }
+};
+
 __device__ constexpr int after(int slot) { return slot == 2 ? 0 : slot + 1; }  // of three
 
 // The steps of a block that the kernels along lines share.
@@ -223,13 +290,17 @@ struct LineBlock {
   }
 };
 
-// out (groups, columns): sums over `rows` of partial (groups, rows, columns), each in one order.
+// out (groups, columns): sums over `rows` of partial (groups, rows, columns), each in one order. From column
+// `more_from` on with what `more` holds (one group).
 struct RowSums {
-  const float* partial;
-  int rows, columns;
-  int64_t groups;
-  float* out;
+  const float* partial = nullptr;
+  int rows = 0, columns = 0;
+  int64_t groups = 0;
+  float* out = nullptr;
+  const float* more = nullptr;
+  int more_from = INT32_MAX;
 };
-void sum_rows(const RowSums& sums, cudaStream_t stream);
+// Both in one launch.
+void sum_rows(const RowSums& first, const RowSums& second, cudaStream_t stream);
 
 }  // namespace wavemix::whole

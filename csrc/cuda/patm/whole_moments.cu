@@ -114,56 +114,65 @@ __global__ void __launch_bounds__(kThreads<C>, kBlocks<C>) patm_products(const _
 
 // --- Blocks' sums together -------------------------------------------------------------------------------
 
-constexpr int kSumThreads = 512;
+constexpr int kSumColumns = 32, kSumGroups = 16, kSumAtOnce = 5;
 
 struct SumParams {
   const float* records;
   int count;
-  double pixels;
+  double share;  // one over their pixels
   double *mean, *covariance;
 };
 
-// A block makes one row of the covariance: threads side by side its columns, below each other a share of the records.
+// A block makes 32 columns of one row of the covariance, a warp its share of the records.
 template <int C>
-__global__ void __launch_bounds__(kSumThreads) patm_sum_products(const __grid_constant__ SumParams p) {
-  constexpr int kGroups = kSumThreads / C;
-  WAVEMIX_SHARED(double, shared, kGroups * C * 2);
-  const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(threadIdx.x) % C;
-  const int group = static_cast<int>(threadIdx.x) / C;
+__global__ void __launch_bounds__(kSumColumns* kSumGroups) patm_sum_products(const __grid_constant__ SumParams p) {
+  WAVEMIX_SHARED(double, shared, 3 * kSumGroups * kSumColumns);
+  const int lane = static_cast<int>(threadIdx.x) % kSumColumns, group = static_cast<int>(threadIdx.x) / kSumColumns;
+  const int row = static_cast<int>(blockIdx.x) / (C / kSumColumns);
+  const int column = static_cast<int>(blockIdx.x) % (C / kSumColumns) * kSumColumns + lane;
   const float* const first_origin = p.records + kProducts<C> + C;
   const double origin_row = static_cast<double>(first_origin[row]);
   const double origin_column = static_cast<double>(first_origin[column]);
-  double product = 0, sum = 0;  // about the first block's pixel
-  if (group < kGroups) {
-#pragma unroll 4
-    for (int i = group; i < p.count; i += kGroups) {
+  double sums[3] = {};  // about the first block's pixel: of products, of the row, of the column
+  for (int first = group; first < p.count; first += kSumGroups * kSumAtOnce) {
+    float of[kSumAtOnce][6] = {};  // all on their way before the first is added; a record past the end counts nothing
+#pragma unroll
+    for (int k = 0; k < kSumAtOnce; ++k) {
+      const int i = first + k * kSumGroups;
+      if (i >= p.count) continue;
       const float* const record = p.records + static_cast<int64_t>(i) * kRecord<C>;
       const float* const more = record + kProducts<C>;
-      const double count = static_cast<double>(__ldg(more + 2 * C));
-      const double move_row = static_cast<double>(__ldg(more + C + row)) - origin_row;
-      const double move_column = static_cast<double>(__ldg(more + C + column)) - origin_column;
-      const double sum_row = static_cast<double>(__ldg(more + row)) + count * move_row;
-      const double sum_column = static_cast<double>(__ldg(more + column));
-      product += static_cast<double>(__ldg(record + row * C + column)) + move_column * sum_row + move_row * sum_column;
-      sum += sum_column + count * move_column;
+      of[k][0] = __ldg(record + row * C + column);
+      of[k][1] = __ldg(more + row);
+      of[k][2] = __ldg(more + column);
+      of[k][3] = __ldg(more + C + row);
+      of[k][4] = __ldg(more + C + column);
+      of[k][5] = __ldg(more + 2 * C);
     }
-    shared[group * C + column] = product;
-    shared[(kGroups + group) * C + column] = sum;
-  }
-  __syncthreads();
-  if (group == 0) {
-    for (int i = 1; i < kGroups; ++i) {
-      product += shared[i * C + column];
-      sum += shared[(kGroups + i) * C + column];
+#pragma unroll
+    for (int k = 0; k < kSumAtOnce; ++k) {
+      const double count = static_cast<double>(of[k][5]);
+      const double move_row = static_cast<double>(of[k][3]) - origin_row;
+      const double move_column = static_cast<double>(of[k][4]) - origin_column;
+      const double sum_row = static_cast<double>(of[k][1]) + count * move_row;
+      const double sum_column = static_cast<double>(of[k][2]);
+      sums[0] += static_cast<double>(of[k][0]) + move_column * sum_row + move_row * sum_column;
+      sums[1] += sum_row;
+      sums[2] += sum_column + count * move_column;
     }
   }
-  __syncthreads();
-  if (group == 0) shared[column] = sum / p.pixels;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) shared[(k * kSumGroups + group) * kSumColumns + lane] = sums[k];
   __syncthreads();
   if (group != 0) return;
-  const double mean_row = shared[row], mean_column = shared[column];
-  p.covariance[row * C + column] = product / p.pixels - mean_row * mean_column;
-  if (row == 0) p.mean[column] = origin_column + mean_column;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int i = 1; i < kSumGroups; ++i) sums[k] += shared[(k * kSumGroups + i) * kSumColumns + lane];
+    sums[k] *= p.share;
+  }
+  p.covariance[row * C + column] = sums[0] - sums[1] * sums[2];
+  if (row == 0) p.mean[column] = origin_column + sums[2];
 }
 
 // --- Launches --------------------------------------------------------------------------------------------
@@ -196,11 +205,11 @@ void run(const PatmArgs& args, double* mean, double* covariance, void* workspace
   launch.shared_bytes = 2 * kPixels * C * sizeof(T);
   launch.stream = static_cast<cudaStream_t>(stream);
   launch(patm_products<T, C>, p);
-  SumParams sums = {p.records, static_cast<int>(plan.blocks), static_cast<double>(args.n * args.h * args.w), mean,
+  SumParams sums = {p.records, static_cast<int>(plan.blocks), 1.0 / static_cast<double>(args.n * args.h * args.w), mean,
                     covariance};
   launch.what = [] { return std::string("patm_sum_products (") + std::to_string(C) + ")"; };
-  launch.blocks = C;
-  launch.threads = kSumThreads;
+  launch.blocks = C * (C / kSumColumns);
+  launch.threads = kSumColumns * kSumGroups;
   launch.shared_bytes = 0;
   launch(patm_sum_products<C>, sums);
 }

@@ -68,6 +68,17 @@ void patm_add_linear_cpu(const PatmArgs& args, const Plane& partial, const void*
 int64_t patm_moments_workspace_cuda(const PatmArgs& args, int multiprocessors);
 void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors,
                        void* stream);
+
+// Of theta_h and theta_w, convolutions of an image with these moments: out (5, 2, c), their mean, biased variance and
+// inverse deviation, and their norms' affine map, scale and shift. Of args: dtype, c, thetas and their biases.
+struct PatmStatisticsArgs {
+  const double *mean = nullptr, *covariance = nullptr;
+  const float *weight[2] = {}, *bias[2] = {};  // (c) of a norm, null for ones and zeros
+  double eps[2] = {};
+  float* out = nullptr;
+};
+void patm_statistics_cuda(const PatmArgs& args, const PatmStatisticsArgs& of, void* stream);
+
 int64_t patm_branch_weights_workspace_cuda(const PatmArgs& args, int multiprocessors);
 void patm_branch_weights_cuda(const PatmArgs& args, float* branch_mean, float* a, void* workspace, int multiprocessors,
                               void* stream);
@@ -98,11 +109,23 @@ int64_t patm_wave_gradients_workspace_cuda(const PatmArgs& args, int multiproces
 void patm_wave_gradients_cuda(const PatmArgs& args, const PatmWaveGradArgs& grads, void* workspace, int multiprocessors,
                               void* stream);
 
-// Third, from these `gradients`: d_image = the projections' weights, transposed, by them, plus `size` matrix^T image +
-// vector where `matrix` (c, c), in x's type, is not null; d_weights (5, c, c) in the order of `gradients`.
+// Third, what comes through batch statistics, from `sums` of d_pre (c) and behind them of d_pre * (theta - center): the
+// thetas' weights' gradients get d_theta (2, c, c), the image's `size` matrix^T image + vector, with (c), matrix (c, c)
+// in x's type and vector (c). invstd (2, c) is of the thetas, mean and covariance of the image.
+struct PatmThroughArgs {
+  const double *mean = nullptr, *covariance = nullptr;
+  const float *sums = nullptr, *invstd = nullptr;
+  int64_t sums_stride = 0;  // from theta_h's to theta_w's
+  void* matrix = nullptr;
+  float *vector = nullptr, *size = nullptr, *d_theta = nullptr;
+};
+void patm_through_statistics_cuda(const PatmArgs& args, const PatmThroughArgs& of, void* stream);
+
+// Last, from these `gradients`: d_image = the projections' weights, transposed, by them; d_weights (5, c, c) in the
+// order of `gradients`. To both is added what comes through batch statistics, where `matrix` is not null.
 struct PatmImageGradArgs {
   const void *gradients = nullptr, *matrix = nullptr;
-  const float *vector = nullptr, *size = nullptr;  // (c) and (1)
+  const float *vector = nullptr, *size = nullptr, *d_theta = nullptr;
   Plane d_image;
   float* d_weights = nullptr;
 };

@@ -6,7 +6,7 @@ The plan, and the memory that each step moves in sizes of x (mode "fc"; benchmar
 =================================================  ==========================================  =======  ========
 step                                               runs on                                     forward  backward
 =================================================  ==========================================  =======  ========
-by parts (:class:`_ByParts`; a GPU, wide images)                                               22       50
+by parts (:class:`_ByParts`; wide images, fp32 GPU)                                            22       50
 - z_h, z_w, z_c (made again in backward)           ``common.products``: the library            4        4
 - theta_h, theta_w (kept; "all" makes them again)  ``common.products``: the library            3
 - batch statistics of both                         ``norm.batch_norm``                         2
@@ -129,7 +129,7 @@ def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: i
         return f"whole on {name}: {reason}"
     if name == "cuda" and (reason := whole_gpu.why_not_these(x, hidden, dtype)) is not None:
         return f"whole on cuda: {reason}"
-    form = choose.patm(name, x.shape[1], depthwise, torch.is_grad_enabled())
+    form = choose.patm(name, x.shape[1], depthwise)
     if backend == "auto":
         other = "parts" if form == "whole" else "whole"
         measured = tuned.either("patm", form, other, x, extra=(torch.is_grad_enabled(),))
@@ -347,10 +347,7 @@ def _forward_whole(
     arguments, name = unflatten(flat), options.whole
     assert name is not None
     image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options, name)
-    wide = accumulate_dtype(x.dtype)
-    before = flops.counted()
-    of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, wide)
-    flops.forget_since(before)  # statistics, of which a counter counts none
+    of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, name)
     maps = of_thetas.maps()
     by_image = None if path is None else path.flatten()
     out, branch_mean = whole.forward(image, by_image, options.kind is not None, arguments.weights, maps, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.patm.weights import Affine, Arguments, PhaseNorm, Weights
@@ -85,18 +85,37 @@ def of_thetas(norms: Norms, thetas: list[Tensor], eps: tuple[float, float], back
     return Statistics(*made.unbind(0))
 
 
+#: Of a phase: the convolution's weight (C, C, 1, 1) and bias, the norm's weight and bias.
+Phase = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 def of_moments(
-    norms: Norms, w: Weights, moments: tuple[Tensor, ...], eps: tuple[float, float], dtype: torch.dtype
+    norms: Norms, w: Weights, moments: tuple[Tensor, ...], eps: tuple[float, float], backend: str
 ) -> Statistics:
-    """As :func:`of_thetas`, of an image with this mean (C) and covariance (C, C)."""
+    """As :func:`of_thetas`, of an image with this mean (C) and covariance (C, C) in float64. ``backend``: of
+    :mod:`wavemix_kernels.ops.patm.whole`."""
+    norm_h, norm_w = norms
+    if (given := norm_h.mean) is not None:
+        return _one_by_one(norms, lambda _: (given, given), eps, accumulate_dtype(w.theta_h.dtype))
+    made = torch.ops.wavemix_kernels.patm_statistics(
+        *moments, w.theta_h, w.theta_h_bias, norm_h.weight, norm_h.bias,
+        w.theta_w, w.theta_w_bias, norm_w.weight, norm_w.bias, *eps, backend,
+    )  # fmt: skip
+    return Statistics(*made.unbind(0))
+
+
+def of_moments_standard(
+    mean: Tensor, covariance: Tensor, phases: tuple[Phase, Phase], eps: tuple[float, float]
+) -> Tensor:
+    """:class:`Statistics` (5, 2, C) of :func:`of_moments` by PyTorch's operators."""
 
     def of_theta(i: int) -> tuple[Tensor, Tensor]:
-        theta, bias = ((w.theta_h, w.theta_h_bias), (w.theta_w, w.theta_w_bias))[i]
-        theta = theta.flatten(1).double()
-        mean = theta @ moments[0] if bias is None else torch.addmv(bias.double(), theta, moments[0])
-        return mean, (theta @ moments[1] * theta).sum(1).clamp_min_(0.0)
+        theta, bias = phases[i][0].flatten(1).double(), phases[i][1]
+        of_mean = theta @ mean if bias is None else torch.addmv(bias.double(), theta, mean)
+        return of_mean, (theta @ covariance * theta).sum(1).clamp_min_(0.0)
 
-    return _one_by_one(norms, of_theta, eps, dtype)
+    norms = PhaseNorm(*phases[0][2:], None, None), PhaseNorm(*phases[1][2:], None, None)
+    return torch.stack(_one_by_one(norms, of_theta, eps, accumulate_dtype(phases[0][0].dtype)))
 
 
 def line_through(sums: Tensor, scale: Tensor, invstd: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +129,23 @@ def line_through(sums: Tensor, scale: Tensor, invstd: Tensor, count: int) -> tup
     return rise * invstd.square(), offset
 
 
+def through_moments(
+    sums: Tensor, count: int, w: Weights, maps: Affine, invstd: Tensor, image_mean: Tensor, covariance: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What :func:`line_through` adds to the gradients of the thetas' weights, (2, C, C), and to the image's, as a
+    matrix and a vector: ``matrix image + vector``. Theta is a convolution of the image, so its weights' gradient gets a
+    product with the image's covariance."""
+    wide = sums.dtype
+    scale = torch.stack((maps.scale_h, maps.scale_w)).to(wide)
+    rise, offset = line_through(sums, scale, invstd.to(wide), count)
+    theta = torch.stack((w.theta_h, w.theta_w)).to(wide).flatten(2)
+    image_mean, covariance = image_mean.to(wide), covariance.to(wide)
+    tilted = rise[..., None] * theta
+    d_theta = max(count, 1) * (tilted @ covariance + offset[..., None] * image_mean)
+    matrix = theta.flatten(0, 1).t() @ tilted.flatten(0, 1)
+    return d_theta, (matrix, offset.flatten() @ theta.flatten(0, 1) - matrix @ image_mean)
+
+
 def gradients(arguments: Arguments, sums: Tensor, of: Statistics) -> tuple[list[Tensor | None], list[PhaseNorm]]:
     """Gradients of the thetas' biases and of the BatchNorms, from the sums of d and ``d (theta - mean)`` (2, 2, C); the
     sums are about 0 where statistics are given."""
@@ -119,16 +155,18 @@ def gradients(arguments: Arguments, sums: Tensor, of: Statistics) -> tuple[list[
     if arguments.by_batch():
         # Batch statistics take a constant out of theta again: its gradient is 0, not the rounding errors of a sum.
         like = next((t for t in thetas if t is not None), d_pre)
-        d_thetas = _like(like.new_zeros(d_pre.shape), thetas)
+        of_thetas = like.new_zeros(d_pre.shape)
     else:
         d_pre_theta = d_pre_theta - of.mean * d_pre
-        d_thetas = _like(d_pre * of.scale, thetas)
-    d_weights = _like(d_pre_theta * of.invstd, [norm.weight for norm in norms])
-    d_biases = _like(d_pre, [norm.bias for norm in norms])
+        of_thetas = d_pre * of.scale
+    weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
+    d_thetas, d_weights, d_biases = _like((of_thetas, thetas), (d_pre_theta * of.invstd, weights), (d_pre, biases))
     return d_thetas, [PhaseNorm(*pair, None, None) for pair in zip(d_weights, d_biases, strict=True)]
 
 
-def _like(rows: Tensor, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Rows in the parameters' dtypes, None for missing ones."""
-    rows = next((rows.to(t.dtype) for t in parameters if t is not None), rows)  # mostly one dtype: one launch
-    return [None if t is None else row.to(t.dtype) for row, t in zip(rows.unbind(0), parameters, strict=True)]
+def _like(*pairs: tuple[Tensor, Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+    """Of each pair the rows in the parameters' dtypes, None for missing ones."""
+    wanted = [(row, t) for rows, parameters in pairs for row, t in zip(rows.unbind(0), parameters, strict=True)]
+    given = [(row, t) for row, t in wanted if t is not None]
+    made = iter(cast_together([row for row, _ in given], [t.dtype for _, t in given]))
+    return [[None if t is None else next(made) for t in parameters] for _, parameters in pairs]

@@ -18,7 +18,7 @@ from torch import Tensor
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.patm import reference, statistics, whole_gpu
 from wavemix_kernels.ops.patm.waves import in_pairs
@@ -62,9 +62,6 @@ class Gradients(NamedTuple):
     sums: Tensor
 
 
-#: A matrix (C, C) and a vector (C): what comes through batch statistics is ``matrix image + vector``.
-Line = tuple[Tensor, Tensor]
-
 #: Weights whose gradients the operator returns, in its order.
 _WITH_GRADIENT = tuple(name for name in Weights._fields if name not in ("theta_h_bias", "theta_w_bias"))
 
@@ -78,6 +75,11 @@ def _schema(fields: Any) -> str:
 _WEIGHTS, _IMAGE = f"{_schema(Weights)}, {_schema(Affine)}", _schema(Image)
 _library = Library()
 _library.define(f"patm_moments({_IMAGE}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "patm_statistics(Tensor mean, Tensor covariance, "
+    + "".join(f"Tensor theta_{b}, Tensor? theta_{b}_bias, Tensor? weight_{b}, Tensor? bias_{b}, " for b in "hw")
+    + "float eps_h, float eps_w, str backend) -> Tensor"
+)
 _library.define(f"patm_whole({_IMAGE}, Tensor? path, bool residual, {_WEIGHTS}, str backend) -> (Tensor, Tensor)")
 _library.define(
     f"patm_whole_backward(Tensor grad, Tensor branch_mean, Tensor? mean, Tensor? invstd, Tensor? image_mean, "
@@ -156,11 +158,22 @@ def _cpu_backward(
     return out
 
 
-def _cpu_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
-    if line is None:
+def _through_statistics(
+    out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Adds to the thetas' gradients; returns what the image's lacks: ``matrix image + vector``."""
+    count = image.x.shape[0] * image.x.shape[2] * image.x.shape[3]
+    d_theta, line = statistics.through_moments(out.sums, count, w, maps, *batch[1:])
+    for name, more in zip(("theta_h", "theta_w"), d_theta, strict=True):
+        out.weights[name].add_(more.reshape(out.weights[name].shape))
+    return line
+
+
+def _cpu_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+    if batch is None:
         return out
     core: Any = _native.core
-    partial, (matrix, vector) = out.image, line
+    partial, (matrix, vector) = out.image, _through_statistics(out, image, w, maps, batch)
     given = _CpuArguments(image, matrix, vector)
     d_image = partial if partial.dtype == image.x.dtype else layout.empty(image.x, image.x.shape, True)
     core.patm_add_linear_cpu(
@@ -176,8 +189,9 @@ def _cuda_backward(*arguments: Any) -> Gradients:
     return Gradients(*whole_gpu.backward(*arguments))
 
 
-def _cuda_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
-    d_image, of_projections = whole_gpu.finish(out.image, image, w, line)
+def _cuda_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+    through = None if batch is None or image.x.numel() == 0 else (out.sums, *batch[1:])
+    d_image, of_projections = whole_gpu.finish(out.image, image, w, maps, through)
     weights = {**out.weights, **of_projections}
     shapes = dict(zip(_WITH_GRADIENT, _gradient_shapes(w), strict=False))
     return Gradients(d_image, {name: weights[name].reshape(shape) for name, shape in shapes.items()}, out.sums)
@@ -228,10 +242,10 @@ def _reference_backward(
     return Gradients(layout.laid_out(grads["read"], True), {name: grads[name] for name in _WITH_GRADIENT}, sums)
 
 
-def _reference_finish(out: Gradients, image: Image, w: Weights, line: Line | None) -> Gradients:
-    if line is None:
+def _reference_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+    if batch is None:
         return out
-    matrix, vector = (t.to(out.image.dtype) for t in line)
+    matrix, vector = (t.to(out.image.dtype) for t in _through_statistics(out, image, w, maps, batch))
     d_image = out.image + F.conv2d(_read(image), matrix[:, :, None, None], vector)
     return out._replace(image=layout.laid_out(d_image.to(image.x.dtype), True))
 
@@ -239,12 +253,19 @@ def _reference_finish(out: Gradients, image: Image, w: Weights, line: Line | Non
 BACKENDS: dict[str, backends.Backend] = {
     "cpu": backends.Backend(
         in_pairs(backends.cpu_why_not),
-        {"moments": _cpu_moments, "forward": _cpu_forward, "backward": _cpu_backward, "finish": _cpu_finish},
+        {
+            "moments": _cpu_moments,
+            "statistics": statistics.of_moments_standard,
+            "forward": _cpu_forward,
+            "backward": _cpu_backward,
+            "finish": _cpu_finish,
+        },
     ),
     "cuda": backends.Backend(
         whole_gpu.why_not,
         {
             "moments": whole_gpu.moments,
+            "statistics": whole_gpu.statistics,
             "forward": whole_gpu.forward,
             "backward": _cuda_backward,
             "finish": _cuda_finish,
@@ -256,6 +277,7 @@ BACKENDS: dict[str, backends.Backend] = {
         backends.reference_why_not,
         {
             "moments": _reference_moments,
+            "statistics": statistics.of_moments_standard,
             "forward": _reference_forward,
             "backward": _reference_backward,
             "finish": _reference_finish,
@@ -275,6 +297,12 @@ def _moments_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return choose.select("patm_moments", BACKENDS, backend, image[0]).functions["moments"](Image(*image))
 
 
+def _statistics_op(mean: Tensor, covariance: Tensor, *rest: Any) -> Tensor:
+    *phases, eps_h, eps_w, backend = rest
+    made = choose.select("patm_statistics", BACKENDS, backend, phases[0]).functions["statistics"]
+    return made(mean, covariance, (phases[:4], phases[4:]), (eps_h, eps_w))
+
+
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, scale, shift, path, residual, *weights, backend = arguments
     function = choose.select("patm_whole", BACKENDS, backend, x).functions["forward"]
@@ -291,36 +319,12 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     out: Gradients = functions["backward"](
         grad, branch_mean, None if batch is None else batch.mean, image, path, weights, maps
     )
-    if batch is None:
-        out = functions["finish"](out, image, weights, None)
-    else:
-        d_theta, *line = _through_statistics(out.sums, image, weights, maps, batch)
-        out = functions["finish"](out, image, weights, line)
-        for name, more in zip(("theta_h", "theta_w"), d_theta, strict=True):
-            out.weights[name].add_(more.reshape(out.weights[name].shape))
-    dtypes = _gradient_dtypes(weights)
-    return [out.image, *(t.to(dtype) for t, dtype in zip(out.weights.values(), dtypes, strict=True)), out.sums]
+    out = functions["finish"](out, image, weights, maps, batch)
+    return [out.image, *cast_together([*out.weights.values()], _gradient_dtypes(weights)), out.sums]
 
 
 def _weights(arguments: tuple[Any, ...]) -> Weights:
     return Weights(*arguments[-_COUNT - 1 : -_AFFINE - 1])
-
-
-def _through_statistics(
-    sums: Tensor, image: Image, w: Weights, maps: Affine, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`statistics.line_through` adds to the thetas' gradients. Theta is a convolution of the image, so its
-    weights' gradient gets a product with the image's covariance, and the image's gradient ``matrix image + vector``."""
-    count, wide = image.x.shape[0] * image.x.shape[2] * image.x.shape[3], sums.dtype
-    scale = torch.stack((maps.scale_h, maps.scale_w)).to(wide)
-    rise, offset = statistics.line_through(sums, scale, batch.invstd.to(wide), count)
-    theta = torch.stack((w.theta_h, w.theta_w)).to(wide).flatten(2)
-    image_mean, covariance = batch.image_mean.to(wide), batch.covariance.to(wide)
-    tilted = rise[..., None] * theta
-    d_theta = max(count, 1) * (tilted @ covariance + offset[..., None] * image_mean)
-    matrix = theta.flatten(0, 1).t() @ tilted.flatten(0, 1)
-    vector = offset.flatten() @ theta.flatten(0, 1) - matrix @ image_mean
-    return d_theta, matrix, vector
 
 
 def _gradient_shapes(w: Weights) -> list[tuple[int, ...]]:
@@ -340,6 +344,10 @@ def _moments_fake(image: Image) -> tuple[Tensor, Tensor]:
     return image.x.new_empty(c, dtype=torch.float64), image.x.new_empty((c, c), dtype=torch.float64)
 
 
+def _statistics_fake(mean: Tensor, covariance: Tensor, theta: Tensor, *_: Any) -> Tensor:
+    return theta.new_empty((len(statistics.Statistics._fields), 2, theta.shape[0]), dtype=accumulate_dtype(theta.dtype))
+
+
 def _forward_fake(image: Image) -> tuple[Tensor, Tensor]:
     x = image.x
     return layout.empty(x, x.shape, True), x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
@@ -353,9 +361,11 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
 
 
 _library.impl("patm_moments", _moments_op, "CompositeExplicitAutograd")
+_library.impl("patm_statistics", _statistics_op, "CompositeExplicitAutograd")
 _library.impl("patm_whole", _forward_op, "CompositeExplicitAutograd")
 _library.impl("patm_whole_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::patm_moments", lambda *a: _moments_fake(Image(*a[:3])), lib=_library)
+torch.library.register_fake("wavemix_kernels::patm_statistics", _statistics_fake, lib=_library)
 torch.library.register_fake("wavemix_kernels::patm_whole", lambda *a: _forward_fake(Image(*a[:3])), lib=_library)
 torch.library.register_fake("wavemix_kernels::patm_whole_backward", _backward_fake, lib=_library)
 
@@ -415,10 +425,12 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
             to(p(c) + 2), to(sides + p(c, phase=1)), to(p(c, phase=1) + 2), to(sides.roll(1) + p(c, phase=2))
         )  # fmt: skip
         mean, covariance = moments(image, name)
+        norms = [(theta, bias, to(p(c, phase=3) + 2), to(p(c))) for theta, bias in (w[6:8], w[8:10])]
+        of_thetas = torch.ops.wavemix_kernels.patm_statistics(mean, covariance, *norms[0], *norms[1], 1.0, 2.0, name)
         batch = Batch(to(p(2, c)), to(p(2, c) + 2), mean, covariance)
         out, branch_mean = forward(image, to(p(2)), True, w, maps, name)
         grads = backward(to(p(*shape, phase=3)), branch_mean, batch, image, to(p(2)), w, maps, name)
-        return [mean, covariance, out, branch_mean, grads.image, *grads.weights.values(), grads.sums]
+        return [mean, covariance, of_thetas, out, branch_mean, grads.image, *grads.weights.values(), grads.sums]
 
     got = run(backend, device, dtype)
     want = run("reference", torch.device("cpu"), torch.float64)

@@ -7,12 +7,14 @@ strips of rows.
 Backward from x and the output's gradient: ``backward`` first makes the gradients of the branch weights and of ``proj``
 (:mod:`csrc/cuda/patm/whole_backward_mixed.cu`), then those of all projections at every pixel
 (:mod:`csrc/cuda/patm/whole_backward_waves.cu`), the one image in memory in between. ``finish`` makes of these the
-gradients of x and of the projections' weights.
+gradients of x and of the projections' weights. What hangs on moments alone is one launch each way
+(:mod:`csrc/cuda/patm/whole_statistics.cu`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,6 +107,24 @@ def moments(image: _Image) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
+def statistics(
+    mean: Tensor, covariance: Tensor, phases: Sequence[Sequence[Tensor | None]], eps: tuple[float, float]
+) -> Tensor:
+    """Mean, variance, inverse deviation, scale and shift of the thetas, (5, 2, C) fp32; see
+    :func:`wavemix_kernels.ops.patm.statistics.of_moments_standard`."""
+    theta: Any = phases[0][0]
+    c = theta.shape[0]
+    out = theta.new_empty((5, 2, c), dtype=torch.float32)
+    thetas = [None if t is None else t.contiguous() for phase in phases for t in phase[:2]]
+    norms = _floats(*(t for phase in phases for t in phase[2:]))
+    _native.launch(
+        "patm_statistics_cuda", theta.device, _native.DTYPES[theta.dtype], c, _native.pointer(mean),
+        _native.pointer(covariance), [*map(_native.pointer, thetas)], [*map(_native.pointer, norms)], eps,
+        _native.pointer(out),
+    )  # fmt: skip
+    return out
+
+
 def _on_images(x: Tensor, w: Weights) -> list[Tensor | None]:
     return [None if t is None else t.to(x.dtype).contiguous() for t in w[:ON_IMAGES]]
 
@@ -186,9 +206,10 @@ def backward(
 
 
 def finish(
-    gradients: Tensor, image: _Image, w: Weights, line: tuple[Tensor, Tensor] | None
+    gradients: Tensor, image: _Image, w: Weights, maps: Affine, through: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image's gradient, with ``matrix image + vector`` of ``line``, and those of the projections' weights, fp32."""
+    """The gradients of the image and of the projections' weights, fp32. ``through``: sums, invstd, image_mean and
+    covariance, where the phases have batch statistics (:func:`wavemix_kernels.ops.patm.statistics.through_moments`)."""
     core: Any = _native.cuda_core
     x, c, device = image[0], image[0].shape[1], image[0].device
     multiprocessors = _native.multiprocessors(device)
@@ -196,18 +217,23 @@ def finish(
     new = x.new_zeros if x.numel() == 0 else x.new_empty
     d_weights = new((len(_PROJECTIONS), c, c), dtype=torch.float32)
     on_images = _on_images(x, w)
-    matrix = vector = size = None
-    if line is not None:
-        # Scaled to what float16 holds; the kernel scales the products back.
-        size = line[0].abs().amax().clamp_min(torch.finfo(torch.float32).tiny).float()
-        matrix, vector = (line[0].t() / size).to(x.dtype).contiguous(), line[1].float().contiguous()
-    given = _Arguments(image)
+    given = _Arguments(image, *maps)
+    weights = [*map(_native.pointer, on_images), *[0] * (len(w) - ON_IMAGES), *given.vectors]
+    matrix = vector = size = d_theta = None
+    if through is not None:
+        sums, invstd, mean, covariance = through
+        matrix, d_theta = x.new_empty((c, c)), x.new_empty((2, c, c), dtype=torch.float32)
+        vector, size = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
+        _native.launch(
+            "patm_through_statistics_cuda", device, given.image, weights, _native.pointer(mean),
+            _native.pointer(covariance), _native.pointer(sums), sums.stride(0), _native.pointer(invstd),
+            *map(_native.pointer, (matrix, vector, size, d_theta)),
+        )  # fmt: skip
     bytes_ = core.patm_image_gradients_workspace_cuda(given.image, multiprocessors)
     workspace = x.new_empty(bytes_, dtype=torch.uint8)
-    weights = [*map(_native.pointer, on_images), *[0] * (len(w) + len(Affine._fields) - ON_IMAGES)]
     _native.launch(
         "patm_image_gradients_cuda", device, given.image, weights, w.fc1.shape[0], _native.pointer(gradients),
-        _native.pointer(matrix), _native.pointer(vector), _native.pointer(size), _native.address(d_image),
-        _native.pointer(d_weights), _native.pointer(workspace), multiprocessors,
+        _native.pointer(matrix), _native.pointer(vector), _native.pointer(size), _native.pointer(d_theta),
+        _native.address(d_image), _native.pointer(d_weights), _native.pointer(workspace), multiprocessors,
     )  # fmt: skip
     return d_image, dict(zip(_PROJECTIONS, d_weights.unbind(), strict=True))
