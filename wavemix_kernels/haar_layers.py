@@ -26,7 +26,7 @@ from wavemix_kernels.ops.haar import conventions
 from wavemix_kernels.ops.haar.conventions import CONVENTIONS, Convention
 from wavemix_kernels.wtconv import CannotReplace, names_in
 
-_WORDS = re.compile(r"haar|dwt|iwt|wavelet", re.IGNORECASE)
+_WORDS = re.compile(r"haar|dwt|iwt|wavelet|wave_?(un)?pool", re.IGNORECASE)
 _LARGEST = 4096  # elements in all tensors of a layer of fixed filters
 _ROUNDS = (1, 2, 3)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -369,7 +369,7 @@ def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
 def _read_elsewhere(kind: type) -> set[str]:
     """The names in those methods of a class that its forward does not call."""
     methods = {n: m for of in reversed(kind.__mro__) for n, m in vars(of).items() if isinstance(m, types.FunctionType)}
-    methods = {n: m for n, m in methods.items() if not (m.__module__ or "").startswith("torch")}
+    methods = {n: m for n, m in methods.items() if (m.__module__ or "").split(".")[0] != "torch"}
     called, waiting = {"__init__"}, ["forward"]
     while waiting:
         name = waiting.pop()

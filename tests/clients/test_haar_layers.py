@@ -52,6 +52,23 @@ class SeparateIDWT(nn.Module):
         return out
 
 
+class WavePool(nn.Module):
+    """WCT2's: a frozen convolution for each band, the two differences with the sign reversed."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        signs = ((1.0, 1, 1, 1), (-1, 1, -1, 1), (-1, -1, 1, 1), (1, -1, -1, 1))
+        self.bands = nn.ModuleList(nn.Conv2d(channels, channels, 2, 2, groups=channels, bias=False) for _ in signs)
+        for band, taps in zip(self.bands, signs, strict=True):
+            band.weight = nn.Parameter(torch.tensor(taps).view(1, 1, 2, 2).repeat(channels, 1, 1, 1) / 2, False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(band(x) for band in self.bands)
+
+
+WavePool.forward.__module__ = "torch_wavelets"  # a common name of such files, which is not PyTorch
+
+
 class CountingHaar(nn.Module):
     """IRN's: half of the orthonormal one, both directions in one layer, and a log-determinant that others read."""
 
@@ -111,6 +128,7 @@ LAYERS = {
     "diffll": (BatchDWT, one(2, 5, 6, 10)),
     "wavecnet": (SeparateDWT, one(2, 5, 6, 10)),
     "wavecnet_back": (SeparateIDWT, lambda: list(torch.randn(4, 2, 3, 4, 5).unbind())),
+    "wct2": (lambda: WavePool(5), one(2, 5, 6, 10)),
     "irn": (lambda: CountingHaar(5), one(2, 5, 6, 10)),
     "cosmos": (lambda: HaarVideo(4, 0.125), one(1, 2, 5, 8, 12)),
     "wfvae": (lambda: HaarVideo(2, 0.3536), one(1, 3, 5, 8, 12)),
