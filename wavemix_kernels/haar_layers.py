@@ -178,10 +178,11 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
 
 
 def _holds_modules(value: object) -> bool:
-    """Whether an attribute is a module, or a list, tuple or dict with one: :func:`accelerate` looks at those by
-    themselves."""
+    """Whether an attribute is a module that is not PyTorch's own, or a list, tuple or dict with one: :func:`accelerate`
+    looks at those by themselves."""
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(entry, nn.Module) for entry in entries)
+    parts = [part for entry in entries if isinstance(entry, nn.Module) for part in entry.modules()]
+    return any(type(part).__module__.split(".")[0] != "torch" for part in parts)
 
 
 def _leave(module: nn.Module) -> str:
@@ -277,7 +278,7 @@ def _probes(module: nn.Module) -> Iterator[tuple[bool, int, list[tuple[int, ...]
         yield False, c, [(2, c, 9, 8, 8)]
         yield False, c, [(2, c, 8, 8, 8)]
         yield True, c, [(4, 4 * c, 2, 2)]
-    yield True, 3, [(2, 3, 4, 4)] * 4
+        yield True, c, [(2, c, 4, 4)] * 4
     yield True, 3, [(2, 3, 2, 4, 4)] * 8
     yield True, 1, [(4, 64, 2, 2)]
     yield True, 1, [(2, 512, 2, 2, 2)]
