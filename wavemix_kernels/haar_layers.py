@@ -26,7 +26,7 @@ from wavemix_kernels.ops.haar import conventions
 from wavemix_kernels.ops.haar.conventions import CONVENTIONS, Convention
 from wavemix_kernels.wtconv import CannotReplace, names_in
 
-_WORDS = re.compile(r"haar|dwt|iwt|wavelet", re.IGNORECASE)
+_WORDS = re.compile(r"haar|dwt|iwt|wavelet|wave_?(un)?pool", re.IGNORECASE)
 _LARGEST = 4096  # elements in all tensors of a layer of fixed filters
 _ROUNDS = (1, 2, 3)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -178,10 +178,11 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
 
 
 def _holds_modules(value: object) -> bool:
-    """Whether an attribute is a module, or a list, tuple or dict with one: :func:`accelerate` looks at those by
-    themselves."""
+    """Whether an attribute is a module that is not PyTorch's own, or a list, tuple or dict with one: :func:`accelerate`
+    looks at those by themselves."""
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(entry, nn.Module) for entry in entries)
+    parts = [part for entry in entries if isinstance(entry, nn.Module) for part in entry.modules()]
+    return any(type(part).__module__.split(".")[0] != "torch" for part in parts)
 
 
 def _leave(module: nn.Module) -> str:
@@ -277,7 +278,7 @@ def _probes(module: nn.Module) -> Iterator[tuple[bool, int, list[tuple[int, ...]
         yield False, c, [(2, c, 9, 8, 8)]
         yield False, c, [(2, c, 8, 8, 8)]
         yield True, c, [(4, 4 * c, 2, 2)]
-    yield True, 3, [(2, 3, 4, 4)] * 4
+        yield True, c, [(2, c, 4, 4)] * 4
     yield True, 3, [(2, 3, 2, 4, 4)] * 8
     yield True, 1, [(4, 64, 2, 2)]
     yield True, 1, [(2, 512, 2, 2, 2)]
@@ -369,7 +370,7 @@ def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
 def _read_elsewhere(kind: type) -> set[str]:
     """The names in those methods of a class that its forward does not call."""
     methods = {n: m for of in reversed(kind.__mro__) for n, m in vars(of).items() if isinstance(m, types.FunctionType)}
-    methods = {n: m for n, m in methods.items() if not (m.__module__ or "").startswith("torch")}
+    methods = {n: m for n, m in methods.items() if (m.__module__ or "").split(".")[0] != "torch"}
     called, waiting = {"__init__"}, ["forward"]
     while waiting:
         name = waiting.pop()

@@ -1,24 +1,14 @@
 """The pytorch_wavelets drop-in: against PyWavelets, against the original package, and its own gradients."""
 
-import copy
-import functools
 import inspect
-import io
-import itertools
-import pickle
-import sys
 
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 import wavemix_kernels.pytorch_wavelets as ours
 from tests.ops.contract import randn
-from wavemix_kernels.ops.dwt.reference import separable_dwt2d
 from wavemix_kernels.pytorch_wavelets import DWTForward, DWTInverse
-from wavemix_kernels.pytorch_wavelets.dwt import transform2d
-from wavemix_kernels.pytorch_wavelets.dwt.bank import FilterBank
 
 pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed: pip install PyWavelets")
 
@@ -32,20 +22,6 @@ ORIGINAL_MODES = ("zero", "symmetric", "reflect", "periodic", "periodization", "
 def original():
     # 1.3.0 imports pkg_resources, which setuptools >= 81 no longer has.
     return pytest.importorskip("pytorch_wavelets", exc_type=ImportError)
-
-
-@pytest.fixture
-def path(monkeypatch):
-    """Which implementation the calls took, in order."""
-    taken = []
-
-    def record(function, *args, **kwargs):
-        taken.append(function.__name__.split("_")[0])
-        return function(*args, **kwargs)
-
-    for name in ("haar_dwt2d", "haar_idwt2d", "dwt2d", "idwt2d"):
-        monkeypatch.setattr(transform2d, name, functools.partial(record, getattr(transform2d, name)))
-    return taken
 
 
 def assert_same(got, want, tolerance=1e-10):
@@ -112,138 +88,7 @@ def test_state_dicts_load_both_ways(bank, original):
         mine.load_state_dict(theirs.state_dict(), strict=True)
 
 
-# --- Gradients ---------------------------------------------------------------------------------------------
-
-
-def test_learned_filters_get_their_gradient(path, float64_buffers):
-    x = randn(1, 1, 5, 6)
-    dwt, idwt = DWTForward(2, "haar", "reflect"), DWTInverse("haar")
-    coefficients = dwt(x)
-    names = ("h0_col", "h1_col", "h0_row", "h1_row")
-
-    def analysis(*filters):
-        low, highs = torch.func.functional_call(dwt, dict(zip(names, filters, strict=True)), (x,))
-        return low, *highs
-
-    def synthesis(*filters):
-        changed = {name.replace("h", "g"): f for name, f in zip(names, filters, strict=True)}
-        return torch.func.functional_call(idwt, changed, (coefficients,))
-
-    assert gradcheck(analysis, [b.clone().requires_grad_() for b in dwt.buffers()])
-    assert gradcheck(synthesis, [b.clone().requires_grad_() for b in idwt.buffers()])
-
-    path.clear()
-    dwt.h0_col = torch.nn.Parameter(dwt.h0_col)
-    dwt(x)[0].sum().backward()
-    assert path == ["dwt2d"]
-    assert dwt.h0_col.grad is not None
-    dwt.h0_col.requires_grad_(False)
-    dwt(x)
-    assert path == ["dwt2d", "haar"]
-
-
-# --- Which filters are Haar's ------------------------------------------------------------------------------
-
-S = 0.5**0.5
-
-
-@pytest.mark.parametrize(
-    "wave, expected",
-    [
-        *((name, "haar") for name in ("haar", "db1", "Haar", "bior1.1", pywt.Wavelet("haar"), pywt.Wavelet("db1"))),
-        (([S, S], [-S, S]), "haar"),
-        ((np.array([S, S]), np.array([-S, S])), "haar"),
-        ((torch.tensor([S, S], dtype=torch.float64), [-S, S], [1 / 2**0.5] * 2, np.array([[-S], [S]])), "haar"),
-        (([S, S], [S, -S]), "dwt2d"),  # another sign of the detail
-        (([S, S], [-S, S], [S, S], [S, -S]), "dwt2d"),
-        (([0.5, 0.5], [-0.5, 0.5]), "dwt2d"),  # another norm
-        (([S, S + 1e-6], [-S, S]), "dwt2d"),
-        (([0, S, S, 0], [0, -S, S, 0]), "dwt2d"),  # Haar's taps, but other borders
-        ("db2", "dwt2d"),
-    ],
-)
-def test_path_follows_the_filters(wave, expected, path, float64_buffers):
-    x = randn(1, 1, 6, 7)
-    low, highs = DWTForward(1, wave)(x)
-    assert path == [expected]
-    want, (want_high,) = separable_dwt2d(x, DWTForward(1, wave)._filters())
-    assert_same([low, highs[0]], [want.numpy(), want_high.numpy()])
-
-
-def test_synthesis_filters_of_haar(path):
-    for wave in ("haar", ([S, S], [S, -S])):
-        DWTInverse(wave)((randn(1, 1, 2, 2), [None]))
-    DWTInverse(([S, S], [-S, S]))((randn(1, 1, 2, 2), [None]))
-    assert path == ["haar", "haar", "idwt2d"]
-
-
-CHANGES = {
-    "load": lambda dwt, state: dwt.load_state_dict(state),
-    "assigning load": lambda dwt, state: dwt.load_state_dict(state, assign=True),
-    "load of a parent": lambda dwt, state: torch.nn.ModuleDict({"a": dwt}).load_state_dict(
-        {f"a.{name}": value for name, value in state.items()}
-    ),
-    "in place": lambda dwt, state: [buffer.copy_(state[name]) for name, buffer in dwt.named_buffers()],
-    "assigned": lambda dwt, state: [setattr(dwt, name, value.clone()) for name, value in state.items()],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_path_follows_a_change_of_the_buffers(change, path, float64_buffers):
-    x = randn(1, 1, 6, 7)
-    other = DWTForward(1, ([0.6, 0.8], [-0.8, 0.6]))
-    dwt = DWTForward(1, "haar")
-    haar = copy.deepcopy(dwt.state_dict())
-    for state, expected in ((other.state_dict(), "dwt2d"), (haar, "haar")):
-        path.clear()
-        change(dwt, state)
-        low, _ = dwt(x)
-        assert path == [expected]
-        assert_same([low], [separable_dwt2d(x, dwt._filters())[0].numpy()])
-
-
-def test_haar_stays_haar_through_casts_and_copies(path):
-    dwt = DWTForward(1, "haar")
-    pickled = io.BytesIO()
-    torch.save(dwt, pickled)
-    pickled.seek(0)
-    copies = [dwt, copy.deepcopy(dwt), pickle.loads(pickle.dumps(dwt)), torch.load(pickled, weights_only=False)]
-    copies += [copy.deepcopy(dwt).to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
-    copies.append(copy.deepcopy(dwt).bfloat16().float())
-    for module in copies:
-        low, _ = module(randn(1, 1, 6, 7))
-        assert torch.equal(low, dwt(randn(1, 1, 6, 7))[0])
-    assert set(path) == {"haar"}
-
-
-def test_meta_device_then_load(path):
-    with torch.device("meta"):
-        dwt = DWTForward(1, "haar")
-    assert dwt(torch.empty(1, 1, 6, 7, device="meta"))[0].shape == (1, 1, 3, 4)
-    dwt.to_empty(device="cpu").load_state_dict(DWTForward(1, "haar").state_dict())
-    path.clear()
-    dwt(randn(1, 1, 6, 7))
-    assert path == ["haar"]
-
-
-def test_forward_does_not_read_the_buffers(monkeypatch):
-    # Each read would stall a GPU.
-    dwt, idwt = DWTForward(2), DWTInverse()
-    reads = []
-    monkeypatch.setattr(FilterBank, "_equals_haar", lambda self, filters: reads.append(filters) or True)
-    for _ in range(3):
-        idwt(dwt(randn(1, 1, 6, 7)))
-    assert reads == []
-    dwt.h0_col.mul_(1)
-    for _ in range(3):
-        dwt(randn(1, 1, 6, 7))
-    assert len(reads) == 1
-
-
-def test_inference_mode():
-    with torch.inference_mode():
-        x = randn(1, 1, 6, 8)
-        torch.testing.assert_close(DWTInverse()(DWTForward(2)(x)), x)
+# --- Dtypes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wave", ["haar", "db2"])
@@ -400,59 +245,3 @@ def changed_mode(mode):
 def test_errors_say_what_would_work(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-def test_without_pywavelets(monkeypatch, path):
-    monkeypatch.setitem(sys.modules, "pywt", None)  # makes `import pywt` fail
-    for wave in ("haar", "db1", ([S, S], [-S, S])):
-        DWTForward(1, wave)(X)
-    assert set(path) == {"haar"}
-    with pytest.raises(ImportError, match=r"pip install PyWavelets"):
-        DWTForward(1, "db2")
-
-
-# --- Lines -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:Level value of:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_lines_equal_pywavelets(mode, float64_buffers):
-    for wave, length in (("haar", 13), ("db3", 40), ("bior2.2", 7)):
-        x = randn(2, 3, length)
-        low, *details = pywt.wavedec(x.numpy(), wave, mode=mode, level=2)
-        got = ours.DWT1DForward(2, wave, mode)(x)
-        assert_same([got[0], *got[1]], [low, *details[::-1]])
-        assert_same([ours.DWT1DInverse(wave, mode)(got)], [pywt.waverec([low, *details], wave, mode=mode)])
-        without = [low, *(None if i else d for i, d in enumerate(details))]
-        assert_same(
-            [ours.DWT1DInverse(wave, mode)((got[0], [None, got[1][1]]))], [pywt.waverec(without, wave, mode=mode)]
-        )
-
-
-def test_lines_equal_the_original(original, float64_buffers):
-    for wave, mode in itertools.product(("haar", "db4", ([0.5, 0.5, 0.1], [0.3, -0.5, 0.2])), ORIGINAL_MODES):
-        theirs, mine = (package.DWT1DForward(2, wave, mode) for package in (original, ours))
-        assert [(n, b.shape) for n, b in theirs.named_buffers()] == [(n, b.shape) for n, b in mine.named_buffers()]
-        mine.load_state_dict(theirs.state_dict())
-        x = randn(2, 3, 37)
-        want, got = theirs(x), mine(x)
-        assert_same([got[0], *got[1]], [want[0].numpy(), *(high.numpy() for high in want[1])])
-        back = (package.DWT1DInverse(wave, mode) for package in (original, ours))
-        want, got = (inverse(want) for inverse in back)
-        assert_same([got], [want.numpy()])
-
-
-def test_lines_are_checked_and_learned():
-    with pytest.raises(ValueError, match="wave: expected 2 filters, got 4"):
-        ours.DWT1DForward(1, ([S, S],) * 4)
-    with pytest.raises(ValueError, match=r"\(N, C, L\)"):
-        ours.DWT1D()(randn(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"yh\[0\].*\(N, C, l\)"):
-        ours.IDWT1D()((randn(1, 1, 4), [randn(1, 1, 3, 4, 4)]))
-    assert ours.DWT1D(0)(X[0])[1] == []
-    learned = ours.DWT1D(2, "db2")
-    learned.h0 = torch.nn.Parameter(learned.h0)
-    learned(randn(1, 2, 20).float())[0].sum().backward()
-    assert learned.h0.grad is not None
-    traced = torch.fx.symbolic_trace(torch.nn.Sequential(ours.DWT1D(2, "db2")))
-    torch.testing.assert_close(traced(X[0])[0], ours.DWT1D(2, "db2")(X[0])[0])

@@ -61,6 +61,7 @@ CONVENTIONS: dict[str, Convention] = {
     "freia": _scaled(_COLUMNS_FIRST, 0.5, 0.5, "channels"),
     "freia_by_wavelet": _scaled(_COLUMNS_FIRST, 0.5, 0.5, "bands"),
     "wavecnet": _scaled(_COLUMNS_FIRST, 0.5, 0.5, "separate"),
+    "wct2": _scaled(_COLUMNS_FIRST, 0.5, 0.5, "separate", (1, -1, -1, 1)),
     "rows_first": _scaled(_ROWS_FIRST, 0.5, 0.5, "separate"),
     "cosmos3d": _scaled(_CUBE, 0.125, 1.0, "bands", mode="reflect", first_frame=True),
     "wfvae3d": _scaled(_CUBE, 0.3536, 0.3536, "bands", first_frame=True),
