@@ -20,7 +20,7 @@ from benchmarks.predict.tools import program, run
 from tests.ptx.memory import Counts
 
 CHIP = CHIPS["a100"]  # the executor runs sm_80
-_MOST = 2048  # instructions of a launch that is compared: the way of every thread is followed
+_THREADS, _INSTRUCTIONS = 256, 16384  # of a launch that is compared: the way of every thread is followed
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ class Executed:
     @property
     def rank(self) -> tuple[int, int]:
         """A launch of higher rank says more: of those whose warps go one way, which predictions follow, in most of the
-        instructions, by hundredths (data may part them: phases of a thousand turns), the longest of short ones, else
-        the shortest."""
-        instructions = sum(self.counts.instructions.values())
-        rank = instructions if instructions <= _MOST else -instructions
-        return 100 * self.counts.lanes // (32 * instructions), rank
+        instructions, by hundredths (data may part them: phases of a thousand turns), the longest of few threads that is
+        not too long, else one with fewest."""
+        counts, instructions = self.counts, sum(self.counts.instructions.values())
+        threads = counts.blocks * counts.threads
+        few = threads <= _THREADS and instructions <= _INSTRUCTIONS
+        return 100 * counts.lanes // (32 * instructions), instructions if few else -threads
 
 
 @dataclass
