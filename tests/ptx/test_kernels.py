@@ -4,16 +4,12 @@ backward, in every dtype that they serve."""
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.predict import executed
-from benchmarks.predict.tools import ROOT
 from tests.ptx import build, session
 from tests.ptx.parser import Module
 
@@ -100,10 +96,11 @@ OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kerne
 def triton_kernels() -> list[str]:
     """`module.kernel dtype` of the compile tables; bfloat16 wherever float16 is."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    command, environment = [sys.executable, "-m", "tests.ptx.tables"], os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    rows = done.stdout.split("\n")[:-1]
-    return sorted({*rows, *(row.replace(" float16", " bfloat16") for row in rows)})
+    from tests.aot.triton_launches import points
+    from tests.ptx.launch import kernel_name
+
+    rows = {kernel_name(point.launch) for point in points()}
+    return sorted(rows | {row.replace(" float16", " bfloat16") for row in rows})
 
 
 def expected(name: str) -> set[str]:
