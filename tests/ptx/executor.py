@@ -22,7 +22,7 @@ from tests.ptx.parser import Instruction, Module
 from tests.ptx.threads import Operands, Step, Threads, unit_of
 
 #: Threads that run side by side: NumPy's own cost of a call is small beside so many, and their registers fit a cache.
-SIDE_BY_SIDE = 2048
+SIDE_BY_SIDE = 4096
 _MOST_STEPS = 200_000  # blocks of instructions in one launch: a loop that never ends
 _REDZONE = 16
 #: Instructions that do not compute.
