@@ -31,7 +31,9 @@ HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or output
 #: By family and backend, the longest first.
 SESSIONS = {
     "deconv-triton": Session(
-        "triton and (contract or wide and not triton-float16 or many_parts)", ("deconv.triton", "deconv.triton_backward"), (TRITON_FORMS,)
+        "triton and (contract or wide and not triton-float16 or many_parts)",
+        ("deconv.triton", "deconv.triton_backward"),
+        (TRITON_FORMS,),
     ),
     "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
     "reduce_haar-triton": Session(
