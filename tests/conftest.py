@@ -7,6 +7,7 @@ from what was compiled (tests/ptx), on CPU tensors again; Triton then needs TRIT
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports triton: it reads the variable when kernels are defined.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.getoption("--device") == "ptx":
+        gc.disable()  # kernels made ready are many objects, and stay
     # The tests verify the kernels themselves: one that fails must show, instead of giving way to the next backend.
     os.environ["WAVEMIX_KERNELS_VERIFY"] = "0"
 

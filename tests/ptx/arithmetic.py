@@ -54,7 +54,7 @@ def flushed(x: Array) -> Array:
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
     """The product is exact in float64."""
-    return np.add(np.multiply(a, b, dtype=F64), c).astype(F32)
+    return (a.astype(F64) * b.astype(F64) + c.astype(F64)).astype(F32)
 
 
 def _sum_and_error(a: Array, b: Array) -> tuple[Array, Array]:

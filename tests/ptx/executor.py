@@ -17,12 +17,12 @@ import numpy as np
 
 from tests.ptx import threads as steps
 from tests.ptx.arithmetic import meaning, work
-from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Range, Shared
+from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Layout, Range, Shared
 from tests.ptx.parser import Instruction, Module
 from tests.ptx.threads import Operands, Step, Threads, unit_of
 
 #: Threads that run side by side: NumPy's own cost of a call is small beside so many, and their registers fit a cache.
-SIDE_BY_SIDE = 2048
+SIDE_BY_SIDE = 4096
 _MOST_STEPS = 200_000  # blocks of instructions in one launch: a loop that never ends
 _REDZONE = 16
 #: Instructions that do not compute.
@@ -125,7 +125,8 @@ def _compute(function: steps.Function, reads: Sequence[steps.Reader], write: ste
     if len(reads) == 2:
         a, b = reads
         return lambda s: write(s, function(a(s), b(s)))
-    return lambda s: write(s, function(*[read(s) for read in reads]))
+    a, b, c, *more = reads
+    return lambda s: write(s, function(a(s), b(s), c(s), *[read(s) for read in more]))
 
 
 def _pack(of: Operands, made: Instruction) -> Step:
@@ -194,7 +195,7 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, counts.blocks, at_once):
             blocks = np.arange(first, min(first + at_once, counts.blocks))
-            shared = Shared(len(blocks), shared_size, made.cell, made.gaps, threads)
+            shared = Shared(Layout(len(blocks), threads, shared_size, made.cell, tuple(made.gaps)), counts)
             _run(made, Threads(made.kernel, blocks, grid, threads, given, ranges, shared, counts))
     return counts
 

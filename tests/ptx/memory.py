@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ POISON = 0xFFA5
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _WORD = UINT | {16: np.complex128}  # what an access moves at once
 _MANY = -1
+ABSENT = np.uint32(2**32 - 1)  # in place of the address of a thread that takes no part
 #: Reads that are kept until a write comes: threads' accesses of a range, instructions of shared memory.
 _LOG, _READS = 1 << 22, 256
 
@@ -163,60 +165,112 @@ class Global:
             found.store(offsets, rows[chosen], blocks[chosen])
 
 
+class Layout(NamedTuple):
+    """Shared memory of several blocks of so many threads: `size` bytes each, with `gaps` (start, end) that belong to no
+    variable. A cell is as wide as the kernel's narrowest access."""
+
+    blocks: int
+    threads: int
+    size: int
+    cell: int
+    gaps: tuple[tuple[int, int], ...]
+
+    @property
+    def stride(self) -> int:
+        return -(-self.size // 16) * 16
+
+
+class Place(NamedTuple):
+    """Where the accesses of an instruction go: the index of each, by its size, and its cells; whether no two are the
+    same; and how warps take it: requests, passes over the banks, and the fewest that could be."""
+
+    at: Array
+    cells: Array
+    distinct: bool
+    requests: int
+    wavefronts: int
+    conflict_free: int
+
+
+@functools.lru_cache(maxsize=1024)  # loops ask the same again
+def _place(addresses: bytes, size: int, layout: Layout) -> Place:
+    every = np.frombuffer(addresses, np.uint32)
+    active = every != ABSENT
+    there = every[active].astype(np.int64)
+    if (there % size).any():
+        raise Fault(f"misaligned access of {size} bytes to shared memory")
+    if (highest := int(there.max()) + size) > layout.size:
+        raise Fault(f"access of {size} bytes out of bounds: ends at byte {highest} of {layout.size} shared bytes")
+    cell = layout.cell
+    cells = there[:, None] // cell + np.arange(size // cell)
+    if any(((cells >= start // cell) & (cells < end // cell)).any() for start, end in layout.gaps):
+        raise Fault("access between two variables of shared memory")
+    base = np.flatnonzero(active) // layout.threads * layout.stride
+    at = (base + there) // size
+    distinct = len(np.unique(at)) == len(at)
+    return Place(at, cells + base[:, None] // cell, distinct, *_passes(every.reshape(-1, 32), size))
+
+
+def _passes(addresses: Array, size: int) -> tuple[int, int, int]:
+    """(requests, passes over the banks, the least): words of 8 and 16 bytes go by halves and quarters of a warp."""
+    lanes, words = min(32, 128 // size), max(1, size // 4)
+    first = np.where(addresses != ABSENT, addresses.astype(np.int64) // 4, -1).reshape(-1, lanes)
+    every = np.where(first[..., None] < 0, -1, first[..., None] + np.arange(words)).reshape(len(first), -1)
+    every.sort(axis=1)
+    new = every >= 0
+    new[:, 1:] &= every[:, 1:] != every[:, :-1]
+    row, column = np.nonzero(new)
+    banks = np.bincount(row * 32 + every[row, column] % 32, minlength=32 * len(every)).reshape(-1, 32).max(1)
+    return int((addresses != ABSENT).any(1).sum()), int(banks.sum()), int((banks > 0).sum())
+
+
 class Shared:
-    """Shared memory of several blocks, each thread's accesses ordered by barriers alone.
+    """Shared memory, each thread's accesses ordered by barriers alone.
 
     An access is ordered before another thread's if a barrier of the block, or one of their common warp, lies between.
-    A cell is as wide as the kernel's narrowest access. Readers are told apart by warps. Where threads of one warp write
-    to one place in one instruction, one of them does, which Triton's reductions count on.
+    Readers are told apart by warps. Where threads of one warp write to one place in one instruction, one of them does,
+    which Triton's reductions count on.
     """
 
-    def __init__(self, blocks: int, size: int, cell: int, gaps: list[tuple[int, int]], threads: int) -> None:
-        self.size, self.cell, stride = size, cell, -(-size // 16) * 16
-        self.bytes = np.zeros(blocks * stride, np.uint8)
-        cells, lanes = stride // cell, blocks * threads
-        self.base = np.repeat(np.arange(blocks) * stride, threads)  # of each thread
-        self.written, self.writer, self.read_at, self.reader = np.zeros((4, blocks * cells), np.int32)
-        self.pending, self.gap, self.gaps = np.zeros(blocks * cells, bool), np.zeros(cells, bool), bool(gaps)
-        for start, end in gaps:
-            self.gap[start // cell : end // cell] = True
-        #: Times: now, of the last write, of the last barrier at which all threads met, and each thread's last barrier
-        #: of its block and of its warp.
-        self.now, self.wrote, self.met = 1, 0, 1
+    def __init__(self, layout: Layout, counts: Counts) -> None:
+        self.layout, self.counts = layout, counts
+        self.bytes = np.zeros(layout.blocks * layout.stride, np.uint8)
+        cells, lanes = len(self.bytes) // layout.cell, layout.blocks * layout.threads
+        self.written, self.writer, self.read_at, self.reader = np.zeros((4, cells), np.int32)
+        self.pending = np.zeros(cells, bool)
+        #: Times: now, of the last write, of the last read that is noted, of the last barrier at which all threads met,
+        #: and each thread's last barrier of its block and of its warp.
+        self.now, self.wrote, self.read, self.met = 1, 0, 0, 1
         self.block_barrier, self.warp_barrier = np.ones((2, lanes), np.int32)
         self.reads: list[tuple[Array, Array, int]] = []  # since then: cells, threads, time
         self.groups = np.zeros(lanes, np.int32)  # of copies that each thread committed
         #: Asynchronous copies of an instruction: of which threads, where to, and in which group of each thread's.
         self.copies: list[tuple[Array, Array, Array]] = []
 
-    def _cells(self, addresses: Array, size: int, threads: Array) -> tuple[Array, Array]:
-        """(bytes of all blocks, cells) of each access."""
-        if (addresses & np.uint32(size - 1)).any():
-            raise Fault(f"misaligned access of {size} bytes to shared memory")
-        if (highest := int(addresses.max()) + size) > self.size:
-            raise Fault(f"access of {size} bytes out of bounds: ends at byte {highest} of {self.size} shared bytes")
-        each = np.arange(size // self.cell)
-        if self.gaps and self.gap[(addresses // np.uint32(self.cell))[:, None] + each].any():
-            raise Fault("access between two variables of shared memory")
-        at = self.base[threads] + addresses
-        cells = (at // self.cell)[:, None] + each
-        if self.copies and self.pending[cells].any():
+    def place(self, addresses: Array, mask: Array, size: int) -> Place:
+        """Of an access by the threads of a mask, which is counted."""
+        found = _place(np.where(mask, addresses, ABSENT).tobytes(), size, self.layout)
+        self.counts.shared_requests += found.requests
+        self.counts.wavefronts += found.wavefronts
+        self.counts.conflict_free += found.conflict_free
+        if self.copies and self.pending.take(found.cells).any():
             raise Fault("access to shared memory that an asynchronous copy writes and nobody has waited for")
-        return at // size, cells
+        return found
 
     def _races(self, cells: Array, threads: Array) -> Array:
         """Which of these cells other threads wrote, and no barrier orders before."""
         if self.wrote < self.met:
             return np.zeros((1, 1), bool)
-        time, writer, mine = self.written[cells], self.writer[cells], threads[:, None]
+        time, writer, mine = self.written.take(cells), self.writer.take(cells), threads[:, None]
         ordered = (writer >> 5 == mine >> 5) & (time < self.warp_barrier[threads][:, None])
         return (time >= self.block_barrier[threads][:, None]) & (writer != mine) & ~ordered
 
-    def load(self, addresses: Array, unit: int, count: int, threads: Array) -> Array:
-        at, cells = self._cells(addresses, unit * count, threads)
+    def load(self, place: Place, unit: int, count: int, threads: Array) -> Array:
+        at, cells = place.at, place.cells
         self.now += 1
-        if not (written := self.written[cells]).all():
-            raise Fault(f"reads shared memory that nobody wrote, at byte {int(addresses[~written.all(1)][0])}")
+        if not (written := self.written.take(cells)).all():
+            byte = int(at[~written.all(1)][0]) * unit * count % self.layout.stride
+            raise Fault(f"reads shared memory that nobody wrote, at byte {byte}")
         if (races := self._races(cells, threads)).any():
             raise Fault(f"race: reads what thread {int(self.writer[cells][races][0])} wrote without a barrier between")
         self.reads.append((cells, threads, self.now))
@@ -227,20 +281,22 @@ class Shared:
     def _look_at_reads(self) -> None:
         """Notes the readers of each cell: not before a write comes, since a barrier mostly lies between."""
         for cells, threads, time in self.reads:
-            warps = (threads >> 5)[:, None]
-            stale = self.read_at[cells] < self.block_barrier[threads][:, None]
-            self.reader[cells] = new = np.where(stale | (self.reader[cells] == warps), warps, _MANY)
+            self.read, warps = time, (threads >> 5)[:, None]
+            stale = self.read_at.take(cells) < self.block_barrier[threads][:, None]
+            self.reader[cells] = new = np.where(stale | (self.reader.take(cells) == warps), warps, _MANY)
             self.read_at[cells] = time
-            self.reader[cells[self.reader[cells] != new]] = _MANY
+            self.reader[cells[self.reader.take(cells) != new]] = _MANY
         self.reads = []
 
-    def store(self, addresses: Array, words: Array, threads: Array) -> None:
-        at, cells = self._cells(addresses, words.shape[1] * words.itemsize, threads)
+    def store(self, place: Place, words: Array, threads: Array) -> None:
+        at, cells = place.at, place.cells
         rows = words.view(_WORD[words.shape[1] * words.itemsize])[:, 0]
         memory = self.bytes.view(rows.dtype)
         self._check_write(cells, threads, lambda: (memory[at].view(words.dtype).reshape(words.shape) != words).any(1))
         memory[at] = rows
         self._wrote(cells, threads)
+        if place.distinct:
+            return
         stored = memory[at].view(words.dtype).reshape(words.shape)
         for warp in np.unique(threads[(stored != words).any(1)] >> 5):
             mine = threads >> 5 == warp
@@ -253,8 +309,10 @@ class Shared:
         if (races := self._races(cells, threads).any(1)).any() and (races & differs()).any():
             raise Fault("race: writes what another thread wrote without a barrier between")
         self._look_at_reads()
-        read = self.read_at[cells] >= self.block_barrier[threads][:, None]
-        if (read & (self.reader[cells] != (threads >> 5)[:, None])).any():
+        if self.read < self.met:
+            return
+        read = self.read_at.take(cells) >= self.block_barrier[threads][:, None]
+        if (read & (self.reader.take(cells) != (threads >> 5)[:, None])).any():
             raise Fault("race: writes what another warp reads without a barrier between")
 
     def _wrote(self, cells: Array, threads: Array) -> None:
@@ -263,14 +321,12 @@ class Shared:
         self.written[cells] = self.now
         self.writer[cells] = threads[:, None]
 
-    def copy(self, addresses: Array, rows: Array, threads: Array) -> None:
+    def copy(self, place: Place, rows: Array, threads: Array) -> None:
         """Begins an asynchronous copy."""
-        size = rows.shape[1]
-        at, cells = self._cells(addresses, size, threads)
-        self._check_write(cells, threads, lambda: np.ones(1, bool))
-        self.bytes.view(_WORD[size])[at] = rows.view(_WORD[size])[:, 0]
-        self.pending[cells] = True
-        self.copies.append((threads, cells, self.groups[threads]))
+        self._check_write(place.cells, threads, lambda: np.ones(1, bool))
+        self.bytes.view(_WORD[rows.shape[1]])[place.at] = rows.view(_WORD[rows.shape[1]])[:, 0]
+        self.pending[place.cells] = True
+        self.copies.append((threads, place.cells, self.groups[threads]))
 
     def commit(self, threads: Array) -> None:
         self.groups[threads] += 1
@@ -298,42 +354,12 @@ class Shared:
                 self.met, self.reads = self.now, []
 
 
-def _warps(addresses: Array, active: Array) -> tuple[Array, Array]:
-    """(addresses, active) by warps; one address is that of all."""
-    return np.broadcast_to(addresses, active.shape).reshape(-1, 32), active.reshape(-1, 32)
-
-
 def count_sectors(counts: Counts, addresses: Array, active: Array) -> None:
-    """Counts one load or store of global memory."""
-    rows, there = _warps(addresses >> np.uint64(5), active)
-    rows = np.where(there, rows, np.uint64(2**64 - 1))  # who is away looks like a sector of its own
+    """Counts one load or store of global memory; one address is that of all threads."""
+    there = active.reshape(-1, 32)
+    # Who is away looks like a sector of its own.
+    rows = np.where(active, addresses >> np.uint64(5), np.uint64(2**64 - 1)).reshape(-1, 32)
     if (rows[:, 1:] < rows[:, :-1]).any():
         rows.sort(axis=1)
     counts.requests += int(there.any(1).sum())
     counts.sectors += int((rows[:, 1:] != rows[:, :-1]).sum()) + int(there.all(1).sum())
-
-
-def count_wavefronts(counts: Counts, addresses: Array, size: int, active: Array) -> None:
-    """Counts one access to shared memory."""
-    rows, there = _warps(addresses, active)
-    rows = np.where(there, rows, np.uint32(2**32 - 1))
-    requests, wavefronts, least = _passes(rows.tobytes(), size)
-    counts.shared_requests += requests
-    counts.wavefronts += wavefronts
-    counts.conflict_free += least
-
-
-@functools.lru_cache(maxsize=1024)  # loops ask the same again
-def _passes(addresses: bytes, size: int) -> tuple[int, int, int]:
-    """(requests, passes over the banks, the least): words of 8 and 16 bytes go by halves and quarters of a warp."""
-    each = np.frombuffer(addresses, np.uint32).reshape(-1, 32)
-    active = each != np.uint32(2**32 - 1)
-    lanes, words = min(32, 128 // size), max(1, size // 4)
-    first = np.where(active, each.astype(np.int64) // 4, -1).reshape(-1, lanes)
-    every = np.where(first[..., None] < 0, -1, first[..., None] + np.arange(words)).reshape(len(first), -1)
-    every.sort(axis=1)
-    new = every >= 0
-    new[:, 1:] &= every[:, 1:] != every[:, :-1]
-    row, column = np.nonzero(new)
-    banks = np.bincount(row * 32 + every[row, column] % 32, minlength=32 * len(every)).reshape(-1, 32).max(1)
-    return int(active.any(1).sum()), int(banks.sum()), int((banks > 0).sum())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from benchmarks.predict.tools import program, run
 from tests.ptx.memory import Counts
 
 CHIP = CHIPS["a100"]  # the executor runs sm_80
-_MOST = 256  # threads of a launch that is compared: the way of every one is followed
+_THREADS, _INSTRUCTIONS = 256, 16384  # of a launch that is compared: the way of every thread is followed
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class Executed:
     @property
     def rank(self) -> tuple[int, int]:
         """A launch of higher rank says more: of those whose warps go one way, which predictions follow, in most of the
-        instructions, by hundredths (data may part them: phases of a thousand turns), the longest of few threads, else
-        one with fewest."""
+        instructions, by hundredths (data may part them: phases of a thousand turns), the longest of few threads that is
+        not too long, else one with fewest."""
         counts, instructions = self.counts, sum(self.counts.instructions.values())
         threads = counts.blocks * counts.threads
-        return 100 * counts.lanes // (32 * instructions), instructions if threads <= _MOST else -threads
+        few = threads <= _THREADS and instructions <= _INSTRUCTIONS
+        return 100 * counts.lanes // (32 * instructions), instructions if few else -threads
 
 
 @dataclass
@@ -65,8 +68,12 @@ class Largest:
 
 def compared(one: Executed) -> dict[str, Any]:
     """Counts by name: (in machine code, executed); and how many branches data decide."""
-    cubin = elf.cuda_entries(CHIP.arch)[one.name][0].read_bytes() if one.ptx is None else _assembled(one.ptx)
-    entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
+    if one.ptx is None:
+        path, entry = _cuda_entries()[_anywhere(one.name)]
+        cubin = path.read_bytes()
+    else:
+        cubin = _assembled(one.ptx)
+        entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
     values = [one.parameters[at : at + size].ljust(size, b"\0") for at, size in entry.parameters]
     x, y, z = (*one.grid, 1, 1)[:3]
     counts = one.counts
@@ -84,6 +91,16 @@ def compared(one: Executed) -> dict[str, Any]:
         "all": (found.instructions * warps, sum(executed.values())),
         "guessed": found.guessed,
     }
+
+
+def _anywhere(name: str) -> str:
+    """Without the hash of the folder in which nvcc ran: a cache may be that of another checkout."""
+    return re.sub(r"(?<=_GLOBAL__N__)[0-9a-f]{8}", "", name)
+
+
+@functools.cache
+def _cuda_entries() -> dict[str, tuple[Path, elf.Entry]]:
+    return {_anywhere(name): found for name, found in elf.cuda_entries(CHIP.arch).items()}
 
 
 @functools.lru_cache

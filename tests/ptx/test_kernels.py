@@ -4,16 +4,12 @@ backward, in every dtype that they serve."""
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.predict import executed
-from benchmarks.predict.tools import ROOT
 from tests.ptx import build, session
 from tests.ptx.parser import Module
 
@@ -35,7 +31,9 @@ HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or output
 #: By family and backend, the longest first.
 SESSIONS = {
     "deconv-triton": Session(
-        "triton and (contract or wide or many_parts)", ("deconv.triton", "deconv.triton_backward"), (TRITON_FORMS,)
+        "triton and (contract or wide and not triton-float16 or many_parts)",
+        ("deconv.triton", "deconv.triton_backward"),
+        (TRITON_FORMS,),
     ),
     "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
     "reduce_haar-triton": Session(
@@ -92,7 +90,8 @@ SESSIONS = {
 #: Bounds of predictions' counts of machine code, as shares of what was executed from PTX. The compiler makes divisions
 #: and roots of many instructions, which shows where there is little other arithmetic.
 LEAST, MOST, RARE = executed.LEAST, executed.MOST, 0.2
-#: 112 of 544 passes are not found in its machine code; the cause is not known.
+#: Its launch has one channel: seven of eight stores are masked by a predicate that is constantly false, and ptxas drops
+#: them with their loads from shared memory, 112 of 544 passes. PTX runs those.
 OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kernel", "passes")}
 
 
@@ -100,10 +99,11 @@ OTHERWISE = {("wavemix_kernels.ops.deconv.triton_backward._backward_weight_kerne
 def triton_kernels() -> list[str]:
     """`module.kernel dtype` of the compile tables; bfloat16 wherever float16 is."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    command, environment = [sys.executable, "-m", "tests.ptx.tables"], os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    rows = done.stdout.split("\n")[:-1]
-    return sorted({*rows, *(row.replace(" float16", " bfloat16") for row in rows)})
+    from tests.aot.triton_launches import points
+    from tests.ptx.launch import kernel_name
+
+    rows = {kernel_name(point.launch) for point in points()}
+    return sorted(rows | {row.replace(" float16", " bfloat16") for row in rows})
 
 
 def expected(name: str) -> set[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tests.ptx.arithmetic import F32, F64, U16, U32, U64, from_bf16, numpy_type
-from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Shared, count_sectors, count_wavefronts
+from tests.ptx.memory import UINT, Array, Counts, Fault, Global, Shared, count_sectors
 from tests.ptx.parser import Address, Either, Instruction, Kernel, Literal, Operand
 
 
@@ -64,7 +64,7 @@ class Threads:
     def of_active(self, values: Array) -> Array:
         """One value for each active thread."""
         if len(values) == 1:
-            return np.broadcast_to(values, len(self.active))
+            return values.repeat(len(self.active))
         return values if len(self.active) == self.count else values[self.active]
 
     def of_all(self, values: Array) -> Array:
@@ -76,7 +76,7 @@ class Threads:
         return full
 
     def warps(self, values: Array) -> Array:
-        return np.broadcast_to(values, self.count).reshape(-1, 32)
+        return (values if len(values) == self.count else values.repeat(self.count)).reshape(-1, 32)
 
     def converged(self, what: str) -> None:
         """Every warp takes part with all its threads or none."""
@@ -174,8 +174,7 @@ def load(of: Operands, made: Instruction) -> Step:
                 raise Fault(f"reads byte {end} of {len(s.parameters)} bytes of parameters")
             words = s.parameters[at.astype(np.int64)[:, None] + np.arange(unit * count)].view(UINT[unit])
         elif space == "shared":
-            count_wavefronts(s.counts, every, unit * count, s.mask)
-            words = s.shared.load(s.of_active(every), unit, count, s.active)
+            words = s.shared.load(s.shared.place(every, s.mask, unit * count), unit, count, s.active)
         else:
             count_sectors(s.counts, every, s.mask)
             words = s.memory.load(s.of_active(every), unit, count, s.of_active(s.block))
@@ -196,8 +195,7 @@ def store(of: Operands, made: Instruction) -> Step:
         every, words = address(s), np.stack([s.of_active(read(s)) for read in readers], 1)
         words = words.view(UINT[words.itemsize])
         if space == "shared":
-            count_wavefronts(s.counts, every, size, s.mask)
-            s.shared.store(s.of_active(every), words, s.active)
+            s.shared.store(s.shared.place(every, s.mask, size), words, s.active)
         else:
             count_sectors(s.counts, every, s.mask)
             s.memory.store(s.of_active(every), words, s.of_active(s.block))
@@ -217,17 +215,15 @@ def copy(of: Operands, made: Instruction) -> Step:
     unit = min(size, 8)
 
     def run(s: Threads) -> None:
-        at, bytes_read, words = source(s), s.warps(wanted(s)).reshape(-1), np.zeros((len(s.active), size), np.uint8)
+        at, bytes_read, words = source(s), wanted(s), np.zeros((len(s.active), size), np.uint8)
         reading = s.mask & (bytes_read > 0)
-        if not np.isin(bytes_read[s.active], (0, size)).all():
+        if (reading & (bytes_read != size)).any():
             raise NotImplementedError("PTX: cp.async of a part")
         if reading.any():
             count_sectors(s.counts, at, reading)
             got = s.memory.load(s.warps(at).reshape(-1)[reading], unit, size // unit, s.block[reading])
             words[reading[s.active]] = got.view(np.uint8)
-        target = to(s)
-        count_wavefronts(s.counts, target, size, s.mask)
-        s.shared.copy(s.of_active(target), words, s.active)
+        s.shared.copy(s.shared.place(to(s), s.mask, size), words, s.active)
 
     return run
 
@@ -239,9 +235,8 @@ def load_matrices(of: Operands, made: Instruction) -> Step:
     def run(s: Threads) -> None:
         s.converged("ldmatrix")
         naming = s.mask & (s.number % 32 < 8 * count)
-        every, rows = s.warps(address(s)).reshape(-1), np.flatnonzero(naming)
-        count_wavefronts(s.counts, every, 16, naming)
-        matrices = s.shared.load(every[rows], 4, 4, rows).view(U16).reshape(-1, count, 8, 8)
+        place = s.shared.place(address(s), naming, 16)
+        matrices = s.shared.load(place, 4, 4, np.flatnonzero(naming)).view(U16).reshape(-1, count, 8, 8)
         if "trans" in made.modifiers:
             matrices = matrices.transpose(0, 1, 3, 2)
         words = np.ascontiguousarray(matrices.swapaxes(0, 1)).view(U32).reshape(count, -1)
