@@ -29,6 +29,7 @@ from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, s
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.mlp import triton_narrow as mlp_narrow
 from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_finish as norm_finish
@@ -39,6 +40,7 @@ from wavemix_kernels.ops.patm import triton_branches as branch_sum
 from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
 from wavemix_kernels.ops.reduce_haar import triton as reductions
 from wavemix_kernels.ops.reduce_haar import triton_backward as reductions_backward
+from wavemix_kernels.ops.reduce_haar import triton_narrow as reductions_narrow
 from wavemix_kernels.ops.reduce_haar.tiles import backward_config_for
 
 HALF = torch.float16
@@ -357,6 +359,19 @@ def reduction_launches(
     yield f"{name} gradients", reductions_backward.launch(x, zs, x, weight, x, True, config)[0]
 
 
+def narrow_launches(dtype: torch.dtype, c: int) -> Iterator[tuple[str, Launch]]:
+    """The kernels of a narrow WaveMix-Lite that stand for the ones above."""
+    x, z = meta(64, c, 32, 32, dtype=dtype, last=True), meta(64, c, 16, 16, dtype=dtype, last=True)
+    weight, bias = meta(c // 4, c, dtype=dtype), meta(c // 4, dtype=dtype)
+    yield f"reduce_haar {c} narrow", reductions_narrow.launch(z, x, weight, bias)
+    yield f"reduce_haar {c} narrow gradients", reductions_narrow.backward_launch(x, z, x, weight, x, True)[0]
+    rows, k = meta(16384, c, dtype=dtype), 2 * c
+    weights = meta(k, c, dtype=dtype), meta(k, dtype=dtype), meta(c, k, dtype=dtype), meta(c, dtype=dtype)
+    given = mlp.Mlp(rows, None, None, None, *weights, 0.5, meta(1, dtype=torch.int64))
+    if mlp_tiles.runs_together(dtype.itemsize, c, 0, k, c):
+        yield f"mlp {c}|0 all gradients", mlp_narrow.backward_launch(rows, None, rows, rows, given)[0]
+
+
 def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf32: bool = False) -> Point:
     """Halves and TF32 multiply by tensor cores; rows are not loaded pixel by pixel."""
     half_on_hopper = (arch, dtype) == (90, HALF)
@@ -388,6 +403,10 @@ def waveblock_points() -> Iterator[Point]:
         yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):
         yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
+    for arch in (80, 90, 100, 120):
+        for c in (8, 64 if arch == 90 else 32):
+            yield from on(arch, narrow_launches(HALF, c))
+    yield from on(90, narrow_launches(torch.bfloat16, 16), torch.bfloat16)
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
         made += mlp_launches(torch.float32, "wgmma")

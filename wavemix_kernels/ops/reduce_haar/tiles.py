@@ -21,6 +21,31 @@ class ReduceConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class NarrowConfig:
+    """Quads of pixels that a program of :mod:`.triton_narrow` works on at a time."""
+
+    quads: int
+    num_warps: int
+    num_stages: int
+
+
+def narrow_config_for(channels: int, backward: bool) -> NarrowConfig:
+    """The default: 4 KB of x and more at a time. (docs/develop/tuning.md, Triton tiles)"""
+    if backward:
+        return NarrowConfig(64, 4, 2)
+    return NarrowConfig(128 if channels <= 16 else 64, 4, 1)
+
+
+#: Channels of images that :mod:`.triton_narrow` serves, and the most columns of its product.
+NARROW_CHANNELS, NARROW_COLUMNS = (8, 16, 32, 64), 64
+
+
+def is_narrow(itemsize: int, levels: int, outputs: int, channels: int) -> bool:
+    """Whether :mod:`.triton_narrow` serves dense channels_last images."""
+    return itemsize == 2 and levels == 1 and channels in NARROW_CHANNELS and 4 * outputs <= NARROW_COLUMNS
+
+
 def why_invalid(config: ReduceConfig, levels: int) -> str | None:
     """Why the kernels cannot run this tile, or None if it can."""
     least = max(16, 4 ** (levels - 1))
