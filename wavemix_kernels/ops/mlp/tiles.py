@@ -98,7 +98,7 @@ def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:
     an operand and whose results lie along different sides repeat one another: 16 columns beside 128 cost 1500 spills.
     """
     height = config.hidden if kernel == "weight" else config.rows
-    return 2 * height if itemsize == 2 and height < 64 else 16
+    return 2 * height if itemsize == 2 and height < 64 and kernel != "together" else 16
 
 
 def held(widths: tuple[int, ...], least: int) -> int:

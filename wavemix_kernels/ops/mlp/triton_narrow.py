@@ -116,8 +116,8 @@ def backward_launch(
     a, b, k, o = mlp.sizes.values()
     config = config or together_config_for(a, b, k, o)
     rows = grad.shape[0]
-    # Deterministic: a function of shapes and device. 16 warps to a multiprocessor; four blocks of rows each at least.
-    warps = 16 * _native.multiprocessors(grad.device)
+    # Deterministic: a function of shapes and device. As many warps as a multiprocessor holds; four blocks of rows each.
+    warps = 12 * _native.multiprocessors(grad.device)
     splits = max(1, min(warps // config.num_warps, triton.cdiv(rows, 4 * config.rows)))
     rows_each = triton.cdiv(triton.cdiv(rows, splits), config.rows) * config.rows
     splits = triton.cdiv(rows, rows_each) if rows_each else 1  # rounding may leave the last ones nothing

@@ -33,7 +33,7 @@ class NarrowConfig:
 def narrow_config_for(channels: int, backward: bool) -> NarrowConfig:
     """The default: 4 KB of x and more at a time. (docs/develop/tuning.md, Triton tiles)"""
     if backward:
-        return NarrowConfig(64, 4, 2)
+        return NarrowConfig(128, 4, 3) if channels <= 16 else NarrowConfig(64, 4, 2)
     return NarrowConfig(128 if channels <= 16 else 64, 4, 1)
 
 

@@ -94,7 +94,7 @@ def _narrow_backward_kernel(
     ADD: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
     QUADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, 4 bands, O, C) and partial_bias (splits, O): sums over the `each` quads of a split."""
+    """partial (splits, O, C) and partial_bias (splits, O): sums over the `each` quads of a split."""
     split = tl.program_id(0).to(tl.int64)
     end = tl.minimum(split * each + each, quads)  # what lies beyond belongs to the next split
     taps, sign = _taps(weight, CHANNELS, OUTPUTS, COLUMNS)
@@ -124,8 +124,9 @@ def _narrow_backward_kernel(
     out, band, there = _bands(OUTPUTS, COLUMNS)
     left, right = tl.split(tl.permute(tl.reshape(both, (COLUMNS, 2, CHANNELS)), (0, 2, 1)))
     value = 0.5 * (left + tl.where(band >= 2, -1.0, 1.0)[:, None] * right)
-    at = ((split * 4 + band) * OUTPUTS + out)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    tl.store(partial + at, value, mask=there[:, None])
+    at = partial + split * OUTPUTS * CHANNELS + tl.arange(0, CHANNELS)
+    for one in tl.static_range(OUTPUTS):
+        tl.store(at + one * CHANNELS, tl.sum(tl.where((there & (out == one))[:, None], value, 0.0), 0))
     if BIAS:
         tl.store(partial_bias + split * OUTPUTS + column, 2.0 * tl.sum(total, 0), mask=column < OUTPUTS)
 
@@ -166,7 +167,7 @@ def backward_launch(
     dx: Tensor, grad: Tensor, x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
     config: NarrowConfig | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """A launch and the partial sums it fills: (parts, O, C), and (splits, O) for the bias."""
+    """A launch and the partial sums it fills: (splits, O, C), and (splits, O) for the bias."""
     config = config or narrow_config_for(x.shape[1], True)
     (quads, *sizes), constants = _sizes(x, weight)
     outputs, channels = weight.shape
@@ -175,7 +176,7 @@ def backward_launch(
     splits = max(1, min(warps // config.num_warps, triton.cdiv(quads, 4 * config.quads)))
     each = triton.cdiv(triton.cdiv(quads, splits), config.quads) * config.quads
     splits = triton.cdiv(quads, each) if each else 1  # rounding may leave the last ones nothing
-    partial = x.new_empty((4 * splits, outputs, channels), dtype=torch.float32)
+    partial = x.new_empty((splits, outputs, channels), dtype=torch.float32)
     bias = x.new_empty((splits, outputs if has_bias else 0), dtype=torch.float32)
     args = dx, dx if add is None else add, partial, bias, grad, x, weight, quads, sizes[0], each, sizes[1]
     constants |= {"ADD": add is not None, "BIAS": has_bias, **_of(config)}
