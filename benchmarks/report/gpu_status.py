@@ -16,9 +16,9 @@ _NOTES = {
     "dwt": "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond",
     "filter_bank": "undecimated and dual-tree transforms; a GPU runs library convolutions",
     "reduce_haar": "forward; backward: one kernel; cuda's for half types in channels_last, else haar_pyramid's and "
-    "library convolutions; triton's own for one level of 8 to 64 channels in half types and channels_last, which `auto` "
-    "takes there",
-    "pointwise_mlp": "forward; backward: all gradients in one kernel up to 64 hidden units in half types",
+    "library convolutions; triton has its own for one level of 8 to 32 channels in half types and channels_last, which "
+    "`auto` takes",
+    "pointwise_mlp": "forward; backward: all gradients in one kernel up to 32 hidden units in half types",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
     "takes cuDNN",
     "batch_norm": "statistics, apply, backward",

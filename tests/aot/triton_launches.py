@@ -365,10 +365,9 @@ def narrow_launches(dtype: torch.dtype, c: int) -> Iterator[tuple[str, Launch]]:
     weight, bias = meta(c // 4, c, dtype=dtype), meta(c // 4, dtype=dtype)
     yield f"reduce_haar {c} narrow", reductions_narrow.launch(z, x, weight, bias)
     yield f"reduce_haar {c} narrow gradients", reductions_narrow.backward_launch(x, z, x, weight, x, True)[0]
-    rows, k = meta(16384, c, dtype=dtype), 2 * c
-    weights = meta(k, c, dtype=dtype), meta(k, dtype=dtype), meta(c, k, dtype=dtype), meta(c, dtype=dtype)
-    given = mlp.Mlp(rows, None, None, None, *weights, 0.5, meta(1, dtype=torch.int64))
-    if mlp_tiles.runs_together(dtype.itemsize, c, 0, k, c):
+    if mlp_tiles.runs_together(dtype.itemsize, c, 0, 2 * c, c):
+        rows, *weights = (meta(*s, dtype=dtype) for s in ((16384, c), (2 * c, c), (2 * c,), (c, 2 * c), (c,)))
+        given = mlp.Mlp(rows, None, None, None, *weights, 0.5, meta(1, dtype=torch.int64))
         yield f"mlp {c}|0 all gradients", mlp_narrow.backward_launch(rows, None, rows, rows, given)[0]
 
 
@@ -403,9 +402,8 @@ def waveblock_points() -> Iterator[Point]:
         yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):
         yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
-    for arch in (80, 90, 100, 120):
-        for c in (8, 64 if arch == 90 else 32):
-            yield from on(arch, narrow_launches(HALF, c))
+    for arch, c in ((80, 16), (80, 32), (90, 8), (90, 32), (100, 16), (120, 16)):
+        yield from on(arch, narrow_launches(HALF, c))
     yield from on(90, narrow_launches(torch.bfloat16, 16), torch.bfloat16)
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]

@@ -153,7 +153,7 @@ TAKEN: Any = {
 }  # fmt: skip
 #: Cases of Triton's kernels for narrow images: each width, columns of no output, and more quads than a program takes.
 NARROW: Any = {
-    "size": (((1, 16, 2, 2), 3, 1), ((2, 32, 4, 6), 8, 1), ((1, 64, 6, 4), 16, 1), ((5, 8, 16, 18), 2, 1)),
+    "size": (((1, 16, 2, 2), 3, 1), ((2, 32, 4, 6), 8, 1), ((5, 8, 16, 18), 2, 1)),
     "layout": ("channels_last",), "bias": (False, True), "cotangents": ("channels_last",),
 }  # fmt: skip
 test_contract = each.case(ReduceHaar(), ReduceHaar({"triton": HALF}, last=(True,), **NARROW))

@@ -12,8 +12,8 @@ Kind = Literal["forward", "input", "weight", "together"]
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
 #: Hidden units, and half the columns of all operands, up to which a program of four warps holds the gradients of all
-#: weights: 64 registers of each thread.
-_MOST_TOGETHER = 64
+#: weights; twice as many spill.
+_MOST_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def runs_together(itemsize: int, a: int, b: int, k: int, o: int) -> bool:
     return itemsize == 2 and one_tile and k <= _MOST_TOGETHER and held((a, b, o), 16) <= 2 * _MOST_TOGETHER
 
 
-def together_config_for(a: int, b: int, k: int, o: int) -> MlpConfig:
-    """The default where :func:`runs_together`: all hidden units. (docs/develop/tuning.md, Triton tiles)"""
+def together_config_for(k: int) -> MlpConfig:
+    """The default where :func:`runs_together`: all hidden units at a time. (docs/develop/tuning.md, Triton tiles)"""
     return MlpConfig(64, max(16, pow2_at_least(k)), 0, 4, 2)
 
 

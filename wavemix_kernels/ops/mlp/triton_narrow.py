@@ -114,7 +114,7 @@ def backward_launch(
 ) -> tuple[Launch, Sums]:
     """A launch and the sums that it fills."""
     a, b, k, o = mlp.sizes.values()
-    config = config or together_config_for(a, b, k, o)
+    config = config or together_config_for(k)
     rows = grad.shape[0]
     # Deterministic: a function of shapes and device. As many warps as a multiprocessor holds; four blocks of rows each.
     warps = 12 * _native.multiprocessors(grad.device)

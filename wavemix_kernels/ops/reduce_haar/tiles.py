@@ -31,14 +31,14 @@ class NarrowConfig:
 
 
 def narrow_config_for(channels: int, backward: bool) -> NarrowConfig:
-    """The default: 4 KB of x and more at a time. (docs/develop/tuning.md, Triton tiles)"""
+    """The default: 8 KB of x at a time. (docs/develop/tuning.md, Triton: reduce_haar of narrow images)"""
     if backward:
-        return NarrowConfig(128, 4, 3) if channels <= 16 else NarrowConfig(64, 4, 2)
+        return NarrowConfig(128, 4, 3) if channels <= 16 else NarrowConfig(64, 8, 2)
     return NarrowConfig(128 if channels <= 16 else 64, 4, 1)
 
 
 #: Channels of images that :mod:`.triton_narrow` serves, and the most columns of its product.
-NARROW_CHANNELS, NARROW_COLUMNS = (8, 16, 32, 64), 64
+NARROW_CHANNELS, NARROW_COLUMNS = (8, 16, 32), 32
 
 
 def is_narrow(itemsize: int, levels: int, outputs: int, channels: int) -> bool:

@@ -33,6 +33,12 @@ def _bands(OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _signed(tap, sign):
+    """Exact; a half type's own negation is an instruction that not every chip has."""
+    return (tap.to(tl.float32) * sign).to(tap.dtype)
+
+
+@triton.jit
 def _taps(weight, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
     """Twice the weights of a quad's upper pixels, left and right, for each column (2C, columns); and the sign that
     makes them the lower pixels'."""
@@ -42,7 +48,7 @@ def _taps(weight, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.con
     tap = tl.load(weight + out[None, :] * CHANNELS + channel[:, None], mask=there[None, :], other=0.0)
     # LH is the difference of rows, HL of columns, HH of both.
     turned = (pixel == 1)[:, None] & (band >= 2)[None, :]
-    return tl.where(turned, -tap, tap), 1.0 - 2.0 * (band % 2).to(tl.float32)
+    return _signed(tap, tl.where(turned, -1.0, 1.0)), 1.0 - 2.0 * (band % 2).to(tl.float32)
 
 
 @triton.jit
@@ -99,7 +105,7 @@ def _narrow_backward_kernel(
     end = tl.minimum(split * each + each, quads)  # what lies beyond belongs to the next split
     taps, sign = _taps(weight, CHANNELS, OUTPUTS, COLUMNS)
     of_upper = tl.trans(taps)
-    of_lower = tl.trans(tl.where((sign < 0)[None, :], -taps, taps))
+    of_lower = tl.trans(_signed(taps, sign[None, :]))
     column = tl.arange(0, COLUMNS)
     upper_sum = tl.zeros((COLUMNS, 2 * CHANNELS), tl.float32)
     lower_sum = tl.zeros((COLUMNS, 2 * CHANNELS), tl.float32)
