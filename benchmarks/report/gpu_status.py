@@ -18,7 +18,7 @@ _NOTES = {
     "reduce_haar": "forward; backward: one kernel; cuda's for half types in channels_last, else haar_pyramid's and "
     "library convolutions; triton has its own for one level of 8 to 32 channels in half types and channels_last, which "
     "`auto` takes",
-    "pointwise_mlp": "forward; backward: all gradients in one kernel up to 32 hidden units in half types",
+    "pointwise_mlp": "forward; backward: all gradients in one kernel up to 16 channels and units in half types",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
     "takes cuDNN",
     "batch_norm": "statistics, apply, backward",

@@ -11,9 +11,9 @@ Kind = Literal["forward", "input", "weight", "together"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
-#: Hidden units, and half the columns of all operands, up to which a program of four warps holds the gradients of all
-#: weights; twice as many spill.
-_MOST_TOGETHER = 32
+#: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
+#: many spill on chips that multiply by warps.
+_MOST_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,13 @@ def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:
 
 
 def runs_together(itemsize: int, a: int, b: int, k: int, o: int) -> bool:
-    """Whether one kernel makes all gradients: one tile holds each operand, and registers hold all weights' sums."""
-    one_tile = all(cover(width)[1] == 0 for width in (a, b, o))
-    return itemsize == 2 and one_tile and k <= _MOST_TOGETHER and held((a, b, o), 16) <= 2 * _MOST_TOGETHER
+    """Whether one kernel makes all gradients: registers hold all weights' sums."""
+    return itemsize == 2 and b == 0 and max(a, k, o) <= _MOST_TOGETHER
 
 
-def together_config_for(k: int) -> MlpConfig:
-    """The default where :func:`runs_together`: all hidden units at a time. (docs/develop/tuning.md, Triton tiles)"""
-    return MlpConfig(64, max(16, pow2_at_least(k)), 0, 4, 2)
+def together_config_for() -> MlpConfig:
+    """The default where :func:`runs_together`. (docs/develop/tuning.md, Triton tiles)"""
+    return MlpConfig(64, _MOST_TOGETHER, 0, 4, 2)
 
 
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:

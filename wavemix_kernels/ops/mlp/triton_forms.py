@@ -51,7 +51,7 @@ def backward(into: Results, grad: Tensor, mlp: Mlp) -> None:
     form = _form(mlp, True)
     sums: list[tuple[Tensor | None, Tensor]] = []
     if form == "fused" and runs_together(mlp.x.dtype.itemsize, **mlp.sizes):
-        made = triton_narrow.backward(into.x, into.second, into.output, grad, mlp)
+        made = triton_narrow.backward(into.x, into.output, grad, mlp)
         sums = list(zip((into.w1, into.b1, into.w2, into.b2), made, strict=True))
     elif form == "fused":
         partial = triton_backward.backward_x(into.x, into.second, grad, mlp)

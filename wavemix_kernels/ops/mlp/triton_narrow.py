@@ -24,49 +24,42 @@ from wavemix_kernels.ops.mlp.triton_backward import _store_transposed
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation_and_gradient,
     _columns,
-    _input_tiles,
     _plus_bias,
     _store,
     _two_tiles,
     _units,
-    _w1_tiles,
     _w2_tiles,
     _with_bias,
-    _z_of_tiles,
 )
 
 
 @triton.jit(do_not_specialize=(*FREE, "rows_each"))
 def _backward_together_kernel(
-    gx, gs, out, partial1, partial_b1, partial2, partial_b2, g, x, second, scale, shift, w1, b1, w2, b2, seed,
-    rows: tl.int64, rows_each, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, out_stride, g_stride,
-    x_stride, second_stride,
+    gx, out, partial1, partial_b1, partial2, partial_b2, g, x, w1, b1, w2, b2, seed,
+    rows: tl.int64, rows_each, threshold: tl.int64, factor: tl.float32, gx_stride, out_stride, g_stride, x_stride,
     OUTPUT: tl.constexpr,  # whether the output is written too
-    A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, HIDDEN: tl.constexpr, X0: tl.constexpr, S0: tl.constexpr, O0: tl.constexpr,
+    A: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, HIDDEN: tl.constexpr, X0: tl.constexpr, O0: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial1[split] = z's gradient.T @ [x | second], partial2[split] = g.T @ hidden of the split's rows, with the
+    """partial1[split] = z's gradient.T @ x, partial2[split] = g.T @ hidden of the split's rows, with the
     sums of z's gradient and of g."""
     split = tl.program_id(0).to(tl.int64)
     real: tl.constexpr = g.dtype.element_ty
     unit, in_units = _units(0, HIDDEN, K)
-    w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, 0, S0, 0)
+    w0, _w1 = _two_tiles(w1, A, unit, in_units, A, X0, 0)
     u0, _u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, 0)
     dw0 = tl.zeros((HIDDEN, X0), tl.float32)
-    dv0 = tl.zeros((HIDDEN, S0 if S0 else 1), tl.float32)
     du0 = tl.zeros((HIDDEN, O0), tl.float32)
     sum1 = tl.zeros((ROWS, HIDDEN), tl.float32)
     sum2 = tl.zeros((ROWS, O0), tl.float32)
     for start in range(0, rows_each, ROWS):
         row = split * rows_each + start + tl.arange(0, ROWS)
         in_rows = row < rows
-        x0, x1, s0, s1 = _input_tiles(
-            x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, 0, S0, 0
-        )
+        x0, _x1 = _two_tiles(x, x_stride, row, in_rows, A, X0, 0)
         g0, _g1 = _two_tiles(g, g_stride, row, in_rows, OUT, O0, 0)
-        z = _z_of_tiles(x0, x1, s0, s1, w0, w1_, v0, v1, 0, S0, 0, PRECISION)
+        z = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
         grad = tl.dot(g0, u0, input_precision=PRECISION)
         hidden, grad = _activation_and_gradient(z, grad, seed, row, 0, threshold, K, False, DROPOUT)
@@ -76,19 +69,12 @@ def _backward_together_kernel(
             sum2 += g0.to(tl.float32)
         left, of_z = hidden.to(real), grad.to(real)
         _store(gx, gx_stride, row, in_rows, tl.dot(of_z, w0, input_precision=PRECISION) * factor, 0, A)
-        if S0:
-            _store(gs, gs_stride, row, in_rows, tl.dot(of_z, v0, input_precision=PRECISION) * factor, 0, B)
         if OUTPUT:
             value = tl.dot(left, tl.trans(u0), input_precision=PRECISION) * factor
             _store(out, out_stride, row, in_rows, _plus_bias(value, b2, 0, OUT, BIAS2), 0, OUT)
         dw0 = tl.dot(tl.trans(of_z), x0, dw0, input_precision=PRECISION)
-        if S0:
-            dv0 = tl.dot(tl.trans(of_z), s0, dv0, input_precision=PRECISION)
         du0 = tl.dot(tl.trans(left), g0, du0, input_precision=PRECISION)
-    at = partial1 + split * K * (A + B)
-    _store(at, A + B, unit, in_units, dw0 * factor, 0, A)
-    if S0:
-        _store(at + A, A + B, unit, in_units, dv0 * factor, 0, B)
+    _store(partial1 + split * K * A, A, unit, in_units, dw0 * factor, 0, A)
     _store_transposed(partial2 + split * K * OUT, unit, in_units, du0 * factor, 0, OUT, K)
     if BIAS1:
         tl.store(partial_b1 + split * K + unit, tl.sum(sum1, 0) * factor, mask=in_units)
@@ -101,7 +87,7 @@ def _backward_together_kernel(
 
 
 class Sums(NamedTuple):
-    """Sums over each split's rows, fp32: (splits, K, A + B), (splits, K), (splits, O, K) and (splits, O)."""
+    """Sums over each split's rows, fp32: (splits, K, A), (splits, K), (splits, O, K) and (splits, O)."""
 
     w1: Tensor
     b1: Tensor
@@ -110,34 +96,33 @@ class Sums(NamedTuple):
 
 
 def backward_launch(
-    gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
+    gx: Tensor, out: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
 ) -> tuple[Launch, Sums]:
     """A launch and the sums that it fills."""
-    a, b, k, o = mlp.sizes.values()
-    config = config or together_config_for(k)
+    a, _, k, o = mlp.sizes.values()
+    config = config or together_config_for()
     rows = grad.shape[0]
     # Deterministic: a function of shapes and device. As many warps as a multiprocessor holds; four blocks of rows each.
     warps = 12 * _native.multiprocessors(grad.device)
     splits = max(1, min(warps // config.num_warps, triton.cdiv(rows, 4 * config.rows)))
     rows_each = triton.cdiv(triton.cdiv(rows, splits), config.rows) * config.rows
     splits = triton.cdiv(rows, rows_each) if rows_each else 1  # rounding may leave the last ones nothing
-    shapes = (splits, k, a + b), (splits, k), (splits, o, k), (splits, o)
+    shapes = (splits, k, a), (splits, k), (splits, o, k), (splits, o)
     sums = Sums(*(grad.new_empty(shape, dtype=torch.float32) for shape in shapes))
     given = {
-        "gx": gx, "gs": gx if gs is None else gs, "out": gx if out is None else out, "partial1": sums.w1,
-        "partial_b1": sums.b1, "partial2": sums.w2, "partial_b2": sums.b2, "g": grad, "rows_each": rows_each,
-        "gx_stride": gx.stride(0), "gs_stride": 0 if gs is None else gs.stride(0),
+        "gx": gx, "out": gx if out is None else out, "partial1": sums.w1, "partial_b1": sums.b1, "partial2": sums.w2,
+        "partial_b2": sums.b2, "g": grad, "rows_each": rows_each, "gx_stride": gx.stride(0),
         "out_stride": 0 if out is None else out.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
     constants = mlp.constants(config, "together")
     constants |= {"OUTPUT": out is not None, "BIAS2": mlp.b2 is not None}
-    for name in ("CHANNELS", "X1", "S1", "O1"):
+    for name in ("CHANNELS", "B", "AFFINE", "X1", "S0", "S1", "O1"):
         del constants[name]
     return launch_by_name(_backward_together_kernel, (splits,), given, constants), sums
 
 
-def backward(gx: Tensor, gs: Tensor | None, out: Tensor | None, grad: Tensor, mlp: Mlp) -> Sums:
-    """Writes the gradients of x and of `second * scale + shift`, matrices like those, and the output into `out`."""
-    launch, sums = backward_launch(gx, gs, out, grad, mlp)
+def backward(gx: Tensor, out: Tensor | None, grad: Tensor, mlp: Mlp) -> Sums:
+    """Writes the gradient of x, a matrix like it, and where wanted the output into `out`."""
+    launch, sums = backward_launch(gx, out, grad, mlp)
     launch.run(grad)
     return sums

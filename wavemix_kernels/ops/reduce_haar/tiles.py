@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wavemix_kernels.ops.common.chips import Products
+from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import pow2_at_least
 
 
@@ -30,8 +30,11 @@ class NarrowConfig:
     num_stages: int
 
 
-def narrow_config_for(channels: int, backward: bool) -> NarrowConfig:
-    """The default: 8 KB of x at a time. (docs/develop/tuning.md, Triton: reduce_haar of narrow images)"""
+def narrow_config_for(channels: int, backward: bool, products: Products = "wgmma") -> NarrowConfig:
+    """The default: 8 KB of x at a time, in backward a quarter where matrices multiply by warps, whose operands are
+    registers. (docs/develop/tuning.md, Triton: reduce_haar of narrow images)"""
+    if backward and products in BY_WARPS:
+        return NarrowConfig(32, 4 if channels <= 16 else 8, 2)
     if backward:
         return NarrowConfig(128, 4, 3) if channels <= 16 else NarrowConfig(64, 8, 2)
     return NarrowConfig(128 if channels <= 16 else 64, 4, 1)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import products_of
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.common.triton_sums import finish
@@ -174,7 +175,7 @@ def backward_launch(
     config: NarrowConfig | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
     """A launch and the partial sums it fills: (splits, O, C), and (splits, O) for the bias."""
-    config = config or narrow_config_for(x.shape[1], True)
+    config = config or narrow_config_for(x.shape[1], True, products_of(x.device))
     (quads, *sizes), constants = _sizes(x, weight)
     outputs, channels = weight.shape
     # Deterministic: a function of shapes and device. 16 warps to a multiprocessor; four steps each at least.
