@@ -50,6 +50,7 @@ REASONS = {
     "triton dwt *": "taps, rows and loads ahead take the registers: two to five blocks of a multiprocessor",
     "cuda reduce_haar *": "55 instructions for each 16 bytes that are copied; two blocks of a multiprocessor",
     "triton reduce_haar * nchw *": "bank conflicts: rows of pixels are turned into columns of channels",
+    "triton reduce_haar gradients L1 channels_last 1024x*": "few warps of a multiprocessor, which wait for each step",
     "triton reduce_haar gradients *": "one block of a multiprocessor, waiting for each of its loads; 48 columns as 64",
     "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
     "triton mlp * 64x8x8 pixels*": "32 blocks for 132 multiprocessors",

@@ -160,12 +160,16 @@ def dwt_cases() -> Iterator[Case]:
 # --- A Waveblock's operators -------------------------------------------------------------------------------
 
 
-def _reduce_haar(backend: str, c: int, level: int, last: bool, backward: bool) -> Callable[[], Any]:
+def _reduce_haar(
+    backend: str, c: int, level: int, last: bool, backward: bool, size: tuple[int, int] = (64, 64)
+) -> Callable[[], Any]:
+    n, side = size
+
     def run() -> Any:
-        x, weight, bias = image((64, c, 64, 64), BF16, last), image((c // 4, c, 1, 1)), image((c // 4,))
+        x, weight, bias = image((n, c, side, side), BF16, last), image((c // 4, c, 1, 1)), image((c // 4,))
         if not backward:
             return _op("reduce_haar")(x, weight, bias, level, True, backend)
-        grads = [image((64, c, 64 >> i, 64 >> i), BF16, True) for i in range(1, level + 1)]
+        grads = [image((n, c, side >> i, side >> i), BF16, True) for i in range(1, level + 1)]
         return _op("reduce_haar_backward")(grads, x, weight, x, True, backend)
 
     return run
@@ -182,6 +186,10 @@ def reduce_haar_cases() -> Iterator[Case]:
         for backend in ("cuda", "triton"):
             made = _reduce_haar(backend, c, level, last, True)
             yield Case(f"{backend} reduce_haar gradients {shape}", made, flops)
+    for c, size in ((8, (1024, 28)), (32, (1024, 32))):  # WaveMix-Lite's
+        for backward, what in ((False, "reduce_haar"), (True, "reduce_haar gradients")):
+            made = _reduce_haar("triton", c, 1, True, backward, size)
+            yield Case(f"triton {what} L1 channels_last {size[0]}x{c}x{size[1]}x{size[1]}", made)
 
 
 def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) -> Callable[[], Any]:
@@ -190,7 +198,7 @@ def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) 
         x, second = (image((n, c, h, w), BF16, True) if c else None for c in (a, b))
         affine = (_vector(b), _vector(b)) if b else (None, None)
         weights = image((k, a + b)), image((k,)), image((o, k)), image((o,))
-        p, seed = (0.5, torch.empty(1, dtype=torch.int64)) if b else (0.0, None)
+        p, seed = (0.5, torch.empty(1, dtype=torch.int64)) if b or a < 64 else (0.0, None)
         arguments = (x, second, *affine, *weights, p, seed)
         if what == "forward":
             return _op("pointwise_mlp")(*arguments, "triton")
@@ -213,6 +221,9 @@ def mlp_cases() -> Iterator[Case]:
         }
         for what in ("forward", "gradients", *(["gradients and output"] if b else [])):
             yield Case(f"triton mlp {what} {shape}", _mlp(a, b, k, o, size, what), flops)
+    for what in ("forward", "gradients and output"):  # WaveMix-Lite's narrowest
+        made_of = _mlp(8, 0, 16, 8, (1024, 14, 14), what)
+        yield Case(f"triton mlp {what} 8|0 to 16 to 8, 1024x14x14 pixels", made_of)
 
 
 def _deconv(c: int, size: int, what: str) -> Callable[[], Any]:

@@ -29,6 +29,7 @@ from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, s
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.mlp import triton_narrow as mlp_narrow
 from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_finish as norm_finish
@@ -39,7 +40,8 @@ from wavemix_kernels.ops.patm import triton_branches as branch_sum
 from wavemix_kernels.ops.patm import triton_phases, triton_phases_backward, waves
 from wavemix_kernels.ops.reduce_haar import triton as reductions
 from wavemix_kernels.ops.reduce_haar import triton_backward as reductions_backward
-from wavemix_kernels.ops.reduce_haar.tiles import backward_config_for
+from wavemix_kernels.ops.reduce_haar import triton_narrow as reductions_narrow
+from wavemix_kernels.ops.reduce_haar.tiles import backward_config_for, narrow_config_for
 
 HALF = torch.float16
 LAST = torch.channels_last
@@ -357,6 +359,19 @@ def reduction_launches(
     yield f"{name} gradients", reductions_backward.launch(x, zs, x, weight, x, True, config)[0]
 
 
+def narrow_launches(dtype: torch.dtype, products: str, c: int) -> Iterator[tuple[str, Launch]]:
+    """The kernels of a narrow WaveMix-Lite that stand for the ones above."""
+    x, z = meta(64, c, 32, 32, dtype=dtype, last=True), meta(64, c, 16, 16, dtype=dtype, last=True)
+    weight, bias = meta(c // 4, c, dtype=dtype), meta(c // 4, dtype=dtype)
+    yield f"reduce_haar {c} narrow", reductions_narrow.launch(z, x, weight, bias)
+    config = narrow_config_for(c, True, products)
+    yield f"reduce_haar {c} narrow gradients", reductions_narrow.backward_launch(x, z, x, weight, x, True, config)[0]
+    if mlp_tiles.runs_together(dtype.itemsize, c, 0, 2 * c, c):
+        rows, *weights = (meta(*s, dtype=dtype) for s in ((16384, c), (2 * c, c), (2 * c,), (c, 2 * c), (c,)))
+        given = mlp.Mlp(rows, None, None, None, *weights, 0.5, meta(1, dtype=torch.int64))
+        yield f"mlp {c}|0 all gradients", mlp_narrow.backward_launch(rows, rows, rows, given)[0]
+
+
 def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf32: bool = False) -> Point:
     """Halves and TF32 multiply by tensor cores; rows are not loaded pixel by pixel."""
     half_on_hopper = (arch, dtype) == (90, HALF)
@@ -388,6 +403,10 @@ def waveblock_points() -> Iterator[Point]:
         yield from on(arch, reduction_launches(HALF, 192, levels, products, False))
     for c, levels in ((192, 3), (128, 1)):
         yield from on(90, reduction_launches(HALF, c, levels, "wgmma"))
+    for arch, products in ((80, "mma"), (90, "wgmma"), (100, "tcgen05"), (120, "mma")):
+        for c in (8, 32 if arch < 100 else 16):
+            yield from on(arch, narrow_launches(HALF, products, c))
+    yield from on(90, narrow_launches(torch.bfloat16, "wgmma", 16), torch.bfloat16)
     with products_in("tf32"):
         made = [*reduction_launches(torch.float32, 192, 1, "wgmma", forward=True)]
         made += mlp_launches(torch.float32, "wgmma")

@@ -107,6 +107,10 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         ("cpu", FP32, 32, 64, FEW, OURS), ("cpu", FP64, 16, 65, FEW, OURS), ("cpu", BF16, 16, 16, FEW, OURS),
         ("cpu", BF16, 16, 17, FEW, LIBRARY), ("cuda", FP32, 64, 64, FEW, LIBRARY),
     ]),
+    (choose.reduce_haar, [
+        (("cuda", "triton", "reference"), True, ("triton", "cuda", "reference")),
+        (("cuda", "triton", "reference"), False, ("cuda", "triton", "reference")), (OURS, True, OURS),
+    ]),
     (choose.deconv_backward_weight, [("cpu", OURS), ("cuda", LIBRARY)]),
     (choose.head, [(144, 72, 3, "folded"), (64, 8, 16, "apart")]),
     (choose.channel_mlp, [

@@ -15,6 +15,7 @@ from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
 from tests.tolerances import assert_within, sum_bound
 from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.reduce_haar import op, reference
+from wavemix_kernels.ops.reduce_haar.tiles import is_narrow
 
 # (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
 SIZES = (
@@ -75,6 +76,8 @@ class ReduceHaar(Contract):
     def terms(self, case: Case, name: str, backend: str) -> float:
         (n, c, h, w), outputs, levels = case.size
         products = {"d_x": outputs, "d_weight": n * h * w, "d_bias": n * h * w}.get(name, c)
+        if backend == "triton" and is_narrow(case.dtype.itemsize, levels, outputs, c):
+            products *= 4  # one sum over a quad's pixels
         cut_off = 2 if backend == "cuda" and case.dtype in HALF else 1
         return cut_off * (products + 1) + 4 * levels + 2
 
@@ -156,8 +159,13 @@ TAKEN_ROWS: Any = TAKEN | {
     ),
     "layout": ("nchw",), "add": (None, "nchw", "channels_last"),
 }  # fmt: skip
-test_contract = each.case(ReduceHaar())
-test_gradients = each.case(Gradients())
+#: Cases of Triton's kernels for narrow images: each width, columns of no output, and more quads than a program takes.
+NARROW: Any = {
+    "size": (((1, 16, 2, 2), 3, 1), ((2, 32, 4, 6), 8, 1), ((5, 8, 16, 18), 2, 1)),
+    "layout": ("channels_last",), "bias": (False, True), "cotangents": ("channels_last",),
+}  # fmt: skip
+test_contract = each.case(ReduceHaar(), ReduceHaar({"triton": HALF}, last=(True,), **NARROW))
+test_gradients = each.case(Gradients(), Gradients({"triton": HALF}, add=(None, "nchw", "channels_last"), **NARROW))
 test_gradients_taken_by_cuda = each.case(*(Gradients({"cuda": HALF}, **of) for of in (TAKEN, TAKEN_ROWS)))
 test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
 test_threads = each.thread_count(

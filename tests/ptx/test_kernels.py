@@ -38,10 +38,12 @@ SESSIONS = {
     "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
     "reduce_haar-triton": Session(
         "triton and (contract or test_gradients or tf32) and not every_order and not only_when",
-        ("reduce_haar.triton", "reduce_haar.triton_backward"),
+        ("reduce_haar.triton", "reduce_haar.triton_backward", "reduce_haar.triton_narrow"),
         (TRITON_FORMS,),
     ),
-    "mlp-triton": Session("triton and contract", ("mlp.triton", "mlp.triton_backward", "mlp.triton_products")),
+    "mlp-triton": Session(
+        "triton and contract", ("mlp.triton", "mlp.triton_backward", "mlp.triton_narrow", "mlp.triton_products")
+    ),
     "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
     "reduce_haar-cuda": Session(
         "cuda and (contract or test_gradients or widths) or tf32_only",

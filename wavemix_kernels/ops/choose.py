@@ -132,6 +132,15 @@ def with_kernels(function: str, table: Mapping[str, Backend], device: str) -> Or
     return tuple(n for n in order(device) if n == "reference" or (n in table and function in table[n].functions))
 
 
+# --- 1x1 convolution and Haar ------------------------------------------------------------------------------
+
+
+def reduce_haar(order: Order, narrow: bool) -> Order:
+    """Forward and gradients, where Triton's kernels for narrow images serve (reduce_haar/triton_narrow.py): predicted
+    to take a fifth (8 channels) to three quarters (32) of the CUDA kernels' time. (docs/develop/tuning.md)"""
+    return tuple(sorted(order, key=lambda name: name != "triton")) if narrow else order
+
+
 # --- Transposed convolution ------------------------------------------------------------------------------
 
 #: Minimal filtering between many channels on one side and fewer than this on both costs more than it saves.

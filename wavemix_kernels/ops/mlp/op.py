@@ -359,7 +359,7 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         second, scale, shift = rest
         return [reference.pointwise_mlp(x, w1, b1, w2, b2, second=second, scale=scale, shift=shift, p=0.25, seed=seed)]
 
-    widths = (8, choose.MLP_WEIGHTS_HELD, choose.MLP_HELD) if dtype.itemsize == 2 else (8,)
+    widths = (8, 40, choose.MLP_WEIGHTS_HELD, choose.MLP_HELD) if dtype.itemsize == 2 else (8,)
     for a in widths:
         tensors = [p(2, a, 6, 10), p(24, a + 4), p(24), p(8, 24), p(8), p(2, 4, 6, 10), p(4), p(4)]
         errors.append(selftest.against_reference(run, exact, tensors, device, dtype))

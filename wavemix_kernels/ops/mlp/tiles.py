@@ -1,16 +1,19 @@
 """Tiles of the pointwise MLP's kernels: what runs by default. Free of triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from wavemix_kernels.ops.common.chips import BY_WARPS, Products
-from wavemix_kernels.ops.common.triton_launch import cover
+from wavemix_kernels.ops.common.triton_launch import cover, pow2_at_least
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 
-Kind = Literal["forward", "input", "weight"]
+Kind = Literal["forward", "input", "weight", "together"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
+#: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
+#: many spill on chips that multiply by warps.
+_MOST_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,13 @@ def config_for(
         )
     if itemsize == 4:
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
-    if products == "mfma":
-        return _by_mfma(kernel, a, b, o)
-    together = held((a, b, o), 16)
+    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared)
+    # Units that do not exist cost as much as others: the exponential and the dropout mask of each.
+    return replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
+
+
+def _of_half(kernel: Kind, a: int, b: int, o: int, products: Products, little_shared: bool) -> MlpConfig:
+    columns, together = a + b, held((a, b, o), 16)
     if kernel == "weight" and little_shared and b:
         return MlpConfig(32, 32, 0, 4, 2)
     if kernel == "weight":
@@ -73,6 +80,16 @@ def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:
     return MlpConfig(32, 32 if held((a, b, o), 64) <= _MOST_HELD else 16, 0, 8, 2)
 
 
+def runs_together(itemsize: int, a: int, b: int, k: int, o: int) -> bool:
+    """Whether one kernel makes all gradients: registers hold all weights' sums."""
+    return itemsize == 2 and b == 0 and max(a, k, o) <= _MOST_TOGETHER
+
+
+def together_config_for() -> MlpConfig:
+    """The default where :func:`runs_together`. (docs/develop/tuning.md, Triton tiles)"""
+    return MlpConfig(64, _MOST_TOGETHER, 0, 4, 2)
+
+
 def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:
     """The least width of a tile of columns (launch.cover).
 
@@ -80,7 +97,7 @@ def narrowest(kernel: Kind, itemsize: int, config: MlpConfig) -> int:
     an operand and whose results lie along different sides repeat one another: 16 columns beside 128 cost 1500 spills.
     """
     height = config.hidden if kernel == "weight" else config.rows
-    return 2 * height if itemsize == 2 and height < 64 else 16
+    return 2 * height if itemsize == 2 and height < 64 and kernel != "together" else 16
 
 
 def held(widths: tuple[int, ...], least: int) -> int:

@@ -10,7 +10,8 @@ from torch import Tensor
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.triton_sums import finish
-from wavemix_kernels.ops.mlp import triton_backward, triton_products
+from wavemix_kernels.ops.mlp import triton_backward, triton_narrow, triton_products
+from wavemix_kernels.ops.mlp.tiles import runs_together
 from wavemix_kernels.ops.mlp.triton import Mlp, forward_launch
 
 
@@ -49,7 +50,10 @@ def backward(into: Results, grad: Tensor, mlp: Mlp) -> None:
     """Writes all gradients, given that of the output (pixels, O), and where wanted the output."""
     form = _form(mlp, True)
     sums: list[tuple[Tensor | None, Tensor]] = []
-    if form == "fused":
+    if form == "fused" and runs_together(mlp.x.dtype.itemsize, **mlp.sizes):
+        made = triton_narrow.backward(into.x, into.output, grad, mlp)
+        sums = list(zip((into.w1, into.b1, into.w2, into.b2), made, strict=True))
+    elif form == "fused":
         partial = triton_backward.backward_x(into.x, into.second, grad, mlp)
         weights = triton_backward.backward_weight(grad, mlp)
         sums = [(into.w1, weights.w1), (into.b1, weights.b1), (into.w2, weights.w2), (into.b2, partial.b2)]

@@ -17,6 +17,7 @@ from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
+from wavemix_kernels.ops.reduce_haar.tiles import is_narrow
 
 #: Most inputs and outputs of the CUDA kernel of the gradients (csrc/cuda/reduce_haar/reduce_haar_gradients.cu).
 _CUDA_CHANNELS, _CUDA_OUTPUTS = 256, 64
@@ -186,12 +187,22 @@ def _cuda_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor |
     return out
 
 
+def _is_narrow(x: Tensor, weight: Tensor, levels: int) -> bool:
+    """Whether Triton's kernels for narrow images serve a call."""
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    return dense and is_narrow(x.dtype.itemsize, levels, *weight.shape[:2])
+
+
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     from wavemix_kernels.ops.reduce_haar import triton as kernels
+    from wavemix_kernels.ops.reduce_haar import triton_narrow as narrow
 
     out = haar_pyramid.empty_pyramid(x, weight.shape[0], levels, channels_last)
     bias = None if bias is None else bias.contiguous()
-    kernels.forward(out, x, weight[:, :, 0, 0].contiguous(), bias, channels_last)
+    if channels_last and _is_narrow(x, weight, levels):
+        narrow.forward(out[0], x, weight[:, :, 0, 0].contiguous(), bias)
+    else:
+        kernels.forward(out, x, weight[:, :, 0, 0].contiguous(), bias, channels_last)
     return out
 
 
@@ -199,12 +210,17 @@ def _triton_backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool
 ) -> list[Tensor]:
     from wavemix_kernels.ops.reduce_haar import triton_backward as kernels
+    from wavemix_kernels.ops.reduce_haar import triton_narrow as narrow
 
     out = _backward_fake(grads, x, weight, add, has_bias)
     # A Waveblock's gradients come so from its MLP; copies of others are a third of x's size at most.
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grads]
     dx, dw, *db = out
-    kernels.backward(dx, dw, db[0] if db else None, grads, x, weight[:, :, 0, 0].contiguous(), add)
+    gradients = dx, dw, db[0] if db else None
+    if _is_narrow(x, weight, len(grads)):
+        narrow.backward(*gradients, grads, x, weight[:, :, 0, 0].contiguous(), None if add is None else _dense(add))
+    else:
+        kernels.backward(*gradients, grads, x, weight[:, :, 0, 0].contiguous(), add)
     return out
 
 
@@ -220,7 +236,8 @@ BACKENDS: dict[str, backends.Backend] = {
 def _reduce_haar(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool, backend: str
 ) -> list[Tensor]:
-    chosen = choose.select("reduce_haar", BACKENDS, backend, x, weight)
+    order = choose.reduce_haar(choose.order(x.device.type), channels_last and _is_narrow(x, weight, levels))
+    chosen = choose.select("reduce_haar", BACKENDS, backend, x, weight, order=order)
     if not chosen.functions:
         return [layout.laid_out(z, channels_last) for z in reference.reduce_haar(x, weight, bias, levels)]
     return chosen.functions["forward"](x, weight, bias, levels, channels_last)
@@ -243,6 +260,7 @@ def _backward_op(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool, backend: str
 ) -> list[Tensor]:
     order = choose.with_kernels("backward", BACKENDS, x.device.type)
+    order = choose.reduce_haar(order, _is_narrow(x, weight, len(grads)))
     asked = backend == "cuda" or (backend == "auto" and "cuda" in order)
     no_cuda = _why_not_cuda_backward(x, weight) if asked else None
     if no_cuda is not None:
@@ -310,7 +328,7 @@ fused = differentiable(_library, "reduce_haar", _setup, _backward, standard=_sta
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Two levels on 16 channels and all gradients, differentiable and in one launch: (error, bound)."""
+    """One level and two on 16 channels, forward and all gradients, differentiable and in one launch: (error, bound)."""
     p = selftest.pattern
     error = selftest.against_reference(
         lambda x, w, b: reduce_haar(x, w, b, 2, backend=backend),
@@ -319,13 +337,18 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         device,
         dtype,
     )
-    # Orders and widths with kernels of their own: rows of whole 16-byte words, and others.
-    for order, w in ((torch.contiguous_format, 12), (torch.contiguous_format, 16), (torch.channels_last, 12)):
-        shapes = (2, 16, 4, w // 2), (2, 16, 2, w // 4), (2, 16, 8, w), (4, 16, 1, 1), (2, 16, 8, w)
-        given = [p(*shape, phase=i).to(dtype) for i, shape in enumerate(shapes)]
-        *grads, x, weight, add = (t.to("cpu", torch.float64) for t in given)
-        exact = backward(grads, x, weight, True, add, "reference")
-        *grads, x, weight, add = (t.to(device).contiguous(memory_format=order) for t in given)
-        got = backward(grads, x, weight, True, add, backend)
-        error = selftest.largest(error, selftest.largest_error(got, exact))
+
+    def run(levels: int, backend: str, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor, *grads: Tensor) -> Any:
+        zs = fused(x, weight, bias, levels, layout.is_channels_last(x), backend)
+        return *zs, *backward([*grads], x, weight, True, add, backend)
+
+    # One level of narrow images has kernels of its own, and so have each memory order and rows of whole 16-byte words.
+    for levels, w in ((1, 12), (2, 12), (2, 16)):
+        grads = [p(2, 16, 8 >> level, w >> level, phase=level) for level in range(1, levels + 1)]
+        tensors = (p(2, 16, 8, w), p(4, 16, 1, 1), p(4), p(2, 16, 8, w, phase=3), *grads)
+        exact = run(levels, "reference", *(t.to(dtype).to("cpu", torch.float64) for t in tensors))
+        for order in (torch.contiguous_format, torch.channels_last):
+            given = (t.to(device, dtype) for t in tensors)
+            ordered = (t.contiguous(memory_format=order) if t.ndim == 4 else t for t in given)
+            error = selftest.largest(error, selftest.largest_error(run(levels, backend, *ordered), exact))
     return error, selftest.rounding_bound(2 * 8 * 16, dtype)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wavemix_kernels.ops.common.chips import Products
+from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import pow2_at_least
 
 
@@ -19,6 +19,34 @@ class ReduceConfig:
     channels: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class NarrowConfig:
+    """Quads of pixels that a program of :mod:`.triton_narrow` works on at a time."""
+
+    quads: int
+    num_warps: int
+    num_stages: int
+
+
+def narrow_config_for(channels: int, backward: bool, products: Products = "wgmma") -> NarrowConfig:
+    """The default: 8 KB of x at a time, in backward a quarter where matrices multiply by warps, whose operands are
+    registers. (docs/develop/tuning.md, Triton: reduce_haar of narrow images)"""
+    if backward and products in BY_WARPS:
+        return NarrowConfig(32, 4 if channels <= 16 else 8, 2)
+    if backward:
+        return NarrowConfig(128, 4, 3) if channels <= 16 else NarrowConfig(64, 8, 2)
+    return NarrowConfig(128 if channels <= 16 else 64, 4, 1)
+
+
+#: Channels of images that :mod:`.triton_narrow` serves, and the most columns of its product.
+NARROW_CHANNELS, NARROW_COLUMNS = (8, 16, 32), 32
+
+
+def is_narrow(itemsize: int, levels: int, outputs: int, channels: int) -> bool:
+    """Whether :mod:`.triton_narrow` serves dense channels_last images."""
+    return itemsize == 2 and levels == 1 and channels in NARROW_CHANNELS and 4 * outputs <= NARROW_COLUMNS
 
 
 def why_invalid(config: ReduceConfig, levels: int) -> str | None:
