@@ -15,8 +15,9 @@ _NOTES = {
     "haar_blocks": "1-D, 3-D and the conventions of other codes",
     "dwt": "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond",
     "filter_bank": "undecimated and dual-tree transforms; a GPU runs library convolutions",
-    "reduce_haar": "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library convolutions; "
-    "triton has its own for one level of 8 to 32 channels in half types and channels_last, which `auto` takes",
+    "reduce_haar": "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library "
+    "convolutions; triton has its own for one level of 8 to 32 channels in half types and channels_last, which `auto` "
+    "takes",
     "pointwise_mlp": "forward; backward: all gradients in one kernel up to 16 channels and units in half types",
     "deconv": "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` "
     "takes cuDNN",
