@@ -134,7 +134,9 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         return found
 
 
-_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "warps", "arithmetic", "registers", "sass")]
+_SOURCES = [
+    Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "warps", "arithmetic", "registers", "sass")
+]
 
 
 def _read(text: str) -> Profile:
@@ -190,9 +192,7 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
     return result
 
 
-def _ways(
-    made: Compiled, beginnings: Warps, block: int, warp: int, window: int
-) -> tuple[Trace, list[Trace], int]:
+def _ways(made: Compiled, beginnings: Warps, block: int, warp: int, window: int) -> tuple[Trace, list[Trace], int]:
     """The whole way of one thread of a warp, the beginning of all threads' ways, and which of them it is: the one with
     the longest way, since some leave early at edges, and the warp goes on."""
     x, y, _ = made.grid

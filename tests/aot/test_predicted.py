@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.predict import arithmetic, execute, registers, sass
+from benchmarks.predict import arithmetic, execute, registers, sass, warps
 from benchmarks.predict.tools import ROOT
 
 pytestmark = pytest.mark.prove
@@ -134,6 +134,43 @@ def test_spills_tables_and_copies_of_zeros(lane: int) -> None:
     assert [made.code[i].at for i in way.path[-4:]] == [0x70, 0x80, 0x90, 0xA0]
     assert [address for _, address in way.shared] == [16 * lane + 0x10, lane + 0x400]
     assert way.accesses[-1][1] == (0 if lane == 3 else execute.ABSENT)
+
+
+#: Threads go round as often as their index says; those of one half take another way, and each its own memory.
+PARTING = """
+		Function : parting
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   S2R R9, SR_CTAID.X ;
+        /*0020*/                   LOP3.LUT R4, R0, 0x3, RZ, 0xc0, !PT ;
+        /*0030*/                   ISETP.GT.AND P0, PT, R4, 0x1, PT ;
+        /*0040*/                   MOV R6, 0x7 ;
+        /*0050*/                @P0 IADD3 R6, R9, 0x100, RZ ;
+        /*0060*/               @!P0 LDG.E R8, desc[UR6][R2.64+0x40] ;
+        /*0070*/                   LDS R10, [R6+0x10] ;
+        /*0080*/                   IADD3 R4, R4, -0x1, RZ ;
+        /*0090*/                   ISETP.GT.AND P1, PT, R4, RZ, PT ;
+        /*00a0*/                @P1 BRA 0x70 ;
+        /*00b0*/                   STL [R1], R0 ;
+        /*00c0*/                @P0 EXIT ;
+        /*00d0*/                   LDL R11, [R1] ;
+        /*00e0*/                   FSETP.GT.AND P2, PT, R8, 1, PT ;
+        /*00f0*/                @P2 IADD3 R9, R9, 0x1, RZ ;
+        /*0100*/                   STS [R11.X4], R9 ;
+        /*0110*/                   STS [R9], R9 ;
+        /*0120*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("most", [3, 8, 100])
+def test_a_warp_goes_the_ways_of_its_threads(most: int) -> None:
+    made, threads = kernel(PARTING), range(32, 64)
+    ways = warps.Warps(made, bytes(0x400)).beginnings((5, 0, 0), threads, most)
+    alone = [execute.trace(made, bytes(0x400), (5, 0, 0), thread, most) for thread in threads]
+    assert [(way.path, way.accesses, way.shared) for way in ways] == [(w.path, w.accesses, w.shared) for w in alone]
+    if most == 100:
+        assert len({tuple(way.path) for way in ways}) == 3
+        assert [address for _, address in ways[1].shared] == [0x17, 4 * 33, None]
+        assert [address for _, address in ways[3].shared] == [0x115] * 3
 
 
 @pytest.mark.parametrize(
