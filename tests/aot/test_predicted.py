@@ -147,17 +147,21 @@ PARTING = """
         /*0050*/                @P0 IADD3 R6, R9, 0x100, RZ ;
         /*0060*/               @!P0 LDG.E R8, desc[UR6][R2.64+0x40] ;
         /*0070*/                   LDS R10, [R6+0x10] ;
-        /*0080*/                   IADD3 R4, R4, -0x1, RZ ;
-        /*0090*/                   ISETP.GT.AND P1, PT, R4, RZ, PT ;
-        /*00a0*/                @P1 BRA 0x70 ;
-        /*00b0*/                   STL [R1], R0 ;
-        /*00c0*/                @P0 EXIT ;
-        /*00d0*/                   LDL R11, [R1] ;
-        /*00e0*/                   FSETP.GT.AND P2, PT, R8, 1, PT ;
-        /*00f0*/                @P2 IADD3 R9, R9, 0x1, RZ ;
-        /*0100*/                   STS [R11.X4], R9 ;
-        /*0110*/                   STS [R9], R9 ;
-        /*0120*/                   EXIT ;
+        /*0080*/                   IADD3 R6, R6, 0x20, RZ ;
+        /*0090*/                   IADD3 R4, R4, -0x1, RZ ;
+        /*00a0*/                   ISETP.GT.AND P1, PT, R4, RZ, PT ;
+        /*00b0*/               @P1 BRA 0x70 ;
+        /*00c0*/                   STL [R1], R0 ;
+        /*00d0*/               @P0 EXIT ;
+        /*00e0*/                   LDL R11, [R1] ;
+        /*00f0*/                   STS [R11.X4], R9 ;
+        /*0100*/                   FSETP.GT.AND P2, PT, R8, 1, PT ;
+        /*0110*/               @P2 MOV R11, 0x1 ;
+        /*0120*/                   STS [R11], R9 ;
+        /*0130*/                   MOV R0, 0x80 ;
+        /*0140*/                   STS [R0], R9 ;
+        /*0150*/                   STS [R6], R9 ;
+        /*0160*/                   EXIT ;
 """
 
 
@@ -169,8 +173,8 @@ def test_a_warp_goes_the_ways_of_its_threads(most: int) -> None:
     assert [(way.path, way.accesses, way.shared) for way in ways] == [(w.path, w.accesses, w.shared) for w in alone]
     if most == 100:
         assert len({tuple(way.path) for way in ways}) == 3
-        assert [address for _, address in ways[1].shared] == [0x17, 4 * 33, None]
-        assert [address for _, address in ways[3].shared] == [0x115] * 3
+        assert [address for _, address in ways[1].shared] == [0x17, 4 * 33, None, 0x80, 0x27]
+        assert [address for _, address in ways[3].shared] == [0x115, 0x135, 0x155]
 
 
 @pytest.mark.parametrize(
