@@ -6,6 +6,8 @@ VENV ?= .venv
 ARGS ?=
 # Test processes side by side, one thread each: two OpenMP pools on the same cores slow each other down.
 WORKERS ?= 2
+# Tests take from milliseconds to minutes: a process that has none left takes some of another's.
+PARALLEL := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -30,10 +32,10 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	touch $(STAMP)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not prove" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not prove" $(ARGS)
 
 prove: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m prove $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m prove $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m wavemix_kernels bench $(ARGS)

@@ -17,11 +17,13 @@ from .registers import Thread
 from .sass import IS_PREDICATE, Instruction, Kernel
 
 ABSENT = -1
+LOCAL = ("LDL", "STL")
 _BANKS = ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
 MOST = 2_000_000  # instructions of one thread; beyond, a loop is not understood
 _ADDRESS = re.compile(r"\[(?:(U?R\d+|RZ)(\.64|\.U32)?)?(?:\.X(\d+))?(?:\+?(UR\d+))?(?:\+?(-?0x[0-9a-f]+))?\]$")
 _Parts = tuple[tuple[str, int, int], ...]
-_ENDS = ("BRA", "CALL", "RET", "EXIT", "BRX", "BRXU", "JMP", "BREAK")
+#: Instructions after which another than the next may follow.
+ENDS = ("BRA", "CALL", "RET", "EXIT", "BRX", "BRXU", "JMP", "BREAK")
 
 
 class NotUnderstood(RuntimeError):
@@ -63,7 +65,8 @@ def _parts_of_address(base: str, operands: tuple[str, ...], shared: bool) -> tup
     return tuple(part for part in parts if part[0] and part[0] != "RZ"), int(offset or "0", 16)
 
 
-def _address(instruction: Instruction, thread: Thread, shared: bool = False) -> int | None:
+def address_of(instruction: Instruction, thread: Thread, shared: bool = False) -> int | None:
+    """What an access names in global memory, or in shared memory; None: not known."""
     parts = _parts_of_address(instruction.base, instruction.operands, shared)
     if parts is None:
         return None
@@ -84,68 +87,89 @@ def trace(
     Raises:
         NotUnderstood: an instruction that changes the way is not known, or the way does not end.
     """
-    names = "XYZ"
-    special = {f"SR_CTAID.{names[i]}": block[i] for i in range(3)}
-    special |= {"SR_TID.X": thread_index, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_LANEID": thread_index % 32}
-    special |= {"SR_CgaCtaId": 0, "SR_SWINHI": 0, "SR_SWINLO": 0, "SR_VIRTUALSMID": 0}
-    thread, made = Thread(constants, special, kernel.entry.literals), Trace()
+    thread, made = first_thread(kernel, constants, block, thread_index), Trace()
     code, at = kernel.code, 0
     while most is None or len(made.path) < 2 * most:
         if len(made.path) > MOST:
             raise NotUnderstood(f"{kernel.entry.name}: more than {MOST} instructions, last at {code[at].at:#x}")
         instruction = code[at]
         made.path.append(at)
-        guard, negated = instruction.guard
-        runs = thread.predicate(("!" if negated else "") + guard) if guard else True
-        if instruction.base in _ENDS:
-            taken, target = _branch(kernel, instruction, thread, runs, made)
-            if most is not None and len(made.path) > most and instruction.guard[0] and (target or 0) > 0:
-                taken = taken and target > instruction.at
-            if not taken:
-                made.skipped.add(len(made.path) - 1)
-            if target is None and taken:
-                return made
-            at = kernel.index[target] if taken and target is not None else at + 1
+        if instruction.base not in ENDS:
+            execute(instruction, thread, len(made.path) - 1, made)
+            at += 1
             continue
-        if runs is False:
-            made.skipped.add(len(made.path) - 1)
-            if instruction.kind in ("load", "store"):
-                made.accesses.append((len(made.path) - 1, ABSENT))
-            if instruction.base in _BANKS:
-                made.shared.append((len(made.path) - 1, ABSENT))
-        elif instruction.kind in ("load", "store"):
-            address = _address(instruction, thread)
-            if instruction.base == "LDGSTS":
-                made.shared.append((len(made.path) - 1, _address(instruction, thread, shared=True)))
-                last = instruction.operands[-1]  # a predicate there: zeros instead
-                if IS_PREDICATE.fullmatch(last) and thread.predicate(last) is False:
-                    address = ABSENT
-            made.accesses.append((len(made.path) - 1, address))
-            for register in instruction.writes:
-                thread.values[register] = None
-        elif instruction.base == "SYNCS" and "TRYWAIT" in instruction.modifiers:
-            for text in instruction.operands[:1]:
-                thread.predicates[text] = True  # the barrier has been passed
-        else:
-            if instruction.base in ("LDL", "STL"):
-                _spill(instruction, thread)
-                at += 1
-                continue
-            if instruction.base in _BANKS and instruction.operands[0] != "RZ":
-                made.shared.append((len(made.path) - 1, _address(instruction, thread, shared=True)))
-            if instruction.base == "UTCHMMA" or instruction.base.startswith("UTC"):
-                _describe(instruction, thread, made)
-            if runs is None:
-                _forget(instruction, thread)
-            else:
-                step(instruction, thread)
-        at += 1
+        following = after(kernel, instruction, thread, made, most)
+        if following is None:
+            return made
+        at = following
     return made
+
+
+def first_thread(kernel: Kernel, constants: bytes, block: tuple[int, int, int], index: int) -> Thread:
+    """A thread of a block, before its first instruction."""
+    names = "XYZ"
+    special = {f"SR_CTAID.{names[i]}": block[i] for i in range(3)}
+    special |= {"SR_TID.X": index, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_LANEID": index % 32}
+    special |= {"SR_CgaCtaId": 0, "SR_SWINHI": 0, "SR_SWINLO": 0, "SR_VIRTUALSMID": 0}
+    return Thread(constants, special, kernel.entry.literals)
+
+
+def guard_of(instruction: Instruction, thread: Thread) -> bool | None:
+    """Whether an instruction runs."""
+    name, negated = instruction.guard
+    return thread.predicate(("!" if negated else "") + name) if name else True
+
+
+def after(kernel: Kernel, instruction: Instruction, thread: Thread, made: Trace, most: int | None) -> int | None:
+    """The index of the instruction behind one of :data:`ENDS`, which is the last of the path; None: it ends."""
+    taken, target = _branch(kernel, instruction, thread, guard_of(instruction, thread), made)
+    if most is not None and len(made.path) > most and instruction.guard[0] and (target or 0) > 0:
+        taken = taken and target > instruction.at
+    if not taken:
+        made.skipped.add(len(made.path) - 1)
+        return made.path[-1] + 1
+    return None if target is None else kernel.index[target]
+
+
+def execute(instruction: Instruction, thread: Thread, position: int, made: Trace) -> bool | None:
+    """One instruction but for :data:`ENDS`, at a position of the path. Returns whether it runs."""
+    runs = guard_of(instruction, thread)
+    if runs is False:
+        made.skipped.add(position)
+        if instruction.kind in ("load", "store"):
+            made.accesses.append((position, ABSENT))
+        if instruction.base in _BANKS:
+            made.shared.append((position, ABSENT))
+    elif instruction.kind in ("load", "store"):
+        address = address_of(instruction, thread)
+        if instruction.base == "LDGSTS":
+            made.shared.append((position, address_of(instruction, thread, shared=True)))
+            last = instruction.operands[-1]  # a predicate there: zeros instead
+            if IS_PREDICATE.fullmatch(last) and thread.predicate(last) is False:
+                address = ABSENT
+        made.accesses.append((position, address))
+        for register in instruction.writes:
+            thread.values[register] = None
+    elif instruction.base == "SYNCS" and "TRYWAIT" in instruction.modifiers:
+        for text in instruction.operands[:1]:
+            thread.predicates[text] = True  # the barrier has been passed
+    elif instruction.base in LOCAL:
+        _spill(instruction, thread)
+    else:
+        if instruction.base in _BANKS and instruction.operands[0] != "RZ":
+            made.shared.append((position, address_of(instruction, thread, shared=True)))
+        if instruction.base == "UTCHMMA" or instruction.base.startswith("UTC"):
+            _describe(instruction, thread, position, made)
+        if runs is None:
+            forget(instruction, thread)
+        else:
+            step(instruction, thread)
+    return runs
 
 
 def _spill(instruction: Instruction, thread: Thread) -> None:
     """Registers to local memory, or back."""
-    address = _address(instruction, thread)
+    address = address_of(instruction, thread)
     if instruction.base == "STL":
         registers = instruction.reads[1:] or ("RZ",) * (instruction.width // 4)
         if address is not None:
@@ -155,7 +179,8 @@ def _spill(instruction: Instruction, thread: Thread) -> None:
         thread.values[name] = None if address is None else thread.local.get(address + 4 * i)
 
 
-def _forget(instruction: Instruction, thread: Thread) -> None:
+def forget(instruction: Instruction, thread: Thread) -> None:
+    """Nobody knows whether it runs: its results are unknown."""
     for register in instruction.writes:
         thread.values[register] = None
     for text in instruction.operands[:2]:
@@ -163,12 +188,12 @@ def _forget(instruction: Instruction, thread: Thread) -> None:
             thread.predicates[text] = None
 
 
-def _describe(instruction: Instruction, thread: Thread, made: Trace) -> None:
+def _describe(instruction: Instruction, thread: Thread, position: int, made: Trace) -> None:
     """The shape of a product of sm_100 stands in a register."""
     match = re.search(r"idesc\[(UR\d+)\]", " ".join(instruction.operands))
     value = thread.read(match[1]) if match else None
     if value is not None:
-        made.descriptors.append((len(made.path) - 1, value))
+        made.descriptors.append((position, value))
 
 
 def _branch(

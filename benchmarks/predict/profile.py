@@ -16,6 +16,7 @@ from .execute import ABSENT, Trace, trace
 from .record import Array, Launch
 from .sass import Instruction, Kernel
 from .tools import key, locked
+from .warps import Warps
 
 SECTOR = 32  # bytes that device memory and L2 move at least
 _FEW, _MANY = 3, 12  # blocks that are followed, two warps each: alike, and of several kinds
@@ -133,7 +134,9 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         return found
 
 
-_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "arithmetic", "registers", "sass")]
+_SOURCES = [
+    Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "warps", "arithmetic", "registers", "sass")
+]
 
 
 def _read(text: str) -> Profile:
@@ -150,11 +153,11 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
     loaded: dict[int, float] = defaultdict(float)
     stored: dict[int, float] = defaultdict(float)
     paths: list[Trace] = []
-    met = _Met()
+    met, beginnings = _Met(), Warps(made.kernel, made.constants)
 
     def follow(block: int, window: int) -> None:
         for warp in range(warps) if every else dict.fromkeys((0, warps - 1)):
-            whole, lanes, longest = _ways(made, block, warp, window)
+            whole, lanes, longest = _ways(made, beginnings, block, warp, window)
             paths.append(whole)
             met.meet(made.kernel, lanes, longest)
 
@@ -189,15 +192,13 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
     return result
 
 
-def _ways(made: Compiled, block: int, warp: int, window: int) -> tuple[Trace, list[Trace], int]:
+def _ways(made: Compiled, beginnings: Warps, block: int, warp: int, window: int) -> tuple[Trace, list[Trace], int]:
     """The whole way of one thread of a warp, the beginning of all threads' ways, and which of them it is: the one with
     the longest way, since some leave early at edges, and the warp goes on."""
     x, y, _ = made.grid
     at = block % x, block // x % y, block // (x * y)
-    lanes = [
-        trace(made.kernel, made.constants, at, lane, window)
-        for lane in range(32 * warp, min(32 * warp + 32, made.threads)) if window
-    ]  # fmt: skip
+    threads = range(32 * warp, min(32 * warp + 32, made.threads))
+    lanes = beginnings.beginnings(at, threads, window) if window else []
     longest = max(range(len(lanes)), key=lambda i: len(lanes[i].path), default=0)
     return trace(made.kernel, made.constants, at, 32 * warp + longest), lanes, longest
 

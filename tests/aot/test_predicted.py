@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.predict import arithmetic, execute, registers, sass
+from benchmarks.predict import arithmetic, execute, registers, sass, warps
 from benchmarks.predict.tools import ROOT
 
 pytestmark = pytest.mark.prove
@@ -134,6 +134,47 @@ def test_spills_tables_and_copies_of_zeros(lane: int) -> None:
     assert [made.code[i].at for i in way.path[-4:]] == [0x70, 0x80, 0x90, 0xA0]
     assert [address for _, address in way.shared] == [16 * lane + 0x10, lane + 0x400]
     assert way.accesses[-1][1] == (0 if lane == 3 else execute.ABSENT)
+
+
+#: Threads go round as often as their index says; those of one half take another way, and each its own memory.
+PARTING = """
+		Function : parting
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   S2R R9, SR_CTAID.X ;
+        /*0020*/                   LOP3.LUT R4, R0, 0x3, RZ, 0xc0, !PT ;
+        /*0030*/                   ISETP.GT.AND P0, PT, R4, 0x1, PT ;
+        /*0040*/                   MOV R6, 0x7 ;
+        /*0050*/                @P0 IADD3 R6, R9, 0x100, RZ ;
+        /*0060*/               @!P0 LDG.E R8, desc[UR6][R2.64+0x40] ;
+        /*0070*/                   LDS R10, [R6+0x10] ;
+        /*0080*/                   IADD3 R6, R6, 0x20, RZ ;
+        /*0090*/                   IADD3 R4, R4, -0x1, RZ ;
+        /*00a0*/                   ISETP.GT.AND P1, PT, R4, RZ, PT ;
+        /*00b0*/               @P1 BRA 0x70 ;
+        /*00c0*/                   STL [R1], R0 ;
+        /*00d0*/               @P0 EXIT ;
+        /*00e0*/                   LDL R11, [R1] ;
+        /*00f0*/                   STS [R11.X4], R9 ;
+        /*0100*/                   FSETP.GT.AND P2, PT, R8, 1, PT ;
+        /*0110*/               @P2 MOV R11, 0x1 ;
+        /*0120*/                   STS [R11], R9 ;
+        /*0130*/                   MOV R0, 0x80 ;
+        /*0140*/                   STS [R0], R9 ;
+        /*0150*/                   STS [R6], R9 ;
+        /*0160*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("most", [3, 8, 100])
+def test_a_warp_goes_the_ways_of_its_threads(most: int) -> None:
+    made, threads = kernel(PARTING), range(32, 64)
+    ways = warps.Warps(made, bytes(0x400)).beginnings((5, 0, 0), threads, most)
+    alone = [execute.trace(made, bytes(0x400), (5, 0, 0), thread, most) for thread in threads]
+    assert [(way.path, way.accesses, way.shared) for way in ways] == [(w.path, w.accesses, w.shared) for w in alone]
+    if most == 100:
+        assert len({tuple(way.path) for way in ways}) == 3
+        assert [address for _, address in ways[1].shared] == [0x17, 4 * 33, None, 0x80, 0x27]
+        assert [address for _, address in ways[3].shared] == [0x115, 0x135, 0x155]
 
 
 @pytest.mark.parametrize(
