@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops import each
-from tests.ops.contract import Case, Contract, image, randn
+from tests.ops.contract import Case, Contract, image, randn, singles
 from tests.ops.test_dwt import bank
 from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
 from wavemix_kernels.ops.dwt.reference import Filters, Lattice, separable_bank, separable_bank_transpose
@@ -34,7 +34,16 @@ class Bank(Contract):
         "mode": ("zero", "symmetric", "periodic", "reflect", "constant"),
         "layout": ("nchw", "channels_last", "sliced", "expanded"),
     }  # fmt: skip
-    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu")}
+    dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
+    #: Each once: Triton's interpreter takes a second for a case.
+    few: ClassVar[Any] = {
+        "shape": ((1, 2, 4, 9), (2, 1, 8, 5)), "taps": ((4, 3), (3, 5)), "layout": ("nchw", "channels_last"),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        if backend != "triton":
+            return super().cases(backend)
+        return singles(dtype=self.dtypes[backend], **{**self.axes, **self.few})
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return sum(case.taps) + 4

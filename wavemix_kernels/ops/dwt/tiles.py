@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py). Free of triton."""
+"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py, triton_bank.py). Free of triton."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[
     if max(taps) > 4:
         most, tile, ahead = (16, 128, 2) if analysis else (8, 64, 1)
     rows = min(most, down)
+    while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
+        rows = (rows + 1) // 2
+    return ImageConfig(rows, tile, ahead, tile // 32)
+
+
+def bank_config(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
+    """The same for a filter bank, whose transpose reads four bands of `taps` coefficients for each row."""
+    tile, ahead = (128, 2) if analysis else (64, 1)
+    rows = min(8, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
     return ImageConfig(rows, tile, ahead, tile // 32)
