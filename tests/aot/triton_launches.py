@@ -21,7 +21,7 @@ from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
-from wavemix_kernels.ops.dwt import triton_images, triton_lines
+from wavemix_kernels.ops.dwt import triton_bank, triton_images, triton_lines
 from wavemix_kernels.ops.haar import blocks as haar_blocks
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.haar import triton_analysis, triton_blocks, triton_plan, triton_synthesis
@@ -161,6 +161,15 @@ def dwt_points() -> Iterator[Point]:
             yield Point(f"dwt images {way}", arch, dtype, launch, demands)
             launch = triton_lines.launch(analysis, lines, *bands, (taps[0], taps[1]), -2, "symmetric")
             yield Point(f"dwt lines {way}", arch, dtype, launch, demands)
+            bands = meta(8, 16, 4, 64, 64, dtype=dtype)
+            for name, length, lattice, mode in (
+                ("bank", 8, (-6, 64, 1, 2), "periodic"),
+                ("tree", 18, (-17, 16, 4, 2), "symmetric" if analysis else "zero"),
+            ):
+                ll, rest = bands[:, :, 0, : lattice[1], : lattice[1]], bands[:, :, 1:, : lattice[1], : lattice[1]]
+                filters = [meta(length, dtype=exact) for _ in range(4)]
+                launch = triton_bank.launch(analysis, image, ll, rest, filters, lattice, lattice, mode)
+                yield Point(f"dwt {name} {way}", arch, dtype, launch, demands)
 
 
 # --- PATM ----------------------------------------------------------------------------------------------------

@@ -218,8 +218,8 @@ def launch(
     Args:
         taps: low and high along W, then along H, on the device, in the type of the arithmetic.
         h, w: the lattices.
-        mode: of the analysis none of :data:`~wavemix_kernels.ops.dwt.triton_lines.LINEAR`; the transpose has "zero" and,
-            with a coefficient for every sample, "periodic".
+        mode: of the analysis none of :data:`~wavemix_kernels.ops.dwt.triton_lines.LINEAR`; the transpose has "zero"
+            and, with a coefficient for every sample, "periodic".
     """
     n, c, *size = image.shape
     lengths = taps[2].numel(), taps[0].numel()
