@@ -273,7 +273,7 @@ def run(
     check_sizes(image.shape[2:], mode)
     exact = accumulate_dtype(image.dtype)
     taps = [f.detach().to(exact).flatten().contiguous() for f in filters]
-    axes = [(2, h, taps[2].numel(), image.shape[2]), (3, w, taps[0].numel(), image.shape[3])]
+    axes = [(-2, h, taps[2].numel(), image.shape[2]), (-1, w, taps[0].numel(), image.shape[3])]
     if mode == "periodization" and all(size % 2 == 0 for size in image.shape[2:]):
         mode = "periodic"
     ll = ll if ll.stride(-1) == 1 else ll.contiguous()
