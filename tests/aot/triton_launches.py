@@ -161,14 +161,16 @@ def dwt_points() -> Iterator[Point]:
             yield Point(f"dwt images {way}", arch, dtype, launch, demands)
             launch = triton_lines.launch(analysis, lines, *bands, (taps[0], taps[1]), -2, "symmetric")
             yield Point(f"dwt lines {way}", arch, dtype, launch, demands)
-            bands = meta(8, 16, 4, 64, 64, dtype=dtype)
+            coefficients = meta(8, 16, 4, 64, 64, dtype=dtype)
             for name, length, lattice, mode in (
                 ("bank", 8, (-6, 64, 1, 2), "periodic"),
                 ("tree", 18, (-17, 16, 4, 2), "symmetric" if analysis else "zero"),
             ):
-                ll, rest = bands[:, :, 0, : lattice[1], : lattice[1]], bands[:, :, 1:, : lattice[1], : lattice[1]]
+                some = coefficients[..., : lattice[1], : lattice[1]]
                 filters = [meta(length, dtype=exact) for _ in range(4)]
-                launch = triton_bank.launch(analysis, image, ll, rest, filters, lattice, lattice, mode)
+                launch = triton_bank.launch(
+                    analysis, image, some[:, :, 0], some[:, :, 1:], filters, lattice, lattice, mode
+                )
                 yield Point(f"dwt {name} {way}", arch, dtype, launch, demands)
 
 
