@@ -164,7 +164,7 @@ def dwt_points() -> Iterator[Point]:
             coefficients = meta(8, 16, 4, 64, 64, dtype=dtype)
             for name, length, lattice, mode in (
                 ("bank", 8, (-6, 64, 1, 2), "periodic"),
-                ("tree", 18, (-17, 16, 4, 2), "symmetric" if analysis else "zero"),
+                ("tree", 10, (-8, 16, 4, 2), "symmetric" if analysis else "zero"),
             ):
                 some = coefficients[..., : lattice[1], : lattice[1]]
                 filters = [meta(length, dtype=exact) for _ in range(4)]

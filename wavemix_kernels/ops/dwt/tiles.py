@@ -33,8 +33,8 @@ def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[
 
 def bank_config(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
     """The same for a filter bank. Its transpose reads a filter's length of all four bands for each row: no registers
-    are left for loads ahead, and more rows share what the filters along H overlap in."""
-    most, tile, ahead = (8, 128, 2) if analysis else (16, 128, 0)
+    are left for loads ahead, and more rows share what the filters along H overlap in; long filters leave few rows."""
+    most, tile, ahead = (8, 128, 2) if analysis else (16 if max(taps) <= 8 else 4, 128, 0)
     rows = min(most, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
