@@ -278,7 +278,7 @@ def run(
         mode = "periodic"
     ll = ll if ll.stride(-1) == 1 else ll.contiguous()
     high = high if high is None or high.stride(-1) == 1 else high.contiguous()
-    from_first = [(0, *lattice[1:]) for lattice in (h, w)]
+    from_first = (0, *h[1:]), (0, *w[1:])
     if analysis:
         if mode in LINEAR:  # a sample past the ends is a sum of several: they are written first
             image = image.to(exact)
