@@ -56,8 +56,9 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     their parts, whatever their classes are called and wherever they come from, and judged by their layers and by what
     a copy of them computes beside ours. WTConv keeps its class and, where its filters are Haar's and frozen, gets
     other wavelet functions (:mod:`wavemix_kernels.wtconv`). A Haar layer gets a class derived from its own, whose
-    forward goes on to serve every call that was not compared: on other devices than the CPU, in other dtypes, at sizes
-    and under settings where the two may differ (:mod:`wavemix_kernels.haar_layers`).
+    forward goes on to serve every call that was not compared: in other dtypes, at sizes and under settings where the
+    two may differ, and on a GPU those whose filters were made in inference mode (:mod:`wavemix_kernels.haar_layers`).
+    The model may lie on any device; a layer is compared by a copy on the CPU.
 
     Looked at are the model's submodules, modules in its plain attributes, lists, tuples and dicts, and those in global
     variables that its methods name, which other models may share. What a forward makes anew, holds in other objects or

@@ -4,7 +4,7 @@
 
 A layer is judged by what a copy of it computes beside each convention. Words in its code only decide whether it is run
 at all. It keeps its class as a base, its tensors and its plain forward, which goes on to serve every call that was not
-compared: other devices, dtypes and sizes, and other settings than those it was compared under.
+compared: other dtypes and sizes, and other settings than those it was compared under.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from wavemix_kernels import fx
 from wavemix_kernels.ops.haar import conventions
@@ -30,6 +31,7 @@ _WORDS = re.compile(r"haar|dwt|iwt|wavelet|wave_?(un)?pool", re.IGNORECASE)
 _LARGEST = 4096  # elements in all tensors of a layer of fixed filters
 _ROUNDS = (1, 2, 3)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")  # that kernels run on; layers compute the same on both
 _SIMPLE = (bool, int, float, str, type(None), range)
 
 
@@ -93,10 +95,13 @@ class Form:
         for x in given:
             if not isinstance(x, Tensor) or isinstance(x, fx.Proxy) or type(x) not in (Tensor, nn.Parameter):
                 return False
-            if x.dim() != of.axes + 2 or x.dtype not in self.dtypes or x.device.type != "cpu" or x.numel() == 0:
+            if x.dim() != of.axes + 2 or x.dtype not in self.dtypes or x.device.type not in _DEVICES or x.numel() == 0:
                 return False
-        if len({(x.shape, x.dtype) for x in given}) > 1 or torch.is_autocast_enabled("cpu"):
+        device = given[0].device
+        if len({(x.shape, x.dtype, x.device) for x in given}) > 1 or torch.is_autocast_enabled(device.type):
             return False
+        if any(t.device != device for t in _tensors(layer)):
+            return False  # its own code raises
         return self._fits(given[0].shape) and self._as_seen(layer)
 
     def _fits(self, shape: Sequence[int]) -> bool:
@@ -119,6 +124,8 @@ class Form:
         if any(t.requires_grad for t in now):
             return False
         if any(t.is_inference() for t in now) or (versions := [(id(t), t._version) for t in now]) != self.seen:
+            if any(t.is_cuda for t in now) and (any(t.is_inference() for t in now) or _capturing()):
+                return False  # a look at their values at every call would wait for the GPU; a captured graph has none
             same = len(now) == len(self.filters)
             if not same or not all(
                 a.shape == b.shape and torch.equal(a.detach().cpu().to(b.dtype), b)
@@ -227,6 +234,20 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """A copy on the CPU; tensors that a layer holds as plain attributes move with it."""
+    twin = copy.deepcopy(module).cpu()
+    for part in twin.modules():
+        for name, value in part.__dict__.items():
+            if name not in nn.Module().__dict__ and isinstance(value, (Tensor, list, tuple, dict)):
+                part.__dict__[name] = tree_map_only(Tensor, Tensor.cpu, value)
+    return twin
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
     """One that tells conventions apart: that of the filters, or float32."""
     found = next((t.dtype for t in _tensors(module) if t.is_floating_point()), torch.float32)
@@ -259,7 +280,7 @@ def _run(
     module: nn.Module, given: Sequence[Tensor], flags: dict[str, bool], training: bool | None = None
 ) -> tuple[Any, nn.Module] | None:
     try:
-        twin = copy.deepcopy(module).cpu()
+        twin = _on_cpu(module)
         if training is None:  # the arithmetic that is compared, whatever the dtype of the filters
             twin = twin.to(given[0].dtype)
         twin.train(bool(training))

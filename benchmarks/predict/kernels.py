@@ -143,6 +143,26 @@ def _dwt(
     return run
 
 
+def _filter_bank(
+    lattice: str, taps: int, mode: str, inverse: bool, shape: tuple[int, int, int, int]
+) -> Callable[[], Any]:
+    """The second level of an undecimated transform, or one of a dual tree's."""
+
+    def run() -> Any:
+        from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
+        from wavemix_kernels.ops.dwt.reference import Filters, Lattice
+
+        filters = Filters(*(_vector(taps) for _ in range(4)))
+        n, c, *size = shape
+        h, w = (Lattice(2 - taps, s, 1, 2) if lattice == "swt" else Lattice(2 - taps, s // 4, 4, 2) for s in size)
+        if not inverse:
+            return filter_bank(image(shape, torch.float32, False), filters, h, w, mode=mode, backend="triton")
+        ll, high = torch.empty(n, c, h.length, w.length), torch.empty(n, c, 3, h.length, w.length)
+        return filter_bank_transpose(ll, high, filters, h, w, size, mode=mode, backend="triton")
+
+    return run
+
+
 _TAPS = {"haar": 2, "db2": 4, "db4": 8, "db20": 40}
 
 
@@ -155,6 +175,14 @@ def dwt_cases() -> Iterator[Case]:
             way = "synthesis" if inverse else "analysis"
             name = f"triton dwt {way} {wave} {mode} {str(dtype)[6:]} {_sized(shape)}"
             yield Case(name, _dwt(wave, mode, inverse, dtype, shape))
+    for lattice, taps, mode, inverse in (
+        ("swt", 8, "periodic", False),
+        ("swt", 8, "periodic", True),
+        ("tree", 10, "symmetric", False),
+    ):
+        way = "synthesis" if inverse else "analysis"
+        name = f"triton filter_bank {way} {lattice} {taps} {mode} float32 {_sized(shape)}"
+        yield Case(name, _filter_bank(lattice, taps, mode, inverse, shape))
 
 
 # --- A Waveblock's operators -------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
 from wavemix_kernels.ops.deconv import triton as deconv
 from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
-from wavemix_kernels.ops.dwt import triton_images, triton_lines
+from wavemix_kernels.ops.dwt import triton_bank, triton_images, triton_lines
 from wavemix_kernels.ops.haar import blocks as haar_blocks
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.haar import triton_analysis, triton_blocks, triton_plan, triton_synthesis
@@ -163,6 +163,17 @@ def dwt_points() -> Iterator[Point]:
             yield Point(f"dwt images {way}", arch, dtype, launch, demands)
             launch = triton_lines.launch(analysis, lines, *bands, (taps[0], taps[1]), -2, "symmetric")
             yield Point(f"dwt lines {way}", arch, dtype, launch, demands)
+            coefficients = meta(8, 16, 4, 64, 64, dtype=dtype)
+            for name, length, lattice, mode in (
+                ("bank", 8, (-6, 64, 1, 2), "periodic"),
+                ("tree", 10, (-8, 16, 4, 2), "symmetric" if analysis else "zero"),
+            ):
+                some = coefficients[..., : lattice[1], : lattice[1]]
+                filters = [meta(length, dtype=exact) for _ in range(4)]
+                launch = triton_bank.launch(
+                    analysis, image, some[:, :, 0], some[:, :, 1:], filters, lattice, lattice, mode
+                )
+                yield Point(f"dwt {name} {way}", arch, dtype, launch, demands)
 
 
 # --- PATM ----------------------------------------------------------------------------------------------------
@@ -383,7 +394,9 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
     if dtype == HALF and re.search(r"192 L(3 of rows|[12] of rows gradients)$", name):
         never.append(r"LDG\b.*\.[US](8|16)\b")
     two = half_on_hopper and re.search(TWO_BLOCKS, name) is not None
-    demands = Demands(blocks=2 if two else 1, accesses=(WIDE,), products=tuple(products), never=tuple(never))
+    # A pixel of 8 halves is 16 bytes, which two threads may share.
+    wide = WIDE.replace("128", "(64|128)") if re.match(r"(reduce_haar|mlp) 8\b", name) else WIDE
+    demands = Demands(blocks=2 if two else 1, accesses=(wide,), products=tuple(products), never=tuple(never))
     return Point(("tf32 " if tf32 else "") + name, arch, dtype, launch, demands)
 
 

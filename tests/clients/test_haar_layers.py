@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavemix_kernels import accelerate
+from wavemix_kernels import accelerate, haar_layers
 from wavemix_kernels.haar_layers import HaarLayer
 
 
@@ -203,6 +204,51 @@ def test_what_was_not_compared_runs_as_it_was() -> None:
     accelerate(square)
     with pytest.raises(RuntimeError):  # it refuses odd sizes, and so it still does
         square(torch.zeros(1, 1, 5, 6))
+
+
+class Elsewhere(Tensor):
+    """A tensor of a device that this machine lacks: nothing computes with it until it is moved to the CPU."""
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.einsum:
+            raise RuntimeError("no such device here")
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return out.as_subclass(Tensor) if function is Tensor.cpu else out
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_layer_is_compared_wherever_it_lies(plain: bool) -> None:
+    layer = HaarVideo(2, 0.3536)
+    taps = layer.taps.as_subclass(Elsewhere)
+    if plain:  # a tensor that `to` does not move
+        del layer.taps
+        layer.__dict__["taps"] = taps
+    else:
+        layer.taps = taps
+    state = torch.get_rng_state()
+    report = accelerate(layer)
+    assert [r.path for r in report.replaced] == [""]
+    assert layer.taps is taps
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_calls_on_a_gpu_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for one: it has no values to look at."""
+    layer, counting = SquareDWT(), CountingHaar(3)
+    for module in (layer, counting):
+        accelerate(module)
+    monkeypatch.setattr(haar_layers, "_DEVICES", ("meta",))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(SquareDWT, "forward", None)  # it is ours that runs
+    assert layer(torch.empty(2, 5, 6, 10, device="meta")).shape == (2, 20, 3, 5)
+    calls = []
+    monkeypatch.setattr(CountingHaar, "forward", lambda self, x: calls.append(x.device.type))
+    counting(torch.empty(2, 3, 6, 10, device="meta"))  # filters on another device: its own code says so
+    assert calls == ["meta"]
 
 
 class OtherHaar(SquareDWT):

@@ -83,8 +83,9 @@ SESSIONS = {
         ),
     ),
     "haar_axes-triton": Session("triton and contract", ("haar.triton_blocks",)),
-    "dwt-triton": Session(
-        "triton and (test_analysis or test_synthesis or test_lines)", ("dwt.triton_images", "dwt.triton_lines")
+    "dwt+filter_bank-triton": Session(
+        "triton and (test_analysis or test_synthesis or test_lines or test_bank or test_transpose)",
+        ("dwt.triton_images", "dwt.triton_lines", "dwt.triton_bank"),
     ),
 }
 

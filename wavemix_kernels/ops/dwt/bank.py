@@ -111,7 +111,17 @@ def _compiled(direction: str) -> Any:
     return run
 
 
+def _triton(analysis: bool) -> Any:
+    def run(*args: Any) -> None:
+        from wavemix_kernels.ops.dwt.triton_bank import run as launch
+
+        launch(analysis, *args)
+
+    return run
+
+
 BACKENDS: dict[str, backends.Backend] = {
+    "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton(True), "synthesis": _triton(False)}),
     "cpu": backends.Backend(
         backends.cpu_why_not, {"analysis": _compiled("analysis"), "synthesis": _compiled("synthesis")}
     ),

@@ -178,14 +178,20 @@ def _bank_back(bands: Tensor, low: Tensor, high: Tensor, dim: int, lattice: Latt
         bands, kernel.repeat(channels, 1, 1, 1), stride=_along(dim, stride, 1), dilation=_along(dim, step, 1),
         groups=channels,
     )  # fmt: skip
-    after = max(0, wide.shape[dim] + start - size)
-    wide = extend(wide, dim, 0, size - start + after - wide.shape[dim], "zero")
-    inside = wide.narrow(dim, -start, size)
+    wide = extend(wide, dim, 0, max(0, size - start - wide.shape[dim]), "zero")
+    return fold(wide, dim, -start, size, mode)
+
+
+def fold(wide: Tensor, dim: int, before: int, size: int, mode: str) -> Tensor:
+    """The transpose of :func:`extend`: `before` samples in front of a line of `size` and all behind it are added to
+    those within that they are sums of."""
+    after = wide.shape[dim] - before - size
+    inside = wide.narrow(dim, before, size)
     if mode == "zero":
         return inside
-    border = torch.cat((wide.narrow(dim, 0, -start), wide.narrow(dim, size - start, after)), dim)
-    samples = extend(torch.eye(size, dtype=wide.dtype, device=wide.device), -1, -start, after, mode)
-    of_border = torch.cat((samples[:, :-start], samples[:, size - start :]), 1)
+    border = torch.cat((wide.narrow(dim, 0, before), wide.narrow(dim, before + size, after)), dim)
+    samples = extend(torch.eye(size, dtype=wide.dtype, device=wide.device), -1, before, after, mode)
+    of_border = torch.cat((samples[:, :before], samples[:, before + size :]), 1)
     return inside + (border.movedim(dim, -1) @ of_border.mT).movedim(-1, dim)
 
 

@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py). Free of triton."""
+"""Tiles of the Triton kernels of images (ops/dwt/triton_images.py, triton_bank.py). Free of triton."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[
     most, tile, ahead = 8, 128, 32 // max(taps)
     if max(taps) > 4:
         most, tile, ahead = (16, 128, 2) if analysis else (8, 64, 1)
+    rows = min(most, down)
+    while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
+        rows = (rows + 1) // 2
+    return ImageConfig(rows, tile, ahead, tile // 32)
+
+
+def bank_config(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
+    """The same for a filter bank. Its transpose reads a filter's length of all four bands for each row: no registers
+    are left for loads ahead, and more rows share what the filters along H overlap in; long filters leave few rows."""
+    most, tile, ahead = (8, 128, 2) if analysis else (16 if max(taps) <= 8 else 4, 128, 0)
     rows = min(most, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2

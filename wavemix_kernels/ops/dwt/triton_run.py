@@ -12,7 +12,7 @@ from wavemix_kernels.ops.dwt import triton_images, triton_lines
 from wavemix_kernels.ops.dwt.tiles import ONE_PASS
 
 
-def _check(sizes: Sequence[int], mode: str) -> None:
+def check_sizes(sizes: Sequence[int], mode: str) -> None:
     if mode in ("reflect", "antireflect") and 1 in sizes:
         axis = "H" if len(sizes) == 2 and sizes[0] == 1 else "W"
         raise ValueError(
@@ -45,10 +45,10 @@ def run(
             image, low, high = image.unsqueeze(2), low.unsqueeze(2), None if high is None else high.unsqueeze(2)
         else:
             image, low, high = image.mT, low.mT, None if high is None else high.mT
-        _check(image.shape[-1:], mode)
+        check_sizes(image.shape[-1:], mode)
         _line(analysis, image, low, high, taps, starts[0], mode)
         return
-    _check(image.shape[2:], mode)
+    check_sizes(image.shape[2:], mode)
     if max(f.numel() for f in taps) <= ONE_PASS and _in_one_pass(analysis, image, mode):
         image, low = (t if t.stride(-1) == 1 else t.contiguous() for t in (image, low))
         high = high if high is None or high.stride(-1) == 1 else high.contiguous()
