@@ -218,7 +218,9 @@ def _triton_backward(
     dx, dw, *db = out
     gradients = dx, dw, db[0] if db else None
     if _is_narrow(x, weight, len(grads)):
-        narrow.backward(*gradients, grads, x, weight[:, :, 0, 0].contiguous(), None if add is None else _dense(add))
+        narrow.backward(
+            *gradients, grads, x, weight[:, :, 0, 0].contiguous(), None if add is None else _dense(add, True)
+        )
     else:
         kernels.backward(*gradients, grads, x, weight[:, :, 0, 0].contiguous(), add)
     return out
