@@ -305,11 +305,14 @@ def _mean_gradient(d_a: Tensor, mlp: Any, t: Any) -> Tensor:
 test_contract = each.case(OnGpu(), Lit())
 ONE: Any = {"shape": ((2, 64, 3, 21),), "map": ("by image",), "layout": ("sliced",), "of_batch": (True,)}
 test_contract_of_a_gradient = each.case(Back({"cuda": HALF[:1]}, **ONE))
-test_contract_of_gradients = pytest.mark.prove(each.case(Back()))
+#: Each width and dtype with statistics of the batch, which have a kernel for each.
+THROUGH: Any = {"shape": tuple((1, c, 1, 4) for c in (64, 96, 128)), "map": ("none",), "of_batch": (True,)}
+test_contract_of_gradients = pytest.mark.prove(each.case(Back(), Back(layout=("nchw",), **THROUGH)))
 
 
 @on("cuda")
-@pytest.mark.parametrize("c, dtype, biased", [(64, torch.float16, True), (96, torch.bfloat16, False)])
+@pytest.mark.parametrize("dtype, biased", zip(HALF, (False, True), strict=True))
+@pytest.mark.parametrize("c", [64, 96, 128])
 def test_contract_of_statistics(backend: str, device: str, c: int, dtype: torch.dtype, biased: bool) -> None:
     """Of moments: sums in double, each result rounded once or twice. A variance of 0 stays one."""
     root, mean = randn(c, c).double(), randn(c, seed=1).double()
