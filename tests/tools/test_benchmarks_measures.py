@@ -405,5 +405,5 @@ def test_traffic_around_the_mixers_of_a_wave_block():
 def test_the_command_prints_a_table(capsys):
     assert cli.main(["traffic"]) == 0
     printed = capsys.readouterr().out
-    wanted = ("wavemix_kernels::pointwise_mlp_backward", "aten::convolution", "budget", "upstream")
+    wanted = ("wavemix_kernels::pointwise_mlp_backward", "wavemix_kernels::patm_whole", "budget", "upstream")
     assert not [word for word in (*traffic.BUDGETS, *wanted) if word not in printed]

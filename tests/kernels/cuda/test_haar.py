@@ -54,9 +54,11 @@ MEMORY = (
     ("channels_last", "nchw", (2, 1, 9, 32), "rows", 8),  # one channel: the same memory as NCHW
 )  # fmt: skip
 LEVELS = tuple(range(1, 6))
-#: Whatever a form is instantiated for.
-KERNELS = pairwise(form=FORMS, kernel=tuple(itertools.product(DTYPES, LEVELS)), lows=(False, True))
-REACHED = [Case(form=one.form, dtype=one.kernel[0], levels=one.kernel[1], lows=one.lows) for one in KERNELS]
+KERNELS = tuple(itertools.product(DTYPES, LEVELS))  # that a form is instantiated for
+REACHED = [
+    Case(form=one.form, dtype=one.kernel[0], levels=one.kernel[1], lows=one.lows)
+    for one in pairwise(form=FORMS, kernel=KERNELS, lows=(False, True))
+]
 REACHED += pairwise(form=MEMORY, dtype=DTYPES, levels=LEVELS, lows=(False, True))
 
 

@@ -221,7 +221,7 @@ def finish(
     weights = [*map(_native.pointer, on_images), *[0] * (len(w) - ON_IMAGES), *given.vectors]
     matrix = vector = size = d_theta = None
     if through is not None:
-        sums, invstd, mean, covariance = through
+        sums, (invstd,), mean, covariance = through[0], _floats(through[1]), *(t.double() for t in through[2:])
         matrix, d_theta = x.new_empty((c, c)), x.new_empty((2, c, c), dtype=torch.float32)
         vector, size = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
         _native.launch(
