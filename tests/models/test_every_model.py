@@ -207,9 +207,11 @@ SHALLOW = {"layers": [1, 1], "embed_dims": [4, 6], "mlp_ratios": [2, 2], "drop_p
     [
         (subjects.waveblock(2), True),
         (subjects.patm(4, (5, 6)), True),
-        (subjects.patm(4, (5, 6), "depthwise"), True),
-        (subjects.wave_block((6, 5), subjects.GROUP, "depthwise", "all", dim=4), False),
-        (subjects.wave_net(subjects.BATCH, "fc", **SHALLOW), False),
+        pytest.param(subjects.patm(4, (5, 6), "depthwise"), True, marks=pytest.mark.prove),
+        pytest.param(
+            subjects.wave_block((6, 5), subjects.GROUP, "depthwise", "all", dim=4), False, marks=pytest.mark.prove
+        ),
+        pytest.param(subjects.wave_net(subjects.BATCH, "fc", **SHALLOW), False, marks=pytest.mark.prove),
     ],
     ids=["waveblock", "patm", "patm, depthwise", "wave block", "wave net"],
 )
