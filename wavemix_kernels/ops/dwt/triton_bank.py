@@ -1,7 +1,8 @@
 """One level of a filter bank of images on any lattice of samples in Triton, both axes in one pass, and its transpose.
 
-As in ops/dwt/triton_images.py a program keeps the rows that the filters along H read in registers. Its rows lie as far
-apart as the taps of a dilated filter, so that neighbouring rows of a program share all samples but one.
+The analysis is the kernel of :mod:`.triton_images`; the transpose keeps its rows of coefficients in registers the same
+way. A program's rows lie as far apart as the taps of a dilated filter, so that neighbouring ones share all but one of
+the rows that they read.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -18,100 +19,9 @@ from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.dwt.reference import extend, fold
 from wavemix_kernels.ops.dwt.tiles import ImageConfig, bank_config
-from wavemix_kernels.ops.dwt.triton_images import _SIZES, _STRIDES, _filtered, _origin, _taps, _weighted
+from wavemix_kernels.ops.dwt.triton_images import _SIZES, _STRIDES, _analysis_kernel, _origin, _sum, _taps
 from wavemix_kernels.ops.dwt.triton_lines import LINEAR, _source
 from wavemix_kernels.ops.dwt.triton_run import check_sizes
-
-
-@triton.jit
-def _program(planes, channels, down, across, GAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """As _origin, for programs whose rows lie GAP apart."""
-    groups = GAP * tl.cdiv(tl.cdiv(down, GAP), ROWS)
-    n, c, col, valid, row = _origin(planes, channels, groups * ROWS, across, ROWS, TILE)
-    group = row // ROWS
-    return n, c, col, valid, group // GAP * (GAP * ROWS) + group % GAP
-
-
-@triton.jit
-def _samples(
-    lines, at, size, limit, valid, TAPS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
-    """The samples of a row that the filters along W read, a tap after the other. Coefficients begin at `at`; `limit` is
-    `size`, or 0 for a row of zeros."""
-    read = ()
-    if MODE == "zero":
-        lines += at
-    for t in tl.static_range(TAPS):
-        if MODE == "zero":
-            # Compared as unsigned numbers, negative places are past the end too.
-            inside = (at + t * STEP).to(tl.uint32) < limit.to(tl.uint32)
-            value = tl.load(lines + t * STEP, mask=inside, other=0.0)
-        else:
-            place, sign = _source(at + t * STEP, size, MODE, FAR)
-            value = tl.load(lines + place, mask=valid, other=0.0)
-            if MODE == "antisymmetric":
-                value *= sign.to(value.dtype)
-        read = read + (value,)  # noqa: RUF005
-    return read
-
-
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
-def _analysis_kernel(
-    image, ll, high, low_w, high_w, low_h, high_h,
-    planes: tl.int32, channels: tl.int32, height: tl.int32, width: tl.int32, count_h: tl.int32, count_w: tl.int32,
-    start_h: tl.int32, start_w: tl.int32,
-    image_n: tl.int64, image_c: tl.int64, image_y: tl.int64,
-    ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
-    high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
-    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, MODE: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
-    GAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    REAL: tl.constexpr = low_w.dtype.element_ty
-    EVERY: tl.constexpr = GAP * STRIDE_H // STEP_H  # rows of samples from one row of coefficients to the next
-    n, c, col, valid, row = _program(planes, channels, count_h, count_w, GAP, ROWS, TILE)
-    plane = image + n * image_n + c * image_c
-    to_ll = ll + n * ll_n + c * ll_c + col
-    to_high = high + n * high_n + c * high_c + col
-    at = tl.where(valid, start_w + STRIDE_W * col, 2**30)
-    taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
-    taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
-    read = ()
-    lows = ()
-    highs = ()
-    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
-    for ahead in tl.static_range(EVERY * (ROWS - 1) + TAPS_H + AHEAD):
-        if ahead < EVERY * (ROWS - 1) + TAPS_H:
-            y = start_h + STRIDE_H * row + ahead * STEP_H
-            limit = tl.where((y >= 0) & (y < height), width, 0)
-            if MODE != "zero":
-                # Rows of coefficients that the last program has too many of read what the last one reads.
-                y = tl.minimum(y, start_h + STRIDE_H * (count_h - 1) + STEP_H * (TAPS_H - 1))
-                y, _ = _source(y, height, MODE, FAR_H)
-            read = read + _samples(plane + y * image_y, at, width, limit, valid, TAPS_W, STEP_W, MODE, FAR_W)
-        if ahead >= AHEAD:
-            low = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[0], TAPS_W, "zero", FAR_W, REAL)
-            other = _filtered(read, (ahead - AHEAD) * TAPS_W, at, width, taps_w[1], TAPS_W, "zero", FAR_W, REAL)
-            if MODE == "antisymmetric":
-                y = start_h + STRIDE_H * row + (ahead - AHEAD) * STEP_H
-                y = tl.minimum(y, start_h + STRIDE_H * (count_h - 1) + STEP_H * (TAPS_H - 1))
-                _, sign = _source(y, height, MODE, FAR_H)
-                low *= sign.to(REAL)
-                other *= sign.to(REAL)
-            lows = lows + (low,)  # noqa: RUF005
-            highs = highs + (other,)  # noqa: RUF005
-            if ahead - AHEAD >= TAPS_H - 1 and (ahead - AHEAD - TAPS_H + 1) % EVERY == 0:
-                k = row + (ahead - AHEAD - TAPS_H + 1) // EVERY * GAP
-                mask = valid & (col < tl.where(k < count_h, count_w, 0))
-                to = to_high + k * high_y
-                ll_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
-                lh_k = _weighted(lows, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
-                hl_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[0], TAPS_H)
-                hh_k = _weighted(highs, ahead - AHEAD - TAPS_H + 1, taps_h[1], TAPS_H)
-                tl.store(to_ll + k * ll_y, ll_k.to(ll.dtype.element_ty), mask=mask)
-                tl.store(to, lh_k.to(high.dtype.element_ty), mask=mask)
-                tl.store(to + high_b, hl_k.to(high.dtype.element_ty), mask=mask)
-                tl.store(to + 2 * high_b, hh_k.to(high.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -137,15 +47,6 @@ def _coefficients(
     return read
 
 
-@triton.jit
-def _sum(read, first: tl.constexpr, taps, BY: tl.constexpr, TAPS: tl.constexpr, like):
-    """The sum by a filter of `read` from number `first` on, every BY-th."""
-    total = tl.zeros_like(like)
-    for t in tl.static_range(TAPS):
-        total += taps[t] * read[first + t * BY].to(like.dtype)
-    return total
-
-
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def _transpose_kernel(
     image, ll, high, low_w, high_w, low_h, high_h,
@@ -159,7 +60,7 @@ def _transpose_kernel(
     HIGH: tl.constexpr, GAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     BANDS: tl.constexpr = 4 if HIGH else 1
-    n, c, col, valid, row = _program(planes, channels, height, width, GAP, ROWS, TILE)
+    n, c, col, valid, row = _origin(planes, channels, height, width, GAP, ROWS, TILE)
     from_ll = ll + n * ll_n + c * ll_c
     from_high = high + n * high_n + c * high_c
     to = image + n * image_n + c * image_c + col
