@@ -60,7 +60,7 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     two may differ, and on a GPU those whose filters were made in inference mode (:mod:`wavemix_kernels.haar_layers`).
     The model may lie on any device; a layer is compared by a copy on the CPU.
 
-    Looked at are the model's submodules, modules in its plain attributes, lists, tuples and dicts, and those in global
+    It looks at the model's submodules, modules in its plain attributes, lists, tuples and dicts, and those in global
     variables that its methods name, which other models may share. What a forward makes anew, holds in other objects or
     in closures, or writes in plain operations is not found.
 

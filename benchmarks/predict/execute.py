@@ -66,7 +66,7 @@ def _parts_of_address(base: str, operands: tuple[str, ...], shared: bool) -> tup
 
 
 def address_of(instruction: Instruction, thread: Thread, shared: bool = False) -> int | None:
-    """What an access names in global memory, or in shared memory; None: not known."""
+    """The address of an access to global memory, or to shared memory; None where it is not known."""
     parts = _parts_of_address(instruction.base, instruction.operands, shared)
     if parts is None:
         return None

@@ -314,7 +314,7 @@ test_contract_of_gradients = pytest.mark.prove(each.case(Back(), Back(layout=("n
 @pytest.mark.parametrize("dtype, biased", [(torch.bfloat16, False), (torch.float16, True)])
 @pytest.mark.parametrize("c", [64, 96, 128])
 def test_contract_of_statistics(backend: str, device: str, c: int, dtype: torch.dtype, biased: bool) -> None:
-    """Of moments: sums in double, each result rounded once or twice. A variance of 0 stays one."""
+    """Statistics from moments: sums in double, each result rounded once or twice. A variance of 0 stays one."""
     root, mean = randn(c, c).double(), randn(c, seed=1).double()
     phases = []
     for i in range(2):

@@ -248,7 +248,7 @@ class Shared:
         self.copies: list[tuple[Array, Array, Array]] = []
 
     def place(self, addresses: Array, mask: Array, size: int) -> Place:
-        """Of an access by the threads of a mask, which is counted."""
+        """The place of an access by the threads of a mask. The access is counted."""
         found = _place(np.where(mask, addresses, ABSENT).tobytes(), size, self.layout)
         self.counts.shared_requests += found.requests
         self.counts.wavefronts += found.wavefronts

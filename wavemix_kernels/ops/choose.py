@@ -137,7 +137,7 @@ def with_kernels(function: str, table: Mapping[str, Backend], device: str) -> Or
 
 def reduce_haar(order: Order, narrow: bool) -> Order:
     """Forward and gradients, where Triton's kernels for narrow images serve (reduce_haar/triton_narrow.py): predicted
-    to take a fifth (8 channels) to three quarters (32) of the CUDA kernels' time. (docs/develop/tuning.md)"""
+    to take a fifth (8 channels) to five sixths (32) of the CUDA kernels' time. (docs/develop/tuning.md)"""
     return tuple(sorted(order, key=lambda name: name != "triton")) if narrow else order
 
 

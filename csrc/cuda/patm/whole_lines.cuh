@@ -95,7 +95,7 @@ struct Four {
   __device__ int at(int i) const { return pixel + i * step + (i < until_next ? 0 : to_next); }
 };
 
-// What the kernels along lines read, and how an image is cut for them.
+// Kernels along lines read this; it also says how an image is cut for them.
 struct LineParams {
   Image image;
   Strides x, grad_strides;
@@ -145,7 +145,7 @@ void launch_lines(const char* name, void (*kernel)(Params), const PatmArgs& args
   }
 }
 
-// Of a block: its image, its branch, and its tiles there.
+// A block has one image, one branch, and these tiles of it.
 struct LinePart {
   int64_t n;
   int branch, part, begin, end;

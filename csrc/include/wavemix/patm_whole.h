@@ -69,8 +69,8 @@ int64_t patm_moments_workspace_cuda(const PatmArgs& args, int multiprocessors);
 void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors,
                        void* stream);
 
-// Of theta_h and theta_w, convolutions of an image with these moments: out (5, 2, c), their mean, biased variance and
-// inverse deviation, and their norms' affine map, scale and shift. Of args: dtype, c, thetas and their biases.
+// theta_h and theta_w are convolutions of an image with these moments. out (5, 2, c) gets their mean, biased variance
+// and inverse deviation, and their norms' affine map, scale and shift. args gives dtype, c, thetas and their biases.
 struct PatmStatisticsArgs {
   const double *mean = nullptr, *covariance = nullptr;
   const float *weight[2] = {}, *bias[2] = {};  // (c) of a norm, null for ones and zeros

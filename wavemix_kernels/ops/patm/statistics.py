@@ -165,7 +165,7 @@ def gradients(arguments: Arguments, sums: Tensor, of: Statistics) -> tuple[list[
 
 
 def _like(*pairs: tuple[Tensor, Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-    """Of each pair the rows in the parameters' dtypes, None for missing ones."""
+    """The rows of each pair in the parameters' dtypes, None for missing ones."""
     wanted = [(row, t) for rows, parameters in pairs for row, t in zip(rows.unbind(0), parameters, strict=True)]
     given = [(row, t) for row, t in wanted if t is not None]
     made = iter(cast_together([row for row, _ in given], [t.dtype for _, t in given]))
