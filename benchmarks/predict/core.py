@@ -25,14 +25,13 @@ _CODES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 _OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0", *_CODES]
 _CSRC = ROOT / "csrc"
 _STUB = Path(__file__).parent / "stub" / "runtime.cpp"
-_BINDINGS = ("module", "haar", "reduce_haar", "patm", "patm_whole")  # the families that have CUDA kernels
 _Callback = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
 )
 
 
 def _sources() -> list[Path]:
-    return [*(_CSRC / "cuda").rglob("*.cu"), *(_CSRC / "bindings" / f"{name}.cpp" for name in _BINDINGS), _STUB]
+    return [*(_CSRC / "cuda").rglob("*.cu"), _CSRC / "emulator" / "bindings.cpp", _STUB]
 
 
 def build() -> Path:
@@ -44,13 +43,15 @@ def build() -> Path:
     """
     if shutil.which("nvcc") is None:
         raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")
-    headers = [p for folder in ("cuda", "include", "bindings") for p in (_CSRC / folder).rglob("*.*h")]
+    headers = [p for folder in ("cuda", "include") for p in (_CSRC / folder).rglob("*.*h")]
+    bindings = [*(_CSRC / "bindings").iterdir()]
     versions = run(["nvcc", "--version"]), sys.version, *_OPTIONS
-    made_of = key([*_sources(), *headers], *versions)
+    made_of = key([*_sources(), *headers, *bindings], *versions)
     with locked("cuda"):
         folder = CACHE / f"cuda-{made_of}"
         if not (folder / "done").exists():
-            objects = [_compiled(source, key([source, *headers], *versions)) for source in _sources()]
+            read = {".cu": headers, ".cpp": [*headers, *bindings]}
+            objects = [_compiled(source, key([source, *read[source.suffix]], *versions)) for source in _sources()]
             for old in CACHE.glob("cuda-*/"):
                 shutil.rmtree(old)
             for arch in ARCHS:

@@ -36,7 +36,7 @@ class Built(NamedTuple):
 @functools.cache
 def core() -> Built:
     """`_core`'s CUDA functions."""
-    bindings = [CSRC / "bindings" / f"{name}.cpp" for name in ("module", "haar", "reduce_haar", "patm", "patm_whole")]
+    bindings = CSRC / "emulator" / "bindings.cpp"
     return _built("_executed", bindings, sorted((CSRC / "cuda").rglob("*.cu")), ["-DWAVEMIX_MODULE_NAME=_executed"])
 
 
@@ -45,10 +45,10 @@ def test_kernels() -> Built:
     """Those of the emulator's own tests: right and wrong ones, and matrix products."""
     folder = ROOT / "tests" / "emulator"
     kernels = [folder / "wrong_kernels.cu", folder / "mma_kernels.cu"]
-    return _built("_emulator_tests", [folder / "bindings.cpp"], kernels, [])
+    return _built("_emulator_tests", folder / "bindings.cpp", kernels, [])
 
 
-def _built(name: str, bindings: list[Path], kernels: list[Path], defines: list[str]) -> Built:
+def _built(name: str, bindings: Path, kernels: list[Path], defines: list[str]) -> Built:
     pybind11 = pytest.importorskip("pybind11", reason="PTX: pybind11 is not installed")
     include = emulator.cuda_include()
     for tool in ("nvcc", "g++"):
@@ -56,11 +56,11 @@ def _built(name: str, bindings: list[Path], kernels: list[Path], defines: list[s
             pytest.skip(f"PTX: {tool} is not on PATH, or CUDA's headers are missing")
     headers = [
         path
-        for pattern in ("*.h", "*.cuh")
+        for pattern in ("*.h", "*.cuh", "bindings/*.cpp")
         for path in (*CSRC.rglob(pattern), *Path(__file__).parent.parent.rglob(pattern))
     ]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [*kernels, *bindings, Path(__file__).with_name("runtime.cpp")]
+    sources = [*kernels, bindings, Path(__file__).with_name("runtime.cpp")]
     folder = FOLDER / f"{name}-{key([*sources, *headers, Path(__file__)], version)}"
     library = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     host = [*CXX, *INCLUDES, *DEFINES, *defines, f"-I{include}", f"-I{pybind11.get_include()}",
