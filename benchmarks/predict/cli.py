@@ -96,8 +96,7 @@ def _predicted(names: Sequence[str], kernels: str | None, chips: Sequence[str]) 
         data["chips"][chip] = devices(names, chip) if names else {}
         found = gates.predictions(chip, kernels) if kernels else []
         data["kernels"][chip] = {
-            one.name: {"us": one.prediction.seconds * 1e6, "share": one.share, "bound": one.prediction.bound}
-            for one in found
+            one.name: {"us": one.seconds * 1e6, "share": one.share, "bound": one.bound} for one in found
         }
     _same_way(data)
     data["calibration"] = [asdict(row) | {"error": row.error} for row in calibration.rows()]

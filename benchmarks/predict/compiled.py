@@ -6,6 +6,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -84,18 +85,27 @@ def compiled(launch: Launch, chip: Chip) -> Compiled:
 def _by_triton(launch: Launch, chip: Chip) -> Any:
     """Compiled for a chip that is not here; results are kept under build/predict."""
     from triton import knobs
+
+    knobs.cache.dir = os.environ.get("TRITON_CACHE_DIR") or str(CACHE / "triton")
+    with on_chip(chip.arch):
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+
+
+@contextmanager
+def on_chip(arch: int, device: Any = None) -> Iterator[None]:
+    """Inside, Triton compiles for a chip that is not here; what it has compiled it knows by the device."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     before = getattr(driver, "_active", None)
-    target = GPUTarget("cuda", chip.arch, 32)
-    # The part of a driver that compiling asks for; "device" numbers are architectures.
+    target = GPUTarget("cuda", arch, 32)
+    # The part of a driver that compiling asks for.
     driver.set_active(SimpleNamespace(
-        get_current_device=lambda: chip.arch, get_current_stream=lambda device: 0, get_current_target=lambda: target,
+        get_current_device=lambda: device or arch, get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
     ))  # fmt: skip
-    knobs.cache.dir = os.environ.get("TRITON_CACHE_DIR") or str(CACHE / "triton")
     try:
-        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+        yield
     finally:
         driver._active = before
 

@@ -134,7 +134,7 @@ def _sources() -> str:
 _ABOVE = {
     f"{name}.py"
     for name in (
-        *("breakdown", "calibration", "cli", "device", "gates", "host", "kernels"),
+        *("breakdown", "calibration", "cli", "device", "gates", "host", "kept", "kernels"),
         *("report", "rivals", "steps", "stub_gpu", "terminal"),
     )
 }

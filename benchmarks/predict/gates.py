@@ -1,11 +1,13 @@
 """Floors under the predicted speed of each kernel: a change that makes one slower is red in ``make prove``.
 
 ``python -m benchmarks.predict.gates [PATTERN]`` predicts every kernel on an H100, holds it to its floor and prints the
-table anew, for the file `floors.json`.
+table anew, for the file `floors.json`. What has not changed is read from `kept.json` (:mod:`benchmarks.predict.kept`);
+``--anew`` does without, ``--renew`` writes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import json
 import math
@@ -19,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from .bound import Prediction, predict
+from . import kept, tools
+from .bound import predict
 from .chips import CHIPS, Chip
+from .executed import name_of, scales
 from .kernels import Recorded, cases, recorded
+from .profile import SOURCES
 
 CHIP = "h100"
 FLOORS = Path(__file__).parent / "floors.json"
+KEPT = Path(__file__).parent / "kept.json"
 _STEP, _FINE = 0.05, 0.01  # floors are rounded down to it; below `_LOW` to the finer one
 _LOW = 0.3
 _SLACK = 0.02  # a new compiler may move a prediction by this share of its floor
@@ -78,6 +84,7 @@ class Predicted:
     """A kernel of :mod:`benchmarks.predict.kernels` and its prediction.
 
     Attributes:
+        seconds, bound: see :class:`benchmarks.predict.bound.Prediction`.
         share: of what the chip can do: the larger of its bytes at the speed of a copy and the products that the shape
             needs at tensor peak, over the time. Products that are made twice do not count.
         waste: products made for each one needed; 1 without any.
@@ -86,11 +93,12 @@ class Predicted:
     """
 
     name: str
-    prediction: Prediction
+    seconds: float
+    bound: str
     share: float
     waste: float
     covered: float
-    misread: tuple[tuple[tuple[int, ...], float], ...]
+    misread: tuple[tuple[tuple[int, ...], float], ...] = ()
 
 
 def predicted(one: Recorded, chip: Chip) -> Predicted:
@@ -111,22 +119,45 @@ def predicted(one: Recorded, chip: Chip) -> Predicted:
     )
     waste = found.flops / one.flops if one.flops else 1.0
     covered = profile.sectors / max(one.launch.bytes, 1)
-    return Predicted(one.name, found, ideal / found.seconds, waste, covered, misread)
+    return Predicted(one.name, found.seconds, found.bound, ideal / found.seconds, waste, covered, misread)
 
 
-def _of_case(name: str, chip: str) -> list[Predicted]:
-    return [predicted(one, CHIPS[chip]) for case in cases(name) for one in recorded(case, CHIPS[chip])]
+def _key(one: Recorded, chip: Chip) -> str:
+    """Changes with whatever decides :func:`predicted`."""
+    files = [*SOURCES, *(Path(__file__).with_name(f"{name}.py") for name in ("bound", "compiled", "gates"))]
+    launch = one.launch
+    asked = launch.grid, launch.threads, launch.shared, launch.bytes, launch.arrays, launch.args, launch.parameters
+    return kept.key(tools.key(files), chip, kept.code(launch, chip), asked, one.flops, scales(name_of(launch)))
+
+
+def _of_case(name: str, chip: str, anew: bool = True) -> list[tuple[Predicted, str, bool]]:
+    """Predictions with their keys, and whether they are kept ones; of :data:`CHIP` alone some are."""
+    found, known = [], kept.read(KEPT) if chip == CHIP else {}
+    for case in cases(name):
+        for one in recorded(case, CHIPS[chip]):
+            made_of, row = _key(one, CHIPS[chip]), known.get(one.name)
+            if again := not kept.serves(row, made_of, anew):
+                result = predicted(one, CHIPS[chip])
+            else:
+                result = Predicted(one.name, *row.result)
+            found.append((result, made_of, not again))
+    return found
+
+
+def _of_cases(chip: str, pattern: str, anew: bool) -> list[tuple[Predicted, str, bool]]:
+    names = [case.name for case in cases(pattern)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        some = pool.map(_of_case, names, [chip] * len(names), [anew] * len(names))
+        return [one for found in some for one in found]
 
 
 def predictions(chip: str = CHIP, pattern: str = "*") -> list[Predicted]:
-    """Every kernel of the cases that match, predicted by several processes; the first time it takes minutes.
+    """Every kernel of the cases that match, predicted anew by several processes; the first time it takes minutes.
 
     Raises:
         execute.NotUnderstood, tools.Missing: see :func:`benchmarks.predict.bound.predict`.
     """
-    names = [case.name for case in cases(pattern)]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return [one for found in pool.map(_of_case, names, [chip] * len(names)) for one in found]
+    return [one for one, _, _ in _of_cases(chip, pattern, True)]
 
 
 def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) -> list[str]:
@@ -142,7 +173,7 @@ def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) 
         if one.share < floor["share"] * (1 - _SLACK):
             lines.append(
                 f"{one.name}: {one.share:.2f} of the chip, its floor is {floor['share']:.2f} "
-                f"({one.prediction.seconds * 1e6:.0f} us, bound by {one.prediction.bound})"
+                f"({one.seconds * 1e6:.0f} us, bound by {one.bound})"
             )
         if one.waste > floor["waste"] * (1 + _SLACK):
             lines.append(f"{one.name}: {one.waste:.2f} products for each one needed, at most {floor['waste']:.2f}")
@@ -159,17 +190,32 @@ def _floor_of(one: Predicted) -> dict[str, float]:
     return {"share": round(share, 2), "waste": round(math.ceil(one.waste * 20 - 1e-9) / 20, 2)}
 
 
-def main(pattern: str = "*") -> int:
-    found = predictions(CHIP, pattern)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predict.gates", description=__doc__.split("\n")[0])
+    parser.add_argument("pattern", nargs="?", default="*", help="kernels by name, as the shell has patterns")
+    parser.add_argument("--anew", action="store_true", help="predict what has not changed, too")
+    parser.add_argument("--renew", action="store_true", help=f"write {KEPT.name}, if no kernel is below its floor")
+    options = parser.parse_args(arguments)
+    made = _of_cases(CHIP, options.pattern, options.anew)
+    found = [one for one, _, _ in made]
     floors = json.loads(FLOORS.read_text()) if FLOORS.exists() else {}
     lines = complaints(found, floors)
-    gone = [name for name in floors if fnmatch.fnmatch(name, pattern) and name not in {one.name for one in found}]
+    today = {one.name for one in found}
+    gone = [name for name in floors if fnmatch.fnmatch(name, options.pattern) and name not in today]
     lines += [f"{name}: has a floor, and no kernel" for name in gone]
     table = (f" {json.dumps(one.name)}: {json.dumps(_floor_of(one))}" for one in found)
     print("{\n" + ",\n".join(table) + "\n}")
     print(*lines, sep="\n", file=sys.stderr)
+    if options.renew and not lines:
+        kept.write(KEPT, {one.name: kept.Kept(made_of, _written(one)) for one, made_of, _ in made}, floors)
+    print(f"{sum(same for *_, same in made)} of {len(made)} kernels have not changed since their prediction was kept")
     return 1 if lines else 0
 
 
+def _written(one: Predicted) -> list[object]:
+    numbers = [float(f"{value:.4g}") for value in (one.share, one.waste, one.covered)]
+    return [float(f"{one.seconds:.4g}"), one.bound, *numbers, *([one.misread] if one.misread else [])]
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

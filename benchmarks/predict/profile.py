@@ -123,7 +123,7 @@ def profile(launch: Launch, chip: Chip) -> Profile:
     """
     made = compiled(launch, chip)
     where = [(a.address, a.bytes) for a in launch.arrays]
-    made_of = key(_SOURCES, made.cubin, made.name, made.constants, made.grid, made.threads, made.shared, where, chip)
+    made_of = key(SOURCES, made.cubin, made.name, made.constants, made.grid, made.threads, made.shared, where, chip)
     with locked(f"profile-{made_of[:2]}") as folder:
         file = folder / "profiles" / f"{made_of}.json"
         if file.exists():
@@ -134,7 +134,8 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         return found
 
 
-_SOURCES = [
+#: What decides a profile, beside the machine code.
+SOURCES = [
     Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "warps", "arithmetic", "registers", "sass")
 ]
 

@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.predict import arithmetic, execute, registers, sass, warps
+from benchmarks.predict import arithmetic, execute, kept, registers, sass, warps
 from benchmarks.predict.tools import ROOT
 
 pytestmark = pytest.mark.prove
@@ -39,7 +40,8 @@ def answer(program: str) -> Any:
 
 
 def test_no_kernel_is_below_its_floor() -> None:
-    """Share of the chip, products made twice, and that the followed threads move the bytes of the plan."""
+    """Share of the chip, products made twice, and that the followed threads move the bytes of the plan; of kernels
+    that have not changed, the kept results."""
     done = python("-m", "benchmarks.predict.gates")
     assert done.returncode == 0, f"{done.stderr[-6000:]}\nfloors of today:\n{done.stdout}"
 
@@ -56,20 +58,36 @@ if given:
     import wavemix_kernels.ops.mlp.triton as mlp
     mlp.config_for = tiles.config_for
 (name,) = [case.name for case in kernels.cases("triton mlp forward 192|96 *")]
-(one,) = gates._of_case(name, gates.CHIP)
+((one, key, _),) = gates._of_case(name, gates.CHIP)
 floors = json.loads(gates.FLOORS.read_text())
-print(json.dumps([one.share, one.waste, gates.complaints([one], floors)]))
+print(json.dumps([one.share, one.waste, gates.complaints([one], floors), key]))
 """
 
 
 def test_a_worse_tile_is_red() -> None:
     """16 rows are fewer than eight warps cover: fragments are repeated, and each block does less for its weights."""
-    share, waste, complaints = answer(MLP.format(config=None))
+    share, waste, complaints, key = answer(MLP.format(config=None))
     assert not complaints
-    worse_share, worse_waste, complaints = answer(MLP.format(config=(16, 16, 0, 8, 2)))
+    worse_share, worse_waste, complaints, worse_key = answer(MLP.format(config=(16, 16, 0, 8, 2)))
+    assert key != worse_key  # no kept result stands for it
     assert worse_share < 0.7 * share
     assert worse_waste > 1.5 * waste
     assert len(complaints) == 2
+
+
+def test_kept_results_serve_unless_they_changed_or_it_is_their_day(tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    made = {f"kernel {i}": kept.Kept(kept.key("code", i), [i, "memory"]) for i in range(200)}
+    kept.write(file, made, made)
+    kept.write(file, {"kernel 3": kept.Kept("other", [0, "L2"])}, [name for name in made if name != "kernel 4"])
+    rows = kept.read(file)
+    assert rows["kernel 5"].result == [5, "memory"]
+    assert rows["kernel 3"] == ("other", [0, "L2"])
+    assert "kernel 4" not in rows
+    served = [name for name, row in made.items() if kept.serves(rows.get(name), row.key)]
+    assert 150 < len(served) < 198
+    assert "kernel 3" not in served
+    assert not any(kept.serves(rows.get(name), row.key, anew=True) for name, row in made.items())
 
 
 # --- The reading of machine code ------------------------------------------------------------------------------

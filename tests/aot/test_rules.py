@@ -1,45 +1,121 @@
-"""The compiled kernels ahead of time, without a GPU: each rule once, over the table of all kernels and chips.
+"""The compiled kernels ahead of time, without a GPU: each rule, over the table of all kernels and chips.
 
-`python -m tests.aot.test_rules` prints the table.
+Triton kernels that kept the rules before, and have not changed, are not compiled again
+(:mod:`benchmarks.predict.kept`). `python -m tests.aot.test_rules --anew` compiles and prints all; with `--renew` the
+program writes which of Triton's kept the rules.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from benchmarks.predict import kept
 from benchmarks.predict.core import ARCHS
 from tests.aot import cuda_kernels, triton_kernels
-from tests.aot.table import MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Kernel
+from tests.aot.table import MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Demands, Kernel
 
 pytestmark = pytest.mark.prove
+STATIC = 48 * 1024  # bytes of shared memory, the most that nvcc gives a block
 
 
-@pytest.fixture(scope="session", params=[cuda_kernels, triton_kernels], ids=["cuda", "triton"])
-def table(request: pytest.FixtureRequest) -> list[Kernel]:
-    return request.param.kernels()
+def spills(kernel: Kernel) -> Iterator[str]:
+    """No local memory: an array that did not fit the registers shows here, too."""
+    if kernel.local > kernel.demands.most_local or (kernel.has("LDL|STL") and not kernel.demands.most_local):
+        yield f"{kernel.local} bytes of local memory"
+    if kernel.registers > MAX_REGISTERS:
+        yield f"{kernel.registers} registers"
 
 
-def fail_on(table: list[Kernel], bad: Callable[[Kernel], object]) -> None:
-    wrong = [f"{kernel} {found}" for kernel in table if (found := bad(kernel))]
-    if wrong:
-        pytest.fail(f"{len(wrong)} of {len(table)} kernels:\n" + "\n".join(wrong), pytrace=False)
+def fits(kernel: Kernel) -> Iterator[str]:
+    """In registers and shared memory; in twos and threes where one is to compute while another waits for memory."""
+    demands, most = kernel.demands, SHARED_OF_SM[kernel.arch] - SHARED_OF_SYSTEM
+    if demands.most_shared is not None:
+        most = min(most, demands.most_shared)
+    if kernel.shared > most:
+        yield f"more than {most} bytes of shared memory"
+    if kernel.name.startswith("cuda") and kernel.shared > STATIC:
+        yield f"more than {STATIC} bytes of static shared memory"
+    if kernel.blocks < demands.blocks or kernel.blocks * kernel.threads < 32 * demands.warps:
+        yield f"room for {kernel.blocks} blocks, expected {demands.blocks} and {demands.warps} warps"
+
+
+def accesses(kernel: Kernel) -> Iterator[str]:
+    """Memory moves in wide accesses."""
+    yield from (f"no {pattern}" for pattern in kernel.demands.accesses if not kernel.has(pattern))
+    if kernel.demands.only_wide:
+        yield from (op for op in kernel.instructions if re.match(r"(LDG|STG)\b(?!.*\.128)", op))
+
+
+def products(kernel: Kernel) -> Iterator[str]:
+    """Matrix products use tensor cores, or exact arithmetic."""
+    yield from (f"no {pattern}" for pattern in kernel.demands.products if not kernel.has(pattern))
+
+
+def forbidden(kernel: Kernel) -> Iterator[str]:
+    """Approximate sines, exchange between threads where each works alone, loads of single pixels, another chip's
+    matrix instruction, tensor cores in exact arithmetic."""
+    yield from (pattern for pattern in kernel.demands.never if kernel.has(pattern))
+
+
+RULES = (spills, fits, accesses, products, forbidden)
+
+
+def broken(table: list[Kernel]) -> list[str]:
+    """A line for each kernel and rule that it breaks."""
+    return [
+        f"{kernel}\n    {rule.__name__}: {', '.join(found)}"
+        for kernel in table
+        for rule in RULES
+        if (found := list(rule(kernel)))
+    ]
+
+
+@pytest.mark.parametrize("kernels", [cuda_kernels, triton_kernels], ids=["cuda", "triton"])
+def test_kernels_keep_the_rules(kernels: object) -> None:
+    table = kernels.kernels()
+    if lines := broken(table):
+        pytest.fail(f"of {len(table)} kernels:\n" + "\n".join(lines), pytrace=False)
+
+
+#: A kernel that keeps every rule, and one that breaks each.
+GOOD = Kernel(
+    "cuda good", 90, "float16", 128, 64, 1024, 0, {"LDG.E.128": 1, "STG.E.128": 1, "HMMA.16816.F32": 2},
+    Demands(products=(r"HMMA\.",), never=("BAR",), only_wide=True),
+)  # fmt: skip
+BAD = {
+    "spills": {"local": 8},
+    "fits": {"shared": 60 * 1024},
+    "accesses": {"instructions": {**GOOD.instructions, "LDG.E.U16": 1}},
+    "products": {"instructions": {"LDG.E.128": 1}},
+    "forbidden": {"instructions": {**GOOD.instructions, "BAR.SYNC": 1}},
+}
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_rules_see_a_broken_kernel(rule: str) -> None:
+    assert broken([GOOD]) == []
+    (line,) = broken([replace(GOOD, **BAD[rule])])
+    assert f"{rule}:" in line
 
 
 def test_every_form_is_met() -> None:
     """Every chip; every dtype of a kernel family; the wide and the tensor-core forms."""
-    cuda, triton = cuda_kernels.kernels(), triton_kernels.kernels()
+    cuda, names = cuda_kernels.kernels(), triton_kernels.made()[0]
+    triton = {re.fullmatch(r"triton (?:tf32 )?(\w+).* (\w+), \d+ warps, sm_(\d+)", name).groups() for name in names}
     halves = {"float16", "bfloat16"}
-    for table in (cuda, triton):
-        assert {kernel.arch for kernel in table} == set(ARCHS)
-        assert {kernel.dtype for kernel in table} == {"float64", "float32", *halves}
+    every = {"float64", "float32", *halves}
+    assert {kernel.arch for kernel in cuda} == {int(arch) for *_, arch in triton} == set(ARCHS)
+    assert {kernel.dtype for kernel in cuda} == {dtype for _, dtype, _ in triton} == every
 
     def forms(pattern: str) -> set[tuple[str, ...]]:
         return {found.groups() for kernel in cuda if (found := re.match(f"cuda {pattern}", kernel.name))}
 
-    every = {"float64", "float32", *halves}
     wide = {(f"{d}_{layout}", t) for d in ("analysis", "synthesis") for layout in ("rows", "channels") for t in every}
     assert {(name, t) for name, t, n in forms(r"(\w+_(?:rows|channels))<(\w+), (\d+)") if n != "1"} >= wide
     phases = {"phase_forward", "phase_backward", "phase_statistics"}
@@ -48,59 +124,24 @@ def test_every_form_is_met() -> None:
     assert forms(r"reduce_haar<(\w+), (\w+)") == products
     families = {"haar", "haar_pyramid", "haar_blocks", "dwt", "patm", "pre_norm", "deconv", "mlp", "reduce_haar"}
     families |= {"batch_norm", "sums", "running", "branch_weights"}
-    assert {re.match(r"triton (?:tf32 )?(\w+)", kernel.name)[1] for kernel in triton} == families
+    assert {family for family, *_ in triton} == families
 
 
-def test_no_kernel_spills(table: list[Kernel]) -> None:
-    """Nor keeps local memory: an array that did not fit the registers shows here."""
-    fail_on(
-        table,
-        lambda k: (
-            k.local > k.demands.most_local
-            or (k.has("LDL|STL") and not k.demands.most_local)
-            or k.registers > MAX_REGISTERS
-        ),
-    )
-
-
-def test_blocks_fit_the_chip(table: list[Kernel]) -> None:
-    """In registers and shared memory; in twos and threes where one is to compute while another waits for memory."""
-
-    def wrong(kernel: Kernel) -> str:
-        demands, most = kernel.demands, SHARED_OF_SM[kernel.arch] - SHARED_OF_SYSTEM
-        if demands.most_shared is not None:
-            most = min(most, demands.most_shared)
-        if kernel.shared > most:
-            return f"more than {most} bytes of shared memory"
-        if kernel.blocks < demands.blocks or kernel.blocks * kernel.threads < 32 * demands.warps:
-            return f"room for {kernel.blocks} blocks, expected {demands.blocks} and {demands.warps} warps"
-        return ""
-
-    fail_on(table, wrong)
-
-
-def test_static_shared_memory_of_cuda_kernels() -> None:
-    fail_on(cuda_kernels.kernels(), lambda kernel: kernel.shared > 48 * 1024)
-
-
-def test_memory_moves_in_wide_accesses(table: list[Kernel]) -> None:
-    def narrow(kernel: Kernel) -> list[str]:
-        missing = [pattern for pattern in kernel.demands.accesses if not kernel.has(pattern)]
-        only = kernel.demands.only_wide
-        return missing + [op for op in kernel.instructions if only and re.match(r"(LDG|STG)\b(?!.*\.128)", op)]
-
-    fail_on(table, narrow)
-
-
-def test_matrix_products_use_tensor_cores(table: list[Kernel]) -> None:
-    fail_on(table, lambda kernel: [pattern for pattern in kernel.demands.products if not kernel.has(pattern)])
-
-
-def test_no_forbidden_instruction(table: list[Kernel]) -> None:
-    """Approximate sines, exchange between threads where each works alone, loads of single pixels, another chip's
-    matrix instruction, tensor cores in exact arithmetic."""
-    fail_on(table, lambda kernel: [pattern for pattern in kernel.demands.never if kernel.has(pattern)])
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.aot.test_rules", description="all kernels of all chips")
+    parser.add_argument("--renew", action="store_true", help=f"write {triton_kernels.KEPT.name}, if no rule is broken")
+    parser.add_argument("--anew", action="store_true", help="compile what has not changed, too")
+    options = parser.parse_args()
+    today, triton = triton_kernels.compile_new(*(["--anew"] if options.anew else []))
+    table = [*cuda_kernels.kernels(), *triton]
+    print(*table, sep="\n")
+    if lines := broken(table):
+        print(*lines, sep="\n", file=sys.stderr)
+        return 1
+    if options.renew:
+        kept.write(triton_kernels.KEPT, {name: kept.Kept(made_of) for name, made_of in today.items()}, today)
+    return 0
 
 
 if __name__ == "__main__":
-    print(*cuda_kernels.kernels(), *triton_kernels.kernels(), sep="\n")
+    sys.exit(main())
