@@ -68,12 +68,17 @@ class Piece:
             return x
         return (x.unflatten(1, (self.count, -1)) if self.layout == "bands" else x).transpose(1, 2)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        axis = {"channels": 1, "bands": 1, "batch": 0, "inside": 2, "around": 1}.get(self.layout)
-        if axis is None:
-            return True
-        joined = self.layout in ("channels", "bands", "batch")
-        return shape[axis] % self.count == 0 if joined else shape[axis] == self.count
+    def one(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The shape of one band of a tensor in this layout; None: there is no such tensor of that shape."""
+        m, (n, c, *sizes) = self.count, shape
+        if self.layout == "alone":
+            return (n, c, *sizes)
+        if self.layout in ("channels", "bands"):
+            return None if c % m else (n, c // m, *sizes)
+        if self.layout == "batch":
+            return None if n % m else (n // m, c, *sizes)
+        kept, count = (c, sizes[0]) if self.layout == "inside" else (sizes[0], c)
+        return (n, kept, *sizes[1:]) if count == m else None
 
     def shape(self, n: int, c: int, *sizes: int) -> tuple[int, ...]:
         """Of a tensor in this layout."""
@@ -82,6 +87,9 @@ class Piece:
             "alone": (n, c, *sizes), "channels": (n, c * m, *sizes), "bands": (n, c * m, *sizes),
             "batch": (n * m, c, *sizes), "inside": (n, c, m, *sizes), "around": (n, m, c, *sizes),
         }[self.layout]  # fmt: skip
+
+
+_WHOLE = (Piece("alone", 1),)
 
 
 @dataclass(frozen=True)
@@ -156,16 +164,14 @@ class Derived(Form):
         return tuple(tuple(itertools.islice(waiting, n)) if n else next(waiting) for n in self.taken), self.flags
 
     def serves(self, layer: nn.Module, given: Sequence[Any]) -> bool:
-        tensors = self.pieces if self.back else (Piece("alone", 1),)
+        tensors = self.pieces if self.back else _WHOLE
         if len(given) != len(tensors):
             return False
-        apart = [self.dims + (piece.layout in ("inside", "around")) for piece in tensors]
-        if not self._are_plain(layer, given, apart):
+        dims = [self.dims + (piece.layout in ("inside", "around")) for piece in tensors]
+        if not self._are_plain(layer, given, dims):
             return False
-        if not all(piece.fits(x.shape) for piece, x in zip(tensors, given, strict=True)):
-            return False
-        shapes = [piece.bands(x).shape for piece, x in zip(tensors, given, strict=True)]
-        if len({(*s[:2], *s[3:]) for s in shapes}) > 1 or (self.only and shapes[0][1] != self.channels):
+        first, *others = (piece.one(x.shape) for piece, x in zip(tensors, given, strict=True))
+        if first is None or any(other != first for other in others) or (self.only and first[1] != self.channels):
             return False
         return self._fits(given[0].shape) and self._as_seen(layer)
 
@@ -177,7 +183,7 @@ class Derived(Form):
         if not self.back:
             sizes = [2 * s + odd if i in self.axes else s for i, s in zip(range(7 - self.dims, 5), sizes, strict=True)]
         n, c = 1 + more, self.channels if self.only else self.channels + more
-        return [piece.shape(n, c, *sizes) for piece in (self.pieces if self.back else (Piece("alone", 1),))]
+        return [piece.shape(n, c, *sizes) for piece in (self.pieces if self.back else _WHOLE)]
 
     def __call__(self, given: Sequence[Tensor]) -> Any:
         elements = given[0][0].numel()
@@ -273,7 +279,7 @@ def _derived(module: nn.Module, flags: dict[str, bool], takes: int) -> Derived |
             n, *sizes = (2, 3, 4, 2)[: dims - 1]
             if not back:
                 sizes = [2 * s if i in axes else s for i, s in zip(range(7 - dims, 5), sizes, strict=True)]
-            shapes = [p.shape(n, c, *sizes) for p in (pieces if back else (Piece("alone", 1),) * len(taken))]
+            shapes = [p.shape(n, c, *sizes) for p in (pieces if back else _WHOLE * len(taken))]
             given = [haar_layers.random(*shape, dtype=dtype) + i for i, shape in enumerate(shapes)]
             ran = haar_layers.run(module, probe.arguments(given))
             if ran is not None and _understood(probe, ran[0], given, tree_flatten(ran[2])[0]):
@@ -333,9 +339,9 @@ def _understood(form: Derived, out: Any, given: list[Tensor], after: list[Any]) 
     form.weight = tuple(_nice(w / form.scales) for w in form.weight)
     largest = max(form.pieces, key=lambda piece: piece.count).layout
     form.inside = _INSIDE.get(largest, "batch")
-    waiting = iter(form.pieces if not form.back else (Piece("alone", 1),))
+    waiting = iter(form.pieces if not form.back else _WHOLE)
     form.result, clear = _spec(out, waiting, elements)
-    once = form.pieces == (Piece("alone", 1),) and form.order[0] == 0 and form.dims == 4 and not form.back
+    once = form.pieces == _WHOLE and form.order[0] == 0 and form.dims == 4 and not form.back
     if once and abs(1 / form.weight[0] - round(1 / form.weight[0])) < 1e-12 and form.weight[0] > 0:
         form.pooled = round(1 / form.weight[0])
     return clear

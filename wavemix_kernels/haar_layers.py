@@ -33,6 +33,7 @@ _LARGEST = 4096  # elements in all tensors of a layer of fixed filters
 _ROUNDS = (1, 2, 3)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")  # that kernels run on; layers compute the same on both
+_MANAGED = frozenset(nn.Module().__dict__)  # what PyTorch itself keeps on a module
 _SIMPLE = (bool, int, float, str, type(None), range)
 
 
@@ -264,11 +265,10 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def _settings(module: nn.Module, ignored: Container[str] = ()) -> list[Any]:
-    managed = nn.Module().__dict__.keys()
     found: list[Any] = []
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in managed and name != "_haar" and name not in ignored:
+            if name not in _MANAGED and name != "_haar" and name not in ignored:
                 found.append((name, _plain(value)))
     return found
 
