@@ -82,6 +82,8 @@ def _filled(entry: Any, waiting: Iterator[Tensor]) -> Any:
 
 
 def _scaled(shape: tuple[int, ...], scale: int) -> tuple[int, ...]:
+    if len(shape) == 3:  # some make a matrix of the line's length squared
+        return shape[0] * scale, shape[1], shape[2] * scale
     kept = 2 if len(shape) < 5 else 3
     return (*shape[:kept], *(n * scale for n in shape[kept:]))
 
