@@ -52,7 +52,8 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     Replaced are Waveblocks of WaveMix, WaveMixSR-V2 and WaveMix V3, an ``nn.Sequential`` of 4x4 transposed convolutions
     (BatchNorm and 1x1 convolutions may be among them), Wave-MLP's ``PATM``, ``Mlp`` and ``WaveBlock``,
     ``pytorch_wavelets``' ``DWTForward`` and ``DWTInverse``, layers that compute Haar's bands in one of the ways that
-    :data:`wavemix_kernels.ops.haar.CONVENTIONS` lists, and this package's own reference modules. They are found by
+    :data:`wavemix_kernels.ops.haar.CONVENTIONS` lists or return and take some of them otherwise
+    (:mod:`wavemix_kernels.haar_derived`), and this package's own reference modules. They are found by
     their parts, whatever their classes are called and wherever they come from, and judged by their layers and by what
     a copy of them computes beside ours. WTConv keeps its class and, where its filters are Haar's and frozen, gets
     other wavelet functions (:mod:`wavemix_kernels.wtconv`). A Haar layer gets a class derived from its own, whose

@@ -9,9 +9,9 @@ compared: other dtypes and sizes, and other settings than those it was compared 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+import math
 import re
 import types
 from collections.abc import Callable, Container, Iterator, Sequence, Sized
@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from wavemix_kernels import fx
 from wavemix_kernels.ops.haar import conventions
 from wavemix_kernels.ops.haar.conventions import CONVENTIONS, Convention
+from wavemix_kernels.twins import StaysOnCpu, on_cpu
 from wavemix_kernels.wtconv import CannotReplace, names_in
 
 _WORDS = re.compile(r"haar|dwt|iwt|wavelet|wave_?(un)?pool", re.IGNORECASE)
@@ -32,6 +33,7 @@ _LARGEST = 4096  # elements in all tensors of a layer of fixed filters
 _ROUNDS = (1, 2, 3)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")  # that kernels run on; layers compute the same on both
+_MANAGED = frozenset(nn.Module().__dict__)  # what PyTorch itself keeps on a module
 _SIMPLE = (bool, int, float, str, type(None), range)
 
 
@@ -48,6 +50,7 @@ class Form:
         filters: copies of its tensors then.
         channels: of the images, or of each band, that it was compared with.
         writes: attributes that a call sets to a number for each element of an image, and that number.
+        dtype: that it was compared in; None: that of the layer's tensors.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Form:
     flags: dict[str, bool] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     seen: Any = None
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
@@ -88,21 +92,33 @@ class Form:
         flag, *more = [*args[1:], *kwargs.values()] or [False]
         return args[:1] if flag is value and not more and kwargs.keys() <= {name} else None
 
+    def arguments(self, given: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        """The call of the layer's forward that has these tensors."""
+        return tuple(given), self.flags
+
+    def images(self, odd: bool = False, more: int = 0) -> list[tuple[int, ...]]:
+        """Shapes of such tensors."""
+        return _images(self, odd, more)
+
     def serves(self, layer: nn.Module, given: Sequence[Any]) -> bool:
         of = self.convention
         if len(given) != (2**of.axes if self.back and of.layout == "separate" else 1):
             return False
-        for x in given:
+        if not self._are_plain(layer, given, [of.axes + 2] * len(given)) or len({x.shape for x in given}) > 1:
+            return False
+        return self._fits(given[0].shape) and self._as_seen(layer)
+
+    def _are_plain(self, layer: nn.Module, given: Sequence[Any], dims: Sequence[int]) -> bool:
+        """Whether these are tensors of so many dims that kernels and the layer's tensors can meet."""
+        for x, dim in zip(given, dims, strict=True):
             if not isinstance(x, Tensor) or isinstance(x, fx.Proxy) or type(x) not in (Tensor, nn.Parameter):
                 return False
-            if x.dim() != of.axes + 2 or x.dtype not in self.dtypes or x.device.type not in _DEVICES or x.numel() == 0:
+            if x.dim() != dim or x.dtype not in self.dtypes or x.device.type not in _DEVICES or x.numel() == 0:
                 return False
         device = given[0].device
-        if len({(x.shape, x.dtype, x.device) for x in given}) > 1 or torch.is_autocast_enabled(device.type):
+        if len({(x.dtype, x.device) for x in given}) > 1 or torch.is_autocast_enabled(device.type):
             return False
-        if any(t.device != device for t in _tensors(layer)):
-            return False  # its own code raises
-        return self._fits(given[0].shape) and self._as_seen(layer)
+        return not any(t.device != device for t in _tensors(layer))  # its own code raises
 
     def _fits(self, shape: Sequence[int]) -> bool:
         of, unit = self.convention, 2**self.rounds
@@ -178,6 +194,10 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     if "rev" in inspect.signature(kind.forward).parameters:
         flags = [{"rev": False}, {"rev": True}]
     forms = [form for each in flags if (form := _recognised(module, each)) is not None]
+    if not forms:
+        from wavemix_kernels import haar_derived  # whose forms are made of the ones here
+
+        forms = haar_derived.forms(module)
     if forms:
         return functools.partial(_replace, forms)
     bare = not any(map(_holds_modules, vars(module).values())) and not any(p.requires_grad for p in tensors)
@@ -212,8 +232,8 @@ def _replace(forms: list[Form], module: nn.Module) -> str:
     filters = [t.detach().cpu().clone() for t in _tensors(module)]
     for form in forms:
         form.writes, form.filters = _written(form, module), filters
-        form.odd = not form.back and _agrees(form, module, _images(form, odd=True))
-        form.dtypes = frozenset(d for d in _DTYPES if _agrees(form, module, _images(form), d))
+        form.odd = not form.back and agrees(form, module, form.images(odd=True))
+        form.dtypes = frozenset(d for d in _DTYPES if agrees(form, module, form.images(), d))
     forms = [form for form in forms if form.dtypes]
     if not forms:
         raise CannotReplace("computes something else at other sizes")
@@ -238,28 +258,17 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
-    """A copy on the CPU; tensors that a layer holds as plain attributes move with it."""
-    twin = copy.deepcopy(module).cpu()
-    for part in twin.modules():
-        for name, value in part.__dict__.items():
-            if name not in nn.Module().__dict__ and isinstance(value, (Tensor, list, tuple, dict)):
-                part.__dict__[name] = tree_map_only(Tensor, Tensor.cpu, value)
-    return twin
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """One that tells conventions apart: that of the filters, or float32."""
     found = next((t.dtype for t in _tensors(module) if t.is_floating_point()), torch.float32)
     return found if found == torch.float64 else torch.float32
 
 
 def _settings(module: nn.Module, ignored: Container[str] = ()) -> list[Any]:
-    managed = nn.Module().__dict__.keys()
     found: list[Any] = []
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in managed and name != "_haar" and name not in ignored:
+            if name not in _MANAGED and name != "_haar" and name not in ignored:
                 found.append((name, _plain(value)))
     return found
 
@@ -272,29 +281,37 @@ def _plain(value: object) -> object:
     return type(value), len(value) if isinstance(value, Sized) and not isinstance(value, Tensor) else 0
 
 
-def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def _run(
-    module: nn.Module, given: Sequence[Tensor], flags: dict[str, bool], training: bool | None = None
-) -> tuple[Any, nn.Module] | None:
+def run(
+    module: nn.Module, call: tuple[tuple[Any, ...], dict[str, bool]], training: bool | None = None
+) -> tuple[Any, nn.Module, tuple[Any, ...]] | None:
+    """The result of a copy's forward, the copy, and its arguments as they are afterwards; None: it raises."""
+    args, flags = call
     try:
-        twin = _on_cpu(module)
+        twin = on_cpu(module)
         if training is None:  # the arithmetic that is compared, whatever the dtype of the filters
-            twin = twin.to(given[0].dtype)
+            twin = twin.to(tree_leaves(args)[0].dtype)
         twin.train(bool(training))
-        with torch.no_grad(), torch.random.fork_rng([]):
-            return type(module).forward(twin, *(x.clone() for x in given), **flags), twin
+        with torch.no_grad(), torch.random.fork_rng([]), StaysOnCpu():
+            given = tree_map_only(Tensor, Tensor.clone, args)
+            return type(module).forward(twin, *given, **flags), twin, given
     except Exception:  # noqa: BLE001 whatever a stranger's code raises: it does not take such an input
         return None
 
 
-def _probes(module: nn.Module) -> Iterator[tuple[bool, int, list[tuple[int, ...]]]]:
-    """Analysis or synthesis, channels, and shapes of the inputs; channels as the layer's numbers suggest."""
+def channels_of(module: nn.Module) -> list[int]:
+    """Numbers of channels that a layer may want."""
     numbers = [v for v in vars(module).values() if isinstance(v, int) and 0 < v <= 256]
     numbers += [n for t in _tensors(module) if t.dim() >= 4 for n in (t.shape[0], t.shape[0] // 4) if 0 < n <= 256]
-    for c in dict.fromkeys([3, *numbers]):
+    return list(dict.fromkeys([3, *numbers]))
+
+
+def _probes(module: nn.Module) -> Iterator[tuple[bool, int, list[tuple[int, ...]]]]:
+    """Analysis or synthesis, channels, and shapes of the inputs; channels as the layer's numbers suggest."""
+    for c in channels_of(module):
         yield False, c, [(2, c, 8, 8)]
         yield False, c, [(2, c, 9, 8, 8)]
         yield False, c, [(2, c, 8, 8, 8)]
@@ -310,25 +327,29 @@ def _recognised(module: nn.Module, flags: dict[str, bool]) -> Form | None:
     for back, channels, shapes in _probes(module):
         if len(shapes) > max(takes, 1):
             continue
-        given = [_random(*shape, dtype=_dtype(module)) + i for i, shape in enumerate(shapes)]
-        if (ran := _run(module, given, flags)) is None:
+        given = [random(*shape, dtype=dtype_of(module)) + i for i, shape in enumerate(shapes)]
+        if (ran := run(module, (tuple(given), flags))) is None:
             continue
         for name, of in CONVENTIONS.items():
             if of.axes + 2 != given[0].dim() or (back and (of.layout == "separate") != (len(given) > 1)):
                 continue
             for rounds in _ROUNDS if of.layout in ("bands", "channels") else (1,):
                 form = Form(name, back, rounds, channels=channels, flags=flags)
-                if form._fits(given[0].shape) and _same(ran[0], form(given)):
+                if form._fits(given[0].shape) and same(ran[0], form(given)):
                     return form
     return None
 
 
-def _same(theirs: Any, ours: Any, bound: float = 1e-5) -> bool:
-    if isinstance(ours, tuple):
+def same(theirs: Any, ours: Any, bound: float = 1e-5) -> bool:
+    if ours is None:
+        return theirs is None
+    if isinstance(ours, (float, int)):
+        return type(theirs) is type(ours) and math.isclose(theirs, ours, rel_tol=1e-9, abs_tol=1e-12)
+    if isinstance(ours, (tuple, list)):
         return (
             isinstance(theirs, (tuple, list))
             and len(theirs) == len(ours)
-            and all(_same(a, b, bound) for a, b in zip(theirs, ours, strict=True))
+            and all(same(a, b, bound) for a, b in zip(theirs, ours, strict=True))
         )
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return False
@@ -349,17 +370,18 @@ def _images(form: Form, odd: bool = False, more: int = 0) -> list[tuple[int, ...
     return [(1, form.channels, *sizes)]
 
 
-def _agrees(form: Form, module: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> bool:
+def agrees(form: Form, module: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> bool:
     """Whether a copy in training and in evaluation, filters as they are, returns what ours does."""
-    dtype = _dtype(module) if dtype is None else dtype
-    given = [_random(*shape, dtype=dtype) + i for i, shape in enumerate(shapes)]
+    dtype = dtype or form.dtype or dtype_of(module)
+    given = [random(*shape, dtype=dtype) + i for i, shape in enumerate(shapes)]
     bound = {torch.bfloat16: 0.04, torch.float16: 5e-3}.get(dtype, 1e-5)
-    runs = [_run(module, given, form.flags, training) for training in (False, True)]
+    runs = [run(module, form.arguments(given), training) for training in (False, True)]
     try:
         ours = form(given)
     except ValueError:
         return False
-    return all(ran is not None and _same(ran[0], ours, bound) for ran in runs)
+    after, _ = form.arguments(given)  # some layers write to what they are given
+    return all(ran is not None and same(ran[0], ours, bound) and same(ran[2], after, bound) for ran in runs)
 
 
 def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
@@ -368,8 +390,8 @@ def _written(form: Form, module: nn.Module) -> dict[str, tuple[type, float]]:
     found: list[dict[str, tuple[type, float]]] = []
     names: set[str] = set()
     for more in (0, 1):
-        given = [_random(*shape, dtype=_dtype(module)) for shape in _images(form, more=more)]
-        if (ran := _run(module, given, form.flags)) is None:
+        given = [random(*shape, dtype=form.dtype or dtype_of(module)) for shape in form.images(more=more)]
+        if (ran := run(module, form.arguments(given))) is None:
             raise CannotReplace("could not be run beside ours at another size")
         before, after = _settings(module), _settings(ran[1])
         changed = {name for name, _ in [e for e in after if e not in before] + [e for e in before if e not in after]}

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wavemix_kernels import accelerate, haar_layers
 from wavemix_kernels.haar_layers import HaarLayer
@@ -134,6 +135,46 @@ class InverseHaarVideo(HaarVideo):
         return x[:, :, self.patch - 1 :] if self.first else x
 
 
+class TupleHaar(CountingHaar):
+    """FrEIA's: tuples, a log-determinant, arguments that change nothing; the way back scales its input in place."""
+
+    def forward(self, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:  # type: ignore[override]
+        (inner,) = x
+        determinant = inner[0].numel() * math.log(0.7) * (-1 if rev else 1)
+        if rev:
+            inner *= 0.5 / 0.7
+            return (F.conv_transpose2d(inner, self.weights, stride=2, groups=self.channels),), determinant
+        return (F.conv2d(inner, self.weights, stride=2, groups=self.channels) * 0.35,), determinant
+
+
+class LineDWT(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x[..., ::2] + x[..., 1::2]) / 2**0.5, (x[..., ::2] - x[..., 1::2]) / 2**0.5
+
+
+class LineIDWT(nn.Module):
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return torch.stack((low + high, low - high), -1).flatten(-2) / 2**0.5
+
+
+class LowDWT(SquareDWT):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)[0]
+
+
+class ListDWT(SquareDWT):
+    """The low band beside the others, twice."""
+
+    def forward(self, x: Tensor) -> Any:
+        low, *high = self.parts(x)
+        return [low, torch.cat(high, 1), torch.stack(high, 2)]
+
+
+class PairIDWT(SeparateIDWT):
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(low, *high.chunk(3, 1)) / 4
+
+
 def one(*size: int) -> Callable[[], list[Tensor]]:
     return lambda: [torch.randn(size, generator=torch.Generator().manual_seed(1))]
 
@@ -149,6 +190,12 @@ LAYERS = {
     "cosmos": (lambda: HaarVideo(4, 0.125), one(1, 2, 5, 8, 12)),
     "wfvae": (lambda: HaarVideo(2, 0.3536), one(1, 3, 5, 8, 12)),
     "wfvae_back": (lambda: InverseHaarVideo(2, 0.3536), one(1, 16, 3, 4, 5)),
+    "line": (LineDWT, one(2, 5, 12)),
+    "line_back": (LineIDWT, lambda: list(torch.randn(2, 2, 5, 6).unbind())),
+    "freia": (lambda: TupleHaar(5), lambda: [tuple(one(2, 5, 6, 10)())]),
+    "low": (LowDWT, one(2, 5, 6, 10)),
+    "low_and_high": (ListDWT, one(2, 5, 6, 10)),
+    "low_and_high_back": (PairIDWT, lambda: [*one(2, 5, 4, 5)(), *one(2, 15, 4, 5)()]),
     "cosmos_back": (lambda: InverseHaarVideo(4, 1.0), one(1, 64, 3, 4, 5)),
 }
 
@@ -166,7 +213,9 @@ def test_layers_are_served(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(layer.state_dict()) == keys
     monkeypatch.setattr(type(make()), "forward", None)  # it is ours that runs
     for module in (layer, copy.deepcopy(layer)):
-        torch.testing.assert_close(module(*given), want, rtol=0, atol=2e-6 * max(t.abs().max() for t in given) * 8)
+        torch.testing.assert_close(
+            module(*given), want, rtol=0, atol=2e-6 * max(t.abs().max() for t in tree_leaves(given)) * 8
+        )
     assert not accelerate(layer).replaced
 
 
@@ -187,6 +236,38 @@ def test_outside_state_is_kept() -> None:
         torch.testing.assert_close(ours(x, rev=rev), theirs(x, rev=rev))
         torch.testing.assert_close(ours(x, rev), theirs(x, rev))
         assert ours.jacobian() == pytest.approx(theirs.jacobian(), rel=1e-12)
+
+
+def test_tuples_determinants_and_inputs_scaled_in_place() -> None:
+    ours, theirs = TupleHaar(3), TupleHaar(3)
+    accelerate(ours)
+    for calls, size in ((({}, {"jac": False}, {"c": None}), (2, 3, 8, 6)), (({"rev": True},), (2, 12, 4, 3))):
+        for kwargs in calls:
+            got = []
+            for layer in (ours, theirs):
+                leaf = one(*size)()[0].requires_grad_()
+                x = leaf.clone()
+                (y,), determinant = layer((x,), **kwargs)
+                got.append((y, determinant, x, torch.autograd.grad(y.square().sum(), leaf)[0]))
+            torch.testing.assert_close(got[0], got[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="channels"):  # its own code says what it takes
+        ours((torch.zeros(1, 6, 4, 4),))
+    with pytest.raises(RuntimeError, match="in-place"):
+        ours((torch.zeros(1, 12, 4, 4, requires_grad=True),), rev=True)
+
+
+class GpuDWT(SquareDWT):
+    """Moves what it makes to the GPU, where no copy is compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.full((1,), 0.5, device=x.device).cuda()
+        return super().forward(x) * 2 * half.to("cuda")
+
+
+def test_a_layer_that_asks_for_a_gpu_is_compared() -> None:
+    layer = GpuDWT()
+    assert accelerate(layer).replaced
+    torch.testing.assert_close(layer(*one(1, 2, 4, 6)()), SquareDWT()(*one(1, 2, 4, 6)()))
 
 
 def test_what_was_not_compared_runs_as_it_was() -> None:
