@@ -100,11 +100,15 @@ class Form:
         """Shapes of such tensors."""
         return _images(self, odd, more)
 
+    def rank(self) -> int:
+        """Of its tensors."""
+        return self.convention.axes + 2
+
     def serves(self, layer: nn.Module, given: Sequence[Any]) -> bool:
         of = self.convention
         if len(given) != (2**of.axes if self.back and of.layout == "separate" else 1):
             return False
-        if not self._are_plain(layer, given, [of.axes + 2] * len(given)) or len({x.shape for x in given}) > 1:
+        if not self._are_plain(layer, given, [self.rank()] * len(given)) or len({x.shape for x in given}) > 1:
             return False
         return self._fits(given[0].shape) and self._as_seen(layer)
 
@@ -194,10 +198,10 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     if "rev" in inspect.signature(kind.forward).parameters:
         flags = [{"rev": False}, {"rev": True}]
     forms = [form for each in flags if (form := _recognised(module, each)) is not None]
-    if not forms:
-        from wavemix_kernels import haar_derived  # whose forms are made of the ones here
+    from wavemix_kernels import haar_derived, haar_video  # whose forms are made of the ones here
 
-        forms = haar_derived.forms(module)
+    forms += haar_video.forms(module, forms)
+    forms = forms or haar_derived.forms(module)
     if forms:
         return functools.partial(_replace, forms)
     bare = not any(map(_holds_modules, vars(module).values())) and not any(p.requires_grad for p in tensors)
@@ -244,7 +248,7 @@ def _replace(forms: list[Form], module: nn.Module) -> str:
     module.__dict__["_haar"] = forms
     kind: Any = type(module)
     module.__class__ = _class(kind)
-    return "; ".join(map(str, forms)) + ", on the kernels"
+    return "; ".join(dict.fromkeys(map(str, forms))) + ", on the kernels"
 
 
 # --- Running it beside ours ------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ def run(
     try:
         twin = on_cpu(module)
         if training is None:  # the arithmetic that is compared, whatever the dtype of the filters
-            twin = twin.to(tree_leaves(args)[0].dtype)
+            twin = twin.to(next(t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)))
         twin.train(bool(training))
         with torch.no_grad(), torch.random.fork_rng([]), StaysOnCpu():
             given = tree_map_only(Tensor, Tensor.clone, args)

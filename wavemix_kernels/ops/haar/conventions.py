@@ -65,6 +65,8 @@ CONVENTIONS: dict[str, Convention] = {
     "rows_first": _scaled(_ROWS_FIRST, 0.5, 0.5, "separate"),
     "cosmos3d": _scaled(_CUBE, 0.125, 1.0, "bands", mode="reflect", first_frame=True),
     "wfvae3d": _scaled(_CUBE, 0.3536, 0.3536, "bands", first_frame=True),
+    "leanvae2d": _scaled(_ROWS_FIRST, 1.0, 0.25, "bands", mode="reflect"),
+    "leanvae3d": _scaled(_CUBE, 1.0, 0.125, "bands", mode="reflect"),
     "cube": _scaled(_CUBE, _ROOT, _ROOT, "bands"),
     "wdm3d": _scaled(_CUBE, _ROOT, _ROOT, "separate"),
 }
@@ -76,14 +78,15 @@ def haar_bands2d(
     """One level of 2-D Haar as the code named by ``convention`` writes it.
 
     Args:
-        x: (N, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        x: (N, C, H, W), or a video (N, C, T, H, W) whose frames are images; float64, float32, float16 or bfloat16,
+            any strides.
         convention: a name in :data:`CONVENTIONS` or a :class:`Convention` of two axes.
         rounds: more than 1: every band is transformed again (packets), in layout "bands" or "channels".
         backend: for this call instead of the ambient :class:`wavemix_kernels.backend`; all but ``"cuda"``.
 
     Returns:
-        The bands in the convention's layout, in x's dtype; sizes are halved and rounded up each round. Differentiable
-        any number of times.
+        The bands in the convention's layout, in x's dtype; H and W are halved and rounded up each round.
+        Differentiable any number of times.
 
     Raises:
         TypeError, ValueError: no such tensor or convention; rounds in a layout that has none.
@@ -91,17 +94,17 @@ def haar_bands2d(
     """
     if isinstance(x, fx.Proxy):
         return fx.call_function(haar_bands2d, x, convention, rounds=rounds, backend=backends.requested(backend))
-    checks.check_tensor("x", x, 4, "(N, C, H, W)")
+    checks.check_tensor("x", x, *_rank(x, 2))
     return _analysis(x, _named(convention, 2), rounds, backend)
 
 
 def haar_bands3d(
     x: Tensor, convention: str | Convention, *, rounds: int = 1, backend: str | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """As :func:`haar_bands2d` for (N, C, D, H, W) and conventions of three axes."""
+    """As :func:`haar_bands2d` for (N, C, D, H, W) and conventions of three axes; D too is halved."""
     if isinstance(x, fx.Proxy):
         return fx.call_function(haar_bands3d, x, convention, rounds=rounds, backend=backends.requested(backend))
-    checks.check_tensor("x", x, 5, "(N, C, D, H, W)")
+    checks.check_tensor("x", x, *_rank(x, 3))
     return _analysis(x, _named(convention, 3), rounds, backend)
 
 
@@ -117,7 +120,7 @@ def haar_from_bands2d(
         convention, rounds, backend: as for :func:`haar_bands2d`.
 
     Returns:
-        (N, C, H, W) in the dtype of ``bands``.
+        (N, C, H, W), or (N, C, T, H, W) where the bands have five dimensions, in the dtype of ``bands``.
 
     Raises:
         TypeError, ValueError: no such tensors or convention, or shapes that do not belong together.
@@ -147,6 +150,13 @@ def _named(convention: str | Convention, axes: int) -> Convention:
     return convention
 
 
+def _rank(x: object, axes: int) -> tuple[int, str]:
+    """The rank that is checked, and what it means."""
+    if axes == 3:
+        return 5, "(N, C, D, H, W)"
+    return (5, "(N, C, T, H, W)") if isinstance(x, Tensor) and x.dim() == 5 else (4, "(N, C, H, W) or (N, C, T, H, W)")
+
+
 def _check_rounds(of: Convention, rounds: int) -> None:
     checks.check_positive_int("rounds", rounds)
     if rounds > 1 and of.layout not in ("bands", "channels"):
@@ -155,7 +165,8 @@ def _check_rounds(of: Convention, rounds: int) -> None:
 
 def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Tensor | tuple[Tensor, ...]:
     _check_rounds(of, rounds)
-    volume = x.unsqueeze(2) if of.axes == 2 else x
+    flat = x.dim() == 4
+    volume = x.unsqueeze(2) if flat else x
     axes, inside = _axes(of), "batch" if of.layout == "separate" else of.layout
     front = 2**rounds - 1 if of.first_frame else 0
     for done in range(rounds):
@@ -165,9 +176,9 @@ def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Te
         )  # fmt: skip
         if of.layout == "separate":
             separate = [bands[:, :, k] for k in range(bands.shape[2])]  # not unbind, whose views refuse writes
-            return tuple(band.squeeze(2) if of.axes == 2 else band for band in separate)
+            return tuple(band.squeeze(2) if flat else band for band in separate)
         volume = _joined(bands, of.layout)
-    return volume.squeeze(2) if of.axes == 2 else volume
+    return volume.squeeze(2) if flat else volume
 
 
 def _axes(of: Convention) -> tuple[int, ...]:
@@ -198,16 +209,17 @@ def _synthesis(
     bands: Tensor | Sequence[Tensor], of: Convention, rounds: int, size: Sequence[int] | None, backend: str | None
 ) -> Tensor:
     _check_rounds(of, rounds)
-    shape, count = "(N, C, H, W)" if of.axes == 2 else "(N, C, D, H, W)", 2**of.axes
+    count = 2**of.axes
     if of.layout == "separate":
         if isinstance(bands, Tensor) or len(bands) != count:
             raise TypeError(f"bands: expected a sequence of {count} tensors, got {checks.describe(bands)}")
         for i, band in enumerate(bands):
-            checks.check_tensor(f"bands[{i}]", band, of.axes + 2, shape)
+            checks.check_tensor(f"bands[{i}]", band, *_rank(band, of.axes))
         bands = torch.cat(list(bands), 1)
-    checks.check_tensor("bands", bands, of.axes + 2, shape)
+    checks.check_tensor("bands", bands, *_rank(bands, of.axes))
     assert isinstance(bands, Tensor)
-    joined = bands.unsqueeze(2) if of.axes == 2 else bands
+    flat = bands.dim() == 4
+    joined = bands.unsqueeze(2) if flat else bands
     inside = "bands" if of.layout == "separate" else of.layout
     targets = _targets(joined.shape[2:], of, rounds, size)
     for done, target in enumerate(targets):
@@ -217,7 +229,7 @@ def _synthesis(
             _apart(joined, inside, count), _axes(of), of.order, of.inverse, target, front=front, repeat=False,
             layout=inside, channels_last=last, backend=backends.requested(backend),
         )  # fmt: skip
-    return joined.squeeze(2) if of.axes == 2 else joined
+    return joined.squeeze(2) if flat else joined
 
 
 def _targets(here: Sequence[int], of: Convention, rounds: int, size: Sequence[int] | None) -> list[list[int]]:
