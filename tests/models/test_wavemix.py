@@ -23,6 +23,7 @@ from tests.tolerances import UNIT_ROUNDOFF
 from wavemix_kernels import wavemix
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.reference import UPSAMPLES
+from wavemix_kernels.ops import choose
 from wavemix_kernels.reference import Expansion, Waveblock
 from wavemix_kernels.wavemix import SemSegment, classification, sisr
 
@@ -132,9 +133,10 @@ def test_another_stem_is_the_owners_affair() -> None:
 # --- The stem's memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stem", ["strided", "pachify"])
-def test_a_wide_stem_forgets_its_first_activations(stem: str) -> None:
-    """They are made again, once, in backward; results are the standard stem's, hooks on its layers still run."""
+@pytest.mark.parametrize("stem, way", [("strided", "folded"), ("strided", "apart"), ("pachify", "apart")])
+def test_a_wide_stem_forgets_its_first_activations(stem: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are never made, or again, once, in backward; results are the standard stem's, hooks on its layers run."""
+    monkeypatch.setattr(choose, "stem", lambda *_: way)
     torch.manual_seed(0)
     arguments = {"depth": 1, "final_dim": 128, "ff_channel": 8, "num_classes": 3, "dropout": 0.0, "level": 1}
     ours = classification.WaveMix(**arguments, initial_conv=stem).double()
@@ -167,7 +169,7 @@ def test_peak_of_a_training_step() -> None:
         with FakeTensorMode():
             return peak_bytes(classification.WaveMix(**block), torch.empty(2, 3, 224, 224))
 
-    assert peak() <= 0.52 * peak(block=UpstreamWaveblock)  # 0.508, at batch 64 0.494; 0.55 is what was asked for
+    assert peak() <= 0.45 * peak(block=UpstreamWaveblock)  # 0.441; 0.55 is what was asked for
 
 
 # --- The Waveblock ---------------------------------------------------------------------------------------

@@ -181,6 +181,24 @@ def head(inputs: int, inner: int, outputs: int) -> str:
     return "folded" if 16 * inputs * (inner - outputs) + 4 * inner * outputs > 0 else "apart"
 
 
+def head_at_each_call(device: str, inputs: int, inner: int, outputs: int) -> str:
+    """:func:`head` for weights that learn, which are folded anew at each call: on a CPU, where that is measured
+    (docs/develop/tuning.md, heads), else ``"apart"``."""
+    return head(inputs, inner, outputs) if device == "cpu" else "apart"
+
+
+# --- Stem ------------------------------------------------------------------------------------------------
+
+
+def stem(device: str, folded: int, apart: int) -> str:
+    """``"folded"``: convolutions with nothing between them as one, or ``"apart"``, each in the library.
+
+    By count of products, folding included; one that is twice as many pays for the patches that are copied. On a GPU,
+    where nothing is measured, the library's. (docs/develop/tuning.md, stem)
+    """
+    return "folded" if device == "cpu" and 2 * folded <= apart else "apart"
+
+
 # --- MLPs and 1x1 convolutions -----------------------------------------------------------------------------
 
 #: Up to so many inputs and results a program of the Triton MLP holds all columns of its pixels, and their sums.

@@ -1,5 +1,6 @@
 """Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavemix_kernels import checks, fx
+from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.nn.parts import untouched
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
+from wavemix_kernels.ops import stem as folding
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32
@@ -41,22 +43,38 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
-    """``stem(img)`` without the activations that it would keep between its first two convolutions.
+    """``stem(img)``: its first convolutions as one (:mod:`wavemix_kernels.ops.stem`), or without the activations that
+    it would keep between the first two.
 
     At the image's own resolution they are the largest of a model, 8 % of a training step's peak (192/16, 224x224), and
     a convolution of three channels makes them again in 2 % of its time. Few channels take as long for checkpoint's own
     work; a compiler plans memory by itself; without gradient nothing is kept.
     """
-    layers: list[Any] = list(stem) if type(stem) is nn.Sequential else []
-    plain = len(layers) > 1 and all(type(m) is nn.Conv2d and untouched(m) for m in layers[:2]) and untouched(stem)
-    learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
-    if not plain or not learns or layers[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
+    layers: list[Any] = list(stem) if type(stem) is nn.Sequential and untouched(stem) else []
+    plain = list(itertools.takewhile(_is_plain, layers))
+    if len(plain) < 2 or backends.requested() == "reference":
         return stem(img)
-    first, second, *rest = layers
-    x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
+    convolutions = [folding.Convolution(m.weight, m.bias, m.stride[0], m.padding[0]) for m in plain]
+    if folding.serves(img, convolutions):
+        x, rest = folding.folded(img, convolutions), layers[len(plain) :]
+    else:
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
+        if not learns or plain[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
+            return stem(img)
+        first, second, *rest = layers
+        x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
     for layer in rest:
         x = layer(x)
     return x
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """A square convolution of zeros around the image, whose weights may be folded into the next one's."""
+    if type(layer) is not nn.Conv2d or not untouched(layer):
+        return False
+    pairs = (layer.kernel_size, layer.stride, layer.padding)
+    square = all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+    return square and layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
 
 
 class Backbone(nn.Module):
@@ -114,9 +132,8 @@ class Backbone(nn.Module):
             return through(self.layers, self.conv(img))
         self.check_image(img)
         fused = all(map(adds_its_residual, self.layers))
-        # The blocks' order comes before the stem, whose convolutions take 0.6 (patches, 224x224) to 1.0 of the time
-        # that way on a CPU, and are a GPU library's own. With gradient a CPU takes 1.0 to 1.7 times as long as in the
-        # images' order, by the library's gradients of their weights: there it comes behind.
+        # The blocks' order comes before the stem, where the library's convolutions are faster that way: on a GPU, and
+        # on a CPU without gradient.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)

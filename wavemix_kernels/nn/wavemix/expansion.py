@@ -12,6 +12,7 @@ from wavemix_kernels import backends, fx, log
 from wavemix_kernels.nn.parts import kept, untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.deconv import op as deconv
 
 
@@ -25,8 +26,11 @@ class FusedDeconvs(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):
             return fx.call_module(self, x, super().forward)
+        return self._through(list(self), x)
+
+    def _through(self, layers: list[nn.Module], x: Tensor) -> Tensor:
         standard = backends.requested() == "reference"
-        for i, layer in enumerate(self):
+        for i, layer in enumerate(layers):
             # Other layers are the library's in any case.
             other = not isinstance(layer, nn.ConvTranspose2d)
             if standard or other or log.fallback(self, why_not_deconv(str(i), layer)):
@@ -40,8 +44,25 @@ class FusedDeconvs(nn.Sequential):
 class FusedExpansion(FusedDeconvs, Expansion):
     """An Expansion whose transposed convolutions are fused (:class:`FusedDeconvs`).
 
-    Arguments, parameters and results are :class:`wavemix_kernels.reference.Expansion`'s.
+    Arguments, parameters and results are :class:`wavemix_kernels.reference.Expansion`'s. On a CPU the last 1x1
+    convolution goes into the transposed one before it at each call, where that is less arithmetic: the image between
+    them, a head's largest, is neither made nor kept. Its weights are folded in fp32 for the half types.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy) or backends.requested() == "reference" or not self._folds(x.device.type):
+            return super().forward(x)
+        *before, up, last = cast(list[Any], list(self))
+        x = self._through(before, x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = _folded(up.weight, up.bias, last.weight, last.bias, accumulate_dtype(up.weight.dtype))
+        return deconv.deconv(x, weight, bias)
+
+    def _folds(self, device: str) -> bool:
+        up, last = (cast(Any, layer) for layer in list(self)[-2:])
+        if not is_pointwise(last) or why_not_deconv("", up) is not None:
+            return False
+        return choose.head_at_each_call(device, up.in_channels, last.in_channels, last.out_channels) == "folded"
 
     def fuse_for_inference(self) -> nn.Module:
         """The head for inference: the 1x1 convolution folded into the transposed one before it, where that is less
@@ -66,7 +87,8 @@ class InferenceExpansion(nn.Module):
         self.layers = len(layers)
         tensors = [(layer.weight, layer.bias) for layer in convolutions]
         if choose.head(convolutions[-1].in_channels, last.in_channels, last.out_channels) == "folded":
-            tensors[-1] = _folded(*tensors[-1], last.weight, last.bias)
+            with torch.no_grad():
+                tensors[-1] = _folded(*tensors[-1], last.weight, last.bias, torch.float64)
         else:
             tensors.append((last.weight, last.bias))
         self.count = len(tensors)
@@ -88,16 +110,17 @@ class InferenceExpansion(nn.Module):
 
 
 def _folded(
-    weight: Tensor, bias: Tensor | None, last: Tensor, last_bias: Tensor | None
+    weight: Tensor, bias: Tensor | None, last: Tensor, last_bias: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """A transposed convolution's (F, M, 4, 4) and (M) with a 1x1 convolution's (O, M, 1, 1) and (O) behind it."""
-    matrix = last.detach().flatten(1).double()
-    wide = torch.einsum("fmhw,om->fohw", weight.detach().double(), matrix)
-    wide_bias = None if last_bias is None else last_bias.detach().double()
+    """A transposed convolution's (F, M, 4, 4) and (M) with a 1x1 convolution's (O, M, 1, 1) and (O) behind it, by
+    arithmetic in ``wide``."""
+    matrix = last.flatten(1).to(wide)
+    folded = torch.einsum("fmhw,om->fohw", weight.to(wide), matrix)
+    wide_bias = None if last_bias is None else last_bias.to(wide)
     if bias is not None:
-        passed = matrix @ bias.detach().double()
+        passed = matrix @ bias.to(wide)
         wide_bias = passed if wide_bias is None else wide_bias + passed
-    return wide.to(weight.dtype), None if wide_bias is None else wide_bias.to(weight.dtype)
+    return folded.to(weight.dtype), None if wide_bias is None else wide_bias.to(weight.dtype)
 
 
 def is_pointwise(layer: nn.Module) -> bool:

@@ -1,0 +1,102 @@
+"""Convolutions folded into one against the convolutions one after the other, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops.contract import Case, pairwise
+from tests.tolerances import DTYPES, assert_within, sum_bound
+from wavemix_kernels.ops import choose, stem
+from wavemix_kernels.ops.stem import Convolution
+
+#: Channels, then kernel, stride and padding of each convolution.
+STEMS = {
+    "patches": ((3, 4, 6, 5), ((3, 1, 1), (3, 1, 1), (4, 4, 0))),
+    "strided": ((3, 4, 6), ((3, 2, 1), (3, 2, 1))),
+    "plain": ((1, 5, 7), ((3, 1, 1), (3, 1, 1))),
+    "uneven": ((2, 3, 4, 5), ((5, 2, 3), (3, 3, 2), (2, 1, 0))),
+    "overhang": ((2, 3, 4), ((2, 1, 0), (4, 1, 3))),
+}
+CASES = pairwise(
+    stem=tuple(STEMS), dtype=DTYPES, size=((2, 12, 16), (1, 9, 13), (1, 5, 31)), layout=("nchw", "channels_last"),
+    bias=(True, False),
+)  # fmt: skip
+
+
+def chain(x: Tensor, parameters: Sequence[Tensor | None], shapes: Sequence[tuple[int, int, int]]) -> Tensor:
+    for i, (_, stride, padding) in enumerate(shapes):
+        weight = parameters[2 * i]
+        assert weight is not None
+        x = F.conv2d(x, weight, parameters[2 * i + 1], stride, padding)
+    return x
+
+
+def results(out: Tensor, grad: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case) -> None:
+    """A result or gradient is a sum of products of x, the weights and g: absolute values give its size."""
+    torch.manual_seed(0)
+    channels, shapes = STEMS[case.stem]
+    n, h, w = case.size
+    tensors: list[Tensor | None] = [torch.randn(n, channels[0], h, w, dtype=case.dtype)]
+    for (k, _, _), c, o in zip(shapes, channels, channels[1:], strict=False):
+        tensors += [torch.randn(o, c, k, k, dtype=case.dtype), torch.randn(o, dtype=case.dtype) if case.bias else None]
+    exact_in, sizes_in = ([None if t is None else f(t.double()).requires_grad_() for t in tensors]
+                          for f in (torch.clone, torch.abs))  # fmt: skip
+    exact = chain(exact_in[0], exact_in[1:], shapes)  # type: ignore[arg-type]
+    g = torch.randn(exact.shape, dtype=case.dtype)
+    sizes = results(chain(sizes_in[0], sizes_in[1:], shapes), g.abs().double(), sizes_in)  # type: ignore[arg-type]
+
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    x = leaves[0]
+    assert x is not None
+    if case.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    convolutions = [
+        Convolution(leaves[2 * i + 1], leaves[2 * i + 2], stride, padding)  # type: ignore[arg-type]
+        for i, (_, stride, padding) in enumerate(shapes)
+    ]
+    out = stem.folded(x, convolutions)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    way = stem.geometry(convolutions)
+    # Terms of the longest sum: over pixels or channels and taps, and what folding adds up. Half types round the folded
+    # weights or their gradients, one for each part of the border, and a pixel's gradient in every patch that has it.
+    terms = (
+        out[0, 0].numel() * n
+        + way.window**2 * channels[-1]
+        + sum(c * k * k for c, (k, _, _) in zip(channels, shapes, strict=False))
+    )
+    operands = 2 + 2 * -(-way.window // (way.stride * way.inner.stride))
+    names = ["out", "x", *(f"{kind}{i}" for i in range(len(shapes)) for kind in ("weight", "bias")[: 1 + case.bias])]
+    truth = results(exact, g.double(), exact_in)
+    for name, actual, right, size in zip(names, results(out, g, leaves), truth, sizes, strict=True):
+        assert actual.dtype == case.dtype
+        assert_within(actual, right, sum_bound(right, size, terms, case.dtype, operands=operands), name)
+
+
+def test_when_it_runs() -> None:
+    """By count of products, on a CPU; the rest is the library's."""
+
+    def convolutions(dtype: torch.dtype = torch.float32, padding: int = 0, channels: int = 3) -> list[Convolution]:
+        made = [torch.empty(o, c, k, k, dtype=dtype) for o, c, k in ((48, channels, 3), (96, 48, 3), (192, 96, 4))]
+        return [Convolution(w, None, s, p) for w, s, p in zip(made, (1, 1, 4), (1, 1, padding), strict=True)]
+
+    large, small = torch.empty(2, 3, 224, 224), torch.empty(1, 3, 32, 32)
+    assert stem.serves(large, convolutions())
+    assert stem.why_not(small, convolutions()) == "138719232 products as one, 62668800 apart"
+    assert "float32" in str(stem.why_not(large, convolutions(torch.float64)))
+    assert "padding 1" in str(stem.why_not(large, convolutions(padding=1)))
+    assert "(48, 4, 3, 3)" in str(stem.why_not(large, convolutions(channels=4)))
+    assert "expected 2 or 3" in str(stem.why_not(large, convolutions()[:1]))
+    assert "0x0" in str(stem.why_not(large[..., :3, :3], convolutions()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stem.serves(large.bfloat16(), convolutions())
+    assert choose.stem("cuda", 1, 100) == "apart"
