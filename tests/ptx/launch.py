@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.predict.core import PTX, Callback
 from tests.ptx import build
 from tests.ptx.executor import launch
 from tests.ptx.memory import POISON, TAG_BITS, Global, Range
@@ -27,7 +28,6 @@ from wavemix_kernels import backends
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.triton_launch import Launch
 
-ARCH = 80  # its instructions run on every later chip
 #: Told of each launch: what it executed.
 Met = Callable[[Executed], None]
 
@@ -146,7 +146,7 @@ def executed_triton(met: Met) -> Iterator[None]:
 
     driver.set_active(SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", ARCH, 32),
+        get_current_target=lambda: GPUTarget("cuda", PTX, 32),
     ))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, backends.executed_triton(), unwritten():
         patch.setenv("TRITON_CACHE_DIR", str(build.FOLDER / "triton"))
@@ -156,11 +156,6 @@ def executed_triton(met: Met) -> Iterator[None]:
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------------------
-
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_void_p),
-)  # fmt: skip
 
 
 class Core:
@@ -175,9 +170,9 @@ class Core:
         self._known: dict[int, tuple[int, int]] = {}  # address -> bytes, of an element
         self._storages = Storages()
         self._error: bytes = b""
-        self._callback = _CALLBACK(self._launch)
+        self._callback = Callback(self._launch)
         library = ctypes.CDLL(built.module.__file__)
-        library.wavemix_on_launch.argtypes = [_CALLBACK]
+        library.wavemix_on_launch.argtypes = [Callback]
         library.wavemix_on_launch(self._callback)
 
     def record(self, tensor: Tensor) -> None:

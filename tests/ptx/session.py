@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import pytest
 from benchmarks.predict.tools import ROOT
 
 
-def run(files: Sequence[str], expression: str = "") -> tuple[str, list[dict[str, Any]]]:
-    """pytest on `files` with `--device ptx`: (its last line, what each launch executed). A test that fails, or is
-    skipped, fails here."""
+def run(tests: Mapping[str, str]) -> tuple[str, list[dict[str, Any]]]:
+    """pytest on files, each with the expression that picks tests, and `--device ptx`: (its last line, what each launch
+    executed). A test that fails, or is skipped, fails here."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     with tempfile.TemporaryDirectory(prefix="wavemix-ptx-") as folder:
         launches = Path(folder) / "launches.jsonl"
+        picked = " or ".join(f"{Path(file).name} and ({expression})" for file, expression in tests.items())
         command = [
             *(sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:xdist", "--device=ptx", "--few"),
-            *(f"--launches={launches}", *files, *(["-k", expression] if expression else [])),
+            *(f"--launches={launches}", *tests, "-k", picked),
         ]
         environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)

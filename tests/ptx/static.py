@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +67,7 @@ class Largest:
 def compared(one: Executed) -> dict[str, Any]:
     """Counts by name: (in machine code, executed); and how many branches data decide."""
     if one.ptx is None:
-        path, entry = _cuda_entries()[_anywhere(one.name)]
+        path, entry = elf.cuda_entries(CHIP.arch)[one.name]
         cubin = path.read_bytes()
     else:
         cubin = _assembled(one.ptx)
@@ -91,16 +89,6 @@ def compared(one: Executed) -> dict[str, Any]:
         "all": (found.instructions * warps, sum(executed.values())),
         "guessed": found.guessed,
     }
-
-
-def _anywhere(name: str) -> str:
-    """Without the hash of the folder in which nvcc ran: a cache may be that of another checkout."""
-    return re.sub(r"(?<=_GLOBAL__N__)[0-9a-f]{8}", "", name)
-
-
-@functools.cache
-def _cuda_entries() -> dict[str, tuple[Path, elf.Entry]]:
-    return {_anywhere(name): found for name, found in elf.cuda_entries(CHIP.arch).items()}
 
 
 @functools.lru_cache

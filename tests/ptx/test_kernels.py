@@ -17,60 +17,20 @@ pytestmark = pytest.mark.prove
 
 
 class Session(NamedTuple):
-    """Tests of tests/ops/test_<family>.py, of several families by one process, and of `more` files; all kernels of
-    these Triton modules, or .cu files, have to run."""
+    """Tests of each file, run by one process: starting it takes as long as many a kernel. All kernels of these Triton
+    modules, or .cu files, have to run."""
 
-    tests: str
+    tests: dict[str, str]
     kernels: tuple[str, ...]
-    more: tuple[str, ...] = ()
 
 
-OUTPUTS, FORMS = "tests/kernels/test_haar_outputs.py", "tests/ptx/cuda_forms.py"
-TRITON_FORMS = "tests/ptx/triton_forms.py"
+OPS, FORMS, TRITON_FORMS = "tests/ops/test_", "tests/ptx/cuda_forms.py", "tests/ptx/triton_forms.py"
 HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
-#: By family and backend, the longest first.
+NORM = "triton and (contract or test_pre_norm or sums_together or several_norms) and not (empty or tf32 or many_parts)"
+#: The longest first.
 SESSIONS = {
-    "deconv-triton": Session(
-        "triton and (contract or wide and not triton-float16 or many_parts)",
-        ("deconv.triton", "deconv.triton_backward"),
-        (TRITON_FORMS,),
-    ),
-    "haar-triton": Session(f"triton and {HAAR}", ("haar.triton_analysis", "haar.triton_synthesis"), (OUTPUTS,)),
-    "reduce_haar-triton": Session(
-        "triton and (contract or test_gradients or tf32) and not every_order and not only_when",
-        ("reduce_haar.triton", "reduce_haar.triton_backward", "reduce_haar.triton_narrow"),
-        (TRITON_FORMS,),
-    ),
-    "mlp-triton": Session(
-        "triton and contract", ("mlp.triton", "mlp.triton_backward", "mlp.triton_narrow", "mlp.triton_products")
-    ),
-    "haar-cuda": Session(f"cuda and {HAAR}", ("haar_analysis", "haar_synthesis"), (OUTPUTS, FORMS)),
-    "reduce_haar-cuda": Session(
-        "cuda and (contract or test_gradients or widths) or tf32_only",
-        ("reduce_haar", "reduce_haar_gradients"),
-        (FORMS,),
-    ),
-    "pre_norm+batch_norm+patm+branch_weights-triton": Session(
-        "triton and (contract or test_pre_norm or sums_together or several_norms)"
-        " and not (empty or tf32 or many_parts)",
-        (
-            "norm.triton_pre_norm",
-            "norm.triton_finish",
-            "norm.triton_batch_norm",
-            "norm.triton_running",
-            "common.triton_sums",
-            "patm.triton_phases",
-            "patm.triton_phases_backward",
-            "patm.triton_branches",
-            "patm.triton_branch_weights",
-        ),
-        (TRITON_FORMS,),
-    ),
-    "patm-cuda": Session(
-        "cuda and (contract or statistics)", ("phase_aggregate", "phase_aggregate_backward"), (FORMS,)
-    ),
     "patm_whole-cuda": Session(
-        "cuda and contract",
+        {f"{OPS}patm_whole.py": "cuda and contract"},
         (
             "whole_moments",
             "whole_branch_weights",
@@ -82,10 +42,69 @@ SESSIONS = {
             "whole_sums",
         ),
     ),
-    "haar_axes-triton": Session("triton and contract", ("haar.triton_blocks",)),
-    "dwt+filter_bank-triton": Session(
-        "triton and (test_analysis or test_synthesis or test_lines or test_bank or test_transpose)",
-        ("dwt.triton_images", "dwt.triton_lines", "dwt.triton_bank"),
+    "products-triton": Session(
+        {
+            f"{OPS}deconv.py": "triton and (contract or wide and not triton-float16 or many_parts)",
+            f"{OPS}reduce_haar.py": "triton and (contract or test_gradients) and not (every_order or only_when)",
+            f"{OPS}mlp.py": "triton and contract",
+            TRITON_FORMS: "many_parts or tf32",
+        },
+        (
+            "deconv.triton",
+            "deconv.triton_backward",
+            "reduce_haar.triton",
+            "reduce_haar.triton_backward",
+            "reduce_haar.triton_narrow",
+            "mlp.triton",
+            "mlp.triton_backward",
+            "mlp.triton_narrow",
+            "mlp.triton_products",
+        ),
+    ),
+    "images-triton": Session(
+        {
+            **dict.fromkeys((f"{OPS}{of}.py" for of in ("pre_norm", "batch_norm", "patm", "branch_weights")), NORM),
+            f"{OPS}haar.py": f"triton and {HAAR}",
+            "tests/kernels/test_haar_outputs.py": f"triton and {HAAR}",
+            f"{OPS}haar_axes.py": "triton and contract",
+            f"{OPS}dwt.py": "triton and (test_analysis or test_synthesis or test_lines)",
+            f"{OPS}filter_bank.py": "triton and (test_bank or test_transpose)",
+            TRITON_FORMS: "sums_together",
+        },
+        (
+            "norm.triton_pre_norm",
+            "norm.triton_finish",
+            "norm.triton_batch_norm",
+            "norm.triton_running",
+            "common.triton_sums",
+            "patm.triton_phases",
+            "patm.triton_phases_backward",
+            "patm.triton_branches",
+            "patm.triton_branch_weights",
+            "haar.triton_analysis",
+            "haar.triton_synthesis",
+            "haar.triton_blocks",
+            "dwt.triton_images",
+            "dwt.triton_lines",
+            "dwt.triton_bank",
+        ),
+    ),
+    "images-cuda": Session(
+        {
+            f"{OPS}haar.py": f"cuda and {HAAR}",
+            "tests/kernels/test_haar_outputs.py": f"cuda and {HAAR}",
+            f"{OPS}reduce_haar.py": "cuda and (contract or test_gradients) or tf32_only",
+            f"{OPS}patm.py": "cuda and (contract or statistics)",
+            FORMS: "cuda",
+        },
+        (
+            "haar_analysis",
+            "haar_synthesis",
+            "reduce_haar",
+            "reduce_haar_gradients",
+            "phase_aggregate",
+            "phase_aggregate_backward",
+        ),
     ),
 }
 
@@ -119,8 +138,7 @@ def expected(name: str) -> set[str]:
 @pytest.mark.parametrize("name", SESSIONS)
 def test_kernels_run_from_ptx(name: str, request: pytest.FixtureRequest) -> None:
     wanted = expected(name)  # or skips
-    families, one = name.split("-")[0].split("+"), SESSIONS[name]
-    last, rows = session.run([*(f"tests/ops/test_{family}.py" for family in families), *one.more], one.tests)
+    last, rows = session.run(SESSIONS[name].tests)
     launches = [row["kernel"] for row in rows if "compared" not in row]
     own = {executed.kernel_of(kernel.split()[0]) for kernel in wanted}
     compared = {row["kernel"]: {"source": row["source"]} | row["compared"] for row in rows if row.get("kernel") in own
