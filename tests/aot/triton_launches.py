@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.aot.table import WIDE, Demands
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import triton_sums
+from wavemix_kernels.ops.common.chips import Products
 from wavemix_kernels.ops.common.precision import input_precision, products_in
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.deconv import tiles as deconv_tiles
@@ -271,14 +272,19 @@ def pre_norm_points() -> Iterator[Point]:
 
 
 def deconv_points() -> Iterator[Point]:
-    """One block at least fits every chip, and halves multiply by the chip's own matrix instruction."""
+    """One block at least fits every chip that takes its tile, and halves multiply by the chip's own matrix instruction.
+
+    wgmma's forward tile is taken on sm_90 alone, whose blocks may have 227 KB.
+    """
     matrices = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    products_by: dict[int, Products] = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
     def point(name: str, arch: int, dtype: torch.dtype, launch: Launch, products: str = "") -> Point:
         own, others = re.escape(f"PTX {matrices[arch]}"), {f"PTX {other}" for other in matrices.values()}
         others.remove(f"PTX {matrices[arch]}")
         demands = Demands(
-            most_shared=99 * 1024, products=(own,) if products in ("exactly", "tf32") else (),
+            most_shared=(227 if arch == 90 and dtype == HALF and name.startswith(("forward", "plus")) else 99) * 1024,
+            products=(own,) if products in ("exactly", "tf32") else (),
             # 32 columns beside 64 are fewer than wgmma's 64 rows, which mma.sync then takes in tf32.
             never=tuple(map(re.escape, sorted(others))) if products == "exactly" else (),
         )  # fmt: skip
@@ -293,7 +299,7 @@ def deconv_points() -> Iterator[Point]:
         with products_in(precision):
             configs = {
                 kind: deconv_tiles.config_for(
-                    kind, dtype.itemsize, c, columns, rows, arch in (80, 120), precision
+                    kind, dtype.itemsize, c, columns, rows, products_by[arch], precision
                 )
                 for kind, columns, rows in (("forward", c, pixels), ("input", c, pixels), ("weight", pixels, 4 * c))
             }  # fmt: skip
@@ -302,6 +308,9 @@ def deconv_points() -> Iterator[Point]:
                 "forward": deconv.forward_launch(y, u, weight, meta(c, dtype=dtype), True, configs["forward"])[0],
                 "both gradients": deconv_backward.norm_backward_launch(u, y, norm, u, weight, gradients)[0],
             }
+            if dtype == HALF and arch in (80, 90):  # what choose.deconv_residual takes
+                given = (y, u, weight, meta(c, dtype=dtype), False, configs["forward"], y)
+                launches["plus an image"] = deconv.forward_launch(*given)[0]
             if (arch, dtype) == (90, HALF):  # elsewhere the launch of both stands for its parts
                 launches["input gradient"] = deconv_backward.backward_x_launch(u, y, norm, weight, configs["input"])
                 made_weight = deconv_backward.backward_weight_launch(y, norm, u, True, configs["weight"])

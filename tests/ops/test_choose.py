@@ -111,6 +111,11 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         (("cuda", "triton", "reference"), True, ("triton", "cuda", "reference")),
         (("cuda", "triton", "reference"), False, ("cuda", "triton", "reference")), (OURS, True, OURS),
     ]),
+    (choose.deconv_residual, [
+        (BF16, "wgmma", False, choose.AUTO["cuda"]), (BF16, "mma", False, choose.AUTO["cuda"]),
+        (FP32, "wgmma", False, LIBRARY), (BF16, "mma", True, LIBRARY), (BF16, "tcgen05", False, LIBRARY),
+        (BF16, "mfma", False, LIBRARY),
+    ]),
     (choose.deconv_backward_weight, [("cpu", OURS), ("cuda", LIBRARY)]),
     (choose.head, [(144, 72, 3, "folded"), (64, 8, 16, "apart")]),
     (choose.channel_mlp, [

@@ -20,6 +20,7 @@ from wavemix_kernels import log
 from wavemix_kernels.backends import NAMES, Backend
 from wavemix_kernels.ops import tuned, verify
 from wavemix_kernels.ops.common import plan
+from wavemix_kernels.ops.common.chips import Products
 
 Order = tuple[str, ...]
 
@@ -166,6 +167,14 @@ def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, fe
         return order(device)
     library = dtype != torch.float32 or min(u_channels, y_channels) < NARROW
     return _LIBRARY if library else order(device)
+
+
+def deconv_residual(dtype: torch.dtype, products: Products, little_shared: bool) -> Order:
+    """Forward with an image added, on a GPU: Triton's kernel reads the image while it multiplies, where the library
+    takes another pass. Predicted, not measured, and for two chips' half types only: elsewhere the library.
+    (docs/develop/tuning.md, Triton tiles: transposed convolution)"""
+    wins = products == "wgmma" or (products == "mma" and not little_shared)
+    return order("cuda") if wins and dtype in (torch.float16, torch.bfloat16) else _LIBRARY
 
 
 def deconv_backward_weight(device: str) -> Order:

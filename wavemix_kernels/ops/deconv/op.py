@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common import chips, layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
@@ -167,11 +167,11 @@ def _cpu_norm_backward(grad: Tensor, u: Tensor, weight: Tensor, norm: Norm) -> t
 # --- Triton ----------------------------------------------------------------------------------------------
 
 
-def _triton_forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _triton_forward(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     from wavemix_kernels.ops.deconv import triton as kernels
 
-    u, y = layout.channels_inner(u), _empty_output(u, weight)
-    kernels.forward(y, u, weight, None if bias is None else bias.contiguous())
+    y, other = _empty_output(u, weight), None if residual is None else layout.channels_inner(residual)
+    kernels.forward(y, layout.channels_inner(u), weight, None if bias is None else bias.contiguous(), residual=other)
     return y
 
 
@@ -237,8 +237,9 @@ def _reference_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[
 
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(backends.triton_products_why_not, {
-        "forward": _triton_forward, "forward_stats": _triton_forward_stats, "backward_x": _triton_backward_x,
-        "backward_weight": _triton_backward_weight, "norm_backward": _triton_norm_backward,
+        "forward": _triton_forward, "forward_residual": _triton_forward, "forward_stats": _triton_forward_stats,
+        "backward_x": _triton_backward_x, "backward_weight": _triton_backward_weight,
+        "norm_backward": _triton_norm_backward,
     }),
     "cpu": backends.Backend(backends.cpu_why_not, {
         "forward": _cpu_forward, "forward_residual": _cpu_forward_residual, "forward_stats": _cpu_forward_stats,
@@ -290,7 +291,9 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
 
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
-    functions = _functions("deconv_residual", backend, u, weight)
+    units = chips.products_of(u.device), chips.little_shared(u.device)
+    order = choose.deconv_residual(u.dtype, *units) if u.is_cuda else _order(u, *weight.shape[:2])
+    functions = choose.select("deconv_residual", BACKENDS, backend, u, weight, order=order).functions
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)
     return functions["forward"](u, weight, bias).add_(residual)
@@ -402,11 +405,8 @@ def norm_backward(
     u: Tensor, weight: Tensor, backend: str,
 ) -> NormGradients:  # fmt: skip
     """Gradients from that of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
-    return NormGradients(
-        *torch.ops.wavemix_kernels.deconv_norm_backward(
-            grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend
-        )
-    )
+    made = torch.ops.wavemix_kernels.deconv_norm_backward
+    return NormGradients(*made(grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

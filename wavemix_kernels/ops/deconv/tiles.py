@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import cover, pow2_at_least
 
 Kind = Literal["forward", "input", "weight"]
@@ -40,32 +41,37 @@ def config_for(
     columns: int,
     inner: int,
     rows: int,
-    by_warps: bool = False,
+    products: Products = "wgmma",
     precision: str = "ieee",
     multiprocessors: int = _native.MULTIPROCESSORS,
 ) -> DeconvConfig:
     """The default for a result of `rows` rows: a deterministic function of its arguments; `inner`: what is summed over.
 
-    Half types: 128 x 192 results on eight warps, one block for a multiprocessor. fp32 of `precision` "ieee" multiplies
-    on the ordinary units: small tiles, whose operands take the registers. `by_warps`: the chip's matrix instructions
-    take both operands from registers, which leaves a gradient less room. (docs/develop/tuning.md, Triton tiles)
+    Half types: 256 x 192 results forward by "wgmma", 256 x 96 by "mma", else 128 x 192, on eight warps, one block for a
+    multiprocessor. fp32 of `precision` "ieee" multiplies on the ordinary units: small
+    tiles, whose operands take the registers. (docs/develop/tuning.md, Triton tiles: transposed convolution)
     """
+    by_warps = products in BY_WARPS
     depth = min(64 // itemsize, max(16, pow2_at_least(inner)))
     if itemsize == 4 and precision == "ieee":
         return DeconvConfig(64, 64, depth, 4, 2)
     tall, widest, stages = 128, 512 // itemsize, 3
     if kernel == "weight":
         tall, widest = min(tall, max(64, pow2_at_least(rows))), min(widest, 96 if by_warps else 192)
-    elif _cdiv(rows, tall) * (4 if kernel == "forward" else 1) < multiprocessors:
-        tall = 64
+    elif kernel == "forward" and itemsize == 2 and products in ("mma", "wgmma"):
+        tall, widest, stages = (256, 128, 3) if by_warps else (256, 192, 4)
+    programs = _cdiv(columns, widest) * (4 if kernel == "forward" else 1)
+    while kernel != "weight" and tall > 64 and _cdiv(rows, tall) * programs < multiprocessors:
+        tall //= 2
     if kernel == "input" and by_warps and itemsize == 2:
         depth, stages = 16, 4
     return DeconvConfig(tall, widest, depth, 4 if tall * sum(widths(columns, widest)) <= 8192 else 8, stages)
 
 
 def search_space(itemsize: int) -> list[DeconvConfig]:
-    """Tiles worth timing; those of 256 rows spill, and may be faster all the same."""
+    """Tiles worth timing; gradients in those of 256 rows spill, and may be faster all the same."""
     if itemsize == 4:
         return [DeconvConfig(rows, 64, 16, num_warps, 2) for rows in (32, 64) for num_warps in (4, 8)]
-    tiles = itertools.product(((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 256, 16)), ((32, 3), (32, 4), (64, 3)))
+    shapes = ((64, 256, 4), (128, 128, 4), (128, 256, 8), (256, 192, 8), (256, 192, 16))
+    tiles = itertools.product(shapes, ((32, 3), (32, 4), (64, 3)))
     return [DeconvConfig(rows, columns, depth, warps, stages) for (rows, columns, warps), (depth, stages) in tiles]
