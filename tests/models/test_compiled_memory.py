@@ -20,7 +20,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
             wk.FusedWaveblock(level=level, ff_channel=C, final_dim=C, upsample=upsample, recompute=recompute)
         )
         for level, upsample, recompute in (
-            (1, "deconv", "mlp"), (2, "bilinear", "all"), (3, "deconv", "all"), (4, "pixelshuffle", "mlp"),
+            (1, "deconv", "mlp"), (2, "bilinear", "all"), (3, "deconv", "all"), (4, "pixelshuffle", "hidden"),
         )
     },
     **{

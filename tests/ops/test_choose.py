@@ -117,6 +117,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         (BF16, "mfma", False, LIBRARY),
     ]),
     (choose.deconv_backward_weight, [("cpu", OURS), ("cuda", LIBRARY)]),
+    (choose.waveblock_recompute, [("cpu", "mlp"), ("cuda", "hidden")]),
     (choose.head, [(144, 72, 3, "folded"), (64, 8, 16, "apart")]),
     (choose.channel_mlp, [
         ("cpu", BF16, 128, 320, True, LIBRARY), ("cpu", BF16, 127, 320, True, OURS),

@@ -95,7 +95,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: wk.FusedWaveblock(dropout=2), ValueError, r"dropout=2: expected a probability from 0 to 1"),
     (lambda: wk.FusedWaveblock(dropout="half"), TypeError, r"dropout: expected a probability from 0 to 1, got 'half'"),
     (lambda: wk.FusedWaveblock(upsample="cubic"), ValueError, r"upsample='cubic': expected one of 'deconv'"),
-    (lambda: wk.FusedWaveblock(recompute="some"), ValueError, r"recompute='some': expected one of 'mlp', 'all'"),
+    (lambda: wk.FusedWaveblock(recompute="some"), ValueError, r"recompute='some': expected one of 'auto', 'hidden', 'mlp', 'all'"),
     (lambda: wk.FusedWaveblock(level=3, final_dim=8)(X), ValueError, r"x: W=12: expected a multiple of 8; the nearest that work: 8 or 16"),
     (lambda: Waveblock(level=2, final_dim=8)(X[..., :6]), ValueError, r"x: W=6: expected a multiple of 4"),
     (lambda: Level2Waveblock(final_dim=16)(X), ValueError, r"x: expected 16 channels \(final_dim\), got shape \(2, 8"),

@@ -142,6 +142,13 @@ def reduce_haar(order: Order, narrow: bool) -> Order:
     return tuple(sorted(order, key=lambda name: name != "triton")) if narrow else order
 
 
+def waveblock_recompute(device: str) -> str:
+    """What a Waveblock's backward makes again: on a GPU its hidden layers alone (``"hidden"``), since a pass over x is
+    predicted to cost more there than the pyramid's memory; on a CPU, where that is not measured, the reduction and the
+    pyramid too (``"mlp"``). (docs/develop/tuning.md, Waveblock: what is kept for backward)"""
+    return "hidden" if device == "cuda" else "mlp"
+
+
 # --- Transposed convolution ------------------------------------------------------------------------------
 
 #: Minimal filtering between many channels on one side and fewer than this on both costs more than it saves.

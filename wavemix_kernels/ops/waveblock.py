@@ -2,7 +2,8 @@
 
 Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``recompute="mlp"`` keeps x and the output
 of each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
-``recompute="all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
+``recompute="hidden"`` keeps the pyramid too, a third of x's size, and makes the MLPs alone again; ``"all"`` keeps x
+alone. No dropout mask is ever kept: it follows from a seed.
 
 At level 1 the reduction and the MLP could be one kernel; by count it would save too little to be done
 (docs/develop/tuning.md, one kernel for the reduction and the MLP).
@@ -26,7 +27,7 @@ from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 
-RECOMPUTE = ("mlp", "all")
+RECOMPUTE = ("auto", "hidden", "mlp", "all")
 
 
 class Level(NamedTuple):
@@ -55,6 +56,7 @@ class _Options(NamedTuple):
     kind: str
     residual: bool
     backend: str
+    recompute: str
 
 
 class _Parts(NamedTuple):
@@ -95,12 +97,14 @@ def waveblock(
         dropout, eps: per level.
         seeds: (levels) int64, where any dropout is above 0.
         kind: the upsampling (:mod:`wavemix_kernels.ops.deconv.upsample`).
-        recompute: ``"mlp"`` or ``"all"``.
+        recompute: one of :data:`RECOMPUTE`; ``"auto"`` as :func:`wavemix_kernels.ops.choose.waveblock_recompute` says.
         residual: add x to the output, in the pass that normalises.
     """
     flat = [t for level in levels for t in level]
-    options = _Options(len(levels), tuple(dropout), tuple(eps), kind, residual, backend)
-    out, *stats = _Waveblock.apply(options, recompute, x, weight, bias, seeds, *flat)
+    if recompute == "auto":
+        recompute = choose.waveblock_recompute(x.device.type)
+    options = _Options(len(levels), tuple(dropout), tuple(eps), kind, residual, backend, recompute)
+    out, *stats = _Waveblock.apply(options, x, weight, bias, seeds, *flat)
     return out, list(zip(stats[::2], stats[1::2], strict=True))
 
 
@@ -137,10 +141,12 @@ def _affine(of: batch_norm.Statistics) -> batch_norm.Affine:
 def _forward(
     options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
 ) -> list[Tensor]:
-    """The output, what each level's upsampling gave, and its :class:`batch_norm.Statistics`."""
-    count, dropout, eps, kind, residual, backend = options
+    """The output, what each level's upsampling gave, the pyramid where it is kept, and each level's
+    :class:`batch_norm.Statistics`."""
+    count, dropout, eps, kind, residual, backend, recompute = options
     levels, part = _levels(flat), _Parts.of(backend)
     zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
+    kept = [*zs] if recompute == "hidden" else []
     # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
     ys: list[Tensor] = []
     stats: list[batch_norm.Statistics] = []
@@ -172,22 +178,22 @@ def _forward(
         layout.is_channels_last(x),
         part.norm,
     )
-    return [out, *ys, *(t for of in stats for t in of)]
+    return [out, *ys, *kept, *(t for of in stats for t in of)]
 
 
 def _backward(
     options: _Options, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
     *rest: Any,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, the outputs of the upsamplings where
-    they were kept, and the statistics."""
-    count, dropout, _, kind, residual, backend = options
+    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, the outputs of the upsamplings and
+    the pyramid where they were kept, and the statistics."""
+    count, dropout, _, kind, residual, backend, _ = options
     flat, rest, of = rest[: count * _FIELDS], rest[count * _FIELDS : -count * _STATISTICS], rest[-count * _STATISTICS :]
-    ys = list(rest)
+    ys, zs = list(rest[:count]), list(rest[count:])
     levels, part = _levels(flat), _Parts.of(backend)
     norms = [batch_norm.Statistics(*of[i : i + _STATISTICS]) for i in range(0, len(of), _STATISTICS)]
     before = flops.counted()
-    zs = reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
+    zs = zs or reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
     us: list[Tensor] = []
     if not ys:
         for i in range(count - 1, -1, -1):
@@ -260,15 +266,15 @@ def _backward(
 class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, recompute: str, x: Tensor, weight: Tensor, bias: Tensor | None,
+        ctx: Any, options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None,
         seeds: Tensor | None, *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         out, *rest = _forward(options, x, weight, bias, seeds, *flat)
-        ys, of = rest[: options.levels], rest[options.levels :]
+        kept, of = rest[: -options.levels * _STATISTICS], rest[-options.levels * _STATISTICS :]
         ctx.options = options
-        ctx.save_for_backward(x, weight, bias, seeds, *flat, *(ys if recompute == "mlp" else []), *of)
+        ctx.save_for_backward(x, weight, bias, seeds, *flat, *([] if options.recompute == "all" else kept), *of)
         # The mean and the variance of each level's batch. Given ones belong to the caller.
         given = flat[Level._fields.index("mean") :: _FIELDS]
         batch = [t for i in range(0, len(of), _STATISTICS) for t in of[i : i + 2]]
@@ -282,4 +288,4 @@ class _Waveblock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        return None, None, *_backward(ctx.options, grad, *ctx.saved_tensors)
+        return None, *_backward(ctx.options, grad, *ctx.saved_tensors)

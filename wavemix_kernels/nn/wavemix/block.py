@@ -24,7 +24,7 @@ _UPSAMPLING: dict[str, type[nn.Module]] = {
 
 
 class FusedWaveblock(Waveblock):
-    """A Waveblock that trains in about half (``recompute="mlp"``) or a quarter (``"all"``) of the activation memory.
+    """A Waveblock that trains in about half (``"mlp"``) or a quarter (``"all"``) of the activation memory.
 
     (N, final_dim, H, W) -> the same shape and memory format, H and W multiples of ``2**level``, in float64, float32,
     float16 or bfloat16 as the weights are (autocast converts both); the residual is the caller's to add. Parameters,
@@ -40,7 +40,9 @@ class FusedWaveblock(Waveblock):
         final_dim: channels C of input and output, a multiple of 4.
         dropout: probability of dropping a hidden activation.
         upsample: ``"deconv"``, ``"bilinear"``, ``"nearest"`` or ``"pixelshuffle"``.
-        recompute: what backward makes again: ``"mlp"``, or ``"all"`` to keep x alone.
+        recompute: what backward makes again: ``"hidden"``, the hidden layers alone; ``"mlp"``, the reduction and its
+            pyramid too, which keeps a third of x's size less; ``"all"``, to keep x alone; ``"auto"``, ``"hidden"`` on a
+            GPU and ``"mlp"`` on a CPU.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.
@@ -57,7 +59,7 @@ class FusedWaveblock(Waveblock):
         final_dim: int = 16,
         dropout: float = 0.5,
         upsample: str = "deconv",
-        recompute: str = "mlp",
+        recompute: str = "auto",
     ) -> None:
         super().__init__(
             level=level, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample=upsample

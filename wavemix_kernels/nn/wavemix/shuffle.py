@@ -59,7 +59,7 @@ class FusedShuffleWaveblock(ShuffleWaveblock):
             seeds = pointwise_mlp.draw_seed(x.device) if p else None
             out, (stats,) = waveblock.waveblock(
                 cast_x, weight, bias, [waveblock.Level(*rest, *of_norm)], dropout=[p], eps=[norm.eps], seeds=seeds,
-                kind=self.upsample, recompute="mlp", **common,
+                kind=self.upsample, recompute="auto", **common,
             )  # fmt: skip
         else:
             parameters = shuffle_block.Parameters(weight, bias, *rest, *of_norm)
