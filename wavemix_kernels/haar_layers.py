@@ -201,10 +201,12 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
     from wavemix_kernels import haar_derived, haar_video  # whose forms are made of the ones here
 
     forms += haar_video.forms(module, forms)
-    forms = forms or haar_derived.forms(module)
+    holders = {name for name, value in vars(module).items() if _holds_modules(value)}
+    if not forms and holders <= {"_modules"}:  # the transforms that it holds are replaced themselves
+        forms = haar_derived.forms(module)
     if forms:
         return functools.partial(_replace, forms)
-    bare = not any(map(_holds_modules, vars(module).values())) and not any(p.requires_grad for p in tensors)
+    bare = not holders and not any(p.requires_grad for p in tensors)
     return _leave if bare else None
 
 
