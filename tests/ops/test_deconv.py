@@ -48,6 +48,7 @@ class Deconv(Contract):
         "size": NARROW, "layout": tuple(LAYOUTS), "bias": (None, 0, 100),  # 100: far from 0 is hard for a variance
         "cotangents": ("nchw", "channels_last", "channels_slice"),
     }  # fmt: skip
+    interpreted: ClassVar[Any] = Contract.interpreted | {"size": (*NARROW, *WIDE[1:3])}
     products = True
     differentiable = ("u", "weight", "bias")
 
@@ -128,6 +129,7 @@ class NormGradients(Contract):
         "batch_stats": (False, True), "cotangents": ("channels_last", "channels_slice", "nchw"),
     }  # fmt: skip
     dtypes: ClassVar[Any] = {"cpu": BACKENDS["cpu"], "triton": BACKENDS["triton"]}
+    interpreted: ClassVar[Any] = Deconv.interpreted
     products = True
 
     def inputs(self, case: Case, device: str) -> Any:
