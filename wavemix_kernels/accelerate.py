@@ -55,8 +55,9 @@ def accelerate(model: nn.Module, *, verbose: bool = False) -> Report:
     :data:`wavemix_kernels.ops.haar.CONVENTIONS` lists or return and take some of them otherwise
     (:mod:`wavemix_kernels.haar_derived`), and this package's own reference modules. They are found by
     their parts, whatever their classes are called and wherever they come from, and judged by their layers and by what
-    a copy of them computes beside ours. WTConv keeps its class and, where its filters are Haar's and frozen, gets
-    other wavelet functions (:mod:`wavemix_kernels.wtconv`). A Haar layer gets a class derived from its own, whose
+    a copy of them computes beside ours. WTConv, where its filters are Haar's and frozen, gets other wavelet
+    functions (:mod:`wavemix_kernels.wtconv`) and a class derived from its own, whose forward is one operator for
+    float32 on a GPU (:mod:`wavemix_kernels.wtconv_layer`). A Haar layer gets a class derived from its own, whose
     forward goes on to serve every call that was not compared: in other dtypes, at sizes and under settings where the
     two may differ, and on a GPU those whose filters were made in inference mode (:mod:`wavemix_kernels.haar_layers`).
     The model may lie on any device; a layer is compared by a copy on the CPU.

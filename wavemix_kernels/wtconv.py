@@ -4,7 +4,8 @@ arXiv:2407.05848, BGU-CS-VIL/WTConv) on the Haar kernels, for :func:`wavemix_ker
 A ``WTConv2d`` keeps its frozen filters as ``wt_filter`` and ``iwt_filter``, (4C, 1, 2, 2), and transforms (N, C, H, W)
 -> (N, C, 4, H/2, W/2) and back by two grouped convolutions of stride 2. With wavelet 'db1' their bands are ours, order,
 signs and scale included. Until November 2024 the two were attributes, ``wt_function(x)`` and ``iwt_function(bands)``;
-since then they are functions beside the class, called with the filters.
+since then they are functions beside the class, called with the filters. For float32 on a GPU the whole forward is
+one operator (:mod:`wavemix_kernels.wtconv_layer`); elsewhere it calls these functions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from wavemix_kernels import backends, checks, fx, log
+from wavemix_kernels import backends, checks, fx, log, wtconv_layer
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
@@ -151,10 +152,20 @@ def replacement(module: nn.Module) -> Callable[[nn.Module], str] | None:
         return None
     functions = [getattr(module, name, None) for name, _ in NAMES]
     if all(map(callable, functions)):
-        return None if all(isinstance(f, HaarFunction) for f in functions) else _replace_attributes
+        if all(isinstance(f, HaarFunction) for f in functions):
+            return wtconv_layer.replacement(module)
+        return functools.partial(_and_forward, _replace_attributes)
     beside = [found for _, _, found in _functions_beside(module)]
     directions = {found.direction for found in beside if isinstance(found, SharedFunction)}
-    return None if directions == {0, 1} else _replace_shared
+    if directions == {0, 1}:
+        return wtconv_layer.replacement(module)
+    return functools.partial(_and_forward, _replace_shared)
+
+
+def _and_forward(replace: Callable[[nn.Module], str], module: nn.Module) -> str:
+    """Replaces the functions, then the forward that calls them."""
+    forward, now = wtconv_layer.replacement(module), replace(module)
+    return now if forward is None else f"{now}, {forward(module)}"
 
 
 def _functions_beside(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:

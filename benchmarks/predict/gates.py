@@ -56,6 +56,7 @@ REASONS = {
     "triton dwt * db20 *": "a pass for each axis; a load and two products a tap, whose slots are all taken",
     "triton dwt * bfloat16 *": "as many instructions as of fp32 for half the bytes",
     "triton dwt *": "taps, rows and loads ahead take the registers: two to five blocks of a multiprocessor",
+    "triton wtconv *": "registers for a quarter of the warps, which wait for loads; deep levels have few tiles",
     "cuda reduce_haar *": "55 instructions for each 16 bytes that are copied; two blocks of a multiprocessor",
     "triton reduce_haar * nchw *": "bank conflicts: rows of pixels are turned into columns of channels",
     "triton reduce_haar gradients L1 channels_last 1024x*": "few warps of a multiprocessor, which wait for each step",

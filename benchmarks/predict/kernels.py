@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .case import BF16, Case, sized, vector
+from .case import operator as _op
 from .chips import Chip
 from .executed import kernel_of
 from .record import Launch, image, recording
-
-BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator at one shape.
-
-    Attributes:
-        name: ``backend family what shape``.
-        run: calls it on tensors that it makes.
-        flops: kernel function -> products that the shape needs, in FLOP.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    flops: Mapping[str, float] = field(default_factory=dict)
+from .wtconv import wtconv_cases
 
 
 @dataclass(frozen=True)
@@ -40,18 +26,6 @@ class Recorded:
     name: str
     launch: Launch
     flops: float
-
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.wavemix_kernels, name)
-
-
-def _vector(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.float32)
-
-
-def _sized(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 # --- Haar --------------------------------------------------------------------------------------------------
@@ -88,7 +62,7 @@ def haar_cases() -> Iterator[Case]:
         for level, shape, last in made:
             for inverse in (False, True):
                 what = f"{'synthesis' if inverse else 'analysis'} L{level} {'channels_last' if last else 'nchw'}"
-                yield Case(f"{backend} haar {what} {_sized(shape)}", _haar(backend, level, shape, last, inverse))
+                yield Case(f"{backend} haar {what} {sized(shape)}", _haar(backend, level, shape, last, inverse))
 
 
 def _haar_blocks(
@@ -119,7 +93,7 @@ def haar_blocks_cases() -> Iterator[Case]:
     for convention, shape, dtype, last in made:
         for inverse in (False, True):
             way, order = "synthesis" if inverse else "analysis", "channels_last" if last else "nchw"
-            name = f"triton haar_blocks {way} {convention} {order} {str(dtype)[6:]} {_sized(shape)}"
+            name = f"triton haar_blocks {way} {convention} {order} {str(dtype)[6:]} {sized(shape)}"
             yield Case(name, _haar_blocks(shape, convention, inverse, dtype, last))
 
 
@@ -132,7 +106,7 @@ def _dwt(
         from wavemix_kernels.ops.dwt import Filters, dwt2d, idwt2d
         from wavemix_kernels.ops.dwt.reference import coefficient_size
 
-        filters = Filters(*(_vector(taps) for _ in range(4)))
+        filters = Filters(*(vector(taps) for _ in range(4)))
         if not inverse:
             return dwt2d(image(shape, dtype, False), filters, mode=mode, backend="triton")
         n, c, h, w = shape
@@ -152,7 +126,7 @@ def _filter_bank(
         from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
         from wavemix_kernels.ops.dwt.reference import Filters, Lattice
 
-        filters = Filters(*(_vector(taps) for _ in range(4)))
+        filters = Filters(*(vector(taps) for _ in range(4)))
         n, c, *size = shape
         h, w = (Lattice(2 - taps, s, 1, 2) if lattice == "swt" else Lattice(2 - taps, s // 4, 4, 2) for s in size)
         if not inverse:
@@ -173,7 +147,7 @@ def dwt_cases() -> Iterator[Case]:
     for wave, mode, dtype in made:
         for inverse in (False, True) if mode != "symmetric" else (False,):
             way = "synthesis" if inverse else "analysis"
-            name = f"triton dwt {way} {wave} {mode} {str(dtype)[6:]} {_sized(shape)}"
+            name = f"triton dwt {way} {wave} {mode} {str(dtype)[6:]} {sized(shape)}"
             yield Case(name, _dwt(wave, mode, inverse, dtype, shape))
     for lattice, taps, mode, inverse in (
         ("swt", 8, "periodic", False),
@@ -181,7 +155,7 @@ def dwt_cases() -> Iterator[Case]:
         ("tree", 10, "symmetric", False),
     ):
         way = "synthesis" if inverse else "analysis"
-        name = f"triton filter_bank {way} {lattice} {taps} {mode} float32 {_sized(shape)}"
+        name = f"triton filter_bank {way} {lattice} {taps} {mode} float32 {sized(shape)}"
         yield Case(name, _filter_bank(lattice, taps, mode, inverse, shape))
 
 
@@ -224,7 +198,7 @@ def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) 
     def run() -> Any:
         n, h, w = size
         x, second = (image((n, c, h, w), BF16, True) if c else None for c in (a, b))
-        affine = (_vector(b), _vector(b)) if b else (None, None)
+        affine = (vector(b), vector(b)) if b else (None, None)
         weights = image((k, a + b)), image((k,)), image((o, k)), image((o,))
         p, seed = (0.5, torch.empty(1, dtype=torch.int64)) if b or a < 64 else (0.0, None)
         arguments = (x, second, *affine, *weights, p, seed)
@@ -241,7 +215,7 @@ def mlp_cases() -> Iterator[Case]:
     made = [(192, 96, 384, 192, (64, 32, 32)), (192, 0, 384, 192, (64, 8, 8))]
     made += [(c, 0, 4 * c, c, (128, size, size)) for c, size in ((64, 56), (128, 28), (320, 14))]
     for a, b, k, o, size in made:
-        rows, shape = float(size[0] * size[1] * size[2]), f"{a}|{b} to {k} to {o}, {_sized(size)} pixels"
+        rows, shape = float(size[0] * size[1] * size[2]), f"{a}|{b} to {k} to {o}, {sized(size)} pixels"
         flops = {
             "_forward_kernel": 2 * rows * k * (a + b + o),
             "_backward_x_kernel": 2 * rows * k * (2 * (a + b) + o),
@@ -261,7 +235,7 @@ def _deconv(c: int, size: int, what: str) -> Callable[[], Any]:
         weight, bias = image((c, c, 4, 4)), image((c,))
         if what == "forward":
             return _op("deconv_stats")(u, weight, bias, bias, bias, 1e-5, "triton")
-        return _op("deconv_norm_backward")(grad, y, *(_vector(c) for _ in range(3)), True, u, weight, "triton")
+        return _op("deconv_norm_backward")(grad, y, *(vector(c) for _ in range(3)), True, u, weight, "triton")
 
     return run
 
@@ -277,10 +251,10 @@ def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
     def run() -> Any:
         x, other = (image((64, c, size, size), BF16, True) for _ in range(2))
         if what == "statistics":
-            return _op("batch_norm_stats")(x, _vector(c), _vector(c), 1e-5, "triton")
+            return _op("batch_norm_stats")(x, vector(c), vector(c), 1e-5, "triton")
         if what == "apply":
-            return _op("batch_norm_apply")(x, _vector(c), _vector(c), other, True, "triton")
-        return _op("batch_norm_backward")(other, x, _vector(c), _vector(c), _vector(c), True, True, "triton")
+            return _op("batch_norm_apply")(x, vector(c), vector(c), other, True, "triton")
+        return _op("batch_norm_backward")(other, x, vector(c), vector(c), vector(c), True, True, "triton")
 
     return run
 
@@ -297,14 +271,14 @@ def _pre_norm(c: int, size: int, by_image: bool, what: str) -> Callable[[], Any]
     def run() -> Any:
         n = 128
         x, branch = (image((n, c, size, size), dtype, True) for dtype in (torch.float32, BF16))
-        of = _vector(n if by_image else c)
+        of = vector(n if by_image else c)
         if what == "statistics":
             return _op("pre_norm_stats")(x, 1e-5, by_image, "triton")
         if what == "apply":
-            return _op("pre_norm_apply")(x, of, of, _vector(c), _vector(c), by_image, BF16, "triton")
+            return _op("pre_norm_apply")(x, of, of, vector(c), vector(c), by_image, BF16, "triton")
         if what == "join":
-            return _op("pre_norm_join")(x, branch, _vector(n), "triton")
-        return _op("pre_norm_backward")(branch, x, x, of, of, _vector(c), by_image, True, "triton")
+            return _op("pre_norm_join")(x, branch, vector(n), "triton")
+        return _op("pre_norm_backward")(branch, x, x, of, of, vector(c), by_image, True, "triton")
 
     return run
 
@@ -320,7 +294,7 @@ def _patm(backend: str, shape: tuple[int, int, int, int], what: str) -> Callable
     def run() -> Any:
         n, c, h, w = shape
         z_h, theta_h, z_w, theta_w, z_c = image((n, 5 * c, h, w), BF16, True).chunk(5, 1)
-        vectors, taps = [_vector(c) for _ in range(4)], [image((c, 2, 1, 7)), image((c, 2, 7, 1))]
+        vectors, taps = [vector(c) for _ in range(4)], [image((c, 2, 1, 7)), image((c, 2, 7, 1))]
         full = image(shape, BF16, True)
         if what == "forward":
             return _op("phase_aggregate")(z_h, z_w, z_c, theta_h, theta_w, *vectors, *taps, backend)
@@ -329,7 +303,7 @@ def _patm(backend: str, shape: tuple[int, int, int, int], what: str) -> Callable
         if what == "sum gradients":
             return _op("branch_sum_backward")(full, full, full, z_c, torch.empty(3, n, c), backend)
         a, s = torch.empty(3, n, c), torch.empty(n, c)
-        grads, batch = (full, full, s, a, z_h, z_w), (_vector(2 * c).view(2, c), _vector(2 * c).view(2, c))
+        grads, batch = (full, full, s, a, z_h, z_w), (vector(2 * c).view(2, c), vector(2 * c).view(2, c))
         return _op("phase_aggregate_backward")(*grads, theta_h, theta_w, *vectors, *taps, *batch, True, backend)
 
     return run
@@ -346,17 +320,17 @@ def _patm_whole(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any
         if what == "moments":
             return whole.moments(x, "cuda")
         taps = torch.empty(c, 2, 1, 7), torch.empty(c, 2, 7, 1)
-        mlp = torch.empty(c // 4, c, 1, 1), _vector(c // 4), torch.empty(3 * c, c // 4, 1, 1), _vector(3 * c)
+        mlp = torch.empty(c // 4, c, 1, 1), vector(c // 4), torch.empty(3 * c, c // 4, 1, 1), vector(3 * c)
         convolutions = (image((c, c, 1, 1)), None) * 3 + (image((c, c, 1, 1)), image((c,))) * 3
         maps, path, weights = (
-            Affine(*(_vector(c) for _ in range(4))),
-            _vector(shape[0]),
+            Affine(*(vector(c) for _ in range(4))),
+            vector(shape[0]),
             Weights(*convolutions, *taps, *mlp),
         )
         if what == "forward":
             return whole.forward(x, path, True, weights, maps, "cuda")
         wide = torch.empty(c, dtype=torch.float64), torch.empty(c, c, dtype=torch.float64)
-        batch = whole.Batch(*(_vector(2 * c).view(2, c) for _ in range(2)), *wide)
+        batch = whole.Batch(*(vector(2 * c).view(2, c) for _ in range(2)), *wide)
         mean = torch.empty(shape[:2])
         return whole.backward(image(shape, BF16, True), mean, batch, x, path, weights, maps, "cuda")
 
@@ -376,19 +350,19 @@ def patm_cases() -> Iterator[Case]:
             "patm_image_gradients": 11 * product,
         }
         for what in ("moments", "forward", "backward"):
-            yield Case(f"cuda patm_whole {what} {_sized(shape)}", _patm_whole(shape, what), flops)
+            yield Case(f"cuda patm_whole {what} {sized(shape)}", _patm_whole(shape, what), flops)
     for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
         for backend in ("cuda", "triton"):
             for what in ("forward", "gradients"):
-                name = f"{backend} phase_aggregate {what} {_sized(shape)}"
+                name = f"{backend} phase_aggregate {what} {sized(shape)}"
                 yield Case(name, _patm(backend, shape, what))
     for what in ("sum", "sum gradients"):
         yield Case(f"triton branch_{what.replace(' ', '_')} 64x64x56x56", _patm("triton", (64, 64, 56, 56), what))
 
 
 FAMILIES = (
-    haar_cases, haar_blocks_cases, dwt_cases, reduce_haar_cases, mlp_cases, deconv_cases, batch_norm_cases,
-    pre_norm_cases, patm_cases,
+    haar_cases, haar_blocks_cases, dwt_cases, wtconv_cases, reduce_haar_cases, mlp_cases, deconv_cases,
+    batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
 _SMALL = (

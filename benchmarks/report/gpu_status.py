@@ -28,6 +28,7 @@ _NOTES = {
     "pre_norm": "norm, residual and stochastic depth around Wave-MLP's mixers",
     "patm_whole": "PATM from end to end: on a GPU half types, 64, 96 or 128 channels",
     "channel_mlp": "Wave-MLP's MLP: pointwise_mlp's kernels",
+    "wtconv": "WTConv's levels: forward, backward",
 }
 
 

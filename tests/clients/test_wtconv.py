@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ import wavemix_kernels as wk
 from tests import tolerances
 from tests.models.subjects import assert_accelerates, changed
 from tests.ops.contract import Case, pairwise
-from wavemix_kernels import wtconv
+from wavemix_kernels import wtconv, wtconv_layer
 from wavemix_kernels.accelerate import accelerate
 
 vendored = pytest.importorskip("tests.vendored_wtconv", reason="PyWavelets is missing: WTConv makes its filters by it")
@@ -65,9 +66,53 @@ def test_modules_compute_the_same(case: Case) -> None:
     exact = in_float64(theirs)
     ours = copy.deepcopy(theirs)
     (replaced,) = assert_accelerates(nn.Sequential(ours)).replaced
-    assert (replaced.path, replaced.was, replaced.now) == ("0", "tests.vendored_wtconv.WTConv2d", wtconv.NOW)
-    assert type(ours) is vendored.WTConv2d
+    assert (replaced.path, replaced.was, replaced.now) == (
+        "0",
+        "tests.vendored_wtconv.WTConv2d",
+        f"{wtconv.NOW}, {wtconv_layer.NOW}",
+    )
+    assert isinstance(ours, vendored.WTConv2d)
     assert_as_good(step(ours, x), step(theirs, x), step(exact, x.double()), dtype)
+
+
+def test_the_forward_as_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, in Triton's interpreter; and by parts again where a part has a hook or changes."""
+    torch.manual_seed(0)
+    theirs = vendored.WTConv2d(2, 2, 3, wt_levels=2)
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    assert accelerate(ours).replaced == ()
+    calls: list[str] = []
+    fused = wtconv_layer.wtconv
+    monkeypatch.setattr(wtconv_layer, "wtconv", lambda *args: (calls.append("fused"), fused(*args))[1])
+    x = torch.randn(1, 2, 5, 6)
+    with wk.backend("triton"):
+        made = step(ours, x)
+    assert calls == ["fused"]
+    assert_as_good(made, step(theirs, x), step(in_float64(theirs), x.double()), torch.float32)
+    copied = pickle.loads(pickle.dumps(ours))
+    hook = ours.wavelet_scale[1].register_forward_hook(lambda *_: None)
+    with wk.backend("triton"), torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        hook.remove()
+        ours.wavelet_convs[0].padding_mode = "reflect"
+        ours(x)
+        assert calls == ["fused"]
+        copied(x)
+        copied.wt_filter.mul_(2)
+        copied(x)
+    assert calls == ["fused"] * 2
+
+
+class Strided(vendored.WTConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., ::2, ::2]
+
+
+def test_a_forward_that_does_more_stays() -> None:
+    model = Strided(2, 2, 3)
+    (replaced,) = accelerate(model).replaced
+    assert (replaced.now, type(model)) == (wtconv.NOW, Strided)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -132,6 +132,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     ]),
     (choose.projections, [(128, "joined"), (129, "apart")]),
     (choose.wavelet_function, [("cpu", True, "convolution"), ("cpu", False, "haar"), ("cuda", True, "haar")]),
+    (choose.wtconv, [("cuda", FP32, "fused"), ("cuda", BF16, "parts"), ("cpu", FP32, "parts")]),
     (choose.for_part, [("cpu", DECONV, "cpu"), ("cuda", DECONV, "auto")]),
     (choose.with_kernels, [("norm_backward", DECONV, "cpu", OURS)]),
 ]  # fmt: skip

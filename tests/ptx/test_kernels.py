@@ -89,6 +89,10 @@ SESSIONS = {
             "dwt.triton_bank",
         ),
     ),
+    "wtconv-triton": Session(
+        {f"{OPS}wtconv.py": "triton and contract and not float64"},
+        ("wtconv.triton", "wtconv.triton_weights"),
+    ),
     "images-cuda": Session(
         {
             f"{OPS}haar.py": f"cuda and {HAAR}",

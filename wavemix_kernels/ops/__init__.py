@@ -1,5 +1,5 @@
-"""The operators: one folder for each family (haar, reduce_haar, mlp, deconv, norm, patm), with the public functions,
-checks, fakes, gradients and tables of backends in its ``op.py`` or a file named after the operator.
+"""The operators: one folder for each family (haar, dwt, wtconv, reduce_haar, mlp, deconv, norm, patm), with the
+public functions, checks, fakes, gradients and tables of backends in its ``op.py`` or a file named after the operator.
 
 :mod:`wavemix_kernels.ops.choose` decides which backend runs. The module of each operator in :data:`OPS` has
 ``BACKENDS`` (its table) and ``self_test(backend, device)``, a run against the reference in float64 that returns the
@@ -33,6 +33,7 @@ OPS = {
     "pre_norm": "norm.pre_norm",
     "patm_whole": "patm.whole",
     "channel_mlp": "mlp.channel",
+    "wtconv": "wtconv.op",
 }
 
 

@@ -288,3 +288,10 @@ def wavelet_function(device: str, channels_last: bool) -> str:
     """WTConv's functions: ``"convolution"`` for channels_last on a CPU, where bands interleaved by channel are written
     one by one, else ``"haar"``. (docs/develop/tuning.md, WTConv)"""
     return "convolution" if device == "cpu" and channels_last else "haar"
+
+
+def wtconv(device: str, dtype: torch.dtype) -> str:
+    """A WTConv's forward: ``"fused"``, a pass for each level, for float32 on a GPU, else ``"parts"``: its own code on
+    Haar's kernels. Predicted; half types gain nothing, and a CPU has no such kernel. (docs/develop/tuning.md, WTConv)
+    """
+    return "fused" if device == "cuda" and dtype == torch.float32 else "parts"
