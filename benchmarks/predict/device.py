@@ -135,7 +135,7 @@ _ABOVE = {
     f"{name}.py"
     for name in (
         *("breakdown", "calibration", "cli", "device", "gates", "host", "kept", "kernels"),
-        *("report", "rivals", "steps", "stub_gpu", "terminal"),
+        *("report", "rivals", "share", "steps", "stub_gpu", "terminal"),
     )
 }
 

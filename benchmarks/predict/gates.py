@@ -15,18 +15,15 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
 from . import kept, tools
-from .bound import predict
 from .chips import CHIPS, Chip
 from .executed import name_of, scales
 from .kernels import Recorded, cases, recorded
 from .profile import SOURCES
+from .share import Predicted, predicted
 
 CHIP = "h100"
 FLOORS = Path(__file__).parent / "floors.json"
@@ -37,9 +34,6 @@ _SLACK = 0.02  # a new compiler may move a prediction by this share of its floor
 #: Bytes that the followed threads move, scaled to the grid, for each byte of the plan: below this the way through a
 #: kernel was misread. What the samples miss is a tensor that few threads write.
 LEAST_COVERED = 0.85
-#: A tensor that is touched at all, and has a share of the bytes that counts, is touched to this share at least: three
-#: blocks are too few to meet kinds of blocks as often as the grid has them.
-LEAST_OF_TENSOR, COUNTS = 0.4, 0.05
 
 
 #: Why a floor is below :data:`HIGH`: the first pattern that matches.
@@ -80,52 +74,9 @@ REASONS = {
 HIGH = 0.85
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """A kernel of :mod:`benchmarks.predict.kernels` and its prediction.
-
-    Attributes:
-        seconds, bound: see :class:`benchmarks.predict.bound.Prediction`.
-        share: of what the chip can do: the larger of its bytes at the speed of a copy and the products that the shape
-            needs at tensor peak, over the time. Products that are made twice do not count.
-        waste: products made for each one needed; 1 without any.
-        covered: see :data:`LEAST_COVERED`.
-        misread: tensors that were touched in part, as (shape, share).
-    """
-
-    name: str
-    seconds: float
-    bound: str
-    share: float
-    waste: float
-    covered: float
-    misread: tuple[tuple[tuple[int, ...], float], ...] = ()
-
-
-def predicted(one: Recorded, chip: Chip) -> Predicted:
-    """The prediction of one kernel.
-
-    Raises:
-        execute.NotUnderstood, tools.Missing: see :func:`benchmarks.predict.bound.predict`.
-    """
-    found = predict(one.launch, chip)
-    dtype = next((a.dtype for a in one.launch.arrays if a.dtype in (torch.float16, torch.bfloat16)), torch.float32)
-    ideal = max(found.bounds["memory"], one.flops / chip.tensor_flops[dtype])
-    profile = found.profile
-    coverage = profile.coverage
-    misread = tuple(
-        (array.shape, round(coverage[array.address], 2))
-        for array in one.launch.arrays
-        if array.bytes > COUNTS * one.launch.bytes and coverage.get(array.address, 1.0) < LEAST_OF_TENSOR
-    )
-    waste = found.flops / one.flops if one.flops else 1.0
-    covered = profile.sectors / max(one.launch.bytes, 1)
-    return Predicted(one.name, found.seconds, found.bound, ideal / found.seconds, waste, covered, misread)
-
-
 def _key(one: Recorded, chip: Chip) -> str:
     """Changes with whatever decides :func:`predicted`."""
-    files = [*SOURCES, *(Path(__file__).with_name(f"{name}.py") for name in ("bound", "compiled", "gates"))]
+    files = [*SOURCES, *(Path(__file__).with_name(f"{name}.py") for name in ("bound", "compiled", "share"))]
     launch = one.launch
     asked = launch.grid, launch.threads, launch.shared, launch.bytes, launch.arrays, launch.args, launch.parameters
     return kept.key(tools.key(files), chip, kept.code(launch, chip), asked, one.flops, scales(name_of(launch)))
