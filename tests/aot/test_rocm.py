@@ -27,6 +27,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     import torch
 
     from tests.aot import triton_launches as made
+    from tests.aot import wavelet_launches as wavelets
     from wavemix_kernels.ops.deconv import tiles as deconv_tiles
     from wavemix_kernels.ops.deconv import triton as deconv
     from wavemix_kernels.ops.deconv import triton_backward as deconv_backward
@@ -54,7 +55,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     for dtype, kernel in ((half, "forward"), (torch.bfloat16, "backward"), (single, "sum backward")):
         yield f"patm {kernel}", made.patm_launch(kernel, dtype)
     for layout, levels, synthesis in (("rows", 1, True), ("rows", 4, False), ("channels", 4, True)):
-        yield f"haar {layout} L{levels}", made.haar_point(90, half, layout, levels, synthesis).launch
+        yield f"haar {layout} L{levels}", wavelets.haar_point(90, half, layout, levels, synthesis).launch
 
 
 def compiled(index: int) -> dict[str, Any]:
