@@ -81,7 +81,7 @@ class Piece:
         return (n, kept, *sizes[1:]) if count == m else None
 
     def shape(self, n: int, c: int, *sizes: int) -> tuple[int, ...]:
-        """Of a tensor in this layout."""
+        """The shape of a tensor in this layout."""
         m = self.count
         return {
             "alone": (n, c, *sizes), "channels": (n, c * m, *sizes), "bands": (n, c * m, *sizes),

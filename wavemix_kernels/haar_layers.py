@@ -101,7 +101,7 @@ class Form:
         return _images(self, odd, more)
 
     def rank(self) -> int:
-        """Of its tensors."""
+        """How many dimensions its tensors have."""
         return self.convention.axes + 2
 
     def serves(self, layer: nn.Module, given: Sequence[Any]) -> bool:

@@ -195,8 +195,13 @@ def published() -> tuple[nn.Module, Callable[..., Tensor], Callable[..., Tensor]
         attention_resolutions=(), resolution=16, num_layers=1, patch_size=4, spatial_compression_ratio=8,
         temporal_compression_ratio=4,
     )  # fmt: skip
-    encode = lambda model, x: model.encode(x).latent_dist.mode()  # noqa: E731
-    decode = lambda model, z: model.decode(z).sample  # noqa: E731
+
+    def encode(model: Any, x: Tensor) -> Tensor:
+        return model.encode(x).latent_dist.mode()
+
+    def decode(model: Any, z: Tensor) -> Tensor:
+        return model.decode(z).sample
+
     return model, encode, decode, ("encoder.patch_embed", "decoder.unpatch_embed")
 
 

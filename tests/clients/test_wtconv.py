@@ -76,7 +76,7 @@ def test_modules_compute_the_same(case: Case) -> None:
 
 
 def test_the_forward_as_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU runs, in Triton's interpreter; and by parts again where a part has a hook or changes."""
+    """Triton's interpreter runs a GPU's form; it goes by parts again where a part has a hook or changes."""
     torch.manual_seed(0)
     theirs = vendored.WTConv2d(2, 2, 3, wt_levels=2)
     ours = copy.deepcopy(theirs)

@@ -143,7 +143,7 @@ def reduce_haar(order: Order, narrow: bool) -> Order:
 
 
 def waveblock_recompute(device: str) -> str:
-    """What a Waveblock's backward makes again: on a GPU its hidden layers alone (``"hidden"``), since a pass over x is
+    """A Waveblock's backward makes again: on a GPU its hidden layers alone (``"hidden"``), since a pass over x is
     predicted to cost more there than the pyramid's memory; on a CPU, where that is not measured, the reduction and the
     pyramid too (``"mlp"``). (docs/develop/tuning.md, Waveblock: what is kept for backward)"""
     return "hidden" if device == "cuda" else "mlp"

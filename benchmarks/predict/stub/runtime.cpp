@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as our host code asks for, without a GPU: launches are handed to a callback. The .cu
+// The part of the CUDA runtime that our host code asks for, without a GPU: launches are handed to a callback. The .cu
 // files are compiled by nvcc as for a card (-cudart none) and linked with this, so geometry, template arguments and
 // parameters are the host code's.
 #include <cuda_runtime_api.h>
