@@ -424,7 +424,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     if not torch.cuda.is_available():  # some layers move to the GPU what they make
-        Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+        Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # no GPU here
     count: dict[str, int] = {}
     for name, owner, inside, path, rows in TABLE:
         if args.names and name not in args.names:

@@ -171,7 +171,7 @@ class ListDWT(SquareDWT):
 
 
 class PairIDWT(SeparateIDWT):
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]  # two bands
         return super().forward(low, *high.chunk(3, 1)) / 4
 
 
