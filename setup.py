@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -178,4 +178,7 @@ class CMakeBuild(build_ext):
 
 if __name__ == "__main__":
     core = Extension("wavemix_kernels._core", sources=[], optional=not core_is_required())
-    setup(ext_modules=[core], cmdclass={"build_ext": CMakeBuild})
+    packages = find_packages(include=["wavemix_kernels*"])
+    harness = ("benchmarks", *(f"benchmarks.{part}" for part in ("cases", "harness", "report")))
+    packages += [f"wavemix_kernels.{name}" for name in harness]
+    setup(packages=packages, ext_modules=[core], cmdclass={"build_ext": CMakeBuild})
