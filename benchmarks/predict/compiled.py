@@ -67,8 +67,8 @@ def compiled(launch: Launch, chip: Chip) -> Compiled:
         ValueError: an operator of PyTorch's.
     """
     if launch.kind == "cuda":
-        path, entry = elf.cuda_entries(chip.arch)[launch.name]
-        cubin, values = path.read_bytes(), [launch.parameters]
+        cubin, entry = elf.cuda_entry(launch.name, chip.arch)
+        values = [launch.parameters]
         shared = launch.shared + entry.shared - (_RESERVED if chip.arch >= 90 else 0)
     elif launch.kind == "triton":
         binary = _by_triton(launch, chip)
@@ -92,13 +92,14 @@ def _by_triton(launch: Launch, chip: Chip) -> Any:
 
 
 @contextmanager
-def on_chip(arch: int, device: Any = None) -> Iterator[None]:
-    """Inside, Triton compiles for a chip that is not here; what it has compiled it knows by the device."""
+def on_chip(arch: int | str, device: Any = None) -> Iterator[None]:
+    """Inside, Triton compiles for a chip that is not here, NVIDIA's (80) or AMD's ("gfx942"); what it has compiled it
+    knows by the device."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     before = getattr(driver, "_active", None)
-    target = GPUTarget("cuda", arch, 32)
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     # The part of a driver that compiling asks for.
     driver.set_active(SimpleNamespace(
         get_current_device=lambda: device or arch, get_current_stream=lambda device: 0,

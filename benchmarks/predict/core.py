@@ -1,7 +1,7 @@
 """The compiled core with its CUDA kernels, whose launches go to a callback instead of a card.
 
-Host code and machine code are the real ones: nvcc compiles csrc/cuda for each chip, and a runtime that runs nothing
-(stub/runtime.cpp) is linked in place of NVIDIA's.
+Host code and machine code are the real ones: nvcc compiles csrc/cuda, for other chips than the oldest when they are
+asked for, and a runtime that runs nothing (stub/runtime.cpp) is linked in place of NVIDIA's.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
+import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +23,13 @@ from types import ModuleType
 from .tools import CACHE, ROOT, Missing, key, locked, program, run
 
 ARCHS = (80, 90, 100, 120)
-PTX = 80  # the chip whose PTX is kept, beside its machine code: every later chip runs it
+PTX = 80  # the chip that the module is compiled for, and whose PTX is kept: every later chip runs it
 MODULE = "_predicted"
-_CODES = [f"-gencode=arch=compute_{arch},code={f'[sm_{arch},compute_{arch}]' if arch == PTX else f'sm_{arch}'}"
-          for arch in ARCHS]  # fmt: skip
-_OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0", *_CODES]
+_CODE = f"-gencode=arch=compute_{PTX},code=[sm_{PTX},compute_{PTX}]"
+_OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _CSRC = ROOT / "csrc"
 _STUB = Path(__file__).parent / "stub"
+_MOST = _STUB / "most.h"  # included before every source
 #: Takes the kernel's mangled name, the grid, threads of a block, bytes of dynamic shared memory and the addresses of
 #: the arguments, valid until it returns; it returns null, or the message of an error.
 Callback = ctypes.CFUNCTYPE(
@@ -35,69 +38,113 @@ Callback = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
-def _sources() -> list[Path]:
-    return [*(_CSRC / "cuda").rglob("*.cu"), _CSRC / "emulator" / "bindings.cpp", _STUB / "runtime.cpp"]
+def kernels() -> list[Path]:
+    """The sources with CUDA kernels."""
+    return sorted((_CSRC / "cuda").rglob("*.cu"))
 
 
+@functools.cache
+def _nvcc() -> str:
+    if shutil.which("nvcc") is None:
+        raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")
+    return run(["nvcc", "--version"])
+
+
+def _read(source: Path) -> set[Path]:
+    """The source and, of csrc and its own folder, all that it includes."""
+    found, new = set(), {source}
+    while new:
+        found |= new
+        names = {name for file in new for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.M)}
+        paths = {folder / name for name in names for folder in (_CSRC, _CSRC / "include", source.parent)}
+        new = {path for path in paths if path.is_file()} - found
+    return found
+
+
+@functools.cache
+def key_of(source: Path) -> str:
+    """Changes with all that a source is compiled from, whatever the chip.
+
+    Raises:
+        Missing: nvcc is not installed.
+    """
+    return key({*_read(source), _MOST}, _nvcc(), *_OPTIONS)
+
+
+@functools.cache
 def build() -> Path:
-    """The folder with the module, each chip's cubins and one chip's PTX, made where the sources have changed.
+    """The folder with the module, and one chip's cubins and PTX, made where the sources have changed.
 
     Raises:
         Missing: nvcc, cuobjdump or pybind11 is not installed.
         RuntimeError: a source does not compile.
     """
-    if shutil.which("nvcc") is None:
-        raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")
-    headers = [p for folder in ("cuda", "include") for p in (_CSRC / folder).rglob("*.*h")] + [_STUB / "most.h"]
-    bindings = [*(_CSRC / "bindings").iterdir()]
-    versions = run(["nvcc", "--version"]), sys.version, *_OPTIONS
-    made_of = key([*_sources(), *headers, *bindings], *versions)
+    sources = [_CSRC / "emulator" / "bindings.cpp", *kernels(), _STUB / "runtime.cpp"]
+    made_of = key([], sys.version, *map(key_of, sources))
     with locked("cuda"):
         folder = CACHE / f"cuda-{made_of}"
         if not (folder / "done").exists():
-            read = {".cu": headers, ".cpp": [*headers, *bindings]}
-            objects = {
-                source: _compiled(source, key([source, *read[source.suffix]], *versions)) for source in _sources()
-            }
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(_object, sources))
             for old in CACHE.glob("cuda-*/"):
                 shutil.rmtree(old)
-            for arch in ARCHS:
-                (folder / str(arch)).mkdir(parents=True)
-            module = folder / f"{MODULE}.so"
-            run(["nvcc", "-shared", "-cudart", "none", *_CODES, *objects.values(), "-o", module])
-            for arch in ARCHS:
-                run([program("cuobjdump"), "-xelf", f"sm_{arch}", module], cwd=folder / str(arch))
-            for source in (_CSRC / "cuda").rglob("*.cu"):
-                run([program("cuobjdump"), "-xptx", f"{source.stem}.sm_{PTX}.ptx", objects[source]], cwd=folder)
+            folder.mkdir()
+            run(["nvcc", "-shared", "-cudart", "none", _CODE, *objects, "-o", folder / f"{MODULE}.so"])
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                cuda = [(source, made) for source, made in zip(sources, objects, strict=True) if source.suffix == ".cu"]
+                list(pool.map(lambda one: _extract(*one, folder), cuda))
             (folder / "done").touch()
     return folder
 
 
-def _compiled(source: Path, made_of: str) -> Path:
+def _extract(source: Path, made: Path, folder: Path) -> None:
+    """Machine code and PTX out of an object."""
+    for what, suffix in (("-xelf", "cubin"), ("-xptx", "ptx")):
+        run([program("cuobjdump"), what, f"{source.stem}.sm_{PTX}.{suffix}", made], cwd=folder)
+        (found,) = folder.glob(f"{source.stem}.*sm_{PTX}.{suffix}")
+        found.rename(folder / f"{source.stem}.{suffix}")
+
+
+def _object(source: Path) -> Path:
     """The object of a source, made where the source or a header has changed."""
     if importlib.util.find_spec("pybind11") is None:
         raise Missing("pybind11 is not installed: pip install pybind11")
     import pybind11
 
-    folder = CACHE / "objects"
-    made = folder / f"{source.name}-{made_of}.o"
-    if made.exists():
-        return made
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob(f"{source.name}-*.o"):
-        old.unlink()
-    includes = [_CSRC, _CSRC / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    made = CACHE / "objects" / f"{source.name}-{key([], sys.version, key_of(source))}.o"
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
     defines = [
         *(f"WAVEMIX_MODULE_NAME={MODULE}", "WAVEMIX_WITH_CPU=0", "WAVEMIX_WITH_CUDA=1"),
-        *('WAVEMIX_BUILD_NOTE="launches are recorded"', f'WAVEMIX_CUDA_ARCHS="{" ".join(map(str, ARCHS))}"'),
+        *('WAVEMIX_BUILD_NOTE="launches are recorded"', f'WAVEMIX_CUDA_ARCHS="{PTX}"'),
     ]
-    names = [*(f"-I{path}" for path in includes), *(f"-D{name}" for name in defines)]
-    names += ["-include", str(_STUB / "most.h")]
+    return _made(made, source, [_CODE, *(f"-I{path}" for path in includes), *(f"-D{name}" for name in defines), "-c"])
+
+
+def _made(made: Path, source: Path, options: Iterable[object]) -> Path:
+    """A file that nvcc makes of a source, in place of one that it made before a change."""
+    if made.exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    for old in made.parent.glob(f"{made.name.rpartition('-')[0]}-*"):
+        old.unlink()
+    includes = [f"-I{path}" for path in (_CSRC, _CSRC / "include")]
     strict = ["-Werror", "all-warnings"] if source.suffix == ".cu" else []
-    partial = made.with_suffix(".partial.o")
-    run(["nvcc", *_OPTIONS, *strict, *names, "-c", source, "-o", partial])
-    partial.rename(made)
-    return made
+    partial = made.with_name(f"partial-{made.name}")
+    run(["nvcc", *_OPTIONS, *strict, *includes, "-include", _MOST, *options, source, "-o", partial])
+    return partial.rename(made)
+
+
+def cubin(source: Path, arch: int) -> Path:
+    """Machine code of the kernels of a source for a chip of :data:`ARCHS`.
+
+    Raises:
+        Missing, RuntimeError: see :func:`build`.
+    """
+    if arch == PTX and source in kernels():
+        return build() / f"{source.stem}.cubin"
+    made = CACHE / "cubins" / f"{source.stem}.sm_{arch}-{key_of(source)}.cubin"
+    with locked(made.stem):
+        return _made(made, source, ["-cubin", f"-arch=sm_{arch}"])
 
 
 @functools.cache
@@ -111,22 +158,30 @@ def load() -> ModuleType:
     return module
 
 
-def cubins(arch: int) -> list[Path]:
-    """Machine code of every CUDA kernel for a chip of :data:`ARCHS`.
-
-    Raises:
-        Missing, RuntimeError: see :func:`build`.
-    """
-    return sorted((build() / str(arch)).glob("*.cubin"))
-
-
 def ptx() -> dict[str, str]:
     """PTX of the CUDA kernels for chip :data:`PTX`, by the stem of the source.
 
     Raises:
         Missing, RuntimeError: see :func:`build`.
     """
-    return {path.name.split(".")[0]: path.read_text() for path in sorted(build().glob("*.ptx"))}
+    return {path.stem: path.read_text() for path in sorted(build().glob("*.ptx"))}
+
+
+@functools.cache
+def _source_of() -> dict[str, Path]:
+    """kernel (mangled) -> its source."""
+    sources = {source.stem: source for source in kernels()}
+    entries = {stem: re.findall(r"\.entry\s+([\w$]+)", text) for stem, text in ptx().items()}
+    return {name: sources[stem] for stem, names in entries.items() for name in names}
+
+
+def source_of(kernel: str) -> Path:
+    """The source that defines a CUDA kernel, by its mangled name.
+
+    Raises:
+        Missing, RuntimeError: see :func:`build`.
+    """
+    return _source_of()[kernel]
 
 
 @contextmanager

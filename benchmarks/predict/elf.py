@@ -100,11 +100,16 @@ def _symbol_names(sections: dict[str, tuple[bytes, int, int]]) -> list[str]:
 
 
 @functools.cache
-def cuda_entries(arch: int) -> dict[str, tuple[Path, Entry]]:
-    """Every CUDA kernel of the package for a chip, by its mangled name, with its cubin."""
-    return {entry.name: (path, entry) for path in core.cubins(arch) for entry in entries(path.read_bytes())}
+def _cuda_entries(source: Path, arch: int) -> tuple[bytes, dict[str, Entry]]:
+    cubin = core.cubin(source, arch).read_bytes()
+    return cubin, {entry.name: entry for entry in entries(cubin)}
 
 
-def parameter_sizes(arch: int) -> dict[str, int]:
-    """Bytes of each CUDA kernel's one argument."""
-    return {name: entry.parameters[0][1] for name, (_, entry) in cuda_entries(arch).items()}
+def cuda_entry(kernel: str, arch: int) -> tuple[bytes, Entry]:
+    """The cubin for a chip that has a CUDA kernel of the package, by its mangled name, and what it says of it.
+
+    Raises:
+        tools.Missing, RuntimeError: see :func:`benchmarks.predict.core.build`.
+    """
+    cubin, found = _cuda_entries(core.source_of(kernel), arch)
+    return cubin, found[kernel]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import core
 from .chips import Chip
 from .record import Launch
 
@@ -52,7 +53,7 @@ def serves(row: Kept | None, today: str, anew: bool = False) -> bool:
     return int(today[:8], 16) % PARTS != datetime.date.today().toordinal() % PARTS
 
 
-def triton_code(kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any], arch: int) -> str:
+def triton_code(kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any], arch: int | str) -> str:
     """What Triton compiles a launch from, without compiling it: its sources, how it is specialised, the options, the
     chip, and the compiler's version."""
     import triton
@@ -76,11 +77,7 @@ def triton_code(kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any]
 
 
 def code(launch: Launch, chip: Chip) -> str:
-    """Changes with the program that a launch runs on a chip."""
+    """Changes with the program that a launch runs on a chip, which is not compiled for it."""
     if launch.kind == "triton":
         return triton_code(launch.kernel, launch.args, launch.constants, chip.arch)
-    from . import elf
-
-    path, entry = elf.cuda_entries(chip.arch)[launch.name]
-    text = elf.section(path.read_bytes(), f".text.{launch.name}")
-    return key(text, entry.parameters, entry.registers, entry.shared, entry.local, entry.literals)
+    return key(launch.name, core.key_of(core.source_of(launch.name)), chip.arch)

@@ -196,7 +196,6 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: its kernels do not compile; predict in a process without it")
     step = Step()
-    sizes = elf.parameter_sizes(core.ARCHS[0])
 
     def triton_run(launch: triton_launch.Launch, like: Tensor) -> None:
         if 0 in launch.grid:
@@ -211,7 +210,8 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
         )  # fmt: skip
 
     def cuda_launch(name: str, blocks: int, threads: int, shared: int, addresses: list[int]) -> None:
-        parameters = ctypes.string_at(addresses[0], sizes[name])
+        _, entry = elf.cuda_entry(name, core.PTX)
+        parameters = ctypes.string_at(addresses[0], entry.parameters[0][1])
         arrays = step.arrays_in(parameters)
         step.add(
             Launch(

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.predict import core
+from benchmarks.predict import core, kept
 from benchmarks.predict.core import ARCHS
-from benchmarks.predict.tools import ROOT, Missing, key, run
-from tests.aot.table import CACHE, SHARED_OF_SYSTEM, Demands, Kernel, cached, cuobjdump, machine_code
+from benchmarks.predict.tools import ROOT, Missing, key
+from tests.aot.table import KEPT, SHARED_OF_SYSTEM, Demands, Kernel, cuobjdump, machine_code
+from tests.ptx.parser import Module
 
-CSRC = ROOT / "csrc"
 THREADS = 128  # of every block, unless its pattern says otherwise
-INCLUDES = (CSRC, CSRC / "cuda", CSRC / "include")
-OPTIONS = ("-std=c++17", "-cubin", "-Werror", "all-warnings")
-#: The kernels that test the emulated matrix instructions, here in PTX.
-MMA_SOURCE = ROOT / "tests" / "emulator" / "mma_kernels.cu"
+#: The package's as predictions compile them, and the kernels that test the emulated matrix instructions.
+SOURCES = (*core.kernels(), ROOT / "tests" / "emulator" / "mma_kernels.cu")
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
@@ -141,42 +142,56 @@ def described(row: Kernel) -> Kernel:
     raise AssertionError(f"{row.name}: tests/aot/cuda_kernels.py does not say what this kernel is held to")
 
 
-def rows_of(binary: Path, arch: int) -> list[Kernel]:
-    """Every kernel of a file for one chip, with its mangled name: what it takes, and its machine code."""
+def rows_of(source: Path, arch: int) -> list[Kernel]:
+    """Every kernel of a source for one chip: what it takes, its machine code, and what it is held to."""
     usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    code = machine_code(binary, arch)
+    binary = core.cubin(source, arch)
+    code = machine_code(binary)
     reserved = SHARED_OF_SYSTEM if arch >= 90 else 0  # where the tool counts it
     return [
-        Kernel(name, arch, "", THREADS, registers, max(shared - reserved, 0), stack + local, dict(code[name]))
-        for name, *numbers in re.findall(usage, cuobjdump(binary, "-res-usage", "-arch", f"sm_{arch}"))
+        described(
+            Kernel(name, arch, "", THREADS, registers, max(shared - reserved, 0), stack + local, dict(code[name]))
+        )
+        for name, *numbers in re.findall(usage, cuobjdump(binary, "-res-usage"))
         for registers, stack, shared, local in [map(int, numbers)]
     ]
 
 
-def matrix_products() -> list[Path]:
-    """The tests' own source, compiled for each chip."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    made = []
-    for arch in ARCHS:
-        target = CACHE / f"{MMA_SOURCE.stem}.sm_{arch}.cubin"
-        run(["nvcc", *OPTIONS, f"-arch=sm_{arch}", *(f"-I{path}" for path in INCLUDES), MMA_SOURCE, "-o", target])
-        made.append(target)
-    return made
+def keys() -> dict[str, str]:
+    """`cuda FILE.cu, sm_NN` -> a key of what is compiled, and of the rules."""
+    rules = key([Path(__file__).with_name(f"{name}.py") for name in ("table", "test_rules", "cuda_kernels")])
+    return {name: kept.key(rules, core.key_of(source), arch) for name, (source, arch) in _points().items()}
 
 
+def _points() -> dict[str, tuple[Path, int]]:
+    return {f"cuda {source.name}, sm_{arch}": (source, arch) for source in SOURCES for arch in ARCHS}
+
+
+def compile_new(anew: bool = False) -> tuple[dict[str, str], list[Kernel]]:
+    """(:func:`keys`, the kernels of files that are new, or whose day it is: :mod:`benchmarks.predict.kept`)."""
+    today, known = keys(), kept.read(KEPT)
+    new = [point for name, point in _points().items() if not kept.serves(known.get(name), today[name], anew)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return today, [row for rows in pool.map(lambda point: rows_of(*point), new) for row in rows]
+
+
+@functools.cache
 def kernels() -> list[Kernel]:
-    """The package's as the predictions compile them, and those of :data:`MMA_SOURCE`."""
+    with _or_skipped():
+        return compile_new()[1]
+
+
+@functools.cache
+def forms() -> list[Kernel]:
+    """Every kernel's name and dtype, from the PTX that other tests need, too."""
+    with _or_skipped():
+        names = [name for text in core.ptx().values() for name in Module(text).names()]
+    return [described(Kernel(name, core.PTX, "", THREADS, 0, 0, 0, {})) for name in names]
+
+
+@contextmanager
+def _or_skipped() -> Iterator[None]:
     try:
-        package = core.build()
+        yield
     except Missing as missing:
         pytest.skip(str(missing))
-    headers = [path for folder in (CSRC / "cuda", MMA_SOURCE.parent) for path in folder.rglob("*.*h")]
-    made_of = key([MMA_SOURCE, *headers], package.name, *OPTIONS)
-
-    def make() -> list[Kernel]:
-        files = [(arch, file) for arch in ARCHS for file in core.cubins(arch)]
-        files += zip(ARCHS, matrix_products(), strict=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [row for rows in pool.map(lambda one: rows_of(one[1], one[0]), files) for row in rows]
-
-    return [described(row) for row in cached("cuda", made_of, make)]

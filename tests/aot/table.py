@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,8 @@ import pytest
 from benchmarks.predict.tools import ROOT, Missing, program, run
 
 CACHE = ROOT / "build" / "aot"
+#: Keys of what kept the rules.
+KEPT = Path(__file__).with_name("kept.json")
 MAX_REGISTERS = 255  # of one thread
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, on each of these chips
 #: Shared memory of one multiprocessor, bytes (CUDA C++ programming guide, compute capabilities).
@@ -84,19 +83,6 @@ def cuobjdump(binary: Path, *options: str) -> str:
     except Missing as missing:
         pytest.skip(str(missing))
     return run([tool, *options, binary])
-
-
-def cached(name: str, made_of: str, make: Callable[[], list[Kernel]]) -> list[Kernel]:
-    """Rows from `build/aot`, or made once: parallel test processes wait for each other."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    file = CACHE / f"{name}.json"
-    with open(CACHE / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.is_file() and (stored := json.loads(file.read_text()))["key"] == made_of:
-            return [read(row) for row in stored["rows"]]
-        rows = make()
-        file.write_text(json.dumps({"key": made_of, "rows": [asdict(row) for row in rows]}))
-        return rows
 
 
 def read(row: dict) -> Kernel:

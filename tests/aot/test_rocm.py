@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.aot.table import CACHE, ROOT
+from benchmarks.predict import kept
+from benchmarks.predict.tools import ROOT, key
+from tests.aot.table import CACHE, KEPT
 
 pytestmark = pytest.mark.prove
 TARGET = "gfx942"  # MI300
@@ -58,37 +60,61 @@ def launches() -> Iterator[tuple[str, Any]]:
         yield f"haar {layout} L{levels}", wavelets.haar_point(90, half, layout, levels, synthesis).launch
 
 
-def compiled(index: int) -> dict[str, Any]:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
+def constants(launch: Any) -> Any:
     from wavemix_kernels.ops.common.chips import for_chip
 
-    driver.set_active(SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("hip", TARGET, 64),
-    ))  # fmt: skip
+    return for_chip(launch.constants, rocm=True)
+
+
+def compiled(index: int) -> dict[str, Any]:
+    from benchmarks.predict.compiled import on_chip
+
     name, launch = list(launches())[index]
-    binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **for_chip(launch.constants, rocm=True))
+    with on_chip(TARGET):
+        binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **constants(launch))
     found = {"name": name, "shared memory": binary.metadata.shared}
     for what in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size"):
         found[what] = int(re.search(rf"\.{what}:\s+(\d+)", binary.asm["amdgcn"])[1])
     return found
 
 
-def test_kernels_fit_an_amd_chip() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+def keys() -> dict[str, str]:
+    """launch -> a key of what it is compiled from, and of the rules."""
+    rules = key([Path(__file__)])
+    found = {
+        f"rocm {i} {name}": kept.key(rules, kept.triton_code(launch.kernel, launch.args, constants(launch), TARGET))
+        for i, (name, launch) in enumerate(launches())
+    }
+    assert len(found) > 20
+    return found
+
+
+def broken(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    scratch = ("vgpr_spill_count", "private_segment_fixed_size")
+    return [row for row in rows if row["shared memory"] > SHARED or any(row[what] for what in scratch)]
+
+
+def compile_new(*options: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """(:func:`keys`, what launches take that are new, or whose day it is: :mod:`benchmarks.predict.kept`)."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["TRITON_CACHE_DIR"] = str(CACHE / "triton")
-    command = [sys.executable, "-m", "tests.aot.test_rocm"]
+    command = [sys.executable, "-m", "tests.aot.test_rocm", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"compiling failed:\n{done.stderr[-4000:]}"
-    found = json.loads(done.stdout)
-    assert len(found) > 20
-    scratch = ("vgpr_spill_count", "private_segment_fixed_size")
-    assert [row for row in found if row["shared memory"] > SHARED or any(row[what] for what in scratch)] == []
+    return json.loads(done.stdout)
+
+
+def test_kernels_fit_an_amd_chip() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    assert broken(compile_new()[1]) == []
+
+
+def main(anew: bool) -> None:
+    today, known = keys(), kept.read(KEPT)
+    new = [i for i, (name, made_of) in enumerate(today.items()) if not kept.serves(known.get(name), made_of, anew)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        json.dump([today, list(pool.map(compiled, new))], sys.stdout)
 
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        json.dump(list(pool.map(compiled, range(len(list(launches()))))), sys.stdout)
+    main("--anew" in sys.argv)

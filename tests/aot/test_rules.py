@@ -1,8 +1,7 @@
 """The compiled kernels ahead of time, without a GPU: each rule, over the table of all kernels and chips.
 
-Triton kernels that kept the rules before, and have not changed, are not compiled again
-(:mod:`benchmarks.predict.kept`). `python -m tests.aot.test_rules --anew` compiles and prints all; with `--renew` the
-program writes which of Triton's kept the rules.
+Kernels that kept the rules before, and have not changed, are not compiled again (:mod:`benchmarks.predict.kept`).
+`python -m tests.aot.test_rules --anew` compiles and prints all; with `--renew` the program writes which kept the rules.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import pytest
 
 from benchmarks.predict import kept
 from benchmarks.predict.core import ARCHS
-from tests.aot import cuda_kernels, triton_kernels
-from tests.aot.table import MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Demands, Kernel
+from tests.aot import cuda_kernels, test_rocm, triton_kernels
+from tests.aot.table import KEPT, MAX_REGISTERS, SHARED_OF_SM, SHARED_OF_SYSTEM, Demands, Kernel
 
 pytestmark = pytest.mark.prove
 STATIC = 48 * 1024  # bytes of shared memory, the most that nvcc gives a block
@@ -106,11 +105,12 @@ def test_rules_see_a_broken_kernel(rule: str) -> None:
 
 def test_every_form_is_met() -> None:
     """Every chip; every dtype of a kernel family; the wide and the tensor-core forms."""
-    cuda, names = cuda_kernels.kernels(), triton_kernels.made()[0]
+    cuda, files, names = cuda_kernels.forms(), cuda_kernels.keys(), triton_kernels.made()[0]
     triton = {re.fullmatch(r"triton (?:tf32 )?(\w+).* (\w+), \d+ warps, sm_(\d+)", name).groups() for name in names}
     halves = {"float16", "bfloat16"}
     every = {"float64", "float32", *halves}
-    assert {kernel.arch for kernel in cuda} == {int(arch) for *_, arch in triton} == set(ARCHS)
+    chips = {int(name.rpartition("_")[2]) for name in files}
+    assert chips == {int(arch) for *_, arch in triton} == set(ARCHS)
     assert {kernel.dtype for kernel in cuda} == {dtype for _, dtype, _ in triton} == every
 
     def forms(pattern: str) -> set[tuple[str, ...]]:
@@ -129,17 +129,20 @@ def test_every_form_is_met() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.aot.test_rules", description="all kernels of all chips")
-    parser.add_argument("--renew", action="store_true", help=f"write {triton_kernels.KEPT.name}, if no rule is broken")
+    parser.add_argument("--renew", action="store_true", help=f"write {KEPT.name}, if no rule is broken")
     parser.add_argument("--anew", action="store_true", help="compile what has not changed, too")
     options = parser.parse_args()
-    today, triton = triton_kernels.compile_new(*(["--anew"] if options.anew else []))
-    table = [*cuda_kernels.kernels(), *triton]
+    anew = ["--anew"] if options.anew else []
+    of_triton, triton = triton_kernels.compile_new(*anew)
+    of_cuda, cuda = cuda_kernels.compile_new(options.anew)
+    of_amd, amd = test_rocm.compile_new(*anew)
+    today, table = of_cuda | of_triton | of_amd, [*cuda, *triton]
     print(*table, sep="\n")
-    if lines := broken(table):
+    if lines := [*broken(table), *test_rocm.broken(amd)]:
         print(*lines, sep="\n", file=sys.stderr)
         return 1
     if options.renew:
-        kept.write(triton_kernels.KEPT, {name: kept.Kept(made_of) for name, made_of in today.items()}, today)
+        kept.write(KEPT, {name: kept.Kept(made_of) for name, made_of in today.items()}, today)
     return 0
 
 

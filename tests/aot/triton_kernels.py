@@ -21,10 +21,8 @@ import pytest
 
 from benchmarks.predict import kept
 from benchmarks.predict.tools import ROOT, key
-from tests.aot.table import CACHE, Kernel, cuobjdump, machine_code, read
+from tests.aot.table import CACHE, KEPT, Kernel, cuobjdump, machine_code, read
 
-#: Keys of the points that kept the rules.
-KEPT = Path(__file__).with_name("kept.json")
 PTX_PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 

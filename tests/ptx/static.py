@@ -67,8 +67,7 @@ class Largest:
 def compared(one: Executed) -> dict[str, Any]:
     """Counts by name: (in machine code, executed); and how many branches data decide."""
     if one.ptx is None:
-        path, entry = elf.cuda_entries(CHIP.arch)[one.name]
-        cubin = path.read_bytes()
+        cubin, entry = elf.cuda_entry(one.name, CHIP.arch)
     else:
         cubin = _assembled(one.ptx)
         entry = next(entry for entry in elf.entries(cubin) if entry.name == one.name)
