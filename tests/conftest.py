@@ -155,6 +155,16 @@ def exact_products() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def spared_interpreter() -> None:
+    from wavemix_kernels import backends
+
+    if backends.triton_interpreted():
+        from tests.interpreter import spare_work
+
+        spare_work()
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found out about this machine before does not matter, and what tests find out stays in their folder."""
