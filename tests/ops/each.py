@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tests.ops.contract import Case, Contract, check, floating, pairwise, results, singles, truth
+from tests.ops.contract import Case, Contract, check, compare, floating, limits, pairwise, results, singles, truth
 
 Rows = list[tuple[Contract, str, Case]]
 
@@ -111,11 +111,15 @@ def thread_count(*contracts: Contract, same: bool = True) -> Callable[..., None]
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                runs.append(check(contract, case, backend, device))
+                runs.append(results(contract, case, backend, device))
         finally:
             torch.set_num_threads(before)
-        for name in runs[0] if same else ():
-            assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:]), f"{name} depends on threads"
+        within = limits(contract, case, backend, *runs[0])
+        for leaves, _, made in runs:
+            compare(contract, case, backend, leaves, made, *within)
+        (_, _, one), *others = runs
+        for name in one if same else ():
+            assert all(torch.equal(one[name], made[name]) for _, _, made in others), f"{name} depends on threads"
 
     rows = [(c, "cpu", case) for c in contracts for case in c.cases("cpu")
             if case.dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
