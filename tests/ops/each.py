@@ -90,16 +90,19 @@ def opcheck(function: Callable[[], Any]) -> None:
         torch.library.opcheck(op, given)
 
 
-def operator(*contracts: Contract, backends: Sequence[str] = ("auto", "cpu", "reference")) -> Callable[..., None]:
-    """The test of all operators that contracts call."""
+def operator(*contracts: Contract, backends: Sequence[str] = ("auto", "reference")) -> Callable[..., None]:
+    """The test of all operators that contracts call: each value on each backend, each pair of values on one. "auto"
+    takes the CPU's kernels."""
 
     def body(contract: Contract, case: Case, backend: str, device: str) -> None:
         opcheck(lambda: results(contract, case, backend, device))
 
-    return _test([
-        (c, b, case) for c in contracts for b in backends if b in (*c.dtypes, "auto")
-        for case in pairwise(dtype=(torch.float32,), **c.axes)
-    ], body)  # fmt: skip
+    rows: Rows = []
+    for contract in contracts:
+        served = [name for name in backends if name in (*contract.dtypes, "auto")]
+        for case in pairwise(backend=served, dtype=(torch.float32,), **contract.axes):
+            rows.append((contract, vars(case).pop("backend"), case))
+    return _test(rows, body)
 
 
 def thread_count(*contracts: Contract, same: bool = True) -> Callable[..., None]:
