@@ -243,7 +243,7 @@ test_lines = each.case(Lines())
 test_operators = each.operator(
     Analysis(shape=SHAPES[1:4], taps=TAPS[1:4], layout=("nchw", "channels_last"), mode=("zero", "periodic")),
     Synthesis(taps=TAPS[1:4], layout=("nchw",)),
-    Lines(mode=("symmetric", "periodization"), length=(33,)),
+    Lines(mode=("symmetric", "periodization"), length=(33,), taps=(5, 12)),
     backends=("auto",),
 )
 test_threads_change_nothing = each.thread_count(Analysis(shape=((1, 2, 150, 131), (2, 3, 90, 70)), levels=(1,)))
