@@ -171,7 +171,10 @@ IN_ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("name, order", [(name, order) for name, order in IN_ORDERS if name in SUBJECTS])
+@pytest.mark.parametrize("name, order", [
+    pytest.param(name, order, id=f"{name}-{'nchw' if order is NCHW else 'channels_last'}")
+    for name, order in IN_ORDERS if name in SUBJECTS
+])  # fmt: skip
 def test_every_block_batches_and_has_tangents(name, order):
     """A Jacobian for a sensitivity map, and a vmap over augmentations, of any part of the package."""
     if "GroupNorm" in name:
