@@ -352,7 +352,7 @@ def test_vmap_over_images_and_over_filters():
 @pytest.mark.parametrize("wave", ["haar", "db2", "bior2.2"])
 def test_gradient_is_true(wave, mode, float64_buffers):
     dwt, idwt = DWTForward(2, wave, mode), DWTInverse(wave, mode)
-    x = randn(1, 2, 5, 6).requires_grad_()
+    x = randn(1, 1, 5, 6).requires_grad_()
     assert gradcheck(lambda x: (lambda low, highs: (low, *highs))(*dwt(x)), (x,))
     low, highs = dwt(x.detach())
     coefficients = [t.requires_grad_() for t in (low, *highs)]

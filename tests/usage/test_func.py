@@ -252,10 +252,17 @@ def test_the_fallback_is_logged(name, caplog):
         assert "torch.func" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["haar", "FusedWaveblock deconv", "FusedMlp", "inference FusedPATM fc"])
+COMPILED: dict[str, Callable[[], Function]] = {
+    "haar": lambda: lambda x: joined(wk.haar_dwt2d(x, 2)),
+    "FusedWaveblock": lambda: wk.FusedWaveblock(final_dim=4, ff_channel=4, dropout=0.0).double().eval(),
+    **{name: partial(SUBJECTS.__getitem__, name) for name in ("FusedMlp", "inference FusedPATM fc")},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_transforms_inside_a_compiled_function(name):
     """torch.compile of a function that takes per-sample gradients inside."""
-    function = SUBJECTS.get(name, lambda x: joined(wk.haar_dwt2d(x, 2)))
+    function = COMPILED[name]()
     x = normal(2, 1, 4, 8, 8)
     for transform in (vmap, lambda f: vmap(grad(lambda x: f(x).pow(2).sum()))):
         torch._dynamo.reset()
