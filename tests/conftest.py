@@ -69,6 +69,12 @@ def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item
     return [item for item in items if item not in left]
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays, in millions of objects: the collector looks only at what tests make, and less often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if file := session.config.getoption("--launches"):
         from tests.ptx import launch
