@@ -76,6 +76,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # libraries in C++ count what is left at exit
     if file := session.config.getoption("--launches"):
         from tests.ptx import launch
 
