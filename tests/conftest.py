@@ -69,7 +69,14 @@ def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item
     return [item for item in items if item not in left]
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays, in millions of objects: the collector looks only at what tests make, and less often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # libraries in C++ count what is left at exit
     if file := session.config.getoption("--launches"):
         from tests.ptx import launch
 
@@ -153,6 +160,16 @@ def exact_products() -> Iterator[None]:
 
     with products_in("ieee"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def spared_interpreter() -> None:
+    from wavemix_kernels import backends
+
+    if backends.triton_interpreted():
+        from tests.interpreter import spare_work
+
+        spare_work()
 
 
 @pytest.fixture(autouse=True)

@@ -110,9 +110,13 @@ def copy_bandwidth(device: torch.device, size: int = 64 << 20) -> dict[str, floa
     return {name: 2 * size / quantile(seconds, 0.5) / 1e9 for name, seconds in samples.items()}
 
 
+#: Rows and columns of the matrices of :func:`matmul_rate`.
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product, the arithmetic roof for blocks that are mostly convolutions."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = MATMUL_SIDE.get(device.type, MATMUL_SIDE["cpu"])
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     samples: dict[str, list[float]] = {}
     interleave({"matmul": lambda: left @ right}, clock_for(device), Effort(0.5, 3, 20), samples)

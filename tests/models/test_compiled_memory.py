@@ -27,8 +27,10 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
         f"{made.__name__} {mode} {recompute}": lambda made=made, mode=mode, recompute=recompute: made(
             C, mode=mode, recompute=recompute
         )
-        for made in (wk.FusedPATM, FusedWaveBlock)
-        for mode, recompute in (("fc", "all"), ("depthwise", "amplitudes"), ("depthwise", "all"))
+        for made, mode, recompute in (
+            (wk.FusedPATM, "fc", "all"), (wk.FusedPATM, "depthwise", "amplitudes"),
+            (FusedWaveBlock, "depthwise", "all"),
+        )
     },
 }  # fmt: skip
 

@@ -305,13 +305,23 @@ def truth(contract: Contract, case: Case, leaves: Any, cotangents: Any, made: An
 def check(contract: Contract, case: Case, backend: str, device: str) -> dict[str, Tensor]:
     """Every output and gradient of one run within its bound of the float64 truth; the inputs are left alone."""
     leaves, cotangents, made = results(contract, case, backend, device)
+    compare(contract, case, backend, leaves, made, *limits(contract, case, backend, leaves, cotangents, made))
+    return made
+
+
+def limits(
+    contract: Contract, case: Case, backend: str, leaves: Any, cotangents: Any, made: Any
+) -> tuple[Tensors, Tensors]:
+    """The float64 truth of results, and their bounds."""
     wide, wide_cotangents, exact = truth(contract, case, leaves, cotangents, made)
-    bounds = contract.bounds(case, wide, wide_cotangents, exact, backend)
+    return exact, contract.bounds(case, wide, wide_cotangents, exact, backend)
+
+
+def compare(contract: Contract, case: Case, backend: str, leaves: Any, made: Any, exact: Any, bounds: Any) -> None:
     for name, got in made.items():
         assert got.dtype in (case.dtype, accumulation(case.dtype)), f"{name} is {got.dtype}"
         assert_within(got, exact[name], bounds[name], f"{contract.name}: {name} on {backend}, {case}")
     contract.also(case, leaves, made)
-    return made
 
 
 def on(*backends: str) -> pytest.MarkDecorator:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tests.ops.contract import Case, Contract, check, floating, pairwise, results, singles, truth
+from tests.ops.contract import Case, Contract, check, compare, floating, limits, pairwise, results, singles, truth
 
 Rows = list[tuple[Contract, str, Case]]
 
@@ -90,16 +90,19 @@ def opcheck(function: Callable[[], Any]) -> None:
         torch.library.opcheck(op, given)
 
 
-def operator(*contracts: Contract, backends: Sequence[str] = ("auto", "cpu", "reference")) -> Callable[..., None]:
-    """The test of all operators that contracts call."""
+def operator(*contracts: Contract, backends: Sequence[str] = ("auto", "reference")) -> Callable[..., None]:
+    """The test of all operators that contracts call: each value on each backend, each pair of values on one. "auto"
+    takes the CPU's kernels."""
 
     def body(contract: Contract, case: Case, backend: str, device: str) -> None:
         opcheck(lambda: results(contract, case, backend, device))
 
-    return _test([
-        (c, b, case) for c in contracts for b in backends if b in (*c.dtypes, "auto")
-        for case in pairwise(dtype=(torch.float32,), **c.axes)
-    ], body)  # fmt: skip
+    rows: Rows = []
+    for contract in contracts:
+        served = [name for name in backends if name in (*contract.dtypes, "auto")]
+        for case in pairwise(backend=served, dtype=(torch.float32,), **contract.axes):
+            rows.append((contract, vars(case).pop("backend"), case))
+    return _test(rows, body)
 
 
 def thread_count(*contracts: Contract, same: bool = True) -> Callable[..., None]:
@@ -111,11 +114,15 @@ def thread_count(*contracts: Contract, same: bool = True) -> Callable[..., None]
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                runs.append(check(contract, case, backend, device))
+                runs.append(results(contract, case, backend, device))
         finally:
             torch.set_num_threads(before)
-        for name in runs[0] if same else ():
-            assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:]), f"{name} depends on threads"
+        within = limits(contract, case, backend, *runs[0])
+        for leaves, _, made in runs:
+            compare(contract, case, backend, leaves, made, *within)
+        (_, _, one), *others = runs
+        for name in one if same else ():
+            assert all(torch.equal(one[name], made[name]) for _, _, made in others), f"{name} depends on threads"
 
     rows = [(c, "cpu", case) for c in contracts for case in c.cases("cpu")
             if case.dtype in (torch.float32, torch.bfloat16)]  # fmt: skip

@@ -241,10 +241,10 @@ test_analysis = each.case(Analysis())
 test_synthesis = each.case(Synthesis())
 test_lines = each.case(Lines())
 test_operators = each.operator(
-    Analysis(layout=("nchw", "channels_last"), mode=("zero", "periodic")),
-    Synthesis(layout=("nchw",)),
-    Lines(mode=("symmetric", "periodization"), length=(33,)),
-    backends=("auto", "cpu"),
+    Analysis(shape=SHAPES[1:4], taps=TAPS[1:4], layout=("nchw", "channels_last"), mode=("zero", "periodic")),
+    Synthesis(taps=TAPS[1:4], layout=("nchw",)),
+    Lines(mode=("symmetric", "periodization"), length=(33,), taps=(5, 12)),
+    backends=("auto",),
 )
 test_threads_change_nothing = each.thread_count(Analysis(shape=((1, 2, 150, 131), (2, 3, 90, 70)), levels=(1,)))
 # Each operator is the other's gradient, on every backend: one shows that they close.
@@ -352,7 +352,7 @@ def test_vmap_over_images_and_over_filters():
 @pytest.mark.parametrize("wave", ["haar", "db2", "bior2.2"])
 def test_gradient_is_true(wave, mode, float64_buffers):
     dwt, idwt = DWTForward(2, wave, mode), DWTInverse(wave, mode)
-    x = randn(1, 2, 5, 6).requires_grad_()
+    x = randn(1, 1, 5, 6).requires_grad_()
     assert gradcheck(lambda x: (lambda low, highs: (low, *highs))(*dwt(x)), (x,))
     low, highs = dwt(x.detach())
     coefficients = [t.requires_grad_() for t in (low, *highs)]

@@ -205,11 +205,17 @@ test_empty_batch = each.empty_batch(
     Pyramid(size=EMPTY[:2], layout=("nchw",)), Bands(size=EMPTY[:2], layout=("nchw",)),
 )  # fmt: skip
 TINY, BOTH = (((1, 2, 5, 6), 2),), ("nchw", "channels_last")
+#: Each operator is the other's gradient, on every backend: contracts hold their values, and Triton's interpreter takes
+#: its time for many small differences.
+FAST = dict.fromkeys(("cpu", "cuda"), (torch.float64,))
+TRITON, EDGES = {"triton": (torch.float64,)}, ("zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth")
 test_gradients_of_every_order = each.gradient(
-    Analysis(size=TINY, mode=("zero", "symmetric", "antisymmetric", "reflect", "periodic", "smooth"), layout=BOTH),
-    Synthesis(size=TINY, layout=BOTH), Pyramid(size=(((1, 2, 8, 4), 2),), layout=BOTH),
-    Bands(size=(((1, 2, 4, 6), 1),), layout=BOTH, back=(False,)),
-    Bands(size=(((1, 2, 4, 6), 1),), layout=BOTH, back=(True,)),
+    Analysis(FAST, size=TINY, mode=EDGES, layout=BOTH), Synthesis(FAST, size=TINY, layout=BOTH),
+    Pyramid(FAST, size=(((1, 2, 8, 4), 2),), layout=BOTH),
+    Bands(FAST, size=(((1, 2, 4, 6), 1),), layout=BOTH, back=(False,)),
+    Bands(FAST, size=(((1, 2, 4, 6), 1),), layout=BOTH, back=(True,)),
+    Analysis(TRITON, size=TINY, mode=("symmetric", "reflect"), layout=BOTH),
+    Synthesis(TRITON, size=TINY, layout=("channels_last",), add=(True,)),
 )  # fmt: skip
 test_operators = each.operator(
     Analysis(size=(((2, 3, 9, 12), 2),), mode=("symmetric",), layout=BOTH),

@@ -308,7 +308,9 @@ test_offsets_beyond_32_bits = each.case(
     *(PhaseAggregate(SHORT, shape=(shape,), layout=(layout,), way=("statistics",)) for shape, layout in FAR),
     *(BranchSum({b: SHORT[b] for b in ("cpu", "triton")}, shape=(shape,), layout=(layout,)) for shape, layout in FAR),
 )
-test_operators_of_gpus = each.operator(PhaseAggregate(**FEW), BranchSum(**FEW), backends=("triton", "cuda"))
+test_operators_of_gpus = each.operator(
+    PhaseAggregate(way=("weighted", "statistics"), **FEW), BranchSum(**FEW), backends=("triton", "cuda")
+)
 test_operators = each.operator(PhaseAggregate(**FEW), BranchSum(**FEW), Whole(shape=FEW["shape"], layout=("nchw",)))
 
 

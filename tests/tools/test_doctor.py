@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,19 @@ from wavemix_kernels.__main__ import main
 
 
 def test_doctor_reports_every_op(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))  # Triton's interpreter takes its time
+    """Self-tests of Triton's kernels are those of tests/ops/test_choose.py, which take the interpreter its time."""
+    monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
+    asked = []
+    for op in map(ops.load, ops.OPS):
+
+        def self_test(backend: str, *rest: Any, own: Any = op.self_test) -> tuple[float, float]:
+            asked.append(backend)
+            return (0.5, 1.0) if backend == "triton" else own(backend, *rest)
+
+        monkeypatch.setattr(op, "self_test", self_test)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
+    assert asked.count("triton") == sum("triton" in ops.load(name).BACKENDS for name in ops.OPS)
     rows = {line.split()[0]: line.split()[1:] for line in printed.split("on cpu")[1].splitlines() if line}
     for name in ops.OPS:
         cuda, *_, auto = rows[name]

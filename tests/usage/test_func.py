@@ -162,12 +162,23 @@ STEP = 1e-5
 SUBJECTS: dict[str, Function] = operators() | modules() | inference_forms()
 
 
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("name", SUBJECTS)
+NCHW, LAST = torch.contiguous_format, torch.channels_last
+#: Operators in both memory orders; a block runs as layers of torch, in one, and its inference form in the other.
+IN_ORDERS = [
+    *((name, order) for name in operators() for order in (NCHW, LAST)),
+    *((name, (NCHW, LAST)[i % 2]) for i, name in enumerate(modules())),
+    *((f"inference {name}", (LAST, NCHW)[i % 2]) for i, name in enumerate(modules())),
+]
+
+
+@pytest.mark.parametrize("name, order", [
+    pytest.param(name, order, id=f"{name}-{'nchw' if order is NCHW else 'channels_last'}")
+    for name, order in IN_ORDERS if name in SUBJECTS
+])  # fmt: skip
 def test_every_block_batches_and_has_tangents(name, order):
     """A Jacobian for a sensitivity map, and a vmap over augmentations, of any part of the package."""
-    if "GroupNorm" in name and order is torch.channels_last:
-        pytest.skip("vmap(nn.GroupNorm) itself refuses channels_last")
+    if "GroupNorm" in name:
+        order = NCHW  # vmap(nn.GroupNorm) itself refuses channels_last
     function, exact = SUBJECTS[name], reference(SUBJECTS[name])
     x, v = (normal(2, 4, 8, 8, seed=s).contiguous(memory_format=order) for s in (1, 2))
     with torch.no_grad():
@@ -241,10 +252,17 @@ def test_the_fallback_is_logged(name, caplog):
         assert "torch.func" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["haar", "FusedWaveblock deconv", "FusedMlp", "inference FusedPATM fc"])
+COMPILED: dict[str, Callable[[], Function]] = {
+    "haar": lambda: lambda x: joined(wk.haar_dwt2d(x, 2)),
+    "FusedWaveblock": lambda: wk.FusedWaveblock(final_dim=4, ff_channel=4, dropout=0.0).double().eval(),
+    **{name: partial(SUBJECTS.__getitem__, name) for name in ("FusedMlp", "inference FusedPATM fc")},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_transforms_inside_a_compiled_function(name):
     """torch.compile of a function that takes per-sample gradients inside."""
-    function = SUBJECTS.get(name, lambda x: joined(wk.haar_dwt2d(x, 2)))
+    function = COMPILED[name]()
     x = normal(2, 1, 4, 8, 8)
     for transform in (vmap, lambda f: vmap(grad(lambda x: f(x).pow(2).sum()))):
         torch._dynamo.reset()

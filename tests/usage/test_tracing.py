@@ -179,7 +179,7 @@ def test_feature_extraction(library):
 # --- ONNX -------------------------------------------------------------------------------------------------
 
 
-ONNX = [*(name for name in models() if not name.startswith("reference")), "Haar", "db2", "inference WaveNet"]
+ONNX = ["classification", "sisr", "SemSegment", "WaveNet fork_feat", "Haar", "db2", "inference WaveNet"]
 
 
 @pytest.mark.parametrize("name", ONNX)
