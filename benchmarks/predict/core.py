@@ -43,7 +43,7 @@ def build() -> Path:
     """The folder with the module, each chip's cubins and one chip's PTX, made where the sources have changed.
 
     Raises:
-        Missing: nvcc, cuobjdump or pybind11 is not installed.
+        Missing: nvcc or cuobjdump is not installed.
         RuntimeError: a source does not compile.
     """
     if shutil.which("nvcc") is None:
@@ -75,10 +75,6 @@ def build() -> Path:
 
 def _compiled(source: Path, made_of: str) -> Path:
     """The object of a source, made where the source or a header has changed."""
-    if importlib.util.find_spec("pybind11") is None:
-        raise Missing("pybind11 is not installed: pip install pybind11")
-    import pybind11
-
     folder = CACHE / "objects"
     made = folder / f"{source.name}-{made_of}.o"
     if made.exists():
@@ -86,7 +82,7 @@ def _compiled(source: Path, made_of: str) -> Path:
     folder.mkdir(exist_ok=True)
     for old in folder.glob(f"{source.name}-*.o"):
         old.unlink()
-    includes = [_CSRC, _CSRC / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [_CSRC, _CSRC / "include", sysconfig.get_path("include")]
     defines = [
         *(f"WAVEMIX_MODULE_NAME={MODULE}", "WAVEMIX_WITH_CPU=0", "WAVEMIX_WITH_CUDA=1"),
         *('WAVEMIX_BUILD_NOTE="launches are recorded"', f'WAVEMIX_CUDA_ARCHS="{" ".join(map(str, ARCHS))}"'),

@@ -11,8 +11,8 @@ import torch
 
 from wavemix_kernels import _native
 
-if _native.core is None:
-    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+if (reason := _native.cpu_reason()) is not None:
+    pytest.skip(f"CPU kernels: {reason}", allow_module_level=True)
 core: Any = _native.core
 
 ROWS, WEIGHT = torch.zeros(1, 4, 2, 2), torch.zeros(2, 4)
