@@ -147,7 +147,7 @@ struct Reader {
   static_assert(kSquare * kSquare >= kRow, "the tile buffer doubles as the row buffer");
   explicit Reader(A* scratch) : buffer(scratch), stage(scratch + kSquare * kSquare) {}
 
-  void open(const Geometry& g, int k, const Tile& tile) {
+  __attribute__((noinline)) void open(const Geometry& g, int k, const Tile& tile) {
     const Operand& o = g.operand[k];
     base = reinterpret_cast<const T*>(o.data) + tile.outer[0] * o.outer[0] + tile.outer[1] * o.outer[1] +
            tile.channel * o.channel + tile.pixel * o.pixel;
