@@ -35,7 +35,12 @@ std::string type_of(PyObject* object) {
   return text(name.object);
 }
 
-[[noreturn]] void wrong_type(const char* expected, PyObject* got) { throw WrongType{expected, "a " + type_of(got)}; }
+[[noreturn]] void wrong_type(const char* expected, PyObject* got) {
+  const Owned shown(PyObject_Repr(got));
+  std::string value = text(shown.object);
+  if (value.size() > 60) value = "a longer one";
+  throw WrongType{expected, value + " of type " + type_of(got)};
+}
 
 // One function of a module; there as long as the process.
 struct Function {
