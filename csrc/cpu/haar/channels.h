@@ -68,8 +68,7 @@ struct ChannelWorker {
   }
 
   template <class In, class Low>
-  __attribute__((noinline)) void write_bands(int l, int64_t y, int64_t x, const In* a, const In* b, const In* c,
-                                             const In* d, Low* ll) {
+  void write_bands(int l, int64_t y, int64_t x, const In* a, const In* b, const In* c, const In* d, Low* ll) {
     T* out = bands(l, y, x);
     if (vectorises_in_place<T>() && packed(l)) {
       analyse_quad(a, b, c, d, ll, out);
@@ -85,7 +84,7 @@ struct ChannelWorker {
     }
   }
   template <class Low>
-  __attribute__((noinline)) void analyse(int l, int64_t y, int64_t x, Low* ll) {
+  void analyse(int l, int64_t y, int64_t x, Low* ll) {
     const bool row = 2 * y + 1 < size.h[l - 1], column = 2 * x + 1 < size.w[l - 1];
     A* const* q = child[l - 1];
     if (l == 1) {
@@ -137,8 +136,7 @@ struct ChannelWorker {
   }
 
   template <class Low, class Out>
-  __attribute__((noinline)) void read_bands(int l, int64_t y, int64_t x, const Low* ll, Out* a, Out* b, Out* c,
-                                            Out* d) {
+  void read_bands(int l, int64_t y, int64_t x, const Low* ll, Out* a, Out* b, Out* c, Out* d) {
     const Bands& s = args.high[l - 1];
     if (s.data == nullptr) {
       for (int64_t i = 0; i < 3 * count; ++i) band[i] = A(0);
@@ -158,7 +156,7 @@ struct ChannelWorker {
     synthesise_quad(ll, static_cast<const A*>(band), a, b, c, d);
   }
   template <class Low>
-  __attribute__((noinline)) void synthesise(int l, int64_t y, int64_t x, const Low* ll) {
+  void synthesise(int l, int64_t y, int64_t x, const Low* ll) {
     const bool row = 2 * y + 1 < size.h[l - 1], column = 2 * x + 1 < size.w[l - 1];
     if (l == 1 && vectorises_in_place<T>() && row && column && args.add.data == nullptr) {
       const int64_t sh = args.image.stride[2], sw = args.image.stride[3];

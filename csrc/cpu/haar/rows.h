@@ -113,7 +113,7 @@ struct RowWorker {
 
   // --- analysis: LL row r of level l, written to `low`, its bands to memory
   template <class In, class Low>
-  __attribute__((noinline)) void write_bands(int l, int64_t r, const In* top, const In* bottom, Low* low) {
+  void write_bands(int l, int64_t r, const In* top, const In* bottom, Low* low) {
     const Bands& out = args.high[l - 1];
     T* row = high[l - 1] + r * out.stride[3];
     if (vectorises_in_place<T>() && out.stride[4] == 1) {
@@ -124,7 +124,7 @@ struct RowWorker {
     }
   }
   template <class Low>
-  __attribute__((noinline)) void analyse(int l, int64_t r, Low* out) {
+  void analyse(int l, int64_t r, Low* out) {
     A* top = pair[l - 1][0];
     A* bottom = pair[l - 1][1];
     const bool virtual_row = 2 * r + 1 >= size.h[l - 1];
@@ -175,7 +175,7 @@ struct RowWorker {
 
   // --- synthesis: the two rows below LL row r of level l
   template <class Low, class Out>
-  __attribute__((noinline)) void read_bands(int l, int64_t r, const Low* low, Out* top, Out* bottom) {
+  void read_bands(int l, int64_t r, const Low* low, Out* top, Out* bottom) {
     const Bands& in = args.high[l - 1];
     const T* row = high[l - 1] == nullptr ? nullptr : high[l - 1] + r * in.stride[3];
     if (vectorises_in_place<T>() && row != nullptr && in.stride[4] == 1) {
@@ -193,7 +193,7 @@ struct RowWorker {
     }
   }
   template <class Low>
-  __attribute__((noinline)) void synthesise(int l, int64_t r, const Low* low) {
+  void synthesise(int l, int64_t r, const Low* low) {
     const bool virtual_row = 2 * r + 1 >= size.h[l - 1];
     if (l == 1 && vectorises_in_place<T>() && args.image.stride[3] == 1 && add == nullptr && !virtual_row) {
       T* out = image + 2 * r * args.image.stride[2];
