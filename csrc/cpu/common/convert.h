@@ -105,7 +105,7 @@ static inline void store(f16& out, float value) {
 // spelled out because compilers do not vectorise the conversion on their own.
 // Conversions are not inlined: they are worth a call, and copies at every place would double the time of a build.
 template <class T, class A>
-__attribute__((noinline)) static void load_row(const T* src, int64_t stride, int64_t n, A* __restrict dst) {
+static inline void load_row(const T* src, int64_t stride, int64_t n, A* __restrict dst) {
   if (stride == 1) {
     for (int64_t i = 0; i < n; ++i) dst[i] = load(src[i]);
   } else {
@@ -113,7 +113,7 @@ __attribute__((noinline)) static void load_row(const T* src, int64_t stride, int
   }
 }
 template <class T, class A>
-__attribute__((noinline)) static void store_row(const A* __restrict src, T* dst, int64_t stride, int64_t n) {
+static inline void store_row(const A* __restrict src, T* dst, int64_t stride, int64_t n) {
   if (stride == 1) {
     for (int64_t i = 0; i < n; ++i) store(dst[i], src[i]);
   } else {
