@@ -123,7 +123,7 @@ def cpu_plan(wanted: str, features: Collection[str] | None, machine: str) -> lis
 
 
 #: Rough seconds of one core for a build: what every build needs, each instruction set and each CUDA architecture.
-SECONDS, ISA_SECONDS, CUDA_SECONDS = 10, {"avx512": 60, "avx2": 60, "baseline": 30}, 120
+SECONDS, ISA_SECONDS, CUDA_SECONDS = 15, {"avx512": 60, "avx2": 65, "baseline": 30}, 120
 #: One build serves every Python from 3.10 on, except for those without the global lock.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 #: In the package, where the core is left out: why. wavemix_kernels/_native.py reads it.
