@@ -3,6 +3,8 @@ PYTHON ?= python3
 # One known-good torch. On a GPU machine: make test TORCH=torch (pip's CUDA build), or point VENV at yours.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# What tests run: this CPU's best, and what other CPUs fall back to.
+CPU_ISAS ?= best,avx2,baseline
 ARGS ?=
 # Test processes side by side, one thread each: two OpenMP pools on the same cores slow each other down.
 WORKERS ?= 2
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	WAVEMIX_KERNELS_CPU_ISAS="$(CPU_ISAS)" $(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
 
 test: $(STAMP)

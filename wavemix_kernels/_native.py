@@ -43,11 +43,22 @@ except ImportError as error:
     core_error = _why_missing(error)
     warnings.warn(f"{core_error}. Until then CPU tensors run on plain PyTorch", RuntimeWarning, stacklevel=2)
 
-if core is not None:
+#: What builds the package anew, from its sources.
+AGAIN = "pip install --force-reinstall --no-deps ."
+#: The instruction set of the CPU's kernels, or why the core has none that run here.
+cpu_isa: str | None = None
+cpu_error: str | None = None
+if core is not None and set(core.CPU_ISAS) & set(core.CPU_ISAS_HERE):
     try:
-        core.cpu_isa()  # reads WAVEMIX_KERNELS_CPU_ISA
+        cpu_isa = core.cpu_isa()  # reads WAVEMIX_KERNELS_CPU_ISA
     except RuntimeError as error:
         raise _startup.stop(ValueError(str(error))) from None
+elif core is not None:
+    cpu_error = (
+        f"the CPU kernels were built for {', '.join(core.CPU_ISAS)}, which this CPU lacks (it has "
+        f"{', '.join(core.CPU_ISAS_HERE)}): build here by `{AGAIN}`, or for every CPU with WAVEMIX_KERNELS_CPU_ISAS=all"
+    )
+    warnings.warn(f"{cpu_error}. Until then CPU tensors run on plain PyTorch", RuntimeWarning, stacklevel=2)
 
 #: The module with the CUDA launchers and the device type they serve. The tests put the CPU emulation of the
 #: same kernels here.
@@ -58,8 +69,8 @@ DTYPES: dict[torch.dtype, int] = {torch.float64: 0, torch.float32: 1, torch.floa
 
 
 def cpu_reason() -> str | None:
-    """Why the C++ kernels are missing, or None."""
-    return core_error
+    """Why the C++ kernels cannot run here, or None."""
+    return core_error or cpu_error
 
 
 def cuda_reason() -> str | None:

@@ -136,7 +136,7 @@ def _key(device: torch.device) -> str:
     if device.type == "cuda":
         parts = [torch.cuda.get_device_name(device), architecture(device), f"driver {_driver()}"]
     else:
-        parts = [_cpu_name(), "no compiled core" if _native.core is None else _native.core.cpu_isa()]
+        parts = [_cpu_name(), _native.cpu_isa or "no compiled CPU kernels"]
     return ", ".join([*parts, f"torch {torch.__version__}", _triton(), f"wavemix_kernels {__version__} {_build()}"])
 
 

@@ -61,7 +61,7 @@ def environment() -> list[tuple[str, str]]:
 def _core() -> str:
     core: Any = _native.core
     threads = "" if core.OPENMP else ", one thread: built without OpenMP"
-    return f"CPU kernels ({core.cpu_isa()}{threads}); {core.BUILD_NOTE}"
+    return f"CPU kernels ({_native.cpu_isa or 'none that run here'}{threads}); {core.BUILD_NOTE}"
 
 
 def _why_no_gpu() -> str:
@@ -110,15 +110,17 @@ def _driver() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
-_AGAIN = "pip install --force-reinstall --no-deps ."
-
-
 def advice() -> list[str]:
     """The next steps on this machine, a line each; the core's own error is told before."""
     core, cuda = _native.core, _native.cuda_core
     lines = []
+    if core is not None and (better := core.CPU_ISAS_HERE[0]) not in core.CPU_ISAS and _native.cpu_isa is not None:
+        built = ", ".join(core.CPU_ISAS)
+        lines.append(f"this CPU has {better}, the CPU kernels were built for {built}: build here by `{_native.AGAIN}`")
     if core is not None and not core.OPENMP:
-        lines.append(f"the CPU kernels run on one thread: install OpenMP for your compiler (clang: libomp), `{_AGAIN}`")
+        lines.append(
+            f"the CPU kernels run on one thread: install OpenMP for your compiler (clang: libomp), `{_native.AGAIN}`"
+        )
     if not torch.cuda.is_available():
         if _driver() and torch.version.cuda is None and torch.version.hip is None:
             lines.append(f"a GPU is here, but torch {torch.__version__} is built for CPUs: install torch's CUDA build")
@@ -127,13 +129,13 @@ def advice() -> list[str]:
     elif torch.version.cuda is not None:
         arch = "{}{}".format(*torch.cuda.get_device_capability())
         if core is not None and cuda is None:
-            lines.append(f"Triton serves the GPU alone: for the CUDA kernels put nvcc on PATH, `{_AGAIN}`")
+            lines.append(f"Triton serves the GPU alone: for the CUDA kernels put nvcc on PATH, `{_native.AGAIN}`")
         elif (reason := _native.cuda_reason()) is not None:
             lines.append(reason)
         elif cuda is not None and arch not in cuda.CUDA_ARCHS.split():
             lines.append(
                 "the first CUDA kernel waits for the driver to compile it for this GPU: "
-                f"`WAVEMIX_KERNELS_CUDA_ARCHS={arch} {_AGAIN}` saves that"
+                f"`WAVEMIX_KERNELS_CUDA_ARCHS={arch} {_native.AGAIN}` saves that"
             )
         if (reason := backends.triton_reason()) is not None:
             lines.append(reason)
@@ -176,9 +178,9 @@ def main() -> int:
     print()
     for line in broken:
         print(f"BROKEN: {line}")
-    if _native.core_error is not None:
-        print(f"MISSING: {_native.core_error}")
-    if not broken and _native.core_error is None:
+    if (missing := _native.cpu_reason()) is not None:
+        print(f"MISSING: {missing}")
+    if not broken and missing is None:
         print("Every backend that is available here computes right.")
     print(*(f"Next: {line}" for line in advice()), sep="\n")
-    return 1 if broken or _native.core_error is not None else 0
+    return 1 if broken or missing is not None else 0

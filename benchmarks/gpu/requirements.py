@@ -100,7 +100,7 @@ def find_gpu(python: str = sys.executable) -> Gpu | str:
 
 def look() -> list[Requirement]:
     """Everything but the GPU, found or not."""
-    compiled = 'pip install "pybind11>=2.13" "cmake>=3.24" ninja setuptools'
+    compiled = 'pip install "cmake>=3.24" ninja setuptools'
     toolkit = "the CUDA toolkit (apt install cuda-toolkit-13-0), or CUDA_HOME=/path/to/it"
     return [
         Requirement("torch >= 2.8", "all", _package("torch", "2.8"),
@@ -110,7 +110,6 @@ def look() -> list[Requirement]:
         Requirement("triton >= 3.4", "triton", _package("triton", "3.4"), 'pip install "triton>=3.4"'),
         Requirement("nvcc", "nvcc", cuda_tool("nvcc"), toolkit),
         Requirement("a C++ compiler", "nvcc", _compiler(), "apt install g++"),
-        Requirement("pybind11 >= 2.13", "nvcc", _package("pybind11", "2.13"), compiled),
         Requirement("cmake", "nvcc", _program("cmake"), compiled),
         Requirement("ninja", "nvcc", _program("ninja"), compiled),
         Requirement("setuptools", "nvcc", _package("setuptools"), compiled),

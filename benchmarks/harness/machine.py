@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "cpu": _cpu_model(),
-        "cpu_kernels": None if _native.core is None else _native.core.cpu_isa(),  # the instruction set of ours
+        "cpu_kernels": _native.cpu_isa,  # the instruction set of ours
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device.type),

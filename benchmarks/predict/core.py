@@ -76,7 +76,7 @@ def build() -> Path:
     """The folder with the module, and one chip's cubins and PTX, made where the sources have changed.
 
     Raises:
-        Missing: nvcc, cuobjdump or pybind11 is not installed.
+        Missing: nvcc or cuobjdump is not installed.
         RuntimeError: a source does not compile.
     """
     sources = [_CSRC / "emulator" / "bindings.cpp", *kernels(), _STUB / "runtime.cpp"]
@@ -107,12 +107,8 @@ def _extract(source: Path, made: Path, folder: Path) -> None:
 
 def _object(source: Path) -> Path:
     """The object of a source, made where the source or a header has changed."""
-    if importlib.util.find_spec("pybind11") is None:
-        raise Missing("pybind11 is not installed: pip install pybind11")
-    import pybind11
-
     made = CACHE / "objects" / f"{source.name}-{key([], sys.version, key_of(source))}.o"
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [sysconfig.get_path("include")]
     defines = [
         *(f"WAVEMIX_MODULE_NAME={MODULE}", "WAVEMIX_WITH_CPU=0", "WAVEMIX_WITH_CUDA=1"),
         *('WAVEMIX_BUILD_NOTE="launches are recorded"', f'WAVEMIX_CUDA_ARCHS="{PTX}"'),

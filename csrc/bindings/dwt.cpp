@@ -12,11 +12,13 @@ namespace {
 // dilation, spacing.
 DwtAxis axis(const Ints& ints, const char* name) {
   if (ints.size() != 14)
-    throw py::value_error(std::string(name) + ": expected 14 integers, got " + std::to_string(ints.size()));
+    throw std::invalid_argument(std::string(name) + ": expected 14 integers, got " + std::to_string(ints.size()));
   if (ints[2] > 0 || ints[3] < 0 || ints[3] == 1 || (ints[3] == 0 && ints[0] != ints[1]))
-    throw py::value_error(std::string(name) + ": expected start <= 0 and 2 taps or more, or none and equal sizes");
+    throw std::invalid_argument(std::string(name) +
+                                ": expected start <= 0 and 2 taps or more, or none and equal sizes");
   if (ints[11] < 1 || ints[11] > 2 || ints[12] < 1 || ints[13] < 1 || (ints[11] == 2 && ints[12] != 1))
-    throw py::value_error(std::string(name) + ": expected stride 2 and dilation 1, or stride 1, and a spacing of 1 up");
+    throw std::invalid_argument(std::string(name) +
+                                ": expected stride 2 and dilation 1, or stride 1, and a spacing of 1 up");
   DwtAxis out;
   out.size = ints[0];
   out.count = ints[1];
@@ -43,37 +45,36 @@ DwtArgs dwt_args(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const I
   args.high_dtype = dtype_of(dtypes[2]);
   for (const DType dtype : {args.ll_dtype, args.high_dtype})
     if ((dtype == DType::f64) != (args.image_dtype == DType::f64))
-      throw py::value_error("dtypes: float64 goes with float64 only");
+      throw std::invalid_argument("dtypes: float64 goes with float64 only");
   args.n = n;
   args.c = c;
   args.h = axis(h, "h");
   args.w = axis(w, "w");
-  if (args.h.taps == 0 && args.w.taps == 0) throw py::value_error("h, w: one of them needs filters");
+  if (args.h.taps == 0 && args.w.taps == 0) throw std::invalid_argument("h, w: one of them needs filters");
   args.image = view<Plane>(image, "image");
   args.ll = view<Plane>(ll, "ll");
   args.high = view<Bands>(high, "high");
   return args;
 }
 
+#if WAVEMIX_WITH_CPU
+template <void (*kernel)(const DwtArgs&, int)>
+void dwt(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const Ints& h, const Ints& w, const Ints& image,
+         const Ints& ll, const Ints& high, int threads) {
+  const DwtArgs args = dwt_args(dtypes, n, c, h, w, image, ll, high);
+  check_threads(threads);
+  const Unlocked unlocked;
+  kernel(args, threads);
+}
+#endif
+
 }  // namespace
 
-void bind_dwt(py::module_& m) {
+void bind_dwt(Module& m) {
 #if WAVEMIX_WITH_CPU
-  const auto def = [&m](const char* name, void (*kernel)(const DwtArgs&, int)) {
-    m.def(
-        name,
-        [kernel](const std::array<int, 3>& dtypes, int64_t n, int64_t c, const Ints& h, const Ints& w,
-                 const Ints& image, const Ints& ll, const Ints& high, int threads) {
-          const DwtArgs args = dwt_args(dtypes, n, c, h, w, image, ll, high);
-          check_threads(threads);
-          py::gil_scoped_release unlocked;
-          kernel(args, threads);
-        },
-        py::arg("dtypes"), py::arg("n"), py::arg("c"), py::arg("h"), py::arg("w"), py::arg("image"), py::arg("ll"),
-        py::arg("high"), py::arg("threads"));
-  };
-  def("dwt_analysis_cpu", dwt_analysis_cpu);
-  def("dwt_synthesis_cpu", dwt_synthesis_cpu);
+  const std::vector<const char*> names = {"dtypes", "n", "c", "h", "w", "image", "ll", "high", "threads"};
+  m.def("dwt_analysis_cpu", &dwt<dwt_analysis_cpu>, names);
+  m.def("dwt_synthesis_cpu", &dwt<dwt_synthesis_cpu>, names);
 #endif
 }
 

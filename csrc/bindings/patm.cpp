@@ -43,13 +43,13 @@ void add_third(PhaseGradArgs& grads, const Ints& shape, uintptr_t a_c, const Int
   grads.a_c = pointer(a_c);
   grads.d_c = plane(d_c, "d_c", shape);
   if (grads.d_c.data != nullptr && (grads.a_c == nullptr || grads.b == nullptr))
-    throw py::value_error("d_c: needs a_c and b");
+    throw std::invalid_argument("d_c: needs a_c and b");
 }
 
 #if WAVEMIX_WITH_CPU
 BranchArgs branch_args(int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a) {
   auto args = shaped<BranchArgs>(dtype, shape, false);
-  if (branches.size() != 3) throw py::value_error("branches: expected 3, got " + std::to_string(branches.size()));
+  if (branches.size() != 3) throw std::invalid_argument("branches: expected 3, got " + std::to_string(branches.size()));
   for (size_t i = 0; i < 3; ++i) args.branch[i] = plane(branches[i], "branches", shape);
   args.a = pointer(a);
   return args;
@@ -72,77 +72,67 @@ Branches both(int dtype, const Ints& shape, const std::array<Branch, 2>& branche
 
 }  // namespace
 
-void bind_patm(py::module_& m) {
+void bind_patm(Module& m) {
 #if WAVEMIX_WITH_CPU
-  m.def(
-      "phase_forward_cpu",
-      [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Ints& out, const Ints& also,
-         uintptr_t sums, int threads) {
-        const auto args = phase_args(dtype, shape, along_h, branch);
-        check_threads(threads);
-        const auto to = plane(out, "out", shape), third = plane(also, "also", shape);
-        py::gil_scoped_release unlocked;
-        phase_forward_cpu(args, to, third, pointer(sums), threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("branch"), py::arg("out"), py::arg("also"),
-      py::arg("sums"), py::arg("threads"));
-  m.def(
-      "phase_backward_cpu",
-      [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Gradient& gradient, uintptr_t a_c,
-         const Ints& d_c, int threads) {
-        const auto args = phase_args(dtype, shape, along_h, branch);
-        check_threads(threads);
-        auto grads = gradient_args(shape, gradient);
-        add_third(grads, shape, a_c, d_c);
-        py::gil_scoped_release unlocked;
-        phase_backward_cpu(args, grads, threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("along_h"), py::arg("branch"), py::arg("gradient"), py::arg("a_c"),
-      py::arg("d_c"), py::arg("threads"));
-  m.def(
-      "branch_sum_cpu",
-      [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& out, int threads) {
-        check_threads(threads);
-        const auto args = branch_args(dtype, shape, branches, a);
-        const auto to = plane(out, "out", shape);
-        py::gil_scoped_release unlocked;
-        branch_sum_cpu(args, to, threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("out"), py::arg("threads"));
-  m.def(
-      "branch_sum_backward_cpu",
-      [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& grad,
-         const Ints& out, uintptr_t d_a, int threads) {
-        check_threads(threads);
-        const auto args = branch_args(dtype, shape, branches, a);
-        const auto from = plane(grad, "grad", shape), to = plane(out, "out", shape);
-        py::gil_scoped_release unlocked;
-        branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("a"), py::arg("grad"), py::arg("out"),
-      py::arg("d_a"), py::arg("threads"));
+  m.def("phase_forward_cpu",
+        [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Ints& out, const Ints& also,
+           uintptr_t sums, int threads) {
+          const auto args = phase_args(dtype, shape, along_h, branch);
+          check_threads(threads);
+          const auto to = plane(out, "out", shape), third = plane(also, "also", shape);
+          const Unlocked unlocked;
+          phase_forward_cpu(args, to, third, pointer(sums), threads);
+        },
+        {"dtype", "shape", "along_h", "branch", "out", "also", "sums", "threads"});
+  m.def("phase_backward_cpu",
+        [](int dtype, const Ints& shape, bool along_h, const Branch& branch, const Gradient& gradient, uintptr_t a_c,
+           const Ints& d_c, int threads) {
+          const auto args = phase_args(dtype, shape, along_h, branch);
+          check_threads(threads);
+          auto grads = gradient_args(shape, gradient);
+          add_third(grads, shape, a_c, d_c);
+          const Unlocked unlocked;
+          phase_backward_cpu(args, grads, threads);
+        },
+        {"dtype", "shape", "along_h", "branch", "gradient", "a_c", "d_c", "threads"});
+  m.def("branch_sum_cpu",
+        [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& out, int threads) {
+          check_threads(threads);
+          const auto args = branch_args(dtype, shape, branches, a);
+          const auto to = plane(out, "out", shape);
+          const Unlocked unlocked;
+          branch_sum_cpu(args, to, threads);
+        },
+        {"dtype", "shape", "branches", "a", "out", "threads"});
+  m.def("branch_sum_backward_cpu",
+        [](int dtype, const Ints& shape, const std::vector<Ints>& branches, uintptr_t a, const Ints& grad,
+           const Ints& out, uintptr_t d_a, int threads) {
+          check_threads(threads);
+          const auto args = branch_args(dtype, shape, branches, a);
+          const auto from = plane(grad, "grad", shape), to = plane(out, "out", shape);
+          const Unlocked unlocked;
+          branch_sum_backward_cpu(args, from, to, pointer(d_a), threads);
+        },
+        {"dtype", "shape", "branches", "a", "grad", "out", "d_a", "threads"});
 #endif
 
 #if WAVEMIX_WITH_CUDA
-  m.def(
-      "phase_workspace_cuda",
-      [](const Ints& shape, int multiprocessors, bool backward) {
-        const auto args = shaped<PhaseArgs>(0, shape, false);
-        return phase_workspace_cuda(args.n, args.c, args.h, args.w, multiprocessors, backward);
-      },
-      py::arg("shape"), py::arg("multiprocessors"), py::arg("backward"));
-  m.def(
-      "phase_forward_cuda",
-      [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& out,
-         const Ints& also, uintptr_t sums, uintptr_t workspace, int multiprocessors, uintptr_t stream) {
-        const Branches args = both(dtype, shape, branches);
-        const Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
-        const auto third = plane(also, "also", shape);
-        py::gil_scoped_release unlocked;
-        phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), multiprocessors, pointer(stream));
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("out"), py::arg("also"), py::arg("sums"),
-      py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
+  m.def("phase_workspace_cuda",
+        [](const Ints& shape, int multiprocessors, bool backward) {
+          const auto args = shaped<PhaseArgs>(0, shape, false);
+          return phase_workspace_cuda(args.n, args.c, args.h, args.w, multiprocessors, backward);
+        },
+        {"shape", "multiprocessors", "backward"});
+  m.def("phase_forward_cuda",
+        [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& out,
+           const Ints& also, uintptr_t sums, uintptr_t workspace, int multiprocessors, uintptr_t stream) {
+          const Branches args = both(dtype, shape, branches);
+          const Plane to[2] = {plane(out[0], "out", shape), plane(out[1], "out", shape)};
+          const auto third = plane(also, "also", shape);
+          const Unlocked unlocked;
+          phase_forward_cuda(args.of, to, third, pointer(sums), pointer(workspace), multiprocessors, pointer(stream));
+        },
+        {"dtype", "shape", "branches", "out", "also", "sums", "workspace", "multiprocessors", "stream"});
   m.def(
       "phase_backward_cuda",
       [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Gradient, 2>& gradients,
@@ -150,25 +140,22 @@ void bind_patm(py::module_& m) {
         const Branches args = both(dtype, shape, branches);
         PhaseGradArgs grads[2] = {gradient_args(shape, gradients[0]), gradient_args(shape, gradients[1])};
         add_third(grads[0], shape, a_c, d_c);
-        py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         phase_backward_cuda(args.of, grads, pointer(workspace), multiprocessors, pointer(stream));
       },
-      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("gradients"), py::arg("a_c"), py::arg("d_c"),
-      py::arg("workspace"), py::arg("multiprocessors"), py::arg("stream"));
-  m.def(
-      "phase_statistics_cuda",
-      [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
-         const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int multiprocessors,
-         uintptr_t stream) {
-        const Branches args = both(dtype, shape, branches);
-        const Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
-        const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
-        const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
-        py::gil_scoped_release unlocked;
-        phase_statistics_cuda(args.of, to, slope, constant, multiprocessors, pointer(stream));
-      },
-      py::arg("dtype"), py::arg("shape"), py::arg("branches"), py::arg("d_theta"), py::arg("rise"), py::arg("offset"),
-      py::arg("multiprocessors"), py::arg("stream"));
+      {"dtype", "shape", "branches", "gradients", "a_c", "d_c", "workspace", "multiprocessors", "stream"});
+  m.def("phase_statistics_cuda",
+        [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
+           const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int multiprocessors,
+           uintptr_t stream) {
+          const Branches args = both(dtype, shape, branches);
+          const Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
+          const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
+          const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
+          const Unlocked unlocked;
+          phase_statistics_cuda(args.of, to, slope, constant, multiprocessors, pointer(stream));
+        },
+        {"dtype", "shape", "branches", "d_theta", "rise", "offset", "multiprocessors", "stream"});
 #endif
 }
 

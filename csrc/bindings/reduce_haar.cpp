@@ -10,10 +10,11 @@ namespace {
 ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x,
                                 const Ints& weight, const Ints& bias, const std::vector<Ints>& z, bool allow_tf32) {
   if (levels < 1 || levels > kMaxHaarLevels || z.size() != static_cast<size_t>(levels))
-    throw py::value_error("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
-                          " outputs; one launch takes 1 to " + std::to_string(kMaxHaarLevels));
-  if (weight.size() != 3) throw py::value_error("weight: expected an address and 2 strides");
-  if (!bias.empty() && bias.size() != 2) throw py::value_error("bias: expected an address and a stride, or nothing");
+    throw std::invalid_argument("levels: got " + std::to_string(levels) + " with " + std::to_string(z.size()) +
+                                " outputs; one launch takes 1 to " + std::to_string(kMaxHaarLevels));
+  if (weight.size() != 3) throw std::invalid_argument("weight: expected an address and 2 strides");
+  if (!bias.empty() && bias.size() != 2)
+    throw std::invalid_argument("bias: expected an address and a stride, or nothing");
   ReduceHaarArgs args;
   args.dtype = dtype_of(dtype);
   args.levels = levels;
@@ -36,11 +37,12 @@ ReduceHaarArgs reduce_haar_args(int dtype, int levels, const Ints& shape, int64_
 void check_contiguous_channels(const ReduceHaarArgs& args, int threads) {
   check_threads(threads);
   if (args.c > 1 && args.x.stride[1] != 1 && args.x.stride[3] != 1)
-    throw py::value_error("x: expected contiguous channels or pixels, got strides of " +
-                          std::to_string(args.x.stride[1]) + " and " + std::to_string(args.x.stride[3]));
+    throw std::invalid_argument("x: expected contiguous channels or pixels, got strides of " +
+                                std::to_string(args.x.stride[1]) + " and " + std::to_string(args.x.stride[3]));
   for (int l = 0; l < args.levels; ++l)
     if (args.z[l].stride[1] != 1)
-      throw py::value_error("zs: expected contiguous channels, got a stride of " + std::to_string(args.z[l].stride[1]));
+      throw std::invalid_argument("zs: expected contiguous channels, got a stride of " +
+                                  std::to_string(args.z[l].stride[1]));
 }
 #endif
 
@@ -55,69 +57,59 @@ ReduceHaarGradArgs gradients(const Ints& d_x, const Ints& add, uintptr_t d_weigh
 
 }  // namespace
 
-void bind_reduce_haar(py::module_& m) {
+void bind_reduce_haar(Module& m) {
 #if WAVEMIX_WITH_CPU
-  m.def(
-      "reduce_haar_cpu",
-      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
-         const std::vector<Ints>& zs, int threads) {
-        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, zs, false);
-        check_contiguous_channels(args, threads);
-        py::gil_scoped_release unlocked;
-        reduce_haar_cpu(args, threads);
-      },
-      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
-      py::arg("bias"), py::arg("zs"), py::arg("threads"));
-  m.def(
-      "reduce_haar_backward_cpu",
-      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
-         const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
-         int threads) {
-        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
-        check_contiguous_channels(args, threads);
-        const auto grads = gradients(d_x, add, d_weight, d_bias);
-        py::gil_scoped_release unlocked;
-        reduce_haar_backward_cpu(args, grads, threads);
-      },
-      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
-      py::arg("zs"), py::arg("d_x"), py::arg("add"), py::arg("d_weight"), py::arg("d_bias"), py::arg("threads"));
+  m.def("reduce_haar_cpu",
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+           const Ints& bias, const std::vector<Ints>& zs, int threads) {
+          const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, zs, false);
+          check_contiguous_channels(args, threads);
+          const Unlocked unlocked;
+          reduce_haar_cpu(args, threads);
+        },
+        {"dtype", "levels", "shape", "outputs", "x", "weight", "bias", "zs", "threads"});
+  m.def("reduce_haar_backward_cpu",
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+           const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
+           int threads) {
+          const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
+          check_contiguous_channels(args, threads);
+          const auto grads = gradients(d_x, add, d_weight, d_bias);
+          const Unlocked unlocked;
+          reduce_haar_backward_cpu(args, grads, threads);
+        },
+        {"dtype", "levels", "shape", "outputs", "x", "weight", "zs", "d_x", "add", "d_weight", "d_bias", "threads"});
 #endif
 #if WAVEMIX_WITH_CUDA
-  m.def(
-      "reduce_haar_cuda",
-      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
-         const std::vector<Ints>& z, bool allow_tf32, uintptr_t stream) {
-        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, allow_tf32);
-        py::gil_scoped_release unlocked;
-        reduce_haar_cuda(args, pointer(stream));
-      },
-      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
-      py::arg("bias"), py::arg("z"), py::arg("allow_tf32"), py::arg("stream"));
-  m.def("reduce_haar_backward_shared_cuda", &reduce_haar_backward_shared_cuda, py::arg("c"), py::arg("o"));
-  m.def(
-      "reduce_haar_backward_workspace_cuda",
-      [](int dtype, int levels, const Ints& shape, int64_t outputs, int multiprocessors,
-         int64_t shared_of_multiprocessor) {
-        const std::vector<Ints> zs(static_cast<size_t>(levels));
-        const auto args = reduce_haar_args(dtype, levels, shape, outputs, {}, {0, 0, 0}, {}, zs, false);
-        return reduce_haar_backward_workspace_cuda(args, multiprocessors, shared_of_multiprocessor);
-      },
-      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("multiprocessors"),
-      py::arg("shared_of_multiprocessor"));
-  m.def(
-      "reduce_haar_backward_cuda",
-      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
-         const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
-         uintptr_t workspace, int multiprocessors, int64_t shared_of_multiprocessor, uintptr_t stream) {
-        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
-        const auto grads = gradients(d_x, add, d_weight, d_bias);
-        py::gil_scoped_release unlocked;
-        reduce_haar_backward_cuda(args, grads, pointer(workspace), multiprocessors, shared_of_multiprocessor,
-                                  pointer(stream));
-      },
-      py::arg("dtype"), py::arg("levels"), py::arg("shape"), py::arg("outputs"), py::arg("x"), py::arg("weight"),
-      py::arg("zs"), py::arg("d_x"), py::arg("add"), py::arg("d_weight"), py::arg("d_bias"), py::arg("workspace"),
-      py::arg("multiprocessors"), py::arg("shared_of_multiprocessor"), py::arg("stream"));
+  m.def("reduce_haar_cuda",
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+           const Ints& bias, const std::vector<Ints>& z, bool allow_tf32, uintptr_t stream) {
+          const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, allow_tf32);
+          const Unlocked unlocked;
+          reduce_haar_cuda(args, pointer(stream));
+        },
+        {"dtype", "levels", "shape", "outputs", "x", "weight", "bias", "z", "allow_tf32", "stream"});
+  m.def("reduce_haar_backward_shared_cuda", &reduce_haar_backward_shared_cuda, {"c", "o"});
+  m.def("reduce_haar_backward_workspace_cuda",
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, int multiprocessors,
+           int64_t shared_of_multiprocessor) {
+          const std::vector<Ints> zs(static_cast<size_t>(levels));
+          const auto args = reduce_haar_args(dtype, levels, shape, outputs, {}, {0, 0, 0}, {}, zs, false);
+          return reduce_haar_backward_workspace_cuda(args, multiprocessors, shared_of_multiprocessor);
+        },
+        {"dtype", "levels", "shape", "outputs", "multiprocessors", "shared_of_multiprocessor"});
+  m.def("reduce_haar_backward_cuda",
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
+           const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
+           uintptr_t workspace, int multiprocessors, int64_t shared_of_multiprocessor, uintptr_t stream) {
+          const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
+          const auto grads = gradients(d_x, add, d_weight, d_bias);
+          const Unlocked unlocked;
+          reduce_haar_backward_cuda(args, grads, pointer(workspace), multiprocessors, shared_of_multiprocessor,
+                                    pointer(stream));
+        },
+        {"dtype", "levels", "shape", "outputs", "x", "weight", "zs", "d_x", "add", "d_weight", "d_bias", "workspace",
+         "multiprocessors", "shared_of_multiprocessor", "stream"});
 #endif
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,46 +12,75 @@
 
 namespace wavemix {
 
-namespace baseline {
-extern const CpuKernels kernels;
-}
-namespace avx2 {
-extern const CpuKernels kernels;
-}
+#if WAVEMIX_HAS_avx512
 namespace avx512 {
 extern const CpuKernels kernels;
 }
+#endif
+#if WAVEMIX_HAS_avx2
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+#endif
+#if WAVEMIX_HAS_baseline
+namespace baseline {
+extern const CpuKernels kernels;
+}
+#endif
 
 namespace {
 
 struct Variant {
   const char* name;
-  const CpuKernels& kernels;
-  bool supported;
+  bool supported;             // by this CPU
+  const CpuKernels* kernels;  // null where this build lacks them
 };
+
+#if WAVEMIX_HAS_avx512
+constexpr const CpuKernels* kAvx512 = &avx512::kernels;
+#else
+constexpr const CpuKernels* kAvx512 = nullptr;
+#endif
+#if WAVEMIX_HAS_avx2
+constexpr const CpuKernels* kAvx2 = &avx2::kernels;
+#else
+constexpr const CpuKernels* kAvx2 = nullptr;
+#endif
+#if WAVEMIX_HAS_baseline
+constexpr const CpuKernels* kBaseline = &baseline::kernels;
+#else
+constexpr const CpuKernels* kBaseline = nullptr;
+#endif
+
+// Every instruction set that kernels can be built for, best first.
+std::vector<Variant> variants() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  const bool avx512 = false, avx2 = false;
+#endif
+  return {{"avx512", avx512, kAvx512}, {"avx2", avx2, kAvx2}, {"baseline", true, kBaseline}};
+}
 
 const Variant& pick() {
   static const Variant chosen = [] {
-#if WAVEMIX_X86_VARIANTS
-    __builtin_cpu_init();
-    const Variant variants[] = {
-        {"avx512", avx512::kernels,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
-        {"avx2", avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-        {"baseline", baseline::kernels, true},
-    };
-#else
-    const Variant variants[] = {{"baseline", baseline::kernels, true}};
-#endif
     const char* asked = std::getenv("WAVEMIX_KERNELS_CPU_ISA");
-    std::string names;
-    for (const Variant& v : variants) {
-      if (!v.supported) continue;
-      if (asked == nullptr || *asked == '\0' || std::strcmp(asked, v.name) == 0) return v;
-      names += names.empty() ? v.name : std::string(", ") + v.name;
+    if (asked != nullptr && *asked == '\0') asked = nullptr;
+    std::string runs;
+    for (const Variant& v : variants()) {
+      if (!v.supported || v.kernels == nullptr) continue;
+      if (asked == nullptr || std::strcmp(asked, v.name) == 0) return v;
+      runs += (runs.empty() ? "" : ", ") + std::string(v.name);
     }
-    throw std::runtime_error(std::string("WAVEMIX_KERNELS_CPU_ISA=") + asked + ": this CPU and build have " + names);
+    if (asked == nullptr) throw std::runtime_error("this build has no CPU kernels that this CPU runs");
+    std::string built;
+    for (const char* name : cpu_isas_built()) built += (built.empty() ? "" : ", ") + std::string(name);
+    throw std::runtime_error(std::string("WAVEMIX_KERNELS_CPU_ISA=") + asked + ": this build has " + built +
+                             ", of which this CPU runs " + runs +
+                             "; WAVEMIX_KERNELS_CPU_ISAS=all builds every instruction set");
   }();
   return chosen;
 }
@@ -59,8 +89,22 @@ const Variant& pick() {
 
 const char* cpu_isa_name() { return pick().name; }
 
+std::vector<const char*> cpu_isas_built() {
+  std::vector<const char*> names;
+  for (const Variant& v : variants())
+    if (v.kernels != nullptr) names.push_back(v.name);
+  return names;
+}
+
+std::vector<const char*> cpu_isas_here() {
+  std::vector<const char*> names;
+  for (const Variant& v : variants())
+    if (v.supported) names.push_back(v.name);
+  return names;
+}
+
 #define KERNEL(name, parameters, arguments) \
-  void name##_cpu parameters { pick().kernels.name arguments; }
+  void name##_cpu parameters { pick().kernels->name arguments; }
 #include "cpu/kernels.def"
 
 void advise_huge_pages(void* data, int64_t bytes) {

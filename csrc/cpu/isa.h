@@ -1,9 +1,11 @@
 // CPU kernels are compiled once per instruction set (CMakeLists.txt gives the flags and WAVEMIX_ISA); the best variant
-// is picked at run time. No -march=native: a wheel built here runs on any CPU of the family.
+// of a build is picked at run time. No -march=native: what is built here runs on any CPU that has the set.
 //
 // The per-ISA units must not instantiate shared templates or inline functions (std::vector and the like): the
 // linker would keep one copy for all, perhaps the one with instructions this CPU lacks.
 #pragma once
+
+#include <vector>
 
 #include "wavemix/conv1x1.h"
 #include "wavemix/deconv.h"
@@ -31,8 +33,13 @@ namespace WAVEMIX_ISA {
 }  // namespace WAVEMIX_ISA
 #endif
 
-// The best variant this CPU runs, unless the variable WAVEMIX_KERNELS_CPU_ISA names a lower one.
+// The best variant of this build that this CPU runs, unless the variable WAVEMIX_KERNELS_CPU_ISA names a lower one.
+// Throws std::runtime_error where there is none, as every kernel then does.
 const char* cpu_isa_name();
+
+// Best first: what this build has, and what this CPU could run.
+std::vector<const char*> cpu_isas_built();
+std::vector<const char*> cpu_isas_here();
 
 // Asks for huge pages behind a large output that is about to be written for the first time: page faults cost more
 // than the copy itself (docs/develop/tuning.md, Huge pages). Advice only; where it is refused nothing changes.

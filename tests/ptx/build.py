@@ -43,7 +43,6 @@ def core() -> Built:
 @functools.cache
 def test_kernels() -> Built:
     """Those of the emulator's own tests: right and wrong ones, and matrix products."""
-    pybind11 = pytest.importorskip("pybind11", reason="PTX: pybind11 is not installed")
     if shutil.which("nvcc") is None:
         pytest.skip("PTX: nvcc is not on PATH")
     tests = ROOT / "tests" / "emulator"
@@ -53,7 +52,7 @@ def test_kernels() -> Built:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     folder = FOLDER / f"{name}-{key([*sources, *headers], version, *NVCC)}"
     library = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    includes = [ROOT / "csrc", ROOT / "csrc" / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [ROOT / "csrc", ROOT / "csrc" / "cuda", sysconfig.get_path("include")]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes share the folder

@@ -63,6 +63,7 @@ def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, mo
 @pytest.mark.parametrize("torch_cuda, sees, driver, core, said", [
     (None, False, False, {}, ["accelerate(model)"]),
     (None, False, False, {"OPENMP": False}, ["one thread: install OpenMP"]),
+    (None, False, False, {"CPU_ISAS": ("avx2",)}, ["this CPU has avx512, the CPU kernels were built for avx2"]),
     (None, False, True, {}, ["install torch's CUDA build"]),
     ("13.0", False, True, {}, ["torch does not see it"]),
     ("13.0", True, True, {"HAS_CUDA": False}, ["put nvcc on PATH", "tune MODEL"]),
@@ -70,12 +71,15 @@ def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, mo
     ("13.0", True, True, {"HAS_CUDA": True, "CUDA_ARCHS": "80 90"}, ["tune MODEL"]),
 ], ids=str)  # fmt: skip
 def test_the_doctor_says_what_to_do_next(torch_cuda, sees, driver, core, said, monkeypatch) -> None:
-    core = SimpleNamespace(**{"OPENMP": True, "HAS_CUDA": False} | core)
+    core = SimpleNamespace(
+        **{"OPENMP": True, "HAS_CUDA": False, "CPU_ISAS": ("avx512",)} | core, CPU_ISAS_HERE=("avx512",)
+    )
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(doctor._native, "core", core)
+    monkeypatch.setattr(doctor._native, "cpu_isa", core.CPU_ISAS[0])
     monkeypatch.setattr(doctor._native, "cuda_core", core if core.HAS_CUDA else None)
     monkeypatch.setattr(doctor._native, "cuda_reason", lambda: None)
     monkeypatch.setattr(doctor.backends, "triton_reason", lambda: None)

@@ -15,8 +15,8 @@ from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within,
 from wavemix_kernels import _native
 from wavemix_kernels.ops.norm import batch_norm
 
-if _native.core is None:
-    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+if (reason := _native.cpu_reason()) is not None:
+    pytest.skip(f"CPU kernels: {reason}", allow_module_level=True)
 functions: Any = batch_norm.BACKENDS["cpu"].functions
 NAN = float("nan")
 CASES = pairwise(

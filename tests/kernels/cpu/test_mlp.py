@@ -14,8 +14,8 @@ from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within,
 from wavemix_kernels import _native
 from wavemix_kernels.ops.mlp import reference
 
-if _native.core is None:
-    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+if (reason := _native.cpu_reason()) is not None:
+    pytest.skip(f"CPU kernels: {reason}", allow_module_level=True)
 core = _native.core
 
 SEED = 0x9E3779B97F4A7C15  # uses all 64 bits

@@ -13,8 +13,8 @@ from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import _native
 from wavemix_kernels.ops.patm import phases, whole
 
-if _native.core is None:
-    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+if (reason := _native.cpu_reason()) is not None:
+    pytest.skip(f"CPU kernels: {reason}", allow_module_level=True)
 
 
 @pytest.mark.parametrize("count", [1, 3])

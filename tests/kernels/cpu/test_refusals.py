@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from wavemix_kernels import _native
 
-if _native.core is None:
-    pytest.skip(f"CPU kernels: {_native.core_error}", allow_module_level=True)
+if (reason := _native.cpu_reason()) is not None:
+    pytest.skip(f"CPU kernels: {reason}", allow_module_level=True)
 core: Any = _native.core
 
 ROWS, WEIGHT = torch.zeros(1, 4, 2, 2), torch.zeros(2, 4)
@@ -56,3 +57,30 @@ def reduce_haar(x: torch.Tensor, z: torch.Tensor) -> Callable[[], None]:
 def test_errors_name_argument_and_value(call: Callable[[], None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("call, message", [
+    (mlp(threads=1.5), "mlp_forward_cpu: threads: expected an integer, got 1.5 of type float"),
+    (mlp(dtype=1 << 40), "dtype: expected an integer of 32 bits, got 1099511627776 of type int"),
+    (mlp(seed=-1), r"seed: expected an integer of 0 to 2\^64 - 1, got -1 of type int"),
+    (mlp(p="half"), "p: expected a number, got 'half' of type str"),
+    (mlp(x=7), "x: expected a sequence, got 7 of type int"),
+    (mlp(x=("a", 1)), "x: expected an integer, got 'a' of type str"),
+    (mlp(rows=2), r"mlp_forward_cpu\(dtype, size, .*: it has no parameter rows"),
+    (lambda: core.mlp_forward_cpu(1, dtype=1), "got dtype twice"),
+    (lambda: core.mlp_forward_cpu(1), "needs size"),
+    (lambda: core.philox4x32_cpu((1,) * 4, (1, 2), 3), "got 3 arguments"),
+    (lambda: core.phase_forward_cpu(1, X.shape, 1, (LAST, LAST, 0, 0, 0), (), (), 0, 1),
+     "along_h: expected True or False, got 1 of type int"),
+    (lambda: core.phase_forward_cpu(1, X.shape, True, (LAST, 0), (), (), 0, 1),
+     "branch: expected a sequence of 5, got 2"),
+])  # fmt: skip
+def test_arguments_of_other_types(call: Callable[[], None], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_signatures() -> None:
+    parameters = inspect.signature(core.haar_analysis_cpu).parameters
+    assert [*parameters] == ["dtype", "levels", "shape", "edge", "image", "ll", "highs", "threads", "lows"]
+    assert parameters["lows"].default == ()

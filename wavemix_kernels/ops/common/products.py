@@ -73,7 +73,7 @@ def backward_weight(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
 
 def _by_core(x: Tensor) -> bool:
     return (
-        _native.core is not None
+        _native.cpu_isa is not None
         and choose.product_backward_weight(x.device.type, x.dtype) == "core"
         and not torch.compiler.is_compiling()
     )
