@@ -1,4 +1,7 @@
-"""Triton's interpreter without work that changes nothing: the same arithmetic in a third of the time."""
+"""Triton's interpreter without work that changes nothing: the same arithmetic in a third of the time.
+
+It changes private parts of :data:`VERSION` alone; other versions take their time.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 Function = Callable[..., Any]
+VERSION = "3.9."
 
 
 def spare_work() -> None:
     """Changes the interpreter in place."""
+    if not triton.__version__.startswith(VERSION):
+        return
     # Sums and products of int32 are made again in int64, for an assertion that needs `debug`.
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
