@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     places = ("cpu", "cuda", "ptx")
     parser.addoption("--device", default="cpu", choices=places, help="where the tensors under test live")
     parser.addoption("--few", action="store_true", help="contracts by each value, instead of each pair of values")
-    parser.addoption("--renew", action="store_true", help="write what tests/ptx executed into predictions' records")
+    parser.addoption("--renew", action="store_true", help="write what is kept of tests that pass (tests/passed.py)")
     parser.addoption("--launches", help="with --device ptx: a file for what every launch executed, a line each")
 
 

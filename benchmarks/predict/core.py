@@ -44,7 +44,12 @@ def kernels() -> list[Path]:
 
 
 @functools.cache
-def _nvcc() -> str:
+def nvcc_version() -> str:
+    """What nvcc says of itself.
+
+    Raises:
+        Missing: it is not installed.
+    """
     if shutil.which("nvcc") is None:
         raise Missing("nvcc is not on PATH: the CUDA toolkit compiles the CUDA kernels whose speed is predicted")
     return run(["nvcc", "--version"])
@@ -68,7 +73,7 @@ def key_of(source: Path) -> str:
     Raises:
         Missing: nvcc is not installed.
     """
-    return key({*_read(source), _MOST}, _nvcc(), *_OPTIONS)
+    return key({*_read(source), _MOST}, nvcc_version(), *_OPTIONS)
 
 
 @functools.cache

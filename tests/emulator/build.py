@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.predict.tools import ROOT, toolkit
+from benchmarks.predict.tools import ROOT, run, toolkit
 
 #: The sanitizers of the emulated core that the tests of this process load: none, or ADDRESS_AND_UNDEFINED.
 VARIABLE = "WAVEMIX_EMULATOR_SANITIZE"
@@ -34,6 +34,10 @@ def cuda_include() -> Path | None:
         candidates += [Path(place) / folder for place in places or []]
     needed = ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h")
     return next((path for path in candidates if all((path / name).is_file() for name in needed)), None)
+
+
+def compiler_version() -> str:
+    return run(["g++", "--version"]) if shutil.which("g++") else ""
 
 
 @functools.cache

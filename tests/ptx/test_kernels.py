@@ -1,5 +1,5 @@
 """Every kernel of the package run from its PTX, held to the contracts of tests/ops: Triton's and nvcc's, forward and
-backward, in every dtype that they serve."""
+backward, in every dtype that they serve. Sessions that passed with the same sources are skipped (tests/passed.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.predict import executed
+from benchmarks.predict import core, executed
+from tests import passed
 from tests.ptx import build, session
 from tests.ptx.parser import Module
 
@@ -139,8 +140,26 @@ def expected(name: str) -> set[str]:
     return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
 
 
+def made_of(name: str) -> tuple[str, ...]:
+    """Patterns of the files that decide how a session ends."""
+    if name.endswith("triton"):
+        own, families = (), {module.partition(".")[0] for module in SESSIONS[name].kernels}
+    else:
+        own = ("csrc/cuda/**/*", "csrc/include/**/*", "csrc/bindings/*", "csrc/emulator/bindings.cpp")
+        families = {path.parent.name for path in core.kernels() if path.stem in SESSIONS[name].kernels}
+    ops = [f"wavemix_kernels/ops/{family}/*.py" for family in sorted({"common", *families})]
+    predicted = "benchmarks/predict/*.py", "benchmarks/predict/stub/*"
+    return *passed.HELPERS, "tests/ptx/*.py", *SESSIONS[name].tests, *ops, *predicted, *own
+
+
 @pytest.mark.parametrize("name", SESSIONS)
 def test_kernels_run_from_ptx(name: str, request: pytest.FixtureRequest) -> None:
+    compiler = pytest.importorskip("triton").__version__ if name.endswith("triton") else core.nvcc_version()
+    with passed.unless_passed(request, f"PTX {name}", made_of(name), compiler):
+        run_session(name, request)
+
+
+def run_session(name: str, request: pytest.FixtureRequest) -> None:
     wanted = expected(name)  # or skips
     last, rows = session.run(SESSIONS[name].tests)
     launches = [row["kernel"] for row in rows if "compared" not in row]

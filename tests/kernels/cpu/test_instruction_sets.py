@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks.predict.tools import ROOT
+from tests import passed
+from tests.emulator import build
 from wavemix_kernels import _native
 
 if _native.core is None or _native.cpu_isa is None:
     pytest.skip(f"CPU kernels: {_native.cpu_reason()}", allow_module_level=True)
 VARIABLE = "WAVEMIX_KERNELS_CPU_ISA"
-ROOT = Path(__file__).resolve().parents[3]
+FAMILIES = (
+    "haar", "dwt", "filter_bank", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp",
+)  # fmt: skip
+FILES = [f"tests/ops/test_{family}.py" for family in FAMILIES]
 
 
 def test_the_instruction_set_is_the_one_asked_for() -> None:
@@ -26,7 +31,7 @@ def test_the_instruction_set_is_the_one_asked_for() -> None:
 @pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: this is one of the variants")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 @pytest.mark.prove
-def test_variants(isa: str) -> None:
+def test_variants(isa: str, request: pytest.FixtureRequest) -> None:
     """By each variant that this process did not pick."""
     if _native.cpu_isa == isa:
         pytest.skip(f"{isa} is what this process runs")
@@ -34,11 +39,18 @@ def test_variants(isa: str) -> None:
         pytest.skip(f"{isa}: built for {', '.join(built)}; `make` builds what tests need (WAVEMIX_KERNELS_CPU_ISAS)")
     if isa not in _native.core.CPU_ISAS_HERE:
         pytest.skip(f"this CPU lacks {isa}")
-    environment = {**os.environ, VARIABLE: isa}
-    families = (
-        "haar", "dwt", "filter_bank", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp",
-    )  # fmt: skip
-    files = ["tests/kernels/cpu", *(f"tests/ops/test_{family}.py" for family in families)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--few", "-k", "cpu or threads", *files]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    sources = [f"csrc/{folder}/**/*" for folder in ("cpu", "include", "bindings")]
+    made_of = (
+        *passed.HELPERS,
+        *FILES,
+        *sources,
+        "CMakeLists.txt",
+        "wavemix_kernels/ops/*/*.py",
+        "tests/kernels/cpu/*.py",
+    )
+    with passed.unless_passed(request, f"CPU {isa}", made_of, build.compiler_version()):
+        environment = {**os.environ, VARIABLE: isa}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--few", "-k", "cpu or threads"]
+        command += ["tests/kernels/cpu", *FILES]
+        result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

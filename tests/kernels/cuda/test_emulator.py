@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests import passed
 from tests.emulator import build
 from tests.kernels.cuda.support import ORDERS, sanitized_python
 from tests.ops.contract import randn
@@ -35,19 +36,30 @@ SANITIZED = {
     "reduce_haar": (80, "tests/ops/test_reduce_haar.py"),
     "patm": (50, "tests/ops/test_patm.py", "tests/kernels/cuda/test_patm.py"),
 }
+#: What the emulator is made of.
+EMULATOR = (
+    *(f"csrc/{folder}/**/*" for folder in ("cuda", "include", "bindings", "emulator")),
+    *("tests/emulator/*", "tests/kernels/cuda/*.py"),
+)  # fmt: skip
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("family", SANITIZED)
-def test_kernels_pass_the_sanitizers(family: str) -> None:
-    least, *files = SANITIZED[family]
+def test_kernels_pass_the_sanitizers(family: str, request: pytest.FixtureRequest) -> None:
+    ops = [f"wavemix_kernels/ops/{name}/*.py" for name in ("common", family)]
+    made_of = *passed.HELPERS, *SANITIZED[family][1:], *EMULATOR, *ops
+    with passed.unless_passed(request, f"sanitizers {family}", made_of, build.compiler_version()):
+        run_sanitized(*SANITIZED[family])
+
+
+def run_sanitized(least: int, *files: str) -> None:
     build.build(build.ADDRESS_AND_UNDEFINED)  # or skips
     # -v and -s: the report of a sanitizer follows the name of the case that it ends.
     done = sanitized_python("-m", "pytest", "-vs", "-pno:cacheprovider", "--few", "-m", "emulated", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    passed = re.search(r"= (\d+) passed", done.stdout)
-    assert passed, done.stdout[-3000:]
-    assert int(passed[1]) >= least, f"{passed[1]} tests of {family} ran in the emulator, expected {least} at least"
+    found = re.search(r"= (\d+) passed", done.stdout)
+    assert found, done.stdout[-3000:]
+    assert int(found[1]) >= least, f"{found[1]} tests of {files} ran in the emulator, expected {least} at least"
     assert " skipped" not in done.stdout, done.stdout[-3000:]
 
 
@@ -113,7 +125,12 @@ RUN = "import sys; from tests.kernels.cuda.test_emulator import *; run_kernel(ow
 
 @pytest.mark.prove
 @pytest.mark.parametrize("name", ONLY_SANITIZED)
-def test_wrong_global_access_is_caught_by_the_sanitizers(name: str) -> None:
+def test_wrong_global_access_is_caught_by_the_sanitizers(name: str, request: pytest.FixtureRequest) -> None:
+    with passed.unless_passed(request, f"sanitizers {name}", EMULATOR, build.compiler_version()):
+        run_wrong_global_access(name)
+
+
+def run_wrong_global_access(name: str) -> None:
     build.build(build.ADDRESS_AND_UNDEFINED)  # or skips
     right, wrong = (sanitized_python("-c", RUN, repr((name, wrong))) for wrong in (False, True))
     assert right.returncode == 0, right.stderr[-4000:]
