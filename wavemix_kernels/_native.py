@@ -37,6 +37,8 @@ core_error: str | None
 try:
     from wavemix_kernels import _core as core  # type: ignore[attr-defined,no-redef]
 
+    if not hasattr(core, "CPU_ISAS"):
+        raise ImportError(f"{getattr(core, '__file__', None)} was built from older sources")
     core_error = None
 except ImportError as error:
     core = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,4 +81,5 @@ def code(launch: Launch, chip: Chip) -> str:
     """Changes with the program that a launch runs on a chip, which is not compiled for it."""
     if launch.kind == "triton":
         return triton_code(launch.kernel, launch.args, launch.constants, chip.arch)
-    return key(launch.name, core.key_of(core.source_of(launch.name)), chip.arch)
+    name = re.sub(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?_cu)_[0-9a-f]{8}", r"\1", launch.name)  # the source's path is in it
+    return key(name, core.key_of(core.source_of(launch.name)), chip.arch)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.predict import core, executed
+from benchmarks.predict.profile import SOURCES
+from benchmarks.predict.tools import ROOT
 from tests import passed
 from tests.ptx import build, session
 from tests.ptx.parser import Module
@@ -148,7 +151,8 @@ def made_of(name: str) -> tuple[str, ...]:
         own = ("csrc/cuda/**/*", "csrc/include/**/*", "csrc/bindings/*", "csrc/emulator/bindings.cpp")
         families = {path.parent.name for path in core.kernels() if path.stem in SESSIONS[name].kernels}
     ops = [f"wavemix_kernels/ops/{family}/*.py" for family in sorted({"common", *families})]
-    predicted = "benchmarks/predict/*.py", "benchmarks/predict/stub/*"
+    counting = {*SOURCES, *(Path(core.__file__).with_name(f"{name}.py") for name in ("core", "compiled", "executed"))}
+    predicted = *(str(path.relative_to(ROOT)) for path in counting), "benchmarks/predict/stub/*"
     return *passed.HELPERS, "tests/ptx/*.py", *SESSIONS[name].tests, *ops, *predicted, *own
 
 

@@ -93,6 +93,14 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
     assert "doctor" in capsys.readouterr().err
 
 
+def test_a_core_of_older_sources_is_not_used() -> None:
+    old = "import sys, types; sys.modules['wavemix_kernels._core'] = types.ModuleType('wavemix_kernels._core'); "
+    command = [sys.executable, "-c", old + "import wavemix_kernels; print(wavemix_kernels._native.core_error)"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "built from older sources); reinstall the package" in ran.stdout
+    assert "RuntimeWarning" in ran.stderr
+
+
 def test_sources_without_a_core_say_what_to_do(tmp_path: Path) -> None:
     """Python run in a checkout imports its sources, even with the package installed elsewhere."""
     package = Path(doctor.__file__).parent
