@@ -95,7 +95,7 @@ NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"av
 
 
 def cpu_features() -> set[str] | None:
-    """What this machine's CPU tells of itself, or None."""
+    """The feature flags of this machine's CPU, or None where the system does not tell."""
     try:
         told = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -70,7 +70,7 @@ def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, in millions of objects: the collector looks only at what tests make, and less often."""
+    """Imported modules stay, in millions of objects: the collector looks only at what tests make, and less often."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 

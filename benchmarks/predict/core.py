@@ -45,7 +45,7 @@ def kernels() -> list[Path]:
 
 @functools.cache
 def nvcc_version() -> str:
-    """What nvcc says of itself.
+    """The answer of nvcc to `--version`.
 
     Raises:
         Missing: it is not installed.

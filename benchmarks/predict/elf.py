@@ -49,11 +49,6 @@ def _sections(code: bytes) -> dict[str, tuple[bytes, int, int]]:
     return found
 
 
-def section(code: bytes, name: str) -> bytes:
-    """The contents of one."""
-    return _sections(code)[name][0]
-
-
 def _attributes(section: bytes) -> list[tuple[int, bytes]]:
     """(number, value) of one .nv.info section: a byte of format (4: with a length), a byte of number, a value."""
     at, found = 0, []

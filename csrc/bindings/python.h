@@ -118,8 +118,8 @@ class Unlocked {
   PyThreadState* state_;
 };
 
-// What a function of C++ needs to be called: `given` holds an argument for each of its parameters, null where a last
-// one was left out. `at` follows the argument that is read, for errors.
+// Calls a function of C++: `given` holds an argument for each of its parameters, null where a last one was left out.
+// `at` follows the argument that is read, for errors.
 using AnyFunction = void (*)();
 using Call = PyObject* (*)(AnyFunction function, PyObject* const* given, size_t& at);
 
@@ -168,7 +168,7 @@ class Module {
   PyObject* module_;
 };
 
-// What import calls: a module of this name, filled by `fill`.
+// Makes a module, filled by `fill`. Python calls it at import.
 PyObject* make_module(PyModuleDef& definition, void (*fill)(Module&));
 
 }  // namespace wavemix::bindings

@@ -67,9 +67,9 @@ class Kernel:
         )
 
 
-def machine_code(binary: Path, arch: int | None = None) -> dict[str, Counter[str]]:
+def machine_code(binary: Path) -> dict[str, Counter[str]]:
     """kernel (mangled) -> how often each instruction occurs in its SASS."""
-    sass = cuobjdump(binary, "-sass", *(("-arch", f"sm_{arch}") if arch else ()))
+    sass = cuobjdump(binary, "-sass")
     functions = re.split(r"\n\s*Function : (\S+)\n", sass)[1:]
     return {
         name: Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body))

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured has no roof to be compared with, and a large product in bfloat16 takes seconds."""
+    """No test here compares a time with the roof, and a large product in bfloat16 takes seconds."""
     monkeypatch.setitem(machine.MATMUL_SIDE, "cpu", 64)
 
 

@@ -1,4 +1,4 @@
-"""What is kept of long test sessions that passed."""
+"""Verdicts of long test sessions that passed."""
 
 from __future__ import annotations
 
