@@ -73,6 +73,8 @@ class Budget:
 # --- Timings -------------------------------------------------------------------------------------------------
 
 _EAGER = ("upstream", "reference", "ours", "ours+graph")
+# Tuned matrix products take minutes: eight of them have none.
+_SOON = ("upstream", "reference", "reduce-overhead", "ours", "ours+graph")
 _COMPILED = ("upstream", "reference", "compile", "reduce-overhead", "ours", "ours+graph", "ours+compile")
 _EACH = ("triton", "cuda")
 _WIDE = "waveblock/L{}/bf16-autocast/{}/64x192x64x64/*"
@@ -87,22 +89,22 @@ BUDGETS: dict[int, Budget] = {
         {"build": 0.55, "self-tests": 0.65, "parity": 0.87, "timing haar": 0.98},
         ("cuda", "triton"), False, (Group("haar", _HEADLINE, (*_EAGER, *_EACH)),), False,
         ("parity of whole models and of what the library serves", "every tile of the Triton kernels",
-         "timings of blocks and models, and of torch.compile",
+         "kernel by kernel, the predicted steps", "timings of blocks and models, and of torch.compile",
          "memcheck, racecheck, synccheck and initcheck"),
     ),
     8: Budget(
-        {"build": 0.3, "self-tests": 0.36, "parity": 0.62, "timing haar": 0.7, "timing blocks": 0.82,
-         "timing models": 0.89, "sanitizers": 0.98},
+        {"build": 0.25, "self-tests": 0.3, "parity": 0.55, "kernels": 0.67, "timing haar": 0.72,
+         "timing blocks": 0.84, "timing models": 0.91, "sanitizers": 0.98},
         ("cuda", "triton", "auto"), False,
-        (Group("haar", (*_HEADLINE, "haar/J[14]/bf16/*/4x64x256x256/*"), (*_COMPILED, *_EACH)),
-         Group("blocks", _BLOCKS, (*_COMPILED, *_EACH)),
+        (Group("haar", (*_HEADLINE, "haar/J[14]/bf16/*/4x64x256x256/*"), (*_SOON, *_EACH)),
+         Group("blocks", _BLOCKS, (*_SOON, *_EACH)),
          Group("models", _MODELS, _EAGER)), False,
         ("parity of the reference on this device", "every tile of the Triton kernels",
-         "timings of other sizes, and of models by torch.compile"),
+         "timings of other sizes, and by torch.compile with tuned products; of models by torch.compile"),
     ),
     25: Budget(
-        {"build": 0.14, "self-tests": 0.17, "parity": 0.4, "timing haar": 0.48, "timing blocks": 0.64,
-         "timing models": 0.84, "sanitizers": 0.98},
+        {"build": 0.13, "self-tests": 0.15, "parity": 0.37, "kernels": 0.42, "timing haar": 0.49,
+         "timing blocks": 0.65, "timing models": 0.84, "sanitizers": 0.98},
         ("cuda", "triton", "auto", "reference"), True,
         (Group("haar", (*_HEADLINE, "haar/*"), (*_COMPILED, *_EACH)),
          Group("blocks", (*_BLOCKS, "waveblock/L4/*/64x192x64x64/*", "waveblock/*/64x192x64x64/*", "patm/*/128x*"),
@@ -129,12 +131,13 @@ def stages(minutes: float) -> list[Stage]:
         ("self-tests", "each op by CUDA, a process each", _self_tests),
         ("parity", f"tests of {', '.join(chosen.backends)}, processes apart; beside them the timings' Triton compiles",
          _parity(chosen)),
+        ("kernels", "the predicted steps, kernel by kernel", _kernels),
         *((f"timing {group.name}", f"{', '.join(group.providers)}", _timing(group)) for group in chosen.timings),
         ("sanitizers", "memcheck, racecheck, synccheck, initcheck over the self-tests, our kernels alone",
          _sanitizers(chosen)),
     ]  # fmt: skip
     return [
-        Stage(name, chosen.shares[name], what, jobs, 1 if name.startswith("timing") else None)
+        Stage(name, chosen.shares[name], what, jobs, 1 if name.startswith(("kernels", "timing")) else None)
         for name, what, jobs in made
         if name in chosen.shares
     ]
@@ -166,15 +169,16 @@ def _self_tests_of(backend: str, setting: Setting) -> list[Job]:
 
 def _parity(chosen: Budget) -> Callable[[Setting], list[Job]]:
     def jobs(setting: Setting) -> list[Job]:
-        from benchmarks.gpu import warm
+        from benchmarks.gpu import kernels, warm
 
         folder = setting.out / "parity"
         tests = select(parity.listed(folder), chosen)
         found = list(parity.batches(tests, folder, setting.device))
-        cases = [
-            name for group in chosen.timings for name in group.cases(setting.device) if "triton" in group.providers
-        ]
-        compiled = [warm.job(name) for name in dict.fromkeys(cases)] if setting.device == "cuda" else []
+        compiled: list[Job] = []
+        if setting.device == "cuda":
+            steps = kernels.names() if "kernels" in chosen.shares else []
+            cases = [name for group in chosen.timings for name in group.cases(setting.device)]
+            compiled = [*map(kernels.warm, steps), *map(warm.job, dict.fromkeys(cases))]
         first = sum(job.backend == "cuda" for job in found)
         return [*found[:first], *compiled, *found[first:]]
 
@@ -185,6 +189,12 @@ def select(tests: Iterable[parity.Test], chosen: Budget) -> list[parity.Test]:
     """A budget's tests: backend by backend, the slow ones last."""
     kept = [test for test in tests if test.backend in chosen.backends and (chosen.slow or not test.slow)]
     return sorted(kept, key=lambda test: (chosen.backends.index(test.backend), test.slow))
+
+
+def _kernels(setting: Setting) -> list[Job]:
+    from benchmarks.gpu import kernels
+
+    return [kernels.job(setting.out)]
 
 
 def _timing(group: Group) -> Callable[[Setting], list[Job]]:

@@ -1,4 +1,4 @@
-"""Compiles what a case needs of Triton, into Triton's cache, by running one step of it.
+"""Compiles what a case needs of Triton, into Triton's cache, by running one step of ours, and one by Triton alone.
 
 ``python -m benchmarks.gpu.warm CASE``. Compiling is a CPU's work, one thread each: many cases at once, beside CUDA's
 proofs, where the timings would do one after the other.
@@ -24,11 +24,11 @@ def job(case: str) -> Job:
     return Job(f"compile-{case}", command, case.split("/")[0], "triton", ("triton",), seconds=LIMIT_S)
 
 
-def step(case: Case, device: torch.device) -> str:
-    """One step on Triton's kernels, or why there is none."""
+def step(case: Case, device: torch.device, provider: str) -> str:
+    """One step of a provider, or why there is none."""
     inputs = [x.to(device, case.dtype).requires_grad_(case.backward and not case.image) for x in case.inputs()]
     try:
-        subject = make(case, "triton", Setting(device, case.dtype), inputs)
+        subject = make(case, provider, Setting(device, case.dtype), inputs)
     except Unavailable as reason:
         return f"nothing to compile: {reason}"
     with subject.scope(), torch.set_grad_enabled(case.backward):
@@ -42,7 +42,8 @@ def step(case: Case, device: torch.device) -> str:
 
 def main(name: str) -> None:
     (case,) = (case for case in registry() if case.name == name)
-    print(step(case, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    for provider in ("ours", "triton"):
+        print(step(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"), provider), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Sources, by their letters below:
 
-- D: NVIDIA's data sheets (A100 80GB SXM: 312 TFLOP/s bf16, 2,039 GB/s; H100 SXM: 989 TFLOP/s, 3.35 TB/s; HGX B200:
-  2,250 TFLOP/s, 8 TB/s; all dense) and the architecture whitepapers (multiprocessors, boost clocks, L2 sizes).
+- D: NVIDIA's data sheets (A100 80GB SXM: 312 TFLOP/s bf16, 2,039 GB/s; H100 SXM: 989 TFLOP/s, 3.35 TB/s; H200 SXM:
+  the same, 4.8 TB/s; HGX B200: 2,250 TFLOP/s, 8 TB/s; all dense) and the architecture whitepapers (multiprocessors,
+  boost clocks, L2 sizes).
 - G: CUDA C++ programming guide, tables "Throughput of native arithmetic instructions" and "Technical specifications
   per compute capability": lanes a clock of a multiprocessor, registers, shared memory, warps, blocks.
 - M: microbenchmarks. Luo et al. 2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
@@ -111,6 +112,15 @@ CHIPS: dict[str, Chip] = {
         l2_bytes=50 * MIB, l2_bandwidth=7.0e12,  # D; M
         tensor_flops=_rates(132, 1.755e9, 2048), warp_tensor_flops=_rates(132, 1.755e9, 2048, 0.62),  # D; M
         library_share=0.83,  # about 790 TFLOP/s of bf16
+        fp32_lanes=128, fp64_lanes=64, shared_bytes=228 * KIB,  # G
+    ),
+    "h200": Chip(
+        name="H200 SXM", capability=(9, 0),
+        sms=132, clock=1.755e9,  # D, as the H100
+        copy_bandwidth=4.3e12, latency=0.75e-6,  # E of 4.8 TB/s (D); as the H100
+        l2_bytes=50 * MIB, l2_bandwidth=7.0e12,  # D; as the H100
+        tensor_flops=_rates(132, 1.755e9, 2048), warp_tensor_flops=_rates(132, 1.755e9, 2048, 0.62),  # as the H100
+        library_share=0.83,  # as the H100
         fp32_lanes=128, fp64_lanes=64, shared_bytes=228 * KIB,  # G
     ),
     "b200": Chip(

@@ -7,9 +7,10 @@ import fnmatch
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
-from . import breakdown, report, terminal
+from . import breakdown, measured, report, terminal
 from .chips import CHIPS
 from .execute import NotUnderstood
 from .kernels import cases
@@ -36,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--case", metavar="GLOB", default="*", help="only steps and kernels with such names")
     parser.add_argument("--write", action="store_true", help="put these into docs/predicted.md and its data")
     parser.add_argument("--kernels", action="store_true", help="each step of ours kernel by kernel, the longest first")
+    parser.add_argument(
+        "--measured", metavar="KERNELS.json", type=Path, help="beside what benchmarks/gpu.sh measured, on that chip"
+    )
     parser.add_argument("--wide", action="store_true", help="all columns, however narrow the terminal is")
     parser.add_argument("--list", action="store_true", help="print the names of steps and kernels and stop")
     try:
@@ -56,8 +60,13 @@ def main(argv: Sequence[str]) -> int:
         wrong = "--write has no place for it" if arguments.write else f"--case {arguments.case!r} names no step"
         print(f"benchmarks predict: --kernels: {wrong}", file=sys.stderr)
         return 2
+    if arguments.measured and (arguments.write or arguments.kernels):
+        print("benchmarks predict: --measured: goes with --gpu and --case alone", file=sys.stderr)
+        return 2
     chips = [arguments.gpu] if arguments.gpu else list(CHIPS) if arguments.write else ["h100"]
     try:
+        if arguments.measured:
+            return _beside(arguments.measured, names, arguments.gpu)
         if arguments.kernels:
             _break_down(names, chips[0])
             return 0
@@ -74,6 +83,21 @@ def main(argv: Sequence[str]) -> int:
             print(*terminal.steps(data, chip, arguments.wide), sep="\n")
         if data["kernels"][chip]:
             print(*terminal.kernels(data["kernels"][chip], chip), sep="\n")
+    return 0
+
+
+def _beside(path: Path, names: Sequence[str], gpu: str | None) -> int:
+    """Each step of a file beside its prediction for `gpu`, or for the chip that was measured."""
+    try:
+        facts, rows = measured.load(path)
+        chip = CHIPS[gpu or measured.chip_of(facts)]
+    except ValueError as error:
+        print(f"benchmarks predict: {error}", file=sys.stderr)
+        return 2
+    known = {one.name: one for one in steps() if one.name in names}
+    for row in (row for row in rows if row["step"] in known):
+        found = measured.compare(known[row["step"]], row, chip)
+        print(*terminal.compared(found, chip, str(facts.get("gpu"))), sep="\n", flush=True)
     return 0
 
 

@@ -78,7 +78,12 @@ class Step:
 
 
 def run(
-    step: Callable[[Tensor], Any], x: Tensor, *, training: bool, between: Callable[[], object] = lambda: None
+    step: Callable[[Tensor], Any],
+    x: Tensor,
+    *,
+    training: bool,
+    between: Callable[[], object] = lambda: None,
+    cotangent: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> None:
     """One forward pass, and in training all gradients; ``between`` is called before them."""
     if not training:
@@ -88,7 +93,7 @@ def run(
     wanted = list(step.parameters()) if isinstance(step, nn.Module) else []
     out = _flat(step(x))
     between()
-    torch.autograd.grad(out, [x, *wanted] if x.requires_grad else wanted, [torch.empty_like(y) for y in out])
+    torch.autograd.grad(out, [x, *wanted] if x.requires_grad else wanted, list(map(cotangent, out)))
 
 
 def _flat(out: Any) -> list[Tensor]:

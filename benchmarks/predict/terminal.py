@@ -10,6 +10,7 @@ from ..report.text import duration
 from . import report
 from .breakdown import Part
 from .chips import CHIPS, Chip
+from .measured import Compared
 
 _NARROW = ("us or ms", "ours", "eager", "compile", "host", "bound")
 
@@ -56,6 +57,27 @@ def breakdown(parts: Sequence[Part], title: str, chip: Chip) -> list[str]:
     headings = ("us in all", "of step", "launches", "us each", "of chip", "accesses", "bound", "kernel")
     lines = _columns([headings, *rows], last=True)
     return ["", f"{chip.name}, {title}, device {duration(whole * 1e3)}, predicted", *lines]
+
+
+def compared(found: Compared, chip: Chip, gpu: str) -> list[str]:
+    """A line for each kernel of a step: microseconds predicted and measured, the second over the first, launches of
+    both."""
+
+    def row(predicted: float, measured: float, launches: str, name: str) -> tuple[str, ...]:
+        ratio = f"{measured / predicted:.2f}x" if predicted and measured else ""
+        return f"{predicted * 1e6:.1f}", f"{measured * 1e6:.1f}", ratio, launches, name
+
+    rows = [
+        row(pair.predicted, pair.measured, " / ".join(f"{count:.3g}" for count in pair.launches), pair.name)
+        for pair in found.pairs
+    ]
+    predicted = sum(pair.predicted for pair in found.pairs)
+    rows.append(row(predicted, sum(pair.measured for pair in found.pairs), "", "all kernels"))
+    rows.append(("", f"{found.host * 1e6:.1f}", "", "", "host, until all is queued"))
+    rows.append(("", f"{found.whole * 1e6:.1f}", "", "", "step"))
+    lines = _columns([("us predicted", "measured", "ratio", "launches", "kernel"), *rows])
+    what = "training" if found.training else "inference"
+    return ["", f"{found.step.title}, {what}: predicted for {chip.name}, measured on {gpu}", *lines]
 
 
 def _columns(rows: Sequence[Sequence[str]], last: bool = False) -> list[str]:

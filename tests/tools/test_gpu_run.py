@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import exercise, jobs, parity, plan, requirements, run, sanitizer, timing
+from benchmarks.gpu import exercise, jobs, kernels, parity, plan, requirements, run, sanitizer, timing
 from tests.tools.helpers import ROOT
 from wavemix_kernels import ops
 
@@ -270,6 +270,7 @@ def test_jobs_of_the_real_plan(tmp_path: Path) -> None:
     assert [one.op for one in made["self-tests"]] == OPS["cuda"]
     kinds = [one.backend + (" compile" if one.name.startswith("compile-") else "") for one in made["parity"]]
     assert kinds == ["cuda", *["triton compile"] * (len(kinds) - 3), "triton", "auto"]
+    assert [one.name for one in made["kernels"]] == ["kernels"]
     assert len(made["sanitizers"]) == 4 * sum(map(len, OPS.values()))
     assert [one.about[0] for one in made["sanitizers"]] == sorted(
         (one.about[0] for one in made["sanitizers"]), key=list(sanitizer.KINDS).index
@@ -360,6 +361,51 @@ def test_sanitizers_watch_our_kernels_alone() -> None:
         names = 1 if backend == "cuda" else len(sanitizer.triton_kernels())
         for kind, command in made.items():
             assert command.count("--kernel-name") == (0 if kind == "initcheck" else names)
+
+
+# --- Kernels -------------------------------------------------------------------------------------------------
+
+
+def test_steps_kernel_by_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """On the CPU nothing is launched; a step that raises, and one that there is no time for."""
+    haar, block = "haar/J1/nchw/4x64x256x256", "waveblock/L1/nchw/64x192x64x64"
+    assert set(kernels.FIRST) <= set(kernels.names())
+    given = kernels.job(tmp_path)
+    real = kernels.run
+
+    def wrong(step: Any, x: torch.Tensor, **how: Any) -> None:
+        if x.ndim == 4 and x.shape[1] == 48:
+            raise RuntimeError("CUDA error: misaligned address")
+        real(step, x, **how)
+
+    monkeypatch.setattr(kernels, "run", wrong)
+    assert kernels.main(str(given.about), "60", haar, block) == 1
+    said = capsys.readouterr().out
+    assert f"failed {block}, training: RuntimeError: CUDA error: misaligned address" in said
+    written = json.loads(given.about.read_text())
+    assert [(row["step"], row["training"]) for row in written["rows"]] == [(haar, True), (haar, False)]
+    assert all(row["host_us"] > 0 and row["kernels"] == [] for row in written["rows"])
+    ((verdict,), follow) = kernels.read(given, end(tmp_path, said, 1))
+    assert (verdict.verdict, follow) == ("FAIL", [])
+    assert "2 of 32 steps measured; waveblock/L1" in verdict.note
+    assert kernels.main(str(given.about), "1e-9", haar) == 0
+    ((verdict,), _) = kernels.read(given, end(tmp_path, capsys.readouterr().out))
+    assert verdict.verdict == "TIME"
+    ((verdict,), _) = kernels.read(given, end(tmp_path, "Segmentation fault", -11))
+    assert (verdict.verdict, "SIGSEGV" in verdict.note) == ("FAIL", True)
+
+
+def test_a_trace_becomes_a_step() -> None:
+    """Two steps of three launches of two kernels, behind a kernel that empties the cache."""
+
+    def event(ts: float, name: str, dur: float, grid: int = 1, cat: str = "kernel") -> dict[str, Any]:
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"grid": [grid, 1, 1]}}
+
+    one = ((0, f"at::{kernels.FLUSH}", 90.0), (5, "b", 3.0, 2), (2, "a", 7.0), (9, "b", 5.0, 2))
+    events = [event(100 * i + ts, name, us + i * (name == "b"), *grid) for i in range(2) for ts, name, us, *grid in one]
+    a, b = kernels.summed([event(1, "cudaLaunchKernel", 1.0, cat="cuda_runtime"), {"ph": "M"}, *events], 2)
+    assert (a["name"], a["launches"], a["us"], a["grid"]) == ("a", 1, 7.0, [1, 1, 1])
+    assert (b["name"], b["launches"], b["us"]) == ("b", 2, 2 * 4.5)
 
 
 # --- Timings -------------------------------------------------------------------------------------------------

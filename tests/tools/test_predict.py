@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import cli
-from benchmarks.predict import executed, report, rivals, steps, terminal
+from benchmarks.predict import executed, measured, report, rivals, steps, terminal
 from benchmarks.predict.device import relocated
 from benchmarks.predict.profile import Profile
 from benchmarks.predict.record import Array, Launch
@@ -190,3 +190,46 @@ def test_a_step_is_predicted_and_timed() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"A100.*training, predicted", done.stdout)
     assert len(re.findall("Haar, 1 level, nchw", done.stdout)) == 2
+
+
+def test_measured_kernels_beside_predicted_ones() -> None:
+    ours = Launch("cuda", "_ZN7wavemix4haar13analysis_rowsILi4EEEvNS_6ParamsE", "haar_analysis", 0)
+    triton = Launch("triton", "_apply_kernel", "batch_norm", 0)
+    norm = aten("mul", [array(0), array(1)], array(2))
+    seen = [
+        {"name": "void wavemix::haar::(anonymous namespace)::analysis_rows<(int)4>(wavemix::Params)", "launches": 2,
+         "us": 50.0},
+        {"name": "_apply_kernel", "launches": 1, "us": 9.0},
+        {"name": "void wavemix::haar::synthesis_rows<float>(wavemix::Params)", "launches": 1, "us": 8.0},
+        {"name": "void at::native::(anonymous namespace)::mul<float>(float*)", "launches": 1, "us": 5.0},
+        {"name": "Memset (Device)", "launches": 1, "us": 1.0},
+    ]  # fmt: skip
+    found = measured.pairs([(ours, 2e-5), (ours, 2e-5), (triton, 6e-6), (norm, 4e-6)], seen)
+    assert [(pair.name, pair.launches) for pair in found] == [
+        ("analysis_rows", (2, 2)), ("_apply_kernel", (1, 1)), ("synthesis_rows", (0, 1)), ("library", (1, 2))
+    ]  # fmt: skip
+    assert [pair.predicted for pair in found] == pytest.approx([4e-5, 6e-6, 0, 4e-6])
+    assert [pair.measured for pair in found] == pytest.approx([5e-5, 9e-6, 8e-6, 6e-6])
+    lines = terminal.compared(
+        measured.Compared(steps.steps()[0], True, found, 3e-5, 9e-5), measured.CHIPS["h200"], "an H200"
+    )
+    assert lines[1] == "Haar, 1 level, nchw, training: predicted for H200 SXM, measured on an H200"
+    assert lines[3].split() == ["40.0", "50.0", "1.25x", "2", "/", "2", "analysis_rows"]
+    assert lines[-3].split()[:3] == ["50.0", "73.0", "1.46x"]
+
+
+@pytest.mark.parametrize("gpu, capability, chip", [
+    ("NVIDIA H200", "9.0", "h200"), ("NVIDIA H100 80GB HBM3", "9.0", "h100"), ("NVIDIA A30", "8.0", "a100"),
+])  # fmt: skip
+def test_the_chip_that_was_measured(gpu: str, capability: str, chip: str) -> None:
+    assert measured.chip_of({"gpu": gpu, "compute_capability": capability}) == chip
+
+
+def test_files_and_chips_that_cannot_be_compared(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no GPU, compute capability None: not in the table"):
+        measured.chip_of({})
+    (tmp_path / "other.json").write_text("[]")
+    for path in (tmp_path / "none.json", tmp_path / "other.json"):
+        assert cli.main(["predict", "--measured", str(path)]) == 2
+        assert f"--measured {path}: expected the kernels.json" in capsys.readouterr().err
+    assert cli.main(["predict", "--measured", "x", "--write"]) == 2
