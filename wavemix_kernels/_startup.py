@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
-#: The first torch whose register_autograd and opcheck behave as the operators need.
-OLDEST = (2, 8)
+#: The first torch whose torch.compile traces the blocks whole.
+OLDEST = (2, 9)
 
 
 def stop(error: Exception) -> BaseException:

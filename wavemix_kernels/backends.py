@@ -185,8 +185,8 @@ def triton_reason() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton does not import ({error}); install with `pip install triton`"
-    if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 4):
-        return f"Triton {triton.__version__} is too old: 3.4 or newer is needed"
+    if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 5):
+        return f"Triton {triton.__version__} is too old: 3.5 or newer is needed"
     return None
 
 

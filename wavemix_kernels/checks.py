@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels.ops.common.dtypes import cast_together
+from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST, cast_together
 
 _short = reprlib.Repr()
 _short.maxother = _short.maxstring = 120
@@ -92,7 +92,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast gives a convolution on ``first``'s device; unchanged outside it."""
     kind = first.device.type
     tensors = (first, *others)
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
+    if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     if kind == "cuda" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():

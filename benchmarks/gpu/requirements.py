@@ -103,11 +103,11 @@ def look() -> list[Requirement]:
     compiled = 'pip install "cmake>=3.24" ninja setuptools'
     toolkit = "the CUDA toolkit (apt install cuda-toolkit-13-0), or CUDA_HOME=/path/to/it"
     return [
-        Requirement("torch >= 2.8", "all", _package("torch", "2.8"),
+        Requirement("torch >= 2.9", "all", _package("torch", "2.9"),
                     "pip install torch --index-url https://download.pytorch.org/whl/cu130"),
         Requirement("numpy", "all", _package("numpy"), "pip install numpy"),
         Requirement("pytest >= 8", "tests", _package("pytest", "8"), 'pip install "pytest>=8"'),
-        Requirement("triton >= 3.4", "triton", _package("triton", "3.4"), 'pip install "triton>=3.4"'),
+        Requirement("triton >= 3.5", "triton", _package("triton", "3.5"), 'pip install "triton>=3.5"'),
         Requirement("nvcc", "nvcc", cuda_tool("nvcc"), toolkit),
         Requirement("a C++ compiler", "nvcc", _compiler(), "apt install g++"),
         Requirement("cmake", "nvcc", _program("cmake"), compiled),

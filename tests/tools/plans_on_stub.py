@@ -43,7 +43,9 @@ def launches(step: Callable[[], object]) -> list[Any]:
     real = {launcher: launcher.launch for launcher in gc.get_objects() if isinstance(launcher, CudaLauncher)}
 
     def spy(*args: Any) -> None:
-        made.append(([*args[:3]], args[4], [_plain(arg) for arg in args[-1]]))
+        # Since Triton 3.7 the kernel's arguments are one tuple, the last; before, all behind two hooks.
+        given = args[-1] if isinstance(args[-1], tuple) else args[13:]
+        made.append(([*args[:3]], args[4], [_plain(arg) for arg in given]))
 
     for launcher in real:
         launcher.launch = spy

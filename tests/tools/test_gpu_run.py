@@ -87,7 +87,7 @@ def test_every_requirement_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     assert all(one.found is None and one.install for one in found)
     assert {one.need for one in found} == set(requirements.PURPOSES)
     assert requirements.missing(found).keys() == set(requirements.PURPOSES) - {"extras"}
-    assert requirements.missing(found)["all"] == "torch >= 2.8 and numpy missing"
+    assert requirements.missing(found)["all"] == "torch >= 2.9 and numpy missing"
 
 
 def test_versions_too_old_count_as_missing() -> None:

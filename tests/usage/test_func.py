@@ -261,10 +261,11 @@ COMPILED: dict[str, Callable[[], Function]] = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_transforms_inside_a_compiled_function(name):
-    """torch.compile of a function that takes per-sample gradients inside."""
+    """torch.compile of a function that takes per-sample gradients inside, where there are any."""
     function = COMPILED[name]()
     x = normal(2, 1, 4, 8, 8)
-    for transform in (vmap, lambda f: vmap(grad(lambda x: f(x).pow(2).sum()))):
+    transforms = [vmap, lambda f: vmap(grad(lambda x: f(x).pow(2).sum()))]
+    for transform in transforms[: 1 if "inference" in name else 2]:
         torch._dynamo.reset()
         per_sample = transform(lambda x: function(x))
         torch.testing.assert_close(torch.compile(per_sample, backend="aot_eager", fullgraph=True)(x), per_sample(x))

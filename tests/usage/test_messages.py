@@ -58,7 +58,7 @@ def with_torch(folder: Path, text: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
 
 
-NEEDED = "wavemix_kernels needs PyTorch 2.8 or newer"
+NEEDED = "wavemix_kernels needs PyTorch 2.9 or newer"
 
 
 @pytest.mark.parametrize("text, said", [

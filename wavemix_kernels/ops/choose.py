@@ -95,7 +95,7 @@ def select(op: str, table: Mapping[str, Backend], name: str, *tensors: Tensor, o
     chosen = pick(op, table, name, *tensors, order=order)
     if _State.calls is not None:
         _State.calls[op, chosen, tensors[0].dtype, tensors[0].device] = None
-    if log.enabled():
+    if not torch.compiler.is_compiling() and log.enabled():
         key = (op, name, chosen, *((t.dtype, tuple(t.shape)) for t in tensors))
         log.once(key, lambda: _explain(op, table, name, chosen, tensors))
     return table[chosen]

@@ -1,6 +1,5 @@
 """Shared by the three WaveMix models: the checks of their arguments, the stack of Waveblocks and its residuals."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,7 +50,9 @@ def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
     work; a compiler plans memory by itself; without gradient nothing is kept.
     """
     layers: list[Any] = list(stem) if type(stem) is nn.Sequential and untouched(stem) else []
-    plain = list(itertools.takewhile(_is_plain, layers))
+    # No itertools.takewhile, which torch.compile of older torch versions cannot trace.
+    end = next((i for i, layer in enumerate(layers) if not _is_plain(layer)), len(layers))
+    plain = layers[:end]
     if len(plain) < 2 or backends.requested() == "reference":
         return stem(img)
     convolutions = [folding.Convolution(m.weight, m.bias, m.stride[0], m.padding[0]) for m in plain]

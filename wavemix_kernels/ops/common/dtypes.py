@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Types of devices on which torch refuses to say whether autocast is on. torch.amp.is_autocast_available knows them
+#: too, but torch.compile of older torch versions cannot trace it.
+WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan", "ve", "fpga")
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic happens in fp32 for the half types; each output is rounded once."""

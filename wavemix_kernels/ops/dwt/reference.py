@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST, accumulate_dtype
 from wavemix_kernels.ops.haar.reference import half_up
 
 
@@ -366,6 +366,6 @@ def _along(dim: int, size: int, other: int) -> tuple[int, int]:
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast would run the convolutions, and so the LL between levels, in half precision."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    if x.device.type in WITHOUT_AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

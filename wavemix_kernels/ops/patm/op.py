@@ -201,7 +201,8 @@ def _returned(
     d_weights = Weights(**d, theta_h_bias=biases[0], theta_w_bias=biases[1])  # type: ignore[arg-type]
     gradients = Arguments(d_norm, d_weights, d_norms[0], d_norms[1]).flat()
     like = zip(gradients, arguments.flat(), strict=True)
-    return None, d_image, None, *(None if g is None or t is None else layout.like_weight(g, t) for g, t in like)
+    # A list: torch.compile of older torch versions cannot trace a generator that asks for strides.
+    return None, d_image, None, *[None if g is None or t is None else layout.like_weight(g, t) for g, t in like]
 
 
 # --- By parts -------------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def _backward_op(
     no_cuda = _why_not_cuda_backward(x, weight) if asked else None
     if no_cuda is not None:
         order = tuple(name for name in order if name != "cuda")
-        if log.enabled():
+        if not torch.compiler.is_compiling() and log.enabled():
             line = f"reduce_haar_backward {tuple(x.shape)}, {tuple(weight.shape)}: not by cuda: {no_cuda}"
             log.once(line, lambda: line)
     chosen = choose.select("reduce_haar_backward", BACKENDS, backend, x, weight, order=order)
