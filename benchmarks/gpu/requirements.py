@@ -23,7 +23,7 @@ PURPOSES = {
     "nvcc": "the CUDA kernels",
     "triton": "the Triton kernels",
     "compute-sanitizer": "the sanitizers",
-    "extras": "upstream's side of the timings, inputs and pictures; the rest runs without",
+    "extras": "upstream's timings, inputs, pictures, and (PyWavelets) parity of wavelets; the rest runs without",
 }
 
 
