@@ -180,7 +180,7 @@ void bind_patm_whole(Module& m) {
         [](const ImageInts& image, const std::vector<uintptr_t>& weights, int64_t hidden, bool residual, uintptr_t path,
            uintptr_t a, const Ints& out, int multiprocessors, uintptr_t stream) {
           const auto args = whole_args(image, weights, hidden, residual, path);
-          const auto to = plane(out, "out", std::get<1>(image));
+          const auto to = view<Plane>(out, "out");
           const Unlocked unlocked;
           patm_mix_cuda(args, static_cast<const float*>(pointer(a)), to, multiprocessors, pointer(stream));
         },
@@ -240,7 +240,7 @@ void bind_patm_whole(Module& m) {
           grads.vector = static_cast<const float*>(pointer(vector));
           grads.size = static_cast<const float*>(pointer(size));
           grads.d_theta = static_cast<const float*>(pointer(d_theta));
-          grads.d_image = plane(d_image, "d_image", std::get<1>(image));
+          grads.d_image = view<Plane>(d_image, "d_image");
           grads.d_weights = static_cast<float*>(pointer(d_weights));
           const Unlocked unlocked;
           patm_image_gradients_cuda(args, grads, pointer(workspace), multiprocessors, pointer(stream));

@@ -30,7 +30,7 @@ class OnGpu(Contract):
     name = "patm_whole"
     dtypes: ClassVar[Any] = {"cuda": HALF}
     axes: ClassVar[Any] = {
-        "shape": ((2, 64, 3, 21), (1, 96, 4, 34), (1, 128, 2, 7), (9, 64, 1, 5), (1, 64, 2, 67)),
+        "shape": ((2, 64, 3, 21), (1, 96, 4, 36), (1, 128, 2, 7), (9, 64, 1, 5), (1, 64, 2, 67)),
         "map": ("by image", "none", "far"),
         "layout": ("sliced", "channels_last", "nchw"),
     }
@@ -52,7 +52,8 @@ class OnGpu(Contract):
         mean, covariance = whole.moments(read, backend)
         made = {"mean": mean, "covariance": covariance}
         if case.map != "far":
-            out, branch_mean = whole.forward(read, tensors["path"], True, *split(tensors), backend)
+            last = case.layout != "nchw"
+            out, branch_mean = whole.forward(read, tensors["path"], True, *split(tensors), backend, last)
             made |= {"out": out, "branch_mean": branch_mean}
         return {name: t.float() if t.dtype == torch.float64 and backend == "cuda" else t for name, t in made.items()}
 
@@ -165,9 +166,8 @@ class Back(OnGpu):
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         read = whole.Image(tensors["x"], tensors["scale"], tensors["shift"])
         batch = whole.Batch(*(tensors[name] for name in self.STATISTICS)) if case.of_batch else None
-        made = whole.backward(
-            tensors["grad"], tensors["mean"], batch, read, tensors["path"], *split(tensors), backend
-        )  # fmt: skip
+        given = tensors["grad"], tensors["mean"], batch, read, tensors["path"], *split(tensors), backend
+        made = whole.backward(*given, case.layout != "nchw")
         return {"image": made.image, "sums": made.sums} | made.weights
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:

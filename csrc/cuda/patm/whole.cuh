@@ -249,6 +249,20 @@ __device__ inline Fragment packed(float first, float second) {
   return pair;
 }
 
+// Two neighbouring channels of a pixel, an even one first.
+template <class T>
+__device__ inline void store_pair(T* target, int64_t stride_of_channels, const float (&pair)[2]) {
+  if (stride_of_channels == 1) {
+    store(target, pair);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float one[1] = {pair[k]};
+      store(target + k * stride_of_channels, one);
+    }
+  }
+}
+
 // Adds the tile's columns 8 word .. + 7 up: to d go columns 2 * member and + 1, in every group alike.
 template <class T, int C>
 __device__ inline void add_columns(float (&d)[2], SharedSpan<T> tile, int rows, int word) {

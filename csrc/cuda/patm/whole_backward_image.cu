@@ -37,7 +37,7 @@ struct Params {
   int64_t tiles, tiles_of_block;
   int tiles_of_image;
   void* d_image;
-  int64_t out_stride[3];  // n, h, w
+  int64_t out_stride[4];  // n, c, h, w
   float* partial;         // (runs, 5, C, C)
 };
 
@@ -148,12 +148,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_image_gradients(const __g
       if (row >= count) continue;
       uint32_t y = static_cast<uint32_t>(first_of(tile) + row);
       const uint32_t column = p.image.width.take(y);
-      T* const out = static_cast<T*>(p.d_image) + n * p.out_stride[0] + y * p.out_stride[1] + column * p.out_stride[2] +
-                     first_channel + of_channels + 2 * member;
+      T* const out = static_cast<T*>(p.d_image) + n * p.out_stride[0] + of_line * p.out_stride[1] +
+                     y * p.out_stride[2] + column * p.out_stride[3];
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
         const float both[2] = {d[k][2 * low], d[k][2 * low + 1]};
-        store(out + 8 * k, both);
+        store_pair(out + 8 * k * p.out_stride[1], p.out_stride[1], both);
       }
     }
 #pragma unroll 1
@@ -220,7 +220,7 @@ void run(const PatmArgs& args, const PatmImageGradArgs& grads, void* workspace, 
               plan.tiles_of_block,
               static_cast<int>(plan.tiles_of_image),
               grads.d_image.data,
-              {grads.d_image.stride[0], grads.d_image.stride[2], grads.d_image.stride[3]},
+              {grads.d_image.stride[0], grads.d_image.stride[1], grads.d_image.stride[2], grads.d_image.stride[3]},
               static_cast<float*>(workspace)};
   Launch launch;
   launch.what = [&] {

@@ -47,7 +47,8 @@ struct Params {
   const float *a, *path;
   int64_t n, first_image;
   void* out;
-  int64_t out_stride[3];  // n, h, w
+  int64_t out_stride[4];  // n, c, h, w
+  bool along;             // neighbouring columns are a word of 8 bytes
   bool residual, halo;    // halo: strips have neighbours to the left and right
   int rows;               // of a strip
   Divisor across, down;
@@ -252,9 +253,8 @@ struct Mix {
     const auto keep = [&](const Waves& u, int at, int inside) {  // zeros from pixel `inside` on
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto word = [&](int i) {
-          return i < inside ? packed<T>(u[half][i / 2][i % 2], u[half][i / 2][2 + i % 2]) : Fragment{0};
-        };
+        const auto& of = u[half];
+        const auto word = [&](int i) { return i < inside ? packed<T>(of[i / 2][i % 2], of[i / 2][2 + i % 2]) : 0u; };
         line(half, at)[0] = uint4{word(0), word(1), word(2), word(3)};
       }
     };
@@ -317,8 +317,8 @@ struct Mix {
     const int channel = 16 * chunk + 2 * group, column = first_pixel + 4 * member;
     const T* const x = static_cast<const T*>(p.image.x) + n * p.image.stride[0] + y * p.image.stride[1] +
                        (x0 + column) * p.image.stride[2] + channel;
-    T* const out =
-        static_cast<T*>(p.out) + n * p.out_stride[0] + y * p.out_stride[1] + (x0 + column) * p.out_stride[2] + channel;
+    T* const out = static_cast<T*>(p.out) + n * p.out_stride[0] + channel * p.out_stride[1] + y * p.out_stride[2] +
+                   (x0 + column) * p.out_stride[3];
     Fragment around[4] = {};  // raw: waiting takes half the registers
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -329,18 +329,26 @@ struct Mix {
     multiply_pixels(row, first_pixel, std::integer_sequence<int, kProj>{}, d);
     const float path = p.path == nullptr ? 1.0f : p.path[n];
     const float2 bias = shared_cast<float2>(constants(kProjBias) + channel)[0];
+    float made[4][2];  // [column][channel]
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (column + i >= columns) continue;
-      float pair[2] = {d[i / 2][i % 2] + bias.x, d[i / 2][2 + i % 2] + bias.y};
-      if (p.residual) {
-        T elements[2];
-        memcpy(static_cast<void*>(elements), &around[i], sizeof(around[i]));
+      made[i][0] = d[i / 2][i % 2] + bias.x;
+      made[i][1] = d[i / 2][2 + i % 2] + bias.y;
+      if (!p.residual) continue;
+      T elements[2];
+      memcpy(static_cast<void*>(elements), &around[i], sizeof(around[i]));
 #pragma unroll
-        for (int k = 0; k < 2; ++k) pair[k] = widen(elements[k]) + path * pair[k];
-      }
-      store(out + i * p.out_stride[2], pair);
+      for (int k = 0; k < 2; ++k) made[i][k] = widen(elements[k]) + path * made[i][k];
     }
+    const bool four = p.along && column + 4 <= columns;
+    const float rows[2][4] = {{made[0][0], made[1][0], made[2][0], made[3][0]},
+                              {made[0][1], made[1][1], made[2][1], made[3][1]}};
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (four) store(out + k * p.out_stride[1], rows[k]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!four && column + i < columns) store_pair(out + i * p.out_stride[3], p.out_stride[1], made[i]);
   }
 };
 
@@ -350,13 +358,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_mix(const __grid_constant
   uint32_t of_image = blockIdx.x;
   const int x0 = static_cast<int>(p.across.take(of_image)) * S::kColumns;
   const int y0 = static_cast<int>(p.down.take(of_image)) * p.rows;
-  const int right = p.image.w - x0, bottom = y0 + p.rows;
-  const Mix<T, S> mix{p,
-                      memory,
-                      shared_cast<float>(memory + S::kFloatsAt),
-                      p.first_image + of_image,
-                      x0,
-                      right < S::kColumns ? right : S::kColumns};
+  const int right = p.image.w - x0, columns = right < S::kColumns ? right : S::kColumns, bottom = y0 + p.rows;
+  const SharedSpan<float> floats = shared_cast<float>(memory + S::kFloatsAt);
+  const Mix<T, S> mix{p, memory, floats, p.first_image + of_image, x0, columns};
   mix.run(y0, bottom < p.image.h ? bottom : p.image.h);
 }
 
@@ -382,6 +386,8 @@ void run(const PatmArgs& args, const float* a, const Plane& out, int multiproces
   const int64_t across = ceil_div(args.w, S::kColumns);
   const int64_t rows = rows_of(args.n * across, args.h, std::max(1, multiprocessors));
   const int64_t down = ceil_div(args.h, rows);
+  bool along = out.stride[3] == 1 && reinterpret_cast<uintptr_t>(out.data) % 8 == 0;
+  for (int k = 0; k < 3; ++k) along = along && out.stride[k] % 4 == 0;
   Params p = {image_of(args),
               {args.proj, args.z_h, args.z_w, args.theta_h, args.theta_w, args.z_c},
               {args.z_h_bias, args.z_w_bias},
@@ -396,7 +402,8 @@ void run(const PatmArgs& args, const float* a, const Plane& out, int multiproces
               args.n,
               0,
               out.data,
-              {out.stride[0], out.stride[2], out.stride[3]},
+              {out.stride[0], out.stride[1], out.stride[2], out.stride[3]},
+              along,
               args.residual,
               across > 1,
               static_cast<int>(rows),

@@ -80,11 +80,10 @@ class InferencePATM(_Constants):
         if isinstance(x, fx.Proxy):
             return fx.call_module(self, x)
         with _without_gradient():
-            out = self.branch(x)
-            return layout.ordered_as(out, x)
+            return layout.ordered_as(self.branch(x, layout.is_channels_last(x)), x)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """As :meth:`forward`, channels_last and fresh."""
+    def branch(self, x: Tensor, channels_last: bool = True) -> Tensor:
+        """As :meth:`forward`, fresh, in a memory order that costs nothing: channels_last where that is asked for."""
         checks.check_tensor("x", x, 4, f"(N, {self.dim}, H, W)")
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
@@ -98,7 +97,7 @@ class InferencePATM(_Constants):
         # Entered only where it changes something: an exported graph would hold it as a graph within.
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            return patm.evaluate(image, folded, backend)
+            return patm.evaluate(image, folded, backend, channels_last)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

@@ -44,9 +44,9 @@ class Folded(NamedTuple):
         return branch_weights.Mlp(self.fc1, self.fc1_bias, self.fc2, self.fc2_bias)
 
 
-def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
-    """PATM of an image (N, C, H, W) in the dtype of ``f.joined``: channels_last, without gradient. Backend
-    ``"reference"`` has standard operators only."""
+def evaluate(image: Tensor, f: Folded, backend: str, channels_last: bool = True) -> Tensor:
+    """PATM of an image (N, C, H, W) in the dtype of ``f.joined``, without gradient; channels_last, or
+    contiguous where that is asked for and costs nothing. Backend ``"reference"`` has standard operators only."""
     if backend == "reference":
         return _evaluate_standard(image, f)
     if (name := runs_whole(image, backend, f.theta_h is not None, f.fc1.shape[0], f.joined.dtype)) is not None:
@@ -56,7 +56,7 @@ def evaluate(image: Tensor, f: Folded, backend: str) -> Tensor:
             z_h, biases[0], z_w, biases[1], z_c, biases[2], theta_h, biases[3], theta_w, biases[4], f.proj,
             f.proj_bias, f.taps_h, f.taps_w, *f.mlp(),
         )  # fmt: skip
-        return whole.forward(whole.Image(image, None, None), None, False, weights, f.affine(), name)[0]
+        return whole.forward(whole.Image(image, None, None), None, False, weights, f.affine(), name, channels_last)[0]
     image = image.contiguous(memory_format=torch.channels_last)
     z_h, z_w, z_c, *thetas = _images(image, products.project(image, f.joined, f.joined_bias), f)
     part = choose.for_part(backend, phases.BACKENDS)

@@ -351,9 +351,9 @@ def _forward_whole(
     of_thetas = statistics.of_moments(arguments.norms(), arguments.weights, moments, options.eps, name)
     maps = of_thetas.maps()
     by_image = None if path is None else path.flatten()
-    out, branch_mean = whole.forward(image, by_image, options.kind is not None, arguments.weights, maps, name)
-    if not layout.is_channels_last(x):
-        out = layout.laid_out(out, False)
+    out, branch_mean = whole.forward(
+        image, by_image, options.kind is not None, arguments.weights, maps, name, layout.is_channels_last(x)
+    )
     return out, *_save(ctx, options, (x, by_image, *flat), of_norm, of_thetas, branch_mean, moments)
 
 
@@ -373,7 +373,8 @@ class _Whole(torch.autograd.Function):
         image = _mapped(layout.channels_inner(again(x)), arguments.norm, options, of_norm)
         maps = of_thetas.maps()
         batch = whole.Batch(of_thetas.mean, of_thetas.invstd, *moments) if moments else None
-        out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, str(options.whole))
+        order = options.kind is not None or layout.is_channels_last(x)  # the norm's backward takes channels_last
+        out = whole.backward(grad, branch_mean, batch, image, path, arguments.weights, maps, str(options.whole), order)
         return _returned(saved, grad, out.image, out.weights, out.sums)
 
 

@@ -3,8 +3,7 @@
 Three operators. ``patm_moments`` makes mean and covariance of the image's channels: batch statistics of any 1x1
 convolution of it follow. With those the phases' BatchNorms are affine maps, and ``patm_whole`` takes one image of the
 batch after the other through everything, while it lies in a cache. ``patm_whole_backward`` does the same from the image
-alone; what comes through batch statistics is linear in the image, and is added at the end. A GPU's kernels are
-:mod:`wavemix_kernels.ops.patm.whole_gpu`.
+alone; what comes through batch statistics is linear in the image, and is added at the end. For a GPU see ``whole_gpu``.
 """
 
 from __future__ import annotations
@@ -80,10 +79,13 @@ _library.define(
     + "".join(f"Tensor theta_{b}, Tensor? theta_{b}_bias, Tensor? weight_{b}, Tensor? bias_{b}, " for b in "hw")
     + "float eps_h, float eps_w, str backend) -> Tensor"
 )
-_library.define(f"patm_whole({_IMAGE}, Tensor? path, bool residual, {_WEIGHTS}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"patm_whole({_IMAGE}, Tensor? path, bool residual, bool channels_last, {_WEIGHTS}, str backend)"
+    " -> (Tensor, Tensor)"
+)
 _library.define(
     f"patm_whole_backward(Tensor grad, Tensor branch_mean, Tensor? mean, Tensor? invstd, Tensor? image_mean, "
-    f"Tensor? covariance, {_IMAGE}, Tensor? path, {_WEIGHTS}, str backend) -> Tensor[]"
+    f"Tensor? covariance, {_IMAGE}, Tensor? path, bool channels_last, {_WEIGHTS}, str backend) -> Tensor[]"
 )
 
 
@@ -123,9 +125,11 @@ def _cpu_moments(image: Image) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def _cpu_forward(image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine, _: bool
+) -> tuple[Tensor, Tensor]:
     core: Any = _native.core
-    out, branch_mean = _forward_fake(image)
+    out, branch_mean = _forward_fake(image, True)
     given = _CpuArguments(image, path, *w, *maps)
     path_at, *weights = given.rest
     core.patm_forward_cpu(
@@ -169,7 +173,7 @@ def _through_statistics(
     return line
 
 
-def _cpu_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+def _cpu_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None, _: bool) -> Gradients:
     if batch is None:
         return out
     core: Any = _native.core
@@ -189,9 +193,11 @@ def _cuda_backward(*arguments: Any) -> Gradients:
     return Gradients(*whole_gpu.backward(*arguments))
 
 
-def _cuda_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+def _cuda_finish(
+    out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None, channels_last: bool
+) -> Gradients:
     through = None if batch is None or image.x.numel() == 0 else (out.sums, *batch[1:])
-    d_image, of_projections = whole_gpu.finish(out.image, image, w, maps, through)
+    d_image, of_projections = whole_gpu.finish(out.image, image, w, maps, through, channels_last)
     weights = {**out.weights, **of_projections}
     shapes = dict(zip(_WITH_GRADIENT, _gradient_shapes(w), strict=False))
     return Gradients(d_image, {name: weights[name].reshape(shape) for name, shape in shapes.items()}, out.sums)
@@ -214,7 +220,7 @@ def _reference_moments(image: Image) -> tuple[Tensor, Tensor]:
 
 
 def _reference_forward(
-    image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine
+    image: Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine, _: bool
 ) -> tuple[Tensor, Tensor]:
     out, mean = reference.patm(_read(image), w._asdict() | maps._asdict())
     if residual:
@@ -242,7 +248,9 @@ def _reference_backward(
     return Gradients(layout.laid_out(grads["read"], True), {name: grads[name] for name in _WITH_GRADIENT}, sums)
 
 
-def _reference_finish(out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None) -> Gradients:
+def _reference_finish(
+    out: Gradients, image: Image, w: Weights, maps: Affine, batch: Batch | None, _: bool
+) -> Gradients:
     if batch is None:
         return out
     matrix, vector = (t.to(out.image.dtype) for t in _through_statistics(out, image, w, maps, batch))
@@ -304,13 +312,15 @@ def _statistics_op(mean: Tensor, covariance: Tensor, *rest: Any) -> Tensor:
 
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x, scale, shift, path, residual, *weights, backend = arguments
+    x, scale, shift, path, residual, channels_last, *weights, backend = arguments
     function = choose.select("patm_whole", BACKENDS, backend, x).functions["forward"]
-    return function(Image(x, scale, shift), path, residual, Weights(*weights[:-_AFFINE]), Affine(*weights[-_AFFINE:]))
+    w, maps = Weights(*weights[:-_AFFINE]), Affine(*weights[-_AFFINE:])
+    out, mean = function(Image(x, scale, shift), path, residual, w, maps, channels_last)
+    return (out if channels_last else layout.laid_out(out, False)), mean
 
 
 def _backward_op(*arguments: Any) -> list[Tensor]:
-    grad, branch_mean, *given, x, scale, shift, path = arguments[: -_COUNT - 1]
+    grad, branch_mean, *given, x, scale, shift, path, channels_last = arguments[: -_COUNT - 1]
     weights, maps, backend = _weights(arguments), Affine(*arguments[-_AFFINE - 1 : -1]), arguments[-1]
     image = Image(x, scale, shift)
     order = choose.with_kernels("backward", BACKENDS, x.device.type)
@@ -319,8 +329,9 @@ def _backward_op(*arguments: Any) -> list[Tensor]:
     out: Gradients = functions["backward"](
         grad, branch_mean, None if batch is None else batch.mean, image, path, weights, maps
     )
-    out = functions["finish"](out, image, weights, maps, batch)
-    return [out.image, *cast_together([*out.weights.values()], _gradient_dtypes(weights)), out.sums]
+    out = functions["finish"](out, image, weights, maps, batch, channels_last)
+    d_image = out.image if channels_last else layout.laid_out(out.image, False)
+    return [d_image, *cast_together([*out.weights.values()], _gradient_dtypes(weights)), out.sums]
 
 
 def _weights(arguments: tuple[Any, ...]) -> Weights:
@@ -348,16 +359,16 @@ def _statistics_fake(mean: Tensor, covariance: Tensor, theta: Tensor, *_: Any) -
     return theta.new_empty((len(statistics.Statistics._fields), 2, theta.shape[0]), dtype=accumulate_dtype(theta.dtype))
 
 
-def _forward_fake(image: Image) -> tuple[Tensor, Tensor]:
+def _forward_fake(image: Image, channels_last: bool) -> tuple[Tensor, Tensor]:
     x = image.x
-    return layout.empty(x, x.shape, True), x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+    return layout.empty(x, x.shape, channels_last), x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    x, weights = arguments[6], _weights(arguments)
+    x, channels_last, weights = arguments[6], arguments[10], _weights(arguments)
     dtypes = [*_gradient_dtypes(weights), accumulate_dtype(x.dtype)]
     made = [x.new_empty(s, dtype=d) for s, d in zip(_gradient_shapes(weights), dtypes, strict=True)]
-    return [layout.empty(x, x.shape, True), *made]
+    return [layout.empty(x, x.shape, channels_last), *made]
 
 
 _library.impl("patm_moments", _moments_op, "CompositeExplicitAutograd")
@@ -366,7 +377,7 @@ _library.impl("patm_whole", _forward_op, "CompositeExplicitAutograd")
 _library.impl("patm_whole_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("wavemix_kernels::patm_moments", lambda *a: _moments_fake(Image(*a[:3])), lib=_library)
 torch.library.register_fake("wavemix_kernels::patm_statistics", _statistics_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::patm_whole", lambda *a: _forward_fake(Image(*a[:3])), lib=_library)
+torch.library.register_fake("wavemix_kernels::patm_whole", lambda *a: _forward_fake(Image(*a[:3]), a[5]), lib=_library)
 torch.library.register_fake("wavemix_kernels::patm_whole_backward", _backward_fake, lib=_library)
 
 
@@ -376,25 +387,27 @@ def moments(image: Image, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    image: Image, path: Tensor | None, residual: bool, weights: Weights, maps: Affine, backend: str
-) -> tuple[Tensor, Tensor]:
+    image: Image, path: Tensor | None, residual: bool, weights: Weights, maps: Affine, backend: str,
+    channels_last: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """PATM of the image, or with ``residual`` ``x + path PATM(image)``, path (N) or None.
 
     Returns:
-        The output, (N, C, H, W) in x's dtype, channels_last, and (N, C) the branches' mean over H and W, fp32 (fp64 for
-        fp64). No gradient is registered: it is a step of :mod:`wavemix_kernels.ops.patm.op`.
+        The output, (N, C, H, W) in x's dtype, channels_last or contiguous, and (N, C) the branches' mean over H and W,
+        fp32 (fp64 for fp64). No gradient is registered: it is a step of :mod:`wavemix_kernels.ops.patm.op`.
     """
-    return torch.ops.wavemix_kernels.patm_whole(*image, path, residual, *weights, *maps, backend)
+    return torch.ops.wavemix_kernels.patm_whole(*image, path, residual, channels_last, *weights, *maps, backend)
 
 
 def backward(
     grad: Tensor, branch_mean: Tensor, batch: Batch | None, image: Image, path: Tensor | None, weights: Weights,
-    maps: Affine, backend: str,
+    maps: Affine, backend: str, channels_last: bool = True,
 ) -> Gradients:  # fmt: skip
-    """All gradients of :func:`forward`, less what goes around the branch; ``batch`` None: scale and shift are given."""
+    """All gradients of :func:`forward`, less what goes around the branch; ``batch`` None: scale and shift are given.
+    ``channels_last``: the memory order of the image's."""
     given = batch or (None,) * len(Batch._fields)
     image_, *made, sums = torch.ops.wavemix_kernels.patm_whole_backward(
-        grad, branch_mean, *given, *image, path, *weights, *maps, backend
+        grad, branch_mean, *given, *image, path, channels_last, *weights, *maps, backend
     )
     return Gradients(image_, dict(zip(_WITH_GRADIENT, made, strict=True)), sums)
 

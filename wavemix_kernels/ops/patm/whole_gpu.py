@@ -129,14 +129,16 @@ def _on_images(x: Tensor, w: Weights) -> list[Tensor | None]:
     return [None if t is None else t.to(x.dtype).contiguous() for t in w[:ON_IMAGES]]
 
 
-def forward(image: _Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine) -> tuple[Tensor, Tensor]:
+def forward(
+    image: _Image, path: Tensor | None, residual: bool, w: Weights, maps: Affine, channels_last: bool
+) -> tuple[Tensor, Tensor]:
     core: Any = _native.cuda_core
     x = image[0]
     (n, c, *_), device, hidden = x.shape, x.device, w.fc1.shape[0]
     if hidden > MOST_HIDDEN:
         raise ValueError(f"fc1: got {hidden} hidden channels; up to {MOST_HIDDEN} would work")
     multiprocessors = _native.multiprocessors(device)
-    out, branch_mean = layout.empty(x, x.shape, True), x.new_empty((n, c), dtype=torch.float32)
+    out, branch_mean = layout.empty(x, x.shape, channels_last), x.new_empty((n, c), dtype=torch.float32)
     if x.numel() == 0:
         return out, branch_mean
     on_images = _on_images(x, w)
@@ -206,14 +208,19 @@ def backward(
 
 
 def finish(
-    gradients: Tensor, image: _Image, w: Weights, maps: Affine, through: tuple[Tensor, ...] | None
+    gradients: Tensor,
+    image: _Image,
+    w: Weights,
+    maps: Affine,
+    through: tuple[Tensor, ...] | None,
+    channels_last: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradients of the image and of the projections' weights, fp32. ``through``: sums, invstd, image_mean and
     covariance, where the phases have batch statistics (:func:`wavemix_kernels.ops.patm.statistics.through_moments`)."""
     core: Any = _native.cuda_core
     x, c, device = image[0], image[0].shape[1], image[0].device
     multiprocessors = _native.multiprocessors(device)
-    d_image = layout.empty(x, x.shape, True)
+    d_image = layout.empty(x, x.shape, channels_last)
     new = x.new_zeros if x.numel() == 0 else x.new_empty
     d_weights = new((len(_PROJECTIONS), c, c), dtype=torch.float32)
     on_images = _on_images(x, w)
