@@ -373,6 +373,7 @@ _SMALL = (
     "_merge_kernel",
     "phase_sum_rows",
     "patm_sum_products",
+    "patm_mixed_sums",
     "patm_through_statistics",
     "patm_branch_mlp",
     "reduce_haar_sums",

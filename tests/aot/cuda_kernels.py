@@ -97,6 +97,7 @@ def phase(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 PATM_THREADS = {
     "patm_sum_products": lambda c: 512, "patm_branch_mlp": lambda c: 256, "patm_products": lambda c: 4 * c,
     "patm_statistics": lambda c: 4 * c, "patm_through_statistics": lambda c: 4 * c,
+    "patm_mixed_sums": lambda c: 2 * c,
     "patm_branch_sums": lambda c: 4 * c, "patm_mix": lambda c: {64: 512, 96: 384, 128: 512}[c],
     "patm_mixed_gradients": lambda c: 4 * c, "patm_wave_gradients": lambda c: 4 * c,
     "patm_image_gradients": lambda c: {64: 512, 96: 384, 128: 512}[c],
@@ -106,13 +107,15 @@ PATM_THREADS = {
 def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     """Tensor cores on what came asynchronously; sums of partial results are in plain loads."""
     kernel, dtype = match[1], DTYPES[match[2] or "f"]
-    if kernel in ("patm_sum_products", "patm_branch_mlp", "patm_statistics", "patm_through_statistics"):
+    if kernel in (
+        "patm_sum_products", "patm_branch_mlp", "patm_statistics", "patm_through_statistics", "patm_mixed_sums"
+    ):  # fmt: skip
         return match[3], Demands(accesses=(r"LDG\.E",))
     # 48 sums of seven rows stay in a thread's 128 registers; some ten words beside them do not fit.
     local = 40 if kernel == "patm_mix" and match[3] != "96" else 0
     if kernel == "patm_image_gradients" and match[3] == "128":
         local = 64  # 80 sums of the weights' gradient stay in 128 registers; a dozen words beside them do not fit
-    if kernel in ("patm_mixed_gradients", "patm_wave_gradients"):
+    if kernel == "patm_wave_gradients":
         local = 16  # up to four addresses that are read once a tile
     accesses, products = (r"LDGSTS\.E\.BYPASS", r"LDSM\.16\.M"), (PRODUCTS[dtype],)
     return match[3], Demands(accesses=accesses, products=products, most_local=local)

@@ -172,7 +172,7 @@ class Back(OnGpu):
 
     def bounds(self, case: Case, tensors: Any, cotangents: Any, exact: Any, backend: str) -> Any:
         """Like forward's: incoming errors go through absolute values, each step adds its own. The element type rounds
-        the image, waves, what is mixed, branches' gradients, those of projections and the matrix of statistics."""
+        image, waves, branches, what is mixed, branches' gradients, those of projections and statistics' matrix."""
         u, t = UNIT_ROUNDOFF[case.dtype], tensors
         n, c, h, w = case.shape
         pixels = h * w
@@ -208,7 +208,8 @@ class Back(OnGpu):
             d_branch[b] = F.conv2d(d_wave[b] + 2 * u * wave[b].abs(), taps.abs(), padding=padding, groups=c)
         branch["c"] = product(t["z_c"], read) + (0 if t["z_c_bias"] is None else t["z_c_bias"][:, None, None])
         d_branch["c"] = product(t["z_c"].abs(), d_x + few * x)
-        d_a = {b: (mixed_gradient.abs() * d_branch[b] + (d_mixed + few * mixed_gradient.abs()) * branch[b].abs())
+        rounded = {b: d_branch[b] + (0 if b == "c" else u) * branch[b].abs() for b in "hwc"}
+        d_a = {b: (mixed_gradient.abs() * rounded[b] + (d_mixed + few * mixed_gradient.abs()) * branch[b].abs())
                .sum((2, 3)) for b in "hwc"}  # fmt: skip
         by_a = {b: (mixed_gradient * branch[b]).sum((2, 3)) for b in "hwc"}
         size_a, error_a = (

@@ -40,6 +40,7 @@ SESSIONS = {
             "whole_branch_weights",
             "whole_mix",
             "whole_backward_mixed",
+            "whole_mixed_sums",
             "whole_backward_waves",
             "whole_backward_image",
             "whole_statistics",

@@ -87,6 +87,9 @@ void dispatch(const PatmArgs& args, const Function& function) {
   by_channels(__nv_bfloat16{});
 }
 
+// Bytes of shared memory that a block of `patm_mixed_gradients` takes.
+int64_t shared_of_mixed(int64_t c);
+
 // --- Tiles -----------------------------------------------------------------------------------------------
 
 // The element at which a word of a row begins. C is a multiple of 32: rows fill the banks a whole number of times, or

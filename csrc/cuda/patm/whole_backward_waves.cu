@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kLineThreads<C>, kBlocks<C>) patm_wave_gradien
       uint32_t words[4] = {};
       if (is_tile(next)) {
         block.multiply_places(grad_tile(next), memory + 2 * C * C, d);
-        four_of_next = Four(lines, next, block.first + 4 * block.member, step_of_place, step_of_line);
+        four_of_next = Four(lines, next * kPlaces + block.first + 4 * block.member, step_of_place, step_of_line);
         const bool mine = branch == 0 && next >= begin && next < end;
         float weight[2], third_weight[2], mean[2];
 #pragma unroll

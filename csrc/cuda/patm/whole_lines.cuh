@@ -32,18 +32,19 @@ struct Cut {
   int parts;  // of one branch
   Divisor of_image;
 
-  Cut(const PatmArgs& args, int multiprocessors, int blocks) {
+  // `places`: of a tile.
+  Cut(const PatmArgs& args, int multiprocessors, int blocks, int places = kPlaces) {
     const int64_t at_once = std::max<int64_t>(1, multiprocessors) * blocks;
-    const auto tiles_of = [&](int64_t count, int64_t length) { return ceil_div(count * (length + kReach), kPlaces); };
+    const auto tiles_of = [&](int64_t count, int64_t length) { return ceil_div(count * (length + kReach), places); };
     const int64_t tiles[2] = {tiles_of(args.h, args.w), tiles_of(args.w, args.h)};
     const int64_t most = std::max(tiles[0], tiles[1]);
-    if (most * kPlaces > Divisor::kMaxDividend)
+    if ((most + 2) * places > Divisor::kMaxDividend)
       throw std::invalid_argument("x: the lines of an image of " + std::to_string(args.h) + " x " +
                                   std::to_string(args.w) + " pixels are too many; up to 2147483647 places would work");
-    // Such that the chip's turns take the least time; a part's start costs about as much as four tiles.
+    // Such that the chip's turns take the least time; a part's start costs about as much as 128 places.
     int64_t least = INT64_MAX;
     for (int64_t k = 1; k <= std::min<int64_t>(most, 64); ++k) {
-      const int64_t cost = ceil_div(2 * args.n * k, at_once) * (ceil_div(most, k) + 4);
+      const int64_t cost = ceil_div(2 * args.n * k, at_once) * (ceil_div(most, k) + ceil_div(128, places));
       if (cost < least) {
         least = cost;
         parts = static_cast<int>(k);
@@ -80,9 +81,9 @@ struct Four {
   int pixel = 0, step = 0, until_next = 0, to_next = 0;
 
   Four() = default;
-  __device__ Four(const Lines& of, int tile, int first, int step_of_place, int step_of_line) : step(step_of_place) {
+  __device__ Four(const Lines& of, int first, int step_of_place, int step_of_line) : step(step_of_place) {
     const int pitch = of.length + kReach;
-    uint32_t value = static_cast<uint32_t>(tile * kPlaces + first);
+    uint32_t value = static_cast<uint32_t>(first);
     const int at = static_cast<int>(of.pitch.take(value)), line = static_cast<int>(value);
     pixel = at * step_of_place + line * step_of_line;
     until_next = pitch - at;
@@ -289,6 +290,23 @@ struct LineBlock {
     }
   }
 };
+
+// Sums of a block of `patm_mixed_gradients`, (n, 2, parts, kPartial): its branch's G, half of x's (the first half of
+// the columns along W, the second along H), the gradient's sums (along W).
+template <int C>
+constexpr int kOfHalf = C * C;
+template <int C>
+constexpr int kOfBias = kOfHalf<C> + C * C / 2;
+template <int C>
+constexpr int kPartial = kOfBias<C> + C;
+// From these to the gradients of the branch weights, (3, n, C), and of `proj` with its bias, (C C + C).
+struct MixedSums {
+  const float *partial, *a;
+  int parts;
+  float *d_a, *d_proj;
+};
+void sum_mixed(const PatmArgs& args, const MixedSums& sums, float* workspace, cudaStream_t stream);
+int64_t mixed_floats(const PatmArgs& args);  // of the workspace
 
 // out (groups, columns): sums over `rows` of partial (groups, rows, columns), each in one order. From column
 // `more_from` on with what `more` holds (one group).

@@ -431,11 +431,11 @@ using StripOf =
 
 namespace wavemix {
 
-// The mix takes the most: moments and branch sums hold two tiles, and weights in registers.
+// This kernel or that of the mixture's gradients takes the most.
 int64_t patm_shared_cuda(int64_t c) {
-  return static_cast<int64_t>(c == 64   ? whole::StripOf<64>::kBytes
-                              : c == 96 ? whole::StripOf<96>::kBytes
-                                        : whole::StripOf<128>::kBytes);
+  using namespace whole;
+  const size_t mix = c == 64 ? StripOf<64>::kBytes : c == 96 ? StripOf<96>::kBytes : StripOf<128>::kBytes;
+  return std::max(static_cast<int64_t>(mix), shared_of_mixed(c));
 }
 
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream) {
