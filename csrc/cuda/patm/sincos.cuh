@@ -140,7 +140,14 @@ __device__ inline float cosine_of_chip(float r) {
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(r));
   return y;
 }
+// max(x, 0); NaN stays.
+__device__ inline float positive(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
+inline float positive(float x) { return x < 0.0f ? 0.0f : x; }
 // The emulator errs as much as a chip may, always upwards, so that sums do not cancel it. Out of range it gives NaN.
 inline float as_wrong_as_allowed(double r, double exact) {
   return std::fabs(r) <= 6.283185307179586 ? static_cast<float>(exact + std::exp2(-20.5)) : std::nanf("");
@@ -159,6 +166,22 @@ __device__ inline float reduce_far_to_circle(float x) {
   constexpr double kUnit = 3.4061215800865545e-19;  // 2 pi * 2^-64
   const float r = static_cast<float>(static_cast<double>(static_cast<int64_t>(quarter_turns(x))) * kUnit);
   return bits_as<uint32_t>(x) >> 23 == 255 ? x - x : r;
+}
+
+// Sine and cosine of phases that are rounded products, without a long reduction: its code, for each phase of a thread,
+// is larger than all else. With FMA the first step below is exact up to 2^11 turns, and rounds |r| + 2.9 2^-20 x from
+// there to 2^22 turns: less than x has been rounded by. Beyond, x has no digit below half a turn, and any angle will
+// do.
+template <int N>
+__device__ inline void sine_cosine_of_chip(const float (&x)[N], float (&sine)[N], float (&cosine)[N]) {
+  constexpr float kRound = 12582912.0f;  // as in `reduce`
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const float n = fmaf(x[k], 0.159154943f, kRound) - kRound;
+    const float r = fmaf(n, 1.78178204e-5f, fmaf(n, -6.283203125f, x[k]));
+    sine[k] = sine_of_chip(r);
+    cosine[k] = cosine_of_chip(r);
+  }
 }
 
 // --- All types -------------------------------------------------------------------------------------------

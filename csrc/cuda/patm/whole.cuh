@@ -287,16 +287,13 @@ __device__ inline void add_columns(float (&d)[2], SharedSpan<T> tile, int rows, 
 // --- Waves -----------------------------------------------------------------------------------------------
 
 // z cos and z sin of relu(theta * scale + shift). A NaN stays NaN, as in torch.
-template <class T, int N>
+template <int N>
 __device__ inline void waves(const float (&z)[N], const float (&theta)[N], const float (&scale)[N],
                              const float (&shift)[N], float (&by_cosine)[N], float (&by_sine)[N]) {
   float phase[N], sine[N], cosine[N];
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    phase[k] = theta[k] * scale[k] + shift[k];
-    phase[k] = phase[k] < 0.0f ? 0.0f : phase[k];
-  }
-  sine_cosine<T>(phase, sine, cosine);
+  for (int k = 0; k < N; ++k) phase[k] = positive(theta[k] * scale[k] + shift[k]);
+  sine_cosine_of_chip(phase, sine, cosine);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     by_cosine[k] = z[k] * cosine[k];

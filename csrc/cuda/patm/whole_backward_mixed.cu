@@ -166,7 +166,7 @@ struct Mixed {
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) z[k][j][i] += i < 2 ? of[kZBias].x : of[kZBias].y;
-        waves<T>(z[k][j], theta[k][j], scale, shift, u[0][j], u[1][j]);
+        waves(z[k][j], theta[k][j], scale, shift, u[0][j], u[1][j]);
       }
 #pragma unroll
       for (int sine = 0; sine < 2; ++sine) {

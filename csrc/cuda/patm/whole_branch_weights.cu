@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads<C>, C == 64 ? 2 : 1) patm_branch_sums
         const float rise[4] = {scale, scale, scale, scale};
         const float offset[4] = {shift, shift, shift, shift};
         float by_cosine[4], by_sine[4];
-        waves<T>(z, theta, rise, offset, by_cosine, by_sine);
+        waves(z, theta, rise, offset, by_cosine, by_sine);
         const Fragment cosines[2] = {packed<T>(by_cosine[0], by_cosine[1]), packed<T>(by_cosine[2], by_cosine[3])};
         const Fragment sines[2] = {packed<T>(by_sine[0], by_sine[1]), packed<T>(by_sine[2], by_sine[3])};
         mma_m16n8k16<T>(sums[t][0], which, cosines);

@@ -181,7 +181,7 @@ struct Mix {
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) z[j][k] += k < 2 ? of[0].x : of[0].y;
-      waves<T>(z[j], theta[j], scale, shift, u[0][j], u[1][j]);
+      waves(z[j], theta[j], scale, shift, u[0][j], u[1][j]);
     }
   }
   __device__ void load_taps(int branch, int half, float (&tap)[16]) const {
