@@ -4,8 +4,9 @@ Forward from three reads of x: ``moments`` is one, for batch statistics. ``forwa
 over each image, without a convolution (:mod:`csrc/cuda/patm/whole_branch_weights.cu`), then mixes the branches in
 strips of rows.
 
-Backward from x and the output's gradient: ``backward`` first makes the gradients of the branch weights and of ``proj``
-(:mod:`csrc/cuda/patm/whole_backward_mixed.cu`), then those of all projections at every pixel
+Backward from x and the output's gradient: ``backward`` first makes the gradients of the branch weights and of ``proj``,
+both from one matrix for each image and branch (:mod:`csrc/cuda/patm/whole_backward_mixed.cu`,
+:mod:`csrc/cuda/patm/whole_mixed_sums.cu`), then those of all projections at every pixel
 (:mod:`csrc/cuda/patm/whole_backward_waves.cu`), the one image in memory in between. ``finish`` makes of these the
 gradients of x and of the projections' weights. What hangs on moments alone is one launch each way
 (:mod:`csrc/cuda/patm/whole_statistics.cu`).
