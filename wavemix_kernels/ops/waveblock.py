@@ -2,8 +2,8 @@
 
 Upstream's autograd keeps every intermediate (four x-sizes at level 1). Here ``recompute="mlp"`` keeps x and the output
 of each upsampling; the reduction, the pyramid and the MLPs (a tenth of the arithmetic) are made again.
-``recompute="hidden"`` keeps the pyramid too, a third of x's size, and makes the MLPs alone again; ``"all"`` keeps x
-alone. No dropout mask is ever kept: it follows from a seed.
+``recompute="hidden"`` keeps the pyramid and what the MLPs give too, a third of x's size each at most, and makes the
+hidden layers alone again; ``"all"`` keeps x alone. No dropout mask is ever kept: it follows from a seed.
 
 At level 1 the reduction and the MLP could be one kernel; by count it would save too little to be done
 (docs/develop/tuning.md, one kernel for the reduction and the MLP).
@@ -141,14 +141,15 @@ def _affine(of: batch_norm.Statistics) -> batch_norm.Affine:
 def _forward(
     options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
 ) -> list[Tensor]:
-    """The output, what each level's upsampling gave, the pyramid where it is kept, and each level's
-    :class:`batch_norm.Statistics`."""
+    """The output, what each level's upsampling gave, the pyramid and what upsamplings with weights took, where these
+    are kept, and each level's :class:`batch_norm.Statistics`."""
     count, dropout, eps, kind, residual, backend, recompute = options
     levels, part = _levels(flat), _Parts.of(backend)
     zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
     kept = [*zs] if recompute == "hidden" else []
     # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
     ys: list[Tensor] = []
+    us: list[Tensor] = []
     stats: list[batch_norm.Statistics] = []
     second, second_affine = None, None
     for i in range(count - 1, -1, -1):
@@ -167,6 +168,7 @@ def _forward(
             second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
             of = batch_norm.stats(second, *norm, eps[i], part.norm)
         ys = [second, *ys]
+        us = [u, *us] if kept and level.up_weight is not None else us
         del z, u
         stats = [of, *stats]
         second_affine = _affine(of)
@@ -178,23 +180,22 @@ def _forward(
         layout.is_channels_last(x),
         part.norm,
     )
-    return [out, *ys, *kept, *(t for of in stats for t in of)]
+    return [out, *ys, *kept, *us, *(t for of in stats for t in of)]
 
 
 def _backward(
     options: _Options, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
     *rest: Any,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, the outputs of the upsamplings and
-    the pyramid where they were kept, and the statistics."""
+    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, what was kept of that function's
+    results, and the statistics."""
     count, dropout, _, kind, residual, backend, _ = options
     flat, rest, of = rest[: count * _FIELDS], rest[count * _FIELDS : -count * _STATISTICS], rest[-count * _STATISTICS :]
-    ys, zs = list(rest[:count]), list(rest[count:])
+    ys, zs, us = list(rest[:count]), list(rest[count : 2 * count]), list(rest[2 * count :])
     levels, part = _levels(flat), _Parts.of(backend)
     norms = [batch_norm.Statistics(*of[i : i + _STATISTICS]) for i in range(0, len(of), _STATISTICS)]
     before = flops.counted()
     zs = zs or reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
-    us: list[Tensor] = []
     if not ys:
         for i in range(count - 1, -1, -1):
             second, second_affine = (ys[0], _affine(norms[i + 1])) if ys else (None, None)
@@ -236,10 +237,9 @@ def _backward(
             )
             del y
             du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
-            mlp = pointwise_mlp.backward(du, *arguments, u is None, part.mlp)
-            dweight = upsample.backward_weight(
-                kind, dy, cast(Tensor, mlp.output if u is None else u), level.up_weight, part.upsample
-            )
+            wanted = u is None and level.up_weight is not None
+            mlp = pointwise_mlp.backward(du, *arguments, wanted, part.mlp)
+            dweight = upsample.backward_weight(kind, dy, mlp.output if wanted else u, level.up_weight, part.upsample)
             del dy, u
         dbias = None
         if level.up_bias is not None and batch_stats:

@@ -40,9 +40,9 @@ class FusedWaveblock(Waveblock):
         final_dim: channels C of input and output, a multiple of 4.
         dropout: probability of dropping a hidden activation.
         upsample: ``"deconv"``, ``"bilinear"``, ``"nearest"`` or ``"pixelshuffle"``.
-        recompute: what backward makes again: ``"hidden"``, the hidden layers alone; ``"mlp"``, the reduction and its
-            pyramid too, which keeps a third of x's size less; ``"all"``, to keep x alone; ``"auto"``, ``"hidden"`` on a
-            GPU and ``"mlp"`` on a CPU.
+        recompute: what backward makes again: ``"hidden"``, the hidden layers alone; ``"mlp"``, the reduction with its
+            pyramid and the MLPs, which keeps up to two thirds of x's size less; ``"all"``, to keep x alone; ``"auto"``,
+            ``"hidden"`` on a GPU and ``"mlp"`` on a CPU.
 
     Raises:
         TypeError, ValueError: an argument out of these ranges, or an input that does not fit them.

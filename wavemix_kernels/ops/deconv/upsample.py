@@ -49,10 +49,11 @@ def backward_x(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Te
     return torch.ops.aten.upsample_nearest2d_backward(dy, [h, w], [n, c, h // 2, w // 2], 2.0, 2.0)
 
 
-def backward_weight(kind: str, dy: Tensor, u: Tensor, weight: Tensor | None, backend: str) -> Tensor | None:
-    """Gradient of the weight, None where there is none."""
+def backward_weight(kind: str, dy: Tensor, u: Tensor | None, weight: Tensor | None, backend: str) -> Tensor | None:
+    """Gradient of the weight, None where there is none, which wants no ``u``."""
     if weight is None:
         return None
+    assert u is not None
     if kind == "deconv":
         return deconv.backward_weight(dy, u, False, backend)[0]
     return torch.ops.aten.convolution_backward(
