@@ -56,7 +56,7 @@ REASONS = {
     "triton reduce_haar gradients L1 channels_last 1024x*": "few warps of a multiprocessor, which wait for each step",
     "triton reduce_haar gradients *": "one block of a multiprocessor, waiting for each of its loads; 48 columns as 64",
     "triton reduce_haar *": "48 columns are multiplied as 64; the bands' stores fill sectors in part",
-    "triton mlp * 64x8x8 pixels*": "32 blocks for 132 multiprocessors",
+    "triton mlp * 64x8x8 pixels*": "32 blocks of pixels for 132 multiprocessors",
     "triton mlp *": "GELU's instructions and the products of a block wait for each other; weights come from L2 again",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",

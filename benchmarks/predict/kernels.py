@@ -220,6 +220,7 @@ def mlp_cases() -> Iterator[Case]:
             "_forward_kernel": 2 * rows * k * (a + b + o),
             "_backward_x_kernel": 2 * rows * k * (2 * (a + b) + o),
             "_backward_weight_kernel": 4 * rows * k * (a + b + o),
+            "_hidden_kernel": 2 * rows * k * (a + b + o),
         }
         for what in ("forward", "gradients", *(["gradients and output"] if b else [])):
             yield Case(f"triton mlp {what} {shape}", _mlp(a, b, k, o, size, what), flops)

@@ -28,6 +28,7 @@ from wavemix_kernels.ops.haar import triton_analysis, triton_synthesis
 from wavemix_kernels.ops.mlp import tiles as mlp_tiles
 from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
+from wavemix_kernels.ops.mlp import triton_hidden as mlp_hidden
 from wavemix_kernels.ops.mlp import triton_narrow as mlp_narrow
 from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
@@ -218,17 +219,17 @@ def mlp_launches(
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
-    hidden = mlp_backward.Kept(*(meta(rows, k, dtype=dtype) for _ in range(2)))
-    kept = choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept"
-    launch, _ = mlp_backward.backward_x_launch(x, gs, g, given, hidden if kept else None, config("input"))
-    yield f"{name} input gradient", launch
-    if not kept:
+    if choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept":
+        yield f"{name} hidden layer", mlp_hidden.launch(g, given, config("hidden"))[0]
+    else:
+        yield f"{name} input gradient", mlp_backward.backward_x_launch(x, gs, g, given, config("input"))[0]
         (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
         yield f"{name} weights' gradients", launch
     if dtype.itemsize == 4:
         return  # whose products are never the library's
-    yield f"{name} between, forward", mlp_products.between_launch(hidden.hidden, None, given)[0]
-    yield f"{name} between, backward", mlp_products.between_launch(*hidden, given)[0]
+    hidden, hidden_grad = (meta(rows, k, dtype=dtype) for _ in range(2))
+    yield f"{name} between, forward", mlp_products.between_launch(hidden, None, given)[0]
+    yield f"{name} between, backward", mlp_products.between_launch(hidden, hidden_grad, given)[0]
 
 
 def reduction_launches(

@@ -24,7 +24,7 @@ SIZES = (
 )
 #: Half types: more rows than a program of all gradients takes, the hidden layer kept, and products of the library;
 #: fp32: all weights' gradients not in one launch.
-LARGE = ((530, 8, 0, 16, 8), (34, 130, 40, 66, 20), (18, 520, 16, 16, 20), (18, 1040, 0, 16, 280))
+LARGE = ((530, 8, 0, 16, 8), (34, 160, 80, 66, 40), (18, 520, 16, 16, 20), (18, 1040, 0, 16, 280))
 SEED = -(2**62) - 12345
 NAMES = ("x", "second", "w1", "b1", "w2", "b2", "output")
 

@@ -62,6 +62,7 @@ SESSIONS = {
             "reduce_haar.triton_narrow",
             "mlp.triton",
             "mlp.triton_backward",
+            "mlp.triton_hidden",
             "mlp.triton_narrow",
             "mlp.triton_products",
         ),

@@ -144,8 +144,9 @@ def reduce_haar(order: Order, narrow: bool) -> Order:
 
 def waveblock_recompute(device: str) -> str:
     """A Waveblock's backward makes again: on a GPU its hidden layers alone (``"hidden"``), since a pass over x is
-    predicted to cost more there than the pyramid's memory; on a CPU, where that is not measured, the reduction and the
-    pyramid too (``"mlp"``). (docs/develop/tuning.md, Waveblock: what is kept for backward)"""
+    predicted to cost more there than the pyramid's memory, and one over the hidden layers more than the MLPs' results';
+    on a CPU, where that is not measured, all of them (``"mlp"``).
+    (docs/develop/tuning.md, Waveblock: what is kept for backward)"""
     return "hidden" if device == "cuda" else "mlp"
 
 
@@ -226,8 +227,8 @@ MLP_HELD_BY_LITTLE = 128
 
 
 def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool, little_shared: bool = False) -> str:
-    """How Triton's MLP runs on a GPU: ``"fused"``, no hidden layer in memory; ``"kept"``, backward: the kernel of the
-    inputs' gradients writes the hidden layer and its gradient, for products of the library; ``"products"``: the
+    """How Triton's MLP runs on a GPU: ``"fused"``, no hidden layer in memory; ``"kept"``, backward: a kernel
+    writes the hidden layer and its gradient, for products of the library; ``"products"``: the
     library's products and one kernel between them.
 
     Predicted, not measured; fp32 always fused, since the library's products follow another TF32 switch.

@@ -98,8 +98,13 @@ def test_every_mlp(by_all: Callable[..., None], dtype: torch.dtype) -> None:
 
 @each_half
 @pytest.mark.parametrize("form", ["fused", "kept", "products"])
-def test_every_form_of_the_mlp(by_all: Callable[..., None], form: str, dtype: torch.dtype) -> None:
-    """More rows than a split has, hidden units and channels that fill no tile, with and without a second input."""
+def test_every_form_of_the_mlp(
+    by_all: Callable[..., None], form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than a split has, hidden units and channels that fill no tile, with and without a second input; a kept
+    layer in several steps of a program."""
+    if form == "kept":
+        monkeypatch.setattr(_native, "MULTIPROCESSORS", 1)
     sizes = ((70, 20, 6, 70, 24), (40, 24, 0, 68, 20))
     cases = (
         Case(dtype=dtype, size=size, layout="channels_slice", p=0.25, affine=True, bias=bias, want_output=True)

@@ -16,7 +16,8 @@ from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 
 MOST = 4  # sums of a launch
 _TILE = 8192  # values that a program of eight warps has on their way at once
-_PARTS = 512  # of them at most, in columns of 16 or more: 64 bytes
+_FEW, _FEW_TILE = 1 << 20, 2048  # of sums up to that many values: programs for all multiprocessors
+_PARTS = 512  # of them at most, in columns of 8 or more: a sector
 
 
 @triton.jit
@@ -58,11 +59,12 @@ def finish_launch(*sums: tuple[Tensor, Tensor]) -> Launch:
     args: list[Any] = []
     constants: dict[str, Any] = {}
     ends: list[int] = []
+    tile = _FEW_TILE if sum(partial.numel() for _, partial in sums) <= _FEW else _TILE
     for i in range(MOST):
         out, partial = sums[min(i, len(sums) - 1)]
         parts, size = partial.shape[0], out.numel()
         rows = min(pow2_at_least(parts), _PARTS)
-        columns = min(_TILE // rows, max(pow2_at_least(size), 16))
+        columns = min(max(tile // rows, 8), max(pow2_at_least(size), 8))
         there = i < len(sums)
         args += [out, partial, parts, size]
         constants |= {f"PARTS{i}": rows if there else 0, f"COLUMNS{i}": columns if there else 0}

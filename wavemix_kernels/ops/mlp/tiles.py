@@ -7,10 +7,13 @@ from wavemix_kernels.ops.common.chips import BY_WARPS, Products
 from wavemix_kernels.ops.common.triton_launch import cover, pow2_at_least
 from wavemix_kernels.ops.haar.tiles import MOST_COLUMNS
 
-Kind = Literal["forward", "input", "weight", "together"]
+Kind = Literal["forward", "input", "hidden", "weight", "together"]
 #: Columns of all operands together, in tiles of 64 or more, of which a block of eight warps holds 32 rows' fp32 sums:
 #: 64 registers of each thread, and as many again for what a step loads.
 _MOST_HELD = 512
+#: Columns of all operands together of which shared memory holds 128 pixels beside the weights of three steps of 32
+#: hidden units; of two.
+_MOST_AHEAD, _MOST_BESIDE = 480, 576
 #: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
 #: many spill on chips that multiply by warps.
 _MOST_TOGETHER = 16
@@ -60,6 +63,10 @@ def _of_half(kernel: Kind, a: int, b: int, o: int, products: Products, little_sh
     if kernel == "weight":
         return MlpConfig(64 if together <= 160 and products not in BY_WARPS else 32, 64, 0, 4, 2)
     widest = max(columns, o)
+    if kernel == "hidden":
+        if products in BY_WARPS:
+            return MlpConfig(64, 32, 0, 4, 2)
+        return MlpConfig(128, 32 if together <= _MOST_BESIDE else 16, 0, 8, 3 if together <= _MOST_AHEAD else 2)
     if little_shared:
         return MlpConfig(64, 32, 0, 4, 3 if kernel == "input" else 2)
     if kernel == "input":

@@ -24,6 +24,7 @@ from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation,
     _input_tiles,
+    _key,
     _plus_bias,
     _store,
     _units,
@@ -53,6 +54,7 @@ def _forward_kernel(
         x0, x1, s0, s1 = _input_tiles(
             x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
         )
+    key = _key(seed, DROPOUT)
     acc0 = tl.zeros((ROWS, O0), tl.float32)
     acc1 = tl.zeros((ROWS, O1 if O1 else 1), tl.float32)
     for first in range(0, K, HIDDEN):
@@ -66,7 +68,7 @@ def _forward_kernel(
                 A, B, AFFINE, CHANNELS, PRECISION,
             )  # fmt: skip
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden = _activation(z, seed, row, first, threshold, K, DROPOUT).to(out.dtype.element_ty)
+        hidden = _activation(z, key, row, first, threshold, K, DROPOUT).to(out.dtype.element_ty)
         u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
         acc0 = tl.dot(hidden, tl.trans(u0), acc0, input_precision=PRECISION)
         if O1:

@@ -1,9 +1,8 @@
 """The gradients of a pointwise MLP, in two kernels that make the hidden layer again.
 
 The first holds some pixels and goes through the hidden units: the gradients of the inputs, and sums of the output's
-gradient. It can keep the hidden layer and its gradient, from which the library makes the rest. The second holds some
-hidden units and goes through the pixels: the gradients of all weights, as partial sums of fixed runs of pixels that
-are added in a fixed order.
+gradient. The second holds some hidden units and goes through the pixels: the gradients of all weights, as partial sums
+of fixed runs of pixels that are added in a fixed order.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -24,9 +23,10 @@ from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation_and_gradient,
     _columns,
     _hidden_gradient,
-    _in_order,
     _input_tiles,
+    _key,
     _store,
+    _store_sum,
     _tile,
     _two_tiles,
     _units,
@@ -38,25 +38,17 @@ from wavemix_kernels.ops.mlp.triton_blocks import (
 )
 
 
-@triton.jit
-def _store_sum(partial, tile, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    col, in_cols = _columns(FIRST, tile.shape[1], COUNT)
-    tl.store(partial + col, tl.sum(tile.to(tl.float32), 0), mask=in_cols)
-
-
 @triton.jit(do_not_specialize=FREE)
 def _backward_x_kernel(
-    gx, gs, kept, kept_grad, partial_b1, partial_b2, g, x, second, scale, shift, w1, b1, w2, seed,
+    gx, gs, partial_b2, g, x, second, scale, shift, w1, b1, w2, seed,
     rows: tl.int64, threshold: tl.int64, factor: tl.float32, gx_stride, gs_stride, g_stride, x_stride, second_stride,
-    KEEP: tl.constexpr,  # whether the hidden layer and its gradient are written too
     A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
     AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial_b1[program], partial_b2[program] = the sums over the program's rows of the hidden layer's gradient, where
-    it is kept, and of g."""
+    """The gradients of x and second; partial_b2[program] = the sums over the program's rows of g."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
     at_b2 = partial_b2 + tl.program_id(0).to(tl.int64) * OUT
@@ -74,6 +66,7 @@ def _backward_x_kernel(
             col = c + tl.arange(0, CHANNELS)
             tile = _tile(g, g_stride, row, in_rows, col, col < OUT)
             tl.store(at_b2 + col, tl.sum(tile.to(tl.float32), 0), mask=col < OUT)
+    key = _key(seed, DROPOUT)
     dx0 = tl.zeros((ROWS, X0), tl.float32)
     dx1 = tl.zeros((ROWS, X1 if X1 else 1), tl.float32)
     ds0 = tl.zeros((ROWS, S0 if S0 else 1), tl.float32)
@@ -94,17 +87,7 @@ def _backward_x_kernel(
             )  # fmt: skip
             grad = _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, False, DROPOUT)
-        if KEEP:
-            grad *= factor
-            if BIAS1:
-                at_b1 = partial_b1 + tl.program_id(0).to(tl.int64) * K + unit
-                tl.store(at_b1, tl.sum(grad, 0), mask=in_units)
-            col = first + tl.arange(0, HIDDEN)
-            at = row[:, None] * K + col[None, :]
-            among = in_rows[:, None] if K % HIDDEN == 0 else in_rows[:, None] & (col < K)[None, :]
-            tl.store(kept + at, _in_order((hidden * factor).to(kept.dtype.element_ty)), mask=among)
-            tl.store(kept_grad + at, _in_order(grad.to(kept.dtype.element_ty)), mask=among)
+        _, grad = _activation_and_gradient(z, grad, key, row, first, threshold, K, False, DROPOUT)
         grad = grad.to(gx.dtype.element_ty)
         dx0 = tl.dot(grad, w0, dx0, input_precision=PRECISION)
         if X1:
@@ -113,8 +96,6 @@ def _backward_x_kernel(
             ds0 = tl.dot(grad, v0, ds0, input_precision=PRECISION)
         if S1:
             ds1 = tl.dot(grad, v1, ds1, input_precision=PRECISION)
-    if KEEP:
-        factor = 1.0
     _store(gx, gx_stride, row, in_rows, dx0 * factor, 0, A)
     if X1:
         _store(gx, gx_stride, row, in_rows, dx1 * factor, X0, A)
@@ -150,6 +131,7 @@ def _backward_weight_kernel(
         w0, w1_, v0, v1 = _w1_tiles(w1, unit, in_units, A, B, X0, X1, S0, S1)
         if OF_X or OF_SECOND:
             u0, u1 = _w2_tiles(w2, unit, in_units, K, OUT, O0, O1)
+    key = _key(seed, DROPOUT)
     dx0 = tl.zeros((HIDDEN, X0 if OF_X else 1), tl.float32)
     dx1 = tl.zeros((HIDDEN, X1 if X1 and OF_X else 1), tl.float32)
     ds0 = tl.zeros((HIDDEN, S0 if OF_SECOND else 1), tl.float32)
@@ -184,7 +166,7 @@ def _backward_weight_kernel(
                 grad = tl.trans(
                     _hidden_gradient(g, g_stride, w2, row, in_rows, unit, in_units, K, OUT, CHANNELS, PRECISION)
                 )
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, first, threshold, K, True, DROPOUT)
+        hidden, grad = _activation_and_gradient(z, grad, key, row, first, threshold, K, True, DROPOUT)
         if OF_W2:
             left = hidden.to(g.dtype.element_ty)
             do0 = tl.dot(left, g0, do0, input_precision=PRECISION)
@@ -222,42 +204,25 @@ def _backward_weight_kernel(
 # --------------------------------------------------------------------------------------------------- launch
 
 
-class Kept(NamedTuple):
-    """The hidden layer and its gradient, matrices (pixels, K), contiguous."""
-
-    hidden: Tensor
-    grad: Tensor
-
-
-class Sums(NamedTuple):
-    """Sums over runs of rows, fp32: (programs, K) of the hidden layer's gradient where it is kept, and (programs, O) of
-    the output's; of no elements where there is no bias."""
-
-    b1: Tensor
-    b2: Tensor
-
-
 def backward_x_launch(
-    gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, kept: Kept | None = None, config: MlpConfig | None = None
-) -> tuple[Launch, Sums]:
-    """A launch and the sums that it fills."""
+    gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, config: MlpConfig | None = None
+) -> tuple[Launch, Tensor]:
+    """A launch and the sums of the output's gradient over runs of rows that it fills, fp32: (programs, O), or of no
+    elements without a bias."""
     config = config or mlp.config("input")
     programs = triton.cdiv(grad.shape[0], config.rows)
-    widths = 0 if kept is None or mlp.b1 is None else mlp.w1.shape[0], 0 if mlp.b2 is None else grad.shape[1]
-    sums = Sums(*(grad.new_empty((programs, width), dtype=torch.float32) for width in widths))
-    hidden, hidden_grad = (gx, gx) if kept is None else kept
+    sums = grad.new_empty((programs, 0 if mlp.b2 is None else grad.shape[1]), dtype=torch.float32)
     given = {
-        "gx": gx, "gs": gx if gs is None else gs, "kept": hidden, "kept_grad": hidden_grad, "partial_b1": sums.b1,
-        "partial_b2": sums.b2, "g": grad, "gx_stride": gx.stride(0), "gs_stride": 0 if gs is None else gs.stride(0),
-        "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
+        "gx": gx, "gs": gx if gs is None else gs, "partial_b2": sums, "g": grad, "gx_stride": gx.stride(0),
+        "gs_stride": 0 if gs is None else gs.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
-    constants = {**mlp.constants(config, "input"), "KEEP": kept is not None, "BIAS2": mlp.b2 is not None}
+    constants = {**mlp.constants(config, "input"), "BIAS2": mlp.b2 is not None}
     return launch_by_name(_backward_x_kernel, (programs,), given, constants), sums
 
 
-def backward_x(gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp, kept: Kept | None = None) -> Sums:
-    """Writes the gradients of x and of `second * scale + shift`, matrices like those, and what is to be kept."""
-    launch, sums = backward_x_launch(gx, gs, grad, mlp, kept)
+def backward_x(gx: Tensor, gs: Tensor | None, grad: Tensor, mlp: Mlp) -> Tensor:
+    """Writes the gradients of x and of `second * scale + shift`, matrices like those; the sums of the launch."""
+    launch, sums = backward_x_launch(gx, gs, grad, mlp)
     launch.run(grad)
     return sums
 

@@ -192,28 +192,34 @@ def _gelu(z):
 
 
 @triton.jit
-def _activation(z, seed, row, first, threshold, K: tl.constexpr, DROPOUT: tl.constexpr):
+def _key(seed, DROPOUT: tl.constexpr):
+    """What dropout counts from, loaded before a loop: behind the loop's stores it would be loaded anew each time."""
+    return tl.load(seed) if DROPOUT else 0
+
+
+@triton.jit
+def _activation(z, key, row, first, threshold, K: tl.constexpr, DROPOUT: tl.constexpr):
     """GELU(z) of pixels by units, and 0 where dropout drops them, NaN included. Who adds them up multiplies what is
     kept by dropout's factor."""
     hidden, _ = _gelu(z)
     if DROPOUT:
-        keep = keep_mask(tl.load(seed), row, first, K, threshold, z.shape[1])
+        keep = keep_mask(key, row, first, K, threshold, z.shape[1])
         hidden = tl.where(keep, hidden, 0.0)
     return hidden
 
 
 @triton.jit
 def _activation_and_gradient(
-    z, grad, seed, row, first, threshold, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
+    z, grad, key, row, first, threshold, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
 ):
     """_activation(z) and z's gradient, given that of the former; one mask and one exponential for both."""
     hidden, slope = _gelu(z)
     grad *= slope
     if DROPOUT:
         if UNITS_FIRST:
-            keep = tl.trans(keep_mask(tl.load(seed), row, first, K, threshold, z.shape[0]))
+            keep = tl.trans(keep_mask(key, row, first, K, threshold, z.shape[0]))
         else:
-            keep = keep_mask(tl.load(seed), row, first, K, threshold, z.shape[1])
+            keep = keep_mask(key, row, first, K, threshold, z.shape[1])
         hidden = tl.where(keep, hidden, 0.0)
         grad = tl.where(keep, grad, 0.0)
     return hidden, grad
@@ -231,6 +237,12 @@ def _store(matrix, stride, row, in_rows, value, FIRST: tl.constexpr, COUNT: tl.c
     col, in_cols = _columns(FIRST, value.shape[1], COUNT)
     at = matrix + row[:, None] * stride + col[None, :]
     tl.store(at, value.to(matrix.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def _store_sum(partial, tile, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    col, in_cols = _columns(FIRST, tile.shape[1], COUNT)
+    tl.store(partial + col, tl.sum(tile.to(tl.float32), 0), mask=in_cols)
 
 
 @triton.jit

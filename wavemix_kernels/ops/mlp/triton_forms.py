@@ -10,7 +10,7 @@ from torch import Tensor
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.triton_sums import finish
-from wavemix_kernels.ops.mlp import triton_backward, triton_narrow, triton_products
+from wavemix_kernels.ops.mlp import triton_backward, triton_hidden, triton_narrow, triton_products
 from wavemix_kernels.ops.mlp.tiles import runs_together
 from wavemix_kernels.ops.mlp.triton import Mlp, forward_launch
 
@@ -54,28 +54,28 @@ def backward(into: Results, grad: Tensor, mlp: Mlp) -> None:
         made = triton_narrow.backward(into.x, into.output, grad, mlp)
         sums = list(zip((into.w1, into.b1, into.w2, into.b2), made, strict=True))
     elif form == "fused":
-        partial = triton_backward.backward_x(into.x, into.second, grad, mlp)
+        of_b2 = triton_backward.backward_x(into.x, into.second, grad, mlp)
         weights = triton_backward.backward_weight(grad, mlp)
-        sums = [(into.w1, weights.w1), (into.b1, weights.b1), (into.w2, weights.w2), (into.b2, partial.b2)]
+        sums = [(into.w1, weights.w1), (into.b1, weights.b1), (into.w2, weights.w2), (into.b2, of_b2)]
         if into.output is not None:
             forward(into.output, mlp)
     else:
-        second = triton_products.joined(mlp)
         if form == "kept":
-            hidden, hidden_grad = (grad.new_empty((grad.shape[0], mlp.w1.shape[0])) for _ in range(2))
-            kept = triton_backward.Kept(hidden, hidden_grad)
-            partial = triton_backward.backward_x(into.x, into.second, grad, mlp, kept)
-            sums = [(into.b1, partial.b1), (into.b2, partial.b2)]
+            layer = triton_hidden.make(grad, mlp)
+            hidden, hidden_grad, inputs = layer.hidden, layer.grad, [layer.joined]
+            sums = [(into.b1, layer.b1), (into.b2, layer.b2)]
         else:
+            second = triton_products.joined(mlp)
+            inputs = [mlp.x] if second is None else [mlp.x, second]
             hidden = triton_products.before_activation(mlp, second)
             hidden_grad = torch.mm(grad, mlp.w2)
             launch, partial_b1 = triton_products.between_launch(hidden, hidden_grad, mlp)
             launch.run(grad)
-            triton_products.backward_x(into.x, into.second, hidden_grad, mlp)
             sums = [(into.b1, partial_b1)]
             if into.b2 is not None:
                 into.b2.copy_(grad.sum(0, dtype=torch.float32))
-        triton_products.backward_weight(into.w1, into.w2, grad, hidden, hidden_grad, mlp, second)
+        triton_products.backward_x(into.x, into.second, hidden_grad, mlp)
+        triton_products.backward_weight(into.w1, into.w2, grad, hidden, hidden_grad, inputs)
         if into.output is not None:
             triton_products.after_activation(into.output, hidden, mlp)
     finish(*((out, partial) for out, partial in sums if out is not None))

@@ -24,6 +24,7 @@ from wavemix_kernels.ops.mlp.triton_backward import _store_transposed
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation_and_gradient,
     _columns,
+    _key,
     _plus_bias,
     _store,
     _two_tiles,
@@ -62,7 +63,8 @@ def _backward_together_kernel(
         z = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
         z = _with_bias(z, b1, unit, in_units, False, BIAS1)
         grad = tl.dot(g0, u0, input_precision=PRECISION)
-        hidden, grad = _activation_and_gradient(z, grad, seed, row, 0, threshold, K, False, DROPOUT)
+        key = _key(seed, DROPOUT)  # here: a load before the loop would cost its loads' overlap
+        hidden, grad = _activation_and_gradient(z, grad, key, row, 0, threshold, K, False, DROPOUT)
         if BIAS1:
             sum1 += grad
         if BIAS2:

@@ -7,6 +7,8 @@ writing the hidden layer costs less than making it again (:func:`wavemix_kernels
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.mlp.triton import FREE, Mlp, launch_by_name
-from wavemix_kernels.ops.mlp.triton_blocks import _gelu
+from wavemix_kernels.ops.mlp.triton_blocks import _gelu, _key
 from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
 _ROWS, _COLUMNS, _WARPS = 32, 64, 4  # of a tile: two or four loads of 16 bytes for a thread
@@ -33,6 +35,7 @@ def _between_kernel(
     split, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS
     col = first + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    key = _key(seed, DROPOUT)
     for start in range(0, rows_each, ROWS):
         row = split * rows_each + start + tl.arange(0, ROWS)
         at = row[:, None] * K + col[None, :]
@@ -42,7 +45,7 @@ def _between_kernel(
         if BACKWARD:
             slope *= tl.load(grad + at, mask=among, other=0.0).to(tl.float32) * factor
         if DROPOUT:
-            keep = keep_mask(tl.load(seed), row, first, K, threshold, COLUMNS, False)
+            keep = keep_mask(key, row, first, K, threshold, COLUMNS, False)
             value, slope = tl.where(keep, value, 0.0), tl.where(keep, slope, 0.0)
         tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=among)
         if BACKWARD:
@@ -128,13 +131,14 @@ def forward(out: Tensor, mlp: Mlp) -> None:
     after_activation(out, hidden, mlp)
 
 
-def backward_weight(dw1: Tensor, dw2: Tensor, grad: Tensor, hidden: Tensor, hidden_grad: Tensor, mlp: Mlp,
-                    second: Tensor | None) -> None:  # fmt: skip
-    """Writes the gradients of both weights."""
-    a = mlp.x.shape[1]
-    torch.mm(hidden_grad.t(), mlp.x, out=dw1[:, :a])
-    if second is not None:
-        torch.mm(hidden_grad.t(), second, out=dw1[:, a:])
+def backward_weight(
+    dw1: Tensor, dw2: Tensor, grad: Tensor, hidden: Tensor, hidden_grad: Tensor, inputs: Sequence[Tensor]
+) -> None:
+    """Writes the gradients of both weights; `inputs`: matrices that are the first product's columns side by side."""
+    first = 0
+    for part in inputs:
+        torch.mm(hidden_grad.t(), part, out=dw1[:, first : first + part.shape[1]])
+        first += part.shape[1]
     torch.mm(grad.t(), hidden, out=dw2)
 
 

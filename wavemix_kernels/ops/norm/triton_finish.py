@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 
-_CHANNELS = 4  # of a program, a warp, which adds up all splits at once
+_CHANNELS = 4  # of a program, which adds up all splits at once
+_SPLITS = 128  # that one warp has on their way at once
 
 
 @triton.jit
@@ -123,7 +124,9 @@ def _image_line_kernel(
 
 
 def _constants(splits: int) -> dict[str, Any]:
-    return {"SPLITS": pow2_at_least(splits), "CHANNELS": _CHANNELS, "num_warps": 1, "enable_fp_fusion": True}
+    held = pow2_at_least(splits)
+    warps = 8 if held > _SPLITS else 1
+    return {"SPLITS": held, "CHANNELS": _CHANNELS, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def statistics_launch(
