@@ -112,9 +112,9 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         (("cuda", "triton", "reference"), False, ("cuda", "triton", "reference")), (OURS, True, OURS),
     ]),
     (choose.deconv_residual, [
-        (BF16, "wgmma", False, choose.AUTO["cuda"]), (BF16, "mma", False, choose.AUTO["cuda"]),
-        (FP32, "wgmma", False, LIBRARY), (BF16, "mma", True, LIBRARY), (BF16, "tcgen05", False, LIBRARY),
-        (BF16, "mfma", False, LIBRARY),
+        (BF16, 16, "wgmma", False, choose.AUTO["cuda"]), (BF16, 16, "mma", False, choose.AUTO["cuda"]),
+        (FP32, 16, "wgmma", False, LIBRARY), (BF16, 16, "mma", True, LIBRARY), (BF16, 16, "tcgen05", False, LIBRARY),
+        (BF16, 16, "mfma", False, LIBRARY), (BF16, 8, "wgmma", False, LIBRARY),
     ]),
     (choose.deconv_backward_weight, [("cpu", OURS), ("cuda", LIBRARY)]),
     (choose.waveblock_recompute, [("cpu", "mlp"), ("cuda", "hidden")]),

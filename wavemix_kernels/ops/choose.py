@@ -177,11 +177,16 @@ def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, fe
     return _LIBRARY if library else order(device)
 
 
-def deconv_residual(dtype: torch.dtype, products: Products, little_shared: bool) -> Order:
+#: Channels of either side from which Triton's transposed convolution with an image added is predicted faster.
+DECONV_RESIDUAL = 16
+
+
+def deconv_residual(dtype: torch.dtype, channels: int, products: Products, little_shared: bool) -> Order:
     """Forward with an image added, on a GPU: Triton's kernel reads the image while it multiplies, where the library
-    takes another pass. Predicted, not measured, and for two chips' half types only: elsewhere the library.
+    takes another pass. Predicted, not measured, and for two chips' half types only: elsewhere, and where the fewer
+    `channels` of its sides are under :data:`DECONV_RESIDUAL`, the library.
     (docs/develop/tuning.md, Triton tiles: transposed convolution)"""
-    wins = products == "wgmma" or (products == "mma" and not little_shared)
+    wins = channels >= DECONV_RESIDUAL and (products == "wgmma" or (products == "mma" and not little_shared))
     return order("cuda") if wins and dtype in (torch.float16, torch.bfloat16) else _LIBRARY
 
 
