@@ -77,6 +77,12 @@ def key_of(source: Path) -> str:
 
 
 @functools.cache
+def _made_of(source: Path) -> str:
+    """Names what is compiled here. Where a checkout lies goes into the names of kernels without external linkage."""
+    return key([], sys.version, ROOT, key_of(source))
+
+
+@functools.cache
 def build() -> Path:
     """The folder with the module, and one chip's cubins and PTX, made where the sources have changed.
 
@@ -85,7 +91,7 @@ def build() -> Path:
         RuntimeError: a source does not compile.
     """
     sources = [_CSRC / "emulator" / "bindings.cpp", *kernels(), _STUB / "runtime.cpp"]
-    made_of = key([], sys.version, *map(key_of, sources))
+    made_of = key([], *map(_made_of, sources))
     with locked("cuda"):
         folder = CACHE / f"cuda-{made_of}"
         if not (folder / "done").exists():
@@ -112,7 +118,7 @@ def _extract(source: Path, made: Path, folder: Path) -> None:
 
 def _object(source: Path) -> Path:
     """The object of a source, made where the source or a header has changed."""
-    made = CACHE / "objects" / f"{source.name}-{key([], sys.version, key_of(source))}.o"
+    made = CACHE / "objects" / f"{source.name}-{_made_of(source)}.o"
     includes = [sysconfig.get_path("include")]
     defines = [
         *(f"WAVEMIX_MODULE_NAME={MODULE}", "WAVEMIX_WITH_CPU=0", "WAVEMIX_WITH_CUDA=1"),
@@ -143,7 +149,7 @@ def cubin(source: Path, arch: int) -> Path:
     """
     if arch == PTX and source in kernels():
         return build() / f"{source.stem}.cubin"
-    made = CACHE / "cubins" / f"{source.stem}.sm_{arch}-{key_of(source)}.cubin"
+    made = CACHE / "cubins" / f"{source.stem}.sm_{arch}-{_made_of(source)}.cubin"
     with locked(made.stem):
         return _made(made, source, ["-cubin", f"-arch=sm_{arch}"])
 
