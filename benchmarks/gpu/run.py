@@ -196,7 +196,8 @@ class Run:
                 before = worst.get((verdict.op, verdict.backend), "PASS")
                 worst[verdict.op, verdict.backend] = max(before, verdict.verdict, key=ORDER.index)
         ops = sorted({op for op, _ in worst})
-        backends = list(dict.fromkeys(backend for _, backend in worst))
+        met = {backend for _, backend in worst}
+        backends = [*(name for name in self.setting.backends if name in met), *sorted(met - {*self.setting.backends})]
         if ops:
             self.say(f"\n{'self-tests and parity':<24}" + "".join(f"{backend:<11}" for backend in backends))
             for op in ops:
