@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.gpu.kernels OUT.json SECONDS [STEP ...]`` runs each step in training and in inference, and writes
 after each what the device's profiler saw: every kernel with its launches and microseconds, beside the time of the host
-and of the whole step. ``python -m benchmarks predict --measured OUT.json`` puts the predictions beside it. Without
-``SECONDS`` (``0``) a step only runs once, so that Triton compiles what it needs.
+and of the whole step. ``python -m benchmarks predict --measured OUT.json`` puts the predictions beside it. For
+``SECONDS`` of 0 each step runs once, so that Triton compiles what it needs, and nothing is written.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.cli import LOST
 from benchmarks.gpu.jobs import End, Job, Verdict, verdict
 from benchmarks.harness.machine import environment
 from benchmarks.predict.steps import Step, run, steps
+from wavemix_kernels.ops.verify import device_is_lost
 
 #: Names of steps, most important first; those that a run with little time reaches.
 FIRST = (
@@ -112,7 +114,7 @@ def _profiled(go: Callable[[], None], device: torch.device) -> Iterator[dict[str
 
 
 def summed(events: Sequence[dict[str, Any]], times: int) -> Iterator[dict[str, Any]]:
-    """What the profiler wrote of ``times`` equal steps, as one step's kernels."""
+    """One step's kernels, from the profiler's events of ``times`` equal steps."""
     found: dict[tuple[Any, ...], list[float]] = {}
     for event in sorted((e for e in events if e.get("cat") in _DEVICE), key=lambda e: e["ts"]):
         if FLUSH in event["name"]:
@@ -132,10 +134,11 @@ _ABOUT = {"grid": "grid", "block": "block", "registers per thread": "registers",
 
 
 def main(out: str, seconds: str, *wanted: str) -> int:
-    """1 where a step raised; the others are measured."""
+    """1 where a step raised; the others are measured. Rows of a process before this one stay in the file. The process
+    ends, with :data:`LOST`, at an error that stays in the GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     end = time.monotonic() + float(seconds)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(Path(out).read_text())["rows"] if Path(out).is_file() else []
     failed: list[str] = []
     known = {step.name: step for step in steps()}
     for name in wanted or names():
@@ -149,10 +152,13 @@ def main(out: str, seconds: str, *wanted: str) -> int:
                 if time.monotonic() > end:
                     print(f"no time for {what}")
                     continue
+                print(f"begins {name}", flush=True)
                 rows.append(measure(known[name], training, device))
             except Exception as error:  # noqa: BLE001 - one step's fault is its own
                 failed.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 print(f"failed {failed[-1]}", flush=True)
+                if device_is_lost(device):
+                    os._exit(LOST)  # an orderly end would hang or abort in destructors
                 continue
             row = rows[-1]
             print(f"{what}: {row['device_us']:.0f} us on the device, {row['host_us']:.0f} on the host, "
@@ -166,23 +172,35 @@ def main(out: str, seconds: str, *wanted: str) -> int:
 # --- Jobs ----------------------------------------------------------------------------------------------------
 
 
+class _About(NamedTuple):
+    out: Path
+    wanted: list[str]
+    again: int
+
+
 def job(folder: Path) -> Job:
     """The measurement of all steps."""
     out = folder / "kernels.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu.kernels", str(out), "{seconds}", *names()]
-    return Job("kernels", command, read=read, about=out)
+    return _job(_About(out, names(), 0))
+
+
+def _job(about: _About) -> Job:
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", str(about.out), "{seconds}", *about.wanted]
+    return Job("kernels" + (f"+{about.again}" if about.again else ""), command, read=read, about=about)
 
 
 def warm(name: str) -> Job:
-    """What a step needs of Triton, compiled beforehand."""
+    """Compiles beforehand what a step needs of Triton."""
     command = [sys.executable, "-m", "benchmarks.gpu.kernels", os.devnull, "0", name]
     return Job(f"compile-step-{name}", command, name.split("/")[0], "triton", ("triton",), seconds=LIMIT_S)
 
 
 def read(job: Job, end: End) -> tuple[list[Verdict], list[Job]]:
-    """PASS for all, FAIL where a step raised or the process was lost, TIME where some were not reached."""
-    text = job.about.read_text() if job.about.exists() else ""
+    """PASS for all, FAIL where a step raised or the process was lost, TIME where some were not reached. Behind the step
+    at which a process was lost another takes up the rest."""
+    about: _About = job.about
+    text = about.out.read_text() if about.out.exists() else ""
     rows = json.loads(text)["rows"] if text else []
     failed = [line.removeprefix("failed ") for line in end.said.splitlines() if line.startswith("failed ")]
     late = sum(line.startswith("no time for ") for line in end.said.splitlines())
@@ -190,7 +208,12 @@ def read(job: Job, end: End) -> tuple[list[Verdict], list[Job]]:
         failed = [end.crash]
     word = "FAIL" if failed else "TIME" if end.stopped or late else "PASS"
     note = f"{len(rows)} of {2 * len(names())} steps measured"
-    return [verdict(job, end, word, "; ".join([note, *failed[:5]]))], []
+    begun = [line.removeprefix("begins ") for line in end.said.splitlines() if line.startswith("begins ")]
+    follow = []
+    if end.status not in (0, 1) and not end.stopped and not end.over and begun:
+        left = about.wanted[about.wanted.index(begun[-1]) + 1 :]
+        follow = [_job(about._replace(wanted=left, again=about.again + 1))] if left else []
+    return [verdict(job, end, word, "; ".join([note, *failed[:5]]))], follow
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What was predicted beside what a GPU measured, kernel by kernel (:mod:`benchmarks.gpu.kernels`)."""
+"""Predictions beside measurements of a GPU, kernel by kernel (:mod:`benchmarks.gpu.kernels`)."""
 
 from __future__ import annotations
 

@@ -379,20 +379,26 @@ def test_steps_kernel_by_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[st
         real(step, x, **how)
 
     monkeypatch.setattr(kernels, "run", wrong)
-    assert kernels.main(str(given.about), "60", haar, block) == 1
+    assert kernels.main(str(given.about.out), "60", haar, block) == 1
     said = capsys.readouterr().out
     assert f"failed {block}, training: RuntimeError: CUDA error: misaligned address" in said
-    written = json.loads(given.about.read_text())
+    written = json.loads(given.about.out.read_text())
     assert [(row["step"], row["training"]) for row in written["rows"]] == [(haar, True), (haar, False)]
     assert all(row["host_us"] > 0 and row["kernels"] == [] for row in written["rows"])
     ((verdict,), follow) = kernels.read(given, end(tmp_path, said, 1))
     assert (verdict.verdict, follow) == ("FAIL", [])
     assert "2 of 32 steps measured; waveblock/L1" in verdict.note
-    assert kernels.main(str(given.about), "1e-9", haar) == 0
+    assert kernels.main(str(given.about.out), "1e-9", haar) == 0
     ((verdict,), _) = kernels.read(given, end(tmp_path, capsys.readouterr().out))
     assert verdict.verdict == "TIME"
-    ((verdict,), _) = kernels.read(given, end(tmp_path, "Segmentation fault", -11))
-    assert (verdict.verdict, "SIGSEGV" in verdict.note) == ("FAIL", True)
+    ((verdict,), follow) = kernels.read(given, end(tmp_path, "Segmentation fault", -11))
+    assert (verdict.verdict, "SIGSEGV" in verdict.note, follow) == ("FAIL", True, [])
+    first, second, *rest = given.about.wanted
+    said = f"begins {first}\nbegins {second}\nfailed {second}, training: RuntimeError: CUDA error"
+    (_, (following,)) = kernels.read(given, end(tmp_path, said, 86))
+    assert (following.name, following.about.wanted, following.about.out) == ("kernels+1", rest, given.about.out)
+    assert kernels.main(str(given.about.out), "60", haar) == 0  # rows of the process before stay
+    assert len(json.loads(given.about.out.read_text())["rows"]) == 4
 
 
 def test_a_trace_becomes_a_step() -> None:
