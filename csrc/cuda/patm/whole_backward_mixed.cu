@@ -62,7 +62,7 @@ struct Mixed {
   __device__ SharedSpan<T> x() const { return memory + P::kX; }
   __device__ SharedSpan<T> grad() const { return memory + P::kGrad; }
   __device__ SharedSpan<uint32_t> words() const { return shared_cast<uint32_t>(memory + P::kLines); }
-  // Of x's tile, four places in a word.
+  // Words of x's tile, four places each.
   __device__ SharedSpan<uint32_t> pixels() const {
     return shared_cast<uint32_t>(floats + (P::kConstantsAt + kConstants * C));
   }

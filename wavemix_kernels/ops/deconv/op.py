@@ -291,9 +291,8 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
 
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
-    units = chips.products_of(u.device), chips.little_shared(u.device)
-    few = min(weight.shape[:2])
-    order = choose.deconv_residual(u.dtype, few, *units) if u.is_cuda else _order(u, *weight.shape[:2])
+    given = min(weight.shape[:2]), chips.products_of(u.device), chips.little_shared(u.device)
+    order = choose.deconv_residual(u.dtype, *given) if u.is_cuda else _order(u, *weight.shape[:2])
     functions = choose.select("deconv_residual", BACKENDS, backend, u, weight, order=order).functions
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)

@@ -193,7 +193,7 @@ def _gelu(z):
 
 @triton.jit
 def _key(seed, DROPOUT: tl.constexpr):
-    """What dropout counts from, loaded before a loop: behind the loop's stores it would be loaded anew each time."""
+    """The seed that dropout counts from, loaded before a loop: behind its stores it would be loaded anew each time."""
     return tl.load(seed) if DROPOUT else 0
 
 

@@ -59,7 +59,7 @@ def _hidden_kernel(
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of rows and EACH hidden units: the layer behind dropout, and the gradient of what precedes the
+    """A block of rows by EACH hidden units: the layer behind dropout, and the gradient of what precedes the
     activation. partial_b1[block] = the latter's sums over the block's rows. The block's first program: joined = [x |
     second * scale + shift], where there is a second, and partial_b2[block] = sums of g."""
     block = tl.program_id(0).to(tl.int64) // splits
