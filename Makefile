@@ -13,7 +13,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv test prove bench docs wheels lint clean
+.PHONY: help venv emulator test prove bench docs wheels lint clean
 
 help:
 	@echo "make test [ARGS=...]    set up $(VENV), build, check that all works here (pytest arguments)"
@@ -33,10 +33,14 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	WAVEMIX_KERNELS_CPU_ISAS="$(CPU_ISAS)" $(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
 
-test: $(STAMP)
+# CUDA kernels built for the host, which two test processes would wait for.
+emulator: $(STAMP)
+	$(BIN)/python -m tests.emulator.build
+
+test: emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not prove" $(ARGS)
 
-prove: $(STAMP)
+prove: emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m prove $(ARGS)
 
 bench: $(STAMP)

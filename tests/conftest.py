@@ -49,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
     """The tests, with only as many cases of a contract as have each value of each axis in each dtype: `make test` runs
     each pair of values, and the same sources compiled once more need not."""
+    from tests.ops.contract import covering  # imports torch
+
     cases: dict[Any, dict[pytest.Item, set[Any]]] = defaultdict(dict)
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
@@ -57,14 +59,7 @@ def thinned(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item
             dtype = getattr(case, "types", case.dtype)
             values = {(dtype, axis, str(value)) for axis, value in vars(case).items()}
             cases[item.function, given["contract"], given.get("backend")][item] = values
-    left = set()
-    for values_of in cases.values():
-        missing = set().union(*values_of.values())
-        left |= set(values_of)
-        while missing:
-            most = max(values_of, key=lambda item: len(values_of[item] & missing))
-            missing -= values_of[most]
-            left.discard(most)
+    left = {item for values_of in cases.values() for item in values_of.keys() - set(covering(values_of))}
     config.hook.pytest_deselected(items=list(left))
     return [item for item in items if item not in left]
 

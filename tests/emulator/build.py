@@ -90,3 +90,10 @@ def launches(core: ModuleType) -> list[str]:
     ask = ctypes.CDLL(core.__file__).wavemix_emulator_launches
     ask.restype = ctypes.c_char_p
     return ask().decode().splitlines()
+
+
+if __name__ == "__main__":
+    try:
+        print(f"emulator: {build()}")
+    except pytest.skip.Exception as reason:
+        print(reason)

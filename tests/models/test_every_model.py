@@ -206,7 +206,7 @@ SHALLOW = {"layers": [1, 1], "embed_dims": [4, 6], "mlp_ratios": [2, 2], "drop_p
     "subject, dynamic",
     [
         (subjects.waveblock(2), True),
-        (subjects.patm(4, (5, 6)), True),
+        pytest.param(subjects.patm(4, (5, 6)), True, marks=pytest.mark.prove),
         pytest.param(subjects.patm(4, (5, 6), "depthwise"), True, marks=pytest.mark.prove),
         pytest.param(
             subjects.wave_block((6, 5), subjects.GROUP, "depthwise", "all", dim=4), False, marks=pytest.mark.prove

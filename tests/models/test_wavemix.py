@@ -160,6 +160,7 @@ def test_a_wide_stem_forgets_its_first_activations(stem: str, way: str, monkeypa
     assert called == [1]
 
 
+@pytest.mark.prove
 def test_peak_of_a_training_step() -> None:
     """Live bytes of WaveMix 192/16 level 3 at 224x224, beside upstream's order of operations; nothing is computed."""
     pytest.importorskip("pytorch_wavelets", reason="upstream's wavelets are not installed: pip install -e .[bench]")

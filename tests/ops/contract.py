@@ -71,6 +71,17 @@ def _gain(row: Mapping[str, int], names: Sequence[str], missing: set[Any]) -> in
     return sum(pair in missing for pair in _pairs(row, names))
 
 
+def covering(values_of: Mapping[Any, set[Any]]) -> list[Any]:
+    """A few of the keys, in their order, that have every value among them."""
+    missing: set[Any] = set().union(*values_of.values())
+    kept = set()
+    while missing:
+        most = max(values_of, key=lambda key: len(values_of[key] & missing))
+        missing -= values_of[most]
+        kept.add(most)
+    return [key for key in values_of if key in kept]
+
+
 def singles(**axes: Sequence[Any]) -> list[Case]:
     """Cases in which each value occurs."""
     most = max(map(len, axes.values()))

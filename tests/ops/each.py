@@ -11,12 +11,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tests.ops.contract import Case, Contract, check, compare, floating, limits, pairwise, results, singles, truth
+from tests.ops.contract import (
+    Case,
+    Contract,
+    check,
+    compare,
+    covering,
+    floating,
+    limits,
+    pairwise,
+    results,
+    singles,
+    truth,
+)  # fmt: skip
 
-Rows = list[tuple[Contract, str, Case]]
+Rows = Sequence[tuple[Contract, str, Case]]
 
 
-def _test(rows: Rows, body: Callable[[Contract, Case, str, str], Any]) -> Callable[..., None]:
+def _test(rows: Sequence[Any], body: Callable[[Contract, Case, str, str], Any]) -> Callable[..., None]:
     @pytest.mark.parametrize("contract, backend, case", rows, indirect=["backend"], ids=str)
     def test(contract: Contract, backend: str, case: Case, device: str) -> None:
         body(contract, case, backend, device)
@@ -91,17 +103,21 @@ def opcheck(function: Callable[[], Any]) -> None:
 
 
 def operator(*contracts: Contract, backends: Sequence[str] = ("auto", "reference")) -> Callable[..., None]:
-    """The test of all operators that contracts call: each value on each backend, each pair of values on one. "auto"
-    takes the CPU's kernels."""
+    """The test of all operators that contracts call: each value on "auto", which takes the CPU's kernels, or on the
+    only backend; under `make prove` each value on each backend, and each pair of values on one."""
 
     def body(contract: Contract, case: Case, backend: str, device: str) -> None:
         opcheck(lambda: results(contract, case, backend, device))
 
-    rows: Rows = []
+    rows: list[Any] = []
     for contract in contracts:
         served = [name for name in backends if name in (*contract.dtypes, "auto")]
-        for case in pairwise(backend=served, dtype=(torch.float32,), **contract.axes):
-            rows.append((contract, vars(case).pop("backend"), case))
+        cases = pairwise(backend=served, dtype=(torch.float32,), **contract.axes)
+        few = covering({i: set(map(str, vars(case).items())) for i, case in enumerate(cases)
+                        if case.backend == served[0]})  # fmt: skip
+        for i, case in enumerate(cases):
+            marks = () if i in few else pytest.mark.prove
+            rows.append(pytest.param(contract, vars(case).pop("backend"), case, marks=marks))
     return _test(rows, body)
 
 

@@ -54,7 +54,14 @@ def error_of_reference(op: str, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize(
-    "op, backend", [(op, name) for op in ops.OPS for name in ops.load(op).BACKENDS], indirect=["backend"]
+    "op, backend",
+    [
+        # The emulator takes eight seconds for a whole PATM of 128 channels.
+        pytest.param(op, name, marks=pytest.mark.prove if (op, name) == ("patm_whole", "cuda") else ())
+        for op in ops.OPS
+        for name in ops.load(op).BACKENDS
+    ],
+    indirect=["backend"],
 )
 def test_self_test_runs_what_was_asked_for(op: str, backend: str, device: str, lines: Callable[[], list[str]]) -> None:
     dtype = ops.load(op).BACKENDS[backend].dtype

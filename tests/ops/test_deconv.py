@@ -179,8 +179,7 @@ class NormGradients(Contract):
 
 
 #: What memory orders do to Triton's kernels, narrow ones show; these have several blocks of channels.
-INTERPRETED = Deconv.interpreted | {"layout": ("channels_last", "channels_slice"),
-                                    "cotangents": ("channels_last", "channels_slice")}  # fmt: skip
+INTERPRETED = Deconv.interpreted | {"layout": ("channels_slice",), "cotangents": ("channels_last", "channels_slice")}
 
 
 class Wide(Deconv):
@@ -202,7 +201,7 @@ test_threads_of_sums = each.thread_count(
 )
 # |mean| 1e4 standard deviations: a difference of squares would err by 1e4^2 u = 6 of a variance of 1.
 test_statistics_far_from_zero = each.case(
-    Deconv({"triton": (torch.float32,), "cpu": (torch.float32,)}, size=((2, 16, 20, 17, 23),), bias=(1e4,), **ONE)
+    Deconv({"triton": (torch.float32,), "cpu": (torch.float32,)}, size=((1, 16, 20, 9, 23),), bias=(1e4,), **ONE)
 )
 test_empty_batch = each.empty_batch(
     Deconv(size=((0, 8, 36, 3, 4), (0, 40, 36, 3, 4)), layout=("nchw",), bias=(0, None))

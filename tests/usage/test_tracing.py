@@ -179,7 +179,10 @@ def test_feature_extraction(library):
 # --- ONNX -------------------------------------------------------------------------------------------------
 
 
-ONNX = ["classification", "sisr", "SemSegment", "WaveNet fork_feat", "Haar", "db2", "inference WaveNet"]
+ONNX = [
+    *("classification", "WaveNet fork_feat", "Haar"),
+    *(pytest.param(name, marks=pytest.mark.prove) for name in ("sisr", "SemSegment", "db2", "inference WaveNet")),
+]
 
 
 @pytest.mark.parametrize("name", ONNX)
