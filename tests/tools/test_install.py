@@ -17,6 +17,15 @@ from wavemix_kernels import _native
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for variable in (
@@ -28,12 +37,31 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "CUDA_PATH",
     ):
         monkeypatch.delenv(variable, raising=False)
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("setup.py")
+
+
+@pytest.mark.parametrize(
+    "cmake, ninja, wanted",
+    [
+        ("cmake version 3.25.1", "1.11.1", []),
+        ("cmake version 4.0.0-rc1\n", "1.13.2.git.kitware", []),
+        ("cmake version 3.9.6", "1.9.0", ["cmake>=3.24", "ninja>=1.10"]),
+        (None, "1.11.1", ["cmake>=3.24"]),
+        ("ModuleNotFoundError", None, ["cmake>=3.24", "ninja>=1.10"]),
+    ],
+)
+def test_tools_that_serve_are_not_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cmake: str | None, ninja: str | None, wanted: list[str]
+) -> None:
+    for tool, told in (("cmake", cmake), ("ninja", ninja)):
+        if told is not None:
+            ends = "exit 1" if "Error" in told else "exit 0"
+            (tmp_path / tool).write_text(f"#!/bin/sh\necho '{told}'\n{ends}\n")
+            (tmp_path / tool).chmod(0o755)
+    backend = loaded("release/backend.py")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=None)
+    assert backend.missing_tools() == wanted
+    assert backend.get_requires_for_build_wheel()[-len(wanted) :] == wanted or not wanted
 
 
 @pytest.mark.parametrize("system, required", [("linux", True), ("darwin", False), ("win32", False)])
