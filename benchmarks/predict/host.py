@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .steps import Step, narrow_choices, run, steps
+from .steps import Step, narrow_choices, parameters, run, steps
 from .tools import Missing
 
 #: Microseconds that NVIDIA's driver takes for a launch, at least: estimated.
@@ -160,6 +160,7 @@ def _without_products() -> torch.library.Library:
         for function in (convolution, convolution_backward, mm, addmm):
             library.impl(function.__name__, function, "CPU")
         library.impl("bmm", mm, "CPU")
+        library.impl("mm.out", lambda a, b, *, out: out, "CPU")
     return library
 
 
@@ -169,7 +170,8 @@ def _made(step: Step, provider: str, training: bool) -> Callable[[], None]:
     x = torch.randn(step.few, dtype=torch.bfloat16).contiguous(memory_format=order)
     x.requires_grad_(training and not step.image)
 
-    return lambda: run(made, x, training=training)
+    weights = parameters(made)
+    return lambda: run(made, x, training=training, weights=weights)
 
 
 def _seconds(call: Callable[[], object], times: int) -> float:

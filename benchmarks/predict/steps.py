@@ -8,7 +8,7 @@ line refuses steps whose numbers of launches differ by a tenth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,18 +82,24 @@ def run(
     x: Tensor,
     *,
     training: bool,
+    weights: Sequence[Tensor] | None = None,
     between: Callable[[], object] = lambda: None,
     cotangent: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> None:
-    """One forward pass, and in training all gradients; ``between`` is called before them."""
+    """One forward pass, and in training all gradients; ``between`` is called before them. ``weights`` are the step's
+    parameters, which a training loop collects once."""
     if not training:
         with torch.no_grad():
             step(x)
         return
-    wanted = list(step.parameters()) if isinstance(step, nn.Module) else []
+    wanted = parameters(step) if weights is None else weights
     out = _flat(step(x))
     between()
     torch.autograd.grad(out, [x, *wanted] if x.requires_grad else wanted, list(map(cotangent, out)))
+
+
+def parameters(step: Callable[[Tensor], Any]) -> list[Tensor]:
+    return list(step.parameters()) if isinstance(step, nn.Module) else []
 
 
 def _flat(out: Any) -> list[Tensor]:
