@@ -169,7 +169,7 @@ def spared_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found out about this machine before does not matter, and what tests find out stays in their folder."""
+    """Tests neither read nor write the user's cache."""
     from wavemix_kernels import cache
     from wavemix_kernels.ops import verify
 

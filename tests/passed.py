@@ -16,7 +16,7 @@ from benchmarks.predict import kept
 from benchmarks.predict.tools import ROOT, key, locked
 
 KEPT = Path(__file__).with_name("passed.json")
-#: What every session of tests/ops and tests/kernels reads.
+#: Files that every session of tests/ops and tests/kernels reads.
 HELPERS = ("tests/*.py", "tests/ops/[!t]*.py", "tests/kernels/**/support.py", "wavemix_kernels/ops/*.py")
 
 

@@ -45,7 +45,7 @@ except ImportError as error:
     core_error = _why_missing(error)
     warnings.warn(f"{core_error}. Until then CPU tensors run on plain PyTorch", RuntimeWarning, stacklevel=2)
 
-#: What builds the package anew, from its sources.
+#: The command that builds the package anew, from its sources.
 AGAIN = "pip install --force-reinstall --no-deps ."
 #: The instruction set of the CPU's kernels, or why the core has none that run here.
 cpu_isa: str | None = None
@@ -94,7 +94,7 @@ def _driver_reason(with_cuda: ModuleType) -> str | None:
     )
 
 
-#: What writes launches down for a plan (:mod:`wavemix_kernels.ops.common.recorder`), by thread.
+#: Recorders, which write launches down for a plan (:mod:`wavemix_kernels.ops.common.recorder`), by thread.
 recorders: dict[int, Any] = {}
 
 
@@ -133,7 +133,8 @@ def launch(name: str, device: torch.device, *args: Any, **more: Any) -> None:
         of.called(function, args, more)
 
 
-#: Of an H100, for grids that no device runs: those of emulators, of the interpreter and of tensors without storage.
+#: Multiprocessors of an H100, for grids that no device runs: those of the emulator, of Triton's interpreter and of
+#: tensors without storage.
 MULTIPROCESSORS = 132
 
 

@@ -1,4 +1,4 @@
-"""What was found out about the devices of this machine, in one file of the user's cache folder.
+"""Findings about the devices of this machine, in one file of the user's cache folder.
 
 :mod:`wavemix_kernels.ops.verify` keeps there which kernels compute right on a device (section ``"verified"``), and
 :mod:`wavemix_kernels.tune` which ones are fast (``"tuned"``). An entry holds for one device, driver, torch, Triton,
@@ -29,7 +29,7 @@ from wavemix_kernels import _native, backends, log
 from wavemix_kernels._version import __version__
 
 VARIABLE = "WAVEMIX_KERNELS_CACHE"
-#: What the file says of itself. Another one is another program's, or another time's.
+#: The file's format. Another one is another program's, or another time's.
 FORMAT = "wavemix_kernels devices 1"
 SECTIONS = ("verified", "tuned")
 #: Seconds to wait for another process that writes; one takes milliseconds.
@@ -40,7 +40,7 @@ _Devices = dict[str, dict[str, dict[str, Any]]]
 
 
 class _State:
-    """Of this process."""
+    """This process's view of the file."""
 
     devices: _Devices | None = None  # its copy, once somebody asked
     failed: bool = False  # whether the file cannot be written; nobody tries again
@@ -197,7 +197,7 @@ def _copy() -> _Devices:
 
 
 def _load() -> _Devices:
-    """What the file holds; nothing where there is none.
+    """The contents of the file; nothing where there is none.
 
     Raises:
         OSError: it cannot be read.

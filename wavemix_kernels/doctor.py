@@ -19,7 +19,7 @@ from wavemix_kernels._version import __version__
 from wavemix_kernels.ops import choose, verify
 
 NO_KERNELS = "-"
-#: What users run. A kernel in float64 is verified at first use.
+#: Dtypes that users run. A kernel in float64 is verified at first use.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

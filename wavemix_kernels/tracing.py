@@ -1,4 +1,4 @@
-"""What torch.compile is told, without importing the compiler: that takes as long as torch itself."""
+"""Facts that torch.compile is told, without importing the compiler: that takes as long as torch itself."""
 
 from __future__ import annotations
 

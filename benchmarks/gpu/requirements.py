@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.gpu.jobs import search_path
 
-#: What the words in a job's `needs` stand for.
+#: The words in a job's `needs`, with their meanings.
 PURPOSES = {
     "all": "everything",
     "tests": "the parity tests",

@@ -22,7 +22,7 @@ USAGE = "benchmarks/gpu.sh OUT_DIR [MINUTES=8] [--rehearse]"
 ARCHIVE = "gpu-results.tar.gz"
 #: Exit statuses.
 PASSED, FAILED, NOTHING, INCOMPLETE = 0, 1, 2, 3
-#: Of an op and backend the worst counts.
+#: The worst verdict of an op and backend counts.
 ORDER = ("PASS", "SKIP", "TIME", "FAIL")
 
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.jobs import End, Job, Verdict, verdict
 from benchmarks.gpu.requirements import cuda_tool
 
 PACKAGE = Path(__file__).resolve().parents[2] / "wavemix_kernels"
-#: What each looks for, most important first.
+#: Each tool with the faults that it finds, most important first.
 KINDS = {
     "memcheck": "accesses out of bounds or misaligned",
     "racecheck": "races in shared memory",

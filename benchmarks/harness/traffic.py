@@ -121,7 +121,7 @@ _TRITON = _ALWAYS | {
 PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.
     "cpu": Plan(torch.float32, choose.WHOLE, _ALWAYS),
-    # What `auto` takes: half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
+    # `auto` takes half types in cuDNN's transposed convolution, with BatchNorm's passes of their own around it.
     "gpu": Plan(
         torch.bfloat16,
         choose.WHOLE,

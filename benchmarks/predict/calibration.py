@@ -163,7 +163,7 @@ _PUBLISHED: list[tuple[str, str, Callable[[], Launch], float, float, str]] = [
         for n, speed in ((8192, 2048.0), (14336, 2389.3), (28672, 2740.9))
     ),
 ]  # fmt: skip
-#: What the sources leave open.
+#: Facts that the sources leave open.
 NOTES = (
     "vector add and copy: the chips' copy bandwidths come from the two largest sizes of these rows, so that only the "
     "smaller ones test the prediction",

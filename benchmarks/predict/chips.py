@@ -71,7 +71,7 @@ class Chip:
 
     @property
     def arch(self) -> int:
-        """As nvcc and Triton number it."""
+        """The number that nvcc and Triton use."""
         return 10 * self.capability[0] + self.capability[1]
 
     @property

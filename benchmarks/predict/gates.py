@@ -113,7 +113,7 @@ def predictions(chip: str = CHIP, pattern: str = "*") -> list[Predicted]:
 
 
 def complaints(found: Iterable[Predicted], floors: dict[str, dict[str, float]]) -> list[str]:
-    """What is worse than its floor, has none or a low one without a reason, or was misread; one line each."""
+    """Kernels worse than their floor, without a floor, with a low one and no reason, or misread; one line each."""
     lines = []
     for one in found:
         floor = floors.get(one.name)

@@ -55,8 +55,8 @@ def serves(row: Kept | None, today: str, anew: bool = False) -> bool:
 
 
 def triton_code(kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any], arch: int | str) -> str:
-    """What Triton compiles a launch from, without compiling it: its sources, how it is specialised, the options, the
-    chip, and the compiler's version."""
+    """The inputs of Triton's compiler for a launch, without compiling it: sources, specialisation, options, chip and
+    version."""
     import triton
     from triton import knobs
 

@@ -134,7 +134,7 @@ def profile(launch: Launch, chip: Chip) -> Profile:
         return found
 
 
-#: What decides a profile, beside the machine code.
+#: A profile depends on these and on the machine code.
 SOURCES = [
     Path(__file__).parent / f"{name}.py" for name in ("profile", "execute", "warps", "arithmetic", "registers", "sass")
 ]

@@ -7,7 +7,7 @@ from wavemix_kernels.ops.verified import VERIFIED
 
 BACKENDS = ("cuda", "triton")
 
-#: What an operator's kernels do, beside its name.
+#: The work of an operator's kernels, beside its name.
 _NOTES = {
     "haar": "analysis, synthesis",
     "haar_pyramid": "forward, backward",

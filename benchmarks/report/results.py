@@ -34,7 +34,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What :meth:`save` wrote.
+        """The results that :meth:`save` wrote.
 
         Raises:
             OSError, ValueError, KeyError, TypeError: it is no such file.

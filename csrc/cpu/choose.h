@@ -1,5 +1,5 @@
-// Which CPU kernel runs: every rule in one place, as pure functions of shapes, layouts and dtypes. What was measured
-// is in docs/develop/tuning.md, under the heading that each rule names.
+// The choice of a CPU kernel: every rule in one place, as pure functions of shapes, layouts and dtypes. Measurements
+// are in docs/develop/tuning.md, under the heading that each rule names.
 //
 // Static, not inline: per-ISA units may not share code (isa.h).
 #pragma once

@@ -1,4 +1,4 @@
-"""What the compiled kernels are predicted to do on a card, held to floors: a kernel that gets slower is red.
+"""Predicted times of the compiled kernels, held to floors: a kernel that gets slower is red.
 
 Predictions compile and follow machine code, so they run in processes where kernels are not interpreted.
 """
@@ -33,7 +33,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def answer(program: str) -> Any:
-    """What a program prints last, as JSON."""
+    """The last line that a program prints, as JSON."""
     done = python("-c", program)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

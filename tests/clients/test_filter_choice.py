@@ -1,4 +1,4 @@
-"""Which filters of the pytorch_wavelets drop-in are taken for Haar's, and what follows a change of them."""
+"""The pytorch_wavelets drop-in takes some filters for Haar's, and looks again when they change."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ X = torch.zeros(1, 2, 4, 4)
 
 @pytest.fixture
 def path(monkeypatch):
-    """Which implementation the calls took, in order."""
+    """The implementations that the calls took, in order."""
     taken = []
 
     def record(function, *args, **kwargs):

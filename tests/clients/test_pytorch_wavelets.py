@@ -137,7 +137,7 @@ def test_none_is_a_level_of_zeros(missing, wave, dtype):
 
 
 def test_none_without_a_size_doubles(original):
-    # As the original: nothing says that the finer size was odd.
+    # The original does the same: nothing says that the finer size was odd.
     low = randn(1, 1, 3, 2).to(torch.float32)
     for highs in ([None], [None, None], [randn(1, 1, 3, 5, 4).to(torch.float32), None]):
         want = original.DWTInverse("haar")((low, highs))

@@ -174,7 +174,7 @@ FUSED = {"patm_whole", "phase_aggregate"}
 # Even and odd channels (a group that reads a cosine and a sine), and images thinner than the taps.
 @pytest.mark.parametrize("dim, size", [(4, (3, 21)), (5, (8, 2)), (7, (1, 1)), (6, (9, 1)), (10, (5, 13))], ids=str)
 def test_is_upstreams_order_of_operations(dim: int, size: tuple[int, int], mode: str) -> None:
-    """As the benchmarks have it, beside which recorded values hold the reference."""
+    """The benchmarks run this order; recorded values hold the reference."""
     qkv_bias = size[0] % 2 == (mode == "fc")
     module = subjects.randomised(PATM(dim, qkv_bias=qkv_bias, mode=mode).double()).eval()
     theirs = UpstreamPATM(dim, qkv_bias, mode=mode).double().eval()

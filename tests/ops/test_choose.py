@@ -1,4 +1,4 @@
-"""Which implementation runs, and the log that says so: wavemix_kernels/ops/choose.py, wavemix_kernels/log.py."""
+"""The choice of an implementation and its log: wavemix_kernels/ops/choose.py, wavemix_kernels/log.py."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class NormGradients(Contract):
         return bounds | {"norm_weight": errors["weight"], "norm_bias": errors["bias"]}
 
 
-#: What memory orders do to Triton's kernels, narrow ones show; these have several blocks of channels.
+#: Narrow images show what memory orders do to Triton's kernels; these have several blocks of channels.
 INTERPRETED = Deconv.interpreted | {"layout": ("channels_slice",), "cotangents": ("channels_last", "channels_slice")}
 
 

@@ -18,7 +18,7 @@ from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
 HALF = (torch.bfloat16, torch.float16)
 WIDE = UNIT_ROUNDOFF[torch.float32]
-#: Of the sine of half types (csrc/cuda/patm/sincos.cuh).
+#: Error of the sine of half types (csrc/cuda/patm/sincos.cuh).
 SINE = 14 * 2.0**-24
 ON_X = set(Weights._fields[:ON_IMAGES])
 

@@ -170,7 +170,7 @@ _BINARY = {
     "rem": lambda a, b: np.where(b == 0, a, a - divide(a, b) * b),
     "copysign": lambda sign, size: np.copysign(size, sign),
 }  # fmt: skip
-#: What the chips' classes of work are; everything else is integer work.
+#: Classes of work; every other opcode is integer work.
 MUFU = ("rcp", "rsqrt", "sqrt", "ex2", "lg2", "sin", "cos", "tanh")
 _WORK = {
     **dict.fromkeys(("ld", "st", "ldmatrix", "atom", "red", "cp"), "load/store"), **dict.fromkeys(MUFU, "MUFU"),

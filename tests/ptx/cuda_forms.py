@@ -32,7 +32,7 @@ test_phase_statistics = each.case(
     )
 )
 
-#: As many tiles of outputs as a block takes, each number once.
+#: Tiles of outputs that a block takes, each number once.
 WIDTHS: Any = {
     "size": tuple(((1, 12, 4, 8), outputs, 1) for outputs in (10, 30, 36, 48, 64)), "layout": ("channels_last", "nchw"),
     "last": (True,), "bias": (True,), "cotangents": ("channels_last",),

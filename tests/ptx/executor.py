@@ -164,7 +164,7 @@ def _guarded(step: Step, made: Instruction) -> Step:
 
 
 def _taking(s: Threads, made: Instruction) -> Array:
-    """Which of the threads that are there an instruction's guard lets through."""
+    """The present threads that an instruction's guard lets through."""
     if made.guard is None:
         return s.mask
     taken = s.registers[made.guard]

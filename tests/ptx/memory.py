@@ -258,7 +258,7 @@ class Shared:
         return found
 
     def _races(self, cells: Array, threads: Array) -> Array:
-        """Which of these cells other threads wrote, and no barrier orders before."""
+        """Cells among these that other threads wrote, with no barrier between."""
         if self.wrote < self.met:
             return np.zeros((1, 1), bool)
         time, writer, mine = self.written.take(cells), self.writer.take(cells), threads[:, None]

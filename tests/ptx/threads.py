@@ -155,7 +155,7 @@ def _spread(operand: Operand) -> Sequence[Operand]:
 
 
 def _space(made: Instruction) -> tuple[str, type]:
-    """Whose memory, and the type of its addresses."""
+    """The memory space, and the type of its addresses."""
     space = next((word for word in made.modifiers if word in ("shared", "param")), "global")
     return space, U64 if space == "global" else U32
 

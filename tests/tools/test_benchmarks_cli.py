@@ -140,7 +140,7 @@ def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monke
 
 @needs_extras
 def test_a_lost_gpu_ends_the_run(tmp_path, brief, monkeypatch, capsys):
-    """What came before is kept; the next process is told where to go on."""
+    """Results before it are kept; the next process is told where to go on."""
     second, measured = dataclasses.replace(tiny(), name="haar/second/forward+backward"), []
     monkeypatch.setattr(cli, "device_is_lost", lambda device: len(measured) == 2)
     measure_one = measure.Meter.measure

@@ -1,4 +1,4 @@
-"""What was found out about a device: wavemix_kernels/cache.py. Its file may be anything, and any number may write."""
+"""Findings about a device: wavemix_kernels/cache.py. The file may hold anything, and several processes may write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def again() -> dict[str, dict[str, object]]:
-    """What the next process would read."""
+    """The contents that the next process would read."""
     cache.forget()
     return {section: dict(cache.read(CPU, section)) for section in cache.SECTIONS}
 
@@ -54,7 +54,7 @@ def test_another_build_does_not_go_by_it(file: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_key_names_all_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a GPU: its name, architecture and driver as well."""
+    """A GPU's key has its name, architecture and driver as well."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

@@ -44,7 +44,7 @@ def _model(kind: Any, **options: Any) -> Callable[[bool], nn.Module]:
     return lambda plain: kind(depth=2, **_BLOCK, **options, **({"block": reference.Waveblock} if plain else {}))
 
 
-#: What is counted, by whether plain modules make it; and its input.
+#: Whether plain modules make it, what is counted, and its input.
 SUBJECTS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...]]] = {
     **{f"Waveblock {u}": (_waveblock(upsample=u), (2, 16, 16, 24))
        for u in ("deconv", "bilinear", "nearest", "pixelshuffle")},

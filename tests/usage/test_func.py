@@ -157,7 +157,7 @@ def reference(function: Function) -> Function:
     return run
 
 
-#: Of a central difference in float64: rounding and curvature err by 1e-10 each.
+#: Step of a central difference in float64: rounding and curvature err by 1e-10 each.
 STEP = 1e-5
 SUBJECTS: dict[str, Function] = operators() | modules() | inference_forms()
 

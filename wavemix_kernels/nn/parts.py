@@ -94,7 +94,7 @@ def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 
 class Batch(NamedTuple):
-    """What a norm saw: so many values per channel with this mean and biased variance."""
+    """The values that a norm saw: their mean, biased variance and count per channel."""
 
     norm: nn.Module
     mean: Tensor

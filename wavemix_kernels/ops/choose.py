@@ -1,4 +1,4 @@
-"""Which implementation runs: every choice between two that compute the same, in one place.
+"""The choice of an implementation: every decision between two that compute the same, in one place.
 
 A rule is a pure function of shape, dtype, layout and device. It returns the name of an implementation, or names of
 backends in the order to try them. Each states what was measured; the tables are in docs/develop/tuning.md. Rules serve
@@ -227,7 +227,7 @@ def stem(device: str, folded: int, apart: int) -> str:
 MLP_HELD = 288
 #: Up to so many inputs and results together it holds 64 hidden units for the gradients of all weights.
 MLP_WEIGHTS_HELD = 256
-#: As MLP_HELD, on chips with 99 KB of shared memory for a block, where more columns spill registers.
+#: The same on chips with 99 KB of shared memory for a block, where more columns spill registers.
 MLP_HELD_BY_LITTLE = 128
 
 

@@ -1,4 +1,4 @@
-"""What was measured to be fastest on this device, asked before the rules of :mod:`wavemix_kernels.ops.choose`.
+"""The fastest choices measured on this device, asked before the rules of :mod:`wavemix_kernels.ops.choose`.
 
 :mod:`wavemix_kernels.tune` measures and writes. A choice is known by its key: its name, and of the first two tensors of
 the call dtype, channels and the power of two of all other sizes together. Chosen are backends of an op, tiles of a
@@ -36,7 +36,7 @@ _MOST_CALLS = 10_000
 
 
 class Recorder(Protocol):
-    """What :mod:`wavemix_kernels.tune` puts in the way of every call while it measures."""
+    """The hook that :mod:`wavemix_kernels.tune` puts into every call while it measures."""
 
     def run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -126,7 +126,7 @@ def is_measured(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
 
 
 def either(what: str, default: str, other: str, *tensors: Tensor, extra: tuple[int, ...] = ()) -> str:
-    """Of two forms of a composite the measured one, else ``default``. A graph is traced with the default."""
+    """The measured one of two forms of a composite, else ``default``. A graph is traced with the default."""
     if torch.compiler.is_compiling():
         return default
     device = tensors[0].device
@@ -342,7 +342,7 @@ def entry(key: Key, ranking: Ranking, device: torch.device) -> tuple[str, dict[s
 
 
 def from_entry(value: Mapping[str, Any]) -> tuple[Key, Ranking]:
-    """What :func:`entry` made the value of; tiles are made when they are asked for."""
+    """The value that :func:`entry` made one of; tiles are made when they are asked for."""
     return _key_from(value["key"]), list(value["ranking"])
 
 

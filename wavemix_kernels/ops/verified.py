@@ -1,4 +1,4 @@
-"""What a GPU has verified: the one list, read by :mod:`wavemix_kernels.ops.verify` and by docs/gpu-status.md.
+"""Kernels that a GPU has verified: the one list, read by :mod:`wavemix_kernels.ops.verify` and by docs/gpu-status.md.
 
 An entry says that the tests of an operator passed with ``--device cuda`` on a GPU of that architecture, for every dtype
 that the backend serves. ``benchmarks/gpu.sh`` runs them. ``python -m benchmarks publish`` then writes the page.

@@ -64,7 +64,7 @@ class _Thread(threading.local):
     testing = False  # whether this is the thread of a self-test: it must not wait for its own verdict
 
 
-#: What is wrong with a kernel, by (table of backends, backend, device, dtype); None: it computes right. The tables are
+#: Faults of kernels, by (table of backends, backend, device, dtype); None: it computes right. The tables are
 #: kept beside, so that no other one gets the address.
 _faults: dict[Key, str | None] = {}
 _tables: list[Mapping[str, Backend]] = []
@@ -86,7 +86,7 @@ MODE = _mode()
 
 
 def fault(table: Mapping[str, Backend], backend: str, tensor: Tensor) -> str | None:
-    """What is wrong with an operator's kernel for a device and dtype, or None. The first time it is found out.
+    """The fault of an operator's kernel for a device and dtype, or None. The first time it is found out.
 
     Args:
         table: the operator's ``BACKENDS``.
@@ -104,12 +104,12 @@ def fault(table: Mapping[str, Backend], backend: str, tensor: Tensor) -> str | N
 
 
 def known_fault(table: Mapping[str, Backend], backend: str, tensor: Tensor) -> str | None:
-    """What :func:`fault` has found, or None."""
+    """The fault that :func:`fault` has found, or None."""
     return _faults.get((id(table), backend, tensor.device, tensor.dtype))
 
 
 def refused(devices: Container[torch.device]) -> list[str]:
-    """What is wrong with the kernels that failed on ``devices`` so far."""
+    """The faults of the kernels that failed on ``devices`` so far."""
     return [fault for (_, _, device, _), fault in _faults.items() if fault is not None and device in devices]
 
 

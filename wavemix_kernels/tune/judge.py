@@ -23,7 +23,7 @@ class Judge:
         self._limits = [_limit(got, exact) for got, exact in zip(rounded, self._exact, strict=True)]
 
     def why_wrong(self, results: Sequence[Tensor]) -> str | None:
-        """What is wrong with results, or None."""
+        """The fault of results, or None."""
         if len(results) != len(self._exact):
             return f"it returns {len(results)} tensors, expected {len(self._exact)}"
         for i, (got, exact, limit) in enumerate(zip(results, self._exact, self._limits, strict=True)):

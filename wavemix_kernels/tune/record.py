@@ -1,4 +1,4 @@
-"""What a model calls: each operator with arguments like those that it got, and the choices that fell inside."""
+"""A model's calls: each operator with arguments like those that it got, and the choices that fell inside."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Like:
     def of(cls, t: Tensor) -> Like:
         values = t.detach().double() if t.numel() else t.new_zeros(1, dtype=torch.float64)
         mean, deviation = values.mean().item(), values.std(correction=0).item()
-        # What is constant in an example is not in training, and gradients of a constant cancel.
+        # A constant of an example varies in training, and gradients of a constant cancel.
         deviation = max(deviation, abs(mean) / 4) or 1.0
         positive = bool((values > 0).all())
         return cls(tuple(t.shape), t.stride(), t.dtype, t.device, mean, deviation, positive, t.requires_grad)

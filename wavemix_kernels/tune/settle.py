@@ -227,7 +227,7 @@ class Settler:
 
 
 def _fields(candidate: Any) -> Any:
-    """As JSON has it."""
+    """The fields as JSON has them."""
     if dataclasses.is_dataclass(candidate) and not isinstance(candidate, type):
         return list(dataclasses.astuple(candidate))
     return [_fields(part) for part in candidate] if isinstance(candidate, tuple) else candidate

@@ -124,7 +124,7 @@ struct RowsAnalysis {
     return active && i < p.level[0].h && column + (V > 1 ? 0 : part) < p.level[0].w;
   }
 
-  // What lies outside is read from the image's first place: no branch keeps the accesses apart.
+  // Pixels outside are read from the image's first place: no branch keeps the accesses apart.
   __device__ void fetch_rows(int i, Row (&raw)[2]) const {
     const int64_t* stride = p.image_stride;
     const T* image = static_cast<const T*>(p.image);

@@ -281,7 +281,7 @@ int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, int mul
     const phase::Plan plan(args, 1, multiprocessors, false);
     return plan.images * plan.parts_of_image() * phase::kSums * c;
   }
-  // Which form a call takes depends on its addresses, too.
+  // A call's form depends on its addresses, too.
   const auto parts = [&](int pairs) { return phase::Plan(args, pairs, multiprocessors, true).parts_of_image(); };
   return std::max(parts(1), parts(2)) * n * c;
 }

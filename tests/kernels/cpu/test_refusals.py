@@ -1,4 +1,4 @@
-"""What the CPU's kernels refuse: each message names the argument and its value."""
+"""Calls that the CPU's kernels refuse: each message names the argument and its value."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ SANITIZED = {
     "reduce_haar": (80, "tests/ops/test_reduce_haar.py"),
     "patm": (50, "tests/ops/test_patm.py", "tests/kernels/cuda/test_patm.py"),
 }
-#: What the emulator is made of.
+#: Sources of the emulator.
 EMULATOR = (
     *(f"csrc/{folder}/**/*" for folder in ("cuda", "include", "bindings", "emulator")),
     *("tests/emulator/*", "tests/kernels/cuda/*.py"),

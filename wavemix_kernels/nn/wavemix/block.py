@@ -79,7 +79,7 @@ class FusedWaveblock(Waveblock):
             out = super().forward(x)
             return x + out if residual else out
         self.check_input(x)
-        # As lists: nn.Sequential walks to what an index asks for.
+        # Lists, since nn.Sequential walks to what an index asks for.
         parts: list[list[Any]] = [[*getattr(self, self._feedforward_name(i + 1))] for i in range(self.level)]
         convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
         weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]

@@ -83,7 +83,7 @@ class InferencePATM(_Constants):
             return layout.ordered_as(self.branch(x, layout.is_channels_last(x)), x)
 
     def branch(self, x: Tensor, channels_last: bool = True) -> Tensor:
-        """As :meth:`forward`, fresh, in a memory order that costs nothing: channels_last where that is asked for."""
+        """A fresh result of :meth:`forward`, in the memory order that costs least: channels_last if asked for."""
         checks.check_tensor("x", x, 4, f"(N, {self.dim}, H, W)")
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")

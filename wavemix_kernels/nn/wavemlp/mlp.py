@@ -58,7 +58,7 @@ _KINDS = (("fc1", nn.Conv2d), ("act", nn.GELU), ("fc2", nn.Conv2d), ("drop", nn.
 
 
 def why_not_mlp(mlp: Mlp) -> str | None:
-    """As :meth:`FusedMlp.why_not_fused`, of any Mlp."""
+    """The reason of :meth:`FusedMlp.why_not_fused`, for any Mlp."""
     if (reason := why_not_all_plain((name, getattr(mlp, name), kind) for name, kind in _KINDS)) is not None:
         return reason
     if (approximate := cast(nn.GELU, mlp.act).approximate) != "none":

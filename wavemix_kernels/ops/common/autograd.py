@@ -110,7 +110,7 @@ def differentiable(
     flat_backward: Any = once_differentiable(spread_backward) if once else spread_backward
 
     def tangents_of(made: _Call, given: Sequence[Tensor | None]) -> Any:
-        """What a linear operator's outputs change by; an input without a tangent does not change."""
+        """Tangents of a linear operator's outputs; an input without a tangent does not change."""
         like = next(t for t in given if t is not None)
         filled = [like.new_zeros(s) if t is None else t for t, s in zip(given, made.shapes, strict=True)]
         return _as_outputs(call(*made.arguments(filled)))

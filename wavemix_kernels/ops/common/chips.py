@@ -1,4 +1,4 @@
-"""What tiles depend on of a GPU. Free of triton."""
+"""Properties of a GPU that tiles depend on. Free of triton."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def install() -> None:
 
 
 def counted() -> list[tuple[Any, Any]] | None:
-    """What the counters at work have counted so far, for :func:`forget_since`; None where nobody counts."""
+    """The counts of the counters at work so far, for :func:`forget_since`; None where nobody counts."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0 or _COUNTER not in sys.modules:
         return None
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack

@@ -55,7 +55,7 @@ class Made(NamedTuple):
 
 
 STREAM = object()
-#: What a plan gives back where PyTorch does not as it did.
+#: A plan gives this back where PyTorch does not as it did.
 OTHERWISE = object()
 
 
@@ -181,7 +181,7 @@ class Writer:
         last = {slot: i for i, (_, reads) in enumerate(self._lines) for slot in reads}
         for i, (text, reads) in enumerate(self._lines):
             lines.append(f" {text}")
-            # What is done with is freed at once, as in the function.
+            # Tensors are freed after their last use, as in the function.
             done = [f"t{slot.number}" for slot in reads if last[slot] == i and slot not in self._inputs]
             if done and i + 1 < len(self._lines):
                 lines.append(f" del {', '.join(done)}")

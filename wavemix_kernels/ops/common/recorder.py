@@ -192,8 +192,8 @@ _spying = threading.Lock()
 
 
 def _launcher(kernel: Any, again: Callable[[], Any]) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
-    """What launches a kernel that Triton has compiled, as deep in Triton as it can be called, and its arguments: the
-    grid, the stream, and others. None where Triton is made otherwise. Nothing is launched."""
+    """The deepest function of Triton that launches a compiled kernel, and its arguments: the grid, the stream, and
+    others. None where Triton is made otherwise. Nothing is launched."""
     caught = _caught(kernel, "_run" if "_run" in vars(kernel) else "run", again)
     # Grid, stream, function, packed metadata, metadata for hooks, two hooks, arguments.
     if caught is None or len(caught) < 9 or caught[4] != kernel.function or not _is_launch(caught):

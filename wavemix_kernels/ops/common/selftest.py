@@ -61,6 +61,6 @@ def run(
 
 
 def half_bound(bound: float, reference_error: float, dtype: torch.dtype) -> float:
-    """What a kernel in a half type may be off: as much again as the reference in that type, whose intermediate tensors
-    are rounded as often, and one rounding of the result, which the reference may be spared by luck."""
+    """The error allowed to a kernel in a half type: as much again as the reference in that type, whose intermediate
+    tensors are rounded as often, and one rounding of the result, which the reference may be spared by luck."""
     return bound + 2 * reference_error + torch.finfo(dtype).eps

@@ -58,7 +58,7 @@ FREE = ("images", "pixels", "h", "w")  # one binary for all of them
 
 @triton.jit
 def _begin(residual, rows, valid, col, o, RESIDUAL: tl.constexpr, FULL: tl.constexpr):
-    """What the products are added to: zero, or an image's pixels, whose registers are free again before the loop."""
+    """The sums' initial values: zero, or an image's pixels, whose registers are free again before the loop."""
     acc = tl.zeros((valid.shape[0], col.shape[0]), tl.float32)
     if RESIDUAL:
         if FULL:

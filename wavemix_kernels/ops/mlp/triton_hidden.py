@@ -59,9 +59,9 @@ def _hidden_kernel(
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows by EACH hidden units: the layer behind dropout, and the gradient of what precedes the
-    activation. partial_b1[block] = the latter's sums over the block's rows. The block's first program: joined = [x |
-    second * scale + shift], where there is a second, and partial_b2[block] = sums of g."""
+    """A program takes a block of rows and EACH hidden units. It stores the layer behind dropout, the gradient of the
+    activation's input, and partial_b1[block], that gradient's sums over the rows. A block's first program also stores
+    joined = [x | second * scale + shift], where there is a second, and partial_b2[block], sums of g."""
     block = tl.program_id(0).to(tl.int64) // splits
     split = tl.program_id(0) % splits
     row = block * ROWS + tl.arange(0, ROWS)

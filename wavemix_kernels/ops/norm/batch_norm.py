@@ -49,7 +49,7 @@ def affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 class Statistics(NamedTuple):
-    """Of a batch by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64)."""
+    """A batch's statistics by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64)."""
 
     mean: Tensor
     var: Tensor  # biased
@@ -58,7 +58,7 @@ class Statistics(NamedTuple):
     shift: Tensor
 
     def distinct(self) -> Statistics:
-        """As an operator's results: no tensor twice."""
+        """An operator's results: no tensor twice."""
         return self._replace(scale=self.scale.clone()) if self.scale is self.invstd else self
 
 

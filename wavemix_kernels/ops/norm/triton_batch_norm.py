@@ -100,7 +100,7 @@ def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
 
 @triton.jit
 def _places(tile, tiles, run, outer0, ONE_RUN: tl.constexpr, POSITIONS: tl.constexpr):
-    """Of several tiles: the outer indices (tiles, 1, 1), the positions (tiles, positions, 1), and which exist. Tiles
+    """The outer indices of several tiles (tiles, 1, 1), their positions (tiles, positions, 1), and which exist. Tiles
     are counted in 32 bits: divisions of 64 would take longer than the tiles' loads."""
     if ONE_RUN:
         outer1, outer0_at, local = tl.zeros_like(tile), tl.zeros_like(tile), tile

@@ -29,7 +29,7 @@ def image_of(bands: Tensor, size: Sequence[int]) -> Tensor:
 def wtconv(
     x: Tensor, add: Tensor | None, taps: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool = False
 ) -> Tensor:
-    """As :func:`wavemix_kernels.ops.wtconv.wtconv`; ``transposed`` applies the transpose, whose taps are mirrored."""
+    """The same as :func:`wavemix_kernels.ops.wtconv.wtconv`; ``transposed``: the transpose, whose taps are mirrored."""
     low, kept = x, []
     for of_level, scale in zip(taps, scales, strict=True):
         weight = of_level.flip(2, 3) if transposed else of_level

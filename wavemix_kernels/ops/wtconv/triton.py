@@ -214,7 +214,7 @@ def in_order(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def unit_of(images: Sequence[Tensor], channels_last: bool) -> int:
-    """What divides all strides but the contiguous one: channels go by pairs or fours, pixels of rows by pairs."""
+    """A divisor of all strides but the contiguous one: channels go by pairs or fours, pixels of rows by pairs."""
     strides = [t.stride(axis) for t in images for axis in ((0, 2, 3) if channels_last else (0, 1, 2))]
     strides.append(images[0].shape[1 if channels_last else 3])
     for unit in (4, 2) if channels_last else (2,):
@@ -290,7 +290,7 @@ def prepared(taps: Sequence[Tensor], scales: Sequence[Tensor], wide: torch.dtype
 
 
 def pyramid(x: Tensor, levels: int, channels_last: bool) -> list[Tensor]:
-    """What each level transforms: ``x``, and the LL of each level but the last."""
+    """The images that the levels transform: ``x``, and the LL of each level but the last."""
     lows = [x]
     for _ in range(levels - 1):
         n, c, h, w = lows[-1].shape

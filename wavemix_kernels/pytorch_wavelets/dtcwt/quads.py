@@ -142,7 +142,7 @@ def _quads(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _places(band: int, trees: bool) -> tuple[int, int, int, int]:
-    """Which of the four corners hold a, b, c, d of a band: a high-pass of the second tree comes first."""
+    """The corners that hold a, b, c, d of a band: a high-pass of the second tree comes first."""
     flip = band if trees else 0  # bit 0: along H, bit 1: along W
     row, column = flip & 1, flip >> 1
     a, b, c, d = (2 * (r ^ row) + (k ^ column) for r in (0, 1) for k in (0, 1))
