@@ -179,7 +179,8 @@ class NormGradients(Contract):
 
 
 #: Narrow images show what memory orders do to Triton's kernels; these have several blocks of channels.
-INTERPRETED = Deconv.interpreted | {"layout": ("channels_slice",), "cotangents": ("channels_last", "channels_slice")}
+INTERPRETED = Deconv.interpreted | {"layout": ("channels_last", "channels_slice"),
+                                    "cotangents": ("channels_last", "channels_slice")}  # fmt: skip
 
 
 class Wide(Deconv):
