@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import each
-from tests.ops.contract import Case, Contract, image, pairwise, randn
+from tests.ops.contract import SHORT, Case, Contract, image, pairwise, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, stored
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.norm import pre_norm
@@ -153,6 +153,12 @@ class Statistics(Contract):
 
 
 test_contract = each.case(PreNorm(), Statistics())
+FARTHER: Any = {"shape": ((2, 4, 3, 5),), "layout": ("far", "far_nchw", "far_channels", "far_rows", "far_columns")}
+OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
+test_offsets_beyond_32_bits = each.case(
+    PreNorm(OWN, types=((F16, F16),), kind=("channel", "image"), inside=("far_channels",), path=(True,), **FARTHER),
+    Statistics(OWN, **FARTHER),
+)
 EMPTY: Any = {"shape": ((0, 4, 3, 5),), "layout": ("nchw",), "inside": ("nchw",), "types": ((F32, F32),)}
 test_empty_batch = each.empty_batch(PreNorm(**EMPTY))
 FEW: Any = {"shape": ((2, 4, 3, 5),), "layout": ("channels_last",)}
