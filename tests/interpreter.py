@@ -1,26 +1,37 @@
-"""Triton's interpreter without work that changes nothing: the same arithmetic in a third of the time.
+"""Triton's interpreter with the compiler's integers, and without work that changes nothing: a third of the time.
 
-It changes private parts of :data:`VERSION` alone; other versions take their time.
+It changes private parts of :data:`VERSION` alone; other versions take their time, and 64 bits for 32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import interpreter, jit
 
 Function = Callable[..., Any]
 VERSION = "3.9."
 
 
+class _Wide(int):
+    """An integer argument that its kernel annotates with 64 bits."""
+
+
+def changes() -> bool:
+    return triton.__version__.startswith(VERSION)
+
+
 def spare_work() -> None:
     """Changes the interpreter in place."""
-    if not triton.__version__.startswith(VERSION):
+    if not changes():
         return
+    _heed_annotations()
     # Sums and products of int32 are made again in int64, for an assertion that needs `debug`.
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
@@ -30,6 +41,24 @@ def spare_work() -> None:
     # Every value has a type and a shape of its own, of which there are few different ones.
     tl.core.block_type.__init__ = _remembered(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = _with_shared_shape(tl.core.tensor.__init__)
+
+
+def _heed_annotations() -> None:
+    """Small integers have 32 bits in the interpreter, whatever their annotation; products of strides overflow."""
+    hosted, convert = interpreter.GridExecutor._init_args_hst, interpreter._implicit_cvt
+
+    def init_args(self: Any, args: Any, keywords: Any) -> Any:
+        made, keywords = hosted(self, args, keywords)
+        types = inspect.get_annotations(self.fn)
+        wide = [jit._normalize_ty(types.get(name, "")) == "i64" for name in self.arg_names]
+        return [_Wide(a) if w and type(a) is int else a for a, w in zip(made, wide, strict=False)], keywords
+
+    def implicit(arg: Any) -> Any:
+        if type(arg) is _Wide:
+            return tl.tensor(interpreter.TensorHandle(np.array([arg], np.int64), tl.int64), tl.int64)
+        return convert(arg)
+
+    interpreter.GridExecutor._init_args_hst, interpreter._implicit_cvt = init_args, implicit
 
 
 def _by_name(function: Function) -> Function:

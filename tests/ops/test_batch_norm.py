@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import each
-from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, on, randn
+from tests.ops.contract import EVERY_AXIS, LAYOUTS, SHORT, Case, Contract, image, on, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -179,7 +179,7 @@ test_contract = each.case(Stats(), Apply(), Backward())
 test_wide = each.case(Stats(**WIDE), Apply(**WIDE), Backward(**WIDE))
 test_repeats = each.backend_repeats(Stats(), Backward())
 OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
-FARTHER: Any = {"shape": ((2, 3, 2, 3),), "layout": ("far", "far_nchw", "far_channels", "far_rows", "far_columns")}
+FARTHER: Any = {"shape": ((2, 3, 2, 3),), "layout": EVERY_AXIS}
 test_offsets_beyond_32_bits = each.case(
     Stats(OWN, offset=(0,), weighted=(False,), **FARTHER),
     Apply(OWN, other=("far_channels",), **FARTHER),

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.clients.test_pytorch_wavelets import MODES, assert_same
 from tests.ops import each
-from tests.ops.contract import LAYOUTS, Case, Contract, image, randn, singles
+from tests.ops.contract import EVERY_AXIS, LAYOUTS, SHORT, Case, Contract, image, randn
 from wavemix_kernels.ops.dwt import op
 from wavemix_kernels.ops.dwt.border import border
 from wavemix_kernels.ops.dwt.reference import (
@@ -80,16 +80,10 @@ class AnyFilters(Contract):
         "layout": ("nchw", "channels_last", "sliced", "expanded"),
     }  # fmt: skip
     dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
-    #: Modes and filters, each once: Triton's interpreter takes a second for a case.
     few: ClassVar[Any] = {
         "shape": ((1, 2, 5, 6), (2, 1, 4, 5)), "taps": ((4, 2), (2, 5), (3, 6)), "layout": ("nchw", "sliced"),
         "levels": (1,),
     }  # fmt: skip
-
-    def cases(self, backend: str) -> list[Case]:
-        if backend != "triton":
-            return super().cases(backend)
-        return singles(dtype=self.dtypes[backend], **{**self.axes, **self.few})
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return case.levels * (sum(case.taps) + 8)
@@ -240,6 +234,10 @@ class Lines(AnyFilters):
 test_analysis = each.case(Analysis())
 test_synthesis = each.case(Synthesis())
 test_lines = each.case(Lines())
+OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
+FARTHER: Any = {"shape": ((2, 2, 5, 6),), "taps": ((4, 2),), "mode": ("symmetric",), "levels": (1,),
+                "layout": EVERY_AXIS}  # fmt: skip
+test_offsets_beyond_32_bits = each.case(Analysis(OWN, **FARTHER), Synthesis(OWN, **FARTHER))
 test_operators = each.operator(
     Analysis(shape=SHAPES[1:4], taps=TAPS[1:4], layout=("nchw", "channels_last"), mode=("zero", "periodic")),
     Synthesis(taps=TAPS[1:4], layout=("nchw",)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops import each
-from tests.ops.contract import Case, Contract, image, randn, singles
+from tests.ops.contract import EVERY_AXIS, SHORT, Case, Contract, image, randn
 from tests.ops.test_dwt import bank
 from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
 from wavemix_kernels.ops.dwt.reference import Filters, Lattice, separable_bank, separable_bank_transpose
@@ -35,15 +35,9 @@ class Bank(Contract):
         "layout": ("nchw", "channels_last", "sliced", "expanded"),
     }  # fmt: skip
     dtypes: ClassVar[Any] = {b: Contract.dtypes[b] for b in ("reference", "cpu", "triton")}
-    #: Each once: Triton's interpreter takes a second for a case.
     few: ClassVar[Any] = {
         "shape": ((1, 2, 4, 9), (2, 1, 8, 5)), "taps": ((4, 3), (3, 5)), "layout": ("nchw", "channels_last"),
     }  # fmt: skip
-
-    def cases(self, backend: str) -> list[Case]:
-        if backend != "triton":
-            return super().cases(backend)
-        return singles(dtype=self.dtypes[backend], **{**self.axes, **self.few})
 
     def terms(self, case: Case, name: str, backend: str) -> float:
         return sum(case.taps) + 4
@@ -112,6 +106,10 @@ class Transpose(Bank):
 
 test_bank = each.case(Bank())
 test_transpose = each.case(Transpose())
+FARTHER: Any = {"shape": ((2, 2, 4, 6),), "taps": ((3, 2),), "lattices": (("dilated",) * 2,), "mode": ("symmetric",),
+                "layout": EVERY_AXIS}  # fmt: skip
+OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
+test_offsets_beyond_32_bits = each.case(Bank(OWN, **FARTHER), Transpose(OWN, **FARTHER, missing=(False,)))
 ONE = {"shape": ((1, 2, 8, 40),), "taps": ((3, 5),), "lattices": (("tree",) * 2,), "layout": ("nchw",)}
 test_operators = each.operator(
     Bank(**ONE, mode=("symmetric",)), Transpose(**ONE, mode=("periodic",)), backends=("auto",)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import each
-from tests.ops.contract import Case, Contract, image, on, randn, singles
+from tests.ops.contract import EVERY_AXIS, SHORT, Case, Contract, image, on, randn, singles
 from tests.tolerances import accumulation
 from wavemix_kernels.ops.wtconv import reference, wtconv
 
@@ -81,6 +81,8 @@ class Wtconv(Contract):
 
 ONE = {"shape": ((1, 2, 3, 6),), "size": (3,), "levels": (2,), "layout": ("nchw",)}
 test_contract = each.case(Wtconv())
+FARTHER: Any = {"shape": ((2, 2, 4, 5),), "size": (3,), "levels": (1,), "layout": EVERY_AXIS, "cotangents": ("nchw",)}
+test_offsets_beyond_32_bits = each.case(Wtconv({"triton": SHORT["triton"]}, add=("same",), **FARTHER))
 test_empty_batch = each.empty_batch(Wtconv(**ONE | {"shape": ((0, 2, 4, 4),)}, add=("none",)))
 test_operators = each.operator(Wtconv(**ONE, add=("same",)), backends=("auto",))
 test_repeats = each.backend_repeats(Wtconv(**ONE | {"shape": ((1, 1, 3, 2),), "levels": (1,)}, add=("none",)))

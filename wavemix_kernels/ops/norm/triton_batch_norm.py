@@ -91,7 +91,7 @@ def geometry(tensors: Sequence[Tensor]) -> Geometry:
 def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
     """The place of tile number `tile` of some channels: offsets (positions, channels), and which positions exist."""
     per_run = tl.cdiv(run, POSITIONS)
-    outer = (tile // per_run).to(tl.int64)  # compiled, it is; the interpreter takes a loop's variable for 32 bits
+    outer = tile // per_run
     position = (tile - outer * per_run) * POSITIONS + tl.arange(0, POSITIONS)
     s1, s0, s_p, s_c = strides
     start = (outer // outer0) * s1 + (outer % outer0) * s0
