@@ -10,18 +10,18 @@ using Doubles = std::vector<double>;
 
 // An axis: size, count, x stride, y stride, front, tail index; its weights: front, tail. `outer` and `inner`: size,
 // x stride, y stride.
-HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, int64_t band_stride, const std::vector<Ints>& axes,
+HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, const Ints& band, const std::vector<Ints>& axes,
                            const std::vector<Doubles>& edges, const std::vector<int>& pattern, const Doubles& weight,
                            const std::vector<Ints>& outer, const Ints& inner) {
   HaarBlocksArgs args;
   args.dtype = dtype_of(dtype);
   args.x = pointer(x);
   args.y = pointer(y);
-  args.band_stride = band_stride;
   args.axes = static_cast<int>(axes.size());
   const size_t bands = size_t(1) << axes.size();
   if (axes.empty() || axes.size() > kMaxHaarAxes || edges.size() != axes.size() || pattern.size() != bands ||
-      weight.size() != bands || outer.size() > kMaxOuterAxes || (!inner.empty() && inner.size() != 3))
+      weight.size() != bands || band.size() != bands || outer.size() > kMaxOuterAxes ||
+      (!inner.empty() && inner.size() != 3))
     throw std::invalid_argument("haar_blocks: lists of the wrong length");
   for (size_t i = 0; i < axes.size(); ++i) {
     if (axes[i].size() != 6 || edges[i].size() != 2)
@@ -30,6 +30,7 @@ HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, int64_t band_str
   }
   for (size_t k = 0; k < bands; ++k) {
     if (pattern[k] < 0 || pattern[k] >= static_cast<int>(bands)) throw std::invalid_argument("pattern: no such band");
+    args.band[k] = band[k];
     args.pattern[k] = pattern[k];
     args.weight[k] = weight[k];
   }
@@ -54,16 +55,15 @@ HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, int64_t band_str
 void bind_haar_blocks(Module& m) {
 #if WAVEMIX_WITH_CPU
   m.def("haar_blocks_cpu",
-        [](bool analysis, int dtype, uintptr_t x, uintptr_t y, int64_t band_stride, const std::vector<Ints>& axes,
+        [](bool analysis, int dtype, uintptr_t x, uintptr_t y, const Ints& band, const std::vector<Ints>& axes,
            const std::vector<Doubles>& edges, const std::vector<int>& pattern, const Doubles& weight,
            const std::vector<Ints>& outer, const Ints& inner, int threads) {
           check_threads(threads);
-          const auto args = blocks_args(dtype, x, y, band_stride, axes, edges, pattern, weight, outer, inner);
+          const auto args = blocks_args(dtype, x, y, band, axes, edges, pattern, weight, outer, inner);
           const Unlocked unlocked;
           (analysis ? haar_blocks_analysis_cpu : haar_blocks_synthesis_cpu)(args, threads);
         },
-        {"analysis", "dtype", "x", "y", "band_stride", "axes", "edges", "pattern", "weight", "outer", "inner",
-         "threads"});
+        {"analysis", "dtype", "x", "y", "band", "axes", "edges", "pattern", "weight", "outer", "inner", "threads"});
 #endif
 }
 

@@ -5,10 +5,7 @@
 
 #include "wavemix/haar_blocks.h"
 
-#include <type_traits>
-
-#include "cpu/common/convert.h"
-#include "cpu/common/parallel.h"
+#include "cpu/haar/block_rows.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
@@ -17,15 +14,18 @@ namespace {
 template <class T>
 struct BlockWorker {
   using A = typename Arithmetic<T>::type;
+  static constexpr int kMost = 1 << kMaxHaarAxes;
   const HaarBlocksArgs& args;
   const bool pairs_inside;  // the row itself is transformed
   const int row_axes, rows, bands;
   const int64_t count, step;  // coefficients of a row, and elements between scratch rows
-  A* row[1 << kMaxHaarAxes];
+  const bool direct;          // rows go from memory to memory where no border is in them
+  A* row[kMost];
   A* samples;
-  int64_t x_offset[1 << kMaxHaarAxes];
-  A row_weight[1 << kMaxHaarAxes];
-  int64_t y_offset = 0;
+  int64_t unit = -1, at_outer[kMaxOuterAxes] = {}, at[kMaxHaarAxes] = {};
+  int64_t x_offset[kMost], y_offset = 0;
+  A row_weight[kMost];
+  bool inside = false;  // every row is there
 
   static const HaarAxis& last(const HaarBlocksArgs& args) { return args.axis[args.axes - 1]; }
   static int64_t coefficients(const HaarBlocksArgs& args) { return args.inner > 0 ? args.inner : last(args).count; }
@@ -39,6 +39,13 @@ struct BlockWorker {
     for (int i = 0; i < args.axes - (args.inner > 0 ? 0 : 1); ++i) units *= args.axis[i].count;
     return units;
   }
+  static bool is_direct(const HaarBlocksArgs& args) {
+    for (int k = 0; k < 1 << args.axes; ++k)
+      if (args.weight[k] == 0) return false;
+    const int64_t x_stride = args.inner > 0 ? args.inner_x : last(args).x_stride;
+    const int64_t y_stride = args.inner > 0 ? args.inner_y : last(args).y_stride;
+    return vectorises_in_place<T>() && x_stride == 1 && y_stride == 1;
+  }
 
   BlockWorker(const HaarBlocksArgs& args, Scratch& scratch)
       : args(args),
@@ -47,43 +54,115 @@ struct BlockWorker {
         rows(1 << row_axes),
         bands(1 << args.axes),
         count(coefficients(args)),
-        step(row_step(args)) {
+        step(row_step(args)),
+        direct(is_direct(args)) {
     A* next = reinterpret_cast<A*>(scratch.block);
     for (int k = 0; k < bands; ++k, next += step) row[k] = next;
     samples = next;
   }
 
-  // Where the rows of a unit lie. A weight of zero stands for a row that is not there.
-  void point_at(int64_t unit) {
-    int64_t at[kMaxHaarAxes] = {}, x = 0;
-    y_offset = 0;
-    for (int i = row_axes - 1; i >= 0; --i) {
-      at[i] = unit % args.axis[i].count;
-      unit /= args.axis[i].count;
-      y_offset += at[i] * args.axis[i].y_stride;
-    }
-    for (int i = kMaxOuterAxes - 1; i >= 0; --i) {
-      const int64_t k = unit % args.outer[i];
-      unit /= args.outer[i];
-      x += k * args.outer_x[i];
-      y_offset += k * args.outer_y[i];
-    }
-    for (int r = 0; r < rows; ++r) {
-      x_offset[r] = x;
-      row_weight[r] = A(1);
-      for (int i = 0; i < row_axes; ++i) {
-        const HaarAxis& axis = args.axis[i];
-        int64_t sample = 2 * at[i] + (r >> (row_axes - 1 - i) & 1) - axis.front;
-        if (sample < 0) {
-          sample = 0;
-          row_weight[r] *= static_cast<A>(axis.front_weight);
-        } else if (sample >= axis.size) {
-          sample = axis.tail_index;
-          row_weight[r] *= static_cast<A>(axis.tail_weight);
-        }
-        x_offset[r] += sample * axis.x_stride;
+  // Finds the rows of a unit; a step from one to the next divides nothing.
+  void go_to(int64_t wanted) {
+    if (wanted == unit + 1 && unit >= 0) {
+      for (int i = row_axes - 1; i >= -kMaxOuterAxes; --i) {
+        int64_t& here = i >= 0 ? at[i] : at_outer[kMaxOuterAxes + i];
+        if (++here < (i >= 0 ? args.axis[i].count : args.outer[kMaxOuterAxes + i])) break;
+        here = 0;
+      }
+    } else {
+      int64_t rest = wanted;
+      for (int i = row_axes - 1; i >= 0; --i) {
+        at[i] = rest % args.axis[i].count;
+        rest /= args.axis[i].count;
+      }
+      for (int i = kMaxOuterAxes - 1; i >= 0; --i) {
+        at_outer[i] = rest % args.outer[i];
+        rest /= args.outer[i];
       }
     }
+    unit = wanted;
+    point();
+  }
+
+  // Where the rows lie. A weight of zero stands for a row that is not there.
+  void point() {
+    int64_t x = 0;
+    y_offset = 0;
+    for (int i = 0; i < kMaxOuterAxes; ++i) {
+      x += at_outer[i] * args.outer_x[i];
+      y_offset += at_outer[i] * args.outer_y[i];
+    }
+    x_offset[0] = x;
+    row_weight[0] = A(1);
+    for (int i = 0, known = 1; i < row_axes; ++i, known *= 2) {
+      const HaarAxis& axis = args.axis[i];
+      y_offset += at[i] * axis.y_stride;
+      for (int r = known - 1; r >= 0; --r) {  // each row becomes two, in their places
+        const int64_t offset = x_offset[r];
+        const A weight = row_weight[r];
+        for (int k = 0; k < 2; ++k) {
+          int64_t sample = 2 * at[i] + k - axis.front;
+          row_weight[2 * r + k] = weight;
+          if (sample < 0) {
+            sample = 0;
+            row_weight[2 * r + k] = weight * static_cast<A>(axis.front_weight);
+          } else if (sample >= axis.size) {
+            sample = axis.tail_index;
+            row_weight[2 * r + k] = weight * static_cast<A>(axis.tail_weight);
+          }
+          x_offset[2 * r + k] = offset + sample * axis.x_stride;
+        }
+      }
+    }
+    inside = true;
+    for (int r = 0; r < rows; ++r) inside = inside && row_weight[r] == A(1);
+  }
+
+  void analyse() {
+    if (direct && inside) {
+      by_rows([this](auto block) {
+        block.analyse(pairs_inside ? last(args).size / 2 : count);
+        if (pairs_inside && last(args).size % 2 != 0)
+          block.analyse_last(last(args).size, static_cast<A>(last(args).tail_weight), last(args).tail_index);
+      });
+    } else {
+      analyse_unit();
+    }
+  }
+  // Two rows that are one sample, or stand for none, may not both be written.
+  void synthesise() {
+    if (direct && inside) {
+      by_rows([this](auto block) {
+        block.synthesise(pairs_inside ? last(args).size / 2 : count);
+        if (pairs_inside && last(args).size % 2 != 0) block.synthesise_last(last(args).size);
+      });
+    } else {
+      synthesise_unit();
+    }
+  }
+
+ private:
+  template <class Run>
+  void by_rows(const Run& run) {
+    if constexpr (!vectorises_in_place<T>()) return;
+    if (pairs_inside) {
+      if (rows == 1) return run(block<1, true>());
+      if (rows == 2) return run(block<2, true>());
+      return run(block<4, true>());
+    }
+    if (rows == 2) return run(block<2, false>());
+    if (rows == 4) return run(block<4, false>());
+    return run(block<8, false>());
+  }
+  template <int rows, bool paired>
+  BlockRows<T, rows, paired> block() const {
+    BlockRows<T, rows, paired> made;
+    for (int r = 0; r < rows; ++r) made.x[r] = static_cast<T*>(args.x) + x_offset[r];
+    for (int k = 0; k < made.bands; ++k) {
+      made.y[args.pattern[k]] = static_cast<T*>(args.y) + y_offset + args.band[k];
+      made.weight[args.pattern[k]] = static_cast<A>(args.weight[k]);
+    }
+    return made;
   }
 
   // `n` elements as arithmetic values: in place where they are, else in `copy`.
@@ -106,7 +185,7 @@ struct BlockWorker {
     }
     butterflies();
     for (int k = 0; k < bands; ++k) {
-      T* dst = static_cast<T*>(args.y) + y_offset + k * args.band_stride;
+      T* dst = static_cast<T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
       const A weight = static_cast<A>(args.weight[k]);
       A* from = row[args.pattern[k]];
@@ -123,7 +202,7 @@ struct BlockWorker {
 
   void synthesise_unit() {
     for (int k = 0; k < bands; ++k) {
-      const T* src = static_cast<const T*>(args.y) + y_offset + k * args.band_stride;
+      const T* src = static_cast<const T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
       copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
     }
@@ -139,7 +218,6 @@ struct BlockWorker {
     }
   }
 
- private:
   void copy_scaled(const A* src, A weight, A* __restrict dst) const {
     if (weight == A(0)) {  // nothing, not a product: NaN and infinity stay where they are
       for (int64_t j = 0; j < count; ++j) dst[j] = A(0);
@@ -211,21 +289,51 @@ struct BlockWorker {
   }
 };
 
+// Asks for huge pages behind what is written.
+template <class T, bool analysis>
+void ask_for_pages(const HaarBlocksArgs& args) {
+  constexpr int kBand = kMaxOuterAxes + kMaxHaarAxes + 1;
+  int64_t stride[kBand + 1] = {}, extent[kBand + 1];
+  for (int64_t& n : extent) n = 1;
+  for (int i = 0; i < kMaxOuterAxes; ++i) {
+    stride[i] = analysis ? args.outer_y[i] : args.outer_x[i];
+    extent[i] = args.outer[i];
+  }
+  for (int i = 0; i < args.axes; ++i) {
+    stride[kMaxOuterAxes + i] = analysis ? args.axis[i].y_stride : args.axis[i].x_stride;
+    extent[kMaxOuterAxes + i] = analysis ? args.axis[i].count : args.axis[i].size;
+  }
+  if (args.inner > 0) {
+    stride[kBand - 1] = analysis ? args.inner_y : args.inner_x;
+    extent[kBand - 1] = args.inner;
+  }
+  T* const to = static_cast<T*>(analysis ? args.y : args.x);
+  const int bands = 1 << args.axes;
+  bool even = true;  // bands lie at equal distances
+  for (int k = 0; k < bands; ++k) even = even && args.band[k] == k * args.band[1];
+  if (analysis && even) {
+    stride[kBand] = args.band[1];
+    extent[kBand] = bands;
+  }
+  for (int k = 0; k < (analysis && !even ? bands : 1); ++k) advise(to + args.band[k], stride, extent, sizeof(T));
+}
+
 template <class T, bool analysis>
 void run(const HaarBlocksArgs& args, int threads) {
   using Worker = BlockWorker<T>;
   const int64_t units = Worker::units(args);
+  ask_for_pages<T, analysis>(args);
   if (units * Worker::coefficients(args) * (1 << args.axes) < kSerialElements) threads = 1;
   WAVEMIX_PARALLEL(threads) {
     Scratch scratch(Worker::scratch_bytes(args));
     Worker worker(args, scratch);
     WAVEMIX_FOR
     for (int64_t unit = 0; unit < units; ++unit) {
-      worker.point_at(unit);
+      worker.go_to(unit);
       if constexpr (analysis) {
-        worker.analyse_unit();
+        worker.analyse();
       } else {
-        worker.synthesise_unit();
+        worker.synthesise();
       }
     }
   }

@@ -8,21 +8,6 @@ namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {  // for haar.cpp alone
 
-template <class A, class T>
-static inline void load_pair(const T* p, A& even, A& odd) {
-  even = load(p[0]);
-  odd = load(p[1]);
-}
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-// Two bf16 are the halves of one 32-bit word and a float is a bf16 with zeros below: no shuffle needed.
-static inline void load_pair(const bf16* p, float& even, float& odd) {
-  uint32_t word;
-  std::memcpy(&word, p, sizeof word);
-  even = bits_to_float(word << 16);
-  odd = bits_to_float(word & 0xffff0000u);
-}
-#endif
-
 // Two image rows of width w into one row of each band.
 template <class A, class In, class Low, class High>
 void analyse_rows(const In* __restrict top, const In* __restrict bottom, int64_t w, A edge, Low* __restrict ll,

@@ -17,13 +17,13 @@ struct HaarAxis {
   double front_weight = 0, tail_weight = 0;
 };
 
-// `x` holds samples, `y` the 2^axes bands, `band_stride` apart. Band k has weight[k] times the sums and differences of
+// `x` holds samples, `y` the 2^axes bands, the k-th `band[k]` elements on. Band k has weight[k] times the sums and differences of
 // pattern[k], whose bit `axes - 1 - i` says that axis i takes differences. Synthesis sums weight[k] * band k likewise.
 struct HaarBlocksArgs {
   DType dtype = DType::f32;
   void* x = nullptr;
   void* y = nullptr;
-  int64_t band_stride = 0;
+  int64_t band[1 << kMaxHaarAxes] = {};
   int axes = 0;
   HaarAxis axis[kMaxHaarAxes];
   int pattern[1 << kMaxHaarAxes] = {};

@@ -163,7 +163,8 @@ def _cpu(
     row = () if inner in axes else (x.shape[inner], x.stride(inner), y_stride[inner])
     core: Any = _native.core
     core.haar_blocks_cpu(
-        analysis, _native.DTYPES[x.dtype], x.data_ptr(), bands.data_ptr(), bands.stride(2), described, edges, bits,
+        analysis, _native.DTYPES[x.dtype], x.data_ptr(), bands.data_ptr(),
+        [k * bands.stride(2) for k in range(len(bits))], described, edges, bits,
         weight, outer, row, torch.get_num_threads(),
     )  # fmt: skip
 
