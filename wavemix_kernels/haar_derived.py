@@ -6,6 +6,7 @@ the layer scales in place.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from wavemix_kernels import backends, haar_layers
 from wavemix_kernels.haar_layers import Form
-from wavemix_kernels.ops.haar import blocks
+from wavemix_kernels.ops.haar import blocks, joined
 
 #: (dims of a tensor, axes of the volume (N, C, D, H, W) that are transformed); a frame of a video is an image.
 _PLACES = ((4, (3, 4)), (3, (4,)), (5, (2, 3, 4)), (5, (3, 4)))
@@ -194,40 +195,43 @@ class Derived(Form):
             return _filled(self.result, [self._image(given)], elements)
         if self.pooled:
             return _filled(self.result, [F.avg_pool2d(given[0], 2, divisor_override=self.pooled)], elements)
+        if self._rule is not None:
+            return _filled(self.result, [*joined.analysis(given[0], self._rule, _backend())], elements)
         block = blocks.split(
-            _volume(given[0], 2), self.axes, self.order, self.weight, layout=self.inside, backend=_backend()
+            joined.volume(given[0], 2), self.axes, self.order, self.weight, layout=self.inside, backend=_backend()
         )
-        flat = _flat(block, self.dims, 3)
-        return _filled(self.result, [piece.of(flat) for piece in self.pieces], elements)
+        whole = joined.flat(block, self.dims, 3)
+        return _filled(self.result, [piece.of(whole) for piece in self.pieces], elements)
+
+    @functools.cached_property
+    def _rule(self) -> joined.Rule | None:
+        """The round that takes or returns just these pieces; None: there is none."""
+        alone = all(piece.layout == "alone" and piece.first == k for k, piece in enumerate(self.pieces))
+        if not alone and (len(self.pieces) > 1 or self.pieces[0].first):
+            return None
+        layout, count = ("separate", len(self.pieces)) if alone else (self.pieces[0].layout, self.pieces[0].count)
+        return joined.Rule(self.axes, self.order, self.weight, layout, count)
 
     def _image(self, given: Sequence[Tensor]) -> Tensor:
+        first = self.pieces[0].one(given[0].shape)
+        assert first is not None  # serves() has asked
+        size = [1] * (5 - self.dims) + [*first[2:]]
+        size = [2 * n if axis in self.axes else n for axis, n in enumerate(size, 2)]
+        if self._rule is not None:
+            last = blocks.is_channels_last(self.pieces[0].bands(given[0])[:, :, 0])
+            return joined.synthesis(given, self._rule, size, last, _backend())
         parts = [piece.bands(x) for piece, x in zip(self.pieces, given, strict=True)]
         # Joined around the channels, whole bands are copied.
-        bands = parts[0] if len(parts) == 1 else torch.cat([p.transpose(1, 2) for p in parts], 1).transpose(1, 2)
-        block = _volume(bands, 3)
-        size = [2 * n if axis in self.axes else n for axis, n in enumerate(block.shape[3:], 2)]
+        block = joined.volume(torch.cat([p.transpose(1, 2) for p in parts], 1).transpose(1, 2), 3)
         image = blocks.join(
             block, self.axes, self.order, self.weight, size, layout=self.inside,
             channels_last=blocks.is_channels_last(block[:, :, 0]), backend=_backend(),
         )  # fmt: skip
-        return _flat(image, self.dims, 2)
+        return joined.flat(image, self.dims, 2)
 
 
 def _backend() -> str:
     return backends.requested(None)
-
-
-def _volume(x: Tensor, at: int) -> Tensor:
-    """With axes of size 1 before the last ones, from axis ``at`` on, so that three follow it."""
-    while x.dim() < at + 3:
-        x = x.unsqueeze(at)
-    return x
-
-
-def _flat(x: Tensor, dims: int, at: int) -> Tensor:
-    for _ in range(5 - dims):
-        x = x.squeeze(at)
-    return x
 
 
 def _filled(result: Any, tensors: list[Tensor], elements: int) -> Any:
@@ -369,8 +373,8 @@ def _nice(value: float) -> float:
 def _plain_bands(form: Derived, x: Tensor) -> Tensor:
     """(N, C, K, ...): sums and differences, band k along the axes that are bits of k."""
     count = 2 ** len(form.axes)
-    block = blocks.split(_volume(x, 2), form.axes, range(count), [1.0] * count, backend="reference")
-    return _flat(block, form.dims, 3)
+    block = blocks.split(joined.volume(x, 2), form.axes, range(count), [1.0] * count, backend="reference")
+    return joined.flat(block, form.dims, 3)
 
 
 def _which(band: Tensor, among: Tensor) -> tuple[int, float] | None:

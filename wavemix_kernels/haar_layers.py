@@ -119,8 +119,8 @@ class Form:
                 return False
             if x.dim() != dim or x.dtype not in self.dtypes or x.device.type not in _DEVICES or x.numel() == 0:
                 return False
-        device = given[0].device
-        if len({(x.dtype, x.device) for x in given}) > 1 or torch.is_autocast_enabled(device.type):
+        dtype, device = given[0].dtype, given[0].device
+        if any(x.dtype != dtype or x.device != device for x in given[1:]) or torch.is_autocast_enabled(device.type):
             return False
         return not any(t.device != device for t in _tensors(layer))  # its own code raises
 
@@ -257,6 +257,8 @@ def _replace(forms: list[Form], module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
+    if not module._modules:  # the walk through a tree costs a small call a tenth of its time
+        return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     return [*module.parameters(), *module.buffers()]
 
 

@@ -18,9 +18,10 @@ HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, const Ints& band
   args.x = pointer(x);
   args.y = pointer(y);
   args.axes = static_cast<int>(axes.size());
+  args.present = static_cast<int>(band.size());
   const size_t bands = size_t(1) << axes.size();
   if (axes.empty() || axes.size() > kMaxHaarAxes || edges.size() != axes.size() || pattern.size() != bands ||
-      weight.size() != bands || band.size() != bands || outer.size() > kMaxOuterAxes ||
+      weight.size() != bands || band.empty() || band.size() > bands || outer.size() > kMaxOuterAxes ||
       (!inner.empty() && inner.size() != 3))
     throw std::invalid_argument("haar_blocks: lists of the wrong length");
   for (size_t i = 0; i < axes.size(); ++i) {
@@ -30,7 +31,7 @@ HaarBlocksArgs blocks_args(int dtype, uintptr_t x, uintptr_t y, const Ints& band
   }
   for (size_t k = 0; k < bands; ++k) {
     if (pattern[k] < 0 || pattern[k] >= static_cast<int>(bands)) throw std::invalid_argument("pattern: no such band");
-    args.band[k] = band[k];
+    if (k < band.size()) args.band[k] = band[k];
     args.pattern[k] = pattern[k];
     args.weight[k] = weight[k];
   }

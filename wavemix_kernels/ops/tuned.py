@@ -120,6 +120,11 @@ def _watched_order(
     return tuple(name for name in (*best, *rule) if (device, key, name) not in _barred)
 
 
+def watching() -> bool:
+    """Whether every call of an operator has to be seen."""
+    return _State.watching
+
+
 def is_measured(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
     """Whether a table says so."""
     return _tables.get(tensors[0].device, {}).get(key_of(op, tensors), [])[:1] == [backend]

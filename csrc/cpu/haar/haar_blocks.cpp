@@ -5,6 +5,8 @@
 
 #include "wavemix/haar_blocks.h"
 
+#include <algorithm>
+
 #include "cpu/haar/block_rows.h"
 
 namespace wavemix {
@@ -22,6 +24,7 @@ struct BlockWorker {
   const bool direct;          // rows go from memory to memory where no border is in them
   A* row[kMost];
   A* samples;
+  T* absent;  // a row of zeros in the place of bands that are not there; analysis writes to it
   int64_t unit = -1, at_outer[kMaxOuterAxes] = {}, at[kMaxHaarAxes] = {};
   int64_t x_offset[kMost], y_offset = 0;
   A row_weight[kMost];
@@ -31,7 +34,7 @@ struct BlockWorker {
   static int64_t coefficients(const HaarBlocksArgs& args) { return args.inner > 0 ? args.inner : last(args).count; }
   static int64_t row_step(const HaarBlocksArgs& args) { return (coefficients(args) + 15) / 16 * 16; }
   static int64_t scratch_bytes(const HaarBlocksArgs& args) {
-    return row_step(args) * ((1 << args.axes) + 2) * static_cast<int64_t>(sizeof(A));
+    return row_step(args) * ((1 << args.axes) + 3) * static_cast<int64_t>(sizeof(A));
   }
   static int64_t units(const HaarBlocksArgs& args) {
     int64_t units = 1;
@@ -59,6 +62,8 @@ struct BlockWorker {
     A* next = reinterpret_cast<A*>(scratch.block);
     for (int k = 0; k < bands; ++k, next += step) row[k] = next;
     samples = next;
+    absent = reinterpret_cast<T*>(samples + 2 * step);
+    std::fill_n(absent, count, T{});
   }
 
   // Finds the rows of a unit; a step from one to the next divides nothing.
@@ -159,7 +164,7 @@ struct BlockWorker {
     BlockRows<T, rows, paired> made;
     for (int r = 0; r < rows; ++r) made.x[r] = static_cast<T*>(args.x) + x_offset[r];
     for (int k = 0; k < made.bands; ++k) {
-      made.y[args.pattern[k]] = static_cast<T*>(args.y) + y_offset + args.band[k];
+      made.y[args.pattern[k]] = k < args.present ? static_cast<T*>(args.y) + y_offset + args.band[k] : absent;
       made.weight[args.pattern[k]] = static_cast<A>(args.weight[k]);
     }
     return made;
@@ -184,7 +189,7 @@ struct BlockWorker {
       }
     }
     butterflies();
-    for (int k = 0; k < bands; ++k) {
+    for (int k = 0; k < args.present; ++k) {
       T* dst = static_cast<T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
       const A weight = static_cast<A>(args.weight[k]);
@@ -201,7 +206,8 @@ struct BlockWorker {
   }
 
   void synthesise_unit() {
-    for (int k = 0; k < bands; ++k) {
+    for (int k = args.present; k < bands; ++k) copy_scaled(nullptr, A(0), row[args.pattern[k]]);
+    for (int k = 0; k < args.present; ++k) {
       const T* src = static_cast<const T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
       copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
@@ -308,7 +314,7 @@ void ask_for_pages(const HaarBlocksArgs& args) {
     extent[kBand - 1] = args.inner;
   }
   T* const to = static_cast<T*>(analysis ? args.y : args.x);
-  const int bands = 1 << args.axes;
+  const int bands = args.present;
   bool even = true;  // bands lie at equal distances
   for (int k = 0; k < bands; ++k) even = even && args.band[k] == k * args.band[1];
   if (analysis && even) {

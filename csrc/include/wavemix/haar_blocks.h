@@ -17,13 +17,15 @@ struct HaarAxis {
   double front_weight = 0, tail_weight = 0;
 };
 
-// `x` holds samples, `y` the 2^axes bands, the k-th `band[k]` elements on. Band k has weight[k] times the sums and differences of
-// pattern[k], whose bit `axes - 1 - i` says that axis i takes differences. Synthesis sums weight[k] * band k likewise.
+// `x` holds samples, `y` the first `present` of 2^axes bands, the k-th `band[k]` elements on; the others are zero. Band
+// k has weight[k] times the sums and differences of pattern[k], whose bit `axes - 1 - i` says that axis i takes
+// differences. Synthesis sums weight[k] * band k likewise.
 struct HaarBlocksArgs {
   DType dtype = DType::f32;
   void* x = nullptr;
   void* y = nullptr;
   int64_t band[1 << kMaxHaarAxes] = {};
+  int present = 0;
   int axes = 0;
   HaarAxis axis[kMaxHaarAxes];
   int pattern[1 << kMaxHaarAxes] = {};

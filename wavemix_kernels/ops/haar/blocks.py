@@ -65,8 +65,8 @@ def join(
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in memory (``x`` 5-D)."""
-    return x.shape[1] > 1 and 0 < x.stride(1) < x.stride(4)
+    """Whether channels are innermost in memory."""
+    return x.shape[1] > 1 and 0 < x.stride(1) < x.stride(-1)
 
 
 def _counts(size: Sequence[int], axes: Sequence[int], front: int) -> list[int]:
@@ -74,9 +74,10 @@ def _counts(size: Sequence[int], axes: Sequence[int], front: int) -> list[int]:
     return [half_up(n + f) if i + 2 in axes else n for i, (n, f) in enumerate(zip(size, fronts, strict=True))]
 
 
-def _empty_bands(x: Tensor, axes: Sequence[int], front: int, layout: str) -> Tensor:
+def _empty_bands(x: Tensor, axes: Sequence[int], front: int, layout: str, count: int = 0) -> Tensor:
+    """(N, C, K, d, h, w); K: ``count``, else all bands."""
     n, c, *size = x.shape
-    around = {"n": n, "c": c, "k": 2 ** len(axes)} | dict(zip("dhw", _counts(size, axes, front), strict=True))
+    around = {"n": n, "c": c, "k": count or 2 ** len(axes)} | dict(zip("dhw", _counts(size, axes, front), strict=True))
     inside = {"channels": "ck", "bands": "kc", "batch": "c"}[layout]
     order = f"ndhw{inside}" if is_channels_last(x) else f"n{inside}dhw"
     order = f"k{order}" if layout == "batch" else order
@@ -139,34 +140,42 @@ def _join_standard(
 # --- The kernel ------------------------------------------------------------------------------------------
 
 
+def described(
+    x: Tensor, bands: Tensor, axes: Sequence[int], pattern: Sequence[int], weight: Sequence[float], mode: str,
+    front: int, repeat: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the CPU's kernel that follow from shapes and strides."""
+    y_stride = [bands.stride(0), bands.stride(1), *bands.stride()[3:]]
+    # Rows go along the axis that is innermost in memory, or along the channels where frames stand in front of it.
+    inner = min((i for i in range(5) if x.shape[i] > 1), key=lambda i: (x.stride(i), -i), default=4)
+    inner = 1 if inner == 2 and front else inner
+    order = [a for a in axes if a != inner] + [a for a in axes if a == inner]
+    along, edges = [], []
+    for axis in order:
+        n, before = x.shape[axis], front if axis == 2 else 0
+        edge = edge_of(mode, n + before)
+        source = n - 1 if edge.last else max(n - 2, 0) if edge.before else 0
+        along.append((n, half_up(n + before), x.stride(axis), y_stride[axis], before, source))
+        edges.append((float(repeat), edge.last or edge.before or edge.first))
+    places = [len(axes) - 1 - order.index(a) for a in axes]  # the kernel's bit of each axis
+    bits = [sum((p >> len(axes) - 1 - i & 1) << place for i, place in enumerate(places)) for p in pattern]
+    outer = [(x.shape[i], x.stride(i), y_stride[i]) for i in range(5) if i not in axes and i != inner]
+    row = () if inner in axes else (x.shape[inner], x.stride(inner), y_stride[inner])
+    return along, edges, bits, weight, outer, row
+
+
 def _cpu(
     analysis: bool, x: Tensor, bands: Tensor, axes: Sequence[int], pattern: Sequence[int], weight: Sequence[float],
     mode: str, front: int, repeat: bool,
 ) -> None:  # fmt: skip
     if x.numel() == 0:
         return
-    y_stride = [bands.stride(0), bands.stride(1), *bands.stride()[3:]]
-    # Rows go along the axis that is innermost in memory, or along the channels where frames stand in front of it.
-    inner = min((i for i in range(5) if x.shape[i] > 1), key=lambda i: (x.stride(i), -i), default=4)
-    inner = 1 if inner == 2 and front else inner
-    order = [a for a in axes if a != inner] + [a for a in axes if a == inner]
-    described, edges = [], []
-    for axis in order:
-        n, before = x.shape[axis], front if axis == 2 else 0
-        edge = edge_of(mode, n + before)
-        source = n - 1 if edge.last else max(n - 2, 0) if edge.before else 0
-        described.append((n, half_up(n + before), x.stride(axis), y_stride[axis], before, source))
-        edges.append((float(repeat), edge.last or edge.before or edge.first))
-    places = [len(axes) - 1 - order.index(a) for a in axes]  # the kernel's bit of each axis
-    bits = [sum((p >> len(axes) - 1 - i & 1) << place for i, place in enumerate(places)) for p in pattern]
-    outer = [(x.shape[i], x.stride(i), y_stride[i]) for i in range(5) if i not in axes and i != inner]
-    row = () if inner in axes else (x.shape[inner], x.stride(inner), y_stride[inner])
+    band = [k * bands.stride(2) for k in range(len(pattern))]
+    more = described(x, bands, axes, pattern, weight, mode, front, repeat)
     core: Any = _native.core
     core.haar_blocks_cpu(
-        analysis, _native.DTYPES[x.dtype], x.data_ptr(), bands.data_ptr(),
-        [k * bands.stride(2) for k in range(len(bits))], described, edges, bits,
-        weight, outer, row, torch.get_num_threads(),
-    )  # fmt: skip
+        analysis, _native.DTYPES[x.dtype], x.data_ptr(), bands.data_ptr(), band, *more, torch.get_num_threads()
+    )
 
 
 def _triton(*args: Any) -> None:

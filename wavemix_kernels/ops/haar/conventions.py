@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wavemix_kernels import backends, checks, fx
-from wavemix_kernels.ops.haar import blocks
+from wavemix_kernels.ops.haar import blocks, joined
 from wavemix_kernels.ops.haar.reference import half_up
 
 LAYOUTS = ("channels", "bands", "separate", "batch")
@@ -145,6 +146,9 @@ def _named(convention: str | Convention, axes: int) -> Convention:
         convention = CONVENTIONS[convention]
     if not isinstance(convention, Convention):
         raise TypeError(f"convention: expected a name or a Convention, got {checks.describe(convention)}")
+    for name in ("order", "weight", "inverse"):
+        if not isinstance(value := getattr(convention, name), tuple):
+            raise TypeError(f"convention.{name}: expected a tuple, got {checks.describe(value)}")
     if convention.axes != axes or convention.layout not in LAYOUTS or sorted(convention.order) != [*range(2**axes)]:
         raise ValueError(f"convention={convention}: expected one of {axes} axes, with all {2**axes} bands")
     return convention
@@ -165,44 +169,29 @@ def _check_rounds(of: Convention, rounds: int) -> None:
 
 def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Tensor | tuple[Tensor, ...]:
     _check_rounds(of, rounds)
-    flat = x.dim() == 4
-    volume = x.unsqueeze(2) if flat else x
-    axes, inside = _axes(of), "batch" if of.layout == "separate" else of.layout
     front = 2**rounds - 1 if of.first_frame else 0
+    name = backends.requested(backend)
     for done in range(rounds):
-        bands = blocks.split(
-            volume, axes, of.order, of.weight, mode=of.mode, front=0 if done else front, layout=inside,
-            backend=backends.requested(backend),
-        )  # fmt: skip
+        bands = joined.analysis(x, _rule(of, of.weight, of.mode, 0 if done else front, True), name)
         if of.layout == "separate":
-            separate = [bands[:, :, k] for k in range(bands.shape[2])]  # not unbind, whose views refuse writes
-            return tuple(band.squeeze(2) if flat else band for band in separate)
-        volume = _joined(bands, of.layout)
-    return volume.squeeze(2) if flat else volume
+            return bands
+        x = bands[0]
+    return x
+
+
+def _rule(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
+    return (_made if torch.compiler.is_compiling() else _known)(of, weight, mode, front, repeat)
+
+
+def _made(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
+    return joined.Rule(_axes(of), tuple(of.order), tuple(weight), of.layout, 2**of.axes, mode, front, repeat)
+
+
+_known = functools.cache(_made)
 
 
 def _axes(of: Convention) -> tuple[int, ...]:
     return (3, 4) if of.axes == 2 else (2, 3, 4)
-
-
-def _joined(bands: Tensor, layout: str) -> Tensor:
-    """(N, C, K, d, h, w) as one tensor in the layout's order: a view."""
-    if layout == "channels":
-        return bands.flatten(1, 2)
-    if layout == "bands":
-        return bands.transpose(1, 2).flatten(1, 2)
-    return bands.permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
-
-
-def _apart(joined: Tensor, layout: str, count: int) -> Tensor:
-    axis = 0 if layout == "batch" else 1
-    if joined.shape[axis] % count:
-        raise ValueError(f"bands: expected a multiple of {count} on axis {axis}, got shape {tuple(joined.shape)}")
-    if layout == "channels":
-        return joined.unflatten(1, (-1, count))
-    if layout == "bands":
-        return joined.unflatten(1, (count, -1)).transpose(1, 2)
-    return joined.unflatten(0, (count, -1)).permute(1, 2, 0, 3, 4, 5)
 
 
 def _synthesis(
@@ -215,21 +204,21 @@ def _synthesis(
             raise TypeError(f"bands: expected a sequence of {count} tensors, got {checks.describe(bands)}")
         for i, band in enumerate(bands):
             checks.check_tensor(f"bands[{i}]", band, *_rank(band, of.axes))
-        bands = torch.cat(list(bands), 1)
-    checks.check_tensor("bands", bands, *_rank(bands, of.axes))
-    assert isinstance(bands, Tensor)
-    flat = bands.dim() == 4
-    joined = bands.unsqueeze(2) if flat else bands
-    inside = "bands" if of.layout == "separate" else of.layout
-    targets = _targets(joined.shape[2:], of, rounds, size)
+            if band.shape != bands[0].shape:
+                raise ValueError(f"bands[{i}]: expected shape {tuple(bands[0].shape)}, got {tuple(band.shape)}")
+        dtype = functools.reduce(torch.promote_types, (band.dtype for band in bands))
+        tensors: Sequence[Tensor] = [band.to(dtype) for band in bands]
+    else:
+        checks.check_tensor("bands", bands, *_rank(bands, of.axes))
+        assert isinstance(bands, Tensor)
+        tensors = (bands,)
+    name = backends.requested(backend)
+    targets = _targets((1, *tensors[0].shape[2:])[-3:], of, rounds, size)
     for done, target in enumerate(targets):
         front = 2**rounds - 1 if of.first_frame and done == rounds - 1 else 0
-        last = blocks.is_channels_last(joined)
-        joined = blocks.join(
-            _apart(joined, inside, count), _axes(of), of.order, of.inverse, target, front=front, repeat=False,
-            layout=inside, channels_last=last, backend=backends.requested(backend),
-        )  # fmt: skip
-    return joined.squeeze(2) if flat else joined
+        last = blocks.is_channels_last(tensors[0])
+        tensors = (joined.synthesis(tensors, _rule(of, of.inverse, "zero", front, False), target, last, name),)
+    return tensors[0]
 
 
 def _targets(here: Sequence[int], of: Convention, rounds: int, size: Sequence[int] | None) -> list[list[int]]:
