@@ -43,6 +43,12 @@ struct BlockRows {
   T* x[rows];
   T* y[bands];
   A weight[bands];
+  int64_t x_step, y_step[bands];  // to the next block
+
+  void advance() {
+    WAVEMIX_EACH(rows, r, { x[r] += x_step; });
+    WAVEMIX_EACH(bands, k, { y[k] += y_step[k]; });
+  }
 
   void analyse(int64_t count) const {
     const BlockRows here = *this;  // in registers

@@ -25,7 +25,7 @@ struct BlockWorker {
   A* row[kMost];
   A* samples;
   T* absent;  // a row of zeros in the place of bands that are not there; analysis writes to it
-  int64_t unit = -1, at_outer[kMaxOuterAxes] = {}, at[kMaxHaarAxes] = {};
+  int64_t at_outer[kMaxOuterAxes] = {}, at[kMaxHaarAxes] = {};
   int64_t x_offset[kMost], y_offset = 0;
   A row_weight[kMost];
   bool inside = false;  // every row is there
@@ -36,11 +36,18 @@ struct BlockWorker {
   static int64_t scratch_bytes(const HaarBlocksArgs& args) {
     return row_step(args) * ((1 << args.axes) + 3) * static_cast<int64_t>(sizeof(A));
   }
-  static int64_t units(const HaarBlocksArgs& args) {
-    int64_t units = 1;
-    for (int i = 0; i < kMaxOuterAxes; ++i) units *= args.outer[i];
-    for (int i = 0; i < args.axes - (args.inner > 0 ? 0 : 1); ++i) units *= args.axis[i].count;
-    return units;
+  // Blocks go by pieces of a run along the last axis around the rows: a piece divides once, and a block only steps.
+  static constexpr int64_t kPiece = 16;
+  static int64_t run_length(const HaarBlocksArgs& args) {
+    const int row_axes = args.axes - (args.inner > 0 ? 0 : 1);
+    return row_axes > 0 ? args.axis[row_axes - 1].count : 1;
+  }
+  static int64_t pieces_of_run(const HaarBlocksArgs& args) { return (run_length(args) + kPiece - 1) / kPiece; }
+  static int64_t runs(const HaarBlocksArgs& args) {
+    int64_t runs = 1;
+    for (int i = 0; i < kMaxOuterAxes; ++i) runs *= args.outer[i];
+    for (int i = 0; i < args.axes - (args.inner > 0 ? 1 : 2); ++i) runs *= args.axis[i].count;
+    return runs;
   }
   static bool is_direct(const HaarBlocksArgs& args) {
     for (int k = 0; k < 1 << args.axes; ++k)
@@ -66,27 +73,40 @@ struct BlockWorker {
     std::fill_n(absent, count, T{});
   }
 
-  // Finds the rows of a unit; a step from one to the next divides nothing.
-  void go_to(int64_t wanted) {
-    if (wanted == unit + 1 && unit >= 0) {
-      for (int i = row_axes - 1; i >= -kMaxOuterAxes; --i) {
-        int64_t& here = i >= 0 ? at[i] : at_outer[kMaxOuterAxes + i];
-        if (++here < (i >= 0 ? args.axis[i].count : args.outer[kMaxOuterAxes + i])) break;
-        here = 0;
-      }
-    } else {
-      int64_t rest = wanted;
-      for (int i = row_axes - 1; i >= 0; --i) {
-        at[i] = rest % args.axis[i].count;
-        rest /= args.axis[i].count;
-      }
-      for (int i = kMaxOuterAxes - 1; i >= 0; --i) {
-        at_outer[i] = rest % args.outer[i];
-        rest /= args.outer[i];
-      }
+  template <bool analysis>
+  void work_on(int64_t piece) {
+    const int64_t length = run_length(args), pieces = pieces_of_run(args), first = piece % pieces * kPiece;
+    const int64_t end = first + kPiece < length ? first + kPiece : length;
+    int64_t rest = piece / pieces;
+    for (int i = row_axes - 2; i >= 0; --i) {
+      at[i] = rest % args.axis[i].count;
+      rest /= args.axis[i].count;
     }
-    unit = wanted;
-    point();
+    for (int i = kMaxOuterAxes - 1; i >= 0; --i) {
+      at_outer[i] = rest % args.outer[i];
+      rest /= args.outer[i];
+    }
+    for (int64_t here = first; here < end;) {
+      int64_t blocks = 1;  // that are alike
+      if (row_axes > 0) {
+        const HaarAxis& axis = args.axis[row_axes - 1];
+        at[row_axes - 1] = here;
+        const int64_t whole = (axis.front + axis.size) / 2 < end ? (axis.front + axis.size) / 2 : end;
+        if (2 * here >= axis.front && whole > here) blocks = whole - here;
+      }
+      point();
+      if (direct && inside) {
+        by_rows([&](auto block) { several<analysis>(block, blocks); });
+        here += blocks;
+        continue;
+      }
+      if constexpr (analysis) {
+        analyse_unit();
+      } else {
+        synthesise_unit();
+      }
+      ++here;
+    }
   }
 
   // Where the rows lie. A weight of zero stands for a row that is not there.
@@ -123,30 +143,21 @@ struct BlockWorker {
     for (int r = 0; r < rows; ++r) inside = inside && row_weight[r] == A(1);
   }
 
-  void analyse() {
-    if (direct && inside) {
-      by_rows([this](auto block) {
-        block.analyse(pairs_inside ? last(args).size / 2 : count);
-        if (pairs_inside && last(args).size % 2 != 0)
-          block.analyse_last(last(args).size, static_cast<A>(last(args).tail_weight), last(args).tail_index);
-      });
-    } else {
-      analyse_unit();
-    }
-  }
-  // Two rows that are one sample, or stand for none, may not both be written.
-  void synthesise() {
-    if (direct && inside) {
-      by_rows([this](auto block) {
-        block.synthesise(pairs_inside ? last(args).size / 2 : count);
-        if (pairs_inside && last(args).size % 2 != 0) block.synthesise_last(last(args).size);
-      });
-    } else {
-      synthesise_unit();
-    }
-  }
-
  private:
+  template <bool analysis, class Block>
+  void several(Block block, int64_t blocks) const {
+    const int64_t size = last(args).size, whole = pairs_inside ? size / 2 : count;
+    for (int64_t i = 0; i < blocks; ++i, block.advance()) {
+      if constexpr (analysis) {
+        block.analyse(whole);
+        if (pairs_inside && size % 2 != 0)
+          block.analyse_last(size, static_cast<A>(last(args).tail_weight), last(args).tail_index);
+      } else {
+        block.synthesise(whole);
+        if (pairs_inside && size % 2 != 0) block.synthesise_last(size);
+      }
+    }
+  }
   template <class Run>
   void by_rows(const Run& run) {
     if constexpr (!vectorises_in_place<T>()) return;
@@ -163,8 +174,11 @@ struct BlockWorker {
   BlockRows<T, rows, paired> block() const {
     BlockRows<T, rows, paired> made;
     for (int r = 0; r < rows; ++r) made.x[r] = static_cast<T*>(args.x) + x_offset[r];
+    made.x_step = row_axes > 0 ? 2 * args.axis[row_axes - 1].x_stride : 0;
+    const int64_t y_step = row_axes > 0 ? args.axis[row_axes - 1].y_stride : 0;
     for (int k = 0; k < made.bands; ++k) {
       made.y[args.pattern[k]] = k < args.present ? static_cast<T*>(args.y) + y_offset + args.band[k] : absent;
+      made.y_step[args.pattern[k]] = k < args.present ? y_step : 0;
       made.weight[args.pattern[k]] = static_cast<A>(args.weight[k]);
     }
     return made;
@@ -327,21 +341,14 @@ void ask_for_pages(const HaarBlocksArgs& args) {
 template <class T, bool analysis>
 void run(const HaarBlocksArgs& args, int threads) {
   using Worker = BlockWorker<T>;
-  const int64_t units = Worker::units(args);
   ask_for_pages<T, analysis>(args);
-  if (units * Worker::coefficients(args) * (1 << args.axes) < kSerialElements) threads = 1;
+  const int64_t runs = Worker::runs(args), pieces = runs * Worker::pieces_of_run(args);
+  if (runs * Worker::run_length(args) * Worker::coefficients(args) * (1 << args.axes) < kSerialElements) threads = 1;
   WAVEMIX_PARALLEL(threads) {
     Scratch scratch(Worker::scratch_bytes(args));
     Worker worker(args, scratch);
     WAVEMIX_FOR
-    for (int64_t unit = 0; unit < units; ++unit) {
-      worker.go_to(unit);
-      if constexpr (analysis) {
-        worker.analyse();
-      } else {
-        worker.synthesise();
-      }
-    }
+    for (int64_t piece = 0; piece < pieces; ++piece) worker.template work_on<analysis>(piece);
   }
 }
 
