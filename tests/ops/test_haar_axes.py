@@ -26,6 +26,7 @@ from wavemix_kernels.ops.haar import (
     haar_from_bands3d,
     haar_idwt1d,
     haar_idwt3d,
+    joined,
 )  # fmt: skip
 
 MODES = ("zero", "constant", "symmetric", "periodic", "periodization", "reflect", "smooth", "antisymmetric",
@@ -223,6 +224,37 @@ def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     assert error <= selftest.half_bound(bound, blocks.self_test("reference", device, dtype)[0], dtype)
 
 
+LAYOUTS = ("bands", "channels", "batch", "around", "inside", "separate")
+
+
+@pytest.mark.parametrize("held", ["all", "some"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_eager_call_is_the_operators(layout: str, held: str) -> None:
+    """What a kernel of its own writes and reads in place, beside the operators' block: sizes, memory orders, and
+    gradients that lie otherwise than their tensors."""
+    for size, axes, order in (((6, 70), (3, 4), "sliced"), ((5, 34), (3, 4), "channels_last"), ((9,), (4,), "plain")):
+        count = 2 ** len(axes)
+        kept = count if held == "all" else max(count - 1, 1)
+        weight = tuple((k + 1) / 8 * (-1) ** k for k in range(count))
+        rule = joined.Rule(axes, (*range(1, count), 0), weight, layout, kept, mode="symmetric")
+        x = randn(2, 3, *size)
+        x = torch.stack((x, x), -1)[..., 0] if order == "sliced" else x
+        x = x.contiguous(memory_format=torch.channels_last) if order == "channels_last" else x
+        x = x.float().requires_grad_()
+        found = []
+        for backend in ("auto", "reference"):
+            bands = joined.analysis(x, rule, backend)
+            given = [randn(*b.shape[::-1], seed=k).float().permute(*range(b.dim())[::-1]) for k, b in enumerate(bands)]
+            given[0] = given[0][..., :1].expand(bands[0].shape).requires_grad_()
+            (grad,) = torch.autograd.grad(bands, x, given, create_graph=True)
+            (again,) = torch.autograd.grad(grad.square().sum(), given[0])
+            even = [*[1] * (3 - len(size)), *(2 * ((n + 1) // 2) for n in size)]
+            back = joined.synthesis(given, rule._replace(mode="zero", repeat=False), even, False, backend)
+            found.append([*bands, grad, again, back])
+        for ours, exact in zip(*found, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_reaches_across_a_zero_border() -> None:
     x = torch.full((1, 1, 3, 3, 3), float("inf"))
     lll, (high,) = haar_dwt3d(x)
@@ -240,6 +272,10 @@ def test_errors() -> None:
         haar_bands2d(x, "haar")
     with pytest.raises(ValueError, match="expected one of 2 axes"):
         haar_bands2d(x, "cosmos3d")
+    with pytest.raises(TypeError, match=r"convention.order: expected a tuple, got \[0, 1, 2, 3\]"):
+        haar_bands2d(x, Convention(2, [0, 1, 2, 3], (1.0,) * 4, (0.25,) * 4, "bands"))
+    with pytest.raises(ValueError, match=r"bands\[1\]: expected shape \(1, 4, 4, 4\), got \(1, 4, 4, 2\)"):
+        haar_from_bands2d([x, x[..., :2], x, x], "wavecnet")
     with pytest.raises(ValueError, match="rounds=2: layout 'separate' takes one round"):
         haar_bands2d(x, "wavecnet", rounds=2)
     with pytest.raises(IndexError, match="dim=4: expected -4 to 3"):
