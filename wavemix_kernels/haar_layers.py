@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from wavemix_kernels import fx
-from wavemix_kernels.ops.haar import conventions
+from wavemix_kernels import backends, fx
+from wavemix_kernels.ops.haar import blocks, conventions, joined
 from wavemix_kernels.ops.haar.conventions import CONVENTIONS, Convention
 from wavemix_kernels.twins import StaysOnCpu, on_cpu
 from wavemix_kernels.wtconv import CannotReplace, names_in
@@ -77,12 +77,21 @@ class Form:
 
     def __call__(self, given: Sequence[Tensor]) -> Any:
         of = self.convention
+        if self.rounds == 1 and not of.first_frame:
+            return self._once(given, of)
+        there, back = conventions.FUNCTIONS[of.axes]
+        return (back if self.back else there)(given[0], of, rounds=self.rounds)
+
+    def _once(self, given: Sequence[Tensor], of: Convention) -> Any:
+        """One round, past checks that :meth:`serves` has made already."""
+        name = backends.requested()
         if self.back:
-            bands = tuple(given) if of.layout == "separate" else given[0]
-            back = conventions.haar_from_bands2d if of.axes == 2 else conventions.haar_from_bands3d
-            return back(bands, of, rounds=self.rounds)
-        there = conventions.haar_bands2d if of.axes == 2 else conventions.haar_bands3d
-        return there(given[0], of, rounds=self.rounds)
+            size = [1, 1, *given[0].shape[2:]][-3:]
+            size = [*size[: 3 - of.axes], *(2 * n for n in size[3 - of.axes :])]
+            rule = conventions.rule_of(of, of.inverse, "zero", 0, False)
+            return joined.synthesis(given, rule, size, blocks.is_channels_last(given[0]), name)
+        found = joined.analysis(given[0], conventions.rule_of(of, of.weight, of.mode, 0, True), name)
+        return found if of.layout == "separate" else found[0]
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The tensors of a call whose flag, where the layer has one, is this form's."""

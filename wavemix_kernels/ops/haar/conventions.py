@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,6 +140,13 @@ def haar_from_bands3d(
     return _synthesis(bands, _named(convention, 3), rounds, size, backend)
 
 
+#: The two directions by the number of axes.
+FUNCTIONS: dict[int, tuple[Any, Any]] = {
+    2: (haar_bands2d, haar_from_bands2d),
+    3: (haar_bands3d, haar_from_bands3d),
+}
+
+
 def _named(convention: str | Convention, axes: int) -> Convention:
     if isinstance(convention, str):
         if convention not in CONVENTIONS:
@@ -172,14 +180,15 @@ def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Te
     front = 2**rounds - 1 if of.first_frame else 0
     name = backends.requested(backend)
     for done in range(rounds):
-        bands = joined.analysis(x, _rule(of, of.weight, of.mode, 0 if done else front, True), name)
+        bands = joined.analysis(x, rule_of(of, of.weight, of.mode, 0 if done else front, True), name)
         if of.layout == "separate":
             return bands
         x = bands[0]
     return x
 
 
-def _rule(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
+def rule_of(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
+    """What one round of a convention computes."""
     return (_made if torch.compiler.is_compiling() else _known)(of, weight, mode, front, repeat)
 
 
@@ -217,7 +226,7 @@ def _synthesis(
     for done, target in enumerate(targets):
         front = 2**rounds - 1 if of.first_frame and done == rounds - 1 else 0
         last = blocks.is_channels_last(tensors[0])
-        tensors = (joined.synthesis(tensors, _rule(of, of.inverse, "zero", front, False), target, last, name),)
+        tensors = (joined.synthesis(tensors, rule_of(of, of.inverse, "zero", front, False), target, last, name),)
     return tensors[0]
 
 
