@@ -175,7 +175,7 @@ class HaarLayer(nn.Module):
             given = form.given(args, kwargs)
             if given is not None and form.serves(self, given):
                 for name, (kind, ratio) in form.writes.items():
-                    setattr(self, name, kind(_rounded(kind, ratio * given[0][0].numel())))
+                    vars(self)[name] = kind(_rounded(kind, ratio * given[0][0].numel()))
                 return form(given)
         return super().forward(*args, **kwargs)
 

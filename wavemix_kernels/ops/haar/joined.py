@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 def analysis(x: Tensor, rule: Rule, backend: str) -> tuple[Tensor, ...]:
     """The bands of ``x``, of three to five dimensions, the last of which are D, H and W as far as it has them: one
     tensor, or those of layout "separate". Differentiable any number of times."""
-    if _quick("haar_split", x, backend) and not _border(rule):
+    if _quick("haar_split", (x,), backend) and not _border(rule):
         if x.requires_grad and torch.is_grad_enabled():
             found = _Analysis.apply(x, rule, backend)
             return found if isinstance(found, tuple) else (found,)
@@ -70,7 +70,7 @@ def synthesis(
     """The transpose of :func:`analysis`: an image whose last dimensions are those of ``size``, (D, H, W)."""
     first = bands[0]
     dims = first.dim() - (rule.layout in ("around", "inside"))
-    if _quick("haar_join", first, backend) and not _folds(size, rule):
+    if _quick("haar_join", bands, backend) and not _folds(size, rule):
         if torch.is_grad_enabled() and any(b.requires_grad for b in bands):
             return _Synthesis.apply(rule, tuple(size), channels_last, backend, *bands)
         return _synthesised(bands, rule, tuple(size), channels_last)
@@ -139,11 +139,14 @@ def _apart(joined: Tensor, layout: str, count: int) -> Tensor:
 # --- Eager calls on a CPU --------------------------------------------------------------------------------
 
 
-def _quick(op: str, x: Tensor, backend: str) -> bool:
+def _quick(op: str, tensors: Sequence[Tensor], backend: str) -> bool:
     """Whether the CPU's kernel serves an eager call that nobody watches."""
-    if torch.compiler.is_compiling() or not x.is_cpu or not plan.unseen((x,)) or tuned.watching() or x.numel() == 0:
+    if torch.compiler.is_compiling() or tuned.watching() or not plan.unseen(tensors):
         return False
-    return choose.select(op, blocks.BACKENDS, backend, x) is blocks.BACKENDS["cpu"]
+    first = tensors[0]
+    if first.numel() == 0 or not all(t.is_cpu and t.dtype == first.dtype for t in tensors):
+        return False
+    return choose.select(op, blocks.BACKENDS, backend, first) is blocks.BACKENDS["cpu"]
 
 
 def _border(rule: Rule) -> bool:
