@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from wavemix_kernels import backends, haar_layers
 from wavemix_kernels.haar_layers import Form
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.haar import blocks, joined
 
 #: (dims of a tensor, axes of the volume (N, C, D, H, W) that are transformed); a frame of a video is an image.
@@ -113,7 +114,7 @@ class Derived(Form):
         taken: how the tensors lie in the arguments: for each its count in a tuple or list, 0 for a tensor by itself.
         result: the result, with pieces and numbers in place of tensors and numbers.
         inside: the block's layout in memory, that of the largest piece.
-        pooled: not 0: the result is the low band, pooled with this divisor.
+        pooled: not 0: the result is the low band, a pool with this divisor.
         scales: what the layer multiplies the tensor it is given by, in place; 1: nothing.
         only: the layer takes images of ``channels`` channels only.
         names, defaults: of the arguments of its forward.
@@ -193,7 +194,7 @@ class Derived(Form):
                 x.mul_(self.scales)
         if self.back:
             return _filled(self.result, [self._image(given)], elements)
-        if self.pooled:
+        if self.pooled and choose.low_band(given[0].device.type) == "pool":
             return _filled(self.result, [F.avg_pool2d(given[0], 2, divisor_override=self.pooled)], elements)
         if self._rule is not None:
             return _filled(self.result, [*joined.analysis(given[0], self._rule, _backend())], elements)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import checks
+from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.dwt.op import dwt2d
@@ -146,19 +147,29 @@ class _InChunks(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, target: Tensor, loss: _BandLoss) -> Tensor:
         grad = torch.empty_like(pred, dtype=loss.dtype)
         result = _in_chunks(pred, target, loss, grad)
-        ctx.save_for_backward(pred, target, grad)
-        ctx.loss = loss
+        ctx.save_for_backward(pred, target)
+        ctx.loss, ctx.kept = loss, [grad]
         return result
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        pred, target, grad = ctx.saved_tensors
+        pred, target = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the kept gradient knows nothing of the images it came from
             difference = pred.to(ctx.loss.dtype) - target.to(ctx.loss.dtype)
             total = ctx.loss.total(difference) / (pred.shape[0] * pred.shape[1])
             (grad,) = torch.autograd.grad(total, difference, create_graph=True)
-        of_pred = (grad * d_loss).to(pred.dtype) if ctx.needs_input_grad[0] else None
-        of_target = (grad * -d_loss).to(target.dtype) if ctx.needs_input_grad[1] else None
+            scaled = grad * d_loss
+        else:
+            if ctx.kept:  # given away, so that no second tensor of its size is made; another backward makes it anew
+                grad = ctx.kept.pop()
+            else:
+                grad = torch.empty_like(pred, dtype=ctx.loss.dtype)
+                with torch.enable_grad():
+                    _in_chunks(pred.detach(), target.detach(), ctx.loss, grad)
+            alone = plan.unseen((d_loss,)) and not torch._C._functorch.is_legacy_batchedtensor(d_loss)
+            scaled = grad.mul_(d_loss) if alone else grad * d_loss
+        of_pred = scaled.to(pred.dtype) if ctx.needs_input_grad[0] else None
+        of_target = (-scaled).to(target.dtype) if ctx.needs_input_grad[1] else None
         return of_pred, of_target, None
 
 

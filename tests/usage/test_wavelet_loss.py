@@ -87,6 +87,18 @@ def test_only_what_needs_a_gradient_gets_one_and_nothing_is_kept_without():
         assert wavelet_loss(pred, target, "haar").is_inference()
 
 
+def test_every_backward_gives_a_gradient_of_its_own():
+    pred, target = images()
+    loss = wavelet_loss(pred, target, "haar", 2)
+    first = torch.autograd.grad(loss, (pred, target), torch.tensor(2.0), retain_graph=True)
+    want = [g.clone() for g in first]
+    first[0].zero_()  # an optimizer's clipping writes to it
+    for got, exact in zip(torch.autograd.grad(loss, (pred, target), retain_graph=True), want, strict=True):
+        torch.testing.assert_close(2 * got, exact)
+    (batched,) = torch.autograd.grad(loss, pred, torch.tensor([2.0, 4.0]), is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack((want[0], 2 * want[0])))
+
+
 def test_torch_func():
     pred, target = images()
     (expected,) = torch.autograd.grad(wavelet_loss(pred, target), pred)

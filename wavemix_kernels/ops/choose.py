@@ -290,6 +290,12 @@ def projections(channels: int) -> str:
 # --- Haar --------------------------------------------------------------------------------------------------
 
 
+def low_band(device: str) -> str:
+    """LL alone, by Haar's kernel or by pooling: a CPU's kernel leaves the other bands out, Triton's writes them all.
+    "Haar as other codes write it, on a CPU"."""
+    return "kernel" if device == "cpu" else "pool"
+
+
 def wavelet_function(device: str, channels_last: bool) -> str:
     """WTConv's functions: ``"convolution"`` for channels_last on a CPU, where bands interleaved by channel are written
     one by one, else ``"haar"``. (docs/develop/tuning.md, WTConv)"""
