@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import checks
-from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
-from wavemix_kernels.ops.common.transforms import standard_wanted
+from wavemix_kernels.ops.common.transforms import in_transform, standard_wanted
 from wavemix_kernels.ops.dwt.op import dwt2d
 from wavemix_kernels.ops.dwt.reference import Filters
 from wavemix_kernels.ops.haar.op import MODES, haar_dwt2d
@@ -166,7 +165,7 @@ class _InChunks(torch.autograd.Function):
                 grad = torch.empty_like(pred, dtype=ctx.loss.dtype)
                 with torch.enable_grad():
                     _in_chunks(pred.detach(), target.detach(), ctx.loss, grad)
-            alone = plan.unseen((d_loss,)) and not torch._C._functorch.is_legacy_batchedtensor(d_loss)
+            alone = not in_transform() and not torch._C._functorch.is_legacy_batchedtensor(d_loss)
             scaled = grad.mul_(d_loss) if alone else grad * d_loss
         of_pred = scaled.to(pred.dtype) if ctx.needs_input_grad[0] else None
         of_target = (-scaled).to(target.dtype) if ctx.needs_input_grad[1] else None
