@@ -174,8 +174,8 @@ _BINARY = {
 MUFU = ("rcp", "rsqrt", "sqrt", "ex2", "lg2", "sin", "cos", "tanh")
 _WORK = {
     **dict.fromkeys(("ld", "st", "ldmatrix", "atom", "red", "cp"), "load/store"), **dict.fromkeys(MUFU, "MUFU"),
-    "bar": "barrier", "barrier": "barrier", "mma": "tensor", "shfl": "shuffle", "redux": "shuffle", "bra": "branch",
-    "ret": "branch", "mov": "move", "cvt": "convert",
+    "bar": "barrier", "barrier": "barrier", "mma": "tensor", "shfl": "shuffle", "redux": "shuffle",
+    "movmatrix": "shuffle", "bra": "branch", "ret": "branch", "mov": "move", "cvt": "convert",
 }  # fmt: skip
 
 

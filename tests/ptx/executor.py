@@ -28,7 +28,8 @@ _REDZONE = 16
 #: Instructions that do not compute.
 _STEPS = {
     "ld": steps.load, "st": steps.store, "cp": steps.copy, "ldmatrix": steps.load_matrices, "mma": steps.product,
-    "shfl": steps.shuffle, "redux": steps.reduce, "bar": steps.barrier, "barrier": steps.barrier,
+    "movmatrix": steps.transpose, "shfl": steps.shuffle, "redux": steps.reduce, "bar": steps.barrier,
+    "barrier": steps.barrier,
 }  # fmt: skip
 
 

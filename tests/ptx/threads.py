@@ -314,6 +314,18 @@ def shuffle(of: Operands, made: Instruction) -> Step:
     return run
 
 
+def transpose(of: Operands, made: Instruction) -> Step:
+    """movmatrix.sync.trans of 8 x 8 elements of 16 bits, two in a register"""
+    read, write = of.read(made.operands[1], U32), of.write(made.operands[0])
+
+    def run(s: Threads) -> None:
+        s.converged("movmatrix")
+        rows = np.ascontiguousarray(s.warps(read(s))).view(U16).reshape(-1, 8, 8)
+        write(s, np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1).view(U32))
+
+    return run
+
+
 def reduce(of: Operands, made: Instruction) -> Step:
     """redux.sync over whole warps"""
     combine = {"max": np.maximum, "min": np.minimum, "add": np.add}[made.modifiers[1]]
