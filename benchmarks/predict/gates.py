@@ -65,7 +65,7 @@ REASONS = {
     "cuda patm_whole moments *": "two ldmatrix for each product; 229 blocks",
     "cuda patm_whole * patm_branch_sums": "sines: issue slots",
     "cuda patm_whole * patm_mixed_gradients": "waves and weights through shared memory; each branch reads x for itself",
-    "cuda patm_whole * patm_wave_gradients": "two convolutions in fp32 arithmetic: issue slots",
+    "cuda patm_whole * patm_wave_gradients": "fragments and waves through shared memory; sines: issue slots",
     "cuda patm_whole * patm_image_gradients": "fragments of eleven products through shared memory",
     "cuda patm_whole * patm_mix": "waves and weights through shared memory; one block of a multiprocessor",
     "triton phase_aggregate *": "one warp a block: about 200 instructions a step; backward has no load ahead",

@@ -347,7 +347,7 @@ def patm_cases() -> Iterator[Case]:
             "patm_branch_sums": 4 * product,
             "patm_mix": 6 * product + 56 * pixels * shape[1],
             "patm_mixed_gradients": 7 * product,
-            "patm_wave_gradients": 5 * product,
+            "patm_wave_gradients": 5 * product + 112 * pixels * shape[1],
             "patm_image_gradients": 11 * product,
         }
         for what in ("moments", "forward", "backward"):

@@ -116,7 +116,7 @@ def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     if kernel == "patm_image_gradients" and match[3] == "128":
         local = 64  # 80 sums of the weights' gradient stay in 128 registers; a dozen words beside them do not fit
     if kernel == "patm_wave_gradients":
-        local = 16  # up to four addresses that are read once a tile
+        local = 16  # up to four words that are read once a tile
     accesses, products = (r"LDGSTS\.E\.BYPASS", r"LDSM\.16\.M"), (PRODUCTS[dtype],)
     return match[3], Demands(accesses=accesses, products=products, most_local=local)
 

@@ -87,8 +87,9 @@ void dispatch(const PatmArgs& args, const Function& function) {
   by_channels(__nv_bfloat16{});
 }
 
-// Bytes of shared memory that a block of `patm_mixed_gradients` takes.
+// Bytes of shared memory that a block of `patm_mixed_gradients` takes, and one of `patm_wave_gradients`.
 int64_t shared_of_mixed(int64_t c);
+int64_t shared_of_waves(int64_t c);
 
 // --- Tiles -----------------------------------------------------------------------------------------------
 

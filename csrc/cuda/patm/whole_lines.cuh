@@ -1,22 +1,17 @@
 // Shared by the backward kernels of the whole PATM: an image as the lines along which one branch convolves.
 //
 // Lines follow each other with as many empty places between them as a tap reaches. So one sequence of places has the
-// image, thin or long, tiles are cut from it anywhere, and the two branches differ by strides alone. What a convolution
-// finds beyond its tile lies in a ring of three tiles in shared memory: of each pair of channels a line of words, one
-// for each place.
+// image, thin or long, tiles are cut from it anywhere, and the two branches differ by strides alone.
 //
-// A warp owns 16 places and 16 channels. A thread has both channels of a pair, or its two outputs, at four places.
+// A warp owns half of the tile's places and 16 channels. A thread has both channels of a pair, or its two outputs, at
+// four places.
 #pragma once
 
 #include "cuda/patm/whole.cuh"
 
 namespace wavemix::whole {
 
-constexpr int kGroups = 2;  // of 16 places
-constexpr int kPlaces = kGroups * kStep;
-constexpr int kRing = 3 * kPlaces;    // words of a line
-constexpr int kLine = kRing + kStep;  // an odd multiple of 16: eight lines fill the banks evenly
-constexpr int kMargin = 4;            // places beyond an end, a whole word of 16 bytes
+constexpr int kGroups = 2;  // of places
 
 template <int C>
 constexpr int kLineThreads = 32 * kGroups * C / kStep;
@@ -33,7 +28,7 @@ struct Cut {
   Divisor of_image;
 
   // `places`: of a tile.
-  Cut(const PatmArgs& args, int multiprocessors, int blocks, int places = kPlaces) {
+  Cut(const PatmArgs& args, int multiprocessors, int blocks, int places) {
     const int64_t at_once = std::max<int64_t>(1, multiprocessors) * blocks;
     const auto tiles_of = [&](int64_t count, int64_t length) { return ceil_div(count * (length + kReach), places); };
     const int64_t tiles[2] = {tiles_of(args.h, args.w), tiles_of(args.w, args.h)};
@@ -75,25 +70,20 @@ inline Strides strides_of(const Plane& plane, const char* name) {
   return {plane.stride[0], {w, h}, {h, w}};
 }
 
-// Where a thread's four places of a tile lie: which of them are pixels, and these pixels' numbers.
+// Four places from a multiple of four on. Their pixels are of one line, since between two lines there are three places:
+// the line, and where the first of the four stands in it, which may be before its beginning.
 struct Four {
-  unsigned mask = 0;
-  int pixel = 0, step = 0, until_next = 0, to_next = 0;
+  int at, line, length;
 
-  Four() = default;
-  __device__ Four(const Lines& of, int first, int step_of_place, int step_of_line) : step(step_of_place) {
-    const int pitch = of.length + kReach;
-    uint32_t value = static_cast<uint32_t>(first);
-    const int at = static_cast<int>(of.pitch.take(value)), line = static_cast<int>(value);
-    pixel = at * step_of_place + line * step_of_line;
-    until_next = pitch - at;
-    to_next = step_of_line - pitch * step_of_place;
-    const int here = of.length - at, next = of.length < 4 ? of.length : 4;
-    if (line < of.count && here > 0) mask = here < 4 ? (1u << here) - 1 : 15u;
-    if (line + 1 < of.count && until_next < 4) mask |= ((1u << next) - 1) << until_next;
+  __device__ Four(const Lines& of, int first) {
+    uint32_t value = static_cast<uint32_t>(first < 0 ? 0 : first);
+    at = static_cast<int>(of.pitch.take(value));
+    const int beyond = at >= of.length ? 1 : 0;
+    at -= beyond * (of.length + kReach);
+    line = static_cast<int>(value) + beyond;
+    length = (first < 0) | (line >= of.count) ? 0 : of.length;
   }
-  __device__ bool exists(int i) const { return (mask >> i & 1u) != 0; }
-  __device__ int at(int i) const { return pixel + i * step + (i < until_next ? 0 : to_next); }
+  __device__ bool exists(int i) const { return static_cast<unsigned>(at + i) < static_cast<unsigned>(length); }
 };
 
 // Kernels along lines read this; it also says how an image is cut for them.
@@ -146,6 +136,34 @@ void launch_lines(const char* name, void (*kernel)(Params), const PatmArgs& args
   }
 }
 
+// threadIdx.x, but the compiler does not keep through a loop what is computed from it.
+__device__ inline uint32_t this_thread() { return static_cast<uint32_t>(here(static_cast<int64_t>(threadIdx.x))); }
+
+// An 8x8 matrix of 16-bit elements as `ldmatrix_x4` leaves it in a warp's registers, transposed.
+#if defined(__CUDACC__)
+__device__ inline Fragment transposed(Fragment a) {
+  Fragment d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+#else
+inline Fragment transposed(Fragment a, WAVEMIX_SITE) {
+  struct Move {
+    Fragment from, to;
+  };
+  Move mine{a, 0};
+  emulator::warp_operation(kWholeWarp, {file, line}, "transposed", &mine, [](void* const(&payloads)[emulator::kWarp]) {
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      const auto element = [&](int row) {  // in its column lane / 4
+        return static_cast<const Move*>(payloads[4 * row + lane / 8])->from >> (lane / 4 % 2 * 16) & 0xffffu;
+      };
+      static_cast<Move*>(payloads[lane])->to = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+    }
+  });
+  return mine.to;
+}
+#endif
+
 // A block has one image, one branch, and these tiles of it.
 struct LinePart {
   int64_t n;
@@ -163,39 +181,13 @@ struct LinePart {
   }
 };
 
-__device__ constexpr int after(int slot) { return slot == 2 ? 0 : slot + 1; }  // of three
-
 // The steps of a block that the kernels along lines share.
 template <class T, int C>
 struct LineBlock {
-  static constexpr int kThreads = kLineThreads<C>, kChunks = C / kStep, kTile = kPlaces * C;
-  using Products = float[2][4];  // [two places][row, row + 8 by place]
+  static constexpr int kThreads = kLineThreads<C>, kChunks = C / kStep;
 
-  int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  int group = lane / 4, member = lane % 4;
-  int chunk = warp % kChunks, first = warp / kChunks * kStep;
-
-  __device__ int channel() const { return 16 * chunk + 2 * group; }  // and the next
-  __device__ int pair() const { return 8 * chunk + group; }          // outputs: this and the one C / 2 above
-
-  // Rows of a tile; zeros where there is no pixel.
-  __device__ void fetch(const T* source, const Strides& strides, int branch, const Lines& lines, int tile,
-                        SharedSpan<T> to) const {
-    constexpr int kWords = C / kWord;
-    static_assert(kThreads % kWords == 0, "a thread keeps to one word of the rows, as in map_rows");
-    const int word = static_cast<int>(threadIdx.x) % kWords;
-#pragma unroll
-    for (int row = static_cast<int>(threadIdx.x) / kWords; row < kPlaces; row += kThreads / kWords) {
-      uint32_t line = static_cast<uint32_t>(tile * kPlaces + row / kStep * kStep + pixel_of(row % kStep));
-      const int at = static_cast<int>(lines.pitch.take(line));
-      if (at < lines.length && static_cast<int>(line) < lines.count) {
-        cp_async<16>(to + place<C>(row, word), source + static_cast<int64_t>(at) * strides.place[branch] +
-                                                   static_cast<int64_t>(line) * strides.line[branch] + word * kWord);
-      } else {
-        shared_cast<uint4>(to + place<C>(row, word))[0] = uint4{};
-      }
-    }
-  }
+  int group = static_cast<int>(threadIdx.x) % 32 / 4, member = static_cast<int>(threadIdx.x) % 4;
+  int chunk = static_cast<int>(threadIdx.x) / 32 % kChunks;
 
   // A projection's rows, permuted; or the columns of `proj`, which its input's gradient is made with.
   __device__ void keep_projection(const void* matrix, SharedSpan<T> to) const {
@@ -220,74 +212,6 @@ struct LineBlock {
       a[k] = __ldg(reinterpret_cast<const Fragment*>(static_cast<const T*>(matrix) +
                                                      of_row(chunk * kStep + group + k % 2 * 8) * C + step * kStep +
                                                      k / 2 * 8 + 2 * member));
-  }
-
-  // Products of matrices, one behind the other in memory, with the warp's places of a tile, all from one read of these.
-  template <class... Sums>
-  __device__ void multiply_places(SharedSpan<T> tile, SharedSpan<T> matrices, Sums&... sums) const {
-#pragma unroll
-    for (int step = 0; step < C / kStep; ++step) {
-      Fragment b[4], a[4];
-      load_columns<C>(b, tile, first, step);
-      int row = chunk * kStep;
-      ((load_rows<C>(a, matrices, row, step), multiply<T>(sums, a, b), row += C), ...);
-    }
-  }
-
-  // The line's words at this thread's places of a slot of the ring.
-  __device__ int at(int slot) const { return slot * kPlaces + first + 4 * member; }
-  // From four places before them on: twelve, as words of two elements.
-  __device__ void around(SharedSpan<uint32_t> line, int slot, uint4 (&words)[3]) const {
-    const int here = at(slot);
-    words[0] = shared_cast<uint4>(line + ((here == 0 ? kRing : here) - kMargin))[0];
-    words[1] = shared_cast<uint4>(line + here)[0];
-    words[2] = shared_cast<uint4>(line + (here + kMargin == kRing ? 0 : here + kMargin))[0];
-  }
-  __device__ static void unpack(const uint4 (&words)[3], float (&values)[2][3 * kMargin]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      T elements[8];
-      memcpy(static_cast<void*>(elements), &words[i], sizeof(words[i]));
-#pragma unroll
-      for (int k = 0; k < 8; ++k) values[k % 2][4 * i + k / 2] = widen(elements[k]);
-    }
-  }
-
-  // Taps in shared memory, [output of the pair][channel of the pair][taps 0 - 3, 4 - 6][pair][4]: 16 C floats.
-  __device__ static void keep_taps(const float* taps, SharedSpan<float> to) {
-    for (int i = static_cast<int>(threadIdx.x); i < 16 * C; i += kThreads) {
-      const int half = i / (8 * C), even = i / (4 * C) % 2, tap = i / (2 * C) % 2 * 4 + i % 4, of = i / 4 % (C / 2);
-      to[i] = tap < kPhaseTaps ? taps[((of + half * (C / 2)) * 2 + even) * kPhaseTaps + tap] : 0.0f;
-    }
-  }
-  __device__ void load_taps(SharedSpan<float> taps, int half, int even, float (&tap)[8]) const {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float4 quad = shared_cast<float4>(taps + (((half * 2 + even) * 2 + k) * (C / 2) + pair()) * 4)[0];
-      memcpy(tap + 4 * k, &quad, sizeof(quad));
-    }
-  }
-
-  // Adds up over the threads that have the same rows, which all call: over members, then over groups of places, in
-  // `scratch` (C / 2 floats a value). `keep(value, pair, sum)` takes each sum once.
-  template <int N, class Keep>
-  __device__ void add_up(float (&sums)[N], SharedSpan<float> scratch, const Keep& keep) const {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      sums[k] += __shfl_xor_sync(kWholeWarp, sums[k], 1);
-      sums[k] += __shfl_xor_sync(kWholeWarp, sums[k], 2);
-    }
-    static_assert(kGroups == 2, "the second group of places hands its sums to the first");
-    __syncthreads();
-    if (first != 0 && member == 0) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) scratch[k * (C / 2) + pair()] = sums[k];
-    }
-    __syncthreads();
-    if (first == 0 && member == 0) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) keep(k, sums[k] + scratch[k * (C / 2) + pair()]);
-    }
   }
 };
 

@@ -431,11 +431,11 @@ using StripOf =
 
 namespace wavemix {
 
-// This kernel or that of the mixture's gradients takes the most.
+// This kernel or one of the gradients' takes the most.
 int64_t patm_shared_cuda(int64_t c) {
   using namespace whole;
   const size_t mix = c == 64 ? StripOf<64>::kBytes : c == 96 ? StripOf<96>::kBytes : StripOf<128>::kBytes;
-  return std::max(static_cast<int64_t>(mix), shared_of_mixed(c));
+  return std::max({static_cast<int64_t>(mix), shared_of_mixed(c), shared_of_waves(c)});
 }
 
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream) {
