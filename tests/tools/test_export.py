@@ -96,7 +96,7 @@ def test_exported_graphs_are_standard_and_dynamic(name: str) -> None:
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", few(["classification", "segmentation", "sisr", "wavemlp-dw"], "classification"))
+@pytest.mark.parametrize("name", few(["classification", "segmentation", "sisr", "wavemlp-dw"]))
 def test_onnx(name: str, tmp_path: Path) -> None:
     model, size, unit = built(name), *MODELS[name][1:]
     x = photographs.crops(5, size, size)
