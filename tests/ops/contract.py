@@ -109,6 +109,8 @@ APART = 2**31 + 64
 #: The axes of an image in turn, and a type, for tests of offsets beyond 32 bits.
 EVERY_AXIS = ("far", "far_nchw", "far_channels", "far_rows", "far_columns")
 SHORT = dict.fromkeys(("cpu", "triton", "cuda"), (torch.float16,))
+#: The same for families without CUDA kernels.
+WITHOUT_CUDA = {backend: SHORT[backend] for backend in ("cpu", "triton")}
 _places = itertools.cycle(range(0, 2**16, 2**12))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import each
-from tests.ops.contract import EVERY_AXIS, LAYOUTS, SHORT, Case, Contract, image, on, randn
+from tests.ops.contract import EVERY_AXIS, LAYOUTS, WITHOUT_CUDA, Case, Contract, image, on, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -178,12 +178,11 @@ BOTH = ("nchw", "channels_last")
 test_contract = each.case(Stats(), Apply(), Backward())
 test_wide = each.case(Stats(**WIDE), Apply(**WIDE), Backward(**WIDE))
 test_repeats = each.backend_repeats(Stats(), Backward())
-OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
 FARTHER: Any = {"shape": ((2, 3, 2, 3),), "layout": EVERY_AXIS}
 test_offsets_beyond_32_bits = each.case(
-    Stats(OWN, offset=(0,), weighted=(False,), **FARTHER),
-    Apply(OWN, other=("far_channels",), **FARTHER),
-    Backward(OWN, other=("far_channels",), batch_stats=(True,), **FARTHER),
+    Stats(WITHOUT_CUDA, offset=(0,), weighted=(False,), **FARTHER),
+    Apply(WITHOUT_CUDA, other=("far_channels",), **FARTHER),
+    Backward(WITHOUT_CUDA, other=("far_channels",), batch_stats=(True,), **FARTHER),
 )
 test_threads = each.thread_count(Stats(offset=(0,), **MANY), Backward(other=("nchw", "cropped"), **MANY), same=False)
 test_empty_batch = each.empty_batch(Stats(**EMPTY), Apply(other=BOTH, **EMPTY), Backward(other=("nchw",), **EMPTY))

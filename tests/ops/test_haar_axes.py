@@ -230,8 +230,8 @@ LAYOUTS = ("bands", "channels", "batch", "around", "inside", "separate")
 @pytest.mark.parametrize("held", ["all", "some"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_eager_call_is_the_operators(layout: str, held: str) -> None:
-    """What a kernel of its own writes and reads in place, beside the operators' block: sizes, memory orders, and
-    gradients that lie otherwise than their tensors."""
+    """The eager call's kernel reads and writes bands in place; the operators go by a block. Sizes, memory orders, and
+    gradients in another memory order than their tensors."""
     for size, axes, order in (((6, 70), (3, 4), "sliced"), ((5, 34), (3, 4), "channels_last"), ((9,), (4,), "plain")):
         count = 2 ** len(axes)
         kept = count if held == "all" else max(count - 1, 1)

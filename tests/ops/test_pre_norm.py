@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import each
-from tests.ops.contract import EVERY_AXIS, SHORT, Case, Contract, image, pairwise, randn
+from tests.ops.contract import EVERY_AXIS, WITHOUT_CUDA, Case, Contract, image, pairwise, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, stored
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.norm import pre_norm
@@ -154,10 +154,11 @@ class Statistics(Contract):
 
 test_contract = each.case(PreNorm(), Statistics())
 FARTHER: Any = {"shape": ((2, 4, 3, 5),), "layout": EVERY_AXIS}
-OWN = {backend: SHORT[backend] for backend in ("cpu", "triton")}
 test_offsets_beyond_32_bits = each.case(
-    PreNorm(OWN, types=((F16, F16),), kind=("channel", "image"), inside=("far_channels",), path=(True,), **FARTHER),
-    Statistics(OWN, **FARTHER),
+    PreNorm(
+        WITHOUT_CUDA, types=((F16, F16),), kind=("channel", "image"), inside=("far_channels",), path=(True,), **FARTHER
+    ),
+    Statistics(WITHOUT_CUDA, **FARTHER),
 )
 EMPTY: Any = {"shape": ((0, 4, 3, 5),), "layout": ("nchw",), "inside": ("nchw",), "types": ((F32, F32),)}
 test_empty_batch = each.empty_batch(PreNorm(**EMPTY))

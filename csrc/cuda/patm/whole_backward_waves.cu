@@ -74,7 +74,7 @@ struct Waves : WaveTiles<T, C> {
         for (int i = 0; i < 4; ++i)
           of[i] = pixels.exists(i) ? d[k][i / 2][2 * half + i % 2] * weight[half] + mean[half] : 0.0f;
         const uint2 both = {packed<T>(of[0], of[1]), packed<T>(of[2], of[3])};
-        // Of word four + 2 the first half, and of the one before the second; odd groups in the other order, for banks.
+        // The first half of word four + 2 and the second of the word before; odd groups change the order, for banks.
         const SharedSpan<uint2> to = shared_cast<uint2>(word(t.pair(), half, four + 1)) + 1;
         to[(t.group & 1)] = both;
         to[1 - (t.group & 1)] = both;

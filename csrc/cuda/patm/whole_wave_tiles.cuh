@@ -1,9 +1,8 @@
-// What the waves' gradients have in shared memory: weights, taps and constants of the block's branch, tiles of x and of
-// the gradient, windows of d, and cells.
+// Shared memory of the waves' gradients: weights, taps and constants of the block's branch, tiles of x and of the
+// gradient, windows of d, and cells.
 //
-// Of each pair of channels and output of the pair, d lies in a line of words of 16 bytes, the windows: word b has the
-// eight places from four before the four places b on, and so overlaps the next. A cell has 16 bytes of a pair and
-// place.
+// Each output of a pair of channels has a line of 16-byte words, the windows of d. Word b has eight places, which begin
+// four before place 4 b, and so overlaps the next word. A cell has 16 bytes of a pair and place.
 #pragma once
 
 #include "cuda/patm/whole_lines.cuh"
@@ -59,7 +58,7 @@ struct Thread {
   int group = static_cast<int>(number % 32 / 4), member = static_cast<int>(number % 4);
   int of_eight = static_cast<int>(number % 8), of_sixteen = static_cast<int>(number % 16);
   int eighth = static_cast<int>(number / 8 % 2), sixteenth = static_cast<int>(number / 16 % 2);
-  // Of products: 16 channels, and the first of 32 places.
+  // The warp's part of products: 16 channels, and the first of 32 places.
   int chunk = static_cast<int>(number / 32 % (C / kStep));
   int first = static_cast<int>(number / 32 / (C / kStep) * (2 * kStep));
 
@@ -144,7 +143,7 @@ struct WaveTiles {
       shared_cast<uint2>(floats + P::kTapsAt)[i] = uint2{high, rest(high, tap[0], tap[1])};
     }
   }
-  // What two values have beyond their first parts.
+  // The second parts of two values: what rounding took from the first ones.
   __device__ static Fragment rest(Fragment high, float first, float second) {
     T elements[2];
     memcpy(static_cast<void*>(elements), &high, sizeof(high));

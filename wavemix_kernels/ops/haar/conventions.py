@@ -188,12 +188,12 @@ def _analysis(x: Tensor, of: Convention, rounds: int, backend: str | None) -> Te
 
 
 def rule_of(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
-    """What one round of a convention computes."""
+    """The rule of one round of a convention."""
     return (_made if torch.compiler.is_compiling() else _known)(of, weight, mode, front, repeat)
 
 
 def _made(of: Convention, weight: tuple[float, ...], mode: str, front: int, repeat: bool) -> joined.Rule:
-    return joined.Rule(_axes(of), tuple(of.order), tuple(weight), of.layout, 2**of.axes, mode, front, repeat)
+    return joined.Rule(_axes(of), of.order, weight, of.layout, 2**of.axes, mode, front, repeat)
 
 
 _known = functools.cache(_made)

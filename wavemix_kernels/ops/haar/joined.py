@@ -29,7 +29,7 @@ _INSIDE = {
 
 
 class Rule(NamedTuple):
-    """What a round computes.
+    """The definition of a round.
 
     Attributes:
         axes, order, weight, mode, front, repeat: as for :func:`wavemix_kernels.ops.haar.blocks.split`; tuples.
@@ -91,7 +91,7 @@ def synthesis(
 
 
 def volume(x: Tensor, at: int) -> Tensor:
-    """With axes of size 1 before the last ones, from axis ``at`` on, so that three follow it."""
+    """``x`` with axes of size 1 inserted at axis ``at``, until three follow it."""
     while x.dim() < at + 3:
         x = x.unsqueeze(at)
     return x
@@ -163,7 +163,8 @@ def _folds(size: Sequence[int], rule: Rule) -> bool:
 
 
 class _Launch(NamedTuple):
-    """
+    """A round's output and the kernel's arguments, as far as shapes decide them.
+
     Attributes:
         shape, stride: of the output.
         band: where each band lies; empty: bands have tensors of their own.
