@@ -265,19 +265,42 @@ def extend(x: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
     n = x.shape[dim]
     pieces = [x]
     if left > 0:
-        pieces.insert(0, _extrapolate(x, dim, torch.arange(-left, 0, device=x.device), mode))
+        at = torch.arange(-left, 0, device=x.device)
+        pieces.insert(0, _extrapolate(x, dim, at, mode, _stretch(x, dim, left, True, mode)))
     if right > 0:
-        pieces.append(_extrapolate(x, dim, torch.arange(n, n + right, device=x.device), mode))
+        at = torch.arange(n, n + right, device=x.device)
+        pieces.append(_extrapolate(x, dim, at, mode, _stretch(x, dim, right, False, mode)))
     return torch.cat(pieces, dim) if len(pieces) > 1 else x
 
 
-def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
+def _stretch(x: Tensor, dim: int, count: int, before: bool, mode: str) -> Tensor | None:
+    """The samples of x that `mode` repeats on the `count` places before or behind it; None: not one stretch of it.
+
+    No index, since Inductor's gradient of one writes out of bounds on a CPU (torch 2.13).
+    """
+    n = x.shape[dim]
+    if mode in ("symmetric", "antisymmetric", "reflect", "antireflect"):
+        end = 1 if mode in ("reflect", "antireflect") else 0  # samples that are not repeated
+        if count + end > n:
+            return None
+        return x.narrow(dim, end if before else n - end - count, count).flip(dim)
+    if mode == "periodization" and n % 2:  # of the signal whose last sample stands twice
+        if count > n:
+            return None
+        rest, twice = x.narrow(dim, n + 1 - count if before else 0, count - 1), x.narrow(dim, n - 1, 1)
+        return torch.cat((rest, twice) if before else (twice, rest), dim)
+    if mode in ("periodic", "periodization") and count <= n:
+        return x.narrow(dim, n - count if before else 0, count)
+    return None
+
+
+def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str, stretch: Tensor | None) -> Tensor:
     """Samples of the infinitely extended x at the positions `at`, all of them outside 0 ... n - 1."""
     n = x.shape[dim]
     first, last = x.narrow(dim, 0, 1), x.narrow(dim, n - 1, 1)
 
     def take(index: Tensor) -> Tensor:
-        return x.index_select(dim, index)
+        return x.index_select(dim, index) if stretch is None else stretch
 
     def along(values: Tensor) -> Tensor:
         return values.reshape((-1, 1) if dim == -2 else (-1,))
@@ -291,7 +314,7 @@ def _extrapolate(x: Tensor, dim: int, at: Tensor, mode: str) -> Tensor:
         return torch.where(before, first, last) + along(distance).to(x.dtype) * slope
     if mode == "periodic":
         return take(at % n)
-    if mode == "periodization":  # of the signal whose odd end is repeated; by index, as Inductor errs on a cat
+    if mode == "periodization":  # of the signal whose odd end is repeated
         return take((at % (n + n % 2)).clamp(max=n - 1))
     if mode in ("symmetric", "antisymmetric"):
         phase = at % (2 * n)  # forwards, then backwards, both end samples twice
