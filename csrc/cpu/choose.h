@@ -11,11 +11,26 @@
 
 namespace wavemix::choose {
 
-// Haar transforms go by vectors of channels where image and LL have contiguous channels, else by rows of pixels.
-enum class Haar { by_rows, by_channels };
+// Whether a channel's LL and bands of the one level follow each other in memory, for every channel in turn.
+[[maybe_unused]] static bool bands_join(const HaarArgs& args) {
+  constexpr int64_t kBytes[] = {8, 4, 2, 2};  // by DType
+  const Bands& high = args.high[0];
+  const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  return args.levels == 1 && args.low[0].data == nullptr && args.ll.stride[1] == 4 && high.stride[1] == 4 &&
+         high.stride[2] == 1 && high.stride[0] == args.ll.stride[0] && high.stride[3] == args.ll.stride[2] &&
+         high.stride[4] == args.ll.stride[3] &&
+         address(high.data) == address(args.ll.data) + kBytes[static_cast<int>(args.dtype)];
+}
+
+// Haar transforms go by vectors of channels where image and LL have contiguous channels, or where a channel's LL and
+// bands follow each other; else by rows of pixels.
+enum class Haar { by_rows, by_channels, by_channels_joined };
 [[maybe_unused]] static Haar haar(const HaarArgs& args) {
-  const bool channels_inner = args.image.stride[1] == 1 && args.image.stride[3] != 1 && args.ll.stride[1] == 1;
-  return args.c > 1 && channels_inner ? Haar::by_channels : Haar::by_rows;
+  const bool channels_inner = args.image.stride[1] == 1 && args.image.stride[3] != 1;
+  if (args.c <= 1 || !channels_inner) return Haar::by_rows;
+  if (args.ll.stride[1] == 1) return Haar::by_channels;
+  const bool whole = args.h % 2 == 0 && args.w % 2 == 0 && args.add.data == nullptr;
+  return whole && bands_join(args) ? Haar::by_channels_joined : Haar::by_rows;
 }
 
 // 1x1 convolution and Haar: few channels fill no vector, so the transform comes first. "Few channels: reduce_haar".

@@ -173,7 +173,7 @@ class Bands(OfImage):
     name = "haar_bands"
     axes: ClassVar[Any] = {
         "layout": ALL_LAYOUTS,
-        "size": (((2, 4, 16, 40), 1), ((1, 1, 2, 6), 1), ((3, 5, 6, 2), 1)),
+        "size": (((2, 4, 16, 40), 1), ((1, 1, 2, 6), 1), ((3, 5, 6, 2), 1), ((1, 275, 4, 2), 1)),
         "back": (False, True),
     }
 

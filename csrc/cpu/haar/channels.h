@@ -42,6 +42,60 @@ struct ChannelWorker {
   }
   bool packed(int l) const { return args.high[l - 1].stride[1] == 3 && args.high[l - 1].stride[2] == 1; }
 
+  // LL and bands of a channel follow each other, in `out` or `in`.
+  template <class In, class Out>
+  void analyse_joined(const In* __restrict a, const In* __restrict b, const In* __restrict c, const In* __restrict d,
+                      Out* __restrict out) const {
+    WAVEMIX_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Quad<A> q = butterfly<A>(load(a[i]), load(b[i]), load(c[i]), load(d[i]));
+      store(out[4 * i], q.a);
+      store(out[4 * i + 1], q.b);
+      store(out[4 * i + 2], q.c);
+      store(out[4 * i + 3], q.d);
+    }
+  }
+  template <class In, class Out>
+  void synthesise_joined(const In* __restrict in, Out* __restrict a, Out* __restrict b, Out* __restrict c,
+                         Out* __restrict d) const {
+    WAVEMIX_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Quad<A> q = butterfly<A>(load(in[4 * i]), load(in[4 * i + 1]), load(in[4 * i + 2]), load(in[4 * i + 3]));
+      store(a[i], q.a);
+      store(b[i], q.b);
+      store(c[i], q.c);
+      store(d[i], q.d);
+    }
+  }
+  void analyse_joined_unit(int64_t y, int64_t x) {
+    const T* p = pixel(args.image, 2 * y, 2 * x);
+    const T* const pixels[4] = {p, p + args.image.stride[3], p + args.image.stride[2],
+                                p + args.image.stride[2] + args.image.stride[3]};
+    T* out = pixel(args.ll, y, x);
+    if (vectorises_in_place<T>()) {
+      analyse_joined(pixels[0], pixels[1], pixels[2], pixels[3], out);
+      return;
+    }
+    A* const* q = child[0];
+    for (int k = 0; k < 4; ++k) load_row(pixels[k], 1, count, q[k]);
+    analyse_joined(q[0], q[1], q[2], q[3], band);  // and `coarsest`, which follows
+    store_row(band, out, 1, 4 * count);
+  }
+  void synthesise_joined_unit(int64_t y, int64_t x) {
+    T* p = pixel(args.image, 2 * y, 2 * x);
+    T* const pixels[4] = {p, p + args.image.stride[3], p + args.image.stride[2],
+                          p + args.image.stride[2] + args.image.stride[3]};
+    const T* in = pixel(args.ll, y, x);
+    if (vectorises_in_place<T>()) {
+      synthesise_joined(in, pixels[0], pixels[1], pixels[2], pixels[3]);
+      return;
+    }
+    A* const* q = child[0];
+    load_row(in, 1, 4 * count, band);
+    synthesise_joined(band, q[0], q[1], q[2], q[3]);
+    for (int k = 0; k < 4; ++k) store_row(q[k], pixels[k], 1, count);
+  }
+
   template <class In, class Low, class High>
   void analyse_quad(const In* __restrict a, const In* __restrict b, const In* __restrict c, const In* __restrict d,
                     Low* __restrict ll, High* __restrict out) const {

@@ -32,7 +32,7 @@ void run_by_rows(const HaarArgs& args, const Pyramid& size, int threads) {
   }
 }
 
-template <class T, Direction direction>
+template <class T, Direction direction, bool joined>
 void run_by_channels(const HaarArgs& args, const Pyramid& size, int threads) {
   const int64_t rows = size.h[args.levels], columns = size.w[args.levels];
   const int64_t chunks = (args.c + kChannelChunk - 1) / kChannelChunk;
@@ -46,10 +46,11 @@ void run_by_channels(const HaarArgs& args, const Pyramid& size, int threads) {
       worker.c0 = rest % chunks * kChannelChunk;
       worker.count = args.c - worker.c0 < kChannelChunk ? args.c - worker.c0 : kChannelChunk;
       worker.n = rest / chunks / rows;
-      if (direction == Direction::analysis) {
-        worker.analyse_unit(rest / chunks % rows, x);
+      const int64_t y = rest / chunks % rows;
+      if constexpr (direction == Direction::analysis) {
+        joined ? worker.analyse_joined_unit(y, x) : worker.analyse_unit(y, x);
       } else {
-        worker.synthesise_unit(rest / chunks % rows, x);
+        joined ? worker.synthesise_joined_unit(y, x) : worker.synthesise_unit(y, x);
       }
     }
   }
@@ -75,10 +76,13 @@ void run(const HaarArgs& args, int threads) {
     advise(args.image.data, args.image.stride, full, element);
   }
   if (args.n * args.c * args.h * args.w < kSerialElements) threads = 1;
-  if (choose::haar(args) == choose::Haar::by_channels) {
-    run_by_channels<T, direction>(args, size, threads);
-  } else {
-    run_by_rows<T, direction>(args, size, threads);
+  switch (choose::haar(args)) {
+    case choose::Haar::by_channels:
+      return run_by_channels<T, direction, false>(args, size, threads);
+    case choose::Haar::by_channels_joined:
+      return run_by_channels<T, direction, true>(args, size, threads);
+    case choose::Haar::by_rows:
+      return run_by_rows<T, direction>(args, size, threads);
   }
 }
 

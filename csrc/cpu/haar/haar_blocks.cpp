@@ -22,6 +22,7 @@ struct BlockWorker {
   const int row_axes, rows, bands;
   const int64_t count, step;  // coefficients of a row, and elements between scratch rows
   const bool direct;          // rows go from memory to memory where no border is in them
+  const bool joined;          // a coefficient's bands follow each other in memory
   A* row[kMost];
   A* samples;
   T* absent;  // a row of zeros in the place of bands that are not there; analysis writes to it
@@ -57,6 +58,13 @@ struct BlockWorker {
     return vectorises_in_place<T>() && x_stride == 1 && y_stride == 1;
   }
 
+  static bool bands_join(const HaarBlocksArgs& args) {
+    const int bands = 1 << args.axes;
+    bool join = vectorises_in_place<T>() && args.present == bands && bands > 1;
+    for (int k = 0; k < bands; ++k) join = join && args.weight[k] != 0 && args.band[k] == k;
+    return join && (args.inner > 0 ? args.inner_y : last(args).y_stride) == bands;
+  }
+
   BlockWorker(const HaarBlocksArgs& args, Scratch& scratch)
       : args(args),
         pairs_inside(args.inner == 0),
@@ -65,7 +73,8 @@ struct BlockWorker {
         bands(1 << args.axes),
         count(coefficients(args)),
         step(row_step(args)),
-        direct(is_direct(args)) {
+        direct(is_direct(args)),
+        joined(bands_join(args)) {
     A* next = reinterpret_cast<A*>(scratch.block);
     for (int k = 0; k < bands; ++k, next += step) row[k] = next;
     samples = next;
@@ -203,6 +212,7 @@ struct BlockWorker {
       }
     }
     butterflies();
+    if (joined) return by_bands([&](auto n) { join_bands<n>(static_cast<T*>(args.y) + y_offset); });
     for (int k = 0; k < args.present; ++k) {
       T* dst = static_cast<T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
@@ -221,7 +231,8 @@ struct BlockWorker {
 
   void synthesise_unit() {
     for (int k = args.present; k < bands; ++k) copy_scaled(nullptr, A(0), row[args.pattern[k]]);
-    for (int k = 0; k < args.present; ++k) {
+    if (joined) by_bands([&](auto n) { part_bands<n>(static_cast<const T*>(args.y) + y_offset); });
+    for (int k = 0; !joined && k < args.present; ++k) {
       const T* src = static_cast<const T*>(args.y) + y_offset + args.band[k];
       const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
       copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
@@ -236,6 +247,36 @@ struct BlockWorker {
         store_row(row[r], dst, args.inner_x, count);
       }
     }
+  }
+
+  // All bands of a coefficient at once: one after the other they would go through memory as often.
+  template <int n>
+  void join_bands(T* __restrict to) const {
+    const A* from[n];
+    A weight[n];
+    for (int k = 0; k < n; ++k) {
+      from[k] = row[args.pattern[k]];
+      weight[k] = static_cast<A>(args.weight[k]);
+    }
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < count; ++j) WAVEMIX_EACH(n, k, { store(to[n * j + k], weight[k] * from[k][j]); });
+  }
+  template <int n>
+  void part_bands(const T* __restrict from) const {
+    A* to[n];
+    A weight[n];
+    for (int k = 0; k < n; ++k) {
+      to[k] = row[args.pattern[k]];
+      weight[k] = static_cast<A>(args.weight[k]);
+    }
+    WAVEMIX_SIMD
+    for (int64_t j = 0; j < count; ++j) WAVEMIX_EACH(n, k, { to[k][j] = weight[k] * load(from[n * j + k]); });
+  }
+  template <class Run>
+  void by_bands(const Run& run) const {
+    if (bands == 2) return run(std::integral_constant<int, 2>{});
+    if (bands == 4) return run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 8>{});
   }
 
   void copy_scaled(const A* src, A weight, A* __restrict dst) const {
