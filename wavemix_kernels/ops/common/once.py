@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST
 
 MESSAGE = (
     "this backward pass of wavemix_kernels cannot be differentiated again; run the forward pass inside of "
@@ -20,7 +23,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(grads):
             out = backward(ctx, *grads)
         if not torch.is_grad_enabled() or not any(isinstance(g, Tensor) and g.requires_grad for g in grads):
             return out
@@ -29,3 +32,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return fails(*(None if g is None else g.detach().requires_grad_() for g in flat))
 
     return wrapper
+
+
+def _without_autocast(grads: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """For a backward pass that is called under autocast: forward has cast what it kept, no more is to be cast."""
+    kind = next((g.device.type for g in grads if isinstance(g, Tensor)), "meta")
+    if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
