@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from wavemix_kernels import backends, checks, fx, log, wtconv_layer
-from wavemix_kernels.ops import choose
+from wavemix_kernels import checks, fx, log, wtconv_layer
 from wavemix_kernels.ops.haar.bands import haar_bands, haar_from_bands
 
 #: (function, its filters), both of one module.
@@ -75,8 +74,6 @@ class HaarFunction:
         if not torch.compiler.is_compiling() and self._seen != _version(self.filters):
             self._look()
         reason = "its filters are trainable" if self.filters.requires_grad else self._why_not
-        if reason is None and _convolution_is_faster(x):
-            reason = "channels_last on a CPU"
         if reason is None:
             return _KERNELS[self.direction](x)
         if not torch.compiler.is_compiling() and log.enabled():
@@ -86,12 +83,6 @@ class HaarFunction:
 
     def __repr__(self) -> str:
         return f"HaarFunction({self.original!r})"
-
-
-def _convolution_is_faster(x: Tensor) -> bool:
-    """``x`` is an image, or bands (N, C, 4, h, w). A backend asked for by name gets its kernels."""
-    channels_last = x.stride(1 if x.dim() == 4 else 2) == 1
-    return backends.requested() == "auto" and choose.wavelet_function(x.device.type, channels_last) == "convolution"
 
 
 def _version(filters: Tensor) -> int | None:
