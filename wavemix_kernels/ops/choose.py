@@ -156,16 +156,20 @@ def waveblock_recompute(device: str) -> str:
 NARROW = 32
 
 
-def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, few: int) -> Order:
+def deconv(
+    device: str, dtype: torch.dtype, u_channels: int, y_channels: int, few: int, multiplied: bool
+) -> Order:  # fmt: skip
     """Forward and the input's gradient.
 
-    A CPU's library multiplies half types twice as fast as these kernels, which widen them, except for few channels,
-    whose kernels save more passes over memory. In fp32 it wins between many channels and fewer than :data:`NARROW`.
+    A CPU's library that has products of half types makes them twice as fast as these kernels, which widen them, except
+    for few channels, whose kernels save more passes over memory. In fp32 it wins between many channels and fewer than
+    :data:`NARROW`.
     On a GPU, where nothing is measured, the library with BatchNorm's passes around it is predicted faster: ours by name
     only. (docs/develop/tuning.md, transposed convolution)
 
     Args:
         few: products of channels up to which the CPU has kernels of their own.
+        multiplied: whether the CPU's library has products of this half type.
     """
     if device == "cuda":
         return _LIBRARY
@@ -173,7 +177,7 @@ def deconv(device: str, dtype: torch.dtype, u_channels: int, y_channels: int, fe
         return order(device)
     if u_channels * y_channels <= few // (1 if dtype == torch.float32 else 4):
         return order(device)
-    library = dtype != torch.float32 or min(u_channels, y_channels) < NARROW
+    library = min(u_channels, y_channels) < NARROW if dtype == torch.float32 else multiplied
     return _LIBRARY if library else order(device)
 
 
@@ -254,6 +258,13 @@ def channel_mlp(device: str, dtype: torch.dtype, pixels: int, hidden: int, multi
     return order(device)
 
 
+def convolution(device: str, dtype: torch.dtype, multiplied: bool) -> str:
+    """The library's convolutions: ``"float32"`` for half types of which a CPU's library has no products, else
+    ``"given"``. (docs/develop/tuning.md, half types on a CPU)"""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "float32" if device == "cpu" and half and not multiplied else "given"
+
+
 def product(device: str, dtype: torch.dtype, elements: int) -> str:
     """``"onednn"`` for fp32 images on a CPU, whose matrix product has one speed for every shape, else
     ``"convolution"``. (docs/develop/tuning.md, 1x1 convolutions)"""
@@ -294,12 +305,6 @@ def low_band(device: str) -> str:
     """LL alone, by Haar's kernel or by pooling: a CPU's kernel leaves the other bands out, Triton's writes them all.
     "Haar as other codes write it, on a CPU"."""
     return "kernel" if device == "cpu" else "pool"
-
-
-def wavelet_function(device: str, channels_last: bool) -> str:
-    """WTConv's functions: ``"convolution"`` for channels_last on a CPU, where bands interleaved by channel are written
-    one by one, else ``"haar"``. (docs/develop/tuning.md, WTConv)"""
-    return "convolution" if device == "cpu" and channels_last else "haar"
 
 
 def wtconv(device: str, dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import flops, layout
+from wavemix_kernels.ops.common import convolutions, flops, layout
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import upsample
@@ -66,7 +66,7 @@ def shuffle_block(
 
 def hidden(z: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, C, h, w) -> the hidden layer (N, 4C, h, w) before GELU and behind it."""
-    before = F.conv2d(z, w1, b1)
+    before = convolutions.conv2d(z, w1, b1)
     return before, F.gelu(before)
 
 
@@ -127,17 +127,13 @@ def _backward(options: _Options, grad: Tensor, x: Tensor, *saved: Any) -> list[T
     shuffled = F.pixel_shuffle(_dropped(g, drop, dropout), 2)
     del g
     # One call for both gradients: the library's way to that of the image alone, a transposed convolution, is slower.
-    du, dup, _ = torch.ops.aten.convolution_backward(
-        dy, shuffled, p.up_weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
+    du, dup, _ = convolutions.backward(dy, shuffled, p.up_weight, [True, True, False], padding=1)
     del dy, shuffled
     dg = _dropped(F.pixel_unshuffle(du, 2).view(a.shape), drop, dropout)  # whose shape PyTorch gets wrong if empty
     del du
     da = torch.ops.aten.gelu_backward(dg, a)
     del dg, a
-    dz, dw1, db1 = torch.ops.aten.convolution_backward(
-        da, z, p.w1, [p.w1.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, p.b1 is not None]
-    )
+    dz, dw1, db1 = convolutions.backward(da, z, p.w1, [True, True, p.b1 is not None])
     dx, dw, db = reduce_haar.backward([dz], x, p.weight, p.bias is not None, grad if residual else None, reduce)
     dup_bias = None
     if p.up_bias is not None:  # a batch's mean takes the bias before it away

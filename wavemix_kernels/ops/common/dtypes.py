@@ -12,6 +12,18 @@ from torch import Tensor
 WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan", "ve", "fpga")
 
 
+def _multiplied() -> frozenset[torch.dtype]:
+    probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    answers = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in probes.items()}
+    return frozenset(dtype for dtype, supported in answers.items() if supported is not None and supported())
+
+
+#: Half types whose convolutions this CPU's library multiplies. For the others PyTorch has a loop over elements.
+MULTIPLIED = _multiplied()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic happens in fp32 for the half types; each output is rounded once."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

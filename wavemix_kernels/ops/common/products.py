@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common import convolutions
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 
 _library = torch.library.Library("wavemix_kernels", "FRAGMENT")
@@ -52,6 +53,8 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
 
 def project(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution: image (N, C, H, W), weight (O, C, 1, 1), bias (O) -> (N, O, H, W), channels_last."""
+    if convolutions.widens(image):
+        return project(*convolutions.wide(image, weight, bias)).to(image.dtype)
     if _by_onednn(image):
         return _image(_product(matrix(image), weight.flatten(1), bias), image)
     return F.conv2d(image, weight, bias)
@@ -59,16 +62,20 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def backward_x(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """Gradient of ``image`` in :func:`project`."""
+    if convolutions.widens(grad):
+        return backward_x(*convolutions.wide(grad, image, weight)).to(grad.dtype)
     if _by_onednn(grad):
         return _image(_product(matrix(grad), weight.flatten(1).t()), grad)
-    return _convolution_backward(grad, image, weight, (True, False, False))[0]
+    return convolutions.backward(grad, image, weight, (True, False, False))[0]
 
 
 def backward_weight(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """Gradient of ``weight`` in :func:`project`."""
+    if convolutions.widens(grad):
+        return backward_weight(*convolutions.wide(grad, image, weight)).to(weight.dtype)
     if _by_core(grad):
         return torch.ops.wavemix_kernels.project_backward_weight(grad, image).reshape(weight.shape)
-    return _convolution_backward(grad, image, weight, (False, True, False))[1]
+    return convolutions.backward(grad, image, weight, (False, True, False))[1]
 
 
 def _by_core(x: Tensor) -> bool:
@@ -107,13 +114,5 @@ def backward_bias(grad: Tensor) -> Tensor:
 
 def depthwise_backward(grad: Tensor, image: Tensor, weight: Tensor, want_image: bool) -> tuple[Tensor | None, Tensor]:
     """Gradients of the image and the weight (C, 1, 3, 3) of a depthwise convolution, padded by 1."""
-    d_image, d_weight, _ = _convolution_backward(grad, image, weight, (want_image, True, False), 1, image.shape[1])
+    d_image, d_weight, _ = convolutions.backward(grad, image, weight, (want_image, True, False), 1, image.shape[1])
     return d_image, d_weight
-
-
-def _convolution_backward(
-    grad: Tensor, image: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], padding: int = 0, groups: int = 1
-) -> tuple[Any, ...]:
-    return torch.ops.aten.convolution_backward(
-        grad, image, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, mask
-    )

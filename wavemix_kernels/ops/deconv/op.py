@@ -19,7 +19,7 @@ from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import chips, layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import MULTIPLIED, accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -272,7 +272,7 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
 
 def _order(like: Tensor, u_channels: int, y_channels: int) -> choose.Order:
     few = 0 if _native.core is None else _native.core.DECONV_NARROW
-    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few)
+    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few, like.dtype in MULTIPLIED)
 
 
 def _functions(op: str, backend: str, like: Tensor, weight: Tensor) -> Mapping[str, Callable[..., Any]]:

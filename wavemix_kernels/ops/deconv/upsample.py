@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels.ops.common import convolutions
 from wavemix_kernels.ops.deconv import op as deconv
 
 
@@ -28,7 +29,7 @@ def standard(kind: str, u: Tensor, weight: Tensor | None, bias: Tensor | None) -
         return F.conv_transpose2d(u, weight, bias, deconv.STRIDE, deconv.PADDING)
     if kind == "pixelshuffle":
         assert weight is not None
-        return F.conv2d(F.pixel_shuffle(u, 2), weight, bias, padding=1)
+        return convolutions.conv2d(F.pixel_shuffle(u, 2), weight, bias, padding=1)
     return F.interpolate(u, scale_factor=2, mode=kind)
 
 
@@ -39,7 +40,7 @@ def backward_x(kind: str, dy: Tensor, weight: Tensor | None, backend: str) -> Te
         return deconv.backward_x(dy, weight, backend)
     if kind == "pixelshuffle":
         assert weight is not None
-        of_shuffled = F.conv_transpose2d(dy, weight, padding=1)
+        of_shuffled = convolutions.conv_transpose2d(dy, weight, padding=1)
         n, c, h, w = of_shuffled.shape
         # PyTorch leaves the shape of an empty batch as it is.
         return F.pixel_unshuffle(of_shuffled, 2).view(n, 4 * c, h // 2, w // 2)
@@ -56,6 +57,4 @@ def backward_weight(kind: str, dy: Tensor, u: Tensor | None, weight: Tensor | No
     assert u is not None
     if kind == "deconv":
         return deconv.backward_weight(dy, u, False, backend)[0]
-    return torch.ops.aten.convolution_backward(
-        dy, F.pixel_shuffle(u, 2), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-    )[1]
+    return convolutions.backward(dy, F.pixel_shuffle(u, 2), weight, [False, True, False], padding=1)[1]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import products
+from wavemix_kernels.ops.common import convolutions, products
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, reference, whole
 from wavemix_kernels.ops.patm.op import runs_whole
 from wavemix_kernels.ops.patm.weights import Affine, Weights
@@ -78,5 +78,5 @@ def _images(image: Tensor, projected: Tensor, f: Folded) -> list[Tensor]:
     channels = image.shape[1]
     parts = list(projected.split(channels, 1))
     if f.theta_h is not None and f.theta_w is not None:
-        parts += [F.conv2d(image, theta, padding=1, groups=channels) for theta in (f.theta_h, f.theta_w)]
+        parts += [convolutions.conv2d(image, theta, padding=1, groups=channels) for theta in (f.theta_h, f.theta_w)]
     return parts

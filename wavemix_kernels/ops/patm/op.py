@@ -38,12 +38,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import log
 from wavemix_kernels.ops import choose, tuned, verify
-from wavemix_kernels.ops.common import flops, layout, plan, products
+from wavemix_kernels.ops.common import convolutions, flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.once import once_differentiable
@@ -328,7 +327,7 @@ def _thetas(image: Tensor, arguments: Arguments) -> list[Tensor]:
     if not arguments.depthwise():
         return _projections(image, weights, biases)
     pairs = zip(weights, biases, strict=True)
-    return [F.conv2d(image, theta, bias, padding=1, groups=image.shape[1]) for theta, bias in pairs]
+    return [convolutions.conv2d(image, theta, bias, padding=1, groups=image.shape[1]) for theta, bias in pairs]
 
 
 def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Tensor | None]:

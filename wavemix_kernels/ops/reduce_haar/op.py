@@ -6,12 +6,11 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks, fx, log
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import chips, layout, precision, selftest
+from wavemix_kernels.ops.common import chips, convolutions, layout, precision, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.haar import op as haar
@@ -102,7 +101,7 @@ def _addresses(images: list[Tensor]) -> list[list[int]]:
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_last: bool) -> list[Tensor]:
     if not channels_last:
         # The kernel's products give channels_last alone; the library's convolution keeps this order.
-        return haar_pyramid.pyramid(F.conv2d(x.contiguous(), weight, bias), levels, False, "cpu")
+        return haar_pyramid.pyramid(convolutions.conv2d(x.contiguous(), weight, bias), levels, False, "cpu")
     core: Any = _native.core
     x, out = _inner(x), haar_pyramid.empty_pyramid(x, weight.shape[0], levels, True)
     a = _native.address
@@ -299,9 +298,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _library_gradients(reduced: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        reduced, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
-    )
+    return convolutions.backward(reduced, x, weight, mask)
 
 
 def backward(

@@ -1,0 +1,47 @@
+"""PyTorch's convolutions of two dimensions and their gradients, in a type that the device multiplies
+(:func:`wavemix_kernels.ops.choose.convolution`). Below autograd or inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common.dtypes import MULTIPLIED
+
+
+def widens(x: Tensor) -> bool:
+    """Whether convolutions of ``x`` go by float32 and round their results once."""
+    return choose.convolution(x.device.type, x.dtype, x.dtype in MULTIPLIED) == "float32"
+
+
+def wide(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in float32."""
+    return [None if t is None else t.float() for t in tensors]
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0, groups: int = 1) -> Tensor:
+    """As :func:`torch.nn.functional.conv2d`, tensors of one dtype."""
+    given: list[Any] = wide(x, weight, bias) if widens(x) else [x, weight, bias]
+    return F.conv2d(given[0], given[1], given[2], padding=padding, groups=groups).to(x.dtype)
+
+
+def conv_transpose2d(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """As :func:`torch.nn.functional.conv_transpose2d`, tensors of one dtype."""
+    given = wide(x, weight) if widens(x) else [x, weight]
+    return F.conv_transpose2d(given[0], given[1], padding=padding).to(x.dtype)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool], padding: int = 0, groups: int = 1
+) -> tuple[Any, ...]:
+    """Gradients of x, of the weight and of a bias, None where ``mask`` is false, of :func:`conv2d` with stride 1."""
+    given = wide(grad, x, weight) if (widened := widens(x)) else [grad, x, weight]
+    made = torch.ops.aten.convolution_backward(
+        *given, [weight.shape[0]] if mask[2] else None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, mask
+    )
+    return tuple(None if t is None else t.to(x.dtype) for t in made) if widened else made
