@@ -33,12 +33,9 @@ HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or output
 NORM = "triton and (contract or test_pre_norm or sums_together or several_norms) and not (empty or tf32 or many_parts)"
 #: The longest first.
 SESSIONS = {
-    "patm_whole-cuda": Session(
-        {f"{OPS}patm_whole.py": "cuda and contract"},
+    "patm_whole_backward-cuda": Session(
+        {f"{OPS}patm_whole.py": "cuda and contract and (gradients or statistics)"},
         (
-            "whole_moments",
-            "whole_branch_weights",
-            "whole_mix",
             "whole_backward_mixed",
             "whole_mixed_sums",
             "whole_backward_waves",
@@ -46,6 +43,10 @@ SESSIONS = {
             "whole_statistics",
             "whole_sums",
         ),
+    ),
+    "patm_whole-cuda": Session(
+        {f"{OPS}patm_whole.py": "cuda and contract and not (gradient or statistics)"},
+        ("whole_moments", "whole_branch_weights", "whole_mix"),
     ),
     "products-triton": Session(
         {
@@ -150,8 +151,10 @@ def made_of(name: str) -> tuple[str, ...]:
     if name.endswith("triton"):
         own, families = (), {module.partition(".")[0] for module in SESSIONS[name].kernels}
     else:
-        own = ("csrc/cuda/**/*", "csrc/include/**/*", "csrc/bindings/*", "csrc/emulator/bindings.cpp")
-        families = {path.parent.name for path in core.kernels() if path.stem in SESSIONS[name].kernels}
+        kernels = [path for path in core.kernels() if path.stem in SESSIONS[name].kernels]
+        module = [ROOT / "csrc/emulator/bindings.cpp", *(ROOT / "csrc/bindings").iterdir()]
+        own = sorted({str(path.relative_to(ROOT)) for source in (*kernels, *module) for path in core._read(source)})
+        families = {path.parent.name for path in kernels}
     ops = [f"wavemix_kernels/ops/{family}/*.py" for family in sorted({"common", *families})]
     counting = {*SOURCES, *(Path(core.__file__).with_name(f"{name}.py") for name in ("core", "compiled", "executed"))}
     predicted = *(str(path.relative_to(ROOT)) for path in counting), "benchmarks/predict/stub/*"
