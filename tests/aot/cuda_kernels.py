@@ -98,7 +98,7 @@ PATM_THREADS = {
     "patm_sum_products": lambda c: 512, "patm_branch_mlp": lambda c: 256, "patm_products": lambda c: 4 * c,
     "patm_statistics": lambda c: 4 * c, "patm_through_statistics": lambda c: 4 * c,
     "patm_mixed_sums": lambda c: 2 * c,
-    "patm_branch_sums": lambda c: 4 * c, "patm_mix": lambda c: {64: 512, 96: 384, 128: 512}[c],
+    "patm_branch_sums": lambda c: 4 * c, "patm_mix": lambda c: {64: 512, 96: 384, 128: 256}[c],
     "patm_mixed_gradients": lambda c: 4 * c, "patm_wave_gradients": lambda c: 4 * c,
     "patm_image_gradients": lambda c: {64: 512, 96: 384, 128: 512}[c],
 }  # fmt: skip
@@ -111,8 +111,7 @@ def patm(match: re.Match[str], arch: int) -> tuple[str, Demands]:
         "patm_sum_products", "patm_branch_mlp", "patm_statistics", "patm_through_statistics", "patm_mixed_sums"
     ):  # fmt: skip
         return match[3], Demands(accesses=(r"LDG\.E",))
-    # 48 sums of seven rows stay in a thread's 128 registers; some ten words beside them do not fit.
-    local = 40 if kernel == "patm_mix" and match[3] != "96" else 0
+    local = 0
     if kernel == "patm_image_gradients" and match[3] == "128":
         local = 64  # 80 sums of the weights' gradient stay in 128 registers; a dozen words beside them do not fit
     if kernel == "patm_wave_gradients":
