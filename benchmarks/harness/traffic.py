@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common.dtypes import MULTIPLIED
 
 from .rivals import Unavailable, UpstreamPATM, UpstreamWaveblock, upstream_wavelets
 
@@ -231,14 +232,16 @@ def traffic(
 
 @contextmanager
 def _serving(plan: Plan) -> Iterator[None]:
-    before = torch.get_default_dtype(), choose.WHOLE
+    before, new = (torch.get_default_dtype(), choose.WHOLE), {plan.dtype} - MULTIPLIED
     torch.set_default_dtype(plan.dtype)
     choose.WHOLE = plan.whole_patm
+    MULTIPLIED.update(new)  # by a GPU, whatever this CPU has
     try:
         yield
     finally:
         torch.set_default_dtype(before[0])
         choose.WHOLE = before[1]
+        MULTIPLIED.difference_update(new)
 
 
 class _DeviceDropout(nn.Dropout):

@@ -12,12 +12,12 @@ from torch import Tensor
 WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan", "ve", "fpga")
 
 
-def _multiplied() -> frozenset[torch.dtype]:
+def _multiplied() -> set[torch.dtype]:
     probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if not torch.backends.mkldnn.is_available():
-        return frozenset()
+        return set()
     answers = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in probes.items()}
-    return frozenset(dtype for dtype, supported in answers.items() if supported is not None and supported())
+    return {dtype for dtype, supported in answers.items() if supported is not None and supported()}
 
 
 #: Half types whose convolutions this CPU's library multiplies. For the others PyTorch has a loop over elements.
