@@ -357,7 +357,7 @@ def _places(form: Derived, parts: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _ratio(after: Any, before: Tensor) -> float | None:
-    """What ``before`` was multiplied by in place, where it was that alone."""
+    """The factor of ``before`` in place, where nothing else was done to it."""
     if torch.equal(after, before):
         return 1.0
     ratio = _nice(((after.double() * before).sum() / before.double().square().sum()).item())

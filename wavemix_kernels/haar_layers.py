@@ -39,7 +39,7 @@ _SIMPLE = (bool, int, float, str, type(None), range)
 
 @dataclass
 class Form:
-    """What a layer computes, and the calls for which that was seen.
+    """A layer's arithmetic, and the calls for which that was seen.
 
     Attributes:
         name: of the convention.

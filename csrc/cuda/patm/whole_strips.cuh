@@ -64,7 +64,7 @@ struct StripTiles {
   int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int group = lane / 4, member = lane % 4;
   int chunk = warp % S::kChunks, first_pixel = warp / S::kChunks * (kOfWarp * kStep);
-  // What the thread makes: two channels, this and the next, at four columns of each group, in the first from this on.
+  // The thread makes two channels, this and the next, at four columns of each group, in the first from this on.
   int channel = 16 * chunk + 2 * group, column = first_pixel + 4 * member;
 
   __device__ SharedSpan<T> matrix(int which) const { return memory + which * C * C; }

@@ -25,13 +25,13 @@ def wide(*tensors: Tensor | None) -> list[Any]:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0, groups: int = 1) -> Tensor:
-    """As :func:`torch.nn.functional.conv2d`, tensors of one dtype."""
+    """The same as :func:`torch.nn.functional.conv2d`, tensors of one dtype."""
     given: list[Any] = wide(x, weight, bias) if widens(x) else [x, weight, bias]
     return F.conv2d(given[0], given[1], given[2], padding=padding, groups=groups).to(x.dtype)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
-    """As :func:`torch.nn.functional.conv_transpose2d`, tensors of one dtype."""
+    """The same as :func:`torch.nn.functional.conv_transpose2d`, tensors of one dtype."""
     given = wide(x, weight) if widens(x) else [x, weight]
     return F.conv_transpose2d(given[0], given[1], padding=padding).to(x.dtype)
 

@@ -103,7 +103,7 @@ def haar_bands2d(
 def haar_bands3d(
     x: Tensor, convention: str | Convention, *, rounds: int = 1, backend: str | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """As :func:`haar_bands2d` for (N, C, D, H, W) and conventions of three axes; D too is halved."""
+    """The same as :func:`haar_bands2d` for (N, C, D, H, W) and conventions of three axes; D too is halved."""
     if isinstance(x, fx.Proxy):
         return fx.call_function(haar_bands3d, x, convention, rounds=rounds, backend=backends.requested(backend))
     checks.check_tensor("x", x, *_rank(x, 3))
@@ -135,8 +135,8 @@ def haar_from_bands3d(
     bands: Tensor | Sequence[Tensor], convention: str | Convention, *, rounds: int = 1,
     size: tuple[int, int, int] | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """As :func:`haar_from_bands2d` for (N, C, D, H, W) and conventions of three axes. Frames that a convention puts in
-    front of the first are dropped."""
+    """The same as :func:`haar_from_bands2d` for (N, C, D, H, W) and conventions of three axes. Frames that a
+    convention puts in front of the first are dropped."""
     return _synthesis(bands, _named(convention, 3), rounds, size, backend)
 
 

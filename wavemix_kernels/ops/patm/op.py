@@ -296,7 +296,7 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
 
 
 def _image(x: Tensor, arguments: Arguments, options: Options, of_norm: pre_norm.Statistics | None) -> Tensor:
-    """What PATM reads, channels_last."""
+    """The image that PATM reads, channels_last."""
     if options.kind is None or of_norm is None:
         return x.contiguous(memory_format=torch.channels_last)
     return pre_norm.normalise(x, arguments.norm, options.kind, of_norm, options.backend, arguments.weights.z_h.dtype)

@@ -1,4 +1,4 @@
-"""What PATM's kernels compute, in plain PyTorch: the specification they are held to. The mathematics stand at the head
+"""PATM in plain PyTorch: the specification that its kernels are held to. The mathematics stand at the head
 of :mod:`wavemix_kernels.nn.wavemlp.reference`."""
 
 from __future__ import annotations

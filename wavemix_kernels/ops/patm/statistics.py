@@ -61,7 +61,7 @@ torch.library.register_fake("wavemix_kernels::phase_statistics", _of_batch_fake,
 
 
 def _one_by_one(norms: Norms, moments: Moments, eps: tuple[float, float], dtype: torch.dtype) -> Statistics:
-    """Of given ones, or of ``moments(i)``, mean and biased variance over the batch."""
+    """Mean and biased variance over the batch: given ones, or those of ``moments(i)``."""
     rows = []
     for i, norm in enumerate(norms):
         if norm.mean is None or norm.invstd is None:
@@ -92,7 +92,7 @@ Phase = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 def of_moments(
     norms: Norms, w: Weights, moments: tuple[Tensor, ...], eps: tuple[float, float], backend: str
 ) -> Statistics:
-    """As :func:`of_thetas`, of an image with this mean (C) and covariance (C, C) in float64. ``backend``: of
+    """The same as :func:`of_thetas`, for an image with this mean (C) and covariance (C, C) in float64. ``backend``: of
     :mod:`wavemix_kernels.ops.patm.whole`."""
     norm_h, norm_w = norms
     if (given := norm_h.mean) is not None:
@@ -132,9 +132,9 @@ def line_through(sums: Tensor, scale: Tensor, invstd: Tensor, count: int) -> tup
 def through_moments(
     sums: Tensor, count: int, w: Weights, maps: Affine, invstd: Tensor, image_mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What :func:`line_through` adds to the gradients of the thetas' weights, (2, C, C), and to the image's, as a
-    matrix and a vector: ``matrix image + vector``. Theta is a convolution of the image, so its weights' gradient gets a
-    product with the image's covariance."""
+    """The part of the gradients of the thetas' weights, (2, C, C), that comes through :func:`line_through`, and that of
+    the image's as a matrix and a vector: ``matrix image + vector``. Theta is a convolution of the image, so its
+    weights' gradient gets a product with the image's covariance."""
     wide = sums.dtype
     scale = torch.stack((maps.scale_h, maps.scale_w)).to(wide)
     rise, offset = line_through(sums, scale, invstd.to(wide), count)

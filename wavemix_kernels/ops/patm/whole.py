@@ -25,7 +25,7 @@ from wavemix_kernels.ops.patm.weights import Affine, Weights
 
 
 class Image(NamedTuple):
-    """What PATM reads: ``x * scale + shift``, or x where these are None.
+    """The image that PATM reads: ``x * scale + shift``, or x where these are None.
 
     Attributes:
         x: (N, C, H, W), C even. Contiguous channels are read in place.
