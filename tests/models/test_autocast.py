@@ -1,22 +1,25 @@
-"""Backward passes that are called while autocast is on, as loops do that keep the whole step inside of it."""
+"""Steps under autocast: backward passes that are called while it is on, and half types that a CPU does not multiply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from tests.models.subjects import normal
 from wavemix_kernels import FusedPATM, FusedWaveblock
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
+from wavemix_kernels.ops.common import dtypes
 from wavemix_kernels.ops.deconv import deconv
 
 
 class Deconv(nn.ConvTranspose2d):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return deconv(x, self.weight, self.bias)
 
 
@@ -47,3 +50,29 @@ def test_backward_inside_of_autocast_is_that_outside(name: str, dtype: torch.dty
             found.append(torch.autograd.grad(loss, [x, *module.parameters()]))
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_half_types_that_a_cpu_does_not_multiply_reach_the_library_in_float32(name: str) -> None:
+    """On every CPU, as if it had no products of bfloat16; forward and backward, inside of operators too."""
+    known = set(dtypes.MULTIPLIED)
+    dtypes.MULTIPLIED.clear()
+    try:
+        make, channels = MODULES[name]
+        module, x = make(), normal(2, channels, 8, 8, dtype=torch.float32).requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module(x).float().square().sum()
+            loss.backward()
+    finally:
+        dtypes.MULTIPLIED.update(known)
+    found = [*_convolutions(seen.profiler.kineto_results.experimental_event_tree())]
+    assert torch.bfloat16 not in found, found
+
+
+def _convolutions(events: Iterable[Any]) -> Iterator[torch.dtype]:
+    """The dtype of every image that the library convolves."""
+    for event in events:
+        if event.name in ("aten::convolution", "aten::convolution_backward"):
+            yield event.extra_fields.inputs[0].dtype
+        yield from _convolutions(event.children)

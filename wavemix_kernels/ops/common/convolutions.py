@@ -26,14 +26,21 @@ def wide(*tensors: Tensor | None) -> list[Any]:
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0, groups: int = 1) -> Tensor:
     """The same as :func:`torch.nn.functional.conv2d`, tensors of one dtype."""
-    given: list[Any] = wide(x, weight, bias) if widens(x) else [x, weight, bias]
-    return F.conv2d(given[0], given[1], given[2], padding=padding, groups=groups).to(x.dtype)
+    if widens(x):
+        return _convolution(wide(x, weight, bias), padding, False, groups).to(x.dtype)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
     """The same as :func:`torch.nn.functional.conv_transpose2d`, tensors of one dtype."""
-    given = wide(x, weight) if widens(x) else [x, weight]
-    return F.conv_transpose2d(given[0], given[1], padding=padding).to(x.dtype)
+    if widens(x):
+        return _convolution(wide(x, weight, None), padding, True, 1).to(x.dtype)
+    return F.conv_transpose2d(x, weight, padding=padding)
+
+
+def _convolution(given: Sequence[Any], padding: int, transposed: bool, groups: int) -> Tensor:
+    """The operator behind both functions: autocast, which would undo the cast, does not know it."""
+    return torch.ops.aten.convolution(*given, [1, 1], [padding] * 2, [1, 1], transposed, [0, 0], groups)
 
 
 def backward(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels import _native
@@ -57,7 +56,7 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return project(*convolutions.wide(image, weight, bias)).to(image.dtype)
     if _by_onednn(image):
         return _image(_product(matrix(image), weight.flatten(1), bias), image)
-    return F.conv2d(image, weight, bias)
+    return convolutions.conv2d(image, weight, bias)
 
 
 def backward_x(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
