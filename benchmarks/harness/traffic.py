@@ -235,7 +235,7 @@ def _serving(plan: Plan) -> Iterator[None]:
     before, new = (torch.get_default_dtype(), choose.WHOLE), {plan.dtype} - MULTIPLIED
     torch.set_default_dtype(plan.dtype)
     choose.WHOLE = plan.whole_patm
-    MULTIPLIED.update(new)  # by a GPU, whatever this CPU has
+    MULTIPLIED.update(new)  # a GPU multiplies them, whatever this CPU does
     try:
         yield
     finally:
