@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -141,3 +142,34 @@ def test_lowlevel_takes_lists_and_says_what_it_expects():
         lowlevel.mode_to_int("mirror")
     with pytest.raises(ValueError, match=r"mode: expected 0 to 6.*got 7"):
         lowlevel.int_to_mode(7)
+
+
+def test_borders_and_indices_equal_the_original():
+    from pytorch_wavelets import utils as theirs
+    from pytorch_wavelets.dwt import lowlevel as low
+
+    from wavemix_kernels.pytorch_wavelets import utils
+
+    x = randn(2, 3, 9, 8)
+    modes = (*MODES[:-1], "constant", "replicate")
+    for mode, pad in itertools.product(modes, ((2, 3, 1, 4), (0, 0, 2, 2), (3, 1, 0, 0))):
+        assert_same(lowlevel.mypad(x, pad, mode), low.mypad(x, pad, mode))
+    for dim, n, even in itertools.product((2, 3), (-3, 2, 3), (False, True)):
+        assert_same(lowlevel.roll(x, n, dim, even), low.roll(x, n, dim, even))
+    for values in (np.arange(-20, 30), np.linspace(-9, 9, 77)):
+        got, want = utils.reflect(values, -0.5, 6.5), theirs.reflect(values, -0.5, 6.5)
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    np.testing.assert_array_equal(utils.symm_pad_1d(5, 12), theirs.symm_pad_1d(5, 12))
+
+
+def test_modules_export_what_is_imported_from_them():
+    """Names that public code imports by path."""
+    named = {
+        "dwt.transform2d": ("DWTForward", "DWTInverse", "SWTForward", "SWTInverse"),
+        "dwt.lowlevel": ("mypad", "roll", "reflect", "int_to_mode", "afb2d", "sfb2d_nonsep", "prep_filt_sfb2d_nonsep"),
+        "utils": ("reflect", "symm_pad_1d"),
+    }
+    for path, names in named.items():
+        module = importlib.import_module(f"{ours.__name__}.{path}")
+        assert [name for name in names if not hasattr(module, name)] == []

@@ -18,6 +18,7 @@ from wavemix_kernels.ops.dwt.op import dwt1d, dwt2d, idwt1d, idwt2d
 from wavemix_kernels.ops.dwt.reference import Filters, bank_along, coefficient_size, extend, sample_size
 from wavemix_kernels.pytorch_wavelets.checked import mode_of
 from wavemix_kernels.pytorch_wavelets.dwt.swt import extension_of, lattices
+from wavemix_kernels.pytorch_wavelets.utils import reflect as reflect
 
 _CODES = {"zero": 0, "symmetric": 1, "periodization": 2, "constant": 3, "reflect": 4, "replicate": 5, "periodic": 6}
 _NAMES = {code: name for name, code in _CODES.items()}
@@ -113,6 +114,24 @@ class SFB1D:
     @staticmethod
     def apply(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, mode: int) -> Tensor:
         return idwt1d(low, [high], [g0, g1], mode=mode_of(int_to_mode(mode)))
+
+
+# --- Borders ---------------------------------------------------------------------------------------------
+
+
+def mypad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float = 0) -> Tensor:
+    """x (N, C, H, W) with `pad` = (left, right, top, bottom) pixels more: those of "symmetric" and "periodic"
+    extension, zeros for "zero", else as :func:`torch.nn.functional.pad` has them."""
+    if mode in ("symmetric", "periodic"):
+        left, right, top, bottom = pad
+        return extend(extend(x, -1, left, right, mode), -2, top, bottom, mode)
+    return F.pad(x, tuple(pad), "constant" if mode == "zero" else mode, 0 if mode == "zero" else value)
+
+
+def roll(x: Tensor, n: int, dim: int, make_even: bool = False) -> Tensor:
+    """:func:`torch.roll` of one axis; where `make_even` and its size is odd, the first sample follows the last."""
+    moved = x.roll(n, dim)
+    return torch.cat((moved, moved.narrow(dim, 0, 1)), dim) if make_even and x.shape[dim] % 2 else moved
 
 
 # --- Filters ---------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from wavemix_kernels.ops.dwt.reference import Filters, cropped, synthesis_sizes
 from wavemix_kernels.ops.haar.op import haar_dwt2d, haar_idwt2d
 from wavemix_kernels.pytorch_wavelets.checked import coefficients_of, levels_of
 from wavemix_kernels.pytorch_wavelets.dwt.bank import FilterBank
+from wavemix_kernels.pytorch_wavelets.dwt.swt import SWTForward as SWTForward
+from wavemix_kernels.pytorch_wavelets.dwt.swt import SWTInverse as SWTInverse
 from wavemix_kernels.pytorch_wavelets.wavelets import WaveletLike, filters_of
 
 
