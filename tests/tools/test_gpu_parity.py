@@ -79,6 +79,7 @@ def test_last(device): pass
 """
 
 
+@pytest.mark.prove
 def test_an_error_that_stays_and_a_crash_end_no_other_test(tmp_path: Path) -> None:
     path = folder_of_tests(tmp_path, LOSSES)
     first, second, third = through(found_in(path), tmp_path)
@@ -91,6 +92,7 @@ def test_an_error_that_stays_and_a_crash_end_no_other_test(tmp_path: Path) -> No
     assert (first.op, first.backend, first.log != second.log) == ("some", "auto", True)
 
 
+@pytest.mark.prove
 def test_a_test_that_hangs_is_time_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "LIMIT_S", 2.0)
     body = "import time\ndef test_a(device): pass\ndef test_hangs(device): time.sleep(99)\ndef test_b(device): pass\n"

@@ -23,6 +23,8 @@ from benchmarks.gpu import exercise, jobs, kernels, parity, plan, requirements, 
 from tests.tools.helpers import ROOT
 from wavemix_kernels import ops
 
+pytestmark = pytest.mark.prove  # of interest to whoever changes the run, and mostly waiting
+
 GPU = requirements.Gpu("a stub", "90", "2.11")
 OPS = {backend: exercise.ops_of(backend) for backend in ("cuda", "triton")}
 
