@@ -6,13 +6,19 @@ namespace wavemix::test {
 namespace {
 
 template <class T>
-__global__ void matmul_16_bit(const T* a, const T* b, float* d) {
+struct Matrices {
+  const T *a, *b;
+  float* d;
+};
+
+template <class T>
+__global__ void matmul_16_bit(const __grid_constant__ Matrices<T> of) {
   constexpr int kSize = 16;
   WAVEMIX_SHARED(T, a_tile, kSize * kSize);
   WAVEMIX_SHARED(T, b_tile, kSize * kSize);
   const int lane = static_cast<int>(threadIdx.x);
-  cp_async<16>(&a_tile[8 * lane], a + 8 * lane);
-  cp_async<16>(&b_tile[8 * lane], b + 8 * lane);
+  cp_async<16>(&a_tile[8 * lane], of.a + 8 * lane);
+  cp_async<16>(&b_tile[8 * lane], of.b + 8 * lane);
   cp_async_commit();
   cp_async_wait<0>();
   __syncwarp();
@@ -25,28 +31,28 @@ __global__ void matmul_16_bit(const T* a, const T* b, float* d) {
     float sum[4] = {};
     const Fragment b_half[2] = {b_part[2 * half], b_part[2 * half + 1]};
     mma_m16n8k16<T>(sum, a_part, b_half);
-    for (int k = 0; k < 4; ++k) d[(lane / 4 + 8 * (k / 2)) * kSize + 8 * half + 2 * (lane % 4) + k % 2] = sum[k];
+    for (int k = 0; k < 4; ++k) of.d[(lane / 4 + 8 * (k / 2)) * kSize + 8 * half + 2 * (lane % 4) + k % 2] = sum[k];
   }
 }
 
-__global__ void matmul_tf32_kernel(const float* a, const float* b, float* d) {
+__global__ void matmul_tf32_kernel(const __grid_constant__ Matrices<float> of) {
   constexpr int kRows = 16, kInner = 8, kColumns = 16;
   const int lane = static_cast<int>(threadIdx.x), group = lane / 4, member = lane % 4;
   Fragment a_part[4];
-  for (int k = 0; k < 4; ++k) a_part[k] = to_tf32(a[(group + 8 * (k % 2)) * kInner + member + 4 * (k / 2)]);
+  for (int k = 0; k < 4; ++k) a_part[k] = to_tf32(of.a[(group + 8 * (k % 2)) * kInner + member + 4 * (k / 2)]);
   for (int half = 0; half < 2; ++half) {
     Fragment b_part[2];
-    for (int k = 0; k < 2; ++k) b_part[k] = to_tf32(b[(member + 4 * k) * kColumns + 8 * half + group]);
+    for (int k = 0; k < 2; ++k) b_part[k] = to_tf32(of.b[(member + 4 * k) * kColumns + 8 * half + group]);
     float sum[4] = {};
     mma_m16n8k8_tf32(sum, a_part, b_part);
-    for (int k = 0; k < 4; ++k) d[(group + 8 * (k / 2)) * kRows + 8 * half + 2 * member + k % 2] = sum[k];
+    for (int k = 0; k < 4; ++k) of.d[(group + 8 * (k / 2)) * kRows + 8 * half + 2 * member + k % 2] = sum[k];
   }
 }
 
 template <class T>
-void one_warp(const char* what, void (*kernel)(const T*, const T*, float*), const void* a, const void* b, float* d) {
-  Launch{[what] { return std::string(what); }, 1, 32, 0, nullptr}(kernel, static_cast<const T*>(a),
-                                                                  static_cast<const T*>(b), d);
+void one_warp(const char* what, void (*kernel)(Matrices<T>), const void* a, const void* b, float* d) {
+  const Launch launch{[what] { return std::string(what); }, 1, 32, 0, nullptr};
+  launch(kernel, Matrices<T>{static_cast<const T*>(a), static_cast<const T*>(b), d});
 }
 
 }  // namespace

@@ -11,7 +11,12 @@ namespace wavemix::test {
 namespace {
 
 constexpr int kThreads = 64;  // two warps, one block
-using Kernel = void (*)(const float*, float*, int);
+struct Given {
+  const float* input;
+  float* output;
+  int count;
+};
+using Kernel = void (*)(Given);
 
 std::map<std::string, std::pair<Kernel, Kernel>>& kernels() {
   static std::map<std::string, std::pair<Kernel, Kernel>> all;
@@ -23,8 +28,8 @@ std::map<std::string, std::pair<Kernel, Kernel>>& kernels() {
   template <bool wrong>                                                                              \
   __device__ void name##_of(const float* input, float* output, int count, int i);                    \
   template <bool wrong>                                                                              \
-  __global__ void name(const float* input, float* output, int count) {                               \
-    name##_of<wrong>(input, output, count, static_cast<int>(threadIdx.x));                           \
+  __global__ void name(const __grid_constant__ Given given) {                                        \
+    name##_of<wrong>(given.input, given.output, given.count, static_cast<int>(threadIdx.x));         \
   }                                                                                                  \
   const bool name##_entered = kernels().emplace(#name, std::pair{&name<false>, &name<true>}).second; \
   template <bool wrong>                                                                              \
@@ -178,7 +183,7 @@ void run_wrong_kernel(const std::string& name, bool wrong, const float* input, f
   if (count != kThreads) throw std::invalid_argument("count: got " + std::to_string(count) + ", these kernels take 64");
   const auto& [right_kernel, wrong_kernel] = kernels().at(name);
   const Launch launch{[&] { return name; }, 1, kThreads, kThreads * sizeof(float), nullptr};
-  launch(wrong ? wrong_kernel : right_kernel, input, output, count);
+  launch(wrong ? wrong_kernel : right_kernel, Given{input, output, count});
 }
 
 }  // namespace wavemix::test

@@ -231,11 +231,14 @@ struct BlockWorker {
 
   void synthesise_unit() {
     for (int k = args.present; k < bands; ++k) copy_scaled(nullptr, A(0), row[args.pattern[k]]);
-    if (joined) by_bands([&](auto n) { part_bands<n>(static_cast<const T*>(args.y) + y_offset); });
-    for (int k = 0; !joined && k < args.present; ++k) {
-      const T* src = static_cast<const T*>(args.y) + y_offset + args.band[k];
-      const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
-      copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
+    if (joined) {
+      by_bands([&](auto n) { part_bands<n>(static_cast<const T*>(args.y) + y_offset); });
+    } else {
+      for (int k = 0; k < args.present; ++k) {
+        const T* src = static_cast<const T*>(args.y) + y_offset + args.band[k];
+        const int64_t stride = pairs_inside ? last(args).y_stride : args.inner_y;
+        copy_scaled(loaded(src, stride, count, samples), static_cast<A>(args.weight[k]), row[args.pattern[k]]);
+      }
     }
     butterflies();
     for (int r = 0; r < rows; ++r) {

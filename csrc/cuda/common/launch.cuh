@@ -12,7 +12,6 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace wavemix {
 
@@ -32,9 +31,19 @@ struct Launch {
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
 
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), Arguments&&... arguments) const {
+  template <class Parameters>
+  void operator()(void (*kernel)(Parameters), const Parameters& parameters) const {
 #if defined(__CUDACC__)
+    start(reinterpret_cast<const void*>(kernel), const_cast<Parameters*>(&parameters));
+#else
+    emulator::launch(what(), dim3(blocks), dim3(threads), shared_bytes, [&] { kernel(parameters); });
+#endif
+  }
+
+#if defined(__CUDACC__)
+ private:
+  // Apart from the kernel's type, so that it is compiled once.
+  void start(const void* kernel, void* parameters) const {
     constexpr size_t kDefaultSharedLimit = 48 * 1024;
     if (shared_bytes > kDefaultSharedLimit) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
@@ -45,14 +54,12 @@ struct Launch {
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), [&] {
+    check(cudaLaunchKernelExC(&config, kernel, &parameters), [&] {
       return "launch of " + what() + " (" + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
              " threads)";
     });
-#else
-    emulator::launch(what(), dim3(blocks), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
-#endif
   }
+#endif
 };
 
 }  // namespace wavemix

@@ -3,8 +3,7 @@
 // barriers. Every lane of a warp stays until the end, for the shuffles; what lies outside counts as zero.
 #include "cuda/haar/haar.cuh"
 
-namespace wavemix::haar {
-namespace {
+namespace wavemix::haar::analysis {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
@@ -365,8 +364,7 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
       });
 }
 
-}  // namespace
-}  // namespace wavemix::haar
+}  // namespace wavemix::haar::analysis
 
 namespace wavemix {
 
@@ -377,8 +375,8 @@ void haar_analysis_cuda(const HaarArgs& args, void* stream) {
   haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);
     constexpr int V = decltype(per_access)::value;
-    if (form.layout == haar::Layout::rows) return haar::launch_rows<T, V>(settled, form, stream);
-    return haar::launch_channels<T, V>(settled, form, stream);
+    if (form.layout == haar::Layout::rows) return haar::analysis::launch_rows<T, V>(settled, form, stream);
+    return haar::analysis::launch_channels<T, V>(settled, form, stream);
   });
 }
 

@@ -3,8 +3,7 @@
 // nothing needs to be exchanged.
 #include "cuda/haar/haar.cuh"
 
-namespace wavemix::haar {
-namespace {
+namespace wavemix::haar::synthesis {
 
 // A quad's bands contribute this to its row `below`: (low, high) along the columns.
 template <class A>
@@ -298,8 +297,7 @@ void launch_channels(const HaarArgs& args, const Form& form, void* stream) {
       });
 }
 
-}  // namespace
-}  // namespace wavemix::haar
+}  // namespace wavemix::haar::synthesis
 
 namespace wavemix {
 
@@ -310,8 +308,8 @@ void haar_synthesis_cuda(const HaarArgs& args, void* stream) {
   haar::with_form(settled, [&](auto zero, auto per_access, const haar::Form& form) {
     using T = decltype(zero);
     constexpr int V = decltype(per_access)::value;
-    if (form.layout == haar::Layout::rows) return haar::launch_rows<T, V>(settled, form, stream);
-    return haar::launch_channels<T, V>(settled, form, stream);
+    if (form.layout == haar::Layout::rows) return haar::synthesis::launch_rows<T, V>(settled, form, stream);
+    return haar::synthesis::launch_channels<T, V>(settled, form, stream);
   });
 }
 

@@ -8,8 +8,7 @@
 // the latency.
 #include "cuda/patm/phase.cuh"
 
-namespace wavemix::phase {
-namespace {
+namespace wavemix::phase::forward {
 
 constexpr int kMinBlocks = 3;
 // Pixels that loads are ahead of their use, as registers allow.
@@ -244,9 +243,12 @@ void launch(const PhaseArgs (&branches)[kBranches], const Plane (&out)[kBranches
   sum_rows(args.dtype, {{workspace, plan.parts_of_image(), width, {sums}, {width, width, width}}, {}}, stream);
 }
 
-}  // namespace
+}  // namespace wavemix::phase::forward
+
+namespace wavemix::phase {
 
 void sum_rows(DType dtype, const Rows (&rows)[kBranches], void* stream) {
+  using namespace forward;
   SumParams p = {};
   for (int b = 0; b < kBranches; ++b) {
     p.rows[b] = rows[b];
@@ -289,6 +291,7 @@ int64_t phase_workspace_cuda(int64_t n, int64_t c, int64_t h, int64_t w, int mul
 void phase_forward_cuda(const PhaseArgs (&branches)[2], const Plane (&out)[2], const Plane& also, void* sums,
                         void* workspace, int multiprocessors, void* stream) {
   using namespace phase;
+  using namespace phase::forward;
   const PhaseArgs& args = branches[0];
   check_args(args);
   if (is_empty(args)) {  // sums over nothing

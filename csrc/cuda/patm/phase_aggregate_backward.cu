@@ -9,8 +9,7 @@
 // to one row of the workspace per block.
 #include "cuda/patm/phase.cuh"
 
-namespace wavemix::phase {
-namespace {
+namespace wavemix::phase::backward {
 
 constexpr int P = 1;      // pairs per thread
 constexpr int N = 2 * P;  // its channels
@@ -336,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) phase_statistics(const __grid_consta
 
 // --- Launches --------------------------------------------------------------------------------------------
 
-Rows rows_of_gradients(const PhaseArgs& args, const PhaseGradArgs& grads, const void* workspace, int64_t rows) {
+inline Rows rows_of_gradients(const PhaseArgs& args, const PhaseGradArgs& grads, const void* workspace, int64_t rows) {
   const int64_t c = args.c;
   return {workspace, rows, kSums * c, {grads.sum_pre, grads.sum_pre_theta, grads.d_taps}, {c, 2 * c, kSums * c}};
 }
@@ -391,14 +390,14 @@ void launch_statistics(const PhaseArgs (&branches)[kBranches], const Plane (&d_t
   launch(phase_statistics<T, pairs_of_thread, wide>, p);
 }
 
-}  // namespace
-}  // namespace wavemix::phase
+}  // namespace wavemix::phase::backward
 
 namespace wavemix {
 
 void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace,
                          int multiprocessors, void* stream) {
   using namespace phase;
+  using namespace phase::backward;
   const PhaseArgs& args = branches[0];
   check_args(args);
   if (is_empty(args)) {  // sums over nothing
@@ -424,6 +423,7 @@ void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&g
 void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const void* const (&rise)[2],
                            const void* const (&offset)[2], int multiprocessors, void* stream) {
   using namespace phase;
+  using namespace phase::backward;
   const PhaseArgs& args = branches[0];
   check_args(args);
   if (is_empty(args)) return;

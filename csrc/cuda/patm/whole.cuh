@@ -56,6 +56,20 @@ inline Image image_of(const PatmArgs& args) {
   return image;
 }
 
+// A tensor's address in elements: of image n, then by place and line of a branch along W, along H.
+struct Strides {
+  int64_t n;
+  int place[2], line[2];
+};
+inline Strides strides_of(const Plane& plane, const char* name) {
+  for (int k : {2, 3})
+    if (plane.stride[k] > INT32_MAX)
+      throw std::invalid_argument(std::string(name) + ": got a stride of " + std::to_string(plane.stride[k]) +
+                                  " elements from one pixel to the next; up to 2147483647 would work");
+  const int h = static_cast<int>(plane.stride[2]), w = static_cast<int>(plane.stride[3]);
+  return {plane.stride[0], {w, h}, {h, w}};
+}
+
 // Raises std::invalid_argument for what these kernels do not serve; wavemix_kernels/ops/patm/whole_gpu.py asks the same
 // before.
 inline void check_kind(const PatmArgs& args) {

@@ -6,8 +6,7 @@
 // one more matrix, whose products are made first, scaled so that a half type holds them.
 #include "cuda/patm/whole_lines.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::image_gradients {
 
 constexpr int kProjections = 5, kThirdSlot = 2, kThetaSlot = 3;
 
@@ -239,15 +238,14 @@ void run(const PatmArgs& args, const PatmImageGradArgs& grads, void* workspace, 
   sum_rows(sums, {}, launch.stream);
 }
 
-}  // namespace
-}  // namespace wavemix::whole
+}  // namespace wavemix::whole::image_gradients
 
 namespace wavemix {
 
 int64_t patm_image_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors) {
   whole::check_image(args);
-  return whole::Plan(args, multiprocessors).runs * whole::kProjections * args.c * args.c *
-         static_cast<int64_t>(sizeof(float));
+  return whole::image_gradients::Plan(args, multiprocessors).runs * whole::image_gradients::kProjections * args.c *
+         args.c * static_cast<int64_t>(sizeof(float));
 }
 
 void patm_image_gradients_cuda(const PatmArgs& args, const PatmImageGradArgs& grads, void* workspace,
@@ -255,8 +253,8 @@ void patm_image_gradients_cuda(const PatmArgs& args, const PatmImageGradArgs& gr
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) return;
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), whole::Slice<decltype(channels)::value>>(args, grads, workspace, multiprocessors,
-                                                                           stream);
+    whole::image_gradients::run<decltype(element), whole::image_gradients::Slice<decltype(channels)::value>>(
+        args, grads, workspace, multiprocessors, stream);
   });
 }
 

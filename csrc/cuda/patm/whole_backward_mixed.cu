@@ -10,8 +10,7 @@
 // places of the waves, and is one factor of G; it ends four places before the waves, of which the last eight stay.
 #include "cuda/patm/whole_lines.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::mixed {
 
 template <int C>
 constexpr int kBlocks = C == 64 ? 2 : 1;
@@ -331,9 +330,12 @@ void run(const PatmArgs& args, const Plane& grad, const float* a, float* d_a, fl
   sum_mixed(args, {partial, a, cut.parts, d_a, d_proj}, partial + 2 * cut.rows(args) * kPartial<C>, of);
 }
 
-}  // namespace
+}  // namespace wavemix::whole::mixed
+
+namespace wavemix::whole {
 
 int64_t shared_of_mixed(int64_t c) {
+  using namespace mixed;
   const size_t bytes = c == 64   ? Places<__half, 64>::kBytes
                        : c == 96 ? Places<__half, 96>::kBytes
                                  : Places<__half, 128>::kBytes;
@@ -346,7 +348,8 @@ namespace wavemix {
 
 int64_t patm_mixed_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors) {
   whole::check_image(args);
-  const whole::Cut cut(args, multiprocessors, args.c == 64 ? whole::kBlocks<64> : whole::kBlocks<128>, whole::kStretch);
+  const whole::Cut cut(args, multiprocessors, args.c == 64 ? whole::mixed::kBlocks<64> : whole::mixed::kBlocks<128>,
+                       whole::mixed::kStretch);
   const int64_t of_block = args.c == 64   ? whole::kPartial<64>
                            : args.c == 96 ? whole::kPartial<96>
                                           : whole::kPartial<128>;
@@ -358,8 +361,8 @@ void patm_mixed_gradients_cuda(const PatmArgs& args, const Plane& grad, const fl
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) return;
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), decltype(channels)::value>(args, grad, a, d_a, d_proj, workspace, multiprocessors,
-                                                             stream);
+    whole::mixed::run<decltype(element), decltype(channels)::value>(args, grad, a, d_a, d_proj, workspace,
+                                                                    multiprocessors, stream);
   });
 }
 

@@ -12,8 +12,7 @@
 // bytes.
 #include "cuda/patm/whole_wave_tiles.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::wave_gradients {
 
 // Sums of a block: the taps' gradient has 14 C floats, each of the others C.
 enum Sum { kPre = 2 * kPhaseTaps, kPreTheta, kZ, kThird, kSums };
@@ -346,7 +345,9 @@ void run(const PatmArgs& args, const PatmWaveGradArgs& grads, void* workspace, i
   sum_rows({p.partial, static_cast<int>(cut.rows(args)), kSums * C, 2, grads.sums}, {}, of);
 }
 
-}  // namespace
+}  // namespace wavemix::whole::wave_gradients
+
+namespace wavemix::whole {
 
 int64_t shared_of_waves(int64_t c) {
   const size_t bytes = c == 64   ? WavePlaces<__half, 64>::kBytes
@@ -362,7 +363,7 @@ namespace wavemix {
 int64_t patm_wave_gradients_workspace_cuda(const PatmArgs& args, int multiprocessors) {
   whole::check_image(args);
   const whole::Cut cut(args, multiprocessors, args.c == 64 ? whole::kBlocks<64> : whole::kBlocks<128>, whole::kStretch);
-  return 2 * cut.rows(args) * whole::kSums * args.c * static_cast<int64_t>(sizeof(float));
+  return 2 * cut.rows(args) * whole::wave_gradients::kSums * args.c * static_cast<int64_t>(sizeof(float));
 }
 
 void patm_wave_gradients_cuda(const PatmArgs& args, const PatmWaveGradArgs& grads, void* workspace, int multiprocessors,
@@ -370,7 +371,8 @@ void patm_wave_gradients_cuda(const PatmArgs& args, const PatmWaveGradArgs& grad
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) return;
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), decltype(channels)::value>(args, grads, workspace, multiprocessors, stream);
+    whole::wave_gradients::run<decltype(element), decltype(channels)::value>(args, grads, workspace, multiprocessors,
+                                                                             stream);
   });
 }
 

@@ -10,8 +10,7 @@
 // (pixel, channel).
 #include "cuda/patm/whole.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::branch_sums {
 
 constexpr int kSums = 1 + 2 * kReach;     // all, first three, last three
 constexpr int kRows = 2 * kSums * 2 + 1;  // [branch][sum][cos, sin], then x
@@ -369,26 +368,26 @@ void run(const PatmArgs& args, float* branch_mean, float* a, void* workspace, in
   }
 }
 
-}  // namespace
-}  // namespace wavemix::whole
+}  // namespace wavemix::whole::branch_sums
 
 namespace wavemix {
 
 int64_t patm_branch_weights_workspace_cuda(const PatmArgs& args, int multiprocessors) {
   whole::check_image(args);
-  return args.n * whole::Plan(args, multiprocessors).parts * whole::kRows * args.c *
+  return args.n * whole::branch_sums::Plan(args, multiprocessors).parts * whole::branch_sums::kRows * args.c *
          static_cast<int64_t>(sizeof(float));
 }
 
 void patm_branch_weights_cuda(const PatmArgs& args, float* branch_mean, float* a, void* workspace, int multiprocessors,
                               void* stream) {
   whole::check_image(args);
-  if (args.hidden > whole::kMostHidden)
+  if (args.hidden > whole::branch_sums::kMostHidden)
     throw std::invalid_argument("fc1: has " + std::to_string(args.hidden) + " hidden channels; up to " +
-                                std::to_string(whole::kMostHidden) + " would work");
+                                std::to_string(whole::branch_sums::kMostHidden) + " would work");
   if (args.n * args.h * args.w == 0) return;
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), decltype(channels)::value>(args, branch_mean, a, workspace, multiprocessors, stream);
+    whole::branch_sums::run<decltype(element), decltype(channels)::value>(args, branch_mean, a, workspace,
+                                                                          multiprocessors, stream);
   });
 }
 

@@ -56,20 +56,6 @@ struct Cut {
   int64_t rows(const PatmArgs& args) const { return args.n * parts; }  // partial sums of a branch
 };
 
-// A tensor's address in elements: of image n, then by place and line of a branch.
-struct Strides {
-  int64_t n;
-  int place[2], line[2];
-};
-inline Strides strides_of(const Plane& plane, const char* name) {
-  for (int k : {2, 3})
-    if (plane.stride[k] > INT32_MAX)
-      throw std::invalid_argument(std::string(name) + ": got a stride of " + std::to_string(plane.stride[k]) +
-                                  " elements from one pixel to the next; up to 2147483647 would work");
-  const int h = static_cast<int>(plane.stride[2]), w = static_cast<int>(plane.stride[3]);
-  return {plane.stride[0], {w, h}, {h, w}};
-}
-
 // Four places from a multiple of four on. Their pixels are of one line, since between two lines there are three places:
 // the line, and where the first of the four stands in it, which may be before its beginning.
 struct Four {

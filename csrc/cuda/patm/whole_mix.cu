@@ -11,8 +11,7 @@
 // `proj`'s columns are permuted to the order in which they lie then.
 #include "cuda/patm/whole_strips.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::mix {
 
 template <class T, class S>
 struct Mix : StripTiles<T, S> {
@@ -256,7 +255,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) patm_mix(const __grid_constant
 // --- Launches --------------------------------------------------------------------------------------------
 
 // Such that the chip's turns take the least time; rows beyond a strip's ends cost about half.
-int64_t rows_of(int64_t strips, int64_t height, int64_t at_once) {
+inline int64_t rows_of(int64_t strips, int64_t height, int64_t at_once) {
   int64_t rows = height, least = INT64_MAX;
   for (int64_t parts = 1; parts <= height; ++parts) {
     const int64_t of_part = ceil_div(height, parts);
@@ -317,23 +316,23 @@ template <int C>
 using StripOf = std::conditional_t<C == 64, Strip<64, 4, 1, 6>,
                                    std::conditional_t<C == 96, Strip<96, 2, 1, 4>, Strip<128, 2, 2, 4>>>;
 
-}  // namespace
-}  // namespace wavemix::whole
+}  // namespace wavemix::whole::mix
 
 namespace wavemix {
 
 // This kernel or one of the gradients' takes the most.
 int64_t patm_shared_cuda(int64_t c) {
-  using namespace whole;
+  using namespace whole::mix;
   const size_t mix = c == 64 ? StripOf<64>::kBytes : c == 96 ? StripOf<96>::kBytes : StripOf<128>::kBytes;
-  return std::max({static_cast<int64_t>(mix), shared_of_mixed(c), shared_of_waves(c)});
+  return std::max({static_cast<int64_t>(mix), whole::shared_of_mixed(c), whole::shared_of_waves(c)});
 }
 
 void patm_mix_cuda(const PatmArgs& args, const float* a, const Plane& out, int multiprocessors, void* stream) {
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) return;
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), whole::StripOf<decltype(channels)::value>>(args, a, out, multiprocessors, stream);
+    whole::mix::run<decltype(element), whole::mix::StripOf<decltype(channels)::value>>(args, a, out, multiprocessors,
+                                                                                       stream);
   });
 }
 

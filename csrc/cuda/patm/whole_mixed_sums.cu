@@ -2,8 +2,7 @@
 // weights (the diagonal of proj^T G) and of proj (G times branch weights).
 #include "cuda/patm/whole_lines.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::mixed_sums {
 
 constexpr int kSlice = 16, kShares = 2;  // rows of a block, threads of a column
 
@@ -111,15 +110,17 @@ void run(const PatmArgs& args, const MixedSums& sums, float* workspace, cudaStre
            {d_proj, static_cast<int>(3 * args.n), C * C + C, 1, sums.d_proj}, stream);
 }
 
-}  // namespace
+}  // namespace wavemix::whole::mixed_sums
+
+namespace wavemix::whole {
 
 int64_t mixed_floats(const PatmArgs& args) {
-  return 3 * args.n * ((args.c / kSlice) * args.c + args.c * args.c + args.c);
+  return 3 * args.n * ((args.c / mixed_sums::kSlice) * args.c + args.c * args.c + args.c);
 }
 
 void sum_mixed(const PatmArgs& args, const MixedSums& sums, float* workspace, cudaStream_t stream) {
   dispatch(args, [&](auto element, auto channels) {
-    run<decltype(element), decltype(channels)::value>(args, sums, workspace, stream);
+    mixed_sums::run<decltype(element), decltype(channels)::value>(args, sums, workspace, stream);
   });
 }
 

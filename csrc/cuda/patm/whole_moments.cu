@@ -5,8 +5,7 @@
 // are brought to one and added up in double.
 #include "cuda/patm/whole.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::moments {
 
 constexpr int kPixels = 128;  // of a tile
 
@@ -214,15 +213,14 @@ void run(const PatmArgs& args, double* mean, double* covariance, void* workspace
   launch(patm_sum_products<C>, sums);
 }
 
-}  // namespace
-}  // namespace wavemix::whole
+}  // namespace wavemix::whole::moments
 
 namespace wavemix {
 
 int64_t patm_moments_workspace_cuda(const PatmArgs& args, int multiprocessors) {
   whole::check_image(args);
   const int64_t c = args.c;
-  return whole::Plan(args, multiprocessors).blocks * (c * c + 3 * c) * static_cast<int64_t>(sizeof(float));
+  return whole::moments::Plan(args, multiprocessors).blocks * (c * c + 3 * c) * static_cast<int64_t>(sizeof(float));
 }
 
 void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, void* workspace, int multiprocessors,
@@ -230,8 +228,8 @@ void patm_moments_cuda(const PatmArgs& args, double* mean, double* covariance, v
   whole::check_image(args);
   if (args.n * args.h * args.w == 0) throw std::invalid_argument("x: has no pixels; moments need at least one");
   whole::dispatch(args, [&](auto element, auto channels) {
-    whole::run<decltype(element), decltype(channels)::value>(args, mean, covariance, workspace, multiprocessors,
-                                                             stream);
+    whole::moments::run<decltype(element), decltype(channels)::value>(args, mean, covariance, workspace,
+                                                                      multiprocessors, stream);
   });
 }
 

@@ -4,8 +4,7 @@
 // other a share of what is summed.
 #include "cuda/patm/whole.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::statistics {
 
 constexpr int kShares = 4;
 template <int C>
@@ -163,31 +162,33 @@ void run(const char* name, Kernel kernel, const PatmArgs& args, int blocks, cons
   launch(kernel, p);
 }
 
-}  // namespace
-}  // namespace wavemix::whole
+}  // namespace wavemix::whole::statistics
 
 namespace wavemix {
 
 void patm_statistics_cuda(const PatmArgs& args, const PatmStatisticsArgs& of, void* stream) {
   whole::check_kind(args);
-  const whole::StatisticsParams p = {{args.theta_h, args.theta_w}, {args.theta_h_bias, args.theta_w_bias}, of};
+  const whole::statistics::StatisticsParams p = {
+      {args.theta_h, args.theta_w}, {args.theta_h_bias, args.theta_w_bias}, of};
   whole::dispatch(args, [&](auto element, auto channels) {
     using T = decltype(element);
     constexpr int C = decltype(channels)::value;
-    whole::run<T, C>("patm_statistics", whole::patm_statistics<T, C>, args, 2 * C, p, stream);
+    whole::statistics::run<T, C>("patm_statistics", whole::statistics::patm_statistics<T, C>, args, 2 * C, p, stream);
   });
 }
 
 void patm_through_statistics_cuda(const PatmArgs& args, const PatmThroughArgs& of, void* stream) {
   whole::check_kind(args);
-  const whole::ThroughParams p = {{args.theta_h, args.theta_w},
-                                  {static_cast<const float*>(args.scale_h), static_cast<const float*>(args.scale_w)},
-                                  static_cast<float>(std::max<int64_t>(args.n * args.h * args.w, 1)),
-                                  of};
+  const whole::statistics::ThroughParams p = {
+      {args.theta_h, args.theta_w},
+      {static_cast<const float*>(args.scale_h), static_cast<const float*>(args.scale_w)},
+      static_cast<float>(std::max<int64_t>(args.n * args.h * args.w, 1)),
+      of};
   whole::dispatch(args, [&](auto element, auto channels) {
     using T = decltype(element);
     constexpr int C = decltype(channels)::value;
-    whole::run<T, C>("patm_through_statistics", whole::patm_through_statistics<T, C>, args, 3 * C, p, stream);
+    whole::statistics::run<T, C>("patm_through_statistics", whole::statistics::patm_through_statistics<T, C>, args,
+                                 3 * C, p, stream);
   });
 }
 

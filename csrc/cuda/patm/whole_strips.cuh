@@ -2,7 +2,7 @@
 // weighted sum.
 #pragma once
 
-#include "cuda/patm/whole_lines.cuh"  // Strides
+#include "cuda/patm/whole.cuh"
 
 namespace wavemix::whole {
 

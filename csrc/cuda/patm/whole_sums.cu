@@ -1,8 +1,7 @@
 // Partial sums of the whole PATM's backward kernels, added up.
 #include "cuda/patm/whole_lines.cuh"
 
-namespace wavemix::whole {
-namespace {
+namespace wavemix::whole::row_sums {
 
 constexpr int kColumns = 32, kParts = 8, kAtOnce = 8;
 
@@ -44,9 +43,12 @@ __global__ void __launch_bounds__(kColumns* kParts) patm_sum_rows(const __grid_c
   sums.out[static_cast<int64_t>(group) * sums.columns + column] = sum;
 }
 
-}  // namespace
+}  // namespace wavemix::whole::row_sums
+
+namespace wavemix::whole {
 
 void sum_rows(const RowSums& first, const RowSums& second, cudaStream_t stream) {
+  using namespace row_sums;
   const auto of_group = [](const RowSums& of) { return std::max<int64_t>(1, ceil_div(of.columns, kColumns)); };
   const int64_t of_first = first.groups * of_group(first), all = of_first + second.groups * of_group(second);
   if (std::max(of_first, all - of_first) > Divisor::kMaxDividend)
