@@ -153,6 +153,7 @@ def dwt_cases() -> Iterator[Case]:
         ("swt", 8, "periodic", False),
         ("swt", 8, "periodic", True),
         ("tree", 10, "symmetric", False),
+        ("tree", 10, "symmetric", True),
     ):
         way = "synthesis" if inverse else "analysis"
         name = f"triton filter_bank {way} {lattice} {taps} {mode} float32 {sized(shape)}"

@@ -32,10 +32,11 @@ def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[
 
 
 def bank_config(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
-    """The same for a filter bank. Its transpose reads a filter's length of all four bands for each row: no registers
-    are left for loads ahead, and more rows share what the filters along H overlap in; long filters leave few rows."""
-    most, tile, ahead = (8, 128, 2) if analysis else (16 if max(taps) <= 8 else 4, 128, 0)
+    """The same for a filter bank. Its transpose reads a filter's length of all four bands for each row, so that long
+    filters leave registers for fewer loads ahead; it loops over rows, and the more there are, the more share those that
+    the filters along H overlap in."""
+    most, ahead = (8, 2) if analysis else (32, 2 if max(taps) <= 8 else 1 if max(taps) <= 12 else 0)
     rows = min(most, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2
-    return ImageConfig(rows, tile, ahead, tile // 32)
+    return ImageConfig(rows, 128, ahead, 4)

@@ -6,7 +6,7 @@ the rows that they read.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
-# mypy: disable-error-code="no-untyped-def, has-type, no-redef, assignment"
+# mypy: disable-error-code="no-untyped-def, has-type, no-redef, assignment, misc"
 # (Triton's functions are traced, not called: their arguments have no Python types, and tuples grow.)
 from collections.abc import Sequence
 from typing import Any
@@ -36,14 +36,38 @@ def _coefficients(
         from_first = at - t * STEP
         if WRAP:
             k, _ = _source(from_first, count, "periodic", FAR)
-            inside = valid
+            value = tl.load(band + k)
         else:
             k = from_first // STRIDE
             # Compared as unsigned numbers, negative places are past the end too.
             inside = from_first.to(tl.uint32) < (limit * STRIDE).to(tl.uint32)
             if STRIDE > 1:
                 inside &= from_first % STRIDE == 0
-        read = read + (tl.load(band + k, mask=inside, other=0.0),)  # noqa: RUF005
+            value = tl.load(band + k, mask=inside, other=0.0)
+        read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def _row_of_bands(
+    from_ll, from_high, from_first, at, valid, height, start_h, count_h, count_w, ll_y, high_b, high_y,
+    TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, STEP_W: tl.constexpr, WRAP: tl.constexpr,
+    FAR_H: tl.constexpr, FAR_W: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """What :func:`_coefficients` reads of each band, of the row whose first tap along H reads sample `from_first`."""
+    if WRAP:
+        # Rows that the last program has too many of read what the last one reads.
+        k, _ = _source(tl.minimum(from_first, height - 1 - start_h), count_h, "periodic", FAR_H)
+        limit = count_w
+    else:
+        there = (from_first >= 0) & (from_first < count_h * STRIDE_H) & (from_first % STRIDE_H == 0)
+        k = tl.where(there, from_first // STRIDE_H, 0)
+        limit = tl.where(there, count_w, 0)
+    read = _coefficients(from_ll + k * ll_y, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
+    if HIGH:
+        for band in tl.static_range(3):
+            line = from_high + band * high_b + k * high_y
+            read = read + _coefficients(line, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
     return read
 
 
@@ -61,53 +85,55 @@ def _transpose_kernel(
 ):  # fmt: skip
     BANDS: tl.constexpr = 4 if HIGH else 1
     n, c, col, valid, row = _origin(planes, channels, height, width, GAP, ROWS, TILE)
-    from_ll = ll + n * ll_n + c * ll_c
-    from_high = high + n * high_n + c * high_c
+    from_ll = ll + tl.where(valid, n * ll_n + c * ll_c, 0)
+    from_high = high + tl.where(valid, n * high_n + c * high_c, 0)
     to = image + n * image_n + c * image_c + col
-    at = tl.where(valid, col - start_w, 2**30)
+    at = col - start_w if WRAP else tl.where(valid, col - start_w, 2**30)
     like = tl.zeros((TILE,), low_w.dtype.element_ty)
     taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
     taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
+    sums = ()
+    for _reach in tl.static_range(TAPS_H):
+        sums = sums + (like,)  # noqa: RUF005
+    # A row of coefficients adds to the samples that it reaches, the first of which is complete then. A loop, not
+    # unrolled: the compiler would keep the loads of many rows in registers, and few warps would fit. Those of the next
+    # AHEAD rows are on their way.
+    first = row - start_h - (TAPS_H - 1) * STEP_H
     read = ()
-    lows = ()
-    highs = ()
-    # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
-    for ahead in tl.static_range(ROWS + TAPS_H - 1 + AHEAD):
-        if ahead < ROWS + TAPS_H - 1:
-            from_first = row - start_h + (ahead - (TAPS_H - 1)) * STEP_H
-            if WRAP:
-                # Rows that the last program has too many of read what the last one reads.
-                k, _ = _source(tl.minimum(from_first, height - 1 - start_h), count_h, "periodic", FAR_H)
-                limit = count_w
-            else:
-                there = (from_first >= 0) & (from_first < count_h * STRIDE_H) & (from_first % STRIDE_H == 0)
-                k = tl.where(there, from_first // STRIDE_H, 0)
-                limit = tl.where(there, count_w, 0)
-            read = read + _coefficients(
-                from_ll + k * ll_y, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W
-            )
+    for ahead in tl.static_range(AHEAD):
+        read = read + _row_of_bands(
+            from_ll, from_high, first + ahead * STEP_H, at, valid, height, start_h, count_h, count_w, ll_y, high_b,
+            high_y, TAPS_W, STRIDE_H, STRIDE_W, STEP_W, WRAP, FAR_H, FAR_W, HIGH,
+        )  # fmt: skip
+    for step in tl.range(ROWS + TAPS_H - 1, loop_unroll_factor=AHEAD + 1):
+        read = read + _row_of_bands(
+            from_ll, from_high, first + (step + AHEAD) * STEP_H, at, valid, height, start_h, count_h, count_w, ll_y,
+            high_b, high_y, TAPS_W, STRIDE_H, STRIDE_W, STEP_W, WRAP, FAR_H, FAR_W, HIGH,
+        )  # fmt: skip
+        # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
+        low = _sum(read, 0, taps_w[0], 1, TAPS_W, like)
+        high_row = like
+        if HIGH:
+            low += _sum(read, 2 * TAPS_W, taps_w[1], 1, TAPS_W, like)
+            high_row = _sum(read, TAPS_W, taps_w[0], 1, TAPS_W, like)
+            high_row += _sum(read, 3 * TAPS_W, taps_w[1], 1, TAPS_W, like)
+        reached = ()
+        for t in tl.static_range(TAPS_H):
+            sample = sums[t] + taps_h[0][t] * low
             if HIGH:
-                for band in tl.static_range(3):
-                    line = from_high + band * high_b + k * high_y
-                    read = read + _coefficients(
-                        line, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W
-                    )  # fmt: skip
-        if ahead >= AHEAD:
-            # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
-            low = _sum(read, (ahead - AHEAD) * BANDS * TAPS_W, taps_w[0], 1, TAPS_W, like)
-            if HIGH:
-                low += _sum(read, (4 * (ahead - AHEAD) + 2) * TAPS_W, taps_w[1], 1, TAPS_W, like)
-                other = _sum(read, (4 * (ahead - AHEAD) + 1) * TAPS_W, taps_w[0], 1, TAPS_W, like)
-                other += _sum(read, (4 * (ahead - AHEAD) + 3) * TAPS_W, taps_w[1], 1, TAPS_W, like)
-                highs = highs + (other,)  # noqa: RUF005
-            lows = lows + (low,)  # noqa: RUF005
-            if ahead - AHEAD >= TAPS_H - 1:
-                y = row + (ahead - AHEAD - (TAPS_H - 1)) * GAP
-                sample = _sum(lows, ahead - AHEAD, taps_h[0], -1, TAPS_H, like)
-                if HIGH:
-                    sample += _sum(highs, ahead - AHEAD, taps_h[1], -1, TAPS_H, like)
-                mask = valid & (col < tl.where(y < height, width, 0))
-                tl.store(to + y * image_y, sample.to(image.dtype.element_ty), mask=mask)
+                sample += taps_h[1][t] * high_row
+            reached = reached + (sample,)  # noqa: RUF005
+        y = row + (step - (TAPS_H - 1)) * GAP
+        mask = valid & (col < tl.where((step >= TAPS_H - 1) & (y < height), width, 0))
+        tl.store(to + y * image_y, reached[0].to(image.dtype.element_ty), mask=mask)
+        sums = ()
+        for t in tl.static_range(1, TAPS_H):
+            sums = sums + (reached[t],)  # noqa: RUF005
+        sums = sums + (like,)  # noqa: RUF005
+        later = ()
+        for i in tl.static_range(BANDS * TAPS_W, (AHEAD + 1) * BANDS * TAPS_W):
+            later = later + (read[i],)  # noqa: RUF005
+        read = later
 
 
 def launch(
