@@ -1,8 +1,8 @@
 """One level of a filter bank of images on any lattice of samples in Triton, both axes in one pass, and its transpose.
 
-The analysis is the kernel of :mod:`.triton_images`; the transpose keeps its rows of coefficients in registers the same
-way. A program's rows lie as far apart as the taps of a dilated filter, so that neighbouring ones share all but one of
-the rows that they read.
+The analysis is the kernel of :mod:`.triton_images`; the transpose keeps in registers the sums of those rows of samples
+that it has begun. A program's rows lie as far apart as the taps of a dilated filter, so that neighbouring ones share
+all but one of the rows that they read.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -26,7 +26,7 @@ from wavemix_kernels.ops.dwt.triton_run import check_sizes
 
 @triton.jit
 def _coefficients(
-    band, at, count, limit, valid,
+    band, at, count, limit,
     TAPS: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, WRAP: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of a row that samples take along W, a tap after the other: those whose tap t reads sample
@@ -50,7 +50,7 @@ def _coefficients(
 
 @triton.jit
 def _row_of_bands(
-    from_ll, from_high, from_first, at, valid, height, start_h, count_h, count_w, ll_y, high_b, high_y,
+    from_ll, from_high, from_first, at, height, start_h, count_h, count_w, ll_y, high_b, high_y,
     TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, STEP_W: tl.constexpr, WRAP: tl.constexpr,
     FAR_H: tl.constexpr, FAR_W: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
@@ -63,11 +63,11 @@ def _row_of_bands(
         there = (from_first >= 0) & (from_first < count_h * STRIDE_H) & (from_first % STRIDE_H == 0)
         k = tl.where(there, from_first // STRIDE_H, 0)
         limit = tl.where(there, count_w, 0)
-    read = _coefficients(from_ll + k * ll_y, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
+    read = _coefficients(from_ll + k * ll_y, at, count_w, limit, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
     if HIGH:
         for band in tl.static_range(3):
             line = from_high + band * high_b + k * high_y
-            read = read + _coefficients(line, at, count_w, limit, valid, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
+            read = read + _coefficients(line, at, count_w, limit, TAPS_W, STRIDE_W, STEP_W, WRAP, FAR_W)
     return read
 
 
@@ -102,12 +102,12 @@ def _transpose_kernel(
     read = ()
     for ahead in tl.static_range(AHEAD):
         read = read + _row_of_bands(
-            from_ll, from_high, first + ahead * STEP_H, at, valid, height, start_h, count_h, count_w, ll_y, high_b,
+            from_ll, from_high, first + ahead * STEP_H, at, height, start_h, count_h, count_w, ll_y, high_b,
             high_y, TAPS_W, STRIDE_H, STRIDE_W, STEP_W, WRAP, FAR_H, FAR_W, HIGH,
         )  # fmt: skip
     for step in tl.range(ROWS + TAPS_H - 1, loop_unroll_factor=AHEAD + 1):
         read = read + _row_of_bands(
-            from_ll, from_high, first + (step + AHEAD) * STEP_H, at, valid, height, start_h, count_h, count_w, ll_y,
+            from_ll, from_high, first + (step + AHEAD) * STEP_H, at, height, start_h, count_h, count_w, ll_y,
             high_b, high_y, TAPS_W, STRIDE_H, STRIDE_W, STEP_W, WRAP, FAR_H, FAR_W, HIGH,
         )  # fmt: skip
         # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
