@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,22 +118,40 @@ def _dwt(
     return run
 
 
-def _filter_bank(
+def _filter_banks(
     lattice: str, taps: int, mode: str, inverse: bool, shape: tuple[int, int, int, int]
 ) -> Callable[[], Any]:
-    """The second level of an undecimated transform, or one of a dual tree's."""
+    """The second level of an undecimated transform, or of the dual-tree transform, which is four banks."""
 
     def run() -> Any:
-        from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
+        from wavemix_kernels.ops.dwt.bank import filter_banks, filter_banks_transpose
         from wavemix_kernels.ops.dwt.reference import Filters, Lattice
 
-        filters = Filters(*(vector(taps) for _ in range(4)))
         n, c, *size = shape
-        h, w = (Lattice(2 - taps, s, 1, 2) if lattice == "swt" else Lattice(2 - taps, s // 4, 4, 2) for s in size)
+        filters = Filters(*(vector(taps) for _ in range(4)))
+        banks = [(filters, *(Lattice(2 - taps, s, 1, 2) for s in size))]
+        if lattice == "tree":
+            trees = [[Lattice(2 - taps + tree, s // 4, 4, 2) for tree in (0, 1)] for s in size]
+            banks = [(filters, h, w) for h in trees[0] for w in trees[1]]
         if not inverse:
-            return filter_bank(image(shape, torch.float32, False), filters, h, w, mode=mode, backend="triton")
-        ll, high = torch.empty(n, c, h.length, w.length), torch.empty(n, c, 3, h.length, w.length)
-        return filter_bank_transpose(ll, high, filters, h, w, size, mode=mode, backend="triton")
+            return filter_banks(image(shape, torch.float32, False), banks, mode=mode, backend="triton")
+        bands = [torch.empty(n, c, 4, h.length, w.length) for _, h, w in banks]
+        ll, high = [b[:, :, 0] for b in bands], [b[:, :, 1:] for b in bands]
+        return filter_banks_transpose(ll, high, banks, size, mode=mode, backend="triton")
+
+    return run
+
+
+def _quads(trees: bool, back: bool, shape: tuple[int, int, int, int]) -> Callable[[], Any]:
+    def run() -> Any:
+        from wavemix_kernels.ops.dwt.quads import from_complex, to_complex
+
+        n, c, h, w = shape
+        if back:
+            low, z = torch.empty(shape), torch.empty(n, c, 6, h // 2, w // 2, 2)
+            return from_complex(low, z, 2, 5, trees, backend="triton")
+        bands = [torch.empty(n, c, 4, h // 2, w // 2) for _ in range(4)] if trees else [torch.empty(n, c, 4, h, w)]
+        return to_complex(bands, 2, 5, backend="triton")
 
     return run
 
@@ -157,7 +176,10 @@ def dwt_cases() -> Iterator[Case]:
     ):
         way = "synthesis" if inverse else "analysis"
         name = f"triton filter_bank {way} {lattice} {taps} {mode} float32 {sized(shape)}"
-        yield Case(name, _filter_bank(lattice, taps, mode, inverse, shape))
+        yield Case(name, _filter_banks(lattice, taps, mode, inverse, shape))
+    for trees, back in itertools.product((False, True), repeat=2):
+        name = f"triton quads {'from' if back else 'to'} complex {'trees' if trees else 'image'} float32 {sized(shape)}"
+        yield Case(name, _quads(trees, back, shape))
 
 
 # --- A Waveblock's operators -------------------------------------------------------------------------------

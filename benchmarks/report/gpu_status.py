@@ -15,6 +15,7 @@ _NOTES = {
     "haar_blocks": "1-D, 3-D and the conventions of other codes",
     "dwt": "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond",
     "filter_bank": "undecimated and dual-tree transforms: one pass; a transpose that folds its border takes more",
+    "quads": "the dual-tree transform's complex numbers: one pass",
     "reduce_haar": "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library "
     "convolutions; triton has its own for one level of 8 to 32 channels in half types and channels_last, which `auto` "
     "takes",

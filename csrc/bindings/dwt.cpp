@@ -57,11 +57,46 @@ DwtArgs dwt_args(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const I
   return args;
 }
 
+QuadsArgs quads_args(int dtype, const Ints& size, bool trees, const std::vector<Ints>& corners, const Ints& low,
+                     const Ints& z) {
+  if (size.size() != 4) throw std::invalid_argument("size: expected n, c, h, w");
+  if (corners.size() != 4) throw std::invalid_argument("corners: expected four");
+  if (z.size() != 7) throw std::invalid_argument("z: expected an address and 6 strides");
+  QuadsArgs args;
+  args.dtype = dtype_of(dtype);
+  args.n = size[0];
+  args.c = size[1];
+  args.h = size[2];
+  args.w = size[3];
+  args.trees = trees;
+  for (int i = 0; i < 4; ++i) args.corner[i] = view<Bands>(corners[i], "corners");
+  args.low = view<Plane>(low, "low");
+  args.z = pointer(z[0]);
+  for (int i = 0; i < 6; ++i) args.z_stride[i] = z[i + 1];
+  return args;
+}
+
 #if WAVEMIX_WITH_CPU
+void dwt_synthesis_add(const DwtArgs& args, int threads) {
+  if (args.h.taps == 0 || args.w.taps == 0) throw std::invalid_argument("h, w: expected filters along both axes");
+  DwtArgs more = args;
+  more.add = true;
+  dwt_synthesis_cpu(more, threads);
+}
+
 template <void (*kernel)(const DwtArgs&, int)>
 void dwt(const std::array<int, 3>& dtypes, int64_t n, int64_t c, const Ints& h, const Ints& w, const Ints& image,
          const Ints& ll, const Ints& high, int threads) {
   const DwtArgs args = dwt_args(dtypes, n, c, h, w, image, ll, high);
+  check_threads(threads);
+  const Unlocked unlocked;
+  kernel(args, threads);
+}
+
+template <void (*kernel)(const QuadsArgs&, int)>
+void quads(int dtype, const Ints& size, bool trees, const std::vector<Ints>& corners, const Ints& low, const Ints& z,
+           int threads) {
+  const QuadsArgs args = quads_args(dtype, size, trees, corners, low, z);
   check_threads(threads);
   const Unlocked unlocked;
   kernel(args, threads);
@@ -75,6 +110,10 @@ void bind_dwt(Module& m) {
   const std::vector<const char*> names = {"dtypes", "n", "c", "h", "w", "image", "ll", "high", "threads"};
   m.def("dwt_analysis_cpu", &dwt<dwt_analysis_cpu>, names);
   m.def("dwt_synthesis_cpu", &dwt<dwt_synthesis_cpu>, names);
+  m.def("dwt_synthesis_add_cpu", &dwt<dwt_synthesis_add>, names);
+  const std::vector<const char*> of_quads = {"dtype", "size", "trees", "corners", "low", "z", "threads"};
+  m.def("quads_to_complex_cpu", &quads<quads_to_complex_cpu>, of_quads);
+  m.def("quads_from_complex_cpu", &quads<quads_from_complex_cpu>, of_quads);
 #endif
 }
 

@@ -123,7 +123,7 @@ def test_every_form_is_met() -> None:
     products = {("float64", "fma"), ("float32", "fma"), *((dtype, "mma") for dtype in (*halves, "float32"))}
     assert forms(r"reduce_haar<(\w+), (\w+)") == products
     families = {"haar", "haar_pyramid", "haar_blocks", "dwt", "patm", "pre_norm", "deconv", "mlp", "reduce_haar"}
-    families |= {"batch_norm", "sums", "running", "branch_weights", "wtconv"}
+    families |= {"batch_norm", "sums", "running", "branch_weights", "quads", "wtconv"}
     assert {family for family, *_ in triton} == families
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.aot.points import HALF, Point, meta
 from tests.aot.table import Demands
-from wavemix_kernels.ops.dwt import triton_bank, triton_images, triton_lines
+from wavemix_kernels.ops.dwt import triton_bank, triton_images, triton_lines, triton_quads
 from wavemix_kernels.ops.haar import blocks as haar_blocks
 from wavemix_kernels.ops.haar import triton_analysis, triton_blocks, triton_plan, triton_synthesis
 from wavemix_kernels.ops.haar.tiles import MAX_LEVELS, TileConfig, config_for, search_space
@@ -133,6 +133,16 @@ def dwt_points() -> Iterator[Point]:
                 # On sm_90 ptxas keeps some of a transpose in local memory, at one row as at sixteen; not on sm_80.
                 allowed = Demands(accesses=(), most_local=0 if analysis or arch == 80 else 4)
                 yield Point(f"dwt {name} {way}", arch, dtype, launch, allowed)
+        for trees in (False, True):
+            bands = meta(8, 16, 4, 64, 64, dtype=dtype)
+            corners = [bands] * 4 if trees else [bands[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
+            low, z = (
+                meta(8, 16, *(128, 128) if trees else (64, 64), dtype=dtype),
+                meta(8, 16, 6, *corners[0].shape[3:], 2, dtype=dtype),
+            )
+            for back in (False, True):
+                name = f"quads {'from' if back else 'to'} complex {'trees' if trees else 'image'}"
+                yield Point(name, arch, dtype, triton_quads.launch(back, corners, low, z, trees), demands)
 
 
 # --- WTConv --------------------------------------------------------------------------------------------------

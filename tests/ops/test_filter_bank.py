@@ -10,7 +10,7 @@ import torch
 from tests.ops import each
 from tests.ops.contract import EVERY_AXIS, WITHOUT_CUDA, Case, Contract, image, randn
 from tests.ops.test_dwt import bank
-from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
+from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose, filter_banks_transpose
 from wavemix_kernels.ops.dwt.reference import Filters, Lattice, separable_bank, separable_bank_transpose
 
 #: name -> the lattice of an axis of n samples under filters of t taps.
@@ -104,7 +104,68 @@ class Transpose(Bank):
         }
 
 
+class Banks(Transpose):
+    """The sum of the four pairs of trees, whose samples lie between each other's, or of banks whose samples are the
+    same. Its gradient is all banks' analysis."""
+
+    name = "filter_banks_transpose"
+    differentiable = ("ll0", "high1")
+    axes: ClassVar[Any] = Bank.axes | {
+        "shape": ((2, 3, 16, 36), (1, 2, 8, 40), (3, 1, 4, 8)),
+        "taps": ((10, 4), (4, 18), (6, 6)),
+        "lattices": (("trees",) * 4, ("trees", "trees", "every sample")),
+        "missing": (False, True),
+    }
+    few: ClassVar[Any] = {"shape": ((1, 2, 4, 8), (2, 1, 8, 4)), "taps": ((4, 6),), "layout": ("nchw", "channels_last")}
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        return len(case.lattices) * super().terms(case, name, backend)
+
+    def banks(self, case: Case, tensors: Any) -> list[tuple[Filters, Lattice, Lattice]]:
+        made = []
+        for i, lattice in enumerate(case.lattices):
+            one = Case(**vars(case) | {"lattices": (lattice.replace("trees", "tree"),) * 2})
+            filters, *axes = self.parts(one, tensors)
+            if lattice == "trees":  # the second tree reads odd samples
+                axes = [Lattice(2 - t + n, *axis[1:]) for axis, t, n in zip(axes, case.taps[::-1], divmod(i, 2))]  # noqa: B905
+            made.append((filters, *axes))
+        return made
+
+    def inputs(self, case: Case, device: str) -> Any:
+        n, c = case.shape[:2]
+        out = {}
+        for i, (_, h, w) in enumerate(self.banks(case, {"ll": randn(1)})):
+            ll, high = randn(n, c, h.length, w.length, seed=i), randn(n, c, 3, h.length, w.length, seed=9 + i)
+            out[f"ll{i}"] = image(ll, case.dtype, device, case.layout)
+            out[f"high{i}"] = None if case.missing else image(high, case.dtype, device, case.layout)
+        return out
+
+    def lists(self, case: Case, tensors: Any) -> tuple[list[Any], list[Any] | None]:
+        ll, high = ([tensors[f"{name}{i}"] for i in range(len(case.lattices))] for name in ("ll", "high"))
+        return ll, None if case.missing else high
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        ll, high = self.lists(case, tensors)
+        banks = self.banks(case, tensors)
+        return {"image": filter_banks_transpose(ll, high, banks, case.shape[2:], mode=case.mode, backend=backend)}
+
+    def sum_of(self, case: Case, tensors: Any, absolute: bool) -> Any:
+        ll, high = self.lists(case, tensors)
+        parts = []
+        for one, other, (filters, h, w) in zip(ll, high or [None] * len(ll), self.banks(case, tensors), strict=True):
+            taps = Filters(*(f.abs() for f in filters)) if absolute else filters
+            parts.append(separable_bank_transpose(one, other, taps, h, w, case.shape[2:], case.mode))
+        return {"image": sum(parts)}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        return self.sum_of(case, tensors, absolute=False)
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        return self.sum_of(case, tensors, absolute=True)
+
+
 test_bank = each.case(Bank())
+test_transpose_of_banks = each.case(Banks())
 test_transpose = each.case(Transpose())
 FARTHER: Any = {"shape": ((2, 2, 4, 6),), "taps": ((3, 2),), "lattices": (("dilated",) * 2,), "mode": ("symmetric",),
                 "layout": EVERY_AXIS}  # fmt: skip
@@ -118,7 +179,8 @@ test_operators = each.operator(
 SMALL = {"shape": ((1, 1, 8, 9),), "taps": ((5, 3), (4, 6)), "layout": ("nchw",), "mode": ("symmetric", "zero")}
 # Each operator is the other's gradient, on every backend: one shows that they close.
 CPU = {"cpu": (torch.float64,)}
-test_derivatives = each.gradient(Bank(CPU, **SMALL), Transpose(CPU, **SMALL))
+FEW: Any = SMALL | {"shape": ((1, 1, 4, 8),), "taps": ((4, 4),), "missing": (False,)}
+test_derivatives = each.gradient(Bank(CPU, **SMALL), Transpose(CPU, **SMALL), Banks(CPU, **FEW))
 
 
 @pytest.mark.parametrize("mode", ["antisymmetric", "antireflect", "periodization"])

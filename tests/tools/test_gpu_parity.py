@@ -19,7 +19,8 @@ from tests.tools.helpers import ROOT
 #: Contracts whose name is not the op's.
 CONTRACTS = {"haar_dwt2d": "haar", "haar_idwt2d": "haar", "reduce_haar_backward": "reduce_haar", "deconv_norm_backward":
              "deconv", "batch_norm_apply": "batch_norm", "batch_norm_stats": "batch_norm", "batch_norm_backward":
-             "batch_norm", "dwt2d": "dwt", "idwt2d": "dwt", "dwt1d": "dwt"}  # fmt: skip
+             "batch_norm", "dwt2d": "dwt", "idwt2d": "dwt", "dwt1d": "dwt",
+             "quads_to_complex": "quads", "quads_from_complex": "quads"}  # fmt: skip
 
 
 def folder_of_tests(tmp_path: Path, body: str) -> Path:

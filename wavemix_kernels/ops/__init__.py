@@ -23,6 +23,7 @@ OPS = {
     "haar_blocks": "haar.blocks",
     "dwt": "dwt.op",
     "filter_bank": "dwt.bank",
+    "quads": "dwt.quads",
     "reduce_haar": "reduce_haar.op",
     "pointwise_mlp": "mlp.op",
     "deconv": "deconv.op",

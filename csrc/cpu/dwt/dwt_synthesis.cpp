@@ -20,6 +20,7 @@ struct Synthesis {
   const int64_t steps;   // of `stride` samples in an extended row
   const A *low_w, *high_w, *low_h, *high_h;
   A *line, *phase[2], *joined[2];
+  A* there;           // where args.add: a row of the image
   A* ring;            // rows k of LL, LH, HL and HH at k % slots
   int64_t* held;      // k of each slot
   const A** rows_of;  // rows of LL that an image row adds up
@@ -60,6 +61,7 @@ struct Synthesis {
     for (A*& row : phase) row = rows.take(row_elements<A>(steps));
     for (A*& row : joined) row = rows.take(joined_elements()) + (block == nullptr ? 0 : margin);
     line = rows.take(line_elements());
+    there = rows.take(args.add ? args.w.size : 0);
     ring = rows.take(4 * slots() * width);
     held = rows.template take<int64_t>(slots());
     rows_of = rows.template take<const A*>(args.h.taps);
@@ -188,6 +190,12 @@ struct Synthesis {
       for (int64_t t = b.begin[i]; t < b.begin[i + 1]; ++t) x[b.index[t]] += static_cast<A>(b.weight[t]) * x[from];
     }
   }
+  void add_to_line(int64_t offset) const {
+    const Plane& p = args.image;
+    load_line(Elements(args.image_dtype, p.data), offset, p.stride[3], args.w.size, there);
+    A* __restrict to = line - args.w.start;
+    for (int64_t x = 0; x < args.w.size; ++x) to[x] += there[x];
+  }
   void run(int64_t begin, int64_t end) const {
     const DwtBorder& b = args.h.border;
     const Plane& p = args.image;
@@ -203,14 +211,17 @@ struct Synthesis {
           if (b.index[t] == y &&
               join(i < b.before ? i - b.before : args.h.size + i - b.before, static_cast<A>(b.weight[t]), false))
             reached = true;
+      if (args.add && !reached) continue;
+      const int64_t offset = n * p.stride[0] + c * p.stride[1] + y * p.stride[2];
       if (args.w.taps != 0 && reached) {
         expand();
         fold();
+        if (args.add) add_to_line(offset);
       } else if (args.w.taps != 0) {
         for (int64_t x = 0; x < line_elements(); ++x) line[x] = A(0);
       }
-      store_line(args.w.taps == 0 ? joined[0] : line - args.w.start, Elements(args.image_dtype, p.data),
-                 n * p.stride[0] + c * p.stride[1] + y * p.stride[2], p.stride[3], args.w.size);
+      store_line(args.w.taps == 0 ? joined[0] : line - args.w.start, Elements(args.image_dtype, p.data), offset,
+                 p.stride[3], args.w.size);
     }
   }
 };

@@ -39,10 +39,27 @@ struct DwtArgs {
   Plane image;
   Plane ll;
   Bands high;
+  bool add = false;  // synthesis along both axes adds to the image instead
+};
+
+// Quads a b / c d of a level's real bands and their complex numbers ((a - d) + i (b + c)) / sqrt(2) and
+// ((a + d) + i (b - c)) / sqrt(2), an orthonormal map. Quads are h x w.
+struct QuadsArgs {
+  DType dtype = DType::f32;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  // The four samples of a quad lie in one image of bands or, `trees`, in the bands of the four pairs of trees along H
+  // and W. Along an axis that the band is a high-pass of, the second tree's sample comes first then.
+  bool trees = false;
+  Bands corner[4];
+  Plane low;  // (n, c, 2h, 2w), band LL
+  void* z = nullptr;
+  int64_t z_stride[6] = {0, 0, 0, 0, 0, 0};  // n, c, orientation (15, 45, 75, 105, 135, 165 degrees), h, w, part
 };
 
 // double where a dtype is f64, else float; each output is rounded once.
 void dwt_analysis_cpu(const DwtArgs& args, int threads);
 void dwt_synthesis_cpu(const DwtArgs& args, int threads);
+void quads_to_complex_cpu(const QuadsArgs& args, int threads);
+void quads_from_complex_cpu(const QuadsArgs& args, int threads);
 
 }  // namespace wavemix

@@ -17,7 +17,8 @@ if _native.core is None or _native.cpu_isa is None:
     pytest.skip(f"CPU kernels: {_native.cpu_reason()}", allow_module_level=True)
 VARIABLE = "WAVEMIX_KERNELS_CPU_ISA"
 FAMILIES = (
-    "haar", "dwt", "filter_bank", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm", "channel_mlp",
+    "haar", "dwt", "filter_bank", "quads", "reduce_haar", "mlp", "deconv", "batch_norm", "patm", "pre_norm",
+    "channel_mlp",
 )  # fmt: skip
 FILES = [f"tests/ops/test_{family}.py" for family in FAMILIES]
 

@@ -79,9 +79,12 @@ def _dwt(image: Shape, low: Shape, filters: Sequence[Shape]) -> int:
     return 4 * prod(image[:-1]) * low[-1] * taps[0] + 8 * prod(low) * taps[1]
 
 
-def _filter_bank(a: Shapes, image: Shape) -> int:
-    """Like a level of analysis, on lattices (start, count, stride, step)."""
-    return _dwt(image, (*image[:2], a["h"][1], a["w"][1]), a["filters"])
+def _filter_banks(a: Shapes, image: Shape) -> int:
+    """Like a level of analysis for each bank, on lattices (start, count, stride, step)."""
+    filters = a["filters"]
+    return sum(
+        _dwt(image, (*image[:2], a["h"][i + 1], a["w"][i + 1]), filters[i : i + 4]) for i in range(0, len(filters), 4)
+    )
 
 
 def _dwt_analysis(a: Shapes) -> int:
@@ -95,8 +98,8 @@ def _dwt_analysis(a: Shapes) -> int:
 FORMULAS: dict[str, Callable[[Shapes], int]] = {
     "dwt_analysis": _dwt_analysis,
     "dwt_synthesis": lambda a: _dwt((*a["ll"][:2], *a["size"]), a["ll"], a["filters"]),
-    "filter_bank": lambda a: _filter_bank(a, a["x"]),
-    "filter_bank_transpose": lambda a: _filter_bank(a, (*a["ll"][:2], *a["size"])),
+    "filter_banks": lambda a: _filter_banks(a, a["x"]),
+    "filter_banks_transpose": lambda a: _filter_banks(a, (*a["ll"][0][:2], *a["size"])),
     "reduce_haar": lambda a: _product(a["x"], a["weight"][0]),
     "reduce_haar_backward": lambda a: 2 * _product(a["x"], a["weight"][0]),
     "pointwise_mlp": _mlp,

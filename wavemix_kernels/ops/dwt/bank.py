@@ -6,6 +6,7 @@ Each operator is the exact transpose of the other with the same filters, lattice
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +25,14 @@ from wavemix_kernels.ops.dwt.op import chosen, core_axis
 from wavemix_kernels.ops.dwt.reference import Filters, Lattice, separable_bank, separable_bank_transpose
 
 _library = Library()
-_library.define("filter_bank(Tensor x, Tensor[] filters, SymInt[] h, SymInt[] w, str mode, str backend) -> Tensor")
+_library.define("filter_banks(Tensor x, Tensor[] filters, SymInt[] h, SymInt[] w, str mode, str backend) -> Tensor[]")
 _library.define(
-    "filter_bank_transpose(Tensor ll, Tensor? high, Tensor[] filters, SymInt[] h, SymInt[] w, SymInt[] size, str mode, "
-    "str backend) -> Tensor"
+    "filter_banks_transpose(Tensor[] ll, Tensor[] high, Tensor[] filters, SymInt[] h, SymInt[] w, SymInt[] size, "
+    "str mode, str backend) -> Tensor"
 )
+
+#: The filters of a bank, and its lattices along H and W.
+Bank = tuple[Filters, Lattice, Lattice]
 
 
 def filter_bank(
@@ -51,11 +55,7 @@ def filter_bank(
         ValueError: other lattices, mode 'reflect' or 'antireflect' at a size of 1, and a backend that cannot serve.
         RuntimeError: the backend asked for is not installed.
     """
-    _check_lattices(h, w)
-    name = chosen("filter_bank", BACKENDS, backend, filters, x)
-    if name == "reference":
-        return separable_bank(x, filters, h, w, mode).contiguous()
-    return bank(x, list(filters), list(h), list(w), mode, name)
+    return filter_banks(x, [(filters, h, w)], mode=mode, backend=backend)[0]
 
 
 def filter_bank_transpose(
@@ -64,11 +64,49 @@ def filter_bank_transpose(
 ) -> Tensor:  # fmt: skip
     """The transpose of :func:`filter_bank`: from its first band (N, C, h.length, w.length) and the other three
     (N, C, 3, h.length, w.length), None for zeros, to (N, C, *size). Raises as it."""
-    _check_lattices(h, w)
-    name = chosen("filter_bank_transpose", BACKENDS, backend, filters, *([ll] if high is None else [ll, high]))
+    highs = None if high is None else [high]
+    return filter_banks_transpose([ll], highs, [(filters, h, w)], size, mode=mode, backend=backend)
+
+
+def filter_banks(x: Tensor, banks: Sequence[Bank], *, mode: str = "zero", backend: str | None = None) -> list[Tensor]:
+    """:func:`filter_bank` of each bank. The gradient of x is one sum, made where it lies."""
+    filters, h, w = _spread(banks)
+    name = chosen("filter_bank", BACKENDS, backend, filters, x)
     if name == "reference":
-        return separable_bank_transpose(ll, high, filters, h, w, size, mode).contiguous()
-    return bank_transpose(ll, high, list(filters), list(h), list(w), list(size), mode, name)
+        return _standard_banks(x, filters, h, w, mode, name)
+    out: list[Tensor] = list(_banks(x, filters, h, w, mode, name))
+    return out
+
+
+def filter_banks_transpose(
+    ll: Sequence[Tensor], high: Sequence[Tensor] | None, banks: Sequence[Bank], size: Sequence[int], *,
+    mode: str = "zero", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The transpose of :func:`filter_banks`, the sum of each bank's :func:`filter_bank_transpose`: from their first
+    bands, of one dtype, and the other three of each, None for zeros."""
+    filters, h, w = _spread(banks)
+    low, rest = list(ll), [] if high is None else list(high)
+    name = chosen("filter_bank_transpose", BACKENDS, backend, filters, *low, *rest)
+    run = _standard_transpose if name == "reference" else _banks_transpose
+    out: Tensor = run(low, rest, filters, h, w, list(size), mode, name)
+    return out
+
+
+def _spread(banks: Sequence[Bank]) -> tuple[list[Tensor], list[int], list[int]]:
+    """The banks as the operators take them: four filters and four integers of either axis after the other."""
+    for _, h, w in banks:
+        _check_lattices(h, w)
+    return (
+        [f for filters, _, _ in banks for f in filters],
+        [i for _, h, _ in banks for i in h],
+        [i for _, _, w in banks for i in w],
+    )
+
+
+def _by_bank(filters: Sequence[Tensor], h: Sequence[int], w: Sequence[int]) -> list[Bank]:
+    """What :func:`_spread` made one."""
+    at = range(0, len(filters), 4)
+    return [(Filters(*filters[i : i + 4]), Lattice(*h[i : i + 4]), Lattice(*w[i : i + 4])) for i in at]
 
 
 def _steps(lattice: Sequence[int]) -> tuple[int, int, int]:
@@ -90,41 +128,53 @@ def _check_lattices(h: Lattice, w: Lattice) -> None:
 # --- Backends: on allocated tensors ----------------------------------------------------------------------
 
 
-def _compiled(direction: str) -> Any:
-    def run(
-        image: Tensor, ll: Tensor, high: Tensor | None, filters: Sequence[Tensor], h: Sequence[int],
-        w: Sequence[int], mode: str,
-    ) -> None:  # fmt: skip
-        taps = [f.detach().to(accumulate_dtype(image.dtype)).flatten().contiguous() for f in filters]
-        axes, kept = [], []  # kept: what the core reads, until it has
-        for lattice, size, (f, g) in zip((w, h), (image.shape[3], image.shape[2]), (taps[:2], taps[2:]), strict=True):
-            start, count, stride, step = lattice
-            after = start + stride * (count - 1) + step * (f.numel() - 1) + 1 - size
-            table = border(size, -start, max(0, after), mode)
-            kept.append(table)
-            axes.append(core_axis(size, count, f, g, table, start, _steps(lattice)))
-        getattr(_native.core, f"dwt_{direction}_cpu")(
-            [_native.DTYPES[t.dtype] for t in (image, ll, ll if high is None else high)], *image.shape[:2], axes[1],
-            axes[0], _native.address(image), _native.address(ll), _native.address(high), torch.get_num_threads(),
-        )  # fmt: skip
-
-    return run
+def _compiled(direction: str, image: Tensor, ll: Tensor, high: Tensor | None, bank: Bank, mode: str) -> None:
+    filters, h, w = bank
+    taps = [f.detach().to(accumulate_dtype(image.dtype)).flatten().contiguous() for f in filters]
+    axes, kept = [], []  # kept: what the core reads, until it has
+    for lattice, size, (f, g) in zip((w, h), (image.shape[3], image.shape[2]), (taps[:2], taps[2:]), strict=True):
+        start, count, stride, step = lattice
+        after = start + stride * (count - 1) + step * (f.numel() - 1) + 1 - size
+        table = border(size, -start, max(0, after), mode)
+        kept.append(table)
+        axes.append(core_axis(size, count, f, g, table, start, _steps(lattice)))
+    getattr(_native.core, f"dwt_{direction}_cpu")(
+        [_native.DTYPES[t.dtype] for t in (image, ll, ll if high is None else high)], *image.shape[:2], axes[1],
+        axes[0], _native.address(image), _native.address(ll), _native.address(high), torch.get_num_threads(),
+    )  # fmt: skip
 
 
-def _triton(analysis: bool) -> Any:
+def _compiled_analysis(image: Tensor, bands: Sequence[Tensor], banks: Sequence[Bank], mode: str) -> None:
+    for out, bank in zip(bands, banks, strict=True):
+        _compiled("analysis", image, out[:, :, 0], out[:, :, 1:], bank, mode)
+
+
+def _compiled_synthesis(
+    image: Tensor, ll: Sequence[Tensor], high: Sequence[Tensor | None], banks: Sequence[Bank], mode: str
+) -> None:
+    # A half type rounds the sum of several once.
+    exact = accumulate_dtype(image.dtype)
+    total = image if len(banks) == 1 or exact == image.dtype else torch.empty_like(image, dtype=exact)
+    for i, (one, rest, bank) in enumerate(zip(ll, high, banks, strict=True)):
+        _compiled("synthesis" if i == 0 else "synthesis_add", total, one, rest, bank, mode)
+    if total is not image:
+        image.copy_(total)
+
+
+def _triton(function: str) -> Any:
     def run(*args: Any) -> None:
-        from wavemix_kernels.ops.dwt.triton_bank import run as launch
+        from wavemix_kernels.ops.dwt import triton_bank
 
-        launch(analysis, *args)
+        getattr(triton_bank, function)(*args)
 
     return run
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(backends.triton_why_not, {"analysis": _triton(True), "synthesis": _triton(False)}),
-    "cpu": backends.Backend(
-        backends.cpu_why_not, {"analysis": _compiled("analysis"), "synthesis": _compiled("synthesis")}
+    "triton": backends.Backend(
+        backends.triton_why_not, {"analysis": _triton("analyse"), "synthesis": _triton("synthesise")}
     ),
+    "cpu": backends.Backend(backends.cpu_why_not, {"analysis": _compiled_analysis, "synthesis": _compiled_synthesis}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
@@ -132,81 +182,95 @@ BACKENDS: dict[str, backends.Backend] = {
 # --- The operators ---------------------------------------------------------------------------------------
 
 
-def _bank(x: Tensor, filters: list[Tensor], h: Sequence[int], w: Sequence[int], mode: str, backend: str) -> Tensor:
+def _banks_op(
+    x: Tensor, filters: list[Tensor], h: Sequence[int], w: Sequence[int], mode: str, backend: str
+) -> list[Tensor]:
     runs = choose.select("filter_bank", BACKENDS, backend, x).functions["analysis"]
-    bands = _bank_fake(x, filters, h, w, mode, backend)
-    runs(x, bands[:, :, 0], bands[:, :, 1:], filters, h, w, mode)
+    bands = _banks_fake(x, filters, h, w, mode, backend)
+    runs(x, bands, _by_bank(filters, h, w), mode)
     return bands
 
 
-def _bank_fake(x: Tensor, filters: list[Tensor], h: Sequence[int], w: Sequence[int], mode: str, backend: str) -> Tensor:
-    return x.new_empty((*x.shape[:2], 4, h[1], w[1]))
+def _banks_fake(
+    x: Tensor, filters: list[Tensor], h: Sequence[int], w: Sequence[int], mode: str, backend: str
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:2], 4, *size)) for size in zip(h[1::4], w[1::4], strict=True)]
 
 
-def _transpose(
-    ll: Tensor, high: Tensor | None, filters: list[Tensor], h: Sequence[int], w: Sequence[int], size: Sequence[int],
-    mode: str, backend: str,
+def _transpose_op(
+    ll: list[Tensor], high: list[Tensor], filters: list[Tensor], h: Sequence[int], w: Sequence[int],
+    size: Sequence[int], mode: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    given = [ll] if high is None else [ll, high]
-    runs = choose.select("filter_bank_transpose", BACKENDS, backend, *given).functions["synthesis"]
-    image = ll.new_empty((*ll.shape[:2], *size))
-    runs(image, ll, high, filters, h, w, mode)
+    runs = choose.select("filter_bank_transpose", BACKENDS, backend, *ll, *high).functions["synthesis"]
+    image = _transpose_fake(ll, high, filters, h, w, size, mode, backend)
+    runs(image, ll, _or_none(high, ll), _by_bank(filters, h, w), mode)
     return image
 
 
 def _transpose_fake(
-    ll: Tensor, high: Tensor | None, filters: list[Tensor], h: Sequence[int], w: Sequence[int], size: Sequence[int],
-    mode: str, backend: str,
+    ll: list[Tensor], high: list[Tensor], filters: list[Tensor], h: Sequence[int], w: Sequence[int],
+    size: Sequence[int], mode: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    return ll.new_empty((*ll.shape[:2], *size))
+    return ll[0].new_empty((*ll[0].shape[:2], *size))
 
 
-_library.impl("filter_bank", _bank, "CompositeExplicitAutograd")
-_library.impl("filter_bank_transpose", _transpose, "CompositeExplicitAutograd")
-torch.library.register_fake("wavemix_kernels::filter_bank", _bank_fake, lib=_library)
-torch.library.register_fake("wavemix_kernels::filter_bank_transpose", _transpose_fake, lib=_library)
+_library.impl("filter_banks", _banks_op, "CompositeExplicitAutograd")
+_library.impl("filter_banks_transpose", _transpose_op, "CompositeExplicitAutograd")
+torch.library.register_fake("wavemix_kernels::filter_banks", _banks_fake, lib=_library)
+torch.library.register_fake("wavemix_kernels::filter_banks_transpose", _transpose_fake, lib=_library)
 
 
-def _bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _or_none(high: list[Tensor], ll: list[Tensor]) -> Sequence[Tensor | None]:
+    return high or [None for _ in ll]
+
+
+def _banks_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, filters, ctx.h, ctx.w, ctx.mode, ctx.backend = inputs
     ctx.save_for_backward(*filters)
-    ctx.size = x.shape[2:]
+    ctx.size = list(x.shape[2:])
 
 
-def _bank_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    filters = list(ctx.saved_tensors)
-    d_x = bank_transpose(grad[:, :, 0], grad[:, :, 1:], filters, ctx.h, ctx.w, list(ctx.size), ctx.mode, ctx.backend)
+def _banks_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    ll, high = [g[:, :, 0] for g in grads], [g[:, :, 1:] for g in grads]
+    d_x = _banks_transpose(ll, high, list(ctx.saved_tensors), ctx.h, ctx.w, ctx.size, ctx.mode, ctx.backend)
     return d_x, None, None, None, None, None
 
 
 def _transpose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, high, filters, ctx.h, ctx.w, _, ctx.mode, ctx.backend = inputs
     ctx.save_for_backward(*filters)
-    ctx.alone = high is None
+    ctx.alone = not high
 
 
 def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    bands = bank(grad, list(ctx.saved_tensors), ctx.h, ctx.w, ctx.mode, ctx.backend)
-    return bands[:, :, 0], None if ctx.alone else bands[:, :, 1:], None, None, None, None, None, None
+    bands = _banks(grad, list(ctx.saved_tensors), ctx.h, ctx.w, ctx.mode, ctx.backend)
+    high = None if ctx.alone else [b[:, :, 1:] for b in bands]
+    return [b[:, :, 0] for b in bands], high, None, None, None, None, None, None
 
 
-def _standard_bank(
+def _standard_banks(
     x: Tensor, filters: list[Tensor], h: Sequence[int], w: Sequence[int], mode: str, backend: str
-) -> Tensor:
-    return separable_bank(x, Filters(*filters), Lattice(*h), Lattice(*w), mode).contiguous()
+) -> list[Tensor]:
+    return [separable_bank(x, *bank, mode).contiguous() for bank in _by_bank(filters, h, w)]
 
 
 def _standard_transpose(
-    ll: Tensor, high: Tensor | None, filters: list[Tensor], h: Sequence[int], w: Sequence[int], size: Sequence[int],
-    mode: str, backend: str,
+    ll: list[Tensor], high: list[Tensor], filters: list[Tensor], h: Sequence[int], w: Sequence[int],
+    size: Sequence[int], mode: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    return separable_bank_transpose(ll, high, Filters(*filters), Lattice(*h), Lattice(*w), size, mode).contiguous()
+    banks = _by_bank(filters, h, w)
+    wide = [t.to(accumulate_dtype(t.dtype)) if len(banks) > 1 else t for t in ll]
+    parts = [
+        separable_bank_transpose(one, other, *bank, size, mode)
+        for one, other, bank in zip(wide, _or_none(high, ll), banks, strict=True)
+    ]
+    return functools.reduce(torch.add, parts).to(ll[0].dtype).contiguous()
 
 
 #: The operators with their gradients; filters get none.
-bank = differentiable(_library, "filter_bank", _bank_setup, _bank_backward, standard=_standard_bank)
-bank_transpose = differentiable(
-    _library, "filter_bank_transpose", _transpose_setup, _transpose_backward, standard=_standard_transpose
+_banks = differentiable(_library, "filter_banks", _banks_setup, _banks_backward, standard=_standard_banks)
+_banks_transpose = differentiable(
+    _library, "filter_banks_transpose", _transpose_setup, _transpose_backward, standard=_standard_transpose
 )
 
 

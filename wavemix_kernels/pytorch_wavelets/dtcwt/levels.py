@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose
+from wavemix_kernels.ops.common.transforms import in_transform
+from wavemix_kernels.ops.dwt.bank import filter_bank, filter_bank_transpose, filter_banks, filter_banks_transpose
+from wavemix_kernels.ops.dwt.quads import from_complex, interleaved, to_complex
 from wavemix_kernels.ops.dwt.reference import Filters, Lattice
-from wavemix_kernels.pytorch_wavelets.dtcwt.quads import from_complex, interleaved, plain_wanted, to_complex
 
 
 def analyse_1(
@@ -28,7 +30,9 @@ def synthesise_1(low_pass: Tensor, z: Tensor, low: Tensor, high: Tensor, o_dim: 
     """The transpose of :func:`analyse_1` with these filters."""
     (bands,) = from_complex(low_pass, z, o_dim, ri_dim, trees=False)
     filters, h, w = _on_every_sample(low, high, low_pass.shape[-2:])
-    return filter_bank_transpose(*_low_and_high(bands), filters, h, w, low_pass.shape[-2:], mode=_border(mode))
+    return filter_bank_transpose(
+        bands[:, :, 0], bands[:, :, 1:], filters, h, w, low_pass.shape[-2:], mode=_border(mode)
+    )
 
 
 def low_1(low_pass: Tensor, low: Tensor, high: Tensor, mode: str, back: bool) -> Tensor:
@@ -61,16 +65,19 @@ def synthesise_2(
     low_pass: Tensor, z: Tensor | None, trees: Sequence[tuple[Tensor, Tensor]], o_dim: int, ri_dim: int
 ) -> Tensor:
     """The transpose of :func:`analyse_2` with these filters; z None means zeros."""
-    size = [2 * n for n in low_pass.shape[-2:]]
+    size, high = [2 * n for n in low_pass.shape[-2:]], None
     if z is None:
-        bands: list[tuple[Tensor, Tensor | None]] = [(low_pass[..., a::2, b::2], None) for a, b in _PAIRS]
+        low = [low_pass[..., a::2, b::2] for a, b in _PAIRS]
     else:
-        bands = [_low_and_high(t) for t in from_complex(low_pass, z, o_dim, ri_dim, trees=True)]
-    parts = [
-        filter_bank_transpose(ll, high, *_of_trees(size, trees, a, b), size, mode="symmetric")
-        for (a, b), (ll, high) in zip(_PAIRS, bands, strict=True)
-    ]
-    return (parts[0] + parts[1]) + (parts[2] + parts[3])
+        bands = from_complex(low_pass, z, o_dim, ri_dim, trees=True)
+        low, high = [t[:, :, 0] for t in bands], [t[:, :, 1:] for t in bands]
+    banks = [_of_trees(size, trees, a, b) for a, b in _PAIRS]
+    return filter_banks_transpose(low, high, banks, size, mode="symmetric")
+
+
+def plain_wanted() -> bool:
+    """Whether differentiable operations are wanted instead of functions that write into their outputs."""
+    return torch.compiler.is_compiling() or in_transform() or forward_ad._current_level >= 0
 
 
 #: The trees along H and W of the four corners of a quad.
@@ -83,7 +90,7 @@ def _bank_1(x: Tensor, low: Tensor, high: Tensor, mode: str) -> Tensor:
 
 
 def _banks_2(x: Tensor, trees: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [filter_bank(x, *_of_trees(x.shape[-2:], trees, a, b), mode="symmetric") for a, b in _PAIRS]
+    return filter_banks(x, [_of_trees(x.shape[-2:], trees, a, b) for a, b in _PAIRS], mode="symmetric")
 
 
 def _on_every_sample(low: Tensor, high: Tensor, size: Sequence[int]) -> tuple[Filters, Lattice, Lattice]:
@@ -126,11 +133,6 @@ class _LowBand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         filters, h, w, mode = ctx.call
         return filter_bank_transpose(grad, None, filters, h, w, ctx.size, mode=mode), None, None, None, None
-
-
-def _low_and_high(bands: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = bands.split([1, 3], 2)
-    return low.squeeze(2), high
 
 
 def _with_diagonal(bands: Tensor, other: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels.pytorch_wavelets.dtcwt.quads import plain_wanted
+from wavemix_kernels.pytorch_wavelets.dtcwt.levels import plain_wanted
 from wavemix_kernels.pytorch_wavelets.dwt.lowlevel import int_to_mode, mode_to_int
 
 __all__ = ["SmoothMagFn", "int_to_mode", "mode_to_int", "smooth_magnitude"]
