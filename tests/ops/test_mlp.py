@@ -51,12 +51,17 @@ class Mlp(Contract):
     dtypes: ClassVar[Any] = {name: types for name, types in Contract.dtypes.items() if name != "cuda"}
     products = True
 
+    def sides(self, rows: int) -> tuple[int, int]:
+        """Images, and columns of each."""
+        return min(rows, 2), max(rows // 2, 1)
+
     def inputs(self, case: Case, device: str) -> Any:
         (rows, a, b, k, o), dtype = case.size, case.dtype
         wide = accumulation(dtype)
 
         def images(channels: int, seed: int) -> Tensor | None:
-            values = randn(min(rows, 2), channels, 1, max(rows // 2, 1), seed=seed)
+            n, w = self.sides(rows)
+            values = randn(n, channels, 1, w, seed=seed)
             return image(values, dtype, device, case.layout) if channels else None
 
         affine = b and case.affine
@@ -133,7 +138,7 @@ class Mlp(Contract):
 
     def named(self, case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Matrices of results as the images they are, by the names of `run`."""
-        n, w = min(case.size[0], 2), max(case.size[0] // 2, 1)
+        n, w = self.sides(case.size[0])
         shaped = {
             name: t.reshape(n, 1, w, t.shape[1]).permute(0, 3, 1, 2) if name in ("x", "second", "output") else t
             for name, t in values.items()
@@ -159,6 +164,19 @@ test_empty_batch = each.empty_batch(Mlp(size=((0, 8, 3, 20, 6),), p=(0.5,), **EV
 test_operators = each.operator(
     Mlp({"cpu": DTYPES}, size=SMALL, p=(0.0, 0.5), **EVERYTHING | {"layout": ("channels_last",)})
 )
+
+
+class Pixels(Mlp):
+    """Images of one pixel: rows as far apart as the images, which kernels read in place."""
+
+    def sides(self, rows: int) -> tuple[int, int]:
+        return rows, 1
+
+
+test_offsets_beyond_32_bits = each.case(
+    Pixels({"cpu": (torch.float16,), "triton": (torch.float32, torch.float16)}, p=(0.5,),
+           size=tuple((5, *size[1:]) for size in (SIZES[0], *LARGE[:3])), **EVERYTHING | {"layout": ("far",)})
+)  # fmt: skip
 test_repeats = each.backend_repeats(Mlp(size=SIZES[1:2], p=(0.5,), **EVERYTHING))
 test_threads = each.thread_count(Mlp(size=MANY_ROWS, p=(0.25, 0.0), **EVERYTHING), same=False)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.ops import each
 from tests.ops.contract import Case, Contract, image, on, randn, singles
 from tests.ops.test_patm import some_weights, split
 from tests.tolerances import UNIT_ROUNDOFF
+from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.patm import branch_weights, reference, whole
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, Affine, Weights
 
@@ -306,7 +309,45 @@ def _mean_gradient(d_a: Tensor, mlp: Any, t: Any) -> Tensor:
     return pre @ t["fc1"].flatten(1)
 
 
+class Far(OnGpu):
+    """Images, rows or columns so far apart that offsets take 64 bits; outputs, too."""
+
+    #: Strides are multiples of 16 bytes, as images that are read in place have them.
+    axes: ClassVar[Any] = {
+        "shape": ((2, 64, 3, 9), (1, 64, 5, 9), (1, 64, 3, 9)), "layout": ("far", "far_rows", "far_columns"),
+        "map": ("none",),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        return singles(dtype=self.dtypes[backend], **self.axes)
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        with outputs_in(case, backend):
+            return super().run(case, tensors, backend)
+
+
+class FarBack(Back):
+    axes: ClassVar[Any] = Far.axes | {"of_batch": (True,)}
+
+    def cases(self, backend: str) -> list[Case]:
+        return singles(dtype=self.dtypes[backend], **self.axes)
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        with outputs_in(case, backend):
+            return super().run(case, tensors, backend)
+
+
+def outputs_in(case: Case, backend: str) -> AbstractContextManager[Any]:
+    """The kernels' images lie in memory as the case's inputs do."""
+
+    def empty(like: Tensor, shape: Any, channels_last: bool) -> Tensor:
+        return image(torch.full(tuple(shape), torch.nan), like.dtype, str(like.device), case.layout)
+
+    return mock.patch.object(layout, "empty", empty) if backend == "cuda" else nullcontext()
+
+
 test_contract = each.case(OnGpu(), Lit())
+test_offsets_beyond_32_bits = each.case(Far({"cuda": HALF[1:]}), FarBack({"cuda": HALF[1:]}))
 test_contract_of_strips = pytest.mark.prove(each.case(Lit({"cuda": HALF[:1]}, shape=((1, 128, 9, 35),))))
 ONE: Any = {"shape": ((2, 64, 3, 21),), "map": ("by image",), "layout": ("sliced",), "of_batch": (True,)}
 test_contract_of_a_gradient = each.case(Back({"cuda": HALF[:1]}, **ONE))
