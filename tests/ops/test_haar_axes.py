@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import each
-from tests.ops.contract import Case, Contract, image, pairwise, randn, singles
+from tests.ops.contract import EVERY_AXIS, LAYOUTS, WITHOUT_CUDA, Case, Contract, image, pairwise, randn, singles
 from tests.tolerances import DTYPES
 from wavemix_kernels.ops.common import selftest
 from wavemix_kernels.ops.haar import (
@@ -117,7 +117,29 @@ class Blocks(Contract):
         return 1 + len(case.along) + self.front(case) if name == "d_x" else 0
 
 
+class Views(Blocks):
+    """Images and bands in memory as views of larger ones are, the innermost axis any of them."""
+
+    axes: ClassVar[Any] = Blocks.axes | {
+        "along": ((2, 3, 4), (2, 4), (4,)), "size": ((3, 4, 6),), "mode": ("symmetric",), "front": (0,),
+        "layout": tuple(LAYOUTS),
+    }  # fmt: skip
+
+    def cases(self, backend: str) -> list[Case]:
+        return pairwise(dtype=self.dtypes[backend], channels=(8,), **self.axes)
+
+    def inputs(self, case: Case, device: str) -> Any:
+        x = image(randn(2, case.channels, *case.size), case.dtype, device, case.layout)
+        n, c, k, *counts = blocks._empty_bands(x, case.along, 0, case.inside).shape
+        bands = image(randn(n, c * k, *counts, seed=1), case.dtype, device, case.layout)
+        return {"x": x, "bands": bands.unflatten(1, (c, k))}
+
+
 test_contract = each.case(Blocks())
+test_views = each.case(Views())
+test_offsets_beyond_32_bits = each.case(
+    Views(WITHOUT_CUDA, along=((2, 3, 4),), inside=("channels",), layout=(*EVERY_AXIS, "far_bands"))
+)
 
 
 @pytest.mark.parametrize(

@@ -127,10 +127,10 @@ def plan(
     size_units, count_units = math.gcd(double * vector, col.size), math.gcd(vector, col.count)
     image_units = math.gcd(size_units, *(a.image for a in row_axes))
     bands_units = math.gcd(vector, *(a.bands for a in row_axes))
-    if form == "rows":
-        bands_units = math.gcd(bands_units, band, col.count)
-    elif form == "interleaved":
+    if form == "interleaved":
         bands_units = math.gcd(bands_units, col.count * count)
+    else:
+        bands_units = math.gcd(bands_units, band, col.count if form == "rows" else 0)
     run = min(vector, image_units) if contiguous else 1
 
     config = config or config_for(rows, col.count, count, itemsize, run)
