@@ -34,7 +34,7 @@ def own_kernels() -> ModuleType:
 SANITIZED = {
     "haar": (300, "tests/kernels/test_haar_outputs.py", "tests/kernels/cuda/test_haar.py"),
     "reduce_haar": (80, "tests/ops/test_reduce_haar.py"),
-    "patm": (50, "tests/ops/test_patm.py", "tests/kernels/cuda/test_patm.py"),
+    "patm": (50, "tests/ops/test_patm.py", "tests/ops/test_sincos.py", "tests/kernels/cuda/test_patm.py"),
 }
 #: Sources of the emulator.
 EMULATOR = (
