@@ -147,8 +147,8 @@ def _read(text: str) -> Profile:
     return Profile(**{**stored, "counts": Counter(stored["counts"])})
 
 
-def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: bool = False) -> Profile:
-    """:func:`profile` of machine code, anew; ``every``: of all warps instead of some."""
+def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, step: int = 0) -> Profile:
+    """:func:`profile` of machine code, anew; ``step``: of all warps of each ``step``-th block instead of some."""
     result, arrays = Profile(made.name, made.blocks, made.threads, made.resident(chip)), _Arrays(tensors)
     warps = result.warps
     loaded: dict[int, float] = defaultdict(float)
@@ -157,15 +157,15 @@ def profiled(made: Compiled, tensors: Sequence[Array], chip: Chip, *, every: boo
     met, beginnings = _Met(), Warps(made.kernel, made.constants)
 
     def follow(block: int, window: int) -> None:
-        for warp in range(warps) if every else dict.fromkeys((0, warps - 1)):
+        for warp in range(warps) if step else dict.fromkeys((0, warps - 1)):
             whole, lanes, longest = _ways(made, beginnings, block, warp, window)
             paths.append(whole)
             met.meet(made.kernel, lanes, longest)
 
-    for i, block in enumerate(range(made.blocks) if every else _blocks(made.blocks, _FEW)):
-        follow(block, 200_000 // 32 if i < 1 + every else 30_000 // 32)
+    for i, block in enumerate(range(0, made.blocks, step) if step else _blocks(made.blocks, _FEW)):
+        follow(block, 200_000 // 32 if i < 1 + bool(step) else 30_000 // 32)
     lengths = [len(path.path) for path in paths]
-    if max(lengths) > 1.2 * min(lengths) and not every:  # blocks of different kinds, or at edges
+    if max(lengths) > 1.2 * min(lengths) and not step:  # blocks of different kinds, or at edges
         for block in _blocks(made.blocks, _MANY)[_FEW:]:
             follow(block, 0)
     for path in paths:

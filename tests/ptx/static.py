@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.predict import elf, profile
+from benchmarks.predict import elf
 from benchmarks.predict.chips import CHIPS
 from benchmarks.predict.compiled import Compiled, bank
 from benchmarks.predict.executed import kernel_of, source
+from benchmarks.predict.profile import profiled
 from benchmarks.predict.record import Array
 from benchmarks.predict.tools import program, run
-from benchmarks.predict.warps import Warps
 from tests.ptx.memory import Counts
 
 CHIP = CHIPS["a100"]  # the executor runs sm_80
@@ -81,34 +80,17 @@ def compared(one: Executed) -> dict[str, Any]:
     tensors = [Array(torch.uint8, (size,), (1,), at, size) for at, size in one.ranges]
     executed = counts.instructions
     step = -(-made.blocks // _BLOCKS) if sum(executed.values()) >= _LONG else 1
-    found, times = _followed(made, tensors, range(0, made.blocks, step))
+    found = profiled(made, tensors, CHIP, step=step)
+    warps = found.blocks * found.warps
     return {
-        "tensor": (found.counts["tensor"] * times, executed.get("tensor", 0)),
-        "floating point": ((found.counts["fp32"] + found.counts["fp64"]) * times, executed.get("FMA", 0)),
-        "requests": (found.requests * times, counts.requests),
-        "sectors": (found.asked * times, counts.sectors),
-        "passes": (found.passes * times, counts.wavefronts),
-        "all": (found.instructions * times, sum(executed.values())),
-        "guessed": round(found.guessed * times),
+        "tensor": (found.counts["tensor"] * warps, executed.get("tensor", 0)),
+        "floating point": ((found.counts["fp32"] + found.counts["fp64"]) * warps, executed.get("FMA", 0)),
+        "requests": (found.requests * warps, counts.requests),
+        "sectors": (found.asked * warps, counts.sectors),
+        "passes": (found.passes * warps, counts.wavefronts),
+        "all": (found.instructions * warps, sum(executed.values())),
+        "guessed": found.guessed * step,
     }
-
-
-def _followed(made: Compiled, tensors: Sequence[Array], blocks: range) -> tuple[profile.Profile, float]:
-    """The sums of what :func:`benchmarks.predict.profile.profiled` counts in all warps of some blocks, and by how much
-    the launch has more of them. Nobody asks for clocks here."""
-    result = profile.Profile(made.name, made.blocks, made.threads, made.resident(CHIP))
-    arrays, met, beginnings = profile._Arrays(tensors), profile._Met(), Warps(made.kernel, made.constants)
-    paths = []
-    for i, block in enumerate(blocks):
-        for warp in range(result.warps):
-            path, lanes, longest = profile._ways(made, beginnings, block, warp, (200_000 if i < 2 else 30_000) // 32)
-            paths.append(path)
-            met.meet(made.kernel, lanes, longest)
-    for path in paths:
-        profile._count(made.kernel, path, result)
-        profile._touch(made.kernel, path, met, arrays, result, defaultdict(float), defaultdict(float))
-    result.guessed = sum(sum(path.guessed.values()) for path in paths)
-    return result, made.blocks / len(blocks)
 
 
 @functools.lru_cache

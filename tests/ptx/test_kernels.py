@@ -76,6 +76,7 @@ SESSIONS = {
             f"{OPS}haar_axes.py": "triton and contract",
             f"{OPS}dwt.py": "triton and (test_analysis or test_synthesis or test_lines)",
             f"{OPS}filter_bank.py": "triton and (test_bank or test_transpose)",
+            f"{OPS}quads.py": "triton and complex",
             TRITON_FORMS: "sums_together",
         },
         (
@@ -94,6 +95,7 @@ SESSIONS = {
             "dwt.triton_images",
             "dwt.triton_lines",
             "dwt.triton_bank",
+            "dwt.triton_quads",
         ),
     ),
     "wtconv-triton": Session(
