@@ -45,7 +45,7 @@ REASONS = {
     "triton haar * 64x36x*": "36 channels fill sectors in part",
     "triton haar analysis L5 *": "few tiles for each multiprocessor, and sectors used in part",
     "triton haar *": "shared memory and integers of the deeper levels",
-    "triton filter_bank synthesis *": "a load and two integers for each tap and band; most of a dual tree is zeros",
+    "triton filter_bank synthesis *": "a load and two integers for each tap and band",
     "triton filter_bank analysis *": "eight unaligned loads from the first-level cache for each row of samples",
     "triton dwt * db20 *": "a pass for each axis; a load and two products a tap, whose slots are all taken",
     "triton dwt * bfloat16 *": "as many instructions as of fp32 for half the bytes",

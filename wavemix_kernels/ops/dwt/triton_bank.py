@@ -82,8 +82,11 @@ def _every(filter, phase, TAPS: tl.constexpr, PHASES: tl.constexpr, ALL: tl.cons
     """Every PHASES-th of ALL taps in registers, with zeros behind."""
     taps = ()
     for t in tl.static_range(TAPS):
-        at = phase + t * PHASES
-        taps = taps + (tl.load(filter + at, mask=at < ALL, other=0.0),)  # noqa: RUF005
+        if PHASES == 1:
+            tap = tl.load(filter + t)
+        else:
+            tap = tl.load(filter + phase + t * PHASES, mask=phase + t * PHASES < ALL, other=0.0)
+        taps = taps + (tap,)  # noqa: RUF005
     return taps
 
 
