@@ -121,14 +121,16 @@ def dwt_points() -> Iterator[Point]:
             launch = triton_lines.launch(analysis, lines, *bands, (taps[0], taps[1]), -2, "symmetric")
             yield Point(f"dwt lines {way}", arch, dtype, launch, demands)
             coefficients = meta(8, 16, 4, 64, 64, dtype=dtype)
-            for name, length, lattice, mode in (
-                ("bank", 8, (-6, 64, 1, 2), "periodic"),
-                ("tree", 10, (-8, 16, 4, 2), "symmetric" if analysis else "zero"),
+            # A tree's transpose writes its own samples, of which it takes one phase at a time.
+            tree = ((-8, 16, 4, 2), image) if analysis else ((-4, 16, 2, 1), image[..., ::2, ::2])
+            for name, length, (lattice, samples), mode in (
+                ("bank", 8, ((-6, 64, 1, 2), image), "periodic"),
+                ("tree", 10, tree, "symmetric" if analysis else "zero"),
             ):
                 some = coefficients[..., : lattice[1], : lattice[1]]
                 filters = [meta(length, dtype=exact) for _ in range(4)]
                 launch = triton_bank.launch(
-                    analysis, image, some[:, :, 0], some[:, :, 1:], filters, lattice, lattice, mode
+                    analysis, samples, some[:, :, 0], some[:, :, 1:], filters, lattice, lattice, mode
                 )
                 # On sm_90 ptxas keeps some of a transpose in local memory, at one row as at sixteen; not on sm_80.
                 allowed = Demands(accesses=(), most_local=0 if analysis or arch == 80 else 4)
