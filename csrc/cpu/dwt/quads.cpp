@@ -10,168 +10,126 @@ namespace {
 // Where the two complex numbers of bands LH, HL and HH go among 15, 45, 75, 105, 135, 165 degrees.
 constexpr int kOrientation[3][2] = {{0, 5}, {2, 3}, {1, 4}};
 
-// A row of 2n samples is two of n, of even and of odd ones.
-template <class A>
-static inline void split(const A* __restrict row, int64_t n, A* __restrict even, A* __restrict odd) {
-  for (int64_t x = 0; x < n; ++x) {
-    even[x] = row[2 * x];
-    odd[x] = row[2 * x + 1];
-  }
-}
-template <class A>
-static inline void join(const A* __restrict even, const A* __restrict odd, int64_t n, A* __restrict row) {
-  for (int64_t x = 0; x < n; ++x) {
-    row[2 * x] = even[x];
-    row[2 * x + 1] = odd[x];
-  }
-}
+// A row's values, `step` apart; a step of 0 is one that the compiler does not know, kept in `far`.
+template <class T, int step>
+struct Row {
+  T* at;
+  int64_t far;
+  T& operator[](int64_t x) const { return at[x * (step == 0 ? far : step)]; }
+};
 
-template <class A>
+template <class T>
+using Number = typename Arithmetic<T>::type;
+
+template <class T, int corner_step, int z_step>
 struct Quads {
+  using A = Number<T>;
+  using Corner = Row<T, corner_step>;
+  using Part = Row<T, z_step>;
   const QuadsArgs& args;
-  A *first[4], *second[4], *pair;  // rows of w samples, and one of 2w
 
-  static int64_t scratch_bytes(const QuadsArgs& args) {
-    return Quads(args, nullptr).line_up(nullptr) * static_cast<int64_t>(sizeof(A));
+  // a, b, c and d of a band's row of quads. Of trees, those of a high-pass begin with the second one.
+  void corners(int band, int64_t n, int64_t c, int64_t y, Corner (&out)[4]) const {
+    for (int i = 0; i < 4; ++i) {
+      const Bands& from = args.corner[args.trees ? i ^ (2 * (band & 1) + (band >> 1)) : i];
+      const int64_t* s = from.stride;
+      out[i] = {static_cast<T*>(from.data) + n * s[0] + c * s[1] + band * s[2] + y * s[3], s[4]};
+    }
   }
-  Quads(const QuadsArgs& args, A* block) : args(args) { line_up(block); }
-  int64_t line_up(A* block) {
-    Rows<A> rows(block);
-    for (A*& row : first) row = rows.take(args.w);
-    for (A*& row : second) row = rows.take(args.w);
-    pair = rows.take(2 * args.w);
-    return rows.used;
-  }
-
-  // Which of the corners is a, b, c, d of a band.
-  int place(int band, int corner) const { return args.trees ? corner ^ (2 * (band & 1) + (band >> 1)) : corner; }
-  int64_t offset(int at, int band, int64_t n, int64_t c, int64_t y) const {
-    const int64_t* s = args.corner[at].stride;
-    return n * s[0] + c * s[1] + band * s[2] + y * s[3];
-  }
-  // Whether corners `even` and the next one alternate in memory.
-  bool alternate(int even) const {
-    const Bands &a = args.corner[even], &b = args.corner[even + 1];
-    const int64_t bytes = Elements(args.dtype, nullptr).bytes();
-    return !args.trees && a.stride[4] == 2 && static_cast<char*>(b.data) == static_cast<char*>(a.data) + bytes;
-  }
-  void load(int band, int64_t n, int64_t c, int64_t y, A* const* to) const {
-    for (int i = 0; i < 4; i += 2)
-      if (alternate(i)) {
-        load_line(Elements(args.dtype, args.corner[i].data), offset(i, band, n, c, y), 1, 2 * args.w, pair);
-        split(pair, args.w, to[i], to[i + 1]);
-      } else {
-        for (int k = i; k < i + 2; ++k) {
-          const int at = place(band, k);
-          load_line(Elements(args.dtype, args.corner[at].data), offset(at, band, n, c, y), args.corner[at].stride[4],
-                    args.w, to[k]);
-        }
-      }
-  }
-  void store(int band, int64_t n, int64_t c, int64_t y, A* const* from) const {
-    for (int i = 0; i < 4; i += 2)
-      if (alternate(i)) {
-        join(from[i], from[i + 1], args.w, pair);
-        store_line(pair, Elements(args.dtype, args.corner[i].data), offset(i, band, n, c, y), 1, 2 * args.w);
-      } else {
-        for (int k = i; k < i + 2; ++k) {
-          const int at = place(band, k);
-          store_line(from[k], Elements(args.dtype, args.corner[at].data), offset(at, band, n, c, y),
-                     args.corner[at].stride[4], args.w);
-        }
-      }
-  }
-  int64_t offset(int orientation, int64_t n, int64_t c, int64_t y) const {
+  // Real and imaginary parts of a band's two orientations.
+  void parts(int band, int64_t n, int64_t c, int64_t y, Part (&out)[4]) const {
     const int64_t* s = args.z_stride;
-    return n * s[0] + c * s[1] + orientation * s[2] + y * s[3];
-  }
-  bool parts_alternate() const { return args.z_stride[4] == 2 && args.z_stride[5] == 1; }
-  void load_z(int orientation, int64_t n, int64_t c, int64_t y, A* const* to) const {
-    const Elements z(args.dtype, args.z);
-    const int64_t at = offset(orientation, n, c, y);
-    if (parts_alternate()) {
-      load_line(z, at, 1, 2 * args.w, pair);
-      split(pair, args.w, to[0], to[1]);
-    } else {
-      for (int part = 0; part < 2; ++part)
-        load_line(z, at + part * args.z_stride[5], args.z_stride[4], args.w, to[part]);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = n * s[0] + c * s[1] + kOrientation[band - 1][i / 2] * s[2] + y * s[3] + i % 2 * s[5];
+      out[i] = {static_cast<T*>(args.z) + at, s[4]};
     }
   }
-  void store_z(int orientation, int64_t n, int64_t c, int64_t y, A* const* from) const {
-    const Elements z(args.dtype, args.z);
-    const int64_t at = offset(orientation, n, c, y);
-    if (parts_alternate()) {
-      join(from[0], from[1], args.w, pair);
-      store_line(pair, z, at, 1, 2 * args.w);
-    } else {
-      for (int part = 0; part < 2; ++part)
-        store_line(from[part], z, at + part * args.z_stride[5], args.z_stride[4], args.w);
-    }
-  }
-  int64_t low_row(int64_t n, int64_t c, int64_t y) const {
+  T* low(int64_t n, int64_t c, int64_t y) const {
     const int64_t* s = args.low.stride;
-    return n * s[0] + c * s[1] + y * s[2];
+    return static_cast<T*>(args.low.data) + n * s[0] + c * s[1] + y * s[2];
   }
 
   void to_complex(int64_t n, int64_t c, int64_t y) const {
-    const Elements low(args.dtype, args.low.data);
-    load(0, n, c, y, first);
-    for (int i = 0; i < 2; ++i) {
-      join(first[2 * i], first[2 * i + 1], args.w, pair);
-      store_line(pair, low, low_row(n, c, 2 * y + i), args.low.stride[3], 2 * args.w);
+    Corner corner[4];
+    Part part[4];
+    corners(0, n, c, y, corner);
+    const int64_t step = args.low.stride[3];
+    for (int i = 0; i < 4; i += 2) {
+      const Corner even = corner[i], odd = corner[i + 1];
+      T* to = low(n, c, 2 * y + i / 2);
+      if (step == 1) {
+        WAVEMIX_SIMD
+        for (int64_t x = 0; x < args.w; ++x) {
+          to[2 * x] = even[x];
+          to[2 * x + 1] = odd[x];
+        }
+      } else {
+        for (int64_t x = 0; x < args.w; ++x) {
+          to[2 * x * step] = even[x];
+          to[(2 * x + 1) * step] = odd[x];
+        }
+      }
     }
     for (int band = 1; band < 4; ++band) {
-      load(band, n, c, y, first);
-      rotate(first, second);
-      store_z(kOrientation[band - 1][0], n, c, y, second);
-      store_z(kOrientation[band - 1][1], n, c, y, second + 2);
+      corners(band, n, c, y, corner);
+      parts(band, n, c, y, part);
+      const Corner a_row = corner[0], b_row = corner[1], c_row = corner[2], d_row = corner[3];
+      const Part one = part[0], one_i = part[1], other = part[2], other_i = part[3];
+      WAVEMIX_SIMD
+      for (int64_t x = 0; x < args.w; ++x) {
+        const A a = load(a_row[x]), b = load(b_row[x]), e = load(c_row[x]), d = load(d_row[x]);
+        store(one[x], (a - d) * kRootHalf);
+        store(one_i[x], (b + e) * kRootHalf);
+        store(other[x], (a + d) * kRootHalf);
+        store(other_i[x], (b - e) * kRootHalf);
+      }
     }
   }
   void from_complex(int64_t n, int64_t c, int64_t y) const {
-    const Elements low(args.dtype, args.low.data);
-    for (int i = 0; i < 2; ++i) {
-      load_line(low, low_row(n, c, 2 * y + i), args.low.stride[3], 2 * args.w, pair);
-      split(pair, args.w, first[2 * i], first[2 * i + 1]);
+    Corner corner[4];
+    Part part[4];
+    corners(0, n, c, y, corner);
+    const int64_t step = args.low.stride[3];
+    for (int i = 0; i < 4; i += 2) {
+      const Corner even = corner[i], odd = corner[i + 1];
+      const T* from = low(n, c, 2 * y + i / 2);
+      if (step == 1) {
+        WAVEMIX_SIMD
+        for (int64_t x = 0; x < args.w; ++x) {
+          even[x] = from[2 * x];
+          odd[x] = from[2 * x + 1];
+        }
+      } else {
+        for (int64_t x = 0; x < args.w; ++x) {
+          even[x] = from[2 * x * step];
+          odd[x] = from[(2 * x + 1) * step];
+        }
+      }
     }
-    store(0, n, c, y, first);
     for (int band = 1; band < 4; ++band) {
-      load_z(kOrientation[band - 1][0], n, c, y, second);
-      load_z(kOrientation[band - 1][1], n, c, y, second + 2);
-      rotate_back(second, first);
-      store(band, n, c, y, first);
+      corners(band, n, c, y, corner);
+      parts(band, n, c, y, part);
+      const Corner a_row = corner[0], b_row = corner[1], c_row = corner[2], d_row = corner[3];
+      const Part one_row = part[0], one_i_row = part[1], other_row = part[2], other_i_row = part[3];
+      WAVEMIX_SIMD
+      for (int64_t x = 0; x < args.w; ++x) {
+        const A one = load(one_row[x]), one_i = load(one_i_row[x]);
+        const A other = load(other_row[x]), other_i = load(other_i_row[x]);
+        store(a_row[x], (one + other) * kRootHalf);
+        store(b_row[x], (one_i + other_i) * kRootHalf);
+        store(c_row[x], (one_i - other_i) * kRootHalf);
+        store(d_row[x], (other - one) * kRootHalf);
+      }
     }
   }
-  static constexpr double kRootHalf = 0.70710678118654752440;
-  void rotate(A* const* corner, A* const* z) const {
-    const A* __restrict a = corner[0], * __restrict b = corner[1], * __restrict c = corner[2], * __restrict d = corner[3];
-    A* __restrict one = z[0], * __restrict one_i = z[1], * __restrict other = z[2], * __restrict other_i = z[3];
-    constexpr A half = static_cast<A>(kRootHalf);
-    for (int64_t x = 0; x < args.w; ++x) {
-      one[x] = (a[x] - d[x]) * half;
-      one_i[x] = (b[x] + c[x]) * half;
-      other[x] = (a[x] + d[x]) * half;
-      other_i[x] = (b[x] - c[x]) * half;
-    }
-  }
-  void rotate_back(A* const* z, A* const* corner) const {
-    const A* __restrict one = z[0], * __restrict one_i = z[1], * __restrict other = z[2], * __restrict other_i = z[3];
-    A* __restrict a = corner[0], * __restrict b = corner[1], * __restrict c = corner[2], * __restrict d = corner[3];
-    constexpr A half = static_cast<A>(kRootHalf);
-    for (int64_t x = 0; x < args.w; ++x) {
-      a[x] = (one[x] + other[x]) * half;
-      b[x] = (one_i[x] + other_i[x]) * half;
-      c[x] = (one_i[x] - other_i[x]) * half;
-      d[x] = (other[x] - one[x]) * half;
-    }
-  }
+  static constexpr A kRootHalf = static_cast<A>(0.70710678118654752440);
 };
 
-template <class A>
+template <class T, int corner_step, int z_step>
 void run(const QuadsArgs& args, bool back, int threads) {
+  const Quads<T, corner_step, z_step> quads{args};
   if (4 * args.n * args.c * args.h * args.w < kSerialElements) threads = 1;
   WAVEMIX_PARALLEL(threads) {
-    Scratch scratch(Quads<A>::scratch_bytes(args));
-    const Quads<A> quads(args, reinterpret_cast<A*>(scratch.block));
     WAVEMIX_FOR
     for (int64_t row = 0; row < args.n * args.c * args.h; ++row) {
       const int64_t plane = row / args.h, n = plane / args.c, c = plane % args.c;
@@ -184,13 +142,28 @@ void run(const QuadsArgs& args, bool back, int threads) {
   }
 }
 
+// With steps that the compiler knows where rows are contiguous: bands of one image or of trees, parts that alternate or
+// lie apart.
 void run(const QuadsArgs& args, bool back, int threads) {
   if (args.n * args.c * args.h * args.w == 0) return;
-  if (args.dtype == DType::f64) {
-    run<double>(args, back, threads);
-  } else {
-    run<float>(args, back, threads);
-  }
+  const int64_t z_step = args.z_stride[4];
+  int64_t corner_step = args.corner[0].stride[4];
+  for (const Bands& one : args.corner)
+    if (one.stride[4] != corner_step) corner_step = 0;
+  dispatch(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (corner_step == 2 && z_step == 2) {
+      run<T, 2, 2>(args, back, threads);
+    } else if (corner_step == 2 && z_step == 1) {
+      run<T, 2, 1>(args, back, threads);
+    } else if (corner_step == 1 && z_step == 2) {
+      run<T, 1, 2>(args, back, threads);
+    } else if (corner_step == 1 && z_step == 1) {
+      run<T, 1, 1>(args, back, threads);
+    } else {
+      run<T, 0, 0>(args, back, threads);
+    }
+  });
 }
 
 }  // namespace
