@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -148,10 +149,20 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     known = {step.name for step in steps()}
     merged["host"] = {k: v for k, v in (old["host"] | new.get("host", {})).items() if k in known}
     merged["operators"] = old["operators"] | new.get("operators", {})
-    for part in ("chips", "kernels"):
+    for part, join in (("chips", operator.or_), ("kernels", _kernels)):
         merged[part] = {
-            chip: old[part].get(chip, {}) | new[part].get(chip, {})
+            chip: join(old[part].get(chip, {}), new[part].get(chip, {}))
             for chip in CHIPS
             if chip in old[part] or chip in new[part]
         }
     return merged
+
+
+def _kernels(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Rows of kernels, ``case`` or ``case: kernel``, in the order of the cases. A case's new rows take the place of all
+    its old ones."""
+    order = {case.name: i for i, case in enumerate(cases("*"))}
+    made = {name.partition(": ")[0] for name in new}
+    rows = {name: row for name, row in old.items() if name.partition(": ")[0] not in made} | new
+    known = [name for name in rows if name.partition(": ")[0] in order]
+    return {name: rows[name] for name in sorted(known, key=lambda name: order[name.partition(": ")[0]])}

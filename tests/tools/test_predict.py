@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import cli
 from benchmarks.predict import executed, measured, report, rivals, steps, terminal
+from benchmarks.predict.cli import _kernels
 from benchmarks.predict.device import relocated
 from benchmarks.predict.profile import Profile
 from benchmarks.predict.record import Array, Launch
@@ -233,3 +234,10 @@ def test_files_and_chips_that_cannot_be_compared(tmp_path: Any, capsys: pytest.C
         assert cli.main(["predict", "--measured", str(path)]) == 2
         assert f"--measured {path}: expected the kernels.json" in capsys.readouterr().err
     assert cli.main(["predict", "--measured", "x", "--write"]) == 2
+
+
+def test_new_rows_take_the_place_of_a_cases_old_ones():
+    one, two = "triton mlp gradients 192|0 to 384 to 192, 64x8x8 pixels", "cuda haar analysis L1 nchw 4x64x256x256"
+    old = {f"{one}: _backward_x_kernel": 1, f"{one}: _backward_weight_kernel": 2, two: 3, "triton gone": 4}
+    assert list(_kernels(old, {one: 5}).items()) == [(two, 3), (one, 5)]
+    assert _kernels(old, {}) == {name: row for name, row in old.items() if name != "triton gone"}
