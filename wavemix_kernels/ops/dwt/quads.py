@@ -2,8 +2,8 @@
 
 A quad is 2 x 2 real coefficients a b / c d of a band. Its two complex numbers are ((a - d) + i (b + c)) / sqrt(2) and
 ((a + d) + i (b - c)) / sqrt(2): an orthonormal map, so its transpose is its inverse. Band LH gives the orientations 15
-and 165 degrees, HL 75 and 105, HH 45 and 135 (Kingsbury, 2001, section 4: the dual-tree complex wavelet transform in
-two dimensions).
+and 165 degrees, HL 75 and 105, HH 45 and 135 (Selesnick, Baraniuk and Kingsbury, The Dual-Tree Complex Wavelet
+Transform, 2005: the transform of images).
 
 Level 1 has its quads in one image of bands. At the other levels each of the four belongs to one pair of trees along H
 and W, whose bands are a tensor of their own.
