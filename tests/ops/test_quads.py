@@ -33,7 +33,7 @@ def defined(bands: list[torch.Tensor], minus: int = -1) -> tuple[torch.Tensor, t
 
 
 def transposed(low: torch.Tensor, z: torch.Tensor, trees: bool, minus: int = -1) -> Any:
-    """Of the definition, which is linear."""
+    """The transpose of the definition, which is linear."""
     n, c, h, w = low.shape
     shape = (n, c, 4, h // 2, w // 2) if trees else (n, c, 4, h, w)
     leaves = [low.new_zeros(shape, requires_grad=True) for _ in range(4 if trees else 1)]

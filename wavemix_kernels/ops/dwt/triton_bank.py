@@ -69,8 +69,8 @@ def _row_of_bands(
 
 @triton.jit
 def _phase(start, size, phase, PHASES: tl.constexpr):
-    """Of the samples that every PHASES-th tap from number `phase` on reaches: the first, how many, and the place of the
-    first coefficient's first among them."""
+    """Every PHASES-th tap from number `phase` on reaches some samples: the first of them, how many there are, and which
+    of them is the first coefficient's first."""
     if PHASES == 1:
         return start * 0, size, start
     first = (start + phase + (1 << 20)) % 2
