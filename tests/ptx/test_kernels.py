@@ -21,8 +21,8 @@ pytestmark = pytest.mark.prove
 
 
 class Session(NamedTuple):
-    """Tests of each file, run by one process: starting it takes as long as many a kernel. All kernels of these Triton
-    modules, or .cu files, have to run."""
+    """Tests of each file, run by one process: starting it takes as long as many a kernel. All Triton kernels of these
+    families, or those of these .cu files, have to run."""
 
     tests: dict[str, str]
     kernels: tuple[str, ...]
@@ -55,18 +55,7 @@ SESSIONS = {
             f"{OPS}mlp.py": "triton and contract",
             TRITON_FORMS: "many_parts or tf32",
         },
-        (
-            "deconv.triton",
-            "deconv.triton_backward",
-            "reduce_haar.triton",
-            "reduce_haar.triton_backward",
-            "reduce_haar.triton_narrow",
-            "mlp.triton",
-            "mlp.triton_backward",
-            "mlp.triton_hidden",
-            "mlp.triton_narrow",
-            "mlp.triton_products",
-        ),
+        ("deconv", "mlp", "reduce_haar"),
     ),
     "images-triton": Session(
         {
@@ -79,28 +68,11 @@ SESSIONS = {
             f"{OPS}quads.py": "triton and complex",
             TRITON_FORMS: "sums_together",
         },
-        (
-            "norm.triton_pre_norm",
-            "norm.triton_finish",
-            "norm.triton_batch_norm",
-            "norm.triton_running",
-            "common.triton_sums",
-            "patm.triton_phases",
-            "patm.triton_phases_backward",
-            "patm.triton_branches",
-            "patm.triton_branch_weights",
-            "haar.triton_analysis",
-            "haar.triton_synthesis",
-            "haar.triton_blocks",
-            "dwt.triton_images",
-            "dwt.triton_lines",
-            "dwt.triton_bank",
-            "dwt.triton_quads",
-        ),
+        ("common", "dwt", "haar", "norm", "patm"),
     ),
     "wtconv-triton": Session(
         {f"{OPS}wtconv.py": "triton and contract and not float64"},
-        ("wtconv.triton", "wtconv.triton_weights"),
+        ("wtconv",),
     ),
     "images-cuda": Session(
         {
@@ -143,15 +115,15 @@ def triton_kernels() -> list[str]:
 
 def expected(name: str) -> set[str]:
     if name.endswith("triton"):
-        prefixes = [f"wavemix_kernels.ops.{module}." for module in SESSIONS[name].kernels]
-        return {row for row in triton_kernels() if row.rpartition(".")[0] + "." in prefixes}
+        prefixes = tuple(f"wavemix_kernels.ops.{family}." for family in SESSIONS[name].kernels)
+        return {row for row in triton_kernels() if row.startswith(prefixes)}
     return {kernel for source in SESSIONS[name].kernels for kernel in Module(build.core().ptx[source]).names()}
 
 
 def made_of(name: str) -> tuple[str, ...]:
     """Patterns of the files that decide how a session ends."""
     if name.endswith("triton"):
-        own, families = (), {module.partition(".")[0] for module in SESSIONS[name].kernels}
+        own, families = (), set(SESSIONS[name].kernels)
     else:
         kernels = [path for path in core.kernels() if path.stem in SESSIONS[name].kernels]
         module = [ROOT / "csrc/emulator/bindings.cpp", *(ROOT / "csrc/bindings").iterdir()]

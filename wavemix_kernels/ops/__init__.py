@@ -14,30 +14,51 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
-#: The one list of operators: name -> module under ``wavemix_kernels.ops``.
+
+class Op(NamedTuple):
+    """An operator: its module under ``wavemix_kernels.ops``, and the work of its GPU kernels beside its name."""
+
+    module: str
+    work: str
+
+
+#: The one list of operators.
 OPS = {
-    "haar": "haar.op",
-    "haar_pyramid": "haar.pyramid",
-    "haar_bands": "haar.bands",
-    "haar_blocks": "haar.blocks",
-    "dwt": "dwt.op",
-    "filter_bank": "dwt.bank",
-    "quads": "dwt.quads",
-    "reduce_haar": "reduce_haar.op",
-    "pointwise_mlp": "mlp.op",
-    "deconv": "deconv.op",
-    "batch_norm": "norm.batch_norm",
-    "phase_aggregate": "patm.phases",
-    "branch_weights": "patm.branch_weights",
-    "branch_sum": "patm.branches",
-    "pre_norm": "norm.pre_norm",
-    "patm_whole": "patm.whole",
-    "channel_mlp": "mlp.channel",
-    "wtconv": "wtconv.op",
+    "haar": Op("haar.op", "analysis, synthesis"),
+    "haar_pyramid": Op("haar.pyramid", "forward, backward"),
+    "haar_bands": Op("haar.bands", "WTConv; haar's kernels on strided bands"),
+    "haar_blocks": Op("haar.blocks", "1-D, 3-D and the conventions of other codes"),
+    "dwt": Op("dwt.op", "other wavelets: images in one pass up to 16 taps, a pass for each axis beyond"),
+    "filter_bank": Op(
+        "dwt.bank", "undecimated and dual-tree transforms: one pass; a transpose that folds its border takes more"
+    ),
+    "quads": Op("dwt.quads", "the dual-tree transform's complex numbers: one pass"),
+    "reduce_haar": Op(
+        "reduce_haar.op",
+        "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library convolutions; triton "
+        "has its own for one level of 8 to 32 channels in half types and channels_last, which `auto` takes",
+    ),
+    "pointwise_mlp": Op(
+        "mlp.op", "forward; backward: all gradients in one kernel up to 16 channels and units in half types"
+    ),
+    "deconv": Op(
+        "deconv.op",
+        "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` takes "
+        "cuDNN",
+    ),
+    "batch_norm": Op("norm.batch_norm", "statistics, apply, backward"),
+    "phase_aggregate": Op("patm.phases", "PATM: forward, backward"),
+    "branch_weights": Op("patm.branch_weights", "PATM: forward, backward"),
+    "branch_sum": Op("patm.branches", "PATM"),
+    "pre_norm": Op("norm.pre_norm", "norm, residual and stochastic depth around Wave-MLP's mixers"),
+    "patm_whole": Op("patm.whole", "PATM from end to end: on a GPU half types, 64, 96 or 128 channels"),
+    "channel_mlp": Op("mlp.channel", "Wave-MLP's MLP: pointwise_mlp's kernels"),
+    "wtconv": Op("wtconv.op", "WTConv's levels: forward, backward"),
 }
 
 
 def load(name: str) -> ModuleType:
     """The module of an operator of :data:`OPS`."""
-    return importlib.import_module(f"{__name__}.{OPS[name]}")
+    return importlib.import_module(f"{__name__}.{OPS[name].module}")
