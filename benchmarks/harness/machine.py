@@ -49,7 +49,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 # Variables that change what is measured.
-_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WAVEMIX_KERNELS_BACKEND", "TRITON_INTERPRET")
+_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "WAVEMIX_KERNELS_BACKEND",
+    "TRITON_INTERPRET",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 def _version(package: str) -> str | None:

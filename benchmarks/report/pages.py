@@ -106,6 +106,8 @@ Times are medians of interleaved rounds. Each provider was compared with the flo
 - **case**: operation, dtype, layout, shape and pass. With the group's name in front it is what `--cases` takes.
 - **peak**: the most that a call holds above inputs, parameters and their gradients, ours of upstream's.
 - **saved**: what autograd keeps for backward beside inputs and parameters, ours of upstream's.
+- **memory kept**: the same with an allocator that keeps large blocks, for both sides: no fresh memory is mapped at each
+  call, which is a large part of the shortest times above ([how](use/benchmarks.md#fresh-memory)).
 - **run**: a row of the [last table](#runs), which has machine, commit and versions. Where several runs on one kind of
   machine timed a case, the latest stands here, and "replaces" names the others. A number in parentheses is the run
   that timed `torch.compile`, where it is another one.
@@ -173,16 +175,13 @@ def _runs(runs: Sequence[Run]) -> str:
     for run, version in zip(runs, versions, strict=True):
         facts = run.environment
         row = [str(run.number), f"`{run.name}.json`", facts["date"][:16].replace("T", " "), f"`{run.commit}`"]
-        row += [facts.get("gpu") or facts["cpu"], run.kernels + ("" if run.kernels_recorded else "\\*")]
+        row += [facts.get("gpu") or facts["cpu"], run.kernels + (", memory kept" if run.kept else "")]
         row += [f"{facts['threads']} on {facts['cores']} cores", *([version] if differ else [])]
         rows.append(row)
     headings = ["run", "file in `benchmarks/results/`", "date, UTC", "commit", "machine", "kernels", "threads"]
     shown = _table([*headings, "versions"] if differ else headings, rows)
     return (
-        shown
-        + ("" if differ else f"\nEvery run: {versions[0]}. ")
-        + '"-modified" is a commit with changes on top.\n\n'
-        + "\\* The file does not record its kernels. Its name says AVX2, or its machine had AVX-512.\n"
+        shown + ("" if differ else f"\nEvery run: {versions[0]}. ") + '"-modified" is a commit with changes on top.\n'
     )
 
 

@@ -14,7 +14,6 @@ from ..harness.measure import Row
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
-# Older files do not record which CPU kernels ran. Then the file's name says "avx2", or the machine had AVX-512.
 _KERNELS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
 
 
@@ -34,23 +33,24 @@ class Run:
 
     @property
     def kernels(self) -> str:
-        recorded = self.environment.get("cpu_kernels")
-        return _KERNELS[recorded or ("avx2" if "avx2" in self.name else "avx512")]
-
-    @property
-    def kernels_recorded(self) -> bool:
-        return "cpu_kernels" in self.environment
+        """The instruction set that ours ran by."""
+        return _KERNELS.get(self.environment["cpu_kernels"], "none")
 
     @property
     def machine(self) -> str:
         """Runs of one machine are compared with each other."""
-        return self.place if self.environment["device"] == "cuda" else f"{self.environment['cpu']}, {self.kernels}"
+        return self.place if self.environment["device"] == "cuda" else f"{self.environment['cpu']}, {self.place}"
 
     @property
     def place(self) -> str:
         """The machine in a word: a GPU, or the kernels of a CPU."""
         facts = self.environment
-        return facts["gpu"] if facts["device"] == "cuda" else self.kernels
+        return facts["gpu"] if facts["device"] == "cuda" else self.kernels + (", memory kept" if self.kept else "")
+
+    @property
+    def kept(self) -> bool:
+        """Whether the allocator kept large blocks (docs/use/benchmarks.md, fresh memory)."""
+        return self.environment.get("settings", {}).get("MALLOC_MMAP_MAX_") == "0"
 
     @property
     def commit(self) -> str:
@@ -128,7 +128,8 @@ def take(files: Sequence[Path], folder: Path = FOLDER) -> list[Path]:
         facts = data["environment"]
         device = re.sub(r"\W+", "-", facts.get("gpu") or facts.get("cpu_kernels") or "").strip("-").lower()
         date = re.sub(r"\D", "", facts["date"])[:12]
-        shutil.copyfile(file, folder / f"{facts['device']}-{device}-{date}.json")
+        kept = "-kept" if "MALLOC_MMAP_MAX_" in facts.get("settings", {}) else ""
+        shutil.copyfile(file, folder / f"{facts['device']}-{device}{kept}-{date}.json")
     speaking = set()
     for group in by_machine(runs(folder)).values():
         for result in results(group):
@@ -171,8 +172,9 @@ def by_machine(among: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def latest(case: str, among: Sequence[Run]) -> Result:
-    """The result of the latest run of a case, whichever machine it ran on."""
-    found = [result for group in by_machine(among).values() for result in results(group) if result.case == case]
+    """The result of the latest run of a case with the allocator as it is, whichever machine it ran on."""
+    groups = by_machine([run for run in among if not run.kept]).values()
+    found = [result for group in groups for result in results(group) if result.case == case]
     return max(found, key=lambda result: result.run.number)
 
 

@@ -159,6 +159,14 @@ def test_other_kernels_are_another_machine() -> None:
     assert published.latest(CASE, runs).run.number == 2
 
 
+def test_kept_memory_is_another_machine_and_no_headline() -> None:
+    kept = run(2, upstream=3.0, ours=1.0)
+    kept.environment["settings"] = {"MALLOC_MMAP_MAX_": "0"}
+    runs = [run(1, upstream=8.0, ours=1.0), kept]
+    assert list(published.by_machine(runs)) == ["CPU, AVX2", "CPU, AVX2, memory kept"]
+    assert published.latest(CASE, runs).run.number == 1
+
+
 def test_refused_rows_are_left_out() -> None:
     refused = dataclasses.asdict(Row(CASE, "haar", "ours", "wrong"))
     assert published._cases({"rows": [refused]}) == {}
