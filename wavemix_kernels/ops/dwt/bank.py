@@ -104,7 +104,7 @@ def _spread(banks: Sequence[Bank]) -> tuple[list[Tensor], list[int], list[int]]:
 
 
 def _by_bank(filters: Sequence[Tensor], h: Sequence[int], w: Sequence[int]) -> list[Bank]:
-    """What :func:`_spread` made one."""
+    """The banks that :func:`_spread` laid out."""
     at = range(0, len(filters), 4)
     return [(Filters(*filters[i : i + 4]), Lattice(*h[i : i + 4]), Lattice(*w[i : i + 4])) for i in at]
 

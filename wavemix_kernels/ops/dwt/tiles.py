@@ -19,12 +19,15 @@ class ImageConfig:
     num_warps: int
 
 
-def config_for(analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int]) -> ImageConfig:
-    """The default. The more rows, the more of them share those that their filters overlap in. Beyond 4 taps registers
-    hold few loads ahead, of which a transpose has four times as many in a row; small blocks leave none idle."""
+def config_for(
+    analysis: bool, planes: int, down: int, across: int, taps: tuple[int, int], waits: bool = False
+) -> ImageConfig:
+    """The default. The more rows, the more of them share those that their filters overlap in; small blocks leave none
+    idle. Beyond 4 taps registers hold few loads ahead, of which a transpose has four times as many in a row. An
+    analysis that `waits`, for half as many bytes in a load or for a reflected place, gets on with more of them."""
     most, tile, ahead = 8, 128, 32 // max(taps)
     if max(taps) > 4:
-        most, tile, ahead = (16, 128, 2) if analysis else (8, 64, 1)
+        most, tile, ahead = 16, 64, 1 if max(taps) > 8 and not analysis else 4 if analysis and waits else 2
     rows = min(most, down)
     while rows > 2 and -(-down // rows) * planes * across < 132 * 512:
         rows = (rows + 1) // 2

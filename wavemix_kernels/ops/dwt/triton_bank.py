@@ -50,7 +50,7 @@ def _row_of_bands(
     TAPS_W: tl.constexpr, STEP_W: tl.constexpr, WRAP: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
     HIGH: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`_coefficients` reads of row k of each band."""
+    """Row k of each band, one after the other, as :func:`_coefficients` reads it."""
     if WRAP:
         # Rows that the last program has too many of read what the last one reads.
         k, _ = _source(tl.minimum(k, rows - 1 - start_h), count_h, "periodic", FAR_H)
@@ -191,7 +191,7 @@ def launch(
     if analysis:
         gap = max(1, step_h // stride_h)
         constants |= {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "STRIDE_H": stride_h, "STRIDE_W": stride_w}
-        constants |= {"MODE": mode, "GAP": gap}
+        constants |= {"MODE": mode, "GAP": gap, "PAIR": 1, "SKIP": 0}
         down, across = ll.shape[2:]
     else:
         gap = step_h

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.dwt.tiles import ImageConfig, config_for
-from wavemix_kernels.ops.dwt.triton_lines import _floor_mod, _source
+from wavemix_kernels.ops.dwt.triton_lines import _source
 
 _SIZES = ("planes", "channels", "height", "width", "count_h", "count_w", "start_h", "start_w")
+#: Modes that a line of pairs goes on in as a line of samples does.
+_BY_PAIRS = ("zero", "periodic", "periodization", "symmetric", "antisymmetric")
 _STRIDES = (*(f"{name}_{axis}" for name in ("image", "ll") for axis in "ncy"), *(f"high_{axis}" for axis in "ncby"))
 
 
@@ -48,25 +50,86 @@ def _taps(filter, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _inside(at, size):
+    """Whether places are some of `size`: compared as unsigned numbers, negative ones are past the end too."""
+    return at.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def _load(at, mask):
+    """A float32 is a bfloat16 with zeros below: shifted, that takes one instruction, and Triton's conversion two."""
+    if at.dtype.element_ty == tl.bfloat16:
+        bits = tl.load(at.to(tl.pointer_type(tl.int16)), mask=mask, other=0)
+        value = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = tl.load(at, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def _pair(at, mask):
+    """Two neighbours by one load; see :func:`_load`."""
+    if at.dtype.element_ty == tl.bfloat16:
+        word = tl.load(at.to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+        one = (word << 16).to(tl.float32, bitcast=True)
+        two = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        one, two = tl.split(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0.0))
+    return one, two
+
+
+@triton.jit
 def _samples(
-    lines, at, size, limit, valid, TAPS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
+    lines, at, size, there, valid, TAPS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """The samples of a row that the filters along W read, a tap after the other. Coefficients begin at `at`; `limit` is
-    `size`, or 0 for a row of zeros."""
+    """The samples of a row that the filters along W read, a tap after the other. Coefficients begin at `at`; a row that
+    is not `there` has zeros."""
     read = ()
     if MODE == "zero":
         lines += at
     for t in tl.static_range(TAPS):
         if MODE == "zero":
-            # Compared as unsigned numbers, negative places are past the end too.
-            inside = (at + t * STEP).to(tl.uint32) < limit.to(tl.uint32)
-            value = tl.load(lines + t * STEP, mask=inside, other=0.0)
+            value = _load(lines + t * STEP, there & _inside(at + t * STEP, size))
         else:
             place, sign = _source(at + t * STEP, size, MODE, FAR)
-            value = tl.load(lines + place, mask=valid, other=0.0)
+            value = _load(lines + place, valid)
             if MODE == "antisymmetric":
                 value *= sign.to(value.dtype)
         read = read + (value,)  # noqa: RUF005
+    return read
+
+
+@triton.jit
+def _samples_by_pairs(
+    lines, at, pairs, there, valid, TAPS: tl.constexpr, SKIP: tl.constexpr, MODE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """The same from aligned pairs of samples, one load each, on a line of so many `pairs`; all numbers count pairs. A
+    line goes on by pairs as it does by samples, and a reflected pair the other way round. SKIP: the first coefficient
+    begins with a pair's second sample."""
+    REFLECTS: tl.constexpr = MODE == "symmetric" or MODE == "antisymmetric"
+    OF_PAIRS: tl.constexpr = "antisymmetric" if REFLECTS else "periodic"  # with a sign where a pair is reflected
+    read = ()
+    if MODE == "zero":
+        lines += 2 * at
+    for j in tl.static_range((TAPS + SKIP + 1) // 2):
+        back = at < 0
+        if MODE == "zero":
+            inside = there & _inside(at + j, pairs)
+            from_ = lines + 2 * j
+        else:
+            place, sign = _source(at + j, pairs, OF_PAIRS, FAR)
+            inside = valid
+            back = sign < 0
+            from_ = lines + 2 * place
+        one, two = _pair(from_, inside)
+        if REFLECTS:
+            one, two = tl.where(back, two, one), tl.where(back, one, two)
+        if MODE == "antisymmetric":
+            one, two = one * sign.to(one.dtype), two * sign.to(two.dtype)
+        if 2 * j >= SKIP:
+            read = read + (one,)  # noqa: RUF005
+        if 2 * j + 1 < TAPS + SKIP:
+            read = read + (two,)  # noqa: RUF005
     return read
 
 
@@ -99,17 +162,21 @@ def _analysis_kernel(
     high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, MODE: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
+    PAIR: tl.constexpr, SKIP: tl.constexpr,
     GAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """With a PAIR of 2 the strides of the image arrive halved: multiplying by the constant proves pairs aligned."""
     EVERY: tl.constexpr = GAP * STRIDE_H // STEP_H  # rows of samples from one row of coefficients to the next
     n, c, col, valid, row = _origin(planes, channels, count_h, count_w, GAP, ROWS, TILE)
-    plane = image + n * image_n + c * image_c
+    plane = image + n * (image_n * PAIR) + c * (image_c * PAIR)
     to_ll = ll + n * ll_n + c * ll_c + col
     to_high = high + n * high_n + c * high_c + col
-    at = tl.where(valid, start_w + STRIDE_W * col, 2**30)
+    at = (start_w >> 1) + col if PAIR == 2 else start_w + STRIDE_W * col
+    at = tl.where(valid, at, 2**30 // PAIR)
     like = tl.zeros((TILE,), low_w.dtype.element_ty)
     taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
     taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
+    line = plane + (start_h + STRIDE_H * row) * (image_y * PAIR)
     read = ()
     lows = ()
     highs = ()
@@ -117,12 +184,17 @@ def _analysis_kernel(
     for ahead in tl.static_range(EVERY * (ROWS - 1) + TAPS_H + AHEAD):
         if ahead < EVERY * (ROWS - 1) + TAPS_H:
             y = start_h + STRIDE_H * row + ahead * STEP_H
-            limit = tl.where((y >= 0) & (y < height), width, 0)
+            there = _inside(y + tl.zeros_like(at), height)
             if MODE != "zero":
                 # Rows of coefficients that the last program has too many of read what the last one reads.
                 y = tl.minimum(y, start_h + STRIDE_H * (count_h - 1) + STEP_H * (TAPS_H - 1))
                 y, _ = _source(y, height, MODE, FAR_H)
-            read = read + _samples(plane + y * image_y, at, width, limit, valid, TAPS_W, STEP_W, MODE, FAR_W)
+                line = plane + y * (image_y * PAIR)
+            if PAIR == 2:
+                read = read + _samples_by_pairs(line, at, width // 2, there, valid, TAPS_W, SKIP, MODE, FAR_W)
+            else:
+                read = read + _samples(line, at, width, there, valid, TAPS_W, STEP_W, MODE, FAR_W)
+            line += STEP_H * (image_y * PAIR)
         if ahead >= AHEAD:
             low = _sum(read, (ahead - AHEAD) * TAPS_W, taps_w[0], 1, TAPS_W, like)
             other = _sum(read, (ahead - AHEAD) * TAPS_W, taps_w[1], 1, TAPS_W, like)
@@ -149,18 +221,18 @@ def _analysis_kernel(
 
 
 @triton.jit
-def _coefficients(band, k, count, limit, valid, STEPS: tl.constexpr, WRAP: tl.constexpr):
-    """The coefficients of a row that the pairs `k` of samples along W are sums of. `limit` is `count`, or 0 for a row
-    of zeros."""
+def _coefficients(
+    band, k, count, there, valid, STEPS: tl.constexpr, WRAP: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of a row that the pairs `k` of samples along W are sums of. A row that is not `there` has zeros.
+    `band` points to a row's first, or where it does not WRAP to number `k`."""
     read = ()
-    if not WRAP:
-        band += k
     for j in tl.static_range(STEPS):
         if WRAP:
-            value = tl.load(band + _floor_mod(k - j, count), mask=valid, other=0.0)
+            place, _ = _source(k - j, count, "periodic", FAR)
+            value = _load(band + place, valid)
         else:
-            # Compared as unsigned numbers, negative places are past the end too.
-            value = tl.load(band - j, mask=(k - j).to(tl.uint32) < limit.to(tl.uint32), other=0.0)
+            value = _load(band - j, there & _inside(k - j, count))
         read = read + (value,)  # noqa: RUF005
     return read
 
@@ -176,13 +248,17 @@ def _phase(read, first: tl.constexpr, taps, STEP: tl.constexpr, PHASE: tl.conste
 
 @triton.jit
 def _row(
-    read, first: tl.constexpr, taps, PHASE: tl.constexpr, TAPS: tl.constexpr, HIGH: tl.constexpr, like,
+    read, first: tl.constexpr, taps, SKIP: tl.constexpr, TAPS: tl.constexpr, LOADS: tl.constexpr, HIGH: tl.constexpr,
+    like,
 ):  # fmt: skip
-    """Samples number PHASE along W: of a band at number `first`, and of the next but one by the high-pass."""
-    total = _phase(read, first, taps[0], 1, PHASE, TAPS, like)
+    """The two samples of each pair along W: of a band at number `first`, and of the next but one, LOADS values each, by
+    the high-pass."""
+    one = _phase(read, first + SKIP, taps[0], 1, SKIP, TAPS, like)
+    two = _phase(read, first, taps[0], 1, 1 - SKIP, TAPS, like)
     if HIGH:
-        total += _phase(read, first + 2 * ((TAPS + 1) // 2), taps[1], 1, PHASE, TAPS, like)
-    return total
+        one += _phase(read, first + SKIP + 2 * LOADS, taps[1], 1, SKIP, TAPS, like)
+        two += _phase(read, first + 2 * LOADS, taps[1], 1, 1 - SKIP, TAPS, like)
+    return one, two
 
 
 @triton.jit(do_not_specialize=("down", "across", "first_h", "first_w", *_SIZES, *_STRIDES))
@@ -194,22 +270,30 @@ def _synthesis_kernel(
     image_n: tl.int64, image_c: tl.int64, image_y: tl.int64,
     ll_n: tl.int64, ll_c: tl.int64, ll_y: tl.int64,
     high_n: tl.int64, high_c: tl.int64, high_b: tl.int64, high_y: tl.int64,
-    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, WRAP: tl.constexpr, HIGH: tl.constexpr,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, WRAP: tl.constexpr, FAR_H: tl.constexpr, FAR_W: tl.constexpr,
+    HIGH: tl.constexpr, PAIR: tl.constexpr, SKIP: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Pairs of samples: numbers start_h + 2 k and the next along H, for `down` k from first_h, as many `across` W."""
+    """Pairs of samples: numbers start_h + 2 k and the next along H, for `down` k from first_h, as many `across` W.
+
+    With a PAIR of 2 the image's strides arrive halved, which proves pairs aligned. SKIP moves those along W to even
+    places: such a pair is the second sample of one k and the first of the next."""
     STEPS_H: tl.constexpr = (TAPS_H + 1) // 2
-    STEPS_W: tl.constexpr = (TAPS_W + 1) // 2
+    LOADS: tl.constexpr = (TAPS_W + 1) // 2 + SKIP
     BANDS: tl.constexpr = 4 if HIGH else 1
     n, c, col, valid, row = _origin(planes, channels, down, across, 1, ROWS, TILE)
     row += first_h
     col += first_w
+    x = (start_w + SKIP) // PAIR * PAIR + 2 * col[:, None] + tl.arange(0, 2)[None, :]
+    to = image + n[:, None] * (image_n * PAIR) + c[:, None] * (image_c * PAIR) + x
+    x = tl.where(valid[:, None], x, -1)
+    col = tl.where(valid, col + SKIP, 2**29)
+    k = row - (STEPS_H - 1)
     from_ll = ll + n * ll_n + c * ll_c
     from_high = high + n * high_n + c * high_c
-    x = start_w + 2 * col[:, None] + tl.arange(0, 2)[None, :]
-    to = image + n[:, None] * image_n + c[:, None] * image_c + x
-    x = tl.where(valid[:, None], x, -1)
-    col = tl.where(valid, col, 2**29)
+    if not WRAP:
+        from_ll += k * ll_y + col
+        from_high += k * high_y + col
     like = tl.zeros((TILE,), low_w.dtype.element_ty)
     taps_w = (_taps(low_w, TAPS_W), _taps(high_w, TAPS_W))
     taps_h = (_taps(low_h, TAPS_H), _taps(high_h, TAPS_H))
@@ -221,23 +305,29 @@ def _synthesis_kernel(
     # Loads of the next AHEAD rows come before a store: the compiler moves none past it.
     for ahead in tl.static_range(ROWS + STEPS_H - 1 + AHEAD):
         if ahead < ROWS + STEPS_H - 1:
-            k = row + ahead - (STEPS_H - 1)
-            limit = tl.where((k >= 0) & (k < count_h), count_w, 0)
+            there = _inside(k + ahead + tl.zeros_like(col), count_h)
+            of_ll, of_high = from_ll, from_high
             if WRAP:
-                k = _floor_mod(k, count_h)
-            read = read + _coefficients(from_ll + k * ll_y, col, count_w, limit, valid, STEPS_W, WRAP)
+                # Rows that the last program has too many of read what the last one reads.
+                place, _ = _source(tl.minimum(k + ahead, first_h + down - 1), count_h, "periodic", FAR_H)
+                of_ll += place * ll_y
+                of_high += place * high_y
+            read = read + _coefficients(of_ll, col, count_w, there, valid, LOADS, WRAP, FAR_W)
             if HIGH:
                 for band in tl.static_range(3):
-                    read = read + _coefficients(
-                        from_high + band * high_b + k * high_y, col, count_w, limit, valid, STEPS_W, WRAP
-                    )  # fmt: skip
+                    read = read + _coefficients(of_high + band * high_b, col, count_w, there, valid, LOADS, WRAP, FAR_W)
+            if not WRAP:
+                from_ll += ll_y
+                from_high += high_y
         if ahead >= AHEAD:
             # From LL and HL what the low-pass along H takes, from LH and HH what the high-pass takes.
-            low0 = low0 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
-            low1 = low1 + (_row(read, (ahead - AHEAD) * BANDS * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+            one, two = _row(read, (ahead - AHEAD) * BANDS * LOADS, taps_w, SKIP, TAPS_W, LOADS, HIGH, like)
+            low0 = low0 + (one,)  # noqa: RUF005
+            low1 = low1 + (two,)  # noqa: RUF005
             if HIGH:
-                high0 = high0 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 0, TAPS_W, HIGH, like),)  # noqa: RUF005
-                high1 = high1 + (_row(read, (4 * (ahead - AHEAD) + 1) * STEPS_W, taps_w, 1, TAPS_W, HIGH, like),)  # noqa: RUF005
+                one, two = _row(read, (4 * (ahead - AHEAD) + 1) * LOADS, taps_w, SKIP, TAPS_W, LOADS, HIGH, like)
+                high0 = high0 + (one,)  # noqa: RUF005
+                high1 = high1 + (two,)  # noqa: RUF005
             if ahead - AHEAD >= STEPS_H - 1:
                 for phase in tl.static_range(2):
                     even = _phase(low0, ahead - AHEAD, taps_h[0], -1, phase, TAPS_H, like)
@@ -248,7 +338,7 @@ def _synthesis_kernel(
                     y = start_h + 2 * (row + ahead - AHEAD - (STEPS_H - 1)) + phase
                     samples = tl.join(even, odd).to(image.dtype.element_ty)
                     limit = tl.where((y >= 0) & (y < height), width, 0)
-                    tl.store(to + y * image_y, samples, mask=x.to(tl.uint32) < limit.to(tl.uint32))
+                    tl.store(to + y * (image_y * PAIR), samples, mask=x.to(tl.uint32) < limit.to(tl.uint32))
 
 
 def launch(
@@ -270,6 +360,10 @@ def launch(
     scalars += [0] * 4 if high is None else high.stride()[:4]
     tensors = (image, ll, ll if high is None else high, *taps)
     constants: dict[str, Any] = {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "enable_fp_fusion": True}
+    pair = 2 if all(number % 2 == 0 for number in (size[1], *image.stride()[:3])) else 1
+    pair = 1 if analysis and mode not in _BY_PAIRS else pair
+    constants |= {"PAIR": pair, "SKIP": starts[1] % pair}
+    scalars[8:11] = (stride // pair for stride in image.stride()[:3])
     if analysis:
         far = [
             mode != "zero" and max(-start, start + 2 * (count - 1) + length - n) >= n
@@ -282,8 +376,14 @@ def launch(
         firsts = [-start // 2 for start in starts]
         down, across = ((n - 1 - s) // 2 - f + 1 for n, s, f in zip(size, starts, firsts, strict=True))
         scalars = [down, across, *firsts, *scalars]
-        constants |= {"WRAP": mode == "periodization", "HIGH": high is not None}
-    config = config or config_for(analysis, n * c, down, across, lengths)
+        steps = (length // 2 + 1 for length in lengths)
+        far = [
+            mode == "periodization" and max(step - first, first + number + 1 - n) > n
+            for n, first, number, step in zip(counts, firsts, (down, across), steps, strict=True)
+        ]
+        constants |= {"WRAP": mode == "periodization", "FAR_H": far[0], "FAR_W": far[1], "HIGH": high is not None}
+    waits = image.element_size() == 2 or "symmetric" in mode
+    config = config or config_for(analysis, n * c, down, across, lengths, waits)
     constants |= {"ROWS": config.rows, "TILE": config.tile, "AHEAD": config.ahead, "num_warps": config.num_warps}
     grid = (-(-down // config.rows) * -(-n * c * across // config.tile),)
     return Launch(_analysis_kernel if analysis else _synthesis_kernel, grid, (*tensors, *scalars), constants)
