@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _GROUPS = {
     "haar": "Haar",
     "dwt": "Other wavelets",
+    "transforms": "Other transforms",
     "waveblock": "Waveblock",
     "patm": "PATM",
     "wavemix": "WaveMix models",
