@@ -126,6 +126,14 @@ class Analysis(AnyFilters):
         return {"ll": ll, **{f"high{i}": high for i, high in enumerate(highs)}}
 
 
+class BetweenPairs(Analysis):
+    """A dense image that begins at the second sample of an aligned pair."""
+
+    def inputs(self, case: Case, device: str) -> Any:
+        (x,) = super().inputs(case, device).values()
+        return {"x": torch.cat((x.new_full((1,), torch.nan), x.flatten()))[1:].view(case.shape)}
+
+
 class Synthesis(AnyFilters):
     name = "idwt2d"
     differentiable = ("ll", "high0", "high1")
@@ -234,6 +242,13 @@ class Lines(AnyFilters):
 test_analysis = each.case(Analysis())
 test_synthesis = each.case(Synthesis())
 test_lines = each.case(Lines())
+test_analysis_between_pairs = each.case(
+    BetweenPairs(
+        dict.fromkeys(("cpu", "triton"), (torch.bfloat16,)),
+        shape=((1, 2, 5, 6),), taps=((4, 2), (5, 6)), levels=(1,), layout=("nchw",),
+        mode=("zero", "symmetric", "periodization"),
+    )
+)  # fmt: skip
 FARTHER: Any = {"shape": ((2, 2, 5, 6),), "taps": ((4, 2),), "mode": ("symmetric",), "levels": (1,),
                 "layout": EVERY_AXIS}  # fmt: skip
 test_offsets_beyond_32_bits = each.case(Analysis(WITHOUT_CUDA, **FARTHER), Synthesis(WITHOUT_CUDA, **FARTHER))

@@ -360,8 +360,9 @@ def launch(
     scalars += [0] * 4 if high is None else high.stride()[:4]
     tensors = (image, ll, ll if high is None else high, *taps)
     constants: dict[str, Any] = {"TAPS_H": lengths[0], "TAPS_W": lengths[1], "enable_fp_fusion": True}
-    pair = 2 if all(number % 2 == 0 for number in (size[1], *image.stride()[:3])) else 1
-    pair = 1 if analysis and mode not in _BY_PAIRS else pair
+    aligned = image.data_ptr() % (2 * image.element_size()) == 0
+    aligned = aligned and all(number % 2 == 0 for number in (size[1], *image.stride()[:3]))
+    pair = 2 if aligned and (not analysis or mode in _BY_PAIRS) else 1
     constants |= {"PAIR": pair, "SKIP": starts[1] % pair}
     scalars[8:11] = (stride // pair for stride in image.stride()[:3])
     if analysis:
