@@ -52,7 +52,7 @@ def test_a_wrong_or_broken_backend_fails_the_doctor(found: object, said: str, mo
             raise found
         return found, 1e-6
 
-    monkeypatch.setattr(ops, "OPS", {"haar": "haar.op"})
+    monkeypatch.setattr(ops, "OPS", {"haar": ops.OPS["haar"]})
     monkeypatch.setattr(ops.load("haar"), "self_test", self_test)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
