@@ -63,8 +63,8 @@ def _needed(entries: dict[str, str]) -> set[str]:
     """Files of the package that `entries` import, and those that these import: all that any function would."""
     found: set[str] = set()
     # The operators are imported by name (wavemix_kernels/ops/__init__.py).
-    ops = ast.literal_eval(re.findall(r"^OPS = (\{.*?^\})", (PACKAGE / "ops/__init__.py").read_text(), re.M | re.S)[0])
-    wanted = [f"{NAME}.ops.{module}" for module in ops.values()]
+    modules = re.findall(r'\bOp\(\s*"([\w.]+)"', (PACKAGE / "ops/__init__.py").read_text())
+    wanted = [f"{NAME}.ops.{module}" for module in modules]
     wanted += [module for text in entries.values() for module in _imports(text)]
     while wanted:
         for file in _files(wanted.pop()) - found - entries.keys():
