@@ -11,6 +11,7 @@ from torch.autograd import gradgradcheck
 import wavemix_kernels.pytorch_wavelets as ours
 from tests.ops.contract import randn
 from wavemix_kernels.pytorch_wavelets.dtcwt import coeffs, lowlevel
+from wavemix_kernels.pytorch_wavelets.scatternet import layers
 
 original = pytest.importorskip("pytorch_wavelets", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("float64_buffers")
@@ -106,6 +107,18 @@ def test_scattering_equals_the_original(name, biort, colour, mode):
         x = randn(2, 3, *size)
         results = [gradients(module, x, lambda out: [out]) for module in (theirs, mine)]
         assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["ScatLayer", "ScatLayerj2"])
+def test_images_in_parts_are_scattered_alike(name, monkeypatch):
+    module, x, met = getattr(ours, name)(), randn(5, 3, 16, 13), []
+    whole = gradients(module, x, lambda out: [out])
+    scatter = module._scatter
+    monkeypatch.setattr(module, "_scatter", lambda part: met.append(len(part)) or scatter(part))
+    bands = 4 * 3 * 16 * (14 if name == "ScatLayer" else 16) * x.element_size()
+    monkeypatch.setattr(layers, "_AT_ONCE", 2 * bands)
+    assert_same(gradients(module, x, lambda out: [out]), whole)
+    assert met == [2, 2, 1]
 
 
 def test_passes_along_an_axis_equal_the_originals():

@@ -14,6 +14,9 @@ from wavemix_kernels.pytorch_wavelets.dtcwt.levels import analyse_1, analyse_2
 from wavemix_kernels.pytorch_wavelets.dtcwt.lowlevel import prep_filt
 from wavemix_kernels.pytorch_wavelets.scatternet.lowlevel import mode_to_int, smooth_magnitude
 
+#: Bytes of a level's bands on a CPU that images go through together. Blocks from twice as many bytes on are mapped anew
+#: at each call (docs/use/benchmarks.md, fresh memory), which takes longer than the transform.
+_AT_ONCE = 16 * 2**20
 #: Axes of orientations, and of real and imaginary part: in front, as magnitudes take them apart.
 _AXES = (2, 0)
 
@@ -43,6 +46,16 @@ class _Scattering(nn.Module):
         checks.check_tensor("x", x, 4, "(N, C, H, W)")
         if self.combine_colour and x.shape[1] != 3:
             raise ValueError(f"x: expected 3 channels with combine_colour=True, got shape {tuple(x.shape)}")
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """:meth:`_scatter` of some images at a time."""
+        bands = 4 * x.numel() * x.element_size()
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or bands < 2 * _AT_ONCE:
+            return self._scatter(x)
+        return torch.cat([self._scatter(part) for part in x.split(max(1, x.shape[0] * _AT_ONCE // bands))])
 
     def extra_repr(self) -> str:
         return f"biort='{self.biort}', mode='{self.mode_str}', magbias={self.magbias}"
@@ -78,6 +91,9 @@ class ScatLayer(_Scattering):
         for dim in (2, 3):
             if x.shape[dim] % 2:
                 x = torch.cat((x, x.narrow(dim, x.shape[dim] - 1, 1)), dim)
+        return self._in_parts(x)
+
+    def _scatter(self, x: Tensor) -> Tensor:
         low, z = self._first(x)
         low, r = F.avg_pool2d(low, 2), smooth_magnitude(z, self.magbias, self.combine_colour)
         if self.combine_colour:
@@ -126,7 +142,9 @@ class ScatLayerj2(_Scattering):
         the second order, each of all channels; with combine_colour (N, 51, H / 4, W / 4). Raises as
         :meth:`ScatLayer.forward`."""
         self._checked(x)
-        x = _to_eighths(_to_eighths(x, 2), 3)
+        return self._in_parts(_to_eighths(_to_eighths(x, 2), 3))
+
+    def _scatter(self, x: Tensor) -> Tensor:
         low, z = self._first(x)
         first = smooth_magnitude(z, self.magbias, self.combine_colour)
         trees = ((self.h0b, self.h1b), (self.h0a, self.h1a))
