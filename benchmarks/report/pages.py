@@ -108,7 +108,7 @@ Times are medians of interleaved rounds. Each provider was compared with the flo
 - **peak**: the most that a call holds above inputs, parameters and their gradients, ours of upstream's.
 - **saved**: what autograd keeps for backward beside inputs and parameters, ours of upstream's.
 - **memory kept**: the same with an allocator that keeps large blocks, for both sides: no fresh memory is mapped at each
-  call, which is a large part of the shortest times above ([how](use/benchmarks.md#fresh-memory)).
+  call, which is a large part of short times otherwise ([how](use/benchmarks.md#fresh-memory)).
 - **run**: a row of the [last table](#runs), which has machine, commit and versions. Where several runs on one kind of
   machine timed a case, the latest stands here, and "replaces" names the others. A number in parentheses is the run
   that timed `torch.compile`, where it is another one.
