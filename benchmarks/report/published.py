@@ -50,7 +50,7 @@ class Run:
     @property
     def kept(self) -> bool:
         """Whether the allocator kept large blocks (docs/use/benchmarks.md, fresh memory)."""
-        return self.environment.get("settings", {}).get("MALLOC_MMAP_MAX_") == "0"
+        return _kept(self.environment)
 
     @property
     def commit(self) -> str:
@@ -107,6 +107,10 @@ class Result:
         return _ratio(rows["compile"], rows["ours"])
 
 
+def _kept(facts: dict[str, Any]) -> bool:
+    return facts.get("settings", {}).get("MALLOC_MMAP_MAX_") == "0"
+
+
 def _ratio(theirs: Row, ours: Row) -> float:
     assert theirs.median_ms
     assert ours.median_ms
@@ -128,7 +132,7 @@ def take(files: Sequence[Path], folder: Path = FOLDER) -> list[Path]:
         facts = data["environment"]
         device = re.sub(r"\W+", "-", facts.get("gpu") or facts.get("cpu_kernels") or "").strip("-").lower()
         date = re.sub(r"\D", "", facts["date"])[:12]
-        kept = "-kept" if "MALLOC_MMAP_MAX_" in facts.get("settings", {}) else ""
+        kept = "-kept" if _kept(facts) else ""
         shutil.copyfile(file, folder / f"{facts['device']}-{device}{kept}-{date}.json")
     speaking = set()
     for group in by_machine(runs(folder)).values():

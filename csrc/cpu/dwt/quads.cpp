@@ -49,27 +49,40 @@ struct Quads {
     return static_cast<T*>(args.low.data) + n * s[0] + c * s[1] + y * s[2];
   }
 
-  void to_complex(int64_t n, int64_t c, int64_t y) const {
+  // The rows of the low-pass, in which two corners take turns.
+  template <bool back>
+  static void take_turns(Corner even, Corner odd, T* row, int64_t step, int64_t w) {
+    WAVEMIX_SIMD
+    for (int64_t x = 0; x < w; ++x) {
+      T &first = row[2 * x * step], &second = row[(2 * x + 1) * step];
+      if constexpr (back) {
+        even[x] = first;
+        odd[x] = second;
+      } else {
+        first = even[x];
+        second = odd[x];
+      }
+    }
+  }
+  template <bool back>
+  void low_rows(int64_t n, int64_t c, int64_t y) const {
     Corner corner[4];
-    Part part[4];
     corners(0, n, c, y, corner);
     const int64_t step = args.low.stride[3];
     for (int i = 0; i < 4; i += 2) {
-      const Corner even = corner[i], odd = corner[i + 1];
-      T* to = low(n, c, 2 * y + i / 2);
+      T* row = low(n, c, 2 * y + i / 2);
       if (step == 1) {
-        WAVEMIX_SIMD
-        for (int64_t x = 0; x < args.w; ++x) {
-          to[2 * x] = even[x];
-          to[2 * x + 1] = odd[x];
-        }
+        take_turns<back>(corner[i], corner[i + 1], row, 1, args.w);
       } else {
-        for (int64_t x = 0; x < args.w; ++x) {
-          to[2 * x * step] = even[x];
-          to[(2 * x + 1) * step] = odd[x];
-        }
+        take_turns<back>(corner[i], corner[i + 1], row, step, args.w);
       }
     }
+  }
+
+  void to_complex(int64_t n, int64_t c, int64_t y) const {
+    low_rows<false>(n, c, y);
+    Corner corner[4];
+    Part part[4];
     for (int band = 1; band < 4; ++band) {
       corners(band, n, c, y, corner);
       parts(band, n, c, y, part);
@@ -86,26 +99,9 @@ struct Quads {
     }
   }
   void from_complex(int64_t n, int64_t c, int64_t y) const {
+    low_rows<true>(n, c, y);
     Corner corner[4];
     Part part[4];
-    corners(0, n, c, y, corner);
-    const int64_t step = args.low.stride[3];
-    for (int i = 0; i < 4; i += 2) {
-      const Corner even = corner[i], odd = corner[i + 1];
-      const T* from = low(n, c, 2 * y + i / 2);
-      if (step == 1) {
-        WAVEMIX_SIMD
-        for (int64_t x = 0; x < args.w; ++x) {
-          even[x] = from[2 * x];
-          odd[x] = from[2 * x + 1];
-        }
-      } else {
-        for (int64_t x = 0; x < args.w; ++x) {
-          even[x] = from[2 * x * step];
-          odd[x] = from[(2 * x + 1) * step];
-        }
-      }
-    }
     for (int band = 1; band < 4; ++band) {
       corners(band, n, c, y, corner);
       parts(band, n, c, y, part);

@@ -112,17 +112,16 @@ def _samples_by_pairs(
     if MODE == "zero":
         lines += 2 * at
     for j in tl.static_range((TAPS + SKIP + 1) // 2):
-        back = at < 0
         if MODE == "zero":
             inside = there & _inside(at + j, pairs)
             from_ = lines + 2 * j
         else:
             place, sign = _source(at + j, pairs, OF_PAIRS, FAR)
             inside = valid
-            back = sign < 0
             from_ = lines + 2 * place
         one, two = _pair(from_, inside)
         if REFLECTS:
+            back = sign < 0
             one, two = tl.where(back, two, one), tl.where(back, one, two)
         if MODE == "antisymmetric":
             one, two = one * sign.to(one.dtype), two * sign.to(two.dtype)
