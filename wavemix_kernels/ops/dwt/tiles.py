@@ -24,7 +24,7 @@ def config_for(
 ) -> ImageConfig:
     """The default. The more rows, the more of them share those that their filters overlap in; small blocks leave none
     idle. Beyond 4 taps registers hold few loads ahead, of which a transpose has four times as many in a row. An
-    analysis that `waits`, for half as many bytes in a load or for a reflected place, gets on with more of them."""
+    analysis has twice as many where it `waits` longer: loads bring half the bytes, or places are reflected first."""
     most, tile, ahead = 8, 128, 32 // max(taps)
     if max(taps) > 4:
         most, tile, ahead = 16, 64, 1 if max(taps) > 8 and not analysis else 4 if analysis and waits else 2
