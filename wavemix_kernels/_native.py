@@ -17,6 +17,7 @@ import torch  # first: the core then shares torch's OpenMP runtime (same soname,
 from torch import Tensor
 
 from wavemix_kernels import _startup
+from wavemix_kernels.tracing import constant_result
 
 
 def _why_missing(error: ImportError) -> str:
@@ -75,6 +76,7 @@ def cpu_reason() -> str | None:
     return core_error or cpu_error
 
 
+@constant_result
 def cuda_reason() -> str | None:
     """Why the CUDA C++ kernels cannot run here, or None."""
     if cuda_core is None:

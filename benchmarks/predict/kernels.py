@@ -200,6 +200,27 @@ def _reduce_haar(
     return run
 
 
+def _norm_reduce_haar(c: int, level: int, backward: bool) -> Callable[[], Any]:
+    def run() -> Any:
+        x, y = (image((64, c, 64, 64), BF16, True) for _ in range(2))
+        weight, bias = image((c // 4, c, 1, 1)), image((c // 4,))
+        if not backward:
+            return _op("norm_reduce_haar")(y, vector(c), vector(c), x, weight, bias, level, "cuda")
+        grads = [image((64, c, 64 >> i, 64 >> i), BF16, True) for i in range(1, level + 1)]
+        of_norm = vector(c), vector(c), vector(c)
+        return _op("norm_reduce_haar_backward")(grads, x, x, weight, True, y, *of_norm, "cuda")
+
+    return run
+
+
+def norm_reduce_haar_cases() -> Iterator[Case]:
+    for c, level in ((192, 1), (192, 3), (144, 1)):
+        product, shape = 2.0 * 64 * 64 * 64 * c * c / 4, f"L{level} 64x{c}x64x64"
+        flops = {"norm_reduce_haar": product, "reduce_haar_gradients": 2 * product}
+        yield Case(f"cuda norm_reduce_haar {shape}", _norm_reduce_haar(c, level, False), flops)
+        yield Case(f"cuda norm_reduce_haar gradients {shape}", _norm_reduce_haar(c, level, True), flops)
+
+
 def reduce_haar_cases() -> Iterator[Case]:
     for c, level, last in ((192, 1, True), (192, 1, False), (192, 3, True), (192, 3, False), (144, 1, True)):
         product = 2.0 * 64 * 64 * 64 * c * c / 4
@@ -385,7 +406,7 @@ def patm_cases() -> Iterator[Case]:
 
 
 FAMILIES = (
-    haar_cases, haar_blocks_cases, dwt_cases, wtconv_cases, reduce_haar_cases, mlp_cases, deconv_cases,
+    haar_cases, haar_blocks_cases, dwt_cases, wtconv_cases, reduce_haar_cases, norm_reduce_haar_cases, mlp_cases, deconv_cases,
     batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.

@@ -55,6 +55,17 @@ ReduceHaarGradArgs gradients(const Ints& d_x, const Ints& add, uintptr_t d_weigh
   return grads;
 }
 
+#if WAVEMIX_WITH_CUDA
+float* floats(int64_t address) { return static_cast<float*>(pointer(address)); }
+
+// Addresses of y, mean, invstd and sums, or nothing.
+NormSumArgs norm_sums(const Ints& norm) {
+  if (norm.empty()) return {};
+  if (norm.size() != 4) throw std::invalid_argument("norm: expected four addresses, or nothing");
+  return {pointer(norm[0]), floats(norm[1]), floats(norm[2]), floats(norm[3])};
+}
+#endif
+
 }  // namespace
 
 void bind_reduce_haar(Module& m) {
@@ -89,27 +100,38 @@ void bind_reduce_haar(Module& m) {
           reduce_haar_cuda(args, pointer(stream));
         },
         {"dtype", "levels", "shape", "outputs", "x", "weight", "bias", "z", "allow_tf32", "stream"});
-  m.def("reduce_haar_backward_shared_cuda", &reduce_haar_backward_shared_cuda, {"c", "o"});
+  m.def("reduce_haar_backward_shared_cuda", &reduce_haar_backward_shared_cuda, {"c", "o", "norm"});
+  m.def(
+      "norm_reduce_haar_cuda",
+      [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight, const Ints& bias,
+         const std::vector<Ints>& z, uintptr_t y, int64_t scale, int64_t shift, uintptr_t image, uintptr_t stream) {
+        const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, bias, z, false);
+        const NormImageArgs norm = {pointer(y), floats(scale), floats(shift), pointer(image)};
+        const Unlocked unlocked;
+        norm_reduce_haar_cuda(args, norm, pointer(stream));
+      },
+      {"dtype", "levels", "shape", "outputs", "x", "weight", "bias", "z", "y", "scale", "shift", "image", "stream"});
   m.def("reduce_haar_backward_workspace_cuda",
-        [](int dtype, int levels, const Ints& shape, int64_t outputs, int multiprocessors,
+        [](int dtype, int levels, const Ints& shape, int64_t outputs, bool norm, int multiprocessors,
            int64_t shared_of_multiprocessor) {
           const std::vector<Ints> zs(static_cast<size_t>(levels));
           const auto args = reduce_haar_args(dtype, levels, shape, outputs, {}, {0, 0, 0}, {}, zs, false);
-          return reduce_haar_backward_workspace_cuda(args, multiprocessors, shared_of_multiprocessor);
+          return reduce_haar_backward_workspace_cuda(args, norm, multiprocessors, shared_of_multiprocessor);
         },
-        {"dtype", "levels", "shape", "outputs", "multiprocessors", "shared_of_multiprocessor"});
+        {"dtype", "levels", "shape", "outputs", "norm", "multiprocessors", "shared_of_multiprocessor"});
   m.def("reduce_haar_backward_cuda",
         [](int dtype, int levels, const Ints& shape, int64_t outputs, const Ints& x, const Ints& weight,
            const std::vector<Ints>& zs, const Ints& d_x, const Ints& add, uintptr_t d_weight, uintptr_t d_bias,
-           uintptr_t workspace, int multiprocessors, int64_t shared_of_multiprocessor, uintptr_t stream) {
+           const Ints& norm, uintptr_t workspace, int multiprocessors, int64_t shared_of_multiprocessor,
+           uintptr_t stream) {
           const auto args = reduce_haar_args(dtype, levels, shape, outputs, x, weight, {}, zs, false);
           const auto grads = gradients(d_x, add, d_weight, d_bias);
           const Unlocked unlocked;
-          reduce_haar_backward_cuda(args, grads, pointer(workspace), multiprocessors, shared_of_multiprocessor,
-                                    pointer(stream));
+          reduce_haar_backward_cuda(args, grads, norm_sums(norm), pointer(workspace), multiprocessors,
+                                    shared_of_multiprocessor, pointer(stream));
         },
-        {"dtype", "levels", "shape", "outputs", "x", "weight", "zs", "d_x", "add", "d_weight", "d_bias", "workspace",
-         "multiprocessors", "shared_of_multiprocessor", "stream"});
+        {"dtype", "levels", "shape", "outputs", "x", "weight", "zs", "d_x", "add", "d_weight", "d_bias", "norm",
+         "workspace", "multiprocessors", "shared_of_multiprocessor", "stream"});
 #endif
 }
 

@@ -26,7 +26,8 @@ DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16
 _TYPE = r"(d|f|6__half|13__nv_bfloat16)"
 HAAR = re.compile(rf"((?:analysis|synthesis)_(?:rows|channels))I{_TYPE}Li(\d+)ELi(\d+)E")
 REDUCE = re.compile(rf"(reduce_haar)I{_TYPE}Lb([01])ELi(\d+)E")
-GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)ELb([01])E)?E")
+NORM_REDUCE = re.compile(rf"(norm_reduce_haar)I{_TYPE}Li(\d+)E")
+GRADIENTS = re.compile(rf"(reduce_haar_(?:gradients|sums))I{_TYPE}(?:Li(\d)ELb([01])ELb([01])E)?E")
 PHASE = re.compile(rf"(phase_[a-z_]+)I{_TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
 PATM = re.compile(rf"(patm_[a-z_]+)I(?:{_TYPE})?(?:NS\d_5(?:Strip|Slice)I)?Li(\d+)E")
 PATM_ROWS = re.compile(r"(patm_sum_rows)()()")
@@ -67,13 +68,19 @@ def reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     return f"{('fma', 'mma')[mma]}, {match[4]}", Demands(blocks=2, accesses=accesses, products=products, never=never)
 
 
+def norm_reduce_haar(match: re.Match[str], arch: int) -> tuple[str, Demands]:
+    """The same; the image is stored by whole words as well as Z."""
+    accesses = (r"LDGSTS\.E\.BYPASS", r"STG\.E\.128", r"LDSM\.16\.M88\.4")
+    return match[3], Demands(blocks=2, accesses=accesses, products=(PRODUCTS[DTYPES[match[2]]],))
+
+
 def gradients(match: re.Match[str], arch: int) -> tuple[str, Demands]:
     """Sums stay in registers, which limits the blocks of a multiprocessor."""
     if match[3] is None:
         return "", Demands(accesses=(r"LDG\.E",))
     accesses = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"STG\.E\.128")
     blocks = {"1": 3, "2": 2, "3": 2, "4": 1}[match[3]]
-    form = f"{match[3]}, {('channels_last', 'along W')[int(match[4])]}"
+    form = f"{match[3]}, {('channels_last', 'along W')[int(match[4])]}{', norm' if match[5] == '1' else ''}"
     return form, Demands(blocks=blocks, accesses=accesses, products=(PRODUCTS[DTYPES[match[2]]],))
 
 
@@ -132,8 +139,11 @@ def mma(match: re.Match[str], arch: int) -> tuple[str, Demands]:
 
 def described(row: Kernel) -> Kernel:
     """With a readable name, a dtype and demands."""
-    families = (HAAR, haar), (REDUCE, reduce_haar), (GRADIENTS, gradients), (PHASE, phase), (PATM, patm), (MMA, mma)
-    for pattern, of in (*families, (PATM_ROWS, patm_rows)):
+    families = (
+        (HAAR, haar), (REDUCE, reduce_haar), (NORM_REDUCE, norm_reduce_haar), (GRADIENTS, gradients), (PHASE, phase),
+        (PATM, patm), (MMA, mma), (PATM_ROWS, patm_rows),
+    )  # fmt: skip
+    for pattern, of in families:
         if match := pattern.search(row.name):
             form, demands = of(match, row.arch)
             dtype = DTYPES[match[2] or "f"]

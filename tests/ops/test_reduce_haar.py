@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tests.ops import each
 from tests.ops.contract import LAYOUTS, SHORT, Case, Contract, image, randn
-from tests.tolerances import assert_within, sum_bound
+from tests.tolerances import DTYPES, assert_within, sum_bound
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.precision import products_in
-from wavemix_kernels.ops.reduce_haar import op, reference
+from wavemix_kernels.ops.norm.batch_norm import Affine
+from wavemix_kernels.ops.reduce_haar import norm_reduce_haar, op, reference
 from wavemix_kernels.ops.reduce_haar.tiles import is_narrow
 
 # (n, c, h, w), outputs, levels: odd counts, thin, C / 4 outputs, more outputs than a block takes.
@@ -29,6 +31,16 @@ SIZES = (
     ((1, 6, 32, 32), 3, 5),
 )
 HALF = (torch.float16, torch.bfloat16)
+#: What the joined CUDA kernels take, each number of levels, tiles filled in part, and two that their parts take.
+NORMED = (
+    ((2, 16, 6, 10), 4, 1),
+    ((1, 104, 8, 12), 26, 2),
+    ((1, 136, 8, 24), 48, 3),
+    ((1, 200, 16, 16), 64, 4),
+    ((1, 8, 32, 32), 2, 5),
+    ((2, 20, 4, 4), 5, 1),
+    ((1, 8, 4, 4), 70, 1),
+)
 
 
 def absolute_pyramid(r: Tensor, levels: int) -> list[Tensor]:
@@ -140,6 +152,104 @@ class Gradients(ReduceHaar):
         assert results["d_x"].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def image_of(tensors: Any) -> Tensor:
+    scale, shift = (tensors[name][:, None, None] for name in ("scale", "shift"))
+    return tensors["y"] * scale + shift + tensors["x"]
+
+
+class NormReduceHaar(ReduceHaar):
+    """reduce_haar of an image that is made on the way, and rounded once."""
+
+    name = "norm_reduce_haar"
+    dtypes: ClassVar[Any] = {"reference": DTYPES[:2], "cpu": DTYPES, "cuda": HALF}
+    axes: ClassVar[Any] = {"size": NORMED, "layout": ("channels_last", "channels_slice"), "bias": (False, True)}
+    differentiable = ()
+
+    def inputs(self, case: Case, device: str) -> Any:
+        shape = case.size[0]
+        values = {name: randn(shape[1], seed=i) for i, name in enumerate(("scale", "shift"), 3)}
+        small = {name: v.to(device, accumulate_dtype(case.dtype)) for name, v in values.items()}
+        y = image(randn(*shape, seed=2) + 2, case.dtype, device, case.layout)
+        return super().inputs(case, device) | small | {"y": y}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        of = Affine(tensors["scale"], tensors["shift"])
+        given = (tensors[name] for name in ("x", "weight", "bias"))
+        made, zs = norm_reduce_haar.forward(tensors["y"], of, *given, case.size[2], backend)
+        return {"image": made, **{f"z{i}": z for i, z in enumerate(zs, 1)}}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        made = image_of(tensors)
+        return {"image": made, **super().exact(case, tensors | {"x": made})}
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        made = image_of(tensors)
+        return {"image": made, **super().sizes(case, tensors | {"x": made}, backend)}
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        return 3 if name == "image" else super().terms(case, name, backend) + 3
+
+    def operands(self, case: Case, name: str, backend: str) -> float:
+        return 0 if name == "image" else 1 + super().operands(case, name, backend)
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        assert all(made.is_contiguous(memory_format=torch.channels_last) for made in results.values())
+
+
+class NormGradients(Gradients):
+    """All gradients of reduce_haar, and behind them those of the BatchNorm before it, whose sums are made on the way;
+    x is the image, and its gradient is rounded before BatchNorm's reads it."""
+
+    name = "norm_reduce_haar_backward"
+    dtypes: ClassVar[Any] = {"reference": DTYPES[:2], "cpu": DTYPES, "cuda": HALF}
+    axes: ClassVar[Any] = {
+        "size": NORMED, "layout": ("channels_last", "channels_slice"), "bias": (False, True),
+        "add": (None, "channels_last", "nchw"), "cotangents": ("channels_last", "nchw"), "weighted": (False, True),
+    }  # fmt: skip
+
+    def inputs(self, case: Case, device: str) -> Any:
+        shape = case.size[0]
+        y = randn(*shape, seed=2) + 20  # a mean far from zero, which is taken off first
+        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        small = {"mean": mean, "invstd": (var + 1e-2).rsqrt()}
+        given = {name: v.to(device, accumulate_dtype(case.dtype)) for name, v in small.items()}
+        given["norm_weight"] = randn(shape[1], seed=3).to(device, case.dtype) if case.weighted else None
+        return super().inputs(case, device) | given | {"y": image(y, case.dtype, device, case.layout)}
+
+    def run(self, case: Case, tensors: Any, backend: str) -> Any:
+        grads, add = self.parts(case, tensors)
+        given = (tensors[name] for name in ("y", "mean", "invstd", "norm_weight"))
+        made = norm_reduce_haar.backward(grads, add, tensors["x"], tensors["weight"], case.bias, *given, backend)
+        return dict(zip(("d_x", "d_y", "d_norm_weight", "d_norm_bias", "d_weight", "d_bias"), made, strict=True))
+
+    def behind(self, d_x: Tensor, tensors: Any, sign: int) -> Any:
+        """BatchNorm's gradients; `sign` 1: of absolute values, with plus signs only."""
+        mean, invstd, weight = (tensors[name] for name in ("mean", "invstd", "norm_weight"))
+        centred = tensors["y"] - mean[:, None, None]  # both positive, and so the same of absolute values
+        xhat = (centred.abs() if sign > 0 else centred) * invstd[:, None, None]
+        a = invstd if weight is None else invstd * weight
+        both = d_x.mean((0, 2, 3), keepdim=True) + xhat * (d_x * xhat).mean((0, 2, 3), keepdim=True)
+        d_y = a[:, None, None] * (d_x + sign * both)
+        return {"d_y": d_y, "d_norm_weight": (d_x * xhat).sum((0, 2, 3)), "d_norm_bias": d_x.sum((0, 2, 3))}
+
+    def exact(self, case: Case, tensors: Any) -> Any:
+        made = super().exact(case, tensors)
+        return made | self.behind(made["d_x"], tensors, -1)
+
+    def sizes(self, case: Case, tensors: Any, backend: str) -> Any:
+        made = super().sizes(case, tensors, backend)
+        return made | self.behind(made["d_x"], tensors, 1)
+
+    def terms(self, case: Case, name: str, backend: str) -> float:
+        if name in ("d_x", "d_weight", "d_bias"):
+            return super().terms(case, name, backend)
+        n, _, h, w = case.size[0]
+        return super().terms(case, "d_x", backend) + n * h * w + 8 + 2 * 24  # y's own rounding, 24 times its deviation
+
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        assert all(results[name].is_contiguous(memory_format=torch.channels_last) for name in ("d_x", "d_y"))
+
+
 MANY = {"layout": ("nchw", "channels_slice"), "bias": (True,), "add": ("nchw",), "cotangents": ("channels_last",)}
 SMALL: Any = {"size": (((2, 4, 4, 8), 2, 2),), "cotangents": ("channels_last",)}
 #: Cases that the CUDA kernel of the gradients takes: each of its sizes, each number of levels, tiles filled in part.
@@ -167,7 +277,9 @@ NARROW: Any = {
 test_contract = each.case(ReduceHaar(), ReduceHaar({"triton": HALF}, last=(True,), **NARROW))
 test_gradients = each.case(Gradients(), Gradients({"triton": HALF}, add=(None, "nchw", "channels_last"), **NARROW))
 test_gradients_taken_by_cuda = each.case(*(Gradients({"cuda": HALF}, **of) for of in (TAKEN, TAKEN_ROWS)))
-test_repeats = each.backend_repeats(ReduceHaar(), Gradients())
+test_contract_behind_norm = each.case(NormReduceHaar())
+test_gradients_behind_norm = each.case(NormGradients())
+test_repeats = each.backend_repeats(ReduceHaar(), Gradients(), NormReduceHaar(), NormGradients())
 test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False
 )
@@ -177,9 +289,13 @@ test_threads_with_one_level = each.thread_count(
 test_empty_batch = each.empty_batch(
     *(of(size=(((0, 8, 4, 4), 8, 2),), layout=("nchw",)) for of in (ReduceHaar, Gradients))
 )
+test_empty_batch_behind_norm = each.empty_batch(NormReduceHaar(size=(((0, 8, 4, 4), 8, 2),)))
 test_offsets_beyond_32_bits = each.case(*(of(SHORT, layout=("far",), **SMALL) for of in (ReduceHaar, Gradients)))
 test_gradients_of_every_order = each.gradient(ReduceHaar(size=(((1, 3, 4, 4), 2, 2),), layout=("channels_last",)))
 test_operators = each.operator(*(of(layout=("nchw", "channels_last"), **SMALL) for of in (ReduceHaar, Gradients)))
+test_operators_behind_norm = each.operator(
+    *(of(size=(((2, 8, 4, 8), 2, 2),), layout=("channels_last",)) for of in (NormReduceHaar, NormGradients))
+)
 
 
 @pytest.mark.usefixtures("core")

@@ -40,6 +40,9 @@ OPS = {
         "forward; backward: one kernel; cuda's for half types, else haar_pyramid's and library convolutions; triton "
         "has its own for one level of 8 to 32 channels in half types and channels_last, which `auto` takes",
     ),
+    "norm_reduce_haar": Op(
+        "reduce_haar.norm_reduce_haar", "between two Waveblocks: BatchNorm, residual and reduce_haar; half types"
+    ),
     "pointwise_mlp": Op(
         "mlp.op", "forward; backward: all gradients in one kernel up to 16 channels and units in half types"
     ),

@@ -11,7 +11,7 @@ At level 1 the reduction and the MLP could be one kernel; by count it would save
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -45,11 +45,11 @@ class Level(NamedTuple):
     invstd: Tensor | None
 
 
-_FIELDS = len(Level._fields)
-_STATISTICS = len(batch_norm.Statistics._fields)
+FIELDS = len(Level._fields)
+STATISTICS = len(batch_norm.Statistics._fields)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     levels: int
     dropout: tuple[float, ...]
     eps: tuple[float, ...]
@@ -73,24 +73,10 @@ class _Parts(NamedTuple):
         return cls(*(choose.for_part(backend, table) for table in (op.BACKENDS for op in ops)))
 
 
-def waveblock(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    levels: Sequence[Level],
-    *,
-    dropout: Sequence[float],
-    eps: Sequence[float],
-    seeds: Tensor | None,
-    kind: str,
-    recompute: str,
-    residual: bool,
-    backend: str,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The Waveblock of checked arguments: output, and per level the (mean, biased variance) of its batch.
+class Block(NamedTuple):
+    """A Waveblock's checked arguments.
 
-    Args:
-        x: (N, C, H, W); the output takes its memory format.
+    Attributes:
         weight, bias: the reduction, (C/4, C, 1, 1) and (C/4).
         levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype, w1 and w2 as the 1x1
             convolutions have them, (O, I, 1, 1).
@@ -98,19 +84,42 @@ def waveblock(
         seeds: (levels) int64, where any dropout is above 0.
         kind: the upsampling (:mod:`wavemix_kernels.ops.deconv.upsample`).
         recompute: one of :data:`RECOMPUTE`; ``"auto"`` as :func:`wavemix_kernels.ops.choose.waveblock_recompute` says.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    levels: list[Level]
+    dropout: Sequence[float]
+    eps: Sequence[float]
+    seeds: Tensor | None
+    kind: str
+    recompute: str
+
+    def options(self, residual: bool, backend: str) -> Options:
+        recompute = self.recompute
+        if recompute == "auto":
+            recompute = choose.waveblock_recompute(self.weight.device.type)
+        return Options(
+            len(self.levels), tuple(self.dropout), tuple(self.eps), self.kind, residual, backend, recompute
+        )  # fmt: skip
+
+
+def waveblock(x: Tensor, block: Block, residual: bool, backend: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The Waveblock: output, and per level the (mean, biased variance) of its batch.
+
+    Args:
+        x: (N, C, H, W); the output takes its memory format.
         residual: add x to the output, in the pass that normalises.
     """
-    flat = [t for level in levels for t in level]
-    if recompute == "auto":
-        recompute = choose.waveblock_recompute(x.device.type)
-    options = _Options(len(levels), tuple(dropout), tuple(eps), kind, residual, backend, recompute)
-    out, *stats = _Waveblock.apply(options, x, weight, bias, seeds, *flat)
+    flat = [t for level in block.levels for t in level]
+    options = block.options(residual, backend)
+    out, *stats = _Waveblock.apply(options, x, block.weight, block.bias, block.seeds, *flat)
     return out, list(zip(stats[::2], stats[1::2], strict=True))
 
 
-def _levels(flat: Sequence[Any]) -> list[Level]:
+def levels_of(flat: Sequence[Any]) -> list[Level]:
     """The levels, w1 and w2 as matrices (O, I)."""
-    levels = [Level(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+    levels = [Level(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
     return [level._replace(w1=level.w1.flatten(1), w2=level.w2.flatten(1)) for level in levels]
 
 
@@ -134,74 +143,94 @@ def _gradient(of_matrix: Tensor, weight: Tensor) -> Tensor:
     return layout.like_weight(of_matrix.reshape(weight.shape), weight)
 
 
-def _affine(of: batch_norm.Statistics) -> batch_norm.Affine:
+def affine_of(of: batch_norm.Statistics) -> batch_norm.Affine:
     return batch_norm.Affine(of.scale, of.shift)
 
 
-def _forward(
-    options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
-) -> list[Tensor]:
-    """The output, what each level's upsampling gave, the pyramid and what upsamplings with weights took, where these
-    are kept, and each level's :class:`batch_norm.Statistics`."""
-    count, dropout, eps, kind, residual, backend, recompute = options
-    levels, part = _levels(flat), _Parts.of(backend)
-    zs = reduce_haar.fused(x, weight, bias, count, True, part.reduce)
-    kept = [*zs] if recompute == "hidden" else []
+def statistics_of(flat: Sequence[Tensor]) -> list[batch_norm.Statistics]:
+    return [batch_norm.Statistics(*flat[i : i + STATISTICS]) for i in range(0, len(flat), STATISTICS)]
+
+
+def levels_forward(
+    options: Options, flat: Sequence[Any], pyramid: Callable[[], list[Tensor]], seeds: Tensor | None, keeps: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[batch_norm.Statistics]]:
+    """From the pyramid on: what each level's upsampling gives, the finest first and before its BatchNorm; the pyramid
+    and what upsamplings with weights took, where ``keeps``, else nothing; and each level's statistics."""
+    levels, part, zs = levels_of(flat), _Parts.of(options.backend), pyramid()
+    kept = [*zs] if keeps else []
     # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
     ys: list[Tensor] = []
     us: list[Tensor] = []
     stats: list[batch_norm.Statistics] = []
     second, second_affine = None, None
-    for i in range(count - 1, -1, -1):
+    for i in range(options.levels - 1, -1, -1):
         level, z = levels[i], zs[-1]
         zs = zs[:-1]
-        u = pointwise_mlp.fused(*_mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i)), part.mlp)
+        arguments = _mlp_arguments(level, z, second, second_affine, options.dropout[i], _seed(seeds, i))
+        u = pointwise_mlp.fused(*arguments, part.mlp)
         norm = level.bn_weight, level.bn_bias
         if level.mean is not None and level.invstd is not None:
-            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
+            second = upsample.forward(options.kind, u, level.up_weight, level.up_bias, part.upsample)
             affine = batch_norm.affine(level.mean, level.invstd, *norm)
             of = batch_norm.Statistics(level.mean, level.mean, level.invstd, *affine)
-        elif kind == "deconv":
+        elif options.kind == "deconv":
             assert level.up_weight is not None
-            second, of = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, eps[i], part.upsample)
+            second, of = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, options.eps[i], part.upsample)
         else:
-            second = upsample.forward(kind, u, level.up_weight, level.up_bias, part.upsample)
-            of = batch_norm.stats(second, *norm, eps[i], part.norm)
+            second = upsample.forward(options.kind, u, level.up_weight, level.up_bias, part.upsample)
+            of = batch_norm.stats(second, *norm, options.eps[i], part.norm)
         ys = [second, *ys]
-        us = [u, *us] if kept and level.up_weight is not None else us
-        del z, u
+        us = [u, *us] if keeps and level.up_weight is not None else us
+        del z, u, arguments
         stats = [of, *stats]
-        second_affine = _affine(of)
-    assert second_affine is not None
+        second_affine = affine_of(of)
+    return ys, kept, us, stats
+
+
+def _forward(
+    options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
+) -> list[Tensor]:
+    """The output, what each level's upsampling gave, the pyramid and what upsamplings with weights took, where these
+    are kept, and each level's :class:`batch_norm.Statistics`."""
+    part = _Parts.of(options.backend)
+    ys, zs, us, stats = levels_forward(
+        options, flat, lambda: reduce_haar.fused(x, weight, bias, options.levels, True, part.reduce), seeds,
+        options.recompute == "hidden",
+    )  # fmt: skip
     out = torch.ops.wavemix_kernels.batch_norm_apply(
         ys[0],
-        *second_affine,
-        x if residual else None,
+        *affine_of(stats[0]),
+        x if options.residual else None,
         layout.is_channels_last(x),
         part.norm,
     )
-    return [out, *ys, *kept, *us, *(t for of in stats for t in of)]
+    return [out, *ys, *zs, *us, *(t for of in stats for t in of)]
 
 
-def _backward(
-    options: _Options, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
-    *rest: Any,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, what was kept of that function's
-    results, and the statistics."""
-    count, dropout, _, kind, residual, backend, _ = options
-    flat, rest, of = rest[: count * _FIELDS], rest[count * _FIELDS : -count * _STATISTICS], rest[-count * _STATISTICS :]
-    ys, zs, us = list(rest[:count]), list(rest[count : 2 * count]), list(rest[2 * count :])
-    levels, part = _levels(flat), _Parts.of(backend)
-    norms = [batch_norm.Statistics(*of[i : i + _STATISTICS]) for i in range(0, len(of), _STATISTICS)]
+def levels_backward(
+    options: Options, upper: Tensor, of_y: bool, flat: Sequence[Any], ys: Sequence[Tensor], zs: Sequence[Tensor],
+    us: Sequence[Tensor], norms: list[batch_norm.Statistics], seeds: Tensor | None,
+    pyramid: Callable[[], list[Tensor]],
+) -> tuple[list[Tensor], list[Any]]:  # fmt: skip
+    """Gradients of the pyramid and of ``flat``, from that of the block's output.
+
+    Args:
+        of_y: ``upper`` is the gradient of what the finest level's upsampling gave; that itself is not read then, and
+            its BatchNorm gets no gradient here.
+        ys, us, zs: what :func:`levels_forward` made and took, or nothing: it is made again.
+        pyramid: makes the latter.
+    """
+    kind, dropout = options.kind, options.dropout
+    levels, part = levels_of(flat), _Parts.of(options.backend)
     before = flops.counted()
-    zs = zs or reduce_haar.fused(again(x), weight, bias, count, True, part.reduce)
+    zs = zs or pyramid()
     if not ys:
-        for i in range(count - 1, -1, -1):
-            second, second_affine = (ys[0], _affine(norms[i + 1])) if ys else (None, None)
+        for i in range(options.levels - 1, -1, -1):
+            second, second_affine = (ys[0], affine_of(norms[i + 1])) if ys else (None, None)
             arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
             us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
-            ys = [upsample.forward(kind, us[0], levels[i].up_weight, levels[i].up_bias, part.upsample), *ys]
+            up = levels[i].up_weight, levels[i].up_bias
+            ys = [upsample.forward(kind, us[0], *up, part.upsample), *ys]
     flops.forget_since(before)
 
     # A batch's mean takes the bias before it away; given statistics pass BatchNorm's gradient on.
@@ -210,31 +239,38 @@ def _backward(
     zeros = list(taken[0].new_zeros(sum(sizes)).split(sizes)) if taken else []
     flat_grads: list[Any] = []
     z_grads: list[Tensor] = []
-    upper: Tensor | None = grad
+    gradient: Tensor | None = upper
     for i, level in enumerate(levels):
-        assert upper is not None
+        assert gradient is not None
         z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
         batch_stats, norm = level.mean is None, norms[i]
-        second, second_affine = (ys[0], _affine(norms[i + 1])) if ys else (None, None)
+        second, second_affine = (ys[0], affine_of(norms[i + 1])) if ys else (None, None)
         arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
         u, us = us[0] if us else None, us[1:]
         dweight: Tensor | None
-        if kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper):
-            # u made again first, a twentieth of the level's arithmetic, lets one pass over upper and y make both
+        dbn_weight: Tensor | None
+        dbn_bias: Tensor | None
+        given = of_y and i == 0
+        folds = kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper)
+        if folds and not given:
+            # u made again first, a twentieth of the level's arithmetic, lets one pass over gradient and y make both
             # gradients.
             before = flops.counted()
             u = pointwise_mlp.fused(*arguments, part.mlp) if u is None else u
             flops.forget_since(before)
             du, dweight, dbn_weight, dbn_bias = deconv.norm_backward(
-                upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
+                gradient, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, u, cast(Tensor, level.up_weight),
                 part.upsample,
             )  # fmt: skip
             del u, y
             mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
         else:
-            dy, dbn_weight, dbn_bias = batch_norm.backward(
-                upper, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, True, part.norm
-            )
+            if given:
+                dy, dbn_weight, dbn_bias = gradient, None, None
+            else:
+                dy, dbn_weight, dbn_bias = batch_norm.backward(
+                    gradient, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, True, part.norm
+                )
             del y
             du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
             wanted = u is None and level.up_weight is not None
@@ -245,39 +281,55 @@ def _backward(
         if level.up_bias is not None and batch_stats:
             dbias, *zeros = zeros
         elif level.up_bias is not None:
+            assert dbn_bias is not None  # given gradients are those of a batch's own statistics
             dbias = (dbn_bias * norm.scale).to(level.up_bias.dtype)
         del du, arguments
         z_grads = [*z_grads, mlp.x]
-        upper = mlp.second
-        w1, w2 = flat[i * _FIELDS + Level._fields.index("w1")], flat[i * _FIELDS + Level._fields.index("w2")]
+        gradient = mlp.second
+        w1, w2 = flat[i * FIELDS + Level._fields.index("w1")], flat[i * FIELDS + Level._fields.index("w2")]
         flat_grads = [
             *flat_grads,
             _gradient(mlp.w1, w1), mlp.b1, _gradient(mlp.w2, w2), mlp.b2, dweight, dbias,
             None if level.bn_weight is None else dbn_weight,
-            None if level.bn_bias is None else dbn_bias.to(level.bn_bias.dtype),
+            None if level.bn_bias is None or dbn_bias is None else dbn_bias.to(level.bn_bias.dtype),
             None, None,
         ]  # fmt: skip
-    dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, grad if residual else None, part.reduce)
-    dw = layout.like_weight(dw, weight)
-    return [dx, dw, db, None, *flat_grads]
+    return z_grads, flat_grads
+
+
+def _backward(
+    options: Options, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None,
+    *rest: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, what was kept of that function's
+    results, and the statistics."""
+    count, part = options.levels, _Parts.of(options.backend)
+    flat, rest, of = rest[: count * FIELDS], rest[count * FIELDS : -count * STATISTICS], rest[-count * STATISTICS :]
+    z_grads, flat_grads = levels_backward(
+        options, grad, False, flat, rest[:count], rest[count : 2 * count], rest[2 * count :], statistics_of(of), seeds,
+        lambda: reduce_haar.fused(again(x), weight, bias, count, True, part.reduce),
+    )  # fmt: skip
+    add = grad if options.residual else None
+    dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, add, part.reduce)
+    return [dx, layout.like_weight(dw, weight), db, None, *flat_grads]
 
 
 @plan.function
 class _Waveblock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, x: Tensor, weight: Tensor, bias: Tensor | None,
+        ctx: Any, options: Options, x: Tensor, weight: Tensor, bias: Tensor | None,
         seeds: Tensor | None, *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         out, *rest = _forward(options, x, weight, bias, seeds, *flat)
-        kept, of = rest[: -options.levels * _STATISTICS], rest[-options.levels * _STATISTICS :]
+        kept, of = rest[: -options.levels * STATISTICS], rest[-options.levels * STATISTICS :]
         ctx.options = options
         ctx.save_for_backward(x, weight, bias, seeds, *flat, *([] if options.recompute == "all" else kept), *of)
         # The mean and the variance of each level's batch. Given ones belong to the caller.
-        given = flat[Level._fields.index("mean") :: _FIELDS]
-        batch = [t for i in range(0, len(of), _STATISTICS) for t in of[i : i + 2]]
+        given = flat[Level._fields.index("mean") :: FIELDS]
+        batch = [t for i in range(0, len(of), STATISTICS) for t in of[i : i + 2]]
         if any(mean is not None for mean in given):
             batch = [t if given[i // 2] is None else t.detach().clone() for i, t in enumerate(batch)]
         ctx.mark_non_differentiable(*batch)

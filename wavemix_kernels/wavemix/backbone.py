@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wavemix_kernels import backends, checks, fx
 from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels.nn.wavemix import stack
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
@@ -36,6 +37,8 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
     joined = [not isinstance(x, fx.Proxy) and adds_its_residual(block) for block in blocks]
     if all(joined) and joined:
         x = x.contiguous(memory_format=torch.channels_last)
+        if (out := stack.through(blocks, x)) is not None:
+            return out
     for block, adds in zip(blocks, joined, strict=True):
         x = block(x, residual=True) if adds else block(x) + x
     return x

@@ -13,26 +13,10 @@
 
 namespace wavemix::reduce_haar::gradients {
 
-template <class T>
-__device__ inline void get_pair(SharedSpan<T> source, float (&values)[2]) {
-  const Fragment bits = shared_cast<Fragment>(source)[0];
-  T pair[2];
-  memcpy(static_cast<void*>(pair), &bits, sizeof(bits));
-  values[0] = widen(pair[0]);
-  values[1] = widen(pair[1]);
-}
-template <class T>
-__device__ inline void put_pair(SharedSpan<T> target, float first, float second) {
-  const float values[2] = {first, second};
-  T pair[2];
-  narrow(values, pair);
-  Fragment bits;
-  memcpy(&bits, static_cast<const void*>(pair), sizeof(bits));
-  shared_cast<Fragment>(target)[0] = bits;
-}
-
-template <class T, int S, bool kAlongW>
+// kNorm: with sums of d_x and of d_x * (y - mean) for each channel, in channels_last order.
+template <class T, int S, bool kAlongW, bool kNorm>
 struct Block {
+  static_assert(!(kAlongW && kNorm));
   using P = Places<S>;
   static constexpr int kMostSide = most_side(kAlongW);
   // A thread of the synthesis has a pair of outputs and one quad of each so many.
@@ -159,9 +143,9 @@ struct Block {
   // LL of a pair of outputs in `low`, to which this level's own is added, and the bands.
   __device__ void get_bands(SharedSpan<T> pixel, int pair, float (&low)[2], float (&bands)[3][2]) const {
     float own[2], mixed[3][2];
-    get_pair(pixel + 2 * pair, own);
+    get(pixel + 2 * pair, own);
 #pragma unroll
-    for (int k = 0; k < 3; ++k) get_pair(pixel + (p.o + 6 * pair + 2 * k), mixed[k]);
+    for (int k = 0; k < 3; ++k) get(pixel + (p.o + 6 * pair + 2 * k), mixed[k]);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       low[e] += own[e];
@@ -220,7 +204,7 @@ struct Block {
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        put_pair(g + ((row_of_corner(quad, k / 2) + k % 2) * P::kOutputRow + 2 * pair), corners[k][0], corners[k][1]);
+        put(g + ((row_of_corner(quad, k / 2) + k % 2) * P::kOutputRow + 2 * pair), corners[k]);
     }
   }
 
@@ -321,6 +305,48 @@ struct Block {
     }
   }
 
+  // y in the places of x, which every warp is done with: each thread reads what it copied itself.
+  __device__ void fetch_y(int tile, const Position& of) const {
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+#pragma unroll
+      for (int second = 0; second < 2; ++second) {
+        if (exists(of, j, second))
+          cp_async<16>(x_place(stage(tile), j, second), static_cast<const T*>(p.y) + offset(of, j, second));
+      }
+    }
+    cp_async_commit();
+  }
+
+  // The thread's two totals of word j: sums of d_x or the others, of two channels, over the quarter's pixels.
+  __device__ SharedSpan<float> totals(int j) const {
+    const int at = quarter * P::kOfQuarter + group / 4 * P::kOfSum + channel(j, 0) + 2 * (group % 4);
+    return shared_cast<float>(memory + P::kElements) + at;
+  }
+
+  // Adds a warp's sums over its pixels, of eight channels each: lane 4 group + member gets two of the member's 16.
+  __device__ void add_up(float (&of_thread)[2][kWord], SharedSpan<float> total) const {
+    const bool top = group & 4, upper = group & 2, odd = group & 1;
+#pragma unroll
+    for (float (&of)[kWord] : of_thread) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float other = __shfl_xor_sync(kWholeWarp, upper ? of[e] : of[4 + e], 8);
+        of[e] = (upper ? of[4 + e] : of[e]) + other;
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float other = __shfl_xor_sync(kWholeWarp, odd ? of[e] : of[2 + e], 4);
+        of[e] = (odd ? of[2 + e] : of[e]) + other;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float other = __shfl_xor_sync(kWholeWarp, top ? of_thread[0][e] : of_thread[1][e], 16);
+      total[e] = total[e] + ((top ? of_thread[1][e] : of_thread[0][e]) + other);
+    }
+  }
+
   // kAhead words of `add` are on their way.
   __device__ void multiply_x(int tile, const Position& of, Raw<T, kWord> (&add)[2][S]) const {
 #pragma unroll
@@ -338,6 +364,8 @@ struct Block {
           multiply(sums[t + 1], a, b[2], b[3]);
         }
       }
+      float of_thread[2][kWord] = {};
+      if (kNorm && j == 0) cp_async_wait<0>();
 #pragma unroll
       for (int second = 0; second < 2; ++second) {
         float values[kWord] = {};
@@ -346,12 +374,26 @@ struct Block {
         if (in_words && p.add != nullptr) widen<T, kWord>(add[second][j], values);
 #pragma unroll
         for (int e = 0; e < kWord; ++e) values[e] += sums[e / 2][2 * second + e % 2];
+        if constexpr (kNorm) {
+#pragma unroll
+          for (int e = 0; e < kWord; e += 2) {
+            float y[2], mean[2];
+            get(x_place(stage(tile), j, second) + e, y);
+            wavemix::load(p.mean + here(channel(j, 0) + e), mean);  // anew each time, for the registers
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              of_thread[0][e + k] += values[e + k];
+              of_thread[1][e + k] += values[e + k] * (y[k] - mean[k]);
+            }
+          }
+        }
         if (in_words) {
           store_d_x(offset(of, j, second), values);
         } else {
           store_pairs(tile, j, second, values);
         }
       }
+      if constexpr (kNorm) add_up(of_thread, totals(j));
       if (j + kAhead < S) load_add(of, j + kAhead, add);
     }
   }
@@ -359,7 +401,7 @@ struct Block {
   // --- The sums
 
   __device__ void store_sums(const float (&products)[S][S][4], const float (&sums)[2]) const {
-    float* const d_weight = p.sums + static_cast<int64_t>(blockIdx.x) * (p.o * p.c + p.o);
+    float* const d_weight = p.sums + static_cast<int64_t>(blockIdx.x) * p.size;
 #pragma unroll
     for (int m = 0; m < S; ++m) {
 #pragma unroll
@@ -381,6 +423,14 @@ struct Block {
       by_thread[2 * thread + 1] = sums[1];
     }
     __syncthreads();
+    if constexpr (kNorm) {
+      for (int i = static_cast<int>(thread); i < 2 * p.c; i += kThreads) {
+        const int at = i < p.c ? i : P::kOfSum + i - p.c;
+        float sum = 0;
+        for (int k = 0; k < 4; ++k) sum += shared_cast<float>(memory + P::kElements)[k * P::kOfQuarter + at];
+        d_weight[p.o * p.c + p.o + i] = sum;
+      }
+    }
     if (static_cast<int>(thread) >= p.o) return;
     float sum = 0;
     for (int quad = 0; quad < kQuadsAtOnce; ++quad) sum += by_thread[2 * kPairs * quad + thread];

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common/mma.cuh"
-#include "cuda/common/vector.cuh"
+#include "cuda/reduce_haar/words.cuh"
 #include "wavemix/reduce_haar.h"
 
 namespace wavemix::reduce_haar::gradients {
@@ -41,20 +41,26 @@ struct Places {
   static constexpr int kZRow = 4 * kOutputs * S;
   static constexpr int kWeight = kOutputs * S * kChannelRow, kGradient = kPixels * kOutputRow;
   static constexpr int kX = kPixels * kChannelRow, kStage = kX + kMostRows * kZRow;
-  static constexpr int kBytes = 2 * (kWeight + kGradient + 2 * kStage);
+  static constexpr int kElements = kWeight + kGradient + 2 * kStage;
+  // Behind them, with a BatchNorm: sums of d_x and the others of each channel, by quarter of a tile's pixels, in fp32.
+  static constexpr int kOfSum = kChannels * S, kOfQuarter = 2 * kOfSum;
+  static constexpr int bytes(bool norm) { return 2 * kElements + (norm ? 4 * kOfQuarter * 4 : 0); }
 };
 
 struct Params {
   const void *x, *weight, *add;
   void* d_x;
   const void* z[kMaxHaarLevels];
-  float* sums;  // of each block: d_weight, d_bias
+  float* sums;  // of each block: d_weight, d_bias, and the two of d_x
   int c, h, w, o, levels;
   int side_shift;                  // a tile is made up of squares of 2^side_shift pixels
   uint32_t squares;                // of the batch
   Divisor across, down;            // squares of an image
   int tiles_of_block, more_tiles;  // as many blocks have one more
   bool in_words;                   // along W: rows of an image are whole words
+  int size;                        // of one block's sums
+  const void* y;                   // NormSumArgs'
+  const float *mean, *invstd;
 };
 
 struct Square {

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cuda/common/mma.cuh"
-#include "cuda/common/vector.cuh"
+#include "cuda/reduce_haar/words.cuh"
 #include "wavemix/reduce_haar.h"
 
 namespace wavemix::reduce_haar {
@@ -18,7 +18,6 @@ constexpr int kPixels = kWarps * kWarpPixels;
 constexpr int kChunkBytes = 64;  // channels at a time: four words of a pixel, two steps of a 16-bit mma
 constexpr int kChunkWords = kChunkBytes / kVectorBytes;
 constexpr int kTileLevels = 4;  // a 16x16 tile has four; a fifth level takes four tiles one after the other
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // --- Parameters ------------------------------------------------------------------------------------------
 
@@ -33,6 +32,9 @@ struct Level {
 
 struct Params {
   const void *x, *weight, *bias;
+  const void* y;  // NormImageArgs'
+  const float *scale, *shift;
+  void* image;
   int64_t x_stride[4], weight_stride[2], bias_stride;
   Level level[kMaxHaarLevels];
   int c, h, w, o, levels;
@@ -61,27 +63,6 @@ __device__ constexpr int pixel_place(int channel, int pixel) {
   constexpr int V = kVectorBytes / static_cast<int>(sizeof(T));
   const int permute = sizeof(T) == 2 ? channel & 7 : (channel & 1) | (channel & 2) << 1;
   return channel * kPixels + ((pixel / V) ^ permute) * V + pixel % V;
-}
-
-template <class T, int N>
-__device__ inline void get(SharedSpan<T> source, Arithmetic<T> (&x)[N]) {
-  using Word = typename WordOf<N* static_cast<int>(sizeof(T))>::type;
-  const Word word = shared_cast<Word>(source)[0];
-  T elements[N];
-  memcpy(static_cast<void*>(elements), &word, sizeof(word));
-#pragma unroll
-  for (int k = 0; k < N; ++k) x[k] = widen(elements[k]);
-}
-
-// Each output is rounded once, here.
-template <class T, int N>
-__device__ inline void put(SharedSpan<T> target, const Arithmetic<T> (&x)[N]) {
-  using Word = typename WordOf<N* static_cast<int>(sizeof(T))>::type;
-  T elements[N];
-  narrow(x, elements);
-  Word word;
-  memcpy(&word, static_cast<const void*>(elements), sizeof(word));
-  shared_cast<Word>(target)[0] = word;
 }
 
 // One word of shared memory from `valid` elements `step` apart, zeros behind them, in accesses of `bytes`.

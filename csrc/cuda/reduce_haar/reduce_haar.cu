@@ -19,10 +19,9 @@
 namespace wavemix::reduce_haar {
 namespace {
 
-template <class T, bool kTensorCores, int NT>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) reduce_haar(const __grid_constant__ Params p) {
-  using Tile = Tile<T, kTensorCores, NT>;
-  WAVEMIX_SHARED(T, memory, Tile::kElements + Tile::kTop);
+// All of a block's tiles.
+template <class Tile>
+__device__ inline void reduce(const Params& p, typename Tile::Memory memory) {
   uint32_t task = blockIdx.x;
   const int first_output = static_cast<int>(p.output_chunks.take(task)) * Tile::kOutputs;
   const int tile_column = static_cast<int>(p.tiles_across.take(task));
@@ -37,13 +36,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) reduce_haar(const __grid
     tile.column = (tile_column * fold + part % 2) * columns;
     typename Tile::Sums sums;
     tile.start(sums);
-    if (p.x_along_w) {
+    if (!Tile::kWithNorm && p.x_along_w) {
       tile.template convolve<true>(sums);
     } else {
       tile.template convolve<false>(sums);
     }
     tile.analyse(sums, part);
   }
+}
+
+template <class T, bool kTensorCores, int NT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) reduce_haar(const __grid_constant__ Params p) {
+  using Tile = Tile<T, kTensorCores, NT, false>;
+  WAVEMIX_SHARED(T, memory, Tile::kElements + Tile::kTop);
+  reduce<Tile>(p, memory);
+}
+
+template <class T, int NT>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) norm_reduce_haar(const __grid_constant__ Params p) {
+  WAVEMIX_DYNAMIC_SHARED(T, memory);
+  reduce<Tile<T, true, NT, true>>(p, memory);
 }
 
 // --- Launches --------------------------------------------------------------------------------------------
@@ -94,8 +106,14 @@ ReduceHaarArgs normalised(ReduceHaarArgs args) {
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 template <class T, bool kTensorCores, int NT>
-void launch(const ReduceHaarArgs& args, int64_t chunks, void* stream) {
+void launch(const ReduceHaarArgs& args, const NormImageArgs* norm, int64_t chunks, void* stream) {
   Params p = {};
+  if (norm) {
+    p.y = norm->y;
+    p.scale = norm->scale;
+    p.shift = norm->shift;
+    p.image = norm->image;
+  }
   p.x = args.x.data;
   p.weight = args.weight;
   p.bias = args.bias;
@@ -143,9 +161,10 @@ void launch(const ReduceHaarArgs& args, int64_t chunks, void* stream) {
 
   Launch launch;
   launch.what = [&] {
-    return std::string("reduce_haar (") + name_of(args.dtype) + (kTensorCores ? ", tensor cores, " : ", fma, ") +
-           std::to_string(NT) + " tiles of outputs, " + std::to_string(p.x_bytes) + " bytes along " +
-           (p.x_along_w ? "W, " : "C, ") + std::to_string(args.levels) + " levels)";
+    return std::string(norm ? "norm_reduce_haar (" : "reduce_haar (") + name_of(args.dtype) +
+           (kTensorCores ? ", tensor cores, " : ", fma, ") + std::to_string(NT) + " tiles of outputs, " +
+           std::to_string(p.x_bytes) + " bytes along " + (p.x_along_w ? "W, " : "C, ") + std::to_string(args.levels) +
+           " levels)";
   };
   launch.threads = kThreads;
   launch.stream = static_cast<cudaStream_t>(stream);
@@ -153,6 +172,14 @@ void launch(const ReduceHaarArgs& args, int64_t chunks, void* stream) {
   for (int64_t first = 0; first < args.n; first += images) {
     p.first_image = first;
     launch.blocks = static_cast<unsigned>(std::min(images, args.n - first) * per_image);
+    if constexpr (kTensorCores && sizeof(T) == 2) {
+      using Tile = Tile<T, true, NT, true>;
+      launch.shared_bytes = norm ? (Tile::kElements + Tile::kTop) * sizeof(T) : 0;
+      if (norm) {
+        launch(norm_reduce_haar<T, NT>, p);
+        continue;
+      }
+    }
     launch(reduce_haar<T, kTensorCores, NT>, p);
   }
 }
@@ -160,12 +187,12 @@ void launch(const ReduceHaarArgs& args, int64_t chunks, void* stream) {
 // Outputs are padded to whole tiles of eight; 16, 36, 48 and 64, the usual C / 4, waste at most one half of a tile.
 // More than the registers hold are cut into equal chunks, which read x again (from L2).
 template <class T, bool kTensorCores>
-void launch_typed(const ReduceHaarArgs& args, void* stream) {
+void launch_typed(const ReduceHaarArgs& args, const NormImageArgs* norm, void* stream) {
   constexpr int64_t kMost = kTensorCores ? 64 : sizeof(T) < 8 ? 48 : 16;
   const int64_t chunks = ceil_div(args.o, kMost), tiles = ceil_div(ceil_div(args.o, chunks), 8);
   const auto run = [&](auto count) {
     constexpr int NT = decltype(count)::value;
-    return launch<T, kTensorCores, NT>(args, ceil_div(args.o, 8 * NT), stream);
+    return launch<T, kTensorCores, NT>(args, norm, ceil_div(args.o, 8 * NT), stream);
   };
   if constexpr (kTensorCores) {
     if (tiles > 6) return run(std::integral_constant<int, 8>{});
@@ -195,6 +222,14 @@ void check_args(const ReduceHaarArgs& args) {
                                 std::to_string(kMaxExtent) + " would work");
 }
 
+void check_half(const ReduceHaarArgs& args) {
+  if (args.dtype != DType::f16 && args.dtype != DType::bf16)
+    throw std::invalid_argument(std::string("x: got ") + name_of(args.dtype) + "; float16 and bfloat16 would work");
+  if (args.c % 8 != 0 || args.x.stride[1] != 1)
+    throw std::invalid_argument("x: got " + std::to_string(args.c) + " channels " + std::to_string(args.x.stride[1]) +
+                                " apart; a multiple of 8, 1 apart, would work");
+}
+
 }  // namespace
 }  // namespace wavemix::reduce_haar
 
@@ -206,17 +241,26 @@ void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream) {
   const ReduceHaarArgs settled = reduce_haar::normalised(args);
   switch (args.dtype) {
     case DType::f64:
-      return reduce_haar::launch_typed<double, false>(settled, stream);
+      return reduce_haar::launch_typed<double, false>(settled, nullptr, stream);
     case DType::f32:
-      if (args.allow_tf32) return reduce_haar::launch_typed<float, true>(settled, stream);
-      return reduce_haar::launch_typed<float, false>(settled, stream);
+      if (args.allow_tf32) return reduce_haar::launch_typed<float, true>(settled, nullptr, stream);
+      return reduce_haar::launch_typed<float, false>(settled, nullptr, stream);
     case DType::f16:
-      return reduce_haar::launch_typed<__half, true>(settled, stream);
+      return reduce_haar::launch_typed<__half, true>(settled, nullptr, stream);
     case DType::bf16:
-      return reduce_haar::launch_typed<__nv_bfloat16, true>(settled, stream);
+      return reduce_haar::launch_typed<__nv_bfloat16, true>(settled, nullptr, stream);
   }
   throw std::invalid_argument("dtype: unknown code " + std::to_string(static_cast<int>(args.dtype)) +
                               "; 0 to 3 (float64, float32, float16, bfloat16) would work");
+}
+
+void norm_reduce_haar_cuda(const ReduceHaarArgs& args, const NormImageArgs& norm, void* stream) {
+  reduce_haar::check_args(args);
+  reduce_haar::check_half(args);
+  if (args.n == 0 || args.h == 0 || args.w == 0) return;
+  const ReduceHaarArgs settled = reduce_haar::normalised(args);
+  if (args.dtype == DType::f16) return reduce_haar::launch_typed<__half, true>(settled, &norm, stream);
+  reduce_haar::launch_typed<__nv_bfloat16, true>(settled, &norm, stream);
 }
 
 }  // namespace wavemix

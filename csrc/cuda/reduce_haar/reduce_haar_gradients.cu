@@ -3,6 +3,8 @@
 //
 // x, d_x and `add` lie in channels_last or NCHW order, the gradients of Z in channels_last order.
 //
+// With a BatchNorm's output y before x (x = y * scale + shift + residual), its sums of d_x come along.
+//
 // A block goes through a run of tiles of 64 pixels. x and the gradients of Z of the next tile arrive by cp.async while
 // one is computed. Each block leaves its sums of d_weight and d_bias; a second kernel adds them in a fixed order.
 #include <algorithm>
@@ -16,10 +18,10 @@
 namespace wavemix::reduce_haar::gradients {
 namespace {
 
-template <class T, int S, bool kAlongW>
+template <class T, int S, bool kAlongW, bool kNorm>
 __global__ void __launch_bounds__(kThreads, most_blocks(S)) reduce_haar_gradients(const __grid_constant__ Params p) {
   WAVEMIX_DYNAMIC_SHARED(T, memory);
-  using Block = Block<T, S, kAlongW>;
+  using Block = Block<T, S, kAlongW, kNorm>;
   const auto block = [&] { return Block{p, memory, static_cast<uint32_t>(here(static_cast<int64_t>(threadIdx.x)))}; };
   const auto first_tile = [&](int64_t of_block) {
     const int number = static_cast<int>(here(of_block));
@@ -30,19 +32,26 @@ __global__ void __launch_bounds__(kThreads, most_blocks(S)) reduce_haar_gradient
   typename Block::Position next;
   block().fetch(begin, next);
   block().load_weight();
+  if constexpr (kNorm) {
+    for (int j = 0; j < S; ++j) block().totals(j)[0] = block().totals(j)[1] = 0;
+  }
 #pragma unroll 1
   for (int tile = begin; tile < first_tile(blockIdx.x + 1); ++tile) {
     typename Block::Position now = next;
     cp_async_wait<0>();
     __syncthreads();
     if (tile + 1 < first_tile(blockIdx.x + 1)) block().fetch(tile + 1, next);
-    block().synthesise(tile, sums);
-    if constexpr (kAlongW) now = block().position_of(tile);  // made again for the registers
+    block().synthesise(kNorm ? static_cast<int>(here(tile)) : tile, sums);  // the stage anew, for the registers
+    if constexpr (kAlongW || kNorm) now = block().position_of(tile);        // made again for the registers
     Raw<T, kWord> add[2][S];
 #pragma unroll
     for (int j = 0; j < Block::kAhead; ++j) block().load_add(now, j, add);
     __syncthreads();
     block().multiply_weight(tile, products);
+    if constexpr (kNorm) {
+      __syncthreads();
+      block().fetch_y(tile, now);
+    }
     block().multiply_x(tile, now, add);
   }
   block().store_sums(products, sums);
@@ -53,7 +62,9 @@ __global__ void __launch_bounds__(kThreads, most_blocks(S)) reduce_haar_gradient
 struct SumParams {
   const float* sums;
   void *d_weight, *d_bias;
-  int blocks, weights, size;  // size: of one block's sums
+  float* of_norm;  // (2, channels)
+  const float* invstd;
+  int blocks, weights, outputs, channels, size;  // size: of one block's sums
 };
 
 // A warp's lanes are columns; warps share the blocks.
@@ -70,13 +81,15 @@ __global__ void __launch_bounds__(kThreads) reduce_haar_sums(const __grid_consta
   }
   shared[static_cast<int>(threadIdx.x)] = sum;
   __syncthreads();
-  if (warp > 0 || column >= p.size || (column >= p.weights && p.d_bias == nullptr)) return;
+  if (warp > 0 || column >= p.size) return;
   float total[1] = {0};
 #pragma unroll
   for (int k = 0; k < kWarps; ++k) total[0] += shared[32 * k + lane];
-  T* const target =
-      column < p.weights ? static_cast<T*>(p.d_weight) + column : static_cast<T*>(p.d_bias) + (column - p.weights);
-  store(target, total);
+  const int output = column - p.weights, of_norm = output - p.outputs;
+  if (of_norm >= p.channels) total[0] *= p.blocks > 0 ? __ldg(p.invstd + (of_norm - p.channels)) : 0.0f;
+  if (of_norm >= 0) return store(p.of_norm + of_norm, total);
+  if (output < 0) return store(static_cast<T*>(p.d_weight) + column, total);
+  if (p.d_bias != nullptr) store(static_cast<T*>(p.d_bias) + output, total);
 }
 
 // --- Launches --------------------------------------------------------------------------------------------
@@ -111,7 +124,7 @@ struct Geometry {
 };
 
 // Either order of x makes the same tiles.
-Geometry geometry(const ReduceHaarArgs& args, int multiprocessors, int64_t shared_of_multiprocessor) {
+Geometry geometry(const ReduceHaarArgs& args, bool norm, int multiprocessors, int64_t shared_of_multiprocessor) {
   Geometry made;
   made.side_shift = std::min(args.levels, most_side(along_w(args)));
   made.squares = args.n * (args.h >> made.side_shift) * (args.w >> made.side_shift);
@@ -120,7 +133,7 @@ Geometry geometry(const ReduceHaarArgs& args, int multiprocessors, int64_t share
   constexpr int64_t kOfSystem = 1024;  // bytes of shared memory of each block
   const int64_t resident = with_size(args.c, args.o, [&](auto size) -> int64_t {
     constexpr int S = decltype(size)::value;
-    const int64_t fit = shared_of_multiprocessor / (Places<S>::kBytes + kOfSystem);
+    const int64_t fit = shared_of_multiprocessor / (Places<S>::bytes(norm) + kOfSystem);
     return std::min<int64_t>(most_blocks(S), std::max<int64_t>(fit, 1));
   });
   made.blocks = std::min<int64_t>(made.tiles, resident * multiprocessors);
@@ -145,16 +158,24 @@ void check_args(const ReduceHaarArgs& args) {
                                 std::to_string(Divisor::kMaxDividend) + " would work");
 }
 
-template <class T, int S, bool kAlongW>
-void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const Geometry& made, float* sums,
-            cudaStream_t stream) {
+int size_of_sums(const ReduceHaarArgs& args, bool norm) {
+  return static_cast<int>(args.o * args.c + args.o + (norm ? 2 * args.c : 0));
+}
+
+template <class T, int S, bool kAlongW, bool kNorm>
+void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const NormSumArgs& norm, const Geometry& made,
+            float* sums, cudaStream_t stream) {
   Params p = {};
   p.x = args.x.data;
   p.weight = args.weight;
   p.add = grads.add.data;
+  p.y = norm.y;
+  p.mean = norm.mean;
+  p.invstd = norm.invstd;
   p.d_x = grads.d_x.data;
   for (int level = 1; level <= args.levels; ++level) p.z[level - 1] = args.z[level - 1].data;
   p.sums = sums;
+  p.size = size_of_sums(args, kNorm);
   p.c = static_cast<int>(args.c);
   p.h = static_cast<int>(args.h);
   p.w = static_cast<int>(args.w);
@@ -173,21 +194,28 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const G
   Launch launch;
   launch.what = [&] {
     return std::string("reduce_haar_gradients (") + name_of(args.dtype) + ", size " + std::to_string(S) + ", " +
-           (kAlongW ? "along W, " : "") + std::to_string(args.levels) + " levels)";
+           (kAlongW ? "along W, "
+            : kNorm ? "norm, "
+                    : "") +
+           std::to_string(args.levels) + " levels)";
   };
   launch.threads = kThreads;
   launch.stream = stream;
   launch.blocks = static_cast<unsigned>(made.blocks);
-  launch.shared_bytes = Places<S>::kBytes;
-  if (made.blocks > 0) launch(reduce_haar_gradients<T, S, kAlongW>, p);
+  launch.shared_bytes = Places<S>::bytes(kNorm);
+  if (made.blocks > 0) launch(reduce_haar_gradients<T, S, kAlongW, kNorm>, p);
 
   SumParams of = {};
   of.sums = sums;
   of.d_weight = grads.d_weight;
   of.d_bias = grads.d_bias;
   of.blocks = static_cast<int>(made.blocks);
+  of.of_norm = norm.sums;
+  of.invstd = norm.invstd;
   of.weights = p.o * p.c;
-  of.size = of.weights + p.o;
+  of.outputs = p.o;
+  of.channels = p.c;
+  of.size = p.size;
   launch.what = [&] { return std::string("reduce_haar_sums (") + name_of(args.dtype) + ")"; };
   launch.shared_bytes = 0;
   launch.blocks = static_cast<unsigned>((of.size + 31) / 32);
@@ -199,31 +227,39 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const G
 
 namespace wavemix {
 
-int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o) {
-  return reduce_haar::gradients::with_size(
-      c, o, [](auto size) -> int64_t { return reduce_haar::gradients::Places<decltype(size)::value>::kBytes; });
+int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o, bool norm) {
+  return reduce_haar::gradients::with_size(c, o, [norm](auto size) -> int64_t {
+    return reduce_haar::gradients::Places<decltype(size)::value>::bytes(norm);
+  });
 }
 
-int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, int multiprocessors,
+int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, bool norm, int multiprocessors,
                                             int64_t shared_of_multiprocessor) {
-  reduce_haar::gradients::check_args(args);
-  const auto made = reduce_haar::gradients::geometry(args, multiprocessors, shared_of_multiprocessor);
-  return made.blocks * (args.o * args.c + args.o) * static_cast<int64_t>(sizeof(float));
-}
-
-void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, void* workspace,
-                               int multiprocessors, int64_t shared_of_multiprocessor, void* stream) {
   namespace of = reduce_haar::gradients;
   of::check_args(args);
-  const auto made = of::geometry(args, multiprocessors, shared_of_multiprocessor);
+  const auto made = of::geometry(args, norm, multiprocessors, shared_of_multiprocessor);
+  return made.blocks * of::size_of_sums(args, norm) * static_cast<int64_t>(sizeof(float));
+}
+
+void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const NormSumArgs& norm,
+                               void* workspace, int multiprocessors, int64_t shared_of_multiprocessor, void* stream) {
+  namespace of = reduce_haar::gradients;
+  of::check_args(args);
+  if (norm.y != nullptr && of::along_w(args))
+    throw std::invalid_argument("x: got channels " + std::to_string(args.x.stride[1]) +
+                                " apart; behind a BatchNorm 1 apart, channels_last, would work");
+  const auto made = of::geometry(args, norm.y != nullptr, multiprocessors, shared_of_multiprocessor);
   of::with_size(args.c, args.o, [&](auto size) {
     constexpr int S = decltype(size)::value;
-    const auto run = [&](auto element, auto along_w) {
-      of::launch<decltype(element), S, decltype(along_w)::value>(args, grads, made, static_cast<float*>(workspace),
-                                                                 static_cast<cudaStream_t>(stream));
+    const auto run = [&](auto element, auto along_w, auto with_norm) {
+      constexpr bool kAlongW = decltype(along_w)::value, kNorm = decltype(with_norm)::value;
+      of::launch<decltype(element), S, kAlongW, kNorm>(args, grads, norm, made, static_cast<float*>(workspace),
+                                                       static_cast<cudaStream_t>(stream));
     };
     const auto in_order = [&](auto element) {
-      return of::along_w(args) ? run(element, std::true_type{}) : run(element, std::false_type{});
+      if (norm.y != nullptr) return run(element, std::false_type{}, std::true_type{});
+      return of::along_w(args) ? run(element, std::true_type{}, std::false_type{})
+                               : run(element, std::false_type{}, std::false_type{});
     };
     return args.dtype == DType::f16 ? in_order(__half{}) : in_order(__nv_bfloat16{});
   });

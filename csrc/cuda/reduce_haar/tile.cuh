@@ -10,11 +10,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/reduce_haar/memory.cuh"
+#include "cuda/reduce_haar/chunks.cuh"
 
 namespace wavemix::reduce_haar {
-
-__device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 
 template <class A>
 __device__ inline void butterfly(A a, A b, A c, A d, A (&bands)[4]) {
@@ -25,13 +23,17 @@ __device__ inline void butterfly(A a, A b, A c, A d, A (&bands)[4]) {
   bands[3] = A(0.5) * (top_high - bottom_high);
 }
 
-template <class T, bool kTensorCores, int NT>  // NT: tiles of eight outputs
+template <class T, bool kTensorCores, int NT, bool kNorm>  // NT: tiles of eight outputs; kNorm: of NormImageArgs' image
 struct Tile {
   using A = Arithmetic<T>;
+  using Type = T;
+  using Memory = SharedSpan<T>;
+  static constexpr bool kWithNorm = kNorm;
   static constexpr int V = kVectorBytes / static_cast<int>(sizeof(T));  // elements of a word
   static constexpr int K = kChunkBytes / static_cast<int>(sizeof(T));   // channels of a chunk
   static constexpr int kOutputs = 8 * NT;
-  static constexpr int kXElements = kPixels * K, kBuffer = kXElements + kOutputs * K;
+  static constexpr int kXElements = kPixels * K, kWeightAt = kNorm ? 2 * kXElements : kXElements;  // behind x, and y
+  static constexpr int kBuffer = kWeightAt + kOutputs * K;
   // Afterwards the same memory holds pixels of Z on their way out, and the LL of two successive levels. Rows are set
   // apart by a few banks.
   static constexpr int kRun = sizeof(T) == 2 ? 8 : 4;  // pixels that a warp writes at a time
@@ -42,7 +44,7 @@ struct Tile {
   static constexpr int kSums = (kQuads + kQuads / 4) * kSumRow * kPerSum;
   static constexpr int kElements = std::max(2 * kBuffer, kStaged + kSums);
   static constexpr int kTop = 4 * kSumRow * kPerSum;  // LL of four tiles, for the fifth level
-  static_assert((kElements + kTop) * sizeof(T) <= 48 * 1024, "static shared memory");
+  static_assert(kNorm || (kElements + kTop) * sizeof(T) <= 48 * 1024, "static shared memory");
   static_assert(kWarps * kRun >= kQuads / 4, "the pixels of the second level fit where those of the first were");
 
   using Sums = A[4][NT][4];  // a pixel of the quad (row major); a tile of outputs; quad row, one of two outputs
@@ -56,61 +58,8 @@ struct Tile {
   int group = lane / 4, member = lane % 4;
   int quad_column = group / 2 + 4 * (group % 2);
 
-  // --- x and weight into shared memory
-
   __device__ int warp_of(int r, int c) const { return ((r >> 2) << p.wide_shift) + (c >> 4); }
-
-  template <bool along_w>
-  __device__ void load(int k0, SharedSpan<T> x, SharedSpan<T> weight) const {
-    if constexpr (along_w) {
-      load_x_along_w(k0, x);
-    } else {
-      load_x_along_c(k0, x);
-    }
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kOutputs * kChunkWords; i += kThreads) {
-      const int o = i / kChunkWords, word = i % kChunkWords, k = k0 + word * V;
-      const T* source =
-          static_cast<const T*>(p.weight) + (first_output + o) * p.weight_stride[0] + k * p.weight_stride[1];
-      load_word(weight + channel_word<T>(o, word), source, p.weight_stride[1], o < outputs ? clamp(p.c - k) : 0,
-                p.weight_bytes);
-    }
-  }
-
   __device__ static int clamp(int elements) { return elements < 0 ? 0 : least(elements, V); }
-
-  // Rows of shared memory are pixels, in the order of the fragments' rows: warp, pixel of the quad, quad.
-  __device__ void load_x_along_c(int k0, SharedSpan<T> x) const {
-    const int shift = 4 + p.wide_shift;
-    const int word = static_cast<int>(threadIdx.x) % kChunkWords, k = k0 + word * V;
-    const int64_t* stride = p.x_stride;
-    const T* source = static_cast<const T*>(p.x) + n * stride[0] + k * stride[1];
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) / kChunkWords; i < kPixels; i += kThreads / kChunkWords) {
-      const int r = i >> shift, c = i & ((1 << shift) - 1);
-      const bool exists = row + r < p.h && column + c < p.w;
-      const int quad = (r >> 1 & 1) * 8 + ((c >> 1 & 3) << 1 | (c >> 3 & 1));
-      const int place = warp_of(r, c) * kWarpPixels + ((r & 1) * 2 + (c & 1)) * 16 + quad;
-      load_word(x + channel_word<T>(place, word), source + (row + r) * stride[2] + (column + c) * stride[3], stride[1],
-                exists ? clamp(p.c - k) : 0, p.x_bytes);
-    }
-  }
-
-  // Rows of shared memory are channels; within them warps, then the rows and columns of the image.
-  __device__ void load_x_along_w(int k0, SharedSpan<T> x) const {
-    const int shift = 4 + p.wide_shift;
-    const int64_t* stride = p.x_stride;
-    const T* source = static_cast<const T*>(p.x) + n * stride[0] + k0 * stride[1];
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < K * (kPixels / V); i += kThreads) {
-      const int pixel = i % (kPixels / V) * V, k = i / (kPixels / V);
-      const int r = pixel >> shift, c = pixel & ((1 << shift) - 1);
-      const bool exists = row + r < p.h && k0 + k < p.c;
-      const int place = warp_of(r, c) * kWarpPixels + (r & 3) * 16 + (c & 15);
-      load_word(x + pixel_place<T>(k, place), source + k * stride[1] + (row + r) * stride[2] + (column + c) * stride[3],
-                stride[3], exists ? clamp(p.w - (column + c)) : 0, p.x_bytes);
-    }
-  }
 
   // --- One chunk of the product
 
@@ -246,12 +195,13 @@ struct Tile {
 #pragma unroll 1
     for (int chunk = 0; chunk <= chunks; ++chunk) {
       const SharedSpan<T> next = memory + chunk % 2 * kBuffer, now = memory + (chunk + 1) % 2 * kBuffer;
-      if (chunk < chunks) load<along_w>(chunk * K, next, next + kXElements);
+      if (chunk < chunks) load_chunk<along_w>(*this, chunk * K, next);
       cp_async_commit();
       if (chunk == 0) continue;
       cp_async_wait<1>();
+      if constexpr (kNorm) normalise_chunk(*this, (chunk - 1) * K, now);
       __syncthreads();
-      multiply<along_w>(now, now + kXElements, sums);
+      multiply<along_w>(now, now + kWeightAt, sums);
       __syncthreads();
     }
     if constexpr (kTensorCores && along_w && sizeof(T) == 2) deal(sums);

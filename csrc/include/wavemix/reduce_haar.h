@@ -39,13 +39,30 @@ void reduce_haar_backward_cpu(const ReduceHaarArgs& args, const ReduceHaarGradAr
 // device.
 void reduce_haar_cuda(const ReduceHaarArgs& args, void* stream);
 
+// The same of an image that is made on the way: image = y * scale + shift + x, a BatchNorm applied and its residual.
+// Half types; x, y and the image dense in channels_last order and aligned to 16 bytes, c a multiple of 8. The image is
+// rounded once, and what is stored is what the convolution reads.
+struct NormImageArgs {
+  const void* y = nullptr;
+  const float *scale = nullptr, *shift = nullptr;  // (c)
+  void* image = nullptr;
+};
+void norm_reduce_haar_cuda(const ReduceHaarArgs& args, const NormImageArgs& norm, void* stream);
+
 // Half types, every image dense and aligned to 16 bytes: z in channels_last order, x, d_x and add together in that or
-// NCHW order; c a multiple of 8, o of 2, up to 256 and 64. Bytes of shared memory that a block takes:
-int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o);
+// NCHW order; c a multiple of 8, o of 2, up to 256 and 64. Bytes of shared memory that a block takes, `norm`: with the
+// sums of NormSumArgs.
+int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o, bool norm);
 // Bytes of device memory for the blocks' sums:
-int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, int multiprocessors,
+int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, bool norm, int multiprocessors,
                                             int64_t shared_of_multiprocessor);
-void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, void* workspace,
-                               int multiprocessors, int64_t shared_of_multiprocessor, void* stream);
+// With `norm`, x is the image of NormImageArgs, in channels_last order, and sums of d_x come along.
+struct NormSumArgs {
+  const void* y = nullptr;
+  const float *mean = nullptr, *invstd = nullptr;  // (c), of y
+  float* sums = nullptr;                           // (2, c): of d_x, and of d_x * (y - mean) * invstd
+};
+void reduce_haar_backward_cuda(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const NormSumArgs& norm,
+                               void* workspace, int multiprocessors, int64_t shared_of_multiprocessor, void* stream);
 
 }  // namespace wavemix

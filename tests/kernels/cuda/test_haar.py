@@ -20,6 +20,8 @@ from tests.ops.test_haar import Analysis, Pyramid, Synthesis
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.tolerances import DTYPES
 from wavemix_kernels import backends
+from wavemix_kernels.ops.norm.batch_norm import Affine
+from wavemix_kernels.ops.reduce_haar import norm_reduce_haar
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 
 HALF = torch.float16
@@ -187,6 +189,32 @@ def test_reduce_haar_gradients_take_their_kernel_or_say_why_not(
         assert f"not by cuda: its gradients take {ran}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "dtype, shape, outputs, layout, ran",
+    [
+        (torch.bfloat16, (1, 136, 8, 8), 48, "channels_last", "bfloat16, tensor cores, 6 tiles of outputs"),
+        (HALF, (1, 8, 4, 4), 4, "channels_slice", "dense images in channels_last order"),
+        (HALF, (1, 20, 4, 4), 4, "channels_last", "multiples of 8 up to 256 channels"),
+        (torch.float32, (1, 16, 4, 4), 4, "channels_last", "float16 and bfloat16, got float32"),
+    ],
+)
+def test_norm_reduce_haar_joins_or_says_why_not(
+    core: ModuleType, caplog: pytest.LogCaptureFixture, dtype: torch.dtype, shape: tuple[int, ...], outputs: int,
+    layout: str, ran: str,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "wavemix_kernels")
+    x, y = (image(randn(*shape, seed=seed), dtype, layout=layout) for seed in (0, 1))
+    weight, of = randn(outputs, shape[1], 1, 1).to(dtype), Affine(*randn(2, shape[1]).float())
+    launches(core)
+    norm_reduce_haar.forward(y, of, x, weight, None, 2, "cuda")
+    names = launches(core)
+    if names[0].startswith("norm_reduce_haar"):
+        assert names == [f"norm_reduce_haar ({ran}, 16 bytes along C, 2 levels)"]
+    else:
+        assert [name.split()[0] for name in names] == ["reduce_haar"]
+        assert ran in caplog.text
+
+
 def test_reduce_haar_gradients_keep_non_finite_values_in_their_quad(core: ModuleType) -> None:
     """Beyond the last pixel, too: the tile of 64 pixels holds four quads' and what was there before."""
     x, grad = (image(torch.ones(*shape), HALF, layout="channels_last") for shape in ((1, 8, 4, 4), (1, 8, 2, 2)))
@@ -227,9 +255,9 @@ def test_errors_name_sizes_and_orders(core: ModuleType, monkeypatch: pytest.Monk
         ((2**20, 8, 64, 64), 4, "x: got 4294967296 pixels; up to 2147483647 would work"),
     ):
         with pytest.raises(ValueError, match=message):
-            core.reduce_haar_backward_workspace_cuda(2, 1, shape, outputs, 132, 2**17)
+            core.reduce_haar_backward_workspace_cuda(2, 1, shape, outputs, False, 132, 2**17)
     with pytest.raises(ValueError, match="x: got float32; float16 and bfloat16 would work"):
-        core.reduce_haar_backward_workspace_cuda(1, 1, (1, 8, 6, 8), 4, 132, 2**17)
+        core.reduce_haar_backward_workspace_cuda(1, 1, (1, 8, 6, 8), 4, False, 132, 2**17)
     ll, high = torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 3, 4)
     call = (1, 1, x.shape, 0.0, address(x), address(ll), [address(high)])
     monkeypatch.setenv("WAVEMIX_EMULATOR_ORDER", "sideways")

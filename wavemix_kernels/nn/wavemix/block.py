@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,9 +79,22 @@ class FusedWaveblock(Waveblock):
         if backend == "reference" or log.fallback(self, self.why_not_fused()):
             out = super().forward(x)
             return x + out if residual else out
+        cast_x, block = self.prepared(x)
+        if any(block.dropout):
+            block = block._replace(seeds=pointwise_mlp.draw_seed(x.device, self.level))
+        out, stats = waveblock.waveblock(cast_x, block, residual and cast_x is x, backend)
+        update(*self.batches(x, stats))
+        return x + out if residual and cast_x is not x else out
+
+    def prepared(self, x: Tensor) -> tuple[Tensor, waveblock.Block]:
+        """x and the operator's arguments, in autocast's dtype where it is on; without seeds.
+
+        Raises:
+            TypeError, ValueError: x does not fit the block.
+        """
         self.check_input(x)
         # Lists, since nn.Sequential walks to what an index asks for.
-        parts: list[list[Any]] = [[*getattr(self, self._feedforward_name(i + 1))] for i in range(self.level)]
+        parts: list[list[Any]] = [[*part] for part in self._parts()]
         convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
         weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]
         cast_x, *flat = checks.autocast(x, *weights)
@@ -88,30 +102,23 @@ class FusedWaveblock(Waveblock):
         tensors = iter(flat)
         weight, bias = next(tensors), next(tensors)
         levels = []
-        norms: list[nn.BatchNorm2d] = [part[5] for part in parts]
-        for part, norm in zip(parts, norms, strict=True):
+        for part in parts:
+            norm = part[5]
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
             up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
             mean, invstd = frozen(norm)
             levels.append(waveblock.Level(w1, b1, w2, b2, up, up_bias, norm.weight, norm.bias, mean, invstd))
-        dropouts = [part[2].p if part[2].training else 0.0 for part in parts]
-        out, stats = waveblock.waveblock(
-            cast_x,
-            weight,
-            bias,
-            levels,
-            dropout=dropouts,
-            eps=[norm.eps for norm in norms],
-            seeds=pointwise_mlp.draw_seed(x.device, self.level) if any(dropouts) else None,
-            kind=self.upsample,
-            recompute=self.recompute,
-            residual=residual and cast_x is x,
-            backend=backend,
-        )
-        if any(norm.training for norm in norms):
-            pixels = x.shape[0] * x.shape[2] * x.shape[3]
-            update(*(Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)))
-        return x + out if residual and cast_x is not x else out
+        dropout = [part[2].p if part[2].training else 0.0 for part in parts]
+        eps = [part[5].eps for part in parts]
+        return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
+
+    def batches(self, x: Tensor, stats: Sequence[tuple[Tensor, Tensor]]) -> list[Batch]:
+        """What moves the running statistics: each level's mean and biased variance, for the levels' BatchNorms."""
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return [Batch(part[5], *stats[i], pixels >> (2 * i)) for i, part in enumerate(self._parts())]
+
+    def _parts(self) -> list[Any]:
+        return [getattr(self, self._feedforward_name(level)) for level in range(1, self.level + 1)]
 
     def why_not_joined(self) -> str | None:
         """Why calling with ``residual`` cannot stand for ``block(x) + x`` (a hook would notice), or None."""

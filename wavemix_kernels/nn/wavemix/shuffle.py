@@ -54,15 +54,15 @@ class FusedShuffleWaveblock(ShuffleWaveblock):
         weight, bias, *rest = cast(list[Any], flat)
         p = dropout.p if dropout.training else 0.0
         of_norm = norm.weight, norm.bias, *frozen(norm)
-        common: dict[str, Any] = {"residual": residual and cast_x is x, "backend": backend}
+        adds = residual and cast_x is x
         if self.second:
             seeds = pointwise_mlp.draw_seed(x.device) if p else None
-            out, (stats,) = waveblock.waveblock(
-                cast_x, weight, bias, [waveblock.Level(*rest, *of_norm)], dropout=[p], eps=[norm.eps], seeds=seeds,
-                kind=self.upsample, recompute="auto", **common,
-            )  # fmt: skip
+            levels = [waveblock.Level(*rest, *of_norm)]
+            block = waveblock.Block(weight, bias, levels, [p], [norm.eps], seeds, self.upsample, "auto")
+            out, (stats,) = waveblock.waveblock(cast_x, block, adds, backend)
         else:
             parameters = shuffle_block.Parameters(weight, bias, *rest, *of_norm)
+            common: dict[str, Any] = {"residual": adds, "backend": backend}
             out, stats = shuffle_block.shuffle_block(cast_x, parameters, dropout=p, eps=norm.eps, **common)
         if norm.training:
             update(Batch(norm, *stats, x.shape[0] * x.shape[2] * x.shape[3]))

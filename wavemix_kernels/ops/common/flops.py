@@ -102,6 +102,8 @@ FORMULAS: dict[str, Callable[[Shapes], int]] = {
     "filter_banks_transpose": lambda a: _filter_banks(a, (*a["ll"][0][:2], *a["size"])),
     "reduce_haar": lambda a: _product(a["x"], a["weight"][0]),
     "reduce_haar_backward": lambda a: 2 * _product(a["x"], a["weight"][0]),
+    "norm_reduce_haar": lambda a: _product(a["x"], a["weight"][0]),
+    "norm_reduce_haar_backward": lambda a: 2 * _product(a["image"], a["weight"][0]),
     "pointwise_mlp": _mlp,
     "pointwise_mlp_backward": lambda a: 2 * _mlp(a),
     "channel_mlp": _mlp,

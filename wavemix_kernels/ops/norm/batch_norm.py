@@ -173,16 +173,21 @@ def _line_by(sums: _Sums) -> Callable[..., Line]:
     def line(
         grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool
     ) -> Line:
-        sum_g, sum_gx = sums(grad, x, mean, invstd)
-        a = invstd if weight is None else invstd * weight.to(invstd.dtype)
-        # With xhat = (x - mean) * invstd: dx = a * (grad - mean(grad) - xhat * mean(grad * xhat)).
-        count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
-        b = -a * invstd * sum_gx / count if batch_stats else torch.zeros_like(a)
-        d = -a * sum_g / count if batch_stats else torch.zeros_like(a)
-        dtype = a.dtype if weight is None else weight.dtype
-        return Line(a, b, d if centred else d - b * mean, sum_gx.to(dtype), sum_g.to(dtype))
+        return _line(*sums(grad, x, mean, invstd), mean, invstd, weight, x[:, :1].numel(), batch_stats, centred)
 
     return line
+
+
+def _line(
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: int, batch_stats: bool,
+    centred: bool,
+) -> Line:  # fmt: skip
+    a = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    # With xhat = (x - mean) * invstd: dx = a * (grad - mean(grad) - xhat * mean(grad * xhat)).
+    b = -a * invstd * sum_gx / max(count, 1) if batch_stats else torch.zeros_like(a)
+    d = -a * sum_g / max(count, 1) if batch_stats else torch.zeros_like(a)
+    dtype = a.dtype if weight is None else weight.dtype
+    return Line(a, b, d if centred else d - b * mean, sum_gx.to(dtype), sum_g.to(dtype))
 
 
 def _core() -> Any:
@@ -265,6 +270,12 @@ def _triton_line(*arguments: Any) -> Line:
     return Line(*kernels.line(*arguments))
 
 
+def _triton_line_of_sums(sums: Tensor, *arguments: Any) -> Line:
+    from wavemix_kernels.ops.norm import triton_finish as kernels
+
+    return Line(*kernels.line(sums[:, None], *arguments))
+
+
 def _triton_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor) -> None:
     from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
@@ -274,7 +285,13 @@ def _triton_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, o
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(
         backends.triton_why_not,
-        {"stats": _triton_stats, "apply": _triton_apply, "line": _triton_line, "backward": _triton_backward},
+        {
+            "stats": _triton_stats,
+            "apply": _triton_apply,
+            "line": _triton_line,
+            "line_of_sums": _triton_line_of_sums,
+            "backward": _triton_backward,
+        },
     ),
     "cpu": backends.Backend(
         backends.cpu_why_not,
@@ -331,6 +348,19 @@ def line(
     small = mean.to(wide).contiguous(), invstd.to(wide).contiguous(), *contiguous(weight)
     made: Line = run(grad, x, *small, batch_stats, centred)
     return made
+
+
+def backward_of_sums(
+    sums: Tensor, grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` of a batch's own statistics where the sums of grad and of grad * xhat, (2, C), are known; below
+    autograd."""
+    functions = choose.select("batch_norm_backward", BACKENDS, backend, grad, x).functions
+    small = mean, invstd, *contiguous(weight), x[:, :1].numel(), True, False
+    made: Line = functions["line_of_sums"](sums, *small) if "line_of_sums" in functions else _line(*sums, *small)
+    out = torch.empty_like(x)
+    functions["backward"](grad, x, made.a.contiguous(), made.b, made.d, out)
+    return out, made.weight, made.bias
 
 
 def _backward_op(

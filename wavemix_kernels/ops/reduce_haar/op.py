@@ -17,6 +17,7 @@ from wavemix_kernels.ops.haar import op as haar
 from wavemix_kernels.ops.haar import pyramid as haar_pyramid
 from wavemix_kernels.ops.reduce_haar import reference
 from wavemix_kernels.ops.reduce_haar.tiles import is_narrow
+from wavemix_kernels.tracing import constant_result
 
 #: Most inputs and outputs of the CUDA kernel of the gradients (csrc/cuda/reduce_haar/reduce_haar_gradients.cu).
 _CUDA_CHANNELS, _CUDA_OUTPUTS = 256, 64
@@ -137,8 +138,8 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, channels_
     return out
 
 
-def _why_not_cuda_backward(x: Tensor, weight: Tensor) -> str | None:
-    """Why the CUDA kernel of the gradients cannot serve a call, or None."""
+def why_not_cuda_backward(x: Tensor, weight: Tensor, norm: bool = False) -> str | None:
+    """Why the CUDA kernel of the gradients cannot serve a call, or None; ``norm``: with a BatchNorm's sums."""
     outputs, channels = weight.shape[:2]
     if (reason := backends.cuda_why_not(x, weight)) is not None:
         return reason
@@ -151,25 +152,42 @@ def _why_not_cuda_backward(x: Tensor, weight: Tensor) -> str | None:
         )
     if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
         return f"its gradients take fewer than 2^31 pixels, got a batch of {tuple(x.shape)}"
-    if (wanted := _shared_of_backward(channels, outputs)) > (most := chips.shared_of_block(x.device)):
-        return f"its gradients take {wanted} bytes of shared memory, a block of this device has {most}"
-    return None
+    return _why_no_room(x.device, channels, outputs, norm)
+
+
+@constant_result
+def _why_no_room(device: torch.device, channels: int, outputs: int, norm: bool) -> str | None:
+    wanted, most = _shared_of_backward(channels, outputs, norm), chips.shared_of_block(device)
+    if wanted <= most:
+        return None
+    return f"its gradients take {wanted} bytes of shared memory, a block of this device has {most}"
 
 
 @functools.cache
-def _shared_of_backward(channels: int, outputs: int) -> int:
+def _shared_of_backward(channels: int, outputs: int, norm: bool) -> int:
     core: Any = _native.cuda_core
-    return core.reduce_haar_backward_shared_cuda(channels, outputs)
+    return core.reduce_haar_backward_shared_cuda(channels, outputs, norm)
+
+
+def is_dense(image: Tensor, channels_last: bool) -> bool:
+    """Whether the image is dense in this order, and aligned for accesses of 16 bytes."""
+    if not image.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+        return False
+    # A traced tensor has no address: the operator asks again when it runs.
+    traced = torch.compiler.is_compiling() or type(image) not in (Tensor, torch.nn.Parameter)
+    return traced or image.data_ptr() % 16 == 0
 
 
 def _dense(image: Tensor, channels_last: bool) -> Tensor:
-    """Dense in this order and aligned for accesses of 16 bytes, or a copy that is."""
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    dense = image.is_contiguous(memory_format=order) and image.data_ptr() % 16 == 0
-    return image if dense else layout.laid_out(image, channels_last)
+    return image if is_dense(image, channels_last) else layout.laid_out(image, channels_last)
 
 
-def _cuda_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool) -> list[Tensor]:
+def cuda_backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """``norm``: y, mean and invstd of a BatchNorm before x, and the (2, C) that takes the sums of its gradient
+    (csrc/include/wavemix/reduce_haar.h, NormSumArgs)."""
     core: Any = _native.cuda_core
     out = _backward_fake(grads, x, weight, add, has_bias)
     order = layout.is_channels_last(x)
@@ -177,11 +195,13 @@ def _cuda_backward(grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor |
     add = None if add is None else _dense(add, order)
     size = _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0]
     chip = _native.multiprocessors(x.device), chips.shared_of_block(x.device) + chips.SHARED_OF_SYSTEM
-    workspace = x.new_empty(core.reduce_haar_backward_workspace_cuda(*size, *chip), dtype=torch.uint8)
+    bytes_of_sums = core.reduce_haar_backward_workspace_cuda(*size, norm is not None, *chip)
+    workspace = x.new_empty(bytes_of_sums, dtype=torch.uint8)
     a, pointer = _native.address, _native.pointer
     _native.launch(
         "reduce_haar_backward_cuda", x.device, *size, a(x), a(weight), [a(g) for g in grads], a(out[0]), a(add),
-        pointer(out[1]), pointer(out[2]) if has_bias else 0, pointer(workspace), *chip,
+        pointer(out[1]), pointer(out[2]) if has_bias else 0, [pointer(t) for t in norm or ()], pointer(workspace),
+        *chip,
     )  # fmt: skip
     return out
 
@@ -228,7 +248,7 @@ def _triton_backward(
 BACKENDS: dict[str, backends.Backend] = {
     "triton": backends.Backend(backends.triton_products_why_not, {"forward": _triton, "backward": _triton_backward}),
     # float16 is what both of them serve.
-    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda, "backward": _cuda_backward}, torch.float16),
+    "cuda": backends.Backend(backends.cuda_why_not, {"forward": _cuda, "backward": cuda_backward}, torch.float16),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
@@ -263,7 +283,7 @@ def _backward_op(
     order = choose.with_kernels("backward", BACKENDS, x.device.type)
     order = choose.reduce_haar(order, _is_narrow(x, weight, len(grads)))
     asked = backend == "cuda" or (backend == "auto" and "cuda" in order)
-    no_cuda = _why_not_cuda_backward(x, weight) if asked else None
+    no_cuda = why_not_cuda_backward(x, weight) if asked else None
     if no_cuda is not None:
         order = tuple(name for name in order if name != "cuda")
         if not torch.compiler.is_compiling() and log.enabled():
