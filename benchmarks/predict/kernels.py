@@ -406,8 +406,8 @@ def patm_cases() -> Iterator[Case]:
 
 
 FAMILIES = (
-    haar_cases, haar_blocks_cases, dwt_cases, wtconv_cases, reduce_haar_cases, norm_reduce_haar_cases, mlp_cases, deconv_cases,
-    batch_norm_cases, pre_norm_cases, patm_cases,
+    haar_cases, haar_blocks_cases, dwt_cases, wtconv_cases, reduce_haar_cases, norm_reduce_haar_cases, mlp_cases,
+    deconv_cases, batch_norm_cases, pre_norm_cases, patm_cases,
 )  # fmt: skip
 #: Kernels beside the one that a case is about: they add up a few partial sums.
 _SMALL = (

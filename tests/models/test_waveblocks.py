@@ -113,9 +113,10 @@ def assert_close(made: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     """Within a few roundings of each tensor's largest value, parameters' gradients of all of theirs: some are zero but
     for rounding (of a bias before a BatchNorm)."""
     assert made.keys() == want.keys()
-    largest = max(float(t.double().abs().max()) for name, t in want.items() if name.endswith((".weight", ".bias")))
+    sizes = {name: float(t.double().abs().max()) for name, t in want.items()}
+    largest = max((size for name, size in sizes.items() if name.endswith((".weight", ".bias"))), default=0.0)
     for name, t in want.items():
-        scale = largest if name.endswith((".weight", ".bias")) else float(t.double().abs().max())
+        scale = largest if name.endswith((".weight", ".bias")) else sizes[name]
         bound = torch.full_like(t, 8 * UNIT_ROUNDOFF[HALF] * scale, dtype=torch.float64)
         assert_within(made[name], t.double(), bound, name)
 
