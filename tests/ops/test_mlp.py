@@ -102,7 +102,8 @@ class Mlp(Contract):
                 second, largest_shift = second * t["scale"] + t["shift"], float(t["shift"].abs().max())
             x = torch.cat((x, second), 1)
         b1, b2 = (x.new_zeros(w.shape[0]) if b is None else b for w, b in ((w1, t["b1"]), (w2, t["b2"])))
-        factor = 0.0 if case.p == 1 else 1 / (1 - case.p)
+        threshold = round((1 - case.p) * 2**16)
+        factor = 2**16 / threshold if threshold else 0.0
         keep = torch.ones(x.shape[0], w1.shape[0], dtype=torch.float64)
         if case.p:
             keep = reference.keep_mask(*keep.shape, case.p, SEED, torch.device("cpu")).double() * factor

@@ -17,79 +17,80 @@ namespace {
 
 // --- GELU and dropout --------------------------------------------------------------------------------------
 
-// Elements at a time: a chunk's random words stay in L1, and whole vectors of Philox groups fit them.
+// Elements at a time: a chunk's random halves stay in L1, and whole vectors of Philox groups fit them.
 constexpr int64_t kChunk = 512;
-static_assert(kChunk % (4 * kPhiloxLanes) == 0, "philox_words writes whole vectors");
+static_assert(kChunk % (8 * kPhiloxLanes) == 0, "philox_halves writes whole vectors");
 
-constexpr uint64_t kKeepAll = uint64_t{1} << 32;
+constexpr int32_t kKeepAll = 1 << 16;
 
 template <class A>
 struct Dropout {
-  uint64_t threshold;
+  int32_t threshold;
   A scale;
   uint64_t seed;
   explicit Dropout(double p, uint64_t key)
-      : threshold(static_cast<uint64_t>(::nearbyint((1.0 - p) * 4294967296.0))),
-        scale(p < 1.0 ? static_cast<A>(1.0 / (1.0 - p)) : A(0)),
+      : threshold(static_cast<int32_t>(::nearbyint((1.0 - p) * kKeepAll))),
+        scale(threshold > 0 ? static_cast<A>(static_cast<double>(kKeepAll) / threshold) : A(0)),
         seed(key) {}
   bool active() const { return threshold < kKeepAll; }
 };
 
 template <bool active, class A>
-static inline A dropped(const Dropout<A>& dropout, const uint32_t* words, int64_t i, A value) {
+static inline A dropped(const Dropout<A>& dropout, const uint16_t* halves, int64_t i, A value) {
   const A scaled = value * dropout.scale;
   if (!active) return scaled;
-  return words[i] < static_cast<uint32_t>(dropout.threshold) ? scaled : A(0);
+  return halves[i] < dropout.threshold ? scaled : A(0);
 }
 
 template <bool active, class A>
-void forward_chunk(const Dropout<A> dropout, const uint32_t* words, A* x, int64_t n) {
+void forward_chunk(const Dropout<A> dropout, const uint16_t* halves, A* x, int64_t n) {
   WAVEMIX_SIMD
-  for (int64_t i = 0; i < n; ++i) x[i] = dropped<active>(dropout, words, i, gelu(x[i]));
+  for (int64_t i = 0; i < n; ++i) x[i] = dropped<active>(dropout, halves, i, gelu(x[i]));
 }
 template <bool active, class A>
-void backward_chunk(const Dropout<A> dropout, const uint32_t* words, A* x, A* g, int64_t n) {
+void backward_chunk(const Dropout<A> dropout, const uint16_t* halves, A* x, A* g, int64_t n) {
   WAVEMIX_SIMD
   for (int64_t i = 0; i < n; ++i) {
     A slope;
     const A h = gelu(x[i], slope);
     const A gradient = g[i] * slope;
-    x[i] = dropped<active>(dropout, words, i, h);
-    g[i] = dropped<active>(dropout, words, i, gradient);
+    x[i] = dropped<active>(dropout, halves, i, h);
+    g[i] = dropped<active>(dropout, halves, i, gradient);
   }
 }
 
-// One row of the hidden layer in place, and with `g` its gradient, which becomes that of the pre-activations.
+// Some columns of the hidden layer in place, and with `g` its gradient, which becomes that of the pre-activations.
+// `group`: Philox's for the first.
 template <bool active, class A>
-void activate_row(const Dropout<A>& dropout, int64_t row, int64_t columns, A* x, A* g) {
-  uint32_t words[kChunk];
-  const uint64_t groups = static_cast<uint64_t>((columns + 3) / 4);
+void activate_run(const Dropout<A>& dropout, uint64_t group, int64_t columns, A* x, A* g) {
+  uint16_t halves[kChunk];
   for (int64_t at = 0; at < columns; at += kChunk) {
     const int64_t n = columns - at < kChunk ? columns - at : kChunk;
-    if (active)
-      philox_words(dropout.seed, static_cast<uint64_t>(row) * groups + static_cast<uint64_t>(at / 4), (n + 3) / 4,
-                   words);
+    if (active) philox_halves(dropout.seed, group + static_cast<uint64_t>(at / 8), (n + 7) / 8, halves);
     if (g == nullptr) {
-      forward_chunk<active>(dropout, words, x + at, n);
+      forward_chunk<active>(dropout, halves, x + at, n);
     } else {
-      backward_chunk<active>(dropout, words, x + at, g + at, n);
+      backward_chunk<active>(dropout, halves, x + at, g + at, n);
     }
   }
 }
 
 template <class A>
 void activate(const Dropout<A>& dropout, int64_t first, int64_t rows, int64_t columns, A* x, A* g, int64_t stride) {
-  if (!dropout.active() && columns == stride) {
-    // Nothing depends on where a row begins: one run, without an entry and exit for every row.
-    if (rows > 0) activate_row<false>(dropout, first, rows * columns, x, g);
-    return;
+  // Rows of whole groups follow each other without a gap, and without dropout any do: one run, for which few columns
+  // fill whole vectors.
+  const uint64_t groups = static_cast<uint64_t>((columns + 7) / 8);
+  if (columns == stride && (!dropout.active() || columns % 8 == 0)) {
+    columns *= rows;
+    rows = rows > 0 ? 1 : 0;
   }
   for (int64_t i = 0; i < rows; ++i) {
     A* gradient = g == nullptr ? nullptr : g + i * stride;
+    const uint64_t group = static_cast<uint64_t>(first + i) * groups;
     if (dropout.active()) {
-      activate_row<true>(dropout, first + i, columns, x + i * stride, gradient);
+      activate_run<true>(dropout, group, columns, x + i * stride, gradient);
     } else {
-      activate_row<false>(dropout, first + i, columns, x + i * stride, gradient);
+      activate_run<false>(dropout, 0, columns, x + i * stride, gradient);
     }
   }
 }

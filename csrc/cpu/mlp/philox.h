@@ -2,13 +2,14 @@
 // wherever it is needed. Every backend of this package follows this definition, bit for bit:
 //
 //   For a matrix of `cols` columns, element (row, col) belongs to
-//       group = row * ceil(cols / 4) + col / 4   (64 bits)          lane = col % 4
+//       group = row * ceil(cols / 8) + col / 8   (64 bits)          lane = col % 8
 //   where `row` counts from the first row of the whole matrix, so a chunk of rows passes its first row's number.
 //       words[0..3] = Philox4x32-10(counter = (group low 32, group high 32, 0, 0), key = (seed low 32, seed high 32))
-//   The element is kept if and only if words[lane] < threshold, threshold = round((1 - p) * 2^32) as a 64-bit number
-//   ((1 - p) * 2^32 in double, halves to even). A kept value is multiplied by 1 / (1 - p), a dropped one becomes
-//   exactly 0, NaN included. p = 0 gives threshold 2^32: everything is kept, no Philox needed. p = 1 gives threshold 0
-//   and factor 0.
+//       half = words[lane / 2], its low 16 bits for an even lane, its high ones for an odd one
+//   The element is kept if and only if half < threshold, threshold = round((1 - p) * 2^16) ((1 - p) * 2^16 in double,
+//   halves to even): p is rounded to a multiple of 2^-16. A kept value is multiplied by 2^16 / threshold, so that its
+//   mean is right all the same; a dropped one becomes exactly 0, NaN included. Threshold 2^16: everything is kept, no
+//   Philox needed. Threshold 0: factor 0.
 //
 // Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 // Included by the per-ISA units only.
@@ -36,7 +37,7 @@ typedef uint64_t PhiloxLanes __attribute__((vector_size(16)));
 #endif
 constexpr int kPhiloxLanes = sizeof(PhiloxLanes) / sizeof(uint64_t);
 #if defined(__BYTE_ORDER__)
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "philox_words stores two 32-bit words as one of 64 bits");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "philox_halves stores four halves as one number of 64 bits");
 #endif
 
 static inline PhiloxLanes multiply_low_halves(PhiloxLanes a, uint32_t b) {
@@ -65,8 +66,8 @@ static inline void philox4x32(PhiloxLanes (&c)[4], uint32_t k0, uint32_t k1) {
   }
 }
 
-// The words of groups first, first + 1, ... in the order of the columns. `groups` is rounded up to kPhiloxLanes.
-static inline void philox_words(uint64_t seed, uint64_t first, int64_t groups, uint32_t* words) {
+// The halves of groups first, first + 1, ... in the order of the columns. `groups` is rounded up to kPhiloxLanes.
+static inline void philox_halves(uint64_t seed, uint64_t first, int64_t groups, uint16_t* halves) {
   PhiloxLanes step;
   for (int k = 0; k < kPhiloxLanes; ++k) step[k] = static_cast<uint64_t>(k);
   for (int64_t i = 0; i < groups; i += kPhiloxLanes) {
@@ -83,7 +84,7 @@ static inline void philox_words(uint64_t seed, uint64_t first, int64_t groups, u
 #else
     const PhiloxLanes out[2] = {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
 #endif
-    std::memcpy(words + 4 * i, out, sizeof out);
+    std::memcpy(halves + 8 * i, out, sizeof out);
   }
 }
 

@@ -161,8 +161,8 @@ def test_splits_of_the_reduction_s_gradients(
     assert shapes == [[(4, 20, 6), (4, 20)]]
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_dropout_counter_is_64_bits(turned: bool, device: str) -> None:
+@pytest.mark.parametrize("turned, cols", [(False, 32), (True, 32), (True, 16)])
+def test_dropout_counter_is_64_bits(turned: bool, cols: int, device: str) -> None:
     import triton
     import triton.language as tl
 
@@ -170,15 +170,18 @@ def test_dropout_counter_is_64_bits(turned: bool, device: str) -> None:
     from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
     @triton.jit
-    def kernel(out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr, turned: tl.constexpr):
+    def kernel(
+        out, seed, first: tl.int64, threshold: tl.int64, mask: tl.constexpr, turned: tl.constexpr, cols: tl.constexpr
+    ):
         row = tl.arange(0, 16).to(tl.int64) + first  # the interpreter takes no type from the annotation
-        kept = mask(tl.load(seed), row, 16, 66, threshold, 32, turned)
-        tl.store(out + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :], kept.to(tl.int8))
+        kept = mask(tl.load(seed), row, 32, 132, threshold, cols, turned)
+        tl.store(out + tl.arange(0, 16)[:, None] * cols + tl.arange(0, cols)[None, :], kept.to(tl.int8))
 
     first, seed = 2**31 - 3, 2**63 - 5  # 17 groups a row: beyond 2^32
-    out = torch.full((16, 32), -1, dtype=torch.int8, device=device)
-    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**31, keep_mask, turned)
-    groups = torch.arange(first, first + 16)[:, None] * 17 + torch.arange(4, 12)
-    expected = reference.philox(groups, seed).reshape(16, 32) < 2**31
-    units = [16 * i + 4 * q + 2 * b + c for i in range(2) for b in range(2) for q in range(4) for c in range(2)]
+    out = torch.full((16, cols), -1, dtype=torch.int8, device=device)
+    kernel[(1,)](out, torch.tensor([seed], device=device), first, 2**15 + 7, keep_mask, turned, cols)
+    groups = torch.arange(first, first + 16)[:, None] * 17 + torch.arange(4, 4 + cols // 8)
+    expected = reference.halves(groups, seed).reshape(16, cols) < 2**15 + 7
+    tiles = cols // 8
+    units = [2 * tiles * q + 2 * b + c for b in range(tiles) for q in range(4) for c in range(2)]
     assert torch.equal(out.cpu().bool(), expected[:, units] if turned else expected)

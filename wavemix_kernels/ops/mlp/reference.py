@@ -32,11 +32,26 @@ def philox(group: Tensor, seed: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
+def halves(group: Tensor, seed: int) -> Tensor:
+    """The words of :func:`philox` in two, low half first: (..., 8) random 16-bit numbers as int64."""
+    words = philox(group, seed)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(-2)
+
+
+#: Dropout's probability is a multiple of one in so many.
+STEPS = 2**16
+
+
+def dropout(p: float) -> tuple[int, float]:
+    """How many of :data:`STEPS` are kept at probability ``p`` of dropping, and what they are multiplied by."""
+    threshold = round((1 - p) * STEPS)
+    return threshold, STEPS / threshold if threshold else 0.0
+
+
 def keep_mask(rows: int, cols: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Mask of the elements of a (rows, cols) matrix that dropout keeps: four columns share one Philox call."""
-    groups = (cols + 3) // 4
-    words = philox(torch.arange(rows * groups, device=device), seed)
-    return words.reshape(rows, groups * 4)[:, :cols] < round((1 - p) * 2**32)
+    """Mask of the elements of a (rows, cols) matrix that dropout keeps: eight columns share one Philox call."""
+    groups = (cols + 7) // 8
+    return halves(torch.arange(rows * groups, device=device), seed).reshape(rows, groups * 8)[:, :cols] < dropout(p)[0]
 
 
 def pointwise_mlp(
@@ -62,5 +77,5 @@ def pointwise_mlp(
     if p > 0:
         n, k, h, w = hidden.shape
         keep = keep_mask(n * h * w, k, p, seed, x.device).reshape(n, h, w, k).permute(0, 3, 1, 2)
-        hidden = hidden * keep * (0.0 if p == 1 else 1 / (1 - p))
+        hidden = hidden * keep * dropout(p)[1]
     return F.conv2d(hidden, w2[:, :, None, None], b2)

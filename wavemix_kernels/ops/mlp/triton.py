@@ -20,6 +20,7 @@ from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, cover
+from wavemix_kernels.ops.mlp.reference import STEPS, dropout
 from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, search_space
 from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation,
@@ -110,17 +111,17 @@ class Mlp(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        return round((1 - self.p) * 2**32)
+        return dropout(self.p)[0]
 
     @property
     def drops(self) -> bool:
-        return self.threshold < 2**32
+        return self.threshold < STEPS
 
     @property
     def scalars(self) -> dict[str, int | float]:
-        """A threshold of 2^32 keeps everything, and its factor is 1 in fp32."""
+        threshold, factor = dropout(self.p)
         return {
-            "rows": self.x.shape[0], "threshold": self.threshold, "factor": 0.0 if self.p == 1 else 1 / (1 - self.p),
+            "rows": self.x.shape[0], "threshold": threshold, "factor": factor,
             "x_stride": self.x.stride(0), "second_stride": 0 if self.second is None else self.second.stride(0),
         }  # fmt: skip
 

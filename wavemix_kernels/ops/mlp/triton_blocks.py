@@ -228,7 +228,8 @@ def _activation_and_gradient(
 @triton.jit
 def _in_order(tile):
     """Columns of unit_order as 0, 1, 2 ..."""
-    by_thread = tl.reshape(tile, (tile.shape[0], tile.shape[1] // 16, 2, 4, 2))
+    TILES: tl.constexpr = 4 if tile.shape[1] % 32 == 0 else 2
+    by_thread = tl.reshape(tile, (tile.shape[0], tile.shape[1] // (8 * TILES), TILES, 4, 2))
     return tl.reshape(tl.permute(by_thread, (0, 1, 3, 2, 4)), (tile.shape[0], tile.shape[1]))
 
 
