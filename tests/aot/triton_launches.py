@@ -213,12 +213,14 @@ def mlp_launches(
         meta(k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
     )  # fmt: skip
 
-    def config(kernel: str) -> mlp_tiles.MlpConfig:
+    def config(kernel: str, few: bool = False) -> mlp_tiles.MlpConfig:
         tf32 = input_precision() == "tf32"
-        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32, little_shared)
+        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32, little_shared, few)
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
+    if config("forward", few=True) != config("forward"):
+        yield f"{name} forward, few pixels", mlp.forward_launch(g, given, config("forward", few=True))
     if choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept":
         yield f"{name} hidden layer", mlp_hidden.launch(g, given, config("hidden"))[0]
     else:

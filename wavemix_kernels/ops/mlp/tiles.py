@@ -14,6 +14,8 @@ _MOST_HELD = 512
 #: Columns of all operands together of which shared memory holds 128 pixels beside the weights of three steps of 32
 #: hidden units; of two.
 _MOST_AHEAD, _MOST_BESIDE = 480, 576
+#: Bytes of shared memory of a block on sm_90 and sm_100.
+_SHARED = 227 * 1024
 #: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
 #: many spill on chips that multiply by warps.
 _MOST_TOGETHER = 16
@@ -32,9 +34,10 @@ class MlpConfig:
 
 def config_for(
     kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False,
-    little_shared: bool = False,
+    little_shared: bool = False, few: bool = False,
 ) -> MlpConfig:  # fmt: skip
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
+    ``few``: rows of pixels for less than half of the multiprocessors, 128 each.
 
     Half types: a warp has 16 rows of the hidden layer at least, since two products follow each other in it: 64 rows on
     four warps, or 128 on eight where weights are read again too often; as many hidden units as registers leave room
@@ -51,12 +54,14 @@ def config_for(
         )
     if itemsize == 4:
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
-    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared)
+    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, few)
     # Units that do not exist cost as much as others: the exponential and the dropout mask of each.
     return replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
 
 
-def _of_half(kernel: Kind, a: int, b: int, o: int, products: Products, little_shared: bool) -> MlpConfig:
+def _of_half(
+    kernel: Kind, a: int, b: int, o: int, products: Products, little_shared: bool, few: bool
+) -> MlpConfig:  # fmt: skip
     columns, together = a + b, held((a, b, o), 16)
     if kernel == "weight" and little_shared and b:
         return MlpConfig(32, 32, 0, 4, 2)
@@ -77,7 +82,11 @@ def _of_half(kernel: Kind, a: int, b: int, o: int, products: Products, little_sh
         return MlpConfig(128, 32, 0, 8, 2) if widest <= 192 else MlpConfig(128, 16, 0, 8, 3)
     if products in BY_WARPS:
         return MlpConfig(64, 64 if widest <= 128 else 32, 0, 4, 2)
-    return MlpConfig(128, 64 if columns <= 288 and o <= 192 else 32, 0, 8, 2)
+    if few and columns <= 256:
+        return MlpConfig(64, 32, 0, 4, 3)
+    hidden, inputs = 64 if columns <= 288 and o <= 192 else 32, held((a, b), 16)
+    ahead = 2 * (128 * inputs + 3 * hidden * (inputs + held((o,), 16)))  # bytes of three steps, beside the pixels
+    return MlpConfig(128, hidden, 0, 8, 3 if ahead <= _SHARED else 2)
 
 
 def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:

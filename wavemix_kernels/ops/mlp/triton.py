@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.precision import input_precision
@@ -143,10 +144,10 @@ class Mlp(NamedTuple):
         )
         if found is not None:
             return found
-        little = chips.little_shared(device)
         return config_for(
-            kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32, little_shared=little
-        )
+            kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32,
+            little_shared=chips.little_shared(device), few=self.x.shape[0] <= 64 * _native.multiprocessors(device),
+        )  # fmt: skip
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> Launch:

@@ -213,13 +213,14 @@ def _activation_and_gradient(
     z, grad, key, row, first, threshold, K: tl.constexpr, UNITS_FIRST: tl.constexpr, DROPOUT: tl.constexpr
 ):
     """_activation(z) and z's gradient, given that of the former; one mask and one exponential for both."""
-    hidden, slope = _gelu(z)
-    grad *= slope
-    if DROPOUT:
+    if DROPOUT:  # the mask first, for the registers
         if UNITS_FIRST:
             keep = tl.trans(keep_mask(key, row, first, K, threshold, z.shape[0]))
         else:
             keep = keep_mask(key, row, first, K, threshold, z.shape[1])
+    hidden, slope = _gelu(z)
+    grad *= slope
+    if DROPOUT:
         hidden = tl.where(keep, hidden, 0.0)
         grad = tl.where(keep, grad, 0.0)
     return hidden, grad
