@@ -269,6 +269,8 @@ TAKEN_ROWS: Any = TAKEN | {
     ),
     "layout": ("nchw",), "add": (None, "nchw", "channels_last"),
 }  # fmt: skip
+#: Each size and dtype of the joined kernels, where a slice may have been that of a pair of values.
+TAKEN_BEHIND_NORM: Any = {"size": NORMED[:5], "layout": ("channels_last",)}
 #: Cases of Triton's kernels for narrow images: each width, columns of no output, and more quads than a program takes.
 NARROW: Any = {
     "size": (((1, 16, 2, 2), 3, 1), ((2, 32, 4, 6), 8, 1), ((5, 8, 16, 18), 2, 1)),
@@ -277,8 +279,8 @@ NARROW: Any = {
 test_contract = each.case(ReduceHaar(), ReduceHaar({"triton": HALF}, last=(True,), **NARROW))
 test_gradients = each.case(Gradients(), Gradients({"triton": HALF}, add=(None, "nchw", "channels_last"), **NARROW))
 test_gradients_taken_by_cuda = each.case(*(Gradients({"cuda": HALF}, **of) for of in (TAKEN, TAKEN_ROWS)))
-test_contract_behind_norm = each.case(NormReduceHaar())
-test_gradients_behind_norm = each.case(NormGradients())
+test_contract_behind_norm = each.case(NormReduceHaar(), NormReduceHaar({"cuda": HALF}, **TAKEN_BEHIND_NORM))
+test_gradients_behind_norm = each.case(NormGradients(), NormGradients({"cuda": HALF}, **TAKEN_BEHIND_NORM))
 test_repeats = each.backend_repeats(ReduceHaar(), Gradients(), NormReduceHaar(), NormGradients())
 test_threads = each.thread_count(
     Gradients(size=(((2, 64, 24, 32), 16, 3), ((1, 8, 8, 1032), 2, 3)), **MANY), same=False
