@@ -14,6 +14,8 @@ _MOST_HELD = 512
 #: Columns of all operands together of which shared memory holds 128 pixels beside the weights of three steps of 32
 #: hidden units; of two.
 _MOST_AHEAD, _MOST_BESIDE = 480, 576
+#: Inputs and results up to which four warps hold the sums of 128 rows, beside a layer of 16 units.
+_MOST_SLIM = 32
 #: Bytes of shared memory of a block on sm_90 and sm_100.
 _SHARED = 227 * 1024
 #: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
@@ -56,7 +58,10 @@ def config_for(
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
     found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, few)
     # Units that do not exist cost as much as others: the exponential and the dropout mask of each.
-    return replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
+    found = replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
+    # A warp has 32 rows of few sums: half as many threads load a row's weights.
+    slim = kernel == "forward" and found.hidden == 16 and max(a + b, o) <= _MOST_SLIM
+    return replace(found, num_warps=min(found.num_warps, 4)) if slim else found
 
 
 def _of_half(
