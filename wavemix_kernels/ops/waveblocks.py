@@ -42,12 +42,14 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
         return "a BatchNorm has statistics of its own, not the batch's"
     if any(block.options(True, backend).recompute != "hidden" for block in blocks):
         return "blocks make more than their hidden layers again in backward"
-    if not all(norm_reduce_haar.serves(x, x, block.weight, backend) for block in blocks[1:]):
+    # One of each shape is asked: it takes longer than a launch.
+    reductions = {block.weight.shape: block.weight for block in blocks[1:]}
+    if not all(norm_reduce_haar.serves(x, x, weight, backend) for weight in reductions.values()):
         return "no kernel joins their passes here"
-    part = choose.for_part(backend, deconv.BACKENDS)
-    for block in blocks if x.is_cuda else ():  # the emulator's images lie on a CPU, whose kernels always do that
-        weight = block.levels[0].up_weight
-        if block.kind == "deconv" and weight is not None and deconv.folds(part, weight.shape[0], x):
+    if x.is_cuda:  # the emulator's images lie on a CPU, whose kernels always do that
+        part = choose.for_part(backend, deconv.BACKENDS)
+        finest = (block.levels[0].up_weight for block in blocks if block.kind == "deconv")
+        if any(deconv.folds(part, channels, x) for channels in {w.shape[0] for w in finest if w is not None}):
             return "the transposed convolution's kernels make their BatchNorm's gradient themselves"
     return None
 
