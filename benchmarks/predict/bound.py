@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .chips import Chip
+from .compiled import compiled
 from .executed import name_of, scaled, scales
 from .profile import Profile, profile
 from .record import Launch
@@ -60,7 +61,10 @@ def predict(launch: Launch, chip: Chip) -> Prediction:
 
     Raises:
         execute.NotUnderstood, tools.Missing, ValueError: see :func:`benchmarks.predict.profile.profile`.
+        ValueError: a block takes more shared memory than it may have.
     """
+    if (shared := compiled(launch, chip).shared) > (most := chip.shared_of_block):
+        raise ValueError(f"{name_of(launch)}: {shared} bytes of shared memory, a block of {chip.name} has {most}")
     scale = scales(name_of(launch))
     return replace(of_profile(scaled(profile(launch, chip), scale), launch, chip), executed=bool(scale))
 

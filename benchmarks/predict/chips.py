@@ -70,6 +70,11 @@ class Chip:
     launch: float = 1.5e-6
 
     @property
+    def shared_of_block(self) -> int:
+        """Bytes of shared memory that a block may have: the system takes 1 KiB of each."""
+        return self.shared_bytes - KIB
+
+    @property
     def arch(self) -> int:
         """The number that nvcc and Triton use."""
         return 10 * self.capability[0] + self.capability[1]

@@ -75,6 +75,12 @@ def test_a_worse_tile_is_red() -> None:
     assert len(complaints) == 2
 
 
+def test_a_tile_that_does_not_fit_is_refused() -> None:
+    done = python("-c", MLP.format(config=(128, 64, 0, 8, 3)))
+    assert done.returncode != 0
+    assert "258304 bytes of shared memory, a block of H100 SXM has 232448" in done.stderr
+
+
 def test_kept_results_serve_unless_they_changed_or_it_is_their_day(tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
     made = {f"kernel {i}": kept.Kept(kept.key("code", i), [i, "memory"]) for i in range(200)}
