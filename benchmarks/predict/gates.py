@@ -52,7 +52,6 @@ REASONS = {
     "triton dwt * periodization *": "pairs of samples begin at odd places, and coefficients wrap one by one",
     "triton dwt *": "taps, rows and loads ahead take the registers: two to five blocks of a multiprocessor",
     "triton wtconv *": "registers for a quarter of the warps, which wait for loads; deep levels have few tiles",
-    "cuda norm_reduce_haar gradients L1 64x144*": "144 channels fill three quarters of a block's columns",
     "cuda reduce_haar *": "55 instructions for each 16 bytes that are copied; two blocks of a multiprocessor",
     "triton reduce_haar * nchw *": "bank conflicts: rows of pixels are turned into columns of channels",
     "triton reduce_haar gradients L1 channels_last 1024x*": "few warps of a multiprocessor, which wait for each step",
