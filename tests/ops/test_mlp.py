@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops import each
 from tests.ops.contract import Case, Contract, image, on, randn
-from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, stored
+from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.mlp import op, reference
 
@@ -227,6 +227,27 @@ def test_dropout_mask_is_the_reference_s(backend: str, p: float, device: str) ->
     image_grad = grad.view(2, 5, 7, units).permute(0, 3, 1, 2)
     made = op.backward(image_grad, x, None, None, None, w1, b1, w2, None, p, seed, False, backend)
     assert torch.equal(made.b1 != 0, keep[41])
+
+
+@on("cpu", "triton")
+@pytest.mark.parametrize("outputs, joined", [(64, False), (72, True)])
+def test_inputs_gradients_are_one_product_where_the_hidden_layer_is_kept(
+    backend: str, device: str, outputs: int, joined: bool
+) -> None:
+    """The library then reads the hidden layer's gradient once, and the two gradients lie side by side."""
+    tensors = [randn(2, c, 3, 4, seed=c).to(device, torch.float16) for c in (128, 64, outputs)]
+    x, second, grad = (t.contiguous(memory_format=torch.channels_last) for t in tensors)
+    w1, w2 = (randn(*shape).to(device, torch.float16) for shape in ((32, 192), (outputs, 32)))
+    made = op.backward(grad, x, second, None, None, w1, None, w2, None, 0.0, None, False, backend)
+    step = 192 if joined and backend == "triton" else 128
+    assert made.x.stride() == (12 * step, 1, 4 * step, step)
+    assert made.second is not None
+    assert made.second.shape == second.shape
+    wanted = op.backward(grad, x, second, None, None, w1, None, w2, None, 0.0, None, False, "reference")
+    assert wanted.second is not None
+    for got, want in ((made.x, wanted.x), (made.second, wanted.second)):
+        bound = 4 * UNIT_ROUNDOFF[torch.float16] * want.double().abs().max()
+        assert_within(got, want.double(), bound.expand(want.shape))
 
 
 @on("cpu", "triton")

@@ -132,7 +132,7 @@ struct Block {
       for (int next = 2; next <= kMaxHaarLevels; ++next) level += i >= first_row(kAlongW, next);
       const int pixel = pixel_of(p, tile, level, i - first_row(kAlongW, level));
       if (pixel < 0) continue;
-      const T* const source = static_cast<const T*>(p.z[level - 1]) + static_cast<int64_t>(pixel) * (4 * p.o);
+      const T* const source = static_cast<const T*>(p.z[level - 1]) + static_cast<int64_t>(pixel) * p.z_row[level - 1];
       for (int e = lane * kWord; e < 4 * p.o; e += 32 * kWord) cp_async<16>(z + (i * P::kZRow + e), source + e);
     }
     cp_async_commit();

@@ -59,6 +59,7 @@ struct Params {
   int tiles_of_block, more_tiles;  // as many blocks have one more
   bool in_words;                   // along W: rows of an image are whole words
   int size;                        // of one block's sums
+  int z_row[kMaxHaarLevels];       // elements from a pixel of z to the next
   const void* y;                   // NormSumArgs'
   const float *mean, *invstd;
 };

@@ -173,7 +173,10 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const N
   p.mean = norm.mean;
   p.invstd = norm.invstd;
   p.d_x = grads.d_x.data;
-  for (int level = 1; level <= args.levels; ++level) p.z[level - 1] = args.z[level - 1].data;
+  for (int level = 1; level <= args.levels; ++level) {
+    p.z[level - 1] = args.z[level - 1].data;
+    p.z_row[level - 1] = static_cast<int>(args.z[level - 1].stride[3]);
+  }
   p.sums = sums;
   p.size = size_of_sums(args, kNorm);
   p.c = static_cast<int>(args.c);

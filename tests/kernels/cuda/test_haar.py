@@ -20,6 +20,7 @@ from tests.ops.test_haar import Analysis, Pyramid, Synthesis
 from tests.ops.test_reduce_haar import Gradients, ReduceHaar
 from tests.tolerances import DTYPES
 from wavemix_kernels import backends
+from wavemix_kernels.ops.common import layout as memory_order
 from wavemix_kernels.ops.norm.batch_norm import Affine
 from wavemix_kernels.ops.reduce_haar import norm_reduce_haar
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
@@ -213,6 +214,24 @@ def test_norm_reduce_haar_joins_or_says_why_not(
     else:
         assert [name.split()[0] for name in names] == ["reduce_haar"]
         assert ran in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 12), (2, 8, 4, 2), (3, 8, 2, 2), (1, 8, 2, 2)])
+def test_reduce_haar_gradients_read_their_channels_of_more(core: ModuleType, shape: tuple[int, ...]) -> None:
+    """Z's gradients beside other channels are read in place (a pixel, a column or an image of them, too)."""
+    n, c, h, w = shape
+    x, weight = image(randn(*shape), HALF, layout="channels_last"), randn(4, c, 1, 1).to(HALF)
+    wide = image(randn(n, 24, h // 2, w // 2, seed=1), HALF, layout="channels_last")
+    grad = wide[:, :16]
+    copied = []
+    with pytest.MonkeyPatch.context() as patch:
+        laid_out = memory_order.laid_out
+        patch.setattr(memory_order, "laid_out", lambda t, last: copied.append(t) or laid_out(t, last))
+        made = reduce_haar.backward([grad], x, weight, True, None, "cuda")
+    wanted = reduce_haar.backward([grad.clone(memory_format=torch.channels_last)], x, weight, True, None, "cuda")
+    assert not copied
+    for got, want in zip(made, wanted, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_reduce_haar_gradients_keep_non_finite_values_in_their_quad(core: ModuleType) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common import chips, layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
@@ -232,8 +232,10 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
 
     *arguments, want_output = rest
     mlp, second = _triton_mlp(x, *arguments), arguments[0]
-    gx = _empty_image(x, x.shape[1])
-    gs = None if second is None else _empty_image(x, second.shape[1])
+    a, b = x.shape[1], 0 if second is None else second.shape[1]
+    joins = _joins(x, second, mlp.w1, mlp.w2, "triton")
+    gx = _empty_image(x, a + b if joins else a)
+    gs = None if second is None or joins else _empty_image(x, b)
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
     weights = [None if t is None else torch.empty_like(t) for t in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)]
     of_second, again = (None if t is None else matrix(t) for t in (gs, output))
@@ -278,12 +280,26 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
     return Gradients(*cast(Any, (gx, gs, *weights, output)))
 
 
+def _joins(x: Tensor, second: Tensor | None, w1: Tensor, w2: Tensor, backend: str) -> bool:
+    """Whether an operator gives the gradients of x and of the second input as one image, side by side, and none for
+    the latter: one product of the library makes both then, and reads the hidden layer's gradient once."""
+    if second is None or x.dtype.itemsize != 2 or not (x.is_cuda or backend == "triton"):
+        return False
+    return choose.pointwise_mlp(x.dtype, w1.shape[1], w2.shape[0], True, chips.little_shared(x.device)) != "fused"
+
+
 def _backward_op(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, want_output, backend = arguments
     chosen = choose.select("pointwise_mlp_backward", BACKENDS, backend, grad, inputs[4], inputs[0])
     function = chosen.functions["backward"] if chosen.functions else _reference_backward
-    out = function(grad, *inputs, want_output)
-    return [grad.new_empty(0) if t is None else t for t in out]
+    gx, gs, *out = function(grad, *inputs, want_output)
+    x, second, w1, w2 = (inputs[i] for i in (0, 1, 4, 6))
+    joins = _joins(x, second, w1, w2, backend)
+    if joins and gs is not None:  # not Triton's
+        gx, gs = layout.laid_out(torch.cat((gx, gs), 1), True), None
+    elif second is not None and not joins and gs is None:
+        gx, gs = (layout.laid_out(part, True) for part in gx.split((x.shape[1], second.shape[1]), 1))
+    return [grad.new_empty(0) if t is None else t for t in (gx, gs, *out)]
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -291,8 +307,11 @@ def _forward_fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    x, second, _, _, w1, b1, w2, b2, _, _, want_output, _ = arguments
-    images = [_empty_image(x, x.shape[1]), None if second is None else _empty_image(x, second.shape[1])]
+    x, second, _, _, w1, b1, w2, b2, _, _, want_output, backend = arguments
+    if _joins(x, second, w1, w2, backend):
+        images = [_empty_image(x, w1.shape[1]), None]
+    else:
+        images = [_empty_image(x, x.shape[1]), None if second is None else _empty_image(x, second.shape[1])]
     weights = [None if t is None else torch.empty_like(t) for t in (w1, b1, w2, b2)]
     out = [*images, *weights, _empty_image(x, w2.shape[0]) if want_output else None]
     return [grad.new_empty(0) if t is None else t for t in out]
@@ -309,6 +328,8 @@ def backward(grad: Tensor, *arguments: Any) -> Gradients:
     output itself made again where ``want_output`` is set (a convolution's weight gradient wants it)."""
     x, second, _, _, w1, b1, w2, b2, _, _, want_output, _ = arguments
     out = torch.ops.wavemix_kernels.pointwise_mlp_backward(grad, *arguments)
+    if second is not None and out[0].shape[1] > x.shape[1]:
+        out = [*out[0].split((x.shape[1], second.shape[1]), 1), *out[2:]]
     present = (x, second, w1, b1, w2, b2, x if want_output else None)
     return Gradients(*cast(Any, (None if p is None else t for t, p in zip(out, present, strict=True))))
 

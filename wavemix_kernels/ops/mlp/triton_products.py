@@ -143,8 +143,8 @@ def backward_weight(
 
 
 def backward_x(gx: Tensor, gs: Tensor | None, hidden_grad: Tensor, mlp: Mlp) -> None:
-    """Writes the gradients of x and of `second * scale + shift`."""
-    a = mlp.x.shape[1]
-    torch.mm(hidden_grad, mlp.w1[:, :a], out=gx)
+    """Writes the gradients of x and of `second * scale + shift`; side by side into `gx`, where there is no `gs`."""
+    width = gx.shape[1]
+    torch.mm(hidden_grad, mlp.w1[:, :width], out=gx)
     if gs is not None:
-        torch.mm(hidden_grad, mlp.w1[:, a:], out=gs)
+        torch.mm(hidden_grad, mlp.w1[:, width:], out=gs)

@@ -182,6 +182,24 @@ def _dense(image: Tensor, channels_last: bool) -> Tensor:
     return image if is_dense(image, channels_last) else layout.laid_out(image, channels_last)
 
 
+def _row(image: Tensor) -> int:
+    """Elements from a pixel to the next, where pixels follow each other in channels_last order."""
+    by_axis = zip(image.shape, image.stride(), strict=True)
+    n, _, h, w = (stride if size > 1 else 0 for size, stride in by_axis)
+    return w or h or n or image.shape[1]
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """Pixels one after the other in channels_last order, whole words of other channels beside them, or a copy."""
+    _, c, h, w = image.shape
+    row = _row(image)
+    wanted = (h * w * row, 1, w * row, row)
+    follow = all(size == 1 or a == b for size, a, b in zip(image.shape, image.stride(), wanted, strict=True))
+    return (
+        image if follow and row >= c and row % 8 == 0 and image.data_ptr() % 16 == 0 else layout.laid_out(image, True)
+    )
+
+
 def cuda_backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, add: Tensor | None, has_bias: bool,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -191,7 +209,7 @@ def cuda_backward(
     core: Any = _native.cuda_core
     out = _backward_fake(grads, x, weight, add, has_bias)
     order = layout.is_channels_last(x)
-    x, weight, grads = _dense(x, order), weight[:, :, 0, 0].contiguous(), [_dense(g, True) for g in grads]
+    x, weight, grads = _dense(x, order), weight[:, :, 0, 0].contiguous(), [_pixels(g) for g in grads]
     add = None if add is None else _dense(add, order)
     size = _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0]
     chip = _native.multiprocessors(x.device), chips.shared_of_block(x.device) + chips.SHARED_OF_SYSTEM
@@ -199,7 +217,8 @@ def cuda_backward(
     workspace = x.new_empty(bytes_of_sums, dtype=torch.uint8)
     a, pointer = _native.address, _native.pointer
     _native.launch(
-        "reduce_haar_backward_cuda", x.device, *size, a(x), a(weight), [a(g) for g in grads], a(out[0]), a(add),
+        "reduce_haar_backward_cuda", x.device, *size, a(x), a(weight), [(pointer(g), 0, 1, 0, _row(g)) for g in grads],
+        a(out[0]), a(add),
         pointer(out[1]), pointer(out[2]) if has_bias else 0, [pointer(t) for t in norm or ()], pointer(workspace),
         *chip,
     )  # fmt: skip
