@@ -164,11 +164,16 @@ def freeze(blocks: nn.ModuleList) -> None:
     blocks[1].feedforward1[5].eval()
 
 
+def evaluate(blocks: nn.ModuleList) -> None:
+    blocks.eval()
+
+
 @pytest.mark.parametrize(
     "more, x, change, reason",
     [
         ({"recompute": "mlp"}, {}, None, "blocks make more than their hidden layers again in backward"),
         ({}, {}, freeze, "a BatchNorm has statistics of its own, not the batch's"),
+        ({}, {}, evaluate, "it is in evaluation"),
         ({"dtype": torch.float32}, {"dtype": torch.float32}, None, "no kernel joins their passes here"),
         ({}, {"layout": "channels_slice"}, None, "no kernel joins their passes here"),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavemix_kernels import backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, plan
 from wavemix_kernels.ops.common.once import once_differentiable
@@ -34,6 +35,16 @@ from wavemix_kernels.ops.waveblock import (
 Statistics = list[tuple[Tensor, Tensor]]
 
 
+_NO_KERNEL = "no kernel joins their passes here"
+
+
+def why_not_here(x: Tensor, backend: str) -> str | None:
+    """The same as :func:`why_not` where x alone says it, in no time."""
+    if backend not in ("auto", "cuda") or x.dtype.itemsize != 2 or backends.cuda_why_not(x) is not None:
+        return _NO_KERNEL
+    return None
+
+
 def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
     """Why each block runs by itself, or None."""
     if len(blocks) < 2:
@@ -45,7 +56,7 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
     # One of each shape is asked: it takes longer than a launch.
     reductions = {block.weight.shape: block.weight for block in blocks[1:]}
     if not all(norm_reduce_haar.serves(x, x, weight, backend) for weight in reductions.values()):
-        return "no kernel joins their passes here"
+        return _NO_KERNEL
     if x.is_cuda:  # the emulator's images lie on a CPU, whose kernels always do that
         part = choose.for_part(backend, deconv.BACKENDS)
         finest = (block.levels[0].up_weight for block in blocks if block.kind == "deconv")

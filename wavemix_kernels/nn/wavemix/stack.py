@@ -29,10 +29,14 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor | 
     stack = [block for block in blocks if type(block) is FusedWaveblock]
     if len(stack) < max(len(blocks), 2):
         return None
+    apart = "one block after the other"
+    reason = waveblocks.why_not_here(x, backend) if stack[0].training else "it is in evaluation"
+    if log.fallback(stack[0], reason, apart):
+        return None
     prepared = [block.prepared(x) for block in stack]
     given = [block for _, block in prepared]
     reason = "autocast converts x" if any(cast is not x for cast, _ in prepared) else None
-    if log.fallback(stack[0], reason or waveblocks.why_not(x, given, backend), "one block after the other"):
+    if log.fallback(stack[0], reason or waveblocks.why_not(x, given, backend), apart):
         return None
     out, statistics = waveblocks.waveblocks(x, _with_seeds(given, x.device), backend)
     update(*(batch for block, stats in zip(stack, statistics, strict=True) for batch in block.batches(x, stats)))
