@@ -419,5 +419,9 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
         x, grad, residual, weight, bias = (t.to(dtype).to(where, wide) for t in tensors)
         of = stats(x, weight, bias, 1e-5, name)
         out = ops.batch_norm_apply(x, of.scale, of.shift, residual, False, name)
-        results.append([*of, out, *backward(grad, x, of.mean, of.invstd, weight, True, False, name)])
+        xhat = (x - _channels(of.mean)) * _channels(of.invstd)
+        sums = torch.stack([(grad * of_x).to(of.mean.dtype).sum((0, 2, 3)) for of_x in (1, xhat)])
+        norm = of.mean, of.invstd, weight
+        made = backward_of_sums(sums, grad, x, *norm, name)
+        results.append([*of, out, *backward(grad, x, *norm, True, False, name), *made])
     return selftest.largest_error(*results), selftest.rounding_bound(3 * 7 * 5, dtype)

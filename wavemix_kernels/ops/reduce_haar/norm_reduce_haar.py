@@ -8,6 +8,7 @@ made of.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,27 +65,38 @@ def _cuda(
     return [image, *zs]
 
 
+def _cuda_backward(
+    grads: list[Tensor], add: Tensor | None, image: Tensor, weight: Tensor, has_bias: bool, y: Tensor, mean: Tensor,
+    invstd: Tensor,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The sums (2, C) of BatchNorm's gradient, and the reduction's gradients."""
+    mean, invstd = mean.contiguous(), invstd.contiguous()
+    sums = mean.new_empty(2, len(mean))
+    return sums, reduce_haar.cuda_backward(grads, image, weight, add, has_bias, (y, mean, invstd, sums))
+
+
 BACKENDS: dict[str, backends.Backend] = {
-    "cuda": backends.Backend(_why_not_cuda, {"forward": _cuda}, torch.float16),
+    "cuda": backends.Backend(_why_not_cuda, {"forward": _cuda, "backward": _cuda_backward}, torch.float16),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }
 
 
-def _joins(op: str, backend: str, *tensors: Tensor) -> bool:
+def _functions(op: str, backend: str, *tensors: Tensor) -> Mapping[str, Callable[..., Any]]:
+    """Of one kernel, or none: the parts."""
     name = backend if backend in ("auto", *BACKENDS) else "reference"
     if name == "cuda" and (reason := _why_not_cuda(*tensors)) is not None:
         name = "reference"  # the parts have kernels of this name, or say why not
         if not torch.compiler.is_compiling() and log.enabled():
             line = f"{op} {', '.join(str(tuple(t.shape)) for t in tensors)}: in parts: {reason}"
             log.once(line, lambda: line)
-    return "forward" in choose.select(op, BACKENDS, name, *tensors).functions
+    return choose.select(op, BACKENDS, name, *tensors).functions
 
 
 def _forward(
     y: Tensor, scale: Tensor, shift: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, levels: int, backend: str
 ) -> list[Tensor]:
-    if _joins("norm_reduce_haar", backend, y, x, weight):
-        return _cuda(y, scale, shift, x, weight, bias, levels)
+    if functions := _functions("norm_reduce_haar", backend, y, x, weight):
+        return functions["forward"](y, scale, shift, x, weight, bias, levels)
     norm = choose.for_part(backend, batch_norm.BACKENDS)
     image = torch.ops.wavemix_kernels.batch_norm_apply(y, scale, shift, x, True, norm)
     return [image, *torch.ops.wavemix_kernels.reduce_haar(image, weight, bias, levels, True, backend)]
@@ -95,10 +107,8 @@ def _backward(
     invstd: Tensor, norm_weight: Tensor | None, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     norm = choose.for_part(backend, batch_norm.BACKENDS)
-    if _joins("norm_reduce_haar_backward", backend, y, image, weight):
-        mean, invstd = mean.contiguous(), invstd.contiguous()
-        sums = mean.new_empty(2, len(mean))
-        d_image, *of_reduction = reduce_haar.cuda_backward(grads, image, weight, add, has_bias, (y, mean, invstd, sums))
+    if functions := _functions("norm_reduce_haar_backward", backend, y, image, weight):
+        sums, (d_image, *of_reduction) = functions["backward"](grads, add, image, weight, has_bias, y, mean, invstd)
         of_norm = batch_norm.backward_of_sums(sums, d_image, y, mean, invstd, norm_weight, norm)
     else:
         made = torch.ops.wavemix_kernels.reduce_haar_backward
@@ -133,7 +143,7 @@ for _name, _implementation, _of in (
 
 def serves(y: Tensor, x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether one kernel does it. What follows from ``False``: the parts, no faster than each in its own block."""
-    return _joins("norm_reduce_haar", backend, y, x, weight)
+    return bool(_functions("norm_reduce_haar", backend, y, x, weight))
 
 
 def forward(
