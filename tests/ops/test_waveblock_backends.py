@@ -12,6 +12,7 @@ from tests.emulator.build import launches
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import _native
+from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.reference import Waveblock
 
 U32 = UNIT_ROUNDOFF[torch.float32]
@@ -77,3 +78,17 @@ def test_block_with_dropout_follows_torch_s_seed(device: str) -> None:
         results.append((out.detach(), leaf.grad))
     for got, want in zip(*results, strict=True):
         assert float((got - want).norm()) <= 1024 * U32 * float(want.norm())
+
+
+def test_each_level_s_upsampling_is_chosen_by_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the finest level's has all the block's channels."""
+    asked, folds = [], deconv.folds
+
+    def recorded(backend: str, u_channels: int, grad: torch.Tensor) -> bool:
+        asked.append(tuple(grad.shape))
+        return folds(backend, u_channels, grad)
+
+    monkeypatch.setattr(deconv, "folds", recorded)
+    block = wk.FusedWaveblock(level=2, final_dim=8, ff_channel=8)
+    block(torch.randn(1, 8, 8, 8)).sum().backward()
+    assert asked == [(1, 8, 8, 8), (1, 4, 4, 4)]

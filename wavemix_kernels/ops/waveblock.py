@@ -251,7 +251,7 @@ def levels_backward(
         dbn_weight: Tensor | None
         dbn_bias: Tensor | None
         given = of_y and i == 0
-        folds = kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], upper)
+        folds = kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], gradient)
         if folds and not given:
             # u made again first, a twentieth of the level's arithmetic, lets one pass over gradient and y make both
             # gradients.
