@@ -113,7 +113,7 @@ class FusedWaveblock(Waveblock):
         return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
 
     def batches(self, x: Tensor, stats: Sequence[tuple[Tensor, Tensor]]) -> list[Batch]:
-        """What moves the running statistics: each level's mean and biased variance, for the levels' BatchNorms."""
+        """Each level's mean and biased variance, which move its BatchNorm's running statistics."""
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return [Batch(part[5], *stats[i], pixels >> (2 * i)) for i, part in enumerate(self._parts())]
 

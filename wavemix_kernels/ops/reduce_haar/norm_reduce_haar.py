@@ -35,8 +35,8 @@ _library.define(
 
 
 def _why_not_cuda(y: Tensor | None = None, x: Tensor | None = None, weight: Tensor | None = None) -> str | None:
-    """Of y, x (backward: the image) and weight. Both directions have one answer: what is joined forward is so
-    backward."""
+    """The probe takes y, x (backward: the image) and weight. Both directions have one answer: what is joined forward is
+    so backward."""
     if y is None or x is None or weight is None:
         return backends.cuda_why_not()
     if (reason := reduce_haar.why_not_cuda_backward(x, weight, norm=True)) is not None:
@@ -82,7 +82,7 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _functions(op: str, backend: str, *tensors: Tensor) -> Mapping[str, Callable[..., Any]]:
-    """Of one kernel, or none: the parts."""
+    """The joined kernels, or nothing where the parts run."""
     name = backend if backend in ("auto", *BACKENDS) else "reference"
     if name == "cuda" and (reason := _why_not_cuda(*tensors)) is not None:
         name = "reference"  # the parts have kernels of this name, or say why not
