@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wavemix_kernels as wk
@@ -382,11 +383,13 @@ def test_traced_calls_test_nothing(tests: Tests) -> None:
 
 # --- Self-tests --------------------------------------------------------------------------------------------
 
-
-@pytest.mark.prove
-@pytest.mark.parametrize(
+EACH_BACKEND = pytest.mark.parametrize(
     "op, backend", [(op, b) for op in ops.OPS for b in ops.load(op).BACKENDS], indirect=["backend"]
 )
+
+
+@pytest.mark.prove
+@EACH_BACKEND
 def test_a_self_test_runs_every_function_of_its_backend(
     op: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,11 +405,37 @@ def test_a_self_test_runs_every_function_of_its_backend(
     assert called == set(own.functions) or backend == "reference"
 
 
+class Sharing(TorchDispatchMode):
+    """Collects this package's operators whose results share memory with each other or with an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "wavemix_kernels":
+            given, made = (
+                [t.untyped_storage().data_ptr() for t in tree_leaves(tree) if isinstance(t, Tensor) and t.numel()]
+                for tree in ((args, kwargs), result)
+            )
+            if len(set(made)) < len(made) or not set(made).isdisjoint(given):
+                self.found.add(str(func))
+        return result
+
+
+@pytest.mark.prove
+@EACH_BACKEND
+def test_results_share_no_memory(op: str, backend: str, device: str) -> None:
+    """torch.compile is told so: it warns where results do, and would be wrong after a write to one of them."""
+    with Sharing() as mode:
+        ops.load(op).self_test(backend, torch.device(device), ops.load(op).BACKENDS[backend].dtype)
+    assert not mode.found
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, BF16], ids=str)
-@pytest.mark.parametrize(
-    "op, backend", [(op, b) for op in ops.OPS for b in ops.load(op).BACKENDS], indirect=["backend"]
-)
+@EACH_BACKEND
 def test_right_kernels_pass_in_every_dtype(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
     one = ops.load(op).BACKENDS[backend]
     if (reason := one.why_not(torch.ones(one.example, dtype=dtype, device=device))) is not None:

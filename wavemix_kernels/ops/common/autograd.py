@@ -7,7 +7,8 @@ launches feel) and refuses torch.func.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ from wavemix_kernels.ops.common.transforms import in_transform, standard_wanted
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Sequence[Any]]
+
+
+_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther", "AutogradCPU", "AutogradCUDA")
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Autograd records inside an operator's implementation, also where a dispatch mode (FlopCounterMode, selective
+    checkpointing) called it, below autograd."""
+    core: Any = torch._C
+    excluded = core._dispatch_tls_local_exclude_set()
+    for key in _KEYS:
+        excluded = excluded.remove(getattr(core.DispatchKey, key))
+    with core._ForceDispatchKeyGuard(core._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def _flatten(values: Sequence[Any]) -> tuple[list[Any], list[int]]:

@@ -19,7 +19,7 @@ from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import chips, layout, selftest
 from wavemix_kernels.ops.common.autograd import differentiable
-from wavemix_kernels.ops.common.dtypes import MULTIPLIED, accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import MULTIPLIED
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 
@@ -31,11 +31,11 @@ _library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, st
 # The same around a BatchNorm of the output: its statistics, and gradients that begin with the normalised output's.
 _library.define(
     "deconv_stats(Tensor u, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "deconv_norm_backward(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? norm_weight, bool batch_stats, "
-    "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor u, Tensor weight, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 TAPS, STRIDE, PADDING = 4, 2, 1
@@ -109,11 +109,10 @@ def _cpu_forward(
 Parameters = tuple[Tensor | None, Tensor | None, float]
 
 
-def _cpu_forward_stats(
-    u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
-) -> tuple[Tensor, batch_norm.Statistics]:
-    moments = _empty_statistics(u, weight), _empty_statistics(u, weight)
-    return _cpu_forward(u, weight, bias, moments), batch_norm.from_moments(moments[0], moments[1], *norm)
+def _cpu_forward_stats(u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters) -> tuple[Tensor, Tensor]:
+    mean, var, *_ = batch_norm.empty_statistics(u, weight.shape[1])
+    y = _cpu_forward(u, weight, bias, (mean, var))
+    return y, torch.stack(batch_norm.from_moments(mean, var, *norm))
 
 
 def _cpu_forward_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -175,14 +174,11 @@ def _triton_forward(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return y
 
 
-def _triton_forward_stats(
-    u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters
-) -> tuple[Tensor, batch_norm.Statistics]:
+def _triton_forward_stats(u: Tensor, weight: Tensor, bias: Tensor | None, norm: Parameters) -> tuple[Tensor, Tensor]:
     from wavemix_kernels.ops.deconv import triton as kernels
 
     u, y = layout.channels_inner(u), _empty_output(u, weight)
-    stats = kernels.forward_stats(y, u, weight, None if bias is None else bias.contiguous(), *norm)
-    return y, batch_norm.Statistics(*stats)
+    return y, kernels.forward_stats(y, u, weight, None if bias is None else bias.contiguous(), *norm)
 
 
 def _triton_backward_x(grad: Tensor, weight: Tensor) -> Tensor:
@@ -312,45 +308,41 @@ def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> l
 def _stats(
     u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     functions = _functions("deconv_stats", backend, u, weight)
-    if "forward_stats" not in functions:
-        y = functions["forward"](u, weight, bias)
-        norm = choose.for_part(backend, batch_norm.BACKENDS)
-        return y, *batch_norm.stats(y, norm_weight, norm_bias, eps, norm)
-    y, stats = functions["forward_stats"](u, weight, bias, (*batch_norm.contiguous(norm_weight, norm_bias), eps))
-    return y, *stats.distinct()
+    if "forward_stats" in functions:
+        norm = *batch_norm.contiguous(norm_weight, norm_bias), eps
+        made: tuple[Tensor, Tensor] = functions["forward_stats"](u, weight, bias, norm)
+        return made
+    y, part = functions["forward"](u, weight, bias), choose.for_part(backend, batch_norm.BACKENDS)
+    return y, torch.ops.wavemix_kernels.batch_norm_stats(y, norm_weight, norm_bias, eps, part)
 
 
 def _norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     norm, grad = choose.for_part(backend, batch_norm.BACKENDS), layout.channels_inner(grad)
     functions = _functions("deconv_norm_backward", backend, grad, weight)
     if "norm_backward" in functions:
         of = batch_norm.line(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
         line: Norm = (y, of.a.contiguous(), of.b, mean.to(of.a.dtype).contiguous(), of.d)
-        return *functions["norm_backward"](grad, u, weight, line), of.weight, of.bias
+        return *functions["norm_backward"](grad, u, weight, line), of.parameters
     # The library's kernels take the gradient of y itself.
-    dy, *of_norm = batch_norm.backward(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
-    return backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0], *of_norm
+    made = torch.ops.wavemix_kernels.batch_norm_backward
+    dy, of_norm = made(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
+    return backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0], of_norm
 
 
-def _empty_statistics(u: Tensor, weight: Tensor) -> Tensor:
-    return u.new_empty(weight.shape[1], dtype=accumulate_dtype(u.dtype))
-
-
-def _stats_fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _empty_output(u, weight), *(_empty_statistics(u, weight) for _ in range(5))
+def _stats_fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_output(u, weight), batch_norm.empty_statistics(u, weight.shape[1])
 
 
 def _norm_backward_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    of_norm = (torch.empty_like(_empty_statistics(y, weight) if norm_weight is None else norm_weight) for _ in range(2))
-    return _empty_input(grad, weight), weight.new_empty(weight.shape), *of_norm
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _empty_input(grad, weight), weight.new_empty(weight.shape), batch_norm.empty_gradients(y, norm_weight)
 
 
 for _name, _implementation, _fake in (
@@ -386,8 +378,8 @@ def with_stats(
     backend: str,
 ) -> tuple[Tensor, batch_norm.Statistics]:  # fmt: skip
     """Output, and of it what :func:`wavemix_kernels.ops.norm.batch_norm.stats` gives for a BatchNorm's parameters."""
-    y, *stats = torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, norm_weight, norm_bias, eps, backend)
-    return y, batch_norm.Statistics(*stats)
+    y, rows = torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, norm_weight, norm_bias, eps, backend)
+    return y, batch_norm.Statistics(*rows.unbind(0))
 
 
 class NormGradients(NamedTuple):
@@ -406,7 +398,8 @@ def norm_backward(
 ) -> NormGradients:  # fmt: skip
     """Gradients from that of BatchNorm(y), where :func:`folds`; ``batch_stats``: its statistics are y's own."""
     made = torch.ops.wavemix_kernels.deconv_norm_backward
-    return NormGradients(*made(grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend))
+    d_u, d_weight, of_norm = made(grad, y, mean, invstd, norm_weight, batch_stats, u, weight, backend)
+    return NormGradients(d_u, d_weight, *of_norm.unbind(0))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -309,7 +309,7 @@ def forward(
 def forward_stats(
     y: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     eps: float, config: DeconvConfig | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """:func:`forward`, and of y's (rounded) values what :func:`triton_finish.statistics_launch` makes for a BatchNorm
     of these parameters; NaN where there are no values."""
     launch, partial = forward_launch(y, u, weight, bias, True, config)

@@ -14,7 +14,7 @@ from torch import Tensor
 from wavemix_kernels import _native, backends, checks, fx
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import chips, layout, selftest
-from wavemix_kernels.ops.common.autograd import differentiable
+from wavemix_kernels.ops.common.autograd import differentiable, recorded
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.common.products import matrix
@@ -270,7 +270,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
     inputs = [x, second, w1, b1, w2, b2]
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     lx, ls, lw1, lb1, lw2, lb2 = cast(Any, leaves)
-    with torch.enable_grad():
+    with recorded():
         number = 0 if seed is None or p == 0 else int(seed)
         out = reference.pointwise_mlp(lx, lw1, lb1, lw2, lb2, second=ls, p=p, seed=number)
         grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))

@@ -18,10 +18,7 @@ from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 
 _library = Library()
-_library.define(
-    "batch_norm_stats(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define("batch_norm_stats(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor")
 _library.define(
     "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) "
     "-> Tensor"
@@ -31,7 +28,7 @@ _library.define(
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, bool batch_stats, "
-    "bool channels_last, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool channels_last, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -49,17 +46,16 @@ def affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 class Statistics(NamedTuple):
-    """A batch's statistics by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64)."""
+    """A batch's statistics by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64).
+
+    Operators return the rows as one tensor (5, C): what an operator returns must not share memory.
+    """
 
     mean: Tensor
     var: Tensor  # biased
     invstd: Tensor
     scale: Tensor
     shift: Tensor
-
-    def distinct(self) -> Statistics:
-        """An operator's results: no tensor twice."""
-        return self._replace(scale=self.scale.clone()) if self.scale is self.invstd else self
 
 
 def from_moments(
@@ -71,13 +67,12 @@ def from_moments(
 
 class Line(NamedTuple):
     """The gradient of x from the output's, ``a grad + b x + d`` per channel, or with ``x - mean`` in x's place; and the
-    gradients of weight and bias, in the weight's dtype if there is one."""
+    gradients of weight and bias (2, C), in the weight's dtype if there is one."""
 
     a: Tensor
     b: Tensor
     d: Tensor
-    weight: Tensor
-    bias: Tensor
+    parameters: Tensor
 
 
 class Move(NamedTuple):
@@ -146,7 +141,7 @@ def _by_operators(moves: Sequence[Move], momentum: float) -> None:
     torch._foreach_lerp_(running, batch, momentum)
 
 
-# --- Backends: stats(x, weight, bias, eps, out=None) -> Statistics, rows of `out` (5, C) where that is given;
+# --- Backends: stats(x, weight, bias, eps, out=None) -> the rows of Statistics (5, C), `out` where that is given;
 #     apply(x, scale, shift, residual, out);
 #     line(grad, x, mean, invstd, weight, batch_stats, centred) -> Line, one pass over both images;
 #     backward(grad, x, a, b, d, out): out = a*grad + b*x + d. Small tensors are contiguous, weights of any dtype. ----
@@ -155,14 +150,11 @@ _Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
 _Sums = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _stats_by(moments: _Moments) -> Callable[..., Statistics]:
+def _stats_by(moments: _Moments) -> Callable[..., Tensor]:
     """``stats`` of a backend whose kernel gives mean and variance."""
 
-    def stats(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
-    ) -> Statistics:
-        made = from_moments(*moments(x), weight, bias, eps)
-        return made if out is None else Statistics(*torch.stack(made, out=out))
+    def stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
+        return torch.stack(from_moments(*moments(x), weight, bias, eps), out=out)
 
     return stats
 
@@ -187,7 +179,7 @@ def _line(
     b = -a * invstd * sum_gx / max(count, 1) if batch_stats else torch.zeros_like(a)
     d = -a * sum_g / max(count, 1) if batch_stats else torch.zeros_like(a)
     dtype = a.dtype if weight is None else weight.dtype
-    return Line(a, b, d if centred else d - b * mean, sum_gx.to(dtype), sum_g.to(dtype))
+    return Line(a, b, d if centred else d - b * mean, torch.stack((sum_gx, sum_g)).to(dtype))
 
 
 def _core() -> Any:
@@ -252,10 +244,10 @@ def _reference_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor
     out.copy_(grad * _channels(a) + x * _channels(b) + _channels(d))
 
 
-def _triton_stats(*arguments: Any) -> Statistics:
+def _triton_stats(*arguments: Any) -> Tensor:
     from wavemix_kernels.ops.norm import triton_batch_norm as kernels
 
-    return Statistics(*kernels.stats(*arguments))
+    return kernels.stats(*arguments)
 
 
 def _triton_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor) -> None:
@@ -317,10 +309,11 @@ BACKENDS: dict[str, backends.Backend] = {
 # --- The operators ---------------------------------------------------------------------------------------
 
 
-def _stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Statistics:
-    run = choose.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"]
-    made: Statistics = run(x, *contiguous(weight, bias), eps)
-    return made.distinct()
+def _stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
+    made: Tensor = choose.select("batch_norm_stats", BACKENDS, backend, x).functions["stats"](
+        x, *contiguous(weight, bias), eps
+    )
+    return made
 
 
 def _apply(
@@ -352,43 +345,47 @@ def line(
 
 def backward_of_sums(
     sums: Tensor, grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`backward` of a batch's own statistics where the sums of grad and of grad * xhat, (2, C), are known; below
-    autograd."""
+) -> tuple[Tensor, Tensor]:
+    """The operator ``batch_norm_backward`` of a batch's own statistics where the sums of grad and of grad * xhat,
+    (2, C), are known; below autograd."""
     functions = choose.select("batch_norm_backward", BACKENDS, backend, grad, x).functions
     small = mean, invstd, *contiguous(weight), x[:, :1].numel(), True, False
     made: Line = functions["line_of_sums"](sums, *small) if "line_of_sums" in functions else _line(*sums, *small)
     out = torch.empty_like(x)
     functions["backward"](grad, x, made.a.contiguous(), made.b, made.d, out)
-    return out, made.weight, made.bias
+    return out, made.parameters
 
 
 def _backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool,
     channels_last: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     made = line(grad, x, mean, invstd, weight, batch_stats, False, backend)
     out = layout.empty(x, x.shape, channels_last)
     run = choose.select("batch_norm_backward", BACKENDS, backend, grad, x).functions["backward"]
     run(grad, x, made.a.contiguous(), made.b, made.d, out)
-    return out, made.weight, made.bias
+    return out, made.parameters
 
 
-def _channel_fake(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
+def empty_statistics(x: Tensor, channels: int) -> Tensor:
+    """The rows of :class:`Statistics` for images of x's dtype."""
+    return x.new_empty((len(Statistics._fields), channels), dtype=accumulate_dtype(x.dtype))
+
+
+def empty_gradients(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradients of a norm's weight and bias, (2, C), for images like x."""
+    shape = 2, x.shape[1]
+    return x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) if weight is None else weight.new_empty(shape)
 
 
 for _name, _implementation, _fake in (
     ("running_statistics", _running_statistics, lambda *_: None),
-    ("batch_norm_stats", _stats, lambda x, w, b, eps, k: tuple(_channel_fake(x) for _ in range(5))),
+    ("batch_norm_stats", _stats, lambda x, w, b, eps, k: empty_statistics(x, x.shape[1])),
     ("batch_norm_apply", _apply, lambda x, a, b, r, channels_last, k: layout.empty(x, x.shape, channels_last)),
     (
         "batch_norm_backward",
         _backward_op,
-        lambda g, x, m, i, w, s, channels_last, k: (
-            layout.empty(x, x.shape, channels_last),
-            *(_channel_fake(x) if w is None else w.new_empty(x.shape[1]) for _ in range(2)),
-        ),
+        lambda g, x, m, i, w, s, channels_last, k: (layout.empty(x, x.shape, channels_last), empty_gradients(x, w)),
     ),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -397,7 +394,7 @@ for _name, _implementation, _fake in (
 
 def stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Statistics:
     """The batch's; eps is added to the variance, weight and bias (C) go into the affine map."""
-    return Statistics(*torch.ops.wavemix_kernels.batch_norm_stats(x, weight, bias, eps, backend))
+    return Statistics(*torch.ops.wavemix_kernels.batch_norm_stats(x, weight, bias, eps, backend).unbind(0))
 
 
 def backward(
@@ -406,9 +403,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias, the last two in the weight's dtype; ``batch_stats``: the statistics depended on
     x."""
-    return torch.ops.wavemix_kernels.batch_norm_backward(
+    dx, of_parameters = torch.ops.wavemix_kernels.batch_norm_backward(
         grad, x, mean, invstd, weight, batch_stats, channels_last, backend
     )
+    return dx, *of_parameters.unbind(0)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

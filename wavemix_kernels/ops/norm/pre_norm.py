@@ -21,14 +21,14 @@ from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
 
 _library = Library()
-_library.define("pre_norm_stats(Tensor x, float eps, bool by_image, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define("pre_norm_stats(Tensor x, float eps, bool by_image, str backend) -> Tensor")
 _library.define(
     "pre_norm_apply(Tensor x, Tensor? mean, Tensor invstd, Tensor? weight, Tensor? bias, bool by_image, "
     "ScalarType dtype, str backend) -> Tensor"
 )
 _library.define(
     "pre_norm_backward(Tensor grad, Tensor x, Tensor around, Tensor mean, Tensor invstd, Tensor? weight, "
-    "bool by_image, bool own, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool by_image, bool own, str backend) -> (Tensor, Tensor)"
 )
 _library.define("pre_norm_join(Tensor x, Tensor branch, Tensor? path, str backend) -> Tensor")
 
@@ -57,8 +57,8 @@ class Statistics(NamedTuple):
     invstd: Tensor
 
 
-# --- Backends: stats(x, by_image, eps); apply(x, mean, invstd, weight, bias, by_image, out);
-#     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias;
+# --- Backends: stats(x, by_image, eps) -> the rows of Statistics; apply(x, mean, invstd, weight, bias, by_image, out);
+#     backward(grad, x, around, mean, invstd, weight, by_image, own, out) -> gradients of weight and bias (2, C);
 #     join(x, branch, path, out). No mean is 0. Small tensors are contiguous; Triton takes weight, bias and path in any
 #     dtype, the others in the statistics'. ----------------------------------------------------------------------
 
@@ -73,9 +73,10 @@ def _images_as_channels(x: Tensor) -> Tensor:
     return x.permute(order).reshape(1, x.shape[0], 1, -1) if x.numel() else x.new_empty((1, x.shape[0], 1, 0))
 
 
-def _kernel_stats(name: str, x: Tensor, by_image: bool, eps: float) -> Statistics:
+def _kernel_stats(name: str, x: Tensor, by_image: bool, eps: float) -> Tensor:
     run = batch_norm.BACKENDS[name].functions["stats"]
-    return Statistics(*run(_images_as_channels(x) if by_image else x, None, None, eps)[:3])
+    made: Tensor = run(_images_as_channels(x) if by_image else x, None, None, eps)
+    return made[: len(Statistics._fields)]
 
 
 def _cpu_why_not(*tensors: Tensor) -> str | None:
@@ -112,15 +113,16 @@ def _cpu_apply(
 def _cpu_backward(
     grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, by_image: bool,
     own: bool, out: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     core: Any = _native.core
-    d_weight, d_bias = (mean.new_empty(x.shape[1]) for _ in range(2))
+    of_parameters = mean.new_empty(2, x.shape[1])
+    d_weight, d_bias = of_parameters.unbind(0)
     a, dtype, weight = _native.address, mean.dtype if weight is None else weight.dtype, _small(weight, x)
     core.pre_norm_backward_cpu(
         _cpu_types(x, grad), x.shape, by_image, _cpu_norm(mean, invstd, weight, None), own, a(grad), a(x), a(around),
         a(out), d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return d_weight.to(dtype), d_bias.to(dtype)
+    return of_parameters.to(dtype)
 
 
 def _cpu_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> None:
@@ -144,7 +146,7 @@ def _triton_apply(
 def _triton_backward(
     grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, by_image: bool,
     own: bool, out: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     from wavemix_kernels.ops.norm import triton_pre_norm as kernels
 
     return kernels.backward(out, grad, x, around, mean, invstd, weight, by_image, own)
@@ -156,10 +158,10 @@ def _triton_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) ->
     kernels.join(out, x, branch, path)
 
 
-def _reference_stats(x: Tensor, by_image: bool, eps: float) -> Statistics:
+def _reference_stats(x: Tensor, by_image: bool, eps: float) -> Tensor:
     axes = (1, 2, 3) if by_image else (0, 2, 3)
     var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), axes, correction=0)
-    return Statistics(mean, var, torch.rsqrt(var + eps))
+    return torch.stack((mean, var, torch.rsqrt(var + eps)))
 
 
 def _standardised(x: Tensor, mean: Tensor | None, invstd: Tensor, by_image: bool) -> tuple[Tensor, Tensor]:
@@ -181,17 +183,16 @@ def _reference_apply(
 def _reference_backward(
     grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, by_image: bool,
     own: bool, out: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     value, invstd = _standardised(x, mean, invstd, by_image)
     g = grad.to(value.dtype)
-    d_weight, d_bias = (g * value).sum((0, 2, 3)), g.sum((0, 2, 3))
+    of_parameters = torch.stack(((g * value).sum((0, 2, 3)), g.sum((0, 2, 3))))
     g = g if weight is None else g * weight[:, None, None]
     if own:
         axes = (1, 2, 3) if by_image else (0, 2, 3)
         g = g - g.mean(axes, keepdim=True) - value * (g * value).mean(axes, keepdim=True)
     out.copy_(g * invstd + around)
-    dtype = d_weight.dtype if weight is None else weight.dtype
-    return d_weight.to(dtype), d_bias.to(dtype)
+    return of_parameters if weight is None else of_parameters.to(weight.dtype)
 
 
 def _reference_join(x: Tensor, branch: Tensor, path: Tensor | None, out: Tensor) -> None:
@@ -242,8 +243,8 @@ def _branch_image(x: Tensor, dtype: torch.dtype) -> Tensor:
     return layout.empty(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), x.shape, True)
 
 
-def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> Statistics:
-    made: Statistics = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image, eps)
+def _stats(x: Tensor, eps: float, by_image: bool, backend: str) -> Tensor:
+    made: Tensor = choose.select("pre_norm_stats", BACKENDS, backend, x).functions["stats"](x, by_image, eps)
     return made
 
 
@@ -260,11 +261,11 @@ def _apply(
 def _backward(
     grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, by_image: bool,
     own: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = _like_x(x)
     run = choose.select("pre_norm_backward", BACKENDS, backend, x, grad).functions["backward"]
     small = _small(mean, x), _small(invstd, x), *batch_norm.contiguous(weight)
-    return out, *run(grad, x, around, *small, by_image, own, out)
+    return out, run(grad, x, around, *small, by_image, own, out)
 
 
 def _join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str) -> Tensor:
@@ -274,12 +275,13 @@ def _join(x: Tensor, branch: Tensor, path: Tensor | None, backend: str) -> Tenso
     return out
 
 
-def _small_fake(x: Tensor, by_image: bool) -> Tensor:
-    return x.new_empty(x.shape[0 if by_image else 1], dtype=accumulate_dtype(x.dtype))
+def _stats_fake(x: Tensor, eps: float, by_image: bool, backend: str) -> Tensor:
+    shape = len(Statistics._fields), x.shape[0 if by_image else 1]
+    return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
 
 for _name, _implementation, _fake in (
-    ("pre_norm_stats", _stats, lambda x, eps, by_image, k: tuple(_small_fake(x, by_image) for _ in range(3))),
+    ("pre_norm_stats", _stats, _stats_fake),
     (
         "pre_norm_apply",
         _apply,
@@ -288,10 +290,7 @@ for _name, _implementation, _fake in (
     (
         "pre_norm_backward",
         _backward,
-        lambda g, x, a, m, i, w, by_image, own, k: (
-            _like_x(x),
-            *(_small_fake(x, False) if w is None else w.new_empty(x.shape[1]) for _ in range(2)),
-        ),
+        lambda g, x, a, m, i, w, by_image, own, k: (_like_x(x), batch_norm.empty_gradients(x, w)),
     ),
     ("pre_norm_join", _join, lambda x, b, p, k: _like_x(x)),
 ):
@@ -308,7 +307,7 @@ def statistics(x: Tensor, norm: Norm, kind: Kind, backend: str) -> Statistics:
         mean, var = norm.mean.to(wide, copy=True), norm.var.to(wide, copy=True)
         return Statistics(mean, var, torch.rsqrt(var + kind.eps))
     part = choose.for_part(backend, BACKENDS)
-    return Statistics(*torch.ops.wavemix_kernels.pre_norm_stats(x, kind.eps, kind.by_image, part))
+    return Statistics(*torch.ops.wavemix_kernels.pre_norm_stats(x, kind.eps, kind.by_image, part).unbind(0))
 
 
 def normalise(
@@ -337,12 +336,13 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias from that of :func:`normalise`'s output; ``around``, the gradient that goes
     around the branch, is added to x's."""
-    dx, *of_parameters = torch.ops.wavemix_kernels.pre_norm_backward(
+    dx, of_parameters = torch.ops.wavemix_kernels.pre_norm_backward(
         grad, x, around, stats.mean, stats.invstd, norm.weight, kind.by_image, norm.mean is None,
         choose.for_part(backend, BACKENDS),
     )  # fmt: skip
     d_weight, d_bias = (
-        None if t is None else d.to(t.dtype) for t, d in zip((norm.weight, norm.bias), of_parameters, strict=True)
+        None if t is None else d.to(t.dtype)
+        for t, d in zip((norm.weight, norm.bias), of_parameters.unbind(0), strict=True)
     )
     return dx, d_weight, d_bias
 

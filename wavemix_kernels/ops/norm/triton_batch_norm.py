@@ -272,9 +272,9 @@ def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, T
 def stats(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None,
     config: NormConfig | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W), in fp32 (fp64 for
-    fp64); see :func:`triton_finish.statistics_launch`."""
+) -> Tensor:  # fmt: skip
+    """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W) as rows (5, C), in
+    fp32 (fp64 for fp64); see :func:`triton_finish.statistics_launch`."""
     launch, partial = stats_launch(x, config)
     launch.run(x)
     return finish.statistics(partial, weight, bias, eps, out)
@@ -294,7 +294,7 @@ def line(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool,
     config: NormConfig | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """a, b and d of the line that makes the gradient of x, and the gradients of weight and bias; see
+    """a, b and d of the line that makes the gradient of x, and the gradients of weight and bias (2, C); see
     :func:`triton_finish.line_launch`."""
     launch, partial = reduce_launch(grad, x, mean, invstd, config)
     launch.run(x)

@@ -150,11 +150,11 @@ def statistics_launch(
 
 def statistics(
     partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """See :func:`statistics_launch`."""
     launch, out = statistics_launch(partial, weight, bias, eps, out)
     launch.run(partial)
-    return out.unbind(0)
+    return out
 
 
 def line_launch(
@@ -185,10 +185,10 @@ def line_launch(
 def line(
     partial: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: int, batch_stats: bool, centred: bool
 ) -> tuple[Tensor, ...]:
-    """a, b, d and the gradients of weight and bias; see :func:`line_launch`."""
+    """a, b, d, and the gradients of weight and bias (2, C); see :func:`line_launch`."""
     launch, made, gradients = line_launch(partial, mean, invstd, weight, count, batch_stats, centred)
     launch.run(partial)
-    return *made.unbind(0), *gradients.unbind(0)
+    return *made.unbind(0), gradients
 
 
 def image_line_launch(

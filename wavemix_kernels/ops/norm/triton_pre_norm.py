@@ -203,17 +203,18 @@ def apply(
 def backward(
     out: Tensor, grad: Tensor, x: Tensor, around: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None,
     by_image: bool, own: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the gradient of x plus ``around``; returns those of weight and bias, in the weight's dtype if there is
-    one. ``own``: statistics are x's."""
+) -> Tensor:  # fmt: skip
+    """Writes the gradient of x plus ``around``; returns those of weight and bias (2, C), in the weight's dtype if there
+    is one. ``own``: statistics are x's."""
     if not by_image:
-        a, b, d, d_weight, d_bias = batch_norm.line(grad, x, mean, invstd, weight, own, True)
+        a, b, d, of_parameters = batch_norm.line(grad, x, mean, invstd, weight, own, True)
         map_launch(out, x, Parameter(b), (Parameter(mean), Parameter(d)), (grad, Parameter(a)), around).run(x)
-        return d_weight, d_bias
+        return of_parameters
     launch, partial = image_sums_launch(grad, x, mean, invstd)
     launch.run(x)
     dtype = partial.dtype if weight is None else weight.dtype
-    d_weight, d_bias = torch.empty((2, x.shape[1]), dtype=dtype, device=x.device).unbind(0)
+    of_parameters = torch.empty((2, x.shape[1]), dtype=dtype, device=x.device)
+    d_weight, d_bias = of_parameters.unbind(0)
     by_channel = partial.flatten(1, 2)
     triton_sums.finish((d_bias, by_channel[0]), (d_weight, by_channel[1]))
     # With xhat = (x - mean) * invstd and g = weight * grad, over the values that share statistics:
@@ -221,7 +222,7 @@ def backward(
     scale, shift = finish.image_line(partial, invstd, weight, x[:1].numel(), own)
     norm, factor = (Parameter(mean, True), Parameter(shift, True)), None if weight is None else ("rise", weight)
     map_launch(out, x, Parameter(scale, True), norm, (grad, Parameter(invstd, True)), around, factor).run(x)
-    return d_weight, d_bias
+    return of_parameters
 
 
 def join(out: Tensor, x: Tensor, branch: Tensor, path: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common.autograd import recorded
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.patm import reference, statistics, whole_gpu
@@ -232,11 +233,10 @@ def _reference_backward(
     grad: Tensor, branch_mean: Tensor, center: Tensor | None, image: Image, path: Tensor | None, w: Weights,
     maps: Affine,
 ) -> Gradients:  # fmt: skip
-    read = _read(image)
-    zero = read.new_zeros(read.shape[1])
+    zero = (read := _read(image)).new_zeros(image.x.shape[1])
     given = {name: zero if t is None else t.to(read.dtype) for name, t in (w._asdict() | maps._asdict()).items()}
     leaves = {name: t.detach().requires_grad_() for name, t in {"read": read, **given}.items()}
-    with torch.enable_grad():
+    with recorded():
         out, _ = reference.patm(leaves["read"], leaves)
     cotangent = grad.to(read.dtype) if path is None else grad.to(read.dtype) * path.reshape(-1, 1, 1, 1)
     grads = dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], cotangent), strict=True))

@@ -109,12 +109,13 @@ def _backward(
     norm = choose.for_part(backend, batch_norm.BACKENDS)
     if functions := _functions("norm_reduce_haar_backward", backend, y, image, weight):
         sums, (d_image, *of_reduction) = functions["backward"](grads, add, image, weight, has_bias, y, mean, invstd)
-        of_norm = batch_norm.backward_of_sums(sums, d_image, y, mean, invstd, norm_weight, norm)
+        dy, of_norm = batch_norm.backward_of_sums(sums, d_image, y, mean, invstd, norm_weight, norm)
     else:
         made = torch.ops.wavemix_kernels.reduce_haar_backward
         d_image, *of_reduction = made(grads, image, weight, add, has_bias, backend)
-        of_norm = batch_norm.backward(d_image, y, mean, invstd, norm_weight, True, True, norm)
-    return [d_image, *of_norm, *of_reduction]
+        made = torch.ops.wavemix_kernels.batch_norm_backward
+        dy, of_norm = made(d_image, y, mean, invstd, norm_weight, True, True, norm)
+    return [d_image, dy, of_norm, *of_reduction]
 
 
 def _fake(
@@ -127,10 +128,10 @@ def _backward_fake(
     grads: list[Tensor], add: Tensor | None, image: Tensor, weight: Tensor, has_bias: bool, y: Tensor, mean: Tensor,
     invstd: Tensor, norm_weight: Tensor | None, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    of_norm = (torch.empty_like(mean if norm_weight is None else norm_weight) for _ in range(2))
+    of_norm = batch_norm.empty_gradients(y, norm_weight)
     bias = [weight.new_empty(weight.shape[0])] if has_bias else []
     image = layout.empty(image, image.shape, True)
-    return [image, torch.empty_like(image), *of_norm, weight.new_empty(weight.shape), *bias]
+    return [image, torch.empty_like(image), of_norm, weight.new_empty(weight.shape), *bias]
 
 
 for _name, _implementation, _of in (
@@ -166,10 +167,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x, of y (by the batch's own statistics), of BatchNorm's weight and bias, and of the convolution's;
     that of x has ``add`` added, the gradient of the image from elsewhere."""
-    dx, dy, d_norm_weight, d_norm_bias, dw, *db = torch.ops.wavemix_kernels.norm_reduce_haar_backward(
+    dx, dy, of_norm, dw, *db = torch.ops.wavemix_kernels.norm_reduce_haar_backward(
         grads, add, image, weight, has_bias, y, mean, invstd, norm_weight, backend
     )
-    return dx, dy, d_norm_weight, d_norm_bias, dw, db[0] if has_bias else None
+    return dx, dy, *of_norm.unbind(0), dw, db[0] if has_bias else None
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
