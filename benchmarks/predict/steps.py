@@ -38,7 +38,7 @@ class Step:
         size: of the input.
         few: of the input whose Python is timed.
         build: called with a provider of :data:`PROVIDERS` and the number that channels are divided by.
-        channels_last: the memory order of a block's input. A model's image is in rows.
+        channels_last: the memory order of the input and of a module's weights.
         image: no gradient is taken of the input.
         narrow: in training, in inference: whether Python is timed on a narrow step. One whose kernels serve certain
             widths alone, or that is narrow already, is timed as it is.
@@ -65,6 +65,8 @@ class Step:
             made = self.build(provider, NARROW if narrow and self.is_narrow(training) else 1)
             if isinstance(made, nn.Module):
                 made.train(training).requires_grad_(training)
+                if self.channels_last:
+                    _in_channels_last(made)
                 if provider != "ours":
                     made = as_on_a_gpu(made)
                 elif not training:
@@ -96,6 +98,16 @@ def run(
     out = _flat(step(x))
     between()
     torch.autograd.grad(out, [x, *wanted] if x.requires_grad else wanted, list(map(cotangent, out)))
+
+
+def _in_channels_last(model: nn.Module) -> None:
+    """``model.to(memory_format=torch.channels_last)``, as one has it for a GPU's convolutions; fake parameters cannot
+    be changed in place."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 4:
+                ordered = parameter.detach().contiguous(memory_format=torch.channels_last)
+                setattr(module, name, nn.Parameter(ordered, parameter.requires_grad))
 
 
 def parameters(step: Callable[[Tensor], Any]) -> list[Tensor]:
@@ -220,11 +232,11 @@ def steps() -> list[Step]:
     small = (2, 3, 32, 32)
     found.append(
         Step("wavemix/192-16-L3/64x3x224x224", "WaveMix 192/16 L3, batch 64", (64, 3, 224, 224), small, _wavemix,
-             image=True)
+             True, image=True)
     )  # fmt: skip
     found.append(
         Step("wavemix/lite-8-5/1024x1x28x28", "WaveMix-Lite 8/5, batch 1024", (1024, 1, 28, 28), (2, 1, 28, 28), _lite,
-             image=True, narrow=(False, False))
+             True, image=True, narrow=(False, False))
     )  # fmt: skip
     for name in ("T", "S"):
         for batch in (32, 128):

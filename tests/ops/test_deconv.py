@@ -55,9 +55,10 @@ class Deconv(Contract):
     def inputs(self, case: Case, device: str) -> Any:
         n, f, o, h, w = case.size
         bias = None if case.bias is None else (case.bias + randn(o)).to(device, case.dtype)
+        order = case.layout if case.layout == "channels_last" else "nchw"
         return {
             "u": image(randn(n, f, h, w), case.dtype, device, case.layout),
-            "weight": (randn(f, o, 4, 4) / f**0.5).to(device, case.dtype), "bias": bias,
+            "weight": image(randn(f, o, 4, 4) / f**0.5, case.dtype, device, order), "bias": bias,
             "residual": image(randn(n, o, 2 * h, 2 * w, seed=8), case.dtype, device, case.cotangents),
         }  # fmt: skip
 
@@ -114,6 +115,10 @@ class Deconv(Contract):
         bounds["var_off"] = (count + 8) * r * spread**2 + 2 * error * (2 * spread + error)
         return bounds
 
+    def also(self, case: Case, tensors: Any, results: Any) -> None:
+        if "d_weight" in results and tensors["weight"].shape[1] > 1:
+            assert results["d_weight"].stride() == tensors["weight"].stride()
+
 
 def weight_gradient(g: Tensor, u: Tensor, weight: Tensor) -> Tensor:
     weight = weight.detach().clone().requires_grad_()
@@ -140,13 +145,17 @@ class NormGradients(Contract):
             "mean": y.double().mean((0, 2, 3)).to(wide), "invstd": (0.5 + randn(o, seed=3).abs()).to(device, wide),
             "norm_weight": randn(o, seed=4).to(device, wide) if case.weighted else None,
             "u": image(randn(n, f, h, w, seed=1), case.dtype, device, case.layout),
-            "weight": (randn(f, o, 4, 4) / f**0.5).to(device, case.dtype),
+            "weight": image(
+                randn(f, o, 4, 4) / f**0.5, case.dtype, device, "channels_last" if case.weighted else "nchw"
+            ),
         }  # fmt: skip
 
     def run(self, case: Case, tensors: Any, backend: str) -> Any:
         *norm, u, weight = tensors.values()
         assert op.folds(backend, u.shape[1], tensors["grad"])
-        return op.norm_backward(*norm, case.batch_stats, u, weight, backend)._asdict()
+        made = op.norm_backward(*norm, case.batch_stats, u, weight, backend)
+        assert made.weight.shape[1] <= 1 or made.weight.stride() == weight.stride()
+        return made._asdict()
 
     def solve(self, case: Case, t: Any, backend: str = "") -> tuple[Any, Any]:
         """The BatchNorm's gradients, exact and their errors."""

@@ -27,7 +27,9 @@ _library = Library()
 _library.define("deconv(Tensor u, Tensor weight, Tensor? bias, str backend) -> Tensor")
 _library.define("deconv_residual(Tensor u, Tensor weight, Tensor? bias, Tensor residual, str backend) -> Tensor")
 _library.define("deconv_backward_x(Tensor grad, Tensor weight, str backend) -> Tensor")
-_library.define("deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, str backend) -> Tensor[]")
+_library.define(
+    "deconv_backward_weight(Tensor grad, Tensor u, bool has_bias, bool channels_last, str backend) -> Tensor[]"
+)
 # The same around a BatchNorm of the output: its statistics, and gradients that begin with the normalised output's.
 _library.define(
     "deconv_stats(Tensor u, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
@@ -39,6 +41,7 @@ _library.define(
 )
 
 TAPS, STRIDE, PADDING = 4, 2, 1
+_FORMATS = torch.contiguous_format, torch.channels_last
 
 
 def deconv(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -228,7 +231,7 @@ def _reference_backward_weight(grad: Tensor, u: Tensor, has_bias: bool) -> list[
     _, d_weight, d_bias = torch.ops.aten.convolution_backward(
         grad, u, weight, [grad.shape[1]], [STRIDE] * 2, [PADDING] * 2, [1, 1], True, [0, 0], 1, [False, True, has_bias]
     )
-    return [d_weight.contiguous(), *([d_bias] if has_bias else [])]
+    return [d_weight, *([d_bias] if has_bias else [])]
 
 
 BACKENDS: dict[str, backends.Backend] = {
@@ -261,8 +264,8 @@ def _empty_input(grad: Tensor, weight: Tensor) -> Tensor:
     return layout.empty(grad, [n, weight.shape[0], h // 2, w // 2], True)
 
 
-def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool) -> list[Tensor]:
-    d_weight = u.new_empty(u.shape[1], grad.shape[1], TAPS, TAPS)
+def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool, channels_last: bool = False) -> list[Tensor]:
+    d_weight = layout.empty(u, (u.shape[1], grad.shape[1], TAPS, TAPS), channels_last)
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
@@ -299,10 +302,11 @@ def _backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     return _functions("deconv_backward_x", backend, grad, weight)["backward_x"](grad, weight)
 
 
-def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> list[Tensor]:
+def _backward_weight(grad: Tensor, u: Tensor, has_bias: bool, channels_last: bool, backend: str) -> list[Tensor]:
     order = choose.deconv_backward_weight(grad.device.type)
     chosen = choose.select("deconv_backward_weight", BACKENDS, backend, grad, u, order=order)
-    return chosen.functions["backward_weight"](grad, u, has_bias)
+    d_weight, *d_bias = chosen.functions["backward_weight"](grad, u, has_bias)
+    return [d_weight.contiguous(memory_format=_FORMATS[channels_last]), *d_bias]
 
 
 def _stats(
@@ -311,9 +315,7 @@ def _stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     functions = _functions("deconv_stats", backend, u, weight)
     if "forward_stats" in functions:
-        norm = *batch_norm.contiguous(norm_weight, norm_bias), eps
-        made: tuple[Tensor, Tensor] = functions["forward_stats"](u, weight, bias, norm)
-        return made
+        return functions["forward_stats"](u, weight, bias, (*batch_norm.contiguous(norm_weight, norm_bias), eps))
     y, part = functions["forward"](u, weight, bias), choose.for_part(backend, batch_norm.BACKENDS)
     return y, torch.ops.wavemix_kernels.batch_norm_stats(y, norm_weight, norm_bias, eps, part)
 
@@ -327,11 +329,12 @@ def _norm_backward(
     if "norm_backward" in functions:
         of = batch_norm.line(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
         line: Norm = (y, of.a.contiguous(), of.b, mean.to(of.a.dtype).contiguous(), of.d)
-        return *functions["norm_backward"](grad, u, weight, line), of.parameters
+        du, d_weight = functions["norm_backward"](grad, u, weight, line)
+        return du, d_weight.contiguous(memory_format=layout.memory_format(weight)), of.parameters
     # The library's kernels take the gradient of y itself.
     made = torch.ops.wavemix_kernels.batch_norm_backward
     dy, of_norm = made(grad, y, mean, invstd, norm_weight, batch_stats, True, norm)
-    return backward_x(dy, weight, backend), backward_weight(dy, u, False, backend)[0], of_norm
+    return backward_x(dy, weight, backend), backward_weight(dy, u, weight, False, backend)[0], of_norm
 
 
 def _stats_fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -342,14 +345,15 @@ def _norm_backward_fake(
     grad: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, norm_weight: Tensor | None, batch_stats: bool,
     u: Tensor, weight: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_input(grad, weight), weight.new_empty(weight.shape), batch_norm.empty_gradients(y, norm_weight)
+    d_weight = _empty_weights(y, u, False, layout.is_channels_last(weight))[0]
+    return _empty_input(grad, weight), d_weight, batch_norm.empty_gradients(y, norm_weight)
 
 
 for _name, _implementation, _fake in (
     ("deconv", _forward, lambda u, weight, bias, backend: _empty_output(u, weight)),
     ("deconv_residual", _residual, lambda u, weight, bias, residual, backend: _empty_output(u, weight)),
     ("deconv_backward_x", _backward_x, lambda grad, weight, backend: _empty_input(grad, weight)),
-    ("deconv_backward_weight", _backward_weight, lambda grad, u, has_bias, backend: _empty_weights(grad, u, has_bias)),
+    ("deconv_backward_weight", _backward_weight, lambda *arguments: _empty_weights(*arguments[:-1])),
     ("deconv_stats", _stats, _stats_fake),
     ("deconv_norm_backward", _norm_backward, _norm_backward_fake),
 ):
@@ -362,9 +366,13 @@ def backward_x(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
     return torch.ops.wavemix_kernels.deconv_backward_x(grad, weight, backend)
 
 
-def backward_weight(grad: Tensor, u: Tensor, has_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias."""
-    d_weight, *d_bias = torch.ops.wavemix_kernels.deconv_backward_weight(grad, u, has_bias, backend)
+def backward_weight(
+    grad: Tensor, u: Tensor, weight: Tensor, has_bias: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the weight, in its memory order, and of the bias. The library makes them in the images' order, which
+    a weight in channels_last takes without a copy."""
+    made = torch.ops.wavemix_kernels.deconv_backward_weight
+    d_weight, *d_bias = made(grad, u, has_bias, layout.is_channels_last(weight), backend)
     return d_weight, d_bias[0] if has_bias else None
 
 
@@ -411,7 +419,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     u, weight = ctx.saved_tensors
     return (
-        backward_x(grad, weight, ctx.backend), *backward_weight(grad, u, ctx.has_bias, ctx.backend), None
+        backward_x(grad, weight, ctx.backend), *backward_weight(grad, u, weight, ctx.has_bias, ctx.backend), None
     )  # fmt: skip
 
 
@@ -424,8 +432,7 @@ fused = differentiable(_library, "deconv", _setup, _backward, standard=_standard
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """An odd size, 40 channels to 36, with all gradients, a residual, statistics and a BatchNorm's gradients:
-    (error, bound)."""
+    """An odd size, 40 channels to 36: gradients, residual, statistics, a BatchNorm's gradients; (error, bound)."""
     p, results = selftest.pattern, []
     error = selftest.against_reference(
         lambda u, w, b: [deconv(u, w, b, backend=backend)],

@@ -56,5 +56,5 @@ def backward_weight(kind: str, dy: Tensor, u: Tensor | None, weight: Tensor | No
         return None
     assert u is not None
     if kind == "deconv":
-        return deconv.backward_weight(dy, u, False, backend)[0]
+        return deconv.backward_weight(dy, u, weight, False, backend)[0]
     return convolutions.backward(dy, F.pixel_shuffle(u, 2), weight, [False, True, False], padding=1)[1]
