@@ -17,7 +17,7 @@ from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import backends
 from wavemix_kernels.nn.wavemix import stack
-from wavemix_kernels.ops import choose
+from wavemix_kernels.ops import choose, waveblocks
 from wavemix_kernels.ops.common import plan
 from wavemix_kernels.reference import Waveblock
 from wavemix_kernels.wavemix.backbone import through
@@ -199,6 +199,12 @@ def test_hooks_are_called(device: str) -> None:
 def test_cpu_tensors_go_one_by_one() -> None:
     with wk.backend("auto"):
         assert stack.through(list(stacked(dtype=torch.float32)), pixels(dtype=torch.float32)) is None
+
+
+def test_few_channels_have_faster_kernels_by_themselves(device: str) -> None:
+    blocks, x = [block.prepared(pixels(device))[1] for block in stacked(device=device)], pixels(device)
+    assert waveblocks.why_not(x, blocks, "cuda") is None
+    assert waveblocks.why_not(x, blocks, "auto") == "16 channels have faster kernels by themselves"
 
 
 @pytest.mark.parametrize("unused", [True, False])

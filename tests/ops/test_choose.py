@@ -121,6 +121,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         (("cuda", "triton", "reference"), True, ("triton", "cuda", "reference")),
         (("cuda", "triton", "reference"), False, ("cuda", "triton", "reference")), (OURS, True, OURS),
     ]),
+    (choose.waveblocks, [("auto", 24, "joined"), ("auto", 16, "apart"), ("cuda", 16, "joined")]),
     (choose.deconv_residual, [
         (BF16, 16, "wgmma", False, choose.AUTO["cuda"]), (BF16, 16, "mma", False, choose.AUTO["cuda"]),
         (FP32, 16, "wgmma", False, LIBRARY), (BF16, 16, "mma", True, LIBRARY), (BF16, 16, "tcgen05", False, LIBRARY),

@@ -150,6 +150,16 @@ def waveblock_recompute(device: str) -> str:
     return "hidden" if device == "cuda" else "mlp"
 
 
+#: Channels from which the pass between two Waveblocks on a GPU is predicted faster as one kernel.
+WAVEBLOCKS = 24
+
+
+def waveblocks(backend: str, channels: int) -> str:
+    """``"joined"``: BatchNorm, residual and the next block's reduction as one kernel, or ``"apart"``, where the narrow
+    kernels of the parts take half its time. (docs/develop/tuning.md, CUDA: between two Waveblocks)"""
+    return "joined" if backend == "cuda" or channels >= WAVEBLOCKS else "apart"
+
+
 # --- Transposed convolution ------------------------------------------------------------------------------
 
 #: Minimal filtering between many channels on one side and fewer than this on both costs more than it saves.

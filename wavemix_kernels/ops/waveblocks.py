@@ -49,6 +49,8 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
     """Why each block runs by itself, or None."""
     if len(blocks) < 2:
         return "there is one block"
+    if choose.waveblocks(backend, x.shape[1]) == "apart":
+        return f"{x.shape[1]} channels have faster kernels by themselves"
     if any(level.mean is not None for block in blocks for level in block.levels):
         return "a BatchNorm has statistics of its own, not the batch's"
     if any(block.options(True, backend).recompute != "hidden" for block in blocks):
