@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tests.ops.contract import Case, pairwise
 from tests.tolerances import DTYPES, assert_within, sum_bound
-from wavemix_kernels.ops import choose, stem
-from wavemix_kernels.ops.stem import Convolution
+from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common import plan
+from wavemix_kernels.ops.stem import blocks, op, patches
+from wavemix_kernels.ops.stem.geometry import Convolution, geometry
 
 #: Channels, then kernel, stride and padding of each convolution.
 STEMS = {
@@ -24,7 +26,7 @@ STEMS = {
 }
 CASES = pairwise(
     stem=tuple(STEMS), dtype=DTYPES, size=((2, 12, 16), (1, 9, 13), (1, 5, 31)), layout=("nchw", "channels_last"),
-    bias=(True, False),
+    bias=(True, False), way=("patches", "blocks"),
 )  # fmt: skip
 
 
@@ -53,7 +55,8 @@ def test_contract(case: Case) -> None:
                           for f in (torch.clone, torch.abs))  # fmt: skip
     exact = chain(exact_in[0], exact_in[1:], shapes)  # type: ignore[arg-type]
     g = torch.randn(exact.shape, dtype=case.dtype)
-    sizes = results(chain(sizes_in[0], sizes_in[1:], shapes), g.abs().double(), sizes_in)  # type: ignore[arg-type]
+    first = 0 if case.way == "patches" else 1  # blocks give the image no gradient
+    sizes = results(chain(sizes_in[0], sizes_in[1:], shapes), g.abs().double(), sizes_in[first:])  # type: ignore[arg-type]
 
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     x = leaves[0]
@@ -64,9 +67,9 @@ def test_contract(case: Case) -> None:
         Convolution(leaves[2 * i + 1], leaves[2 * i + 2], stride, padding)  # type: ignore[arg-type]
         for i, (_, stride, padding) in enumerate(shapes)
     ]
-    out = stem.folded(x, convolutions)
+    out = (patches if case.way == "patches" else blocks).folded(x, convolutions)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    way = stem.geometry(convolutions)
+    way = geometry(convolutions)
     # Terms of the longest sum: over pixels or channels and taps, and what folding adds up. Half types round the folded
     # weights or their gradients, one for each part of the border, and a pixel's gradient in every patch that has it.
     terms = (
@@ -76,8 +79,8 @@ def test_contract(case: Case) -> None:
     )
     operands = 2 + 2 * -(-way.window // (way.stride * way.inner.stride))
     names = ["out", "x", *(f"{kind}{i}" for i in range(len(shapes)) for kind in ("weight", "bias")[: 1 + case.bias])]
-    truth = results(exact, g.double(), exact_in)
-    for name, actual, right, size in zip(names, results(out, g, leaves), truth, sizes, strict=True):
+    truth = results(exact, g.double(), exact_in[first:])
+    for name, actual, right, size in zip(names[first:], results(out, g, leaves[first:]), truth, sizes, strict=True):
         assert actual.dtype == case.dtype
         assert_within(actual, right, sum_bound(right, size, terms, case.dtype, operands=operands), name)
 
@@ -90,13 +93,35 @@ def test_when_it_runs() -> None:
         return [Convolution(w, None, s, p) for w, s, p in zip(made, (1, 1, 4), (1, 1, padding), strict=True)]
 
     large, small = torch.empty(2, 3, 224, 224), torch.empty(1, 3, 32, 32)
-    assert stem.serves(large, convolutions())
-    assert stem.why_not(small, convolutions()) == "138719232 products as one, 62668800 apart"
-    assert "float32" in str(stem.why_not(large, convolutions(torch.float64)))
-    assert "padding 1" in str(stem.why_not(large, convolutions(padding=1)))
-    assert "(48, 4, 3, 3)" in str(stem.why_not(large, convolutions(channels=4)))
-    assert "expected 2 or 3" in str(stem.why_not(large, convolutions()[:1]))
-    assert "0x0" in str(stem.why_not(large[..., :3, :3], convolutions()))
+    assert op.serves(large, convolutions())
+    assert op.why_not(small, convolutions()) == "138719232 products as one, 62668800 apart"
+    assert "float32" in str(op.why_not(large, convolutions(torch.float64)))
+    assert "padding 1" in str(op.why_not(large, convolutions(padding=1)))
+    assert "(48, 4, 3, 3)" in str(op.why_not(large, convolutions(channels=4)))
+    assert "expected 2 or 3" in str(op.why_not(large, convolutions()[:1]))
+    assert "0x0" in str(op.why_not(large[..., :3, :3], convolutions()))
     with torch.autocast("cpu", torch.bfloat16):
-        assert stem.serves(large.bfloat16(), convolutions())
-    assert choose.stem("cuda", 1, 100) == "apart"
+        assert op.serves(large.bfloat16(), convolutions())
+    assert [choose.stem("cuda", 1, int(apart)) for apart in (24e9, 26e9)] == ["apart", "folded"]
+    assert choose.stem("mps", 1, int(26e9)) == "apart"
+
+
+def test_blocks_go_by_plans() -> None:
+    torch.manual_seed(0)
+    channels, shapes = STEMS["patches"]
+    parameters = [torch.randn(o, c, k, k) for (k, _, _), c, o in zip(shapes, channels, channels[1:], strict=False)]
+    leaves = [t.requires_grad_() for t in parameters]
+    given = [Convolution(w, None, s, p) for w, (_, s, p) in zip(leaves, shapes, strict=True)]
+    x = torch.randn(2, 3, 16, 16)
+
+    def step() -> list[Tensor]:
+        out = blocks.folded(x, given)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    want = step()
+    with plan.everywhere():
+        made = [step() for _ in range(3)]
+        kept = [plan.tables[f"_ByBlocks.{way}"].plans for way in ("forward", "backward")]
+        assert [[callable(one) for one in plans.values()] for plans in kept] == [[True]] * 2
+    for got in made:
+        torch.testing.assert_close(got, want)

@@ -226,13 +226,18 @@ def head_at_each_call(device: str, inputs: int, inner: int, outputs: int) -> str
 # --- Stem ------------------------------------------------------------------------------------------------
 
 
+#: Products that one convolution must save on a GPU, where folding takes some fifty launches, and its gradient as many.
+STEM = 25e9
+
+
 def stem(device: str, folded: int, apart: int) -> str:
     """``"folded"``: convolutions with nothing between them as one, or ``"apart"``, each in the library.
 
-    By count of products, folding included; one that is twice as many pays for the patches that are copied. On a GPU,
-    where nothing is measured, the library's. (docs/develop/tuning.md, stem)
+    By count of products, folding included; one that is twice as many pays for the patches that a CPU copies.
+    (docs/develop/tuning.md, stem)
     """
-    return "folded" if device == "cpu" and 2 * folded <= apart else "apart"
+    wins = {"cpu": 2 * folded <= apart, "cuda": apart - folded >= STEM}
+    return "folded" if wins.get(device) else "apart"
 
 
 # --- MLPs and 1x1 convolutions -----------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
-from wavemix_kernels.ops import stem as folding
+from wavemix_kernels.ops.stem import geometry
+from wavemix_kernels.ops.stem import op as folding
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32
@@ -58,9 +59,9 @@ def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
     plain = layers[:end]
     if len(plain) < 2 or backends.requested() == "reference":
         return stem(img)
-    convolutions = [folding.Convolution(m.weight, m.bias, m.stride[0], m.padding[0]) for m in plain]
+    convolutions = [geometry.Convolution(m.weight, m.bias, m.stride[0], m.padding[0]) for m in plain]
     if folding.serves(img, convolutions):
-        x, rest = folding.folded(img, convolutions), layers[len(plain) :]
+        x, rest = folding.run(img, convolutions), layers[len(plain) :]
     else:
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
         if not learns or plain[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():

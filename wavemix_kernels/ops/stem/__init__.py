@@ -1,0 +1,1 @@
+"""A WaveMix model's stem: convolutions with nothing between them, as one."""
