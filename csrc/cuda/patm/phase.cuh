@@ -192,6 +192,14 @@ struct Packet {
   }
 };
 
+template <class Slot, int slots>
+__device__ inline void rotate(Slot (&ring)[slots]) {
+  const Slot first = ring[0];
+#pragma unroll
+  for (int k = 0; k + 1 < slots; ++k) ring[k] = ring[k + 1];
+  ring[slots - 1] = first;
+}
+
 template <bool wide, class T, int N>
 __device__ inline void put(T* target, const Arithmetic<T> (&x)[N]) {
   if constexpr (wide) {

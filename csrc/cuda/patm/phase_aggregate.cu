@@ -14,6 +14,10 @@ constexpr int kMinBlocks = 3;
 // Pixels that loads are ahead of their use, as registers allow.
 template <class T>
 constexpr int kPixelsAhead = sizeof(T) == 2 ? 3 : 8 / static_cast<int>(sizeof(T));
+// Whether the summed image is as far ahead: loaded as a pixel's wave is made, and used kReach waves later, when its
+// output is complete. Else, for want of registers, it is loaded as that last wave is made.
+template <class T>
+constexpr bool kAlsoAhead = kPixelsAhead<T> == kReach;
 
 struct Branch {
   Walk z, theta, out;
@@ -52,14 +56,17 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
   T* out = at<T>(branch.out, image, line, begin, pair);
   const T* also = b == 0 && p.also.data != nullptr ? at<const T>(p.also, image, line, begin, pair) : nullptr;
 
-  Packet<T, P, wide> next_also[2];
-  const auto load_also = [&] {
+  struct Also {
+    Packet<T, P, wide> half[2];
+  };
+  Also next_also[kAlsoAhead<T> ? kReach : 1];
+  const auto load_also = [&](int slot) {
     if (also == nullptr) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next_also[half].load(also + half * d.pairs);
+    for (int half = 0; half < 2; ++half) next_also[slot].half[half].load(also + half * d.pairs);
     also += p.also.step;
   };
-  const auto emit = [&](const Outputs<A, P>& values) {
+  const auto emit = [&](const Outputs<A, P>& values, int slot) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       put<wide, T, P>(out + half * d.pairs, values[half]);
@@ -71,7 +78,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       A x[P];
-      next_also[half].unpack(x);
+      next_also[slot].half[half].unpack(x);
 #pragma unroll
       for (int i = 0; i < P; ++i) sums[half][i] += x[i];
     }
@@ -95,7 +102,7 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
     next_theta[slot].unpack(phase);
     if (position + kAheadOfUse < last) load_wave(slot);
     const bool complete = position - kReach >= begin;
-    if (complete) load_also();  // used when the wave is made
+    if (!kAlsoAhead<T> && complete) load_also(0);
 #pragma unroll
     for (int k = 0; k < N; ++k) phase[k] = relu(phase[k] * map.scale[k] + map.shift[k]);
     sine_cosine<T>(phase, sine, cosine);
@@ -113,7 +120,8 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
         }
       }
     }
-    if (complete) emit(window[0]);
+    if (complete) emit(window[0], kAlsoAhead<T> ? slot : 0);
+    if (kAlsoAhead<T> && position >= begin && position < end) load_also(slot);
   };
 #pragma unroll 1
   for (int position = first; position < last; position += kAheadOfUse) {
@@ -121,13 +129,15 @@ __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>, P>& 
     for (int slot = 0; slot < kAheadOfUse; ++slot)
       if (position + slot < last) step(position + slot, slot);
   }
-  // No further wave reaches these outputs.
+  // No further wave reaches these outputs. The first one's slot comes to the front.
+  if (kAlsoAhead<T> && end == last)
+    for (int turn = (last - first) % kReach; turn > 0; --turn) rotate(next_also);
 #pragma unroll
   for (int k = 1; k <= kReach; ++k) {
     const int position = last - 1 - kReach + k;
     if (position < begin || position >= end) continue;
-    load_also();
-    emit(window[k]);
+    if (!kAlsoAhead<T>) load_also(0);
+    emit(window[k], kAlsoAhead<T> ? k - 1 : 0);
   }
 }
 

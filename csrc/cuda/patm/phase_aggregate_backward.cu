@@ -52,14 +52,6 @@ struct Weights {
   A a[2], b[2], a_c[2];
 };
 
-template <class Slot, int slots>
-__device__ inline void rotate(Slot (&ring)[slots]) {
-  const Slot first = ring[0];
-#pragma unroll
-  for (int k = 0; k + 1 < slots; ++k) ring[k] = ring[k + 1];
-  ring[slots - 1] = first;
-}
-
 template <class T, bool wide, int b>
 __device__ inline void walk_line(const Params& p, const Maps<Arithmetic<T>>& map, const Weights<Arithmetic<T>>& weight,
                                  const Taps<Arithmetic<T>, P>& taps, Sums<Arithmetic<T>>& sums, int64_t image,
