@@ -145,7 +145,7 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
         ("cpu", 128, False, "whole"), ("cpu", 129, False, "parts"), ("cpu", 128, True, "parts"),
         ("cuda", 128, False, "whole"), ("cuda", 129, False, "parts"), ("cuda", 128, True, "parts"),
     ]),
-    (choose.projections, [(128, "joined"), (129, "apart")]),
+    (choose.projections, [("cpu", 128, "joined"), ("cpu", 129, "apart"), ("cuda", 129, "joined")]),
     (choose.wtconv, [("cuda", FP32, "fused"), ("cuda", BF16, "parts"), ("cpu", FP32, "parts")]),
     (choose.for_part, [("cpu", DECONV, "cpu"), ("cuda", DECONV, "auto")]),
     (choose.with_kernels, [("norm_backward", DECONV, "cpu", OURS)]),

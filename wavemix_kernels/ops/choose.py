@@ -297,7 +297,8 @@ def product_backward_weight(device: str, dtype: torch.dtype) -> str:
 #: Up to this many channels PATM is taken from end to end: beyond, weights outgrow a CPU's L2 cache and a GPU's shared
 #: memory.
 WHOLE = 128
-#: Up to this many channels one product makes several projections: beyond, copying the weights costs more than a read.
+#: Up to this many channels a CPU makes several projections by one product: beyond, copying the weights costs more than
+#: a read.
 JOINED = 128
 
 
@@ -307,10 +308,10 @@ def patm(device: str, channels: int, depthwise: bool) -> str:
     return "whole" if device in ("cpu", "cuda") and not depthwise and channels <= WHOLE else "parts"
 
 
-def projections(channels: int) -> str:
-    """``"joined"``: several 1x1 convolutions of an image as one product, or ``"apart"``.
-    (docs/develop/tuning.md, PATM on a CPU)"""
-    return "joined" if channels <= JOINED else "apart"
+def projections(device: str, channels: int) -> str:
+    """``"joined"``: several 1x1 convolutions of an image as one product, or ``"apart"``. A GPU always gains by it.
+    (docs/develop/tuning.md, PATM on a CPU; PATM on a GPU)"""
+    return "joined" if device != "cpu" or channels <= JOINED else "apart"
 
 
 # --- Haar --------------------------------------------------------------------------------------------------

@@ -216,8 +216,8 @@ class _ByParts(torch.autograd.Function):
         if options.kind is not None:
             of_norm = pre_norm.statistics(x, arguments.norm, options.kind, options.backend)
         image = _image(x, arguments, options, of_norm)
-        z_h, z_w, z_c = _amplitudes(image, w)
-        thetas = _thetas(image, arguments)
+        keeps = options.recompute == "amplitudes"
+        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, w, arguments, joined=not keeps)
         del image
         of_thetas = statistics.of_thetas(arguments.norms(), thetas, options.eps, options.backend)
         maps = of_thetas.maps()
@@ -228,7 +228,7 @@ class _ByParts(torch.autograd.Function):
         mixed = branches.branch_sum(h, v, z_c, a, options.part(branches.BACKENDS))
         del z_h, z_w, z_c, h, v
         out = products.project(mixed, w.proj, w.proj_bias)
-        kept = thetas if options.recompute == "amplitudes" else []
+        kept = thetas if keeps else []
         made = _save(ctx, options, (x, path, *flat), of_norm, of_thetas, branch_mean, kept)
         if options.kind is not None:
             out = pre_norm.join(x, out, path, options.backend)
@@ -251,8 +251,10 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
     image = _image(again(x), arguments, options, of_norm)
     grad = pre_norm.join_backward(around, path, image, options.backend)
     before = flops.counted()
-    z_h, z_w, z_c = _amplitudes(image, w)
-    thetas = thetas or _thetas(image, arguments)
+    if thetas:
+        z_h, z_w, z_c = _amplitudes(image, w)
+    else:
+        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, w, arguments, joined=True)
     maps = of_thetas.maps()
     part = options.part(phases.BACKENDS)
     h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
@@ -311,7 +313,7 @@ def _cat(*parts: Tensor | None, like: tuple[Tensor, ...]) -> Tensor | None:
 
 def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
     """1x1 convolutions of one image, as images or as slices of one."""
-    if choose.projections(image.shape[1]) == "apart":
+    if choose.projections(image.device.type, image.shape[1]) == "apart":
         return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
     joined = products.project(image, torch.cat(weights), _cat(*biases, like=weights))
     return list(joined.chunk(len(weights), 1))
@@ -319,6 +321,14 @@ def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tenso
 
 def _amplitudes(image: Tensor, w: Weights) -> list[Tensor]:
     return _projections(image, (w.z_h, w.z_w, w.z_c), (w.z_h_bias, w.z_w_bias, w.z_c_bias))
+
+
+def _amplitudes_and_thetas(image: Tensor, w: Weights, arguments: Arguments, joined: bool) -> list[Tensor]:
+    """``joined``: they may be slices of one image, which no one of them outlives."""
+    if not joined or arguments.depthwise():
+        return [*_amplitudes(image, w), *_thetas(image, arguments)]
+    weights = w.z_h, w.z_w, w.z_c, w.theta_h, w.theta_w
+    return _projections(image, weights, (w.z_h_bias, w.z_w_bias, w.z_c_bias, w.theta_h_bias, w.theta_w_bias))
 
 
 def _thetas(image: Tensor, arguments: Arguments) -> list[Tensor]:
