@@ -10,6 +10,7 @@ are added in a fixed order: results are the same in every run.
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,12 +89,19 @@ def geometry(tensors: Sequence[Tensor]) -> Geometry:
 
 
 @triton.jit
-def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr):
+def _in_units(number, UNIT: tl.constexpr):
+    """The number, a multiple of UNIT, which Triton then knows: it reads and writes words of so many channels."""
+    return number // UNIT * UNIT if UNIT > 1 else number
+
+
+@triton.jit
+def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr, UNIT: tl.constexpr = 1):
     """The place of tile number `tile` of some channels: offsets (positions, channels), and which positions exist."""
     per_run = tl.cdiv(run, POSITIONS)
     outer = tile // per_run
     position = (tile - outer * per_run) * POSITIONS + tl.arange(0, POSITIONS)
     s1, s0, s_p, s_c = strides
+    s_p = _in_units(s_p, UNIT)
     start = (outer // outer0) * s1 + (outer % outer0) * s0
     return start + (position * s_p)[:, None] + (channel * s_c)[None, :], position < run
 
@@ -116,10 +124,11 @@ def _places(tile, tiles, run, outer0, ONE_RUN: tl.constexpr, POSITIONS: tl.const
 
 
 @triton.jit
-def _at(places, strides, channel):
+def _at(places, strides, channel, UNIT: tl.constexpr):
     """Offsets (tiles, positions, channels)."""
     outer1, outer0, position = places
     s1, s0, s_p, s_c = strides
+    s_p = _in_units(s_p, UNIT)
     return outer1 * s1 + outer0 * s0 + position * s_p + (channel.to(tl.int64) * s_c)[None, None, :]
 
 
@@ -127,14 +136,15 @@ def _at(places, strides, channel):
 def _stats_kernel(
     partial_mean, partial_m2, partial_count, x, tiles, run: tl.int64, outer0, channels, splits,
     x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """Mean, sum of squared deviations and count of each split's values, by Chan's formula from one place's few values
     at a time: their own mean is taken off before squaring, so nothing cancels where |mean| is far above the deviation.
     """
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    in_channels = channel < channels
+    in_channels = channel < _in_units(channels, UNIT)
     mean = tl.zeros((POSITIONS, CHANNELS), REAL)
     m2 = tl.zeros((POSITIONS, CHANNELS), REAL)
     count = tl.zeros((POSITIONS,), REAL)
@@ -142,7 +152,7 @@ def _stats_kernel(
         tile = first + tl.arange(0, AT_ONCE) * splits
         outer1, outer0_at, position, valid = _places(tile, tiles, run, outer0, ONE_RUN, POSITIONS)
         mask = valid[:, :, None] & in_channels[None, None, :]
-        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel)
+        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel, UNIT)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
         here = tl.sum(valid.to(REAL), 0)
         total = count + here
@@ -170,12 +180,13 @@ def _stats_kernel(
 def _reduce_kernel(
     partial_g, partial_gx, grad, x, mean, invstd, tiles, run: tl.int64, outer0, channels, splits,
     grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """Each split's sums of grad and of grad * xhat."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    in_channels = channel < channels
+    in_channels = channel < _in_units(channels, UNIT)
     centre = tl.load(mean + channel, mask=in_channels, other=0.0)
     sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
     sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
@@ -183,9 +194,9 @@ def _reduce_kernel(
         tile = first + tl.arange(0, AT_ONCE) * splits
         outer1, outer0_at, position, valid = _places(tile, tiles, run, outer0, ONE_RUN, POSITIONS)
         mask = valid[:, :, None] & in_channels[None, None, :]
-        at = _at((outer1, outer0_at, position), (grad_1, grad_0, grad_p, grad_c), channel)
+        at = _at((outer1, outer0_at, position), (grad_1, grad_0, grad_p, grad_c), channel, UNIT)
         g = tl.load(grad + at, mask=mask, other=0.0)
-        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel)
+        at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel, UNIT)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
         g = g.to(REAL)
         sum_g += tl.sum(g, 0)
@@ -204,25 +215,28 @@ def _affine_kernel(
     out_1: tl.int64, out_0: tl.int64, out_p, out_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
     other_1: tl.int64, other_0: tl.int64, other_p, other_c,
     OTHER: tl.constexpr,  # "none"; "added" as it is; "scaled" by b
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """out = a * x + d, plus `other`."""
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(channels, CHANNELS)
     channel = (tile % blocks).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
     tile = tile // blocks
-    in_channels = channel < channels
-    at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
+    in_channels = channel < _in_units(channels, UNIT)
+    at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS, UNIT)
     mask = valid[:, None] & in_channels[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(REAL) * tl.load(a + channel, mask=in_channels, other=0.0)[None, :]
     value += tl.load(d + channel, mask=in_channels, other=0.0)[None, :]
     if OTHER != "none":
-        at, valid = _offsets(tile, run, outer0, (other_1, other_0, other_p, other_c), channel.to(tl.int64), POSITIONS)
+        at, valid = _offsets(
+            tile, run, outer0, (other_1, other_0, other_p, other_c), channel.to(tl.int64), POSITIONS, UNIT
+        )
         term = tl.load(other + at, mask=mask, other=0.0).to(REAL)
         if OTHER == "scaled":
             term *= tl.load(b + channel, mask=in_channels, other=0.0)[None, :]
         value += term
-    at, valid = _offsets(tile, run, outer0, (out_1, out_0, out_p, out_c), channel.to(tl.int64), POSITIONS)
+    at, valid = _offsets(tile, run, outer0, (out_1, out_0, out_p, out_c), channel.to(tl.int64), POSITIONS, UNIT)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -248,8 +262,10 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None, sums: bool = Fal
     blocks = triton.cdiv(made.channels, config.channels)
     programs = _PROGRAMS * _native.multiprocessors(tensors[0].device)
     splits = max(1, min(_MAX_SPLITS, programs // max(blocks, 1), tiles))
+    # That a number is a multiple of 16, Triton sees itself.
+    unit = math.gcd(8, made.channels, *(position for _, _, position, _ in made.strides))
     constants = {
-        "CHANNELS": config.channels, "POSITIONS": config.positions,
+        "CHANNELS": config.channels, "POSITIONS": config.positions, "UNIT": unit,
         "REAL": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
         "num_warps": config.num_warps, "enable_fp_fusion": True,
     }  # fmt: skip
