@@ -21,6 +21,7 @@ from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.precision import input_precision
 from wavemix_kernels.ops.common.triton_launch import Launch, cover
+from wavemix_kernels.ops.common.triton_words import multiple, unit_of
 from wavemix_kernels.ops.mlp.reference import STEPS, dropout
 from wavemix_kernels.ops.mlp.tiles import Kind, MlpConfig, config_for, narrowest, search_space
 from wavemix_kernels.ops.mlp.triton_blocks import (
@@ -48,10 +49,13 @@ def _forward_kernel(
     AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
+    out_stride, x_stride, second_stride = (
+        multiple(out_stride, UNIT), multiple(x_stride, UNIT), multiple(second_stride, UNIT)
+    )  # fmt: skip
     if CHANNELS == 0:
         x0, x1, s0, s1 = _input_tiles(
             x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
@@ -126,6 +130,10 @@ class Mlp(NamedTuple):
             "x_stride": self.x.stride(0), "second_stride": 0 if self.second is None else self.second.stride(0),
         }  # fmt: skip
 
+    def unit(self, *others: Tensor | None) -> int:
+        """Of the strides of rows, and of `others`'."""
+        return unit_of(*(t.stride(0) for t in (self.x, self.second, *others) if t is not None))
+
     def constants(self, config: MlpConfig, kernel: Kind) -> dict[str, Any]:
         least = narrowest(kernel, self.x.dtype.itemsize, config)
         (x0, x1), (s0, s1), (o0, o1) = (cover(self.sizes[name], least) for name in ("a", "b", "o"))
@@ -158,5 +166,5 @@ def launch_by_name(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], co
 def forward_launch(out: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> Launch:
     config = config or mlp.config("forward")
     given = {"out": out, "out_stride": out.stride(0), **mlp.pointers, **mlp.scalars}
-    constants = {**mlp.constants(config, "forward"), "BIAS2": mlp.b2 is not None}
+    constants = {**mlp.constants(config, "forward"), "BIAS2": mlp.b2 is not None, "UNIT": mlp.unit(out)}
     return launch_by_name(_forward_kernel, (triton.cdiv(out.shape[0], config.rows),), given, constants)

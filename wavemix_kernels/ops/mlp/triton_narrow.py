@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch
+from wavemix_kernels.ops.common.triton_words import multiple
 from wavemix_kernels.ops.mlp.tiles import MlpConfig, together_config_for
 from wavemix_kernels.ops.mlp.triton import FREE, Mlp, launch_by_name
 from wavemix_kernels.ops.mlp.triton_backward import _store_transposed
@@ -42,11 +43,14 @@ def _backward_together_kernel(
     A: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, X0: tl.constexpr, O0: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """partial1[split] = z's gradient.T @ x, partial2[split] = g.T @ hidden of the split's rows, with the
     sums of z's gradient and of g."""
     split = tl.program_id(0).to(tl.int64)
+    gx_stride, out_stride, g_stride, x_stride = (
+        multiple(gx_stride, UNIT), multiple(out_stride, UNIT), multiple(g_stride, UNIT), multiple(x_stride, UNIT)
+    )  # fmt: skip
     real: tl.constexpr = g.dtype.element_ty
     unit, in_units = _units(0, HIDDEN, K)
     w0, _w1 = _two_tiles(w1, A, unit, in_units, A, X0, 0)
@@ -117,7 +121,7 @@ def backward_launch(
         "out_stride": 0 if out is None else out.stride(0), "g_stride": grad.stride(0), **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
     constants = mlp.constants(config, "together")
-    constants |= {"OUTPUT": out is not None, "BIAS2": mlp.b2 is not None}
+    constants |= {"OUTPUT": out is not None, "BIAS2": mlp.b2 is not None, "UNIT": mlp.unit(gx, out, grad)}
     for name in ("CHANNELS", "B", "AFFINE", "X1", "S0", "S1", "O1"):
         del constants[name]
     return launch_by_name(_backward_together_kernel, (splits,), given, constants), sums

@@ -10,7 +10,6 @@ are added in a fixed order: results are the same in every run.
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
 # mypy: disable-error-code="no-untyped-def, has-type, no-redef"
 # (Triton's functions are traced, not called: their arguments have no Python types.)
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from wavemix_kernels import _native
 from wavemix_kernels.ops import tuned
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
+from wavemix_kernels.ops.common.triton_words import multiple, unit_of
 from wavemix_kernels.ops.norm import triton_finish as finish
 
 _PROGRAMS = 2  # for each multiprocessor, of 8 warps
@@ -89,19 +89,13 @@ def geometry(tensors: Sequence[Tensor]) -> Geometry:
 
 
 @triton.jit
-def _in_units(number, UNIT: tl.constexpr):
-    """The number, a multiple of UNIT, which Triton then knows: it reads and writes words of so many channels."""
-    return number // UNIT * UNIT if UNIT > 1 else number
-
-
-@triton.jit
 def _offsets(tile, run, outer0, strides, channel, POSITIONS: tl.constexpr, UNIT: tl.constexpr = 1):
     """The place of tile number `tile` of some channels: offsets (positions, channels), and which positions exist."""
     per_run = tl.cdiv(run, POSITIONS)
     outer = tile // per_run
     position = (tile - outer * per_run) * POSITIONS + tl.arange(0, POSITIONS)
     s1, s0, s_p, s_c = strides
-    s_p = _in_units(s_p, UNIT)
+    s_p = multiple(s_p, UNIT)
     start = (outer // outer0) * s1 + (outer % outer0) * s0
     return start + (position * s_p)[:, None] + (channel * s_c)[None, :], position < run
 
@@ -128,7 +122,7 @@ def _at(places, strides, channel, UNIT: tl.constexpr):
     """Offsets (tiles, positions, channels)."""
     outer1, outer0, position = places
     s1, s0, s_p, s_c = strides
-    s_p = _in_units(s_p, UNIT)
+    s_p = multiple(s_p, UNIT)
     return outer1 * s1 + outer0 * s0 + position * s_p + (channel.to(tl.int64) * s_c)[None, None, :]
 
 
@@ -144,7 +138,7 @@ def _stats_kernel(
     """
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    in_channels = channel < _in_units(channels, UNIT)
+    in_channels = channel < multiple(channels, UNIT)
     mean = tl.zeros((POSITIONS, CHANNELS), REAL)
     m2 = tl.zeros((POSITIONS, CHANNELS), REAL)
     count = tl.zeros((POSITIONS,), REAL)
@@ -186,7 +180,7 @@ def _reduce_kernel(
     """Each split's sums of grad and of grad * xhat."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    in_channels = channel < _in_units(channels, UNIT)
+    in_channels = channel < multiple(channels, UNIT)
     centre = tl.load(mean + channel, mask=in_channels, other=0.0)
     sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
     sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
@@ -223,7 +217,7 @@ def _affine_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     channel = (tile % blocks).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
     tile = tile // blocks
-    in_channels = channel < _in_units(channels, UNIT)
+    in_channels = channel < multiple(channels, UNIT)
     at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS, UNIT)
     mask = valid[:, None] & in_channels[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(REAL) * tl.load(a + channel, mask=in_channels, other=0.0)[None, :]
@@ -262,8 +256,7 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None, sums: bool = Fal
     blocks = triton.cdiv(made.channels, config.channels)
     programs = _PROGRAMS * _native.multiprocessors(tensors[0].device)
     splits = max(1, min(_MAX_SPLITS, programs // max(blocks, 1), tiles))
-    # That a number is a multiple of 16, Triton sees itself.
-    unit = math.gcd(8, made.channels, *(position for _, _, position, _ in made.strides))
+    unit = unit_of(made.channels, *(position for _, _, position, _ in made.strides))
     constants = {
         "CHANNELS": config.channels, "POSITIONS": config.positions, "UNIT": unit,
         "REAL": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
