@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tests.ops.contract import Case, pairwise
 from tests.tolerances import DTYPES, assert_within, sum_bound
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan
+from wavemix_kernels.ops.common.layout import memory_format
+from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.stem import blocks, op, patches
 from wavemix_kernels.ops.stem.geometry import Convolution, geometry
 
@@ -43,7 +46,7 @@ def results(out: Tensor, grad: Tensor, tensors: Sequence[Tensor | None]) -> list
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_contract(case: Case) -> None:
+def test_contract(case: Case, device: str) -> None:
     """A result or gradient is a sum of products of x, the weights and g: absolute values give its size."""
     torch.manual_seed(0)
     channels, shapes = STEMS[case.stem]
@@ -58,16 +61,18 @@ def test_contract(case: Case) -> None:
     first = 0 if case.way == "patches" else 1  # blocks give the image no gradient
     sizes = results(chain(sizes_in[0], sizes_in[1:], shapes), g.abs().double(), sizes_in[first:])  # type: ignore[arg-type]
 
-    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-    x = leaves[0]
-    assert x is not None
+    leaves: list[Any] = [None if t is None else t.to(device, copy=True) for t in tensors]
     if case.layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
+        leaves = [t if t is None or t.dim() < 4 else t.contiguous(memory_format=torch.channels_last) for t in leaves]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    x = leaves[0]
     convolutions = [
-        Convolution(leaves[2 * i + 1], leaves[2 * i + 2], stride, padding)  # type: ignore[arg-type]
+        Convolution(leaves[2 * i + 1], leaves[2 * i + 2], stride, padding)
         for i, (_, stride, padding) in enumerate(shapes)
     ]
-    out = (patches if case.way == "patches" else blocks).folded(x, convolutions)
+    with products_in("ieee"):
+        out = (patches if case.way == "patches" else blocks).folded(x, convolutions)
+        made = results(out, g.to(device), leaves[first:])
     assert out.is_contiguous(memory_format=torch.channels_last)
     way = geometry(convolutions)
     # Terms of the longest sum: over pixels or channels and taps, and what folding adds up. Half types round the folded
@@ -80,9 +85,12 @@ def test_contract(case: Case) -> None:
     operands = 2 + 2 * -(-way.window // (way.stride * way.inner.stride))
     names = ["out", "x", *(f"{kind}{i}" for i in range(len(shapes)) for kind in ("weight", "bias")[: 1 + case.bias])]
     truth = results(exact, g.double(), exact_in[first:])
-    for name, actual, right, size in zip(names[first:], results(out, g, leaves[first:]), truth, sizes, strict=True):
+    for name, actual, right, size in zip(names[first:], made, truth, sizes, strict=True):
         assert actual.dtype == case.dtype
-        assert_within(actual, right, sum_bound(right, size, terms, case.dtype, operands=operands), name)
+        assert_within(actual.cpu(), right, sum_bound(right, size, terms, case.dtype, operands=operands), name)
+    if case.way == "blocks":  # as DistributedDataParallel wants them
+        like = zip(made[1:], [t for t in leaves[1:] if t is not None], strict=True)
+        assert all(actual.is_contiguous(memory_format=memory_format(t)) for actual, t in like if t.dim() == 4)
 
 
 def test_when_it_runs() -> None:

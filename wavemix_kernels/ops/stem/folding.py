@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.stem.geometry import Convolution, Geometry, Part
 
 
@@ -120,4 +121,11 @@ def taps_backward(
             d_last = d_last + (d_bias[:, None] * bias.to(wide))[..., None, None]
         made += [d_second, d_bias @ weights[1].sum((2, 3)), d_last, d_bias]
     parameters = [t for one in convolutions for t in (one.weight, one.bias)]
-    return [None if t is None or g is None else g.to(t.dtype) for g, t in zip(made, parameters, strict=True)]
+    pairs = zip(made, parameters, strict=True)
+    return [None if t is None or g is None else _as_parameter(g, t) for g, t in pairs]
+
+
+def _as_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
+    """In its dtype and memory order."""
+    made = grad.to(parameter.dtype)
+    return layout.ordered_as(made, parameter) if parameter.dim() == 4 else made
