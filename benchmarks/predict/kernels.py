@@ -240,9 +240,11 @@ def deconv_cases() -> Iterator[Case]:
     yield Case("triton deconv gradients 64x192x32x32", _deconv(192, 32, "backward"), flops)
 
 
-def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
+def _batch_norm(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any]:
+    c = shape[1]
+
     def run() -> Any:
-        x, other = (image((64, c, size, size), BF16, True) for _ in range(2))
+        x, other = (image(shape, BF16, True) for _ in range(2))
         if what == "statistics":
             return _op("batch_norm_stats")(x, vector(c), vector(c), 1e-5, "triton")
         if what == "apply":
@@ -253,8 +255,9 @@ def _batch_norm(c: int, size: int, what: str) -> Callable[[], Any]:
 
 
 def batch_norm_cases() -> Iterator[Case]:
-    for what in ("statistics", "apply", "gradients"):
-        yield Case(f"triton batch_norm {what} 64x192x64x64", _batch_norm(192, 64, what))
+    for shape in ((64, 192, 64, 64), (1024, 8, 28, 28)):  # WaveMix's, WaveMix-Lite's
+        for what in ("statistics", "apply", "gradients"):
+            yield Case(f"triton batch_norm {what} {sized(shape)}", _batch_norm(shape, what))
 
 
 # --- Wave-MLP's operators ----------------------------------------------------------------------------------
@@ -344,8 +347,8 @@ def patm_cases() -> Iterator[Case]:
         }
         for what in ("moments", "forward", "backward"):
             yield Case(f"cuda patm_whole {what} {sized(shape)}", _patm_whole(shape, what), flops)
-    for shape in ((64, 64, 56, 56), (64, 320, 14, 14)):
-        for backend in ("cuda", "triton"):
+    for shape in ((64, 64, 56, 56), (64, 320, 14, 14), (128, 320, 14, 14)):
+        for backend in ("cuda", "triton") if shape[0] == 64 else ("cuda",):
             for what in ("forward", "gradients"):
                 name = f"{backend} phase_aggregate {what} {sized(shape)}"
                 yield Case(name, _patm(backend, shape, what))
