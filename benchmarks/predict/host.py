@@ -129,7 +129,8 @@ class _Launches:
 
 
 def _without_products() -> torch.library.Library:
-    """From here on convolutions and matrix products on a CPU allocate their results."""
+    """From here on convolutions, matrix products and joined tensors, weights of full width among them, are allocated on
+    a CPU and not made, as a GPU's are not in Python's time."""
     library = torch.library.Library("aten", "IMPL")
     shapes: dict[Any, list[int]] = {}
 
@@ -155,12 +156,19 @@ def _without_products() -> torch.library.Library:
     def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]))
 
+    def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        shape = list(tensors[0].shape)
+        shape[dim] = sum(t.shape[dim] for t in tensors)
+        return tensors[0].new_empty(shape)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is meant
-        for function in (convolution, convolution_backward, mm, addmm):
+        for function in (convolution, convolution_backward, mm, addmm, cat):
             library.impl(function.__name__, function, "CPU")
         library.impl("bmm", mm, "CPU")
         library.impl("mm.out", lambda a, b, *, out: out, "CPU")
+        library.impl("addmm.out", lambda bias, a, b, *, beta=1, alpha=1, out: out, "CPU")
+        library.impl("addmm_", lambda bias, a, b, *, beta=1, alpha=1: bias, "CPU")
     return library
 
 

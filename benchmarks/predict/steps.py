@@ -243,6 +243,6 @@ def steps() -> list[Step]:
             build = functools.partial(_wavemlp, name)
             found.append(
                 Step(f"wavemlp/{name}/{batch}x3x224x224", f"WaveMLP_{name}, batch {batch}", (batch, 3, 224, 224),
-                     (2, 3, 64, 64), build, image=True, narrow=(False, False))
+                     (4, 3, 32, 32), build, image=True, narrow=(False, False))
             )  # fmt: skip
     return found
