@@ -126,3 +126,17 @@ def test_running_statistics(plans: None, backend: str) -> None:
         assert all(map(torch.equal, *runs)), step
         assert all(t._version > version for t, version in zip(runs[1], before, strict=True)), step
     assert _plans() == 1
+
+
+def test_addresses_are_a_part_of_the_question(plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels use wider accesses at multiples of 16. Tensors at others are asked for as fast."""
+    twice = plan.planned("twice", lambda x: x * 2)
+    row = torch.arange(12.0)
+    keys: list[Any] = []
+    monkeypatch.setattr(plan, "_key", lambda *args, own=plan._key: (keys.append(1), own(*args))[1])
+    for start, asked in ((2, 3), (0, 3), (2, 0), (0, 0), (1, 3)):
+        keys.clear()
+        for _ in range(5):
+            assert torch.equal(twice(row[start : start + 4]), 2 * row[start : start + 4])
+        assert len(keys) == asked, start
+    assert len(plan.tables["twice"].plans) == 3

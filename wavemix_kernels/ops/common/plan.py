@@ -281,21 +281,25 @@ def _key(kind: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, ...]:
 
 def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """Whether tensors are as these by :func:`_key`, asked in a fraction of its time; None where this PyTorch has no
-    such question, or an address is no multiple of 16."""
+    such question."""
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     kind = getattr(guards, "TensorGuards", None)
-    if kind is None or any(t.data_ptr() & 15 for t in tensors):
+    if kind is None:
         return None
     try:
         alike = kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     except TypeError:  # another PyTorch's takes other arguments
         return None
     address = Tensor.data_ptr
+    places = [address(t) & 15 for t in tensors]
 
     def fits(*others: Tensor) -> bool:
         return alike(*others) and not functools.reduce(operator_or, map(address, others)) & 15
 
-    return fits
+    def fits_elsewhere(*others: Tensor) -> bool:
+        return alike(*others) and [address(t) & 15 for t in others] == places
+
+    return fits_elsewhere if any(places) else fits
 
 
 def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
