@@ -86,8 +86,10 @@ def patm_points() -> Iterator[Point]:
 
 def branch_weights_points() -> Iterator[Point]:
     """The narrowest and the widest stage of a Wave-MLP; weights of mixed precision are float32."""
-    for arch, dtype, c in ((90, torch.float32, 64), (80, HALF, 128), (90, torch.bfloat16, 512), (100, HALF, 320),
-                           (120, HALF, 512)):  # fmt: skip
+    for arch, dtype, c in (
+        (90, torch.float32, 64), (80, HALF, 128), (90, torch.bfloat16, 512), (80, torch.float32, 320),
+        (100, HALF, 320), (120, HALF, 512), (120, torch.float32, 512),
+    ):  # fmt: skip
         k, s, by_branch = c // 4, meta(64, c), meta(3, 64, c)
         weights = tuple(meta(*shape, dtype=dtype) for shape in ((k, c), (k,), (3 * c, k), (3 * c,)))
         forward = branch_weights.forward_launch(s, 1.0, weights)[0]

@@ -18,16 +18,22 @@ from wavemix_kernels.ops.mlp.triton_blocks import _gelu
 
 #: Hidden units that a program holds.
 MOST_HIDDEN = 256
-_TILE = 4096  # weights that a program has on their way at once
+_TILE = 8192  # bytes of a tile of weights, three of which are a step
+#: Steps on their way at once, since weights come from L2; backward, one more would spill. 99 KB of shared memory hold
+#: them.
+_FORWARD_STAGES, _BACKWARD_STAGES = 4, 3
+_FEW, _FEW_WEIGHTS = 128, 4096  # up to so many channels a program has few steps, of larger tiles that it waits for
 _IMAGES, _ROWS, _COLUMNS = 16, 8, 64  # of a tile of a weight's gradient
 
 
 @triton.jit
-def _pre(mean, fc1, bias, image, channels, units, factor, UNITS: tl.constexpr, CHANNELS: tl.constexpr):
+def _pre(
+    mean, fc1, bias, image, channels, units, factor, UNITS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr
+):
     """fc1 times ``factor mean`` of an image, plus the bias: (UNITS)."""
     unit = tl.arange(0, UNITS)
     total = tl.zeros((UNITS, CHANNELS), tl.float32)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
         value = tl.load(mean + image * channels + channel, mask=channel < channels, other=0.0) * factor
         mask = (unit < units)[:, None] & (channel < channels)[None, :]
@@ -49,13 +55,13 @@ def _logit(fc2, bias, hidden, channel, channels, units, BRANCH: tl.constexpr, UN
 @triton.jit(do_not_specialize=("images", "factor"))
 def _forward_kernel(
     a, mean, sums, fc1, fc1_bias, fc2, fc2_bias, images, channels, units, factor,
-    UNITS: tl.constexpr, CHANNELS: tl.constexpr,
+    UNITS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """mean (images, channels) is ``factor sums``; a (3, images, channels)."""
     image = tl.program_id(0).to(tl.int64)
-    hidden, _ = _gelu(_pre(sums, fc1, fc1_bias, image, channels, units, factor, UNITS, CHANNELS))
+    hidden, _ = _gelu(_pre(sums, fc1, fc1_bias, image, channels, units, factor, UNITS, CHANNELS, STAGES))
     per_branch = images.to(tl.int64) * channels
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
         inside, at = channel < channels, image * channels + channel
         tl.store(mean + at, tl.load(sums + at, mask=inside, other=0.0) * factor, mask=inside)
@@ -83,15 +89,15 @@ def _through(total, d_logits, fc2, d, image, channel, channels, units, BRANCH: t
 @triton.jit(do_not_specialize=("images", "factor"))
 def _backward_kernel(
     d_sums, d_logits, d_pre, hidden, a, d_a, mean, fc1, fc1_bias, fc2, images, channels, units, factor,
-    UNITS: tl.constexpr, CHANNELS: tl.constexpr,
+    UNITS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """d_sums (images, channels); d_logits (images, 3 channels) as fc2's rows lie; d_pre and hidden (images, units)."""
     image = tl.program_id(0).to(tl.int64)
     unit = tl.arange(0, UNITS)
-    value, slope = _gelu(_pre(mean, fc1, fc1_bias, image, channels, units, 1.0, UNITS, CHANNELS))
+    value, slope = _gelu(_pre(mean, fc1, fc1_bias, image, channels, units, 1.0, UNITS, CHANNELS, STAGES))
     per_branch = images.to(tl.int64) * channels
     total = tl.zeros((CHANNELS, UNITS), tl.float32)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
         inside, at = channel < channels, image * channels + channel
         a_h = tl.load(a + at, mask=inside, other=0.0)
@@ -107,7 +113,7 @@ def _backward_kernel(
     of_pre = tl.sum(total, 0) * slope
     tl.store(d_pre + image * units + unit, of_pre, mask=unit < units)
     tl.store(hidden + image * units + unit, value, mask=unit < units)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
         mask = (channel < channels)[:, None] & (unit < units)[None, :]
         weight = tl.load(fc1 + unit[None, :] * channels + channel[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -156,10 +162,13 @@ def _weights_kernel(
 # --------------------------------------------------------------------------------------------------- launch
 
 
-def _constants(channels: int, units: int) -> dict[str, Any]:
-    held = pow2_at_least(units)
-    across = min(pow2_at_least(channels), max(_TILE // held, 16))
-    return {"UNITS": held, "CHANNELS": across, "num_warps": 4 if channels <= 128 else 8, "enable_fp_fusion": True}
+def _constants(channels: int, units: int, weight: Tensor, stages: int) -> dict[str, Any]:
+    held, few = pow2_at_least(units), channels <= _FEW
+    across = min(pow2_at_least(channels), max((_FEW_WEIGHTS if few else _TILE // weight.itemsize) // held, 16))
+    return {
+        "UNITS": held, "CHANNELS": across, "STAGES": 1 if few else stages, "num_warps": 4 if few else 8,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def forward_launch(s: Tensor, factor: float, weights: tuple[Tensor, ...]) -> tuple[Launch, Tensor, Tensor]:
@@ -172,7 +181,8 @@ def forward_launch(s: Tensor, factor: float, weights: tuple[Tensor, ...]) -> tup
     (images, channels), units = s.shape, weights[0].shape[0]
     a, mean = s.new_empty((3, images, channels)), s.new_empty((images, channels))
     args = (a, mean, s, *weights, images, channels, units, factor)
-    return Launch(_forward_kernel, (images,), args, _constants(channels, units)), a, mean
+    constants = _constants(channels, units, weights[0], _FORWARD_STAGES)
+    return Launch(_forward_kernel, (images,), args, constants), a, mean
 
 
 def forward(s: Tensor, factor: float, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -192,7 +202,8 @@ def backward_launches(
     d_pre, hidden = (mean.new_empty((images, units)) for _ in range(2))
     grads = [w.new_empty(w.shape) for w in weights]
     args = (d_s, d_logits, d_pre, hidden, a, d_a, mean, *weights[:3], images, channels, units, factor)
-    by_image = Launch(_backward_kernel, (images,), args, _constants(channels, units))
+    constants = _constants(channels, units, weights[0], _BACKWARD_STAGES)
+    by_image = Launch(_backward_kernel, (images,), args, constants)
     across = min(pow2_at_least(units), _COLUMNS)
     programs = triton.cdiv(3 * channels, _ROWS) * triton.cdiv(units, across)
     programs += triton.cdiv(units, _ROWS) * triton.cdiv(channels, _COLUMNS)
