@@ -310,7 +310,7 @@ def patm(device: str, channels: int, depthwise: bool) -> str:
 
 def projections(device: str, channels: int) -> str:
     """``"joined"``: several 1x1 convolutions of an image as one product, or ``"apart"``. A GPU always gains by it.
-    (docs/develop/tuning.md, PATM on a CPU; PATM on a GPU)"""
+    (docs/develop/tuning.md, PATM on a CPU), (docs/develop/tuning.md, PATM on a GPU)"""
     return "joined" if device != "cpu" or channels <= JOINED else "apart"
 
 

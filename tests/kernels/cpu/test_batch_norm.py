@@ -67,11 +67,11 @@ def test_sums_repeat_with_threads() -> None:
     for layout, other in itertools.product(("nchw", "channels_last"), repeat=2):
         y, g = (image(randn(4, 12, 50, 40, seed=i), torch.float32, layout=lay) for i, lay in enumerate((layout, other)))
         with threads(2):
-            of = functions["stats"](y, None, None, 1e-5)
+            mean, _, invstd, *_ = functions["stats"](y, None, None, 1e-5)
             runs = [
                 (
                     *functions["stats"](y, None, None, 1e-5),
-                    *functions["line"](g, y, of.mean, of.invstd, None, True, True),
+                    *functions["line"](g, y, mean, invstd, None, True, True),
                 )
                 for _ in range(4)
             ]
