@@ -215,14 +215,17 @@ def mlp_launches(
         meta(k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype), 0.5, meta(1, dtype=torch.int64),
     )  # fmt: skip
 
-    def config(kernel: str, few: bool = False) -> mlp_tiles.MlpConfig:
+    def config(kernel: str, each: int = 128) -> mlp_tiles.MlpConfig:
         tf32 = input_precision() == "tf32"
-        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32, little_shared, few)
+        return mlp_tiles.config_for(kernel, dtype.itemsize, a, b, k, o, products, tf32, little_shared, each)
 
     gs, name = second if b else None, f"mlp {a}|{b}"
     yield f"{name} forward", mlp.forward_launch(g, given, config("forward"))
-    if config("forward", few=True) != config("forward"):
-        yield f"{name} forward, few pixels", mlp.forward_launch(g, given, config("forward", few=True))
+    seen = {config("forward")}
+    for each in (16, 32, 64):
+        if (few := config("forward", each)) not in seen:
+            seen.add(few)
+            yield f"{name} forward, {each} pixels each", mlp.forward_launch(g, given, few)
     if choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept":
         yield f"{name} hidden layer", mlp_hidden.launch(g, given, config("hidden"))[0]
     else:
@@ -268,7 +271,8 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
     products, never = [], []
     if name.startswith(("mlp", "reduce_haar")) and "between" not in name and (dtype == HALF or tf32):
         products.append("H?GMMA|HMMA|UTCHMMA")
-    if half_on_hopper and re.search(r"mlp .* (forward|input gradient)", name) and "between" not in name:
+    # Products of a warp group have 64 rows.
+    if half_on_hopper and re.search(r"mlp .* (forward(?!, 16)|input gradient)", name) and "between" not in name:
         products.append("HGMMA")
     if dtype == HALF and re.search(r"192 L(3 of rows|[12] of rows gradients)$", name):
         never.append(r"LDG\b.*\.[US](8|16)\b")

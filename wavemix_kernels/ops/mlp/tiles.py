@@ -18,6 +18,11 @@ _MOST_AHEAD, _MOST_BESIDE = 480, 576
 _MOST_SLIM = 32
 #: Bytes of shared memory of a block on sm_90 and sm_100.
 _SHARED = 227 * 1024
+#: Rows of pixels for each multiprocessor up to which tiles have 16 rows, 32 on chips that multiply by warps, and 64 on
+#: the others: a program's steps wait for one another, and more programs wait side by side.
+_SCARCE, _FEWER, _FEW = 16, 32, 64
+#: Columns of inputs and results that 64 rows have beside three steps of 64 hidden units.
+_BESIDE_FEW = 480
 #: Inputs, hidden units and results up to which a program of four warps holds the gradients of all weights: twice as
 #: many spill on chips that multiply by warps.
 _MOST_TOGETHER = 16
@@ -36,10 +41,10 @@ class MlpConfig:
 
 def config_for(
     kernel: Kind, itemsize: int, a: int, b: int, k: int, o: int, products: Products = "wgmma", tf32: bool = False,
-    little_shared: bool = False, few: bool = False,
+    little_shared: bool = False, each: int = 128,
 ) -> MlpConfig:  # fmt: skip
     """The default for inputs of a + b columns, k hidden units and o results: a deterministic function of its arguments.
-    ``few``: rows of pixels for less than half of the multiprocessors, 128 each.
+    ``each``: rows of pixels for each multiprocessor.
 
     Half types: a warp has 16 rows of the hidden layer at least, since two products follow each other in it: 64 rows on
     four warps, or 128 on eight where weights are read again too often; as many hidden units as registers leave room
@@ -56,7 +61,7 @@ def config_for(
         )
     if itemsize == 4:
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
-    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, few)
+    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, each)
     # Units that do not exist cost as much as others: the exponential and the dropout mask of each.
     found = replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
     # A warp has 32 rows of few sums: half as many threads load a row's weights.
@@ -65,7 +70,7 @@ def config_for(
 
 
 def _of_half(
-    kernel: Kind, a: int, b: int, o: int, products: Products, little_shared: bool, few: bool
+    kernel: Kind, a: int, b: int, o: int, products: Products, little_shared: bool, each: int
 ) -> MlpConfig:  # fmt: skip
     columns, together = a + b, held((a, b, o), 16)
     if kernel == "weight" and little_shared and b:
@@ -77,6 +82,8 @@ def _of_half(
         if products in BY_WARPS:
             return MlpConfig(64, 32, 0, 4, 2)
         return MlpConfig(128, 32 if together <= _MOST_BESIDE else 16, 0, 8, 3 if together <= _MOST_AHEAD else 2)
+    if kernel == "forward" and each <= _FEW and (found := _of_few(a, b, o, products, little_shared, each)):
+        return found
     if little_shared:
         return MlpConfig(64, 32, 0, 4, 3 if kernel == "input" else 2)
     if kernel == "input":
@@ -87,11 +94,20 @@ def _of_half(
         return MlpConfig(128, 32, 0, 8, 2) if widest <= 192 else MlpConfig(128, 16, 0, 8, 3)
     if products in BY_WARPS:
         return MlpConfig(64, 64 if widest <= 128 else 32, 0, 4, 2)
-    if few and columns <= 256:
-        return MlpConfig(64, 32, 0, 4, 3)
     hidden, inputs = 64 if columns <= 288 and o <= 192 else 32, held((a, b), 16)
     ahead = 2 * (128 * inputs + 3 * hidden * (inputs + held((o,), 16)))  # bytes of three steps, beside the pixels
     return MlpConfig(128, hidden, 0, 8, 3 if ahead <= _SHARED else 2)
+
+
+def _of_few(a: int, b: int, o: int, products: Products, little_shared: bool, each: int) -> MlpConfig | None:
+    """Forward, of few pixels; None: the tile of many."""
+    if each <= _SCARCE:
+        return MlpConfig(16, 32 if little_shared else 64, 0, 4, 3)
+    if little_shared:
+        return None
+    if products in BY_WARPS:
+        return MlpConfig(32, 64, 0, 4, 2) if each <= _FEWER else None
+    return MlpConfig(64, 64, 0, 4, 3) if held((a, b, o), 32) <= _BESIDE_FEW else None
 
 
 def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:

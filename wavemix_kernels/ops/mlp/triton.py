@@ -154,7 +154,7 @@ class Mlp(NamedTuple):
             return found
         return config_for(
             kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32,
-            little_shared=chips.little_shared(device), few=self.x.shape[0] <= 64 * _native.multiprocessors(device),
+            little_shared=chips.little_shared(device), each=triton.cdiv(self.x.shape[0], _native.multiprocessors(device)),
         )  # fmt: skip
 
 
