@@ -65,8 +65,6 @@ class Step:
             made = self.build(provider, NARROW if narrow and self.is_narrow(training) else 1)
             if isinstance(made, nn.Module):
                 made.train(training).requires_grad_(training)
-                if self.channels_last:
-                    _in_channels_last(made)
                 if provider != "ours":
                     made = as_on_a_gpu(made)
                 elif not training:
@@ -75,6 +73,8 @@ class Step:
                     # PyTorch's own copy of a buffer looks at its storage, which fake ones have not.
                     with mock.patch.object(Tensor, "__deepcopy__", lambda t, memo: t.detach().clone()):
                         made = fuse_for_inference(made)
+                if self.channels_last:
+                    _in_channels_last(made)
         torch.set_default_dtype(before)
         return made
 
@@ -108,6 +108,9 @@ def _in_channels_last(model: nn.Module) -> None:
             if parameter.dim() == 4:
                 ordered = parameter.detach().contiguous(memory_format=torch.channels_last)
                 setattr(module, name, nn.Parameter(ordered, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dim() == 4:
+                setattr(module, name, buffer.contiguous(memory_format=torch.channels_last))
 
 
 def parameters(step: Callable[[Tensor], Any]) -> list[Tensor]:

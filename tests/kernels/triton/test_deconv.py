@@ -63,6 +63,16 @@ class Run:
         return du, dw
 
 
+@pytest.mark.parametrize("size", ((2, 8, 16, 2, 3), (1, 20, 12, 5, 7)), ids=str)
+def test_weights_in_channels_last_are_read_as_they_lie(size: tuple[int, ...], device: str) -> None:
+    case = Run(size, torch.float32, device, "channels_last")
+    y = case.forward()
+    case.weight = case.weight.contiguous(memory_format=torch.channels_last)
+    launch, _ = kernels.forward_launch(case.empty(case.g), case.u, case.weight, case.bias, False)
+    assert any(isinstance(t, Tensor) and t.data_ptr() == case.weight.data_ptr() for t in launch.args), "a copy"
+    assert torch.equal(case.forward(), y)
+
+
 def test_bias_gradient_behind_a_norm(device: str) -> None:
     """Pixels beyond the image's edge, where the norm makes something of zeros, count for nothing."""
     case = Run((2, 8, 48, 5, 7), torch.float32, device, "channels_slice")

@@ -101,13 +101,14 @@ def _finish(
 @triton.jit(do_not_specialize=FREE)
 def _forward_kernel(
     y, mean, m2, count, u, weight, bias, residual,
-    images, h, w, f, o, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64, u_n: tl.int64, u_h: tl.int64,
-    u_w: tl.int64, r_n: tl.int64, r_h: tl.int64, r_w: tl.int64,
+    images, h, w, f, o, weight_tap, weight_f, y_n: tl.int64, y_h: tl.int64, y_w: tl.int64, u_n: tl.int64,
+    u_h: tl.int64, u_w: tl.int64, r_n: tl.int64, r_h: tl.int64, r_w: tl.int64,
     BIAS: tl.constexpr, STATS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr,
     ACROSS: tl.constexpr, DEPTH: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, WHOLE: tl.constexpr,
     FULL: tl.constexpr, FAR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weight: (4, 4, f, o). WHOLE: channels fill the tiles; FULL: pixels too; FAR: a patch's offsets take 64 bits."""
+    """weight: 16 taps of (f, o), o contiguous. WHOLE: channels fill the tiles; FULL: pixels too; FAR: a patch's offsets
+    take 64 bits."""
     COLUMNS: tl.constexpr = W0 + W1
     OTHER: tl.constexpr = W1 if W1 > 0 else 16
     OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32
@@ -132,8 +133,8 @@ def _forward_kernel(
     tiled = (image * u_n.to(OFFSET) + row * u_h.to(OFFSET) + col * u_w.to(OFFSET))[:, None] + inner[None, :]
     out0 = first + tl.arange(0, W0)
     out1 = first + W0 + tl.arange(0, OTHER)
-    at0 = (inner * o)[:, None] + out0[None, :]
-    at1 = (inner * o)[:, None] + out1[None, :]
+    at0 = (inner * weight_f)[:, None] + out0[None, :]
+    at1 = (inner * weight_f)[:, None] + out1[None, :]
     other = residual + image0 * r_n + (2 * row0 + p) * r_h + (2 * col0 + q) * r_w
     pixel = image * r_n.to(OFFSET) + 2 * row * r_h.to(OFFSET) + 2 * col * r_w.to(OFFSET)
     acc0 = _begin(other, pixel, valid, out0, o, RESIDUAL, FULL)
@@ -145,7 +146,7 @@ def _forward_kernel(
         channel = step // 4 * DEPTH
         taken = ((there >> (step % 4)) & 1) != 0
         at = (start + (s * u_h + t * u_w + channel)) + tiled
-        tap = weight + ((3 - p - 2 * s) * 4 + 3 - q - 2 * t) * f * o + channel * o
+        tap = weight + ((3 - p - 2 * s) * 4 + 3 - q - 2 * t) * weight_tap + channel * weight_f
         if WHOLE:
             tile = tl.load(at, mask=taken[:, None], other=0.0, cache_modifier=".ca")
             tile0 = tl.load(tap + at0)
@@ -207,6 +208,12 @@ def _strides(image: Tensor) -> tuple[int, int, int]:
     return image.stride(0), image.stride(2), image.stride(3)
 
 
+def _by_taps(weight: Tensor) -> Tensor:
+    """(4, 4, F, O), O contiguous, taps evenly apart: no copy of a weight in channels_last."""
+    taps = weight.permute(2, 3, 0, 1)
+    return taps if taps.stride(3) == 1 and taps.stride(0) == 4 * taps.stride(1) else taps.contiguous()
+
+
 def _sizes(u: Tensor, o: int) -> tuple[int, ...]:
     """pixels, h, w, f, o"""
     n, f, h, w = u.shape
@@ -260,10 +267,10 @@ def forward_launch(
     each, down, across = box = _box(config.rows, n, h, w)
     patches = _patches(box, n, h, w)
     partial = u.new_empty((3, 4 * patches if stats else 0, o), dtype=torch.float32)
-    other = y if residual is None else residual
+    other, taps = y if residual is None else residual, _by_taps(weight)
     args = (
-        y, *partial.unbind(0), u, weight.permute(2, 3, 0, 1).contiguous(), weight if bias is None else bias, other,
-        n, h, w, f, o, *_strides(y), *_strides(u), *_strides(other),
+        y, *partial.unbind(0), u, taps, weight if bias is None else bias, other, n, h, w, f, o, taps.stride(1),
+        taps.stride(2), *_strides(y), *_strides(u), *_strides(other),
     )  # fmt: skip
     whole = f % config.depth == 0 and o == blocks * (constants["W0"] + constants["W1"])
     reach = max(
