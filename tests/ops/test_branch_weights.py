@@ -22,7 +22,7 @@ class BranchWeights(Contract):
 
     name = "branch_weights"
     dtypes: ClassVar[Any] = {"reference": (torch.float64, torch.float32), "triton": DTYPES[1:]}
-    axes: ClassVar[Any] = {"shape": ((3, 4), (17, 24), (1, 70), (2, 300))}
+    axes: ClassVar[Any] = {"shape": ((3, 4), (17, 24), (1, 70), (2, 300), (44, 300))}
 
     def inputs(self, case: Case, device: str) -> Any:
         n, c = case.shape

@@ -1,7 +1,7 @@
 """PATM's branch weights in Triton: the MLP of an image's mean and the softmax over its three branches, one launch; for
 their gradients one by image, and one for the weights. Sums are in a fixed order: the same in every run.
 
-A program has a whole image, whose few hidden units it keeps in registers: weights come from a GPU's L2 cache.
+A program keeps an image's few hidden units in registers: weights come from a GPU's L2 cache.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavemix_kernels import _native
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.mlp.triton_blocks import _gelu
 
@@ -52,16 +53,18 @@ def _logit(fc2, bias, hidden, channel, channels, units, BRANCH: tl.constexpr, UN
     return tl.sum(weight * hidden[None, :], 1) + of_bias
 
 
-@triton.jit(do_not_specialize=("images", "factor"))
+@triton.jit(do_not_specialize=("images", "factor", "each"))
 def _forward_kernel(
-    a, mean, sums, fc1, fc1_bias, fc2, fc2_bias, images, channels, units, factor,
+    a, mean, sums, fc1, fc1_bias, fc2, fc2_bias, images, channels, units, factor, each,
     UNITS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """mean (images, channels) is ``factor sums``; a (3, images, channels)."""
+    """mean (images, channels) is ``factor sums``; a (3, images, channels). A program has the hidden units of an image
+    and the results of ``each`` channels."""
     image = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * each
     hidden, _ = _gelu(_pre(sums, fc1, fc1_bias, image, channels, units, factor, UNITS, CHANNELS, STAGES))
     per_branch = images.to(tl.int64) * channels
-    for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
+    for start in tl.range(begin, tl.minimum(begin + each, channels), CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
         inside, at = channel < channels, image * channels + channel
         tl.store(mean + at, tl.load(sums + at, mask=inside, other=0.0) * factor, mask=inside)
@@ -180,9 +183,13 @@ def forward_launch(s: Tensor, factor: float, weights: tuple[Tensor, ...]) -> tup
     """
     (images, channels), units = s.shape, weights[0].shape[0]
     a, mean = s.new_empty((3, images, channels)), s.new_empty((images, channels))
-    args = (a, mean, s, *weights, images, channels, units, factor)
     constants = _constants(channels, units, weights[0], _FORWARD_STAGES)
-    return Launch(_forward_kernel, (images,), args, constants), a, mean
+    # Few images leave multiprocessors idle: several programs make an image's hidden units, each some of its results.
+    tiles = triton.cdiv(channels, constants["CHANNELS"])
+    parts = max(1, min(tiles, _native.multiprocessors(s.device) // max(images, 1)))
+    each = triton.cdiv(tiles, parts) * constants["CHANNELS"]
+    args = (a, mean, s, *weights, images, channels, units, factor, each)
+    return Launch(_forward_kernel, (images, triton.cdiv(channels, each)), args, constants), a, mean
 
 
 def forward(s: Tensor, factor: float, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
