@@ -69,7 +69,8 @@ class InferencePATM(_Constants):
         wide = accumulate_dtype(joined.dtype)
         for b, phase in zip("hw", (source.theta_h_conv, source.theta_w_conv), strict=True):
             scale, shift = affine_of(phase[1], f"theta_{b}_conv.1")
-            tensors |= {f"scale_{b}": scale.to(wide), f"shift_{b}": shift.to(wide)}
+            taps = tensors[f"taps_{b}"].detach().to(wide)
+            tensors |= {f"scale_{b}": scale.to(wide), f"shift_{b}": shift.to(wide), f"taps_{b}": taps}
             if not depthwise:
                 tensors[f"theta_{b}"] = None
         for name in patm.Folded._fields:
