@@ -8,6 +8,8 @@
 // are the rows of its products, eight amplitudes over the eight phases of the same channels, so that both meet in a
 // thread; and what it makes of them is, as it lies, an operand of the product that sums: (which sum, pixel) times
 // (pixel, channel).
+#include <type_traits>
+
 #include "cuda/patm/whole.cuh"
 
 namespace wavemix::whole::branch_sums {
@@ -202,13 +204,13 @@ struct MlpParams {
 
 // The sum over an image of output channel `o` of the branch whose sums these are.
 template <int C>
-__device__ inline float convolved(SharedSpan<float> sums, const float* taps, int o) {
+__device__ inline float convolved(SharedSpan<float> sums, SharedSpan<float> taps, int o) {
   const int half = o < C / 2 ? 0 : 1, pair = o % (C / 2);
   float result = 0.0f;
 #pragma unroll
   for (int even = 0; even < 2; ++even) {
     const SharedSpan<float> of = sums + half * C + 2 * pair + even;
-    const float* const tap = taps + (2 * o + even) * kPhaseTaps;
+    const SharedSpan<float> tap = taps + (2 * o + even) * kPhaseTaps;
     float left = of[0], right = left;  // without the first, the last positions
     result += left * tap[kReach];
 #pragma unroll
@@ -221,66 +223,143 @@ __device__ inline float convolved(SharedSpan<float> sums, const float* taps, int
   return result;
 }
 
-// A block makes one image's.
+__device__ inline int at_most(int i, int most) { return i < most ? i : most; }
+
+// The sum over lanes of a group of `Lanes`, in each of them.
+template <int Lanes>
+__device__ inline float sum_of_lanes(float sum) {
+#pragma unroll
+  for (int step = Lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+  return sum;
+}
+
+// A block makes one image's. Matrices are read along their rows, by a warp or a quarter of one: whole sectors, several
+// rows on their way.
 template <class T, int C>
-__global__ void __launch_bounds__(kMlpThreads, 4) patm_branch_mlp(const __grid_constant__ MlpParams p) {
+__global__ void __launch_bounds__(kMlpThreads, 2) patm_branch_mlp(const __grid_constant__ MlpParams p) {
+  static_assert(3 * C * 8 % kMlpThreads == 0, "whole rows for each quarter of a warp");
+  constexpr int kWarps = kMlpThreads / 32, kQuarter = 8, kTaps = 2 * C * kPhaseTaps;
+  constexpr int kWord = 4, kAtOnce = 4;  // floats of a word, parts on their way
   WAVEMIX_SHARED(float, sums, kRows* C);
+  WAVEMIX_SHARED(float, taps, 2 * kTaps);
   WAVEMIX_SHARED(float, mean, C);
   WAVEMIX_SHARED(float, hidden, kMostHidden);
+  WAVEMIX_SHARED(float, logits, 3 * C);
   const int64_t n = p.first_image + blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const float* const partial = p.partial + n * p.parts * (kRows * C);
-  constexpr int kOfThread = (kRows * C + kMlpThreads - 1) / kMlpThreads;
-  float of_thread[kOfThread] = {};
-#pragma unroll 2
-  for (int part = 0; part < p.parts; ++part) {
+  const auto* const partial = reinterpret_cast<const float4*>(p.partial + n * p.parts * (kRows * C));
+  // All loads of a part before what waits for them, and none behind a branch: the last threads read what others have.
+  constexpr int kTapsOfThread = (2 * kTaps + kMlpThreads - 1) / kMlpThreads;
+  float tap[kTapsOfThread];
 #pragma unroll
-    for (int k = 0; k < kOfThread; ++k) {
-      const int i = thread + k * kMlpThreads;
-      if (i < kRows * C) of_thread[k] += __ldg(partial + part * (kRows * C) + i);
-    }
+  for (int k = 0; k < kTapsOfThread; ++k) {
+    const int i = at_most(thread + k * kMlpThreads, 2 * kTaps - 1);
+    tap[k] = __ldg(i < kTaps ? p.taps[0] + i : p.taps[1] + (i - kTaps));
   }
+  constexpr int kWords = kRows * C / kWord, kOfThread = (kWords + kMlpThreads - 1) / kMlpThreads;
+  float of_thread[kOfThread][kWord] = {};
+  const auto add = [&](int part, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    float4 words[kCount][kOfThread];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int k = 0; k < kOfThread; ++k)
+        words[i][k] = __ldg(partial + (part + i) * kWords + at_most(thread + k * kMlpThreads, kWords - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int k = 0; k < kOfThread; ++k) {
+        const float values[kWord] = {words[i][k].x, words[i][k].y, words[i][k].z, words[i][k].w};
+#pragma unroll
+        for (int j = 0; j < kWord; ++j) of_thread[k][j] += values[j];
+      }
+    }
+  };
+  int part = 0;
+#pragma unroll 1
+  for (; part + kAtOnce <= p.parts; part += kAtOnce) add(part, std::integral_constant<int, kAtOnce>());
+#pragma unroll 1
+  for (; part < p.parts; ++part) add(part, std::integral_constant<int, 1>());
 #pragma unroll
   for (int k = 0; k < kOfThread; ++k) {
-    const int i = thread + k * kMlpThreads;
-    if (i < kRows * C) sums[i] = of_thread[k];
+    const int word = thread + k * kMlpThreads;
+    const float (&of)[kWord] = of_thread[k];
+    if (word < kWords) shared_cast<float4>(sums)[word] = float4{of[0], of[1], of[2], of[3]};
+  }
+#pragma unroll
+  for (int k = 0; k < kTapsOfThread; ++k)
+    if (thread + k * kMlpThreads < 2 * kTaps) taps[thread + k * kMlpThreads] = tap[k];
+  __syncthreads();
+  // The third branch's sum, of a channel by a warp.
+  constexpr int kPairs = (C + 63) / 64, kOfWarp = C / kWarps;
+  const auto pair_of = [=](int k) { return at_most(64 * k + 2 * lane, C - 2); };
+  Raw<T, 2> pairs[kOfWarp][kPairs];
+#pragma unroll
+  for (int j = 0; j < kOfWarp; ++j) {
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k)
+      fetch<T, 2>(static_cast<const T*>(p.z_c) + (warp + j * kWarps) * C + pair_of(k), pairs[j][k]);
+  }
+#pragma unroll
+  for (int j = 0; j < kOfWarp; ++j) {
+    float third = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      float pair[2];
+      widen<T, 2>(pairs[j][k], pair);
+      const SharedSpan<float> of = sums + (kRows - 1) * C + pair_of(k);
+      if (64 * k + 2 * lane < C) third += pair[0] * of[0] + pair[1] * of[1];
+    }
+    third = sum_of_lanes<32>(third);
+    if (lane == 0) mean[warp + j * kWarps] = third;
   }
   __syncthreads();
   if (thread < C) {
-    float sum = convolved<C>(sums, p.taps[0], thread) + convolved<C>(sums + kSums * 2 * C, p.taps[1], thread);
-    float third = 0.0f;
-#pragma unroll 4
-    for (int k = 0; k < C; k += kWord) {
-      float row[kWord];
-      load(static_cast<const T*>(p.z_c) + thread * C + k, row);
-#pragma unroll
-      for (int i = 0; i < kWord; ++i) third += row[i] * sums[(kRows - 1) * C + k + i];
-    }
-    const float of_image = (sum + third) / static_cast<float>(p.pixels) + value_or_zero<T>(p.z_c_bias, thread);
+    const float sum = convolved<C>(sums, taps, thread) + convolved<C>(sums + kSums * 2 * C, taps + kTaps, thread);
+    const float of_image = (sum + mean[thread]) / static_cast<float>(p.pixels) + value_or_zero<T>(p.z_c_bias, thread);
     mean[thread] = of_image;
     p.branch_mean[n * C + thread] = of_image;
   }
   __syncthreads();
-  for (int k = warp; k < p.hidden; k += kMlpThreads / 32) {
-    float sum = 0.0f;
+  for (int first = warp; first < p.hidden; first += 2 * kWarps) {
+    float both[2] = {};
 #pragma unroll
-    for (int i = lane; i < C; i += 32) sum += p.fc1[k * C + i] * mean[i];
+    for (int second = 0; second < 2; ++second) {
+      const float* const row = p.fc1 + at_most(first + second * kWarps, p.hidden - 1) * C;
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
-    sum += p.fc1_bias[k];
-    if (lane == 0) hidden[k] = 0.5f * sum * (1.0f + erff(sum * 0.70710678118654752f));
+      for (int i = lane; i < C; i += 32) both[second] += __ldg(row + i) * mean[i];
+    }
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const int k = first + second * kWarps;
+      float sum = sum_of_lanes<32>(both[second]);
+      if (lane > 0 || k >= p.hidden) continue;
+      sum += __ldg(p.fc1_bias + k);
+      hidden[k] = 0.5f * sum * (1.0f + erff(sum * 0.70710678118654752f));
+    }
+  }
+  __syncthreads();
+  constexpr int kRowsOfThread = 3 * C * kQuarter / kMlpThreads;
+  const int member = lane % kQuarter, row = thread / kQuarter;
+  float of_rows[kRowsOfThread] = {};
+  for (int k = member; k < p.hidden; k += kQuarter) {
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i)
+      of_rows[i] += __ldg(p.fc2 + (row + i * (kMlpThreads / kQuarter)) * p.hidden + k) * hidden[k];
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i) {
+    const int of = row + i * (kMlpThreads / kQuarter);
+    const float logit = sum_of_lanes<kQuarter>(of_rows[i]);
+    if (member == 0) logits[of] = logit + __ldg(p.fc2_bias + of);
   }
   __syncthreads();
   if (thread >= C) return;
   float logit[3];
 #pragma unroll
-  for (int i = 0; i < 3; ++i) logit[i] = p.fc2_bias[3 * thread + i];
-  const float* const rows = p.fc2 + 3 * thread * p.hidden;
-#pragma unroll 8
-  for (int k = 0; k < p.hidden; ++k) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) logit[i] += __ldg(rows + i * p.hidden + k) * hidden[k];
-  }
+  for (int i = 0; i < 3; ++i) logit[i] = logits[3 * thread + i];
   const float most = fmaxf(logit[0], fmaxf(logit[1], logit[2]));
   float total = 0.0f;
 #pragma unroll
