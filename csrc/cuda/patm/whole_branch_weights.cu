@@ -206,19 +206,24 @@ struct MlpParams {
 template <int C>
 __device__ inline float convolved(SharedSpan<float> sums, SharedSpan<float> taps, int o) {
   const int half = o < C / 2 ? 0 : 1, pair = o % (C / 2);
-  float result = 0.0f;
+  // Two inputs side by side, as words.
+  const auto of = [=](int sum) { return shared_cast<float2>(sums)[((2 * sum + half) * C) / 2 + pair]; };
+  float tap[2 * kPhaseTaps];
 #pragma unroll
-  for (int even = 0; even < 2; ++even) {
-    const SharedSpan<float> of = sums + half * C + 2 * pair + even;
-    const SharedSpan<float> tap = taps + (2 * o + even) * kPhaseTaps;
-    float left = of[0], right = left;  // without the first, the last positions
-    result += left * tap[kReach];
+  for (int k = 0; k < kPhaseTaps; ++k) {
+    const float2 word = shared_cast<float2>(taps)[o * kPhaseTaps + k];
+    tap[2 * k] = word.x;
+    tap[2 * k + 1] = word.y;
+  }
+  float2 left = of(0), right = left;  // without the first, the last positions
+  float result = left.x * tap[kReach] + left.y * tap[kPhaseTaps + kReach];
 #pragma unroll
-    for (int k = 1; k <= kReach; ++k) {
-      left -= of[k * 2 * C];
-      right -= of[(kReach + k) * 2 * C];
-      result += left * tap[kReach + k] + right * tap[kReach - k];
-    }
+  for (int k = 1; k <= kReach; ++k) {
+    const float2 first = of(k), last = of(kReach + k);
+    left = float2{left.x - first.x, left.y - first.y};
+    right = float2{right.x - last.x, right.y - last.y};
+    result += left.x * tap[kReach + k] + right.x * tap[kReach - k];
+    result += left.y * tap[kPhaseTaps + kReach + k] + right.y * tap[kPhaseTaps + kReach - k];
   }
   return result;
 }
@@ -302,6 +307,13 @@ __global__ void __launch_bounds__(kMlpThreads, 2) patm_branch_mlp(const __grid_c
     for (int k = 0; k < kPairs; ++k)
       fetch<T, 2>(static_cast<const T*>(p.z_c) + (warp + j * kWarps) * C + pair_of(k), pairs[j][k]);
   }
+  float2 of_x[kPairs];
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+    const float2 word = shared_cast<float2>(sums + (kRows - 1) * C)[pair_of(k) / 2];
+    of_x[k] = 64 * k + 2 * lane < C ? word : float2{};
+  }
+  float mine = 0.0f;  // of the lane's own number
 #pragma unroll
   for (int j = 0; j < kOfWarp; ++j) {
     float third = 0.0f;
@@ -309,12 +321,12 @@ __global__ void __launch_bounds__(kMlpThreads, 2) patm_branch_mlp(const __grid_c
     for (int k = 0; k < kPairs; ++k) {
       float pair[2];
       widen<T, 2>(pairs[j][k], pair);
-      const SharedSpan<float> of = sums + (kRows - 1) * C + pair_of(k);
-      if (64 * k + 2 * lane < C) third += pair[0] * of[0] + pair[1] * of[1];
+      third += pair[0] * of_x[k].x + pair[1] * of_x[k].y;
     }
     third = sum_of_lanes<32>(third);
-    if (lane == 0) mean[warp + j * kWarps] = third;
+    if (lane == j) mine = third;
   }
+  if (lane < kOfWarp) mean[warp + lane * kWarps] = mine;
   __syncthreads();
   if (thread < C) {
     const float sum = convolved<C>(sums, taps, thread) + convolved<C>(sums + kSums * 2 * C, taps + kTaps, thread);
@@ -323,13 +335,17 @@ __global__ void __launch_bounds__(kMlpThreads, 2) patm_branch_mlp(const __grid_c
     p.branch_mean[n * C + thread] = of_image;
   }
   __syncthreads();
+  constexpr int kOfLane = C / 32;
+  float of_mean[kOfLane];
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) of_mean[i] = mean[lane + 32 * i];
   for (int first = warp; first < p.hidden; first += 2 * kWarps) {
     float both[2] = {};
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       const float* const row = p.fc1 + at_most(first + second * kWarps, p.hidden - 1) * C;
 #pragma unroll
-      for (int i = lane; i < C; i += 32) both[second] += __ldg(row + i) * mean[i];
+      for (int i = 0; i < kOfLane; ++i) both[second] += __ldg(row + lane + 32 * i) * of_mean[i];
     }
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
@@ -342,18 +358,24 @@ __global__ void __launch_bounds__(kMlpThreads, 2) patm_branch_mlp(const __grid_c
   }
   __syncthreads();
   constexpr int kRowsOfThread = 3 * C * kQuarter / kMlpThreads;
-  const int member = lane % kQuarter, row = thread / kQuarter;
+  const int member = lane % kQuarter, row = thread / kQuarter * kRowsOfThread;
   float of_rows[kRowsOfThread] = {};
   for (int k = member; k < p.hidden; k += kQuarter) {
+    const float unit = hidden[k];
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i)
-      of_rows[i] += __ldg(p.fc2 + (row + i * (kMlpThreads / kQuarter)) * p.hidden + k) * hidden[k];
+    for (int i = 0; i < kRowsOfThread; ++i) of_rows[i] += __ldg(p.fc2 + (row + i) * p.hidden + k) * unit;
   }
 #pragma unroll
-  for (int i = 0; i < kRowsOfThread; ++i) {
-    const int of = row + i * (kMlpThreads / kQuarter);
-    const float logit = sum_of_lanes<kQuarter>(of_rows[i]);
-    if (member == 0) logits[of] = logit + __ldg(p.fc2_bias + of);
+  for (int first = 0; first < kRowsOfThread; first += kQuarter) {
+    float own = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kQuarter; ++i) {
+      if (first + i >= kRowsOfThread) break;
+      const float logit = sum_of_lanes<kQuarter>(of_rows[first + i]);
+      if (member == i) own = logit;
+    }
+    const int of = row + first + member;
+    if (first + member < kRowsOfThread) logits[of] = own + __ldg(p.fc2_bias + of);
   }
   __syncthreads();
   if (thread >= C) return;
