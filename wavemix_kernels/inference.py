@@ -18,7 +18,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     A block is a module with a method ``fuse_for_inference()`` (:class:`wavemix_kernels.FusedWaveblock`, …) that returns
     its inference form: BatchNorms folded into the weights before them, dropout and drop-path gone, the same results as
     in evaluation up to rounding. Parameters become buffers, so the model trains no more and its state dict is another;
-    load checkpoints before. ``accelerate(model)`` first, where the blocks are not ours yet.
+    load checkpoints before. A module with a method ``blocks_are_fused()`` is told so after its blocks: a WaveMix model
+    then folds its stem once, not in every call. ``accelerate(model)`` first, where the blocks are not ours yet.
 
     Args:
         model: any module; a block itself works too.
@@ -105,6 +106,9 @@ def _replace(module: nn.Module, path: str) -> int:
             count += 1
         else:
             count += _replace(child, where)
+    told = getattr(module, "blocks_are_fused", None)
+    if count and callable(told):
+        told()
     return count
 
 

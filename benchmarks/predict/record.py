@@ -238,6 +238,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
         (verify, "fault", lambda *_: None),
         (backends, "_has_code_for", lambda device: True),
         (torch.cuda, "is_available", lambda: _asked_by_us() or available()),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "get_device_capability", lambda device=None: capability),
     ]
     with ExitStack() as stack:

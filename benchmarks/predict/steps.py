@@ -233,16 +233,17 @@ def steps() -> list[Step]:
              narrow=(False, False))
     )  # fmt: skip
     small = (2, 3, 32, 32)
-    found.append(
-        Step("wavemix/192-16-L3/64x3x224x224", "WaveMix 192/16 L3, batch 64", (64, 3, 224, 224), small, _wavemix,
-             True, image=True)
-    )  # fmt: skip
+    for batch in (1, 16, 64):
+        found.append(
+            Step(f"wavemix/192-16-L3/{batch}x3x224x224", f"WaveMix 192/16 L3, batch {batch}", (batch, 3, 224, 224),
+                 small, _wavemix, True, image=True)
+        )  # fmt: skip
     found.append(
         Step("wavemix/lite-8-5/1024x1x28x28", "WaveMix-Lite 8/5, batch 1024", (1024, 1, 28, 28), (2, 1, 28, 28), _lite,
              True, image=True, narrow=(False, False))
     )  # fmt: skip
     for name in ("T", "S"):
-        for batch in (32, 128):
+        for batch in (1, 32, 128):
             build = functools.partial(_wavemlp, name)
             found.append(
                 Step(f"wavemlp/{name}/{batch}x3x224x224", f"WaveMLP_{name}, batch {batch}", (batch, 3, 224, 224),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +20,9 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.layout import memory_format
 from wavemix_kernels.ops.common.precision import products_in
-from wavemix_kernels.ops.stem import blocks, op, patches
+from wavemix_kernels.ops.stem import blocks, folding, op, patches
 from wavemix_kernels.ops.stem.geometry import Convolution, geometry
+from wavemix_kernels.ops.stem.kept import Kept
 
 #: Channels, then kernel, stride and padding of each convolution.
 STEMS = {
@@ -133,3 +138,70 @@ def test_blocks_go_by_plans() -> None:
         assert [[callable(one) for one in plans.values()] for plans in kept] == [[True]] * 2
     for got in made:
         torch.testing.assert_close(got, want)
+
+
+def test_weights_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where a weight, the kind of image or its border is another."""
+    torch.manual_seed(0)
+    channels, shapes = STEMS["patches"]
+    weights = [torch.randn(o, c, k, k) for (k, _, _), c, o in zip(shapes, channels, channels[1:], strict=False)]
+    given = [Convolution(w, None, s, p) for w, (_, s, p) in zip(weights, shapes, strict=True)]
+    folds: list[int] = []
+    real = folding.taps_of
+    monkeypatch.setattr(folding, "taps_of", lambda *arguments: folds.append(1) or real(*arguments))
+    kept = Kept()
+
+    def made(x: Tensor, times: int, of: Kept = kept) -> Tensor:
+        folds.clear()
+        out = blocks.folded(x, given, of)
+        assert len(folds) == times
+        torch.testing.assert_close(out, blocks.folded(x, given))
+        return out
+
+    x, other = torch.randn(2, 3, 16, 16), torch.randn(1, 3, 17, 15)
+    before = made(x, 1)
+    assert torch.equal(made(x, 0), before)
+    made(torch.randn_like(x), 0)
+    made(other, 1)
+    weights[1].mul_(2)
+    assert not torch.equal(made(x, 1), before)
+    made(x.double().float(), 0)
+    made(x, 1, copy.deepcopy(kept))
+    made(x, 1, pickle.loads(pickle.dumps(kept)))
+    with torch.inference_mode():
+        made(x, 0)
+    weights[0].data = weights[0].data.clone()  # as Module.to does
+    made(x, 1)
+    weights[0].requires_grad_()
+    made(x, 1)  # which has a gradient
+    with torch.no_grad():
+        made(x, 0)
+    with plan.everywhere(), torch.no_grad():
+        results = [made(x, 0) for _ in range(3)]
+        assert all(map(callable, plan.tables["stem_of_kept_weights"].plans.values()))
+    assert torch.equal(results[0], results[2])
+
+
+def test_captured_graphs_keep_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    source, kept = torch.ones(2).as_subclass(OnGpu), Kept()
+
+    def folded() -> Tensor:
+        return kept.get("kind", [source], lambda: (source * 2,))[0]
+
+    assert folded() is not folded()  # made by a graph, and not there before it runs
+    capturing = False
+    outside = folded()
+    capturing = True
+    assert folded() is outside
+    alive = weakref.ref(outside)
+    capturing = False
+    source.add_(1)
+    assert folded() is not outside
+    del outside
+    gc.collect()
+    assert alive() is not None

@@ -17,6 +17,7 @@ from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
 from wavemix_kernels.ops.stem import geometry
 from wavemix_kernels.ops.stem import op as folding
+from wavemix_kernels.ops.stem.kept import Kept
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32
@@ -45,7 +46,7 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
     return x
 
 
-def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
+def run_stem(stem: nn.Module, img: Tensor, kept: Kept | None = None) -> Tensor:
     """``stem(img)``: its first convolutions as one (:mod:`wavemix_kernels.ops.stem`), or without the activations that
     it would keep between the first two.
 
@@ -61,7 +62,7 @@ def run_stem(stem: nn.Module, img: Tensor) -> Tensor:
         return stem(img)
     convolutions = [geometry.Convolution(m.weight, m.bias, m.stride[0], m.padding[0]) for m in plain]
     if folding.serves(img, convolutions):
-        x, rest = folding.run(img, convolutions), layers[len(plain) :]
+        x, rest = folding.run(img, convolutions, kept), layers[len(plain) :]
     else:
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
         if not learns or plain[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
@@ -113,12 +114,17 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.level = level
+        self._folded: Kept | None = None  # the stem's weights, in the inference form
         self.layers = nn.ModuleList(
             block(
                 level=level, mult=mult, ff_channel=ff_channel, final_dim=final_dim, dropout=dropout, upsample=upsample
             )
             for _ in range(checks.check_positive_int("depth", depth))
         )
+
+    def blocks_are_fused(self) -> None:
+        """See :func:`wavemix_kernels.fuse_for_inference`."""
+        self._folded = Kept()
 
     def expansion(self, channels: int, doublings: int, outputs: int) -> Expansion:
         """A head that gives images, of the blocks' own kind; see :class:`wavemix_kernels.reference.Expansion`."""
@@ -142,7 +148,7 @@ class Backbone(nn.Module):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
-        return through(self.layers, run_stem(self.conv, img) if fused else self.conv(img))
+        return through(self.layers, run_stem(self.conv, img, self._folded) if fused else self.conv(img))
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.

@@ -63,7 +63,7 @@ class Run:
         return du, dw
 
 
-@pytest.mark.parametrize("size", ((2, 8, 16, 2, 3), (1, 20, 12, 5, 7)), ids=str)
+@pytest.mark.parametrize("size", [(2, 8, 16, 2, 3), (1, 20, 12, 5, 7)], ids=str)
 def test_weights_in_channels_last_are_read_as_they_lie(size: tuple[int, ...], device: str) -> None:
     case = Run(size, torch.float32, device, "channels_last")
     y = case.forward()

@@ -61,7 +61,9 @@ def config_for(
         )
     if itemsize == 4:
         return MlpConfig(16, 32 if kernel == "weight" and 144 < columns <= 288 and not tf32 else 16, 16, 8, 2)
-    found = _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, each)
+    found = (
+        _by_mfma(kernel, a, b, o) if products == "mfma" else _of_half(kernel, a, b, o, products, little_shared, each)
+    )
     # Units that do not exist cost as much as others: the exponential and the dropout mask of each.
     found = replace(found, hidden=min(found.hidden, max(16, pow2_at_least(k))))
     # A warp has 32 rows of few sums: half as many threads load a row's weights.
@@ -107,7 +109,9 @@ def _of_few(a: int, b: int, o: int, products: Products, little_shared: bool, eac
         return None
     if products in BY_WARPS:
         return MlpConfig(32, 64, 0, 4, 2) if each <= _FEWER else None
-    return MlpConfig(64, 64, 0, 4, 3) if held((a, b, o), 32) <= _BESIDE_FEW else None
+    if held((a, b, o), 32) > _BESIDE_FEW:
+        return None
+    return MlpConfig(64, 32 if products == "wgmma" and o >= 192 and a + b <= 256 else 64, 0, 4, 3)
 
 
 def _by_mfma(kernel: Kind, a: int, b: int, o: int) -> MlpConfig:

@@ -152,9 +152,10 @@ class Mlp(NamedTuple):
         )
         if found is not None:
             return found
+        each = triton.cdiv(self.x.shape[0], _native.multiprocessors(device))
         return config_for(
             kernel, itemsize, **self.sizes, products=chips.products_of(device), tf32=tf32,
-            little_shared=chips.little_shared(device), each=triton.cdiv(self.x.shape[0], _native.multiprocessors(device)),
+            little_shared=chips.little_shared(device), each=each,
         )  # fmt: skip
 
 

@@ -19,10 +19,11 @@ from wavemix_kernels.ops.common import layout, plan
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.stem import folding
-from wavemix_kernels.ops.stem.geometry import Convolution, Geometry, Part, dtype_of, geometry, places
+from wavemix_kernels.ops.stem.geometry import Convolution, Part, dtype_of, geometry, places
+from wavemix_kernels.ops.stem.kept import Kept
 
 
-def folded(x: Tensor, convolutions: Sequence[Convolution]) -> Tensor:
+def folded(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = None) -> Tensor:
     """The convolutions one after the other: x (N, C, H, W) -> (N, O, h, w), channels_last.
 
     Any floating dtype; weights are folded in fp32 for the half types, and in the parameters' own dtype under autocast.
@@ -30,12 +31,19 @@ def folded(x: Tensor, convolutions: Sequence[Convolution]) -> Tensor:
 
     Args:
         convolutions: two, or three of which the last has no padding.
+        kept: where folded weights of earlier calls are, for calls without gradient.
     """
     parameters = [t for one in convolutions for t in (one.weight, one.bias)]
-    kinds = [number for one in convolutions for number in (one.stride, one.padding)]
+    there = [t for t in parameters if t is not None]
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _ByBlocks.apply(kinds, x.detach().to(dtype_of(x)), *parameters)
-    return out
+        x = x.detach().to(dtype_of(x))
+        if kept is None or (torch.is_grad_enabled() and any(t.requires_grad for t in there)):
+            kinds = [number for one in convolutions for number in (one.stride, one.padding)]
+            out: Tensor = _ByBlocks.apply(kinds, x, *parameters)
+            return out
+        where = _Places.of(x.shape[2:], convolutions)
+        made = kept.get((where, x.dtype), there, lambda: where.weights(convolutions, x.dtype))
+        return _by_plan(where, x, *made)[0]
 
 
 def _convolutions(kinds: Sequence[int], parameters: Sequence[Any]) -> list[Convolution]:
@@ -44,19 +52,16 @@ def _convolutions(kinds: Sequence[int], parameters: Sequence[Any]) -> list[Convo
 
 
 class _Blocks(NamedTuple):
-    """Blocks of ``stride`` x ``stride`` pixels, of which an output takes ``k`` x ``k``."""
+    """Blocks of ``stride`` x ``stride`` pixels, of which an output takes ``k`` x ``k``; ``before``: pixels of zeros
+    above and to the left."""
 
     stride: int
     k: int
+    before: int
 
-    @staticmethod
-    def of(way: Geometry) -> _Blocks:
-        stride = way.stride * way.inner.stride
-        return _Blocks(stride, -(-way.window // stride))
-
-    def image(self, x: Tensor, way: Geometry, outputs: Sequence[int]) -> Tensor:
+    def image(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         """The padded image (N, stride * stride * C, blocks down, blocks across), channels_last."""
-        s, before = self.stride, way.padding * way.inner.stride + way.inner.padding
+        s, before = self.stride, self.before
         counts = [n - 1 + self.k for n in outputs]
         after = [count * s - before - size for count, size in zip(counts, x.shape[2:], strict=True)]
         padded = F.pad(x, (before, after[1], before, after[0]))
@@ -80,6 +85,54 @@ class _Blocks(NamedTuple):
         return square.reshape(p, o, -1, k * s, k * s)[..., :window, :window]
 
 
+class _Places(NamedTuple):
+    """What follows from the sizes of an image and of the convolutions."""
+
+    blocks: _Blocks
+    outputs: tuple[int, ...]
+    rows: tuple[Part, ...]
+    columns: tuple[Part, ...]
+
+    @staticmethod
+    def of(size: Sequence[int], convolutions: Sequence[Convolution]) -> _Places:
+        way = geometry(convolutions)
+        stride = way.stride * way.inner.stride
+        before = way.padding * way.inner.stride + way.inner.padding
+        outputs, rows, columns = places(size, convolutions, way)
+        return _Places(_Blocks(stride, -(-way.window // stride), before), tuple(outputs), rows, columns)
+
+    @property
+    def whole(self) -> int:
+        """The interior's number among the parts."""
+        return _interior(self.rows) * len(self.columns) + _interior(self.columns)
+
+    def slices(self) -> Iterator[tuple[Any, Any]]:
+        """Where each part's outputs lie, and the blocks that they are made of."""
+        k = self.blocks.k
+        for (a, b, *_), (c, d, *_) in itertools.product(self.rows, self.columns):
+            every = slice(None), slice(None)
+            yield (*every, slice(a, b), slice(c, d)), (*every, slice(a, b + k - 1), slice(c, d + k - 1))
+
+    def weights(self, convolutions: Sequence[Convolution], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Each part's weights and biases, (P, O, stride * stride * C, k, k) and (P, O)."""
+        taps, bias = folding.taps_of(convolutions, accumulate_dtype(dtype))
+        weights, biases = folding.of_parts(taps, bias, geometry(convolutions), self.rows, self.columns)
+        return self.blocks.weights(weights, dtype), biases.to(dtype)
+
+
+def _convolve(where: _Places, x: Tensor, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the blocks that it is made of."""
+    image, whole = where.blocks.image(x, where.outputs), where.whole
+    out = F.conv2d(image, weights[whole], biases[whole]).contiguous(memory_format=torch.channels_last)
+    for part, (here, there) in enumerate(where.slices()):
+        if part != whole:
+            out[here] = F.conv2d(image[there], weights[part], biases[part])
+    return out, image
+
+
+_by_plan = plan.planned("stem_of_kept_weights", _convolve)
+
+
 @plan.function
 class _ByBlocks(torch.autograd.Function):
     """(strides and paddings, x, each convolution's weight and bias) -> output."""
@@ -87,17 +140,8 @@ class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kinds: list[int], x: Tensor, *parameters: Tensor | None) -> Tensor:
         convolutions = _convolutions(kinds, parameters)
-        way, wide = geometry(convolutions), accumulate_dtype(x.dtype)
-        blocks, (outputs, rows, columns) = _Blocks.of(way), places(x.shape[2:], convolutions, way)
-        taps, bias = folding.taps_of(convolutions, wide)
-        weights, biases = folding.of_parts(taps, bias, way, rows, columns)
-        of_blocks, biases = blocks.weights(weights, x.dtype), biases.to(x.dtype)
-        image = blocks.image(x, way, outputs)
-        whole = _interior(rows) * len(columns) + _interior(columns)
-        out = F.conv2d(image, of_blocks[whole], biases[whole]).contiguous(memory_format=torch.channels_last)
-        for part, (here, there) in enumerate(_slices(rows, columns, blocks.k)):
-            if part != whole:
-                out[here] = F.conv2d(image[there], of_blocks[part], biases[part])
+        where = _Places.of(x.shape[2:], convolutions)
+        out, image = _convolve(where, x, *where.weights(convolutions, x.dtype))
         ctx.kinds, ctx.sizes = tuple(kinds), tuple(x.shape[2:])
         ctx.save_for_backward(image, *parameters)
         return out
@@ -108,9 +152,9 @@ class _ByBlocks(torch.autograd.Function):
         image, *parameters = ctx.saved_tensors
         convolutions = _convolutions(ctx.kinds, parameters)
         way, wide = geometry(convolutions), accumulate_dtype(grad.dtype)
-        blocks = _Blocks.of(way)
-        _, rows, columns = places(ctx.sizes, convolutions, way)
-        grad, whole = layout.channels_inner(grad), _interior(rows) * len(columns) + _interior(columns)
+        where = _Places.of(ctx.sizes, convolutions)
+        blocks, rows, columns, whole = where.blocks, where.rows, where.columns, where.whole
+        grad = layout.channels_inner(grad)
         weight = image.new_empty((grad.shape[1], image.shape[1], blocks.k, blocks.k))  # its shape alone is read
 
         def gradients(here: Any, there: Any) -> tuple[Tensor, Tensor]:
@@ -123,7 +167,7 @@ class _ByBlocks(torch.autograd.Function):
         everywhere = slice(None), slice(None), slice(None), slice(None)
         made = [
             gradients(*((everywhere, everywhere) if part == whole else place))
-            for part, place in enumerate(_slices(rows, columns, blocks.k))
+            for part, place in enumerate(where.slices())
         ]
         of_weights, of_biases = (torch.stack(of).to(wide) for of in zip(*made, strict=True))
         for of in (of_weights, of_biases):  # the interior's are those of all outputs, without the border's
@@ -136,10 +180,3 @@ class _ByBlocks(torch.autograd.Function):
 
 def _interior(parts: Sequence[Part]) -> int:
     return max(range(len(parts)), key=lambda i: parts[i][1] - parts[i][0])
-
-
-def _slices(rows: Sequence[Part], columns: Sequence[Part], k: int) -> Iterator[tuple[Any, Any]]:
-    """Where each part's outputs lie, and the blocks that they are made of."""
-    for (a, b, *_), (c, d, *_) in itertools.product(rows, columns):
-        every = slice(None), slice(None)
-        yield (*every, slice(a, b), slice(c, d)), (*every, slice(a, b + k - 1), slice(c, d + k - 1))
