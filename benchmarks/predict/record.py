@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import tuned, verify
 from wavemix_kernels.ops.common import chips, triton_launch
+from wavemix_kernels.ops.stem import kept
 
 from ..harness.traffic import PLANS, bytes_moved, footprint
 from . import core, elf
@@ -239,6 +240,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Step]:
         (backends, "_has_code_for", lambda device: True),
         (torch.cuda, "is_available", lambda: _asked_by_us() or available()),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (kept, "settle", lambda made: None),
         (torch.cuda, "get_device_capability", lambda device=None: capability),
     ]
     with ExitStack() as stack:

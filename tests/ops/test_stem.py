@@ -21,6 +21,7 @@ from wavemix_kernels.ops.common import plan
 from wavemix_kernels.ops.common.layout import memory_format
 from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.stem import blocks, folding, op, patches
+from wavemix_kernels.ops.stem import kept as keeping
 from wavemix_kernels.ops.stem.geometry import Convolution, geometry
 from wavemix_kernels.ops.stem.kept import Kept
 
@@ -187,7 +188,9 @@ def test_captured_graphs_keep_what_they_read(monkeypatch: pytest.MonkeyPatch) ->
         is_cuda = True  # type: ignore[assignment]
 
     capturing = True
+    settled: list[Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(keeping, "settle", settled.append)
     source, kept = torch.ones(2).as_subclass(OnGpu), Kept()
 
     def folded() -> Tensor:
@@ -195,7 +198,12 @@ def test_captured_graphs_keep_what_they_read(monkeypatch: pytest.MonkeyPatch) ->
 
     assert folded() is not folded()  # made by a graph, and not there before it runs
     capturing = False
+    assert not settled  # which no capture allows
     outside = folded()
+    (seen,) = settled
+    assert seen is outside
+    del seen
+    settled.clear()
     capturing = True
     assert folded() is outside
     alive = weakref.ref(outside)

@@ -389,7 +389,7 @@ def test_steps_kernel_by_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(row["host_us"] > 0 and row["kernels"] == [] for row in written["rows"])
     ((verdict,), follow) = kernels.read(given, end(tmp_path, said, 1))
     assert (verdict.verdict, follow) == ("FAIL", [])
-    assert "2 of 32 steps measured; waveblock/L1" in verdict.note
+    assert "2 of 40 steps measured; waveblock/L1" in verdict.note
     assert kernels.main(str(given.about.out), "1e-9", haar) == 0
     ((verdict,), _) = kernels.read(given, end(tmp_path, capsys.readouterr().out))
     assert verdict.verdict == "TIME"

@@ -39,6 +39,7 @@ class Kept:
         if not captured:  # a graph fills its tensors when it runs, and they are its own
             if len(self._made) >= MOST:
                 self._made.clear()
+            settle(made[0])
             # A storage that is held cannot become another tensor's.
             self._made[kind] = state, [t.detach() for t in sources], made
         return made
@@ -48,3 +49,9 @@ class Kept:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Kept, ()
+
+
+def settle(made: Tensor) -> None:
+    """Waits until it is there, once: calls on other streams read it too."""
+    if made.is_cuda:
+        torch.cuda.current_stream(made.device).synchronize()
