@@ -86,7 +86,7 @@ class _Blocks(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """What follows from the sizes of an image and of the convolutions."""
+    """The blocks and parts of an image, by its size and the convolutions' alone."""
 
     blocks: _Blocks
     outputs: tuple[int, ...]

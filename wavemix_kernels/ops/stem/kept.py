@@ -13,9 +13,9 @@ MOST = 4
 
 
 class Kept:
-    """What was folded, as long as the tensors that it was made of are the same and unchanged.
+    """Folded weights, which serve as long as the tensors that they were made of are the same and unchanged.
 
-    What is written through ``Tensor.data`` counts as no change, as it does for PyTorch. A copy of a model folds anew.
+    A write through ``Tensor.data`` is not seen: PyTorch does not count it. A copy of a model folds anew.
     """
 
     def __init__(self) -> None:
