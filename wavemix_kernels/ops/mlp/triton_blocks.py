@@ -10,6 +10,7 @@ The columns of x, of `second` and of the result lie in two tiles each, of X0 and
 import triton
 import triton.language as tl
 
+from wavemix_kernels.ops.common.triton_gelu import gelu
 from wavemix_kernels.ops.mlp.triton_philox import keep_mask, unit_order
 
 
@@ -167,31 +168,6 @@ def _hidden_gradient(
 
 
 @triton.jit
-def _gelu(z):
-    """GELU(z) and its derivative, of one exponential.
-
-    With t = |z| and e = exp(-t^2 / 2), the normal distribution's tail 1 - cdf(t) is e P(t). P is the polynomial of
-    degree 9 for which e P(t) errs least on [0, 5.5], by 2.6e-7; beyond, t = 5.5 will do: the tail is below 1.9e-8.
-    GELU(z) = max(z, 0) - t (e P); its derivative is 1 - e (P - t / sqrt(2 pi)), that of -z the rest to 1.
-    In fp32 (u = 2^-24) GELU errs by 5.6 u |z| at most, its derivative by 5.1 u (1 + |z|): largest of 400,001 values in
-    [-12, 12], with an exact exponential.
-    """
-    t = tl.minimum(tl.abs(z), 5.5)
-    e = tl.exp2(z * z * -0.7213475204444817)
-    p = -8.063062523433473e-06 * t + 1.5194174193311483e-04
-    p = p * t - 1.271161250770092e-03
-    p = p * t + 6.382802501320839e-03
-    p = p * t - 2.223087102174759e-02
-    p = p * t + 5.949679017066956e-02
-    p = p * t - 1.3177287578582764e-01
-    p = p * t + 2.4975229799747467e-01
-    p = p * t - 3.989226222038269e-01
-    p = p * t + 4.999997317790985e-01
-    tail = e * (p - 0.3989422804014327 * t)
-    return tl.maximum(z, 0.0) - t * (e * p), tl.where(z < 0, tail, 1 - tail)
-
-
-@triton.jit
 def _key(seed, DROPOUT: tl.constexpr):
     """The seed that dropout counts from, loaded before a loop: behind its stores it would be loaded anew each time."""
     return tl.load(seed) if DROPOUT else 0
@@ -201,7 +177,7 @@ def _key(seed, DROPOUT: tl.constexpr):
 def _activation(z, key, row, first, threshold, K: tl.constexpr, DROPOUT: tl.constexpr):
     """GELU(z) of pixels by units, and 0 where dropout drops them, NaN included. Who adds them up multiplies what is
     kept by dropout's factor."""
-    hidden, _ = _gelu(z)
+    hidden, _ = gelu(z)
     if DROPOUT:
         keep = keep_mask(key, row, first, K, threshold, z.shape[1])
         hidden = tl.where(keep, hidden, 0.0)
@@ -218,7 +194,7 @@ def _activation_and_gradient(
             keep = tl.trans(keep_mask(key, row, first, K, threshold, z.shape[0]))
         else:
             keep = keep_mask(key, row, first, K, threshold, z.shape[1])
-    hidden, slope = _gelu(z)
+    hidden, slope = gelu(z)
     grad *= slope
     if DROPOUT:
         hidden = tl.where(keep, hidden, 0.0)

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.triton_gelu import gelu
 from wavemix_kernels.ops.common.triton_launch import Launch
 from wavemix_kernels.ops.mlp.triton import FREE, Mlp, launch_by_name
-from wavemix_kernels.ops.mlp.triton_blocks import _gelu, _key
+from wavemix_kernels.ops.mlp.triton_blocks import _key
 from wavemix_kernels.ops.mlp.triton_philox import keep_mask
 
 _ROWS, _COLUMNS, _WARPS = 32, 64, 4  # of a tile: two or four loads of 16 bytes for a thread
@@ -40,7 +41,7 @@ def _between_kernel(
         row = split * rows_each + start + tl.arange(0, ROWS)
         at = row[:, None] * K + col[None, :]
         among = (row < rows)[:, None] & (col < K)[None, :]
-        value, slope = _gelu(tl.load(hidden + at, mask=among, other=0.0).to(tl.float32))
+        value, slope = gelu(tl.load(hidden + at, mask=among, other=0.0).to(tl.float32))
         value *= factor
         if BACKWARD:
             slope *= tl.load(grad + at, mask=among, other=0.0).to(tl.float32) * factor

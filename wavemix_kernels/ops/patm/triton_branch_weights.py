@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wavemix_kernels import _native
+from wavemix_kernels.ops.common.triton_gelu import gelu
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
-from wavemix_kernels.ops.mlp.triton_blocks import _gelu
 
 #: Hidden units that a program holds.
 MOST_HIDDEN = 256
@@ -62,7 +62,7 @@ def _forward_kernel(
     and the results of ``each`` channels."""
     image = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * each
-    hidden, _ = _gelu(_pre(sums, fc1, fc1_bias, image, channels, units, factor, UNITS, CHANNELS, STAGES))
+    hidden, _ = gelu(_pre(sums, fc1, fc1_bias, image, channels, units, factor, UNITS, CHANNELS, STAGES))
     per_branch = images.to(tl.int64) * channels
     for start in tl.range(begin, tl.minimum(begin + each, channels), CHANNELS, num_stages=STAGES):
         channel = start + tl.arange(0, CHANNELS)
@@ -97,7 +97,7 @@ def _backward_kernel(
     """d_sums (images, channels); d_logits (images, 3 channels) as fc2's rows lie; d_pre and hidden (images, units)."""
     image = tl.program_id(0).to(tl.int64)
     unit = tl.arange(0, UNITS)
-    value, slope = _gelu(_pre(mean, fc1, fc1_bias, image, channels, units, 1.0, UNITS, CHANNELS, STAGES))
+    value, slope = gelu(_pre(mean, fc1, fc1_bias, image, channels, units, 1.0, UNITS, CHANNELS, STAGES))
     per_branch = images.to(tl.int64) * channels
     total = tl.zeros((CHANNELS, UNITS), tl.float32)
     for start in tl.range(0, channels, CHANNELS, num_stages=STAGES):
