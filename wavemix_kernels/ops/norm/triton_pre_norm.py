@@ -79,7 +79,7 @@ def _image_sums_kernel(
     partial_g, partial_gx, grad, x, mean, invstd, tiles: tl.int64, run: tl.int64, outer0: tl.int64, channels, splits,
     grad_n: tl.int64, grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c,
     x_n: tl.int64, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
+    AHEAD: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Sums of grad and of grad * xhat over some of an image's tiles, for each of its channels."""
     program = tl.program_id(0).to(tl.int64)
@@ -90,20 +90,20 @@ def _image_sums_kernel(
     known = channel < channels
     center = tl.load(mean + image)
     scale = tl.load(invstd + image)
-    sum_g = tl.zeros((CHANNELS,), REAL)
-    sum_gx = tl.zeros((CHANNELS,), REAL)
-    for tile in range(split, tiles, splits):
+    sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
+    sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
+    for tile in tl.range(split, tiles, splits, num_stages=AHEAD):
         at, valid = _offsets(tile, run, outer0, (grad_1, grad_0, grad_p, grad_c), channel.to(tl.int64), POSITIONS)
         mask = valid[:, None] & known[None, :]
         g = tl.load(grad + image * grad_n + at, mask=mask, other=0.0).to(REAL)
         at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS)
         value = tl.load(x + image * x_n + at, mask=mask, other=0.0).to(REAL)
-        sum_g += tl.sum(g, 0)
+        sum_g += g
         # g is 0 beyond the image, so the product is too.
-        sum_gx += tl.sum(g * ((value - center) * scale), 0)
+        sum_gx += g * ((value - center) * scale)
     at = (split * (tl.num_programs(0) // (blocks * splits)) + image) * channels + channel
-    tl.store(partial_g + at, sum_g, mask=known)
-    tl.store(partial_gx + at, sum_gx, mask=known)
+    tl.store(partial_g + at, tl.sum(sum_g, 0), mask=known)
+    tl.store(partial_gx + at, tl.sum(sum_gx, 0), mask=known)
 
 
 # --------------------------------------------------------------------------------------------------- launch
@@ -183,7 +183,10 @@ def image_sums_launch(
     splits = max(1, min(_PROGRAMS * _native.multiprocessors(x.device) // max(plan.blocks * n, 1), plan.tiles))
     partial = mean.new_empty((2, splits, n, c))
     args = (*partial.unbind(0), grad, x, mean, invstd, *plan.scalars, splits, *plan.strides)
-    return Launch(_image_sums_kernel, (plan.blocks * n * splits,), args, plan.constants), partial
+    # Tiles that are on their way at once, where a program has several and shared memory room for their rows.
+    ahead = plan.tiles > 2 * splits and grad.itemsize == 2 and grad.stride(1) == x.stride(1) == 1
+    constants = {**plan.constants, "AHEAD": 3 if ahead else 1}
+    return Launch(_image_sums_kernel, (plan.blocks * n * splits,), args, constants), partial
 
 
 def apply(

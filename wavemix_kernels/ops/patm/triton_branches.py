@@ -86,15 +86,15 @@ def _branch_sum_kernel(
         from_h = tl.load(_tile(h, image, row, position, channel, h_n, h_r, h_p, ALIGN), mask=mask, other=0.0).to(REAL)
         from_w = tl.load(_tile(w, image, row, position, channel, w_n, w_r, w_p, ALIGN), mask=mask, other=0.0).to(REAL)
         from_c = tl.load(_tile(c, image, row, position, channel, c_n, c_r, c_p, ALIGN), mask=mask, other=0.0).to(REAL)
-        value = from_h * a_h + from_w * a_w + from_c * a_c
-        to = _tile(out, image, row, position, channel, out_n, out_r, out_p, ALIGN)
-        tl.store(to, value.to(out.dtype.element_ty), mask=mask)
-        if GRADIENT:
+        if GRADIENT:  # before the store, which no load passes
             of = _tile(grad, image, row, position, channel, grad_n, grad_r, grad_p, ALIGN)
             g = tl.load(of, mask=mask, other=0.0).to(REAL)
             d_h += g * from_h
             d_w += g * from_w
             d_c += g * from_c
+        value = from_h * a_h + from_w * a_w + from_c * a_c
+        to = _tile(out, image, row, position, channel, out_n, out_r, out_p, ALIGN)
+        tl.store(to, value.to(out.dtype.element_ty), mask=mask)
     if GRADIENT:
         at = partial + (split * 3 * images + image) * channels + channel
         tl.store(at, tl.sum(d_h, 0), mask=in_channels)
