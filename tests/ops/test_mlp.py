@@ -90,7 +90,8 @@ class Mlp(Contract):
     def solve(
         self, case: Case, t: Any, dtype: torch.dtype, forms: tuple[str, str] = ("fused", "fused")
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Exact results, and errors before they are stored: the larger ones of the forms of both directions."""
+        """Exact results and the gradient before the activation, and errors before they are stored: the larger ones of
+        the forms of both directions."""
         wide = accumulation(dtype)
         u = UNIT_ROUNDOFF[wide] * (2 if dtype == torch.float64 else 1)
         half = UNIT_ROUNDOFF[dtype] if wide != dtype else 0.0  # of operands
@@ -115,7 +116,7 @@ class Mlp(Contract):
         gz = gh * keep * slope
         exact = {
             "output": hidden @ w2.T + b2, "x": (gz @ w1)[:, :a], "second": (gz @ w1)[:, a:], "w1": gz.T @ x,
-            "b1": gz.sum(0), "w2": g.T @ hidden, "b2": g.sum(0),
+            "b1": gz.sum(0), "w2": g.T @ hidden, "b2": g.sum(0), "before_activation": gz,
         }  # fmt: skip
         k1, k2, n = w1.shape[1], w1.shape[0], x.shape[0]
         stored_z, stored_gh = (half * (1 + (t["second"] is not None)), half) if "products" in forms else (0.0, 0.0)
@@ -133,7 +134,7 @@ class Mlp(Contract):
             "w1": gz_error.T @ x.abs() + gz_abs.T @ x_error + (n + 4) * u * (gz_abs.T @ x.abs()),
             "b1": gz_error.sum(0) + (n + 4) * u * gz_abs.sum(0),
             "w2": g.abs().T @ hidden_error + (n + 4) * u * (g.abs().T @ hidden_abs),
-            "b2": (n + 4) * u * g.abs().sum(0),
+            "b2": (n + 4) * u * g.abs().sum(0), "before_activation": gz_error,
         }  # fmt: skip
         return exact, error
 
@@ -143,6 +144,7 @@ class Mlp(Contract):
         shaped = {
             name: t.reshape(n, 1, w, t.shape[1]).permute(0, 3, 1, 2) if name in ("x", "second", "output") else t
             for name, t in values.items()
+            if name in NAMES
         }
         return {"out": shaped["output"], **{f"made_{name}": t for name, t in shaped.items()}}
 

@@ -12,7 +12,9 @@ from tests.emulator.build import launches
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within
 from wavemix_kernels import _native
+from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.deconv import op as deconv
+from wavemix_kernels.ops.mlp import normed
 from wavemix_kernels.reference import Waveblock
 
 U32 = UNIT_ROUNDOFF[torch.float32]
@@ -92,3 +94,27 @@ def test_each_level_s_upsampling_is_chosen_by_its_own_gradient(monkeypatch: pyte
     block = wk.FusedWaveblock(level=2, final_dim=8, ff_channel=8)
     block(torch.randn(1, 8, 8, 8)).sum().backward()
     assert asked == [(1, 8, 8, 8), (1, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("recompute", ["hidden", "mlp"])
+def test_gradients_go_through_the_norm_below(device: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half types, where the MLPs keep their hidden layers; in parts the same but for roundings."""
+    monkeypatch.setattr(choose, "MLP_WEIGHTS_HELD", 0)  # as wide blocks do
+    results, serves = [], normed.serves
+    for joined in (True, False):
+        monkeypatch.setattr(normed, "serves", lambda *args, joined=joined: joined and serves(*args))
+        torch.manual_seed(0)
+        block = wk.FusedWaveblock(level=3, final_dim=16, ff_channel=16, upsample="bilinear", recompute=recompute)
+        block = block.to(device, torch.float16)
+        x = image(randn(2, 16, 8, 16), torch.float16, device, "channels_last").requires_grad_()
+        with choose.watched() as calls:
+            with wk.backend("triton"):
+                out = block(x, residual=True)
+            out.backward(image(randn(*out.shape, seed=1), torch.float16, device, "channels_last"))
+        asked = {call[0] for call in calls}
+        assert ("normed_mlp_backward" in asked) == joined
+        results.append({"x": x.grad, **{name: p.grad for name, p in block.named_parameters()}})
+    largest = max(float(t.abs().max()) for t in results[1].values())
+    for name, want in results[1].items():
+        bound = torch.full_like(want, 8 * UNIT_ROUNDOFF[torch.float16] * largest, dtype=torch.float64)
+        assert_within(results[0][name], want.double(), bound, name)

@@ -23,6 +23,7 @@ from wavemix_kernels.ops.common.autograd import again
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
+from wavemix_kernels.ops.mlp import normed
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.norm import batch_norm
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
@@ -207,6 +208,25 @@ def _forward(
     return [out, *ys, *zs, *us, *(t for of in stats for t in of)]
 
 
+def _through_norm(kind: str, part: _Parts, arguments: Sequence[Any], below: Level) -> bool:
+    """Whether an MLP's gradients go on through the BatchNorm of the level below, in one operator."""
+    x, second, _, _, w1, b1, w2, *_ = arguments
+    if below.mean is not None or not normed.serves(x, w1, b1, w2, part.mlp):
+        return False
+    return kind != "deconv" or not deconv.folds(part.upsample, cast(Tensor, below.up_weight).shape[0], second)
+
+
+def _mlp_backward_through_norm(
+    du: Tensor, arguments: Sequence[Any], below: Level, of: batch_norm.Statistics, backend: str
+) -> tuple[pointwise_mlp.Gradients, tuple[Tensor, Tensor]]:
+    """The MLP's gradients, ``second`` that of what the level below upsampled, and its BatchNorm's parameters'."""
+    x, second, _, _, w1, b1, w2, b2, p, seed = arguments
+    norm = normed.Norm.of(of, below.bn_weight, below.bn_bias)
+    made = normed.backward(du, x, second, norm, w1, b1, w2, b2, p, seed, backend)
+    mlp = pointwise_mlp.Gradients(made.x, made.y, made.w1, made.b1, made.w2, made.b2, None)
+    return mlp, (made.norm_weight, made.norm_bias)
+
+
 def levels_backward(
     options: Options, upper: Tensor, of_y: bool, flat: Sequence[Any], ys: Sequence[Tensor], zs: Sequence[Tensor],
     us: Sequence[Tensor], norms: list[batch_norm.Statistics], seeds: Tensor | None,
@@ -240,6 +260,8 @@ def levels_backward(
     flat_grads: list[Any] = []
     z_grads: list[Tensor] = []
     gradient: Tensor | None = upper
+    given = of_y  # the gradient is that of y itself
+    of_norm: tuple[Tensor | None, Tensor | None] = (None, None)  # then, of the parameters of its BatchNorm
     for i, level in enumerate(levels):
         assert gradient is not None
         z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
@@ -250,7 +272,6 @@ def levels_backward(
         dweight: Tensor | None
         dbn_weight: Tensor | None
         dbn_bias: Tensor | None
-        given = of_y and i == 0
         folds = kind == "deconv" and deconv.folds(part.upsample, cast(Tensor, level.up_weight).shape[0], gradient)
         if folds and not given:
             # u made again first, a twentieth of the level's arithmetic, lets one pass over gradient and y make both
@@ -263,10 +284,10 @@ def levels_backward(
                 part.upsample,
             )  # fmt: skip
             del u, y
-            mlp = pointwise_mlp.backward(du, *arguments, False, part.mlp)
+            mlp, given, of_norm = pointwise_mlp.backward(du, *arguments, False, part.mlp), False, (None, None)
         else:
             if given:
-                dy, dbn_weight, dbn_bias = gradient, None, None
+                dy, (dbn_weight, dbn_bias) = gradient, of_norm
             else:
                 dy, dbn_weight, dbn_bias = batch_norm.backward(
                     gradient, y, norm.mean, norm.invstd, level.bn_weight, batch_stats, True, part.norm
@@ -274,7 +295,13 @@ def levels_backward(
             del y
             du = upsample.backward_x(kind, dy, level.up_weight, part.upsample)
             wanted = u is None and level.up_weight is not None
-            mlp = pointwise_mlp.backward(du, *arguments, wanted, part.mlp)
+            below = (levels[i + 1], norms[i + 1]) if ys else None
+            given = below is not None and not wanted and _through_norm(kind, part, arguments, below[0])
+            if given:
+                assert below is not None
+                mlp, of_norm = _mlp_backward_through_norm(du, arguments, *below, part.mlp)
+            else:
+                mlp, of_norm = pointwise_mlp.backward(du, *arguments, wanted, part.mlp), (None, None)
             dweight = upsample.backward_weight(kind, dy, mlp.output if wanted else u, level.up_weight, part.upsample)
             del dy, u
         dbias = None

@@ -106,6 +106,7 @@ FORMULAS: dict[str, Callable[[Shapes], int]] = {
     "norm_reduce_haar_backward": lambda a: 2 * _product(a["image"], a["weight"][0]),
     "pointwise_mlp": _mlp,
     "pointwise_mlp_backward": lambda a: 2 * _mlp(a),
+    "normed_mlp_backward": lambda a: 2 * _mlp(a),
     "channel_mlp": _mlp,
     "channel_mlp_backward": lambda a: 2 * _mlp(a),
     "deconv": lambda a: _deconv(a["weight"], _pixels(a["u"])),

@@ -156,7 +156,7 @@ def _cpu_arguments(
 ) -> tuple[list[Any], list[Tensor | None]]:  # fmt: skip
     """Arguments that both passes take, and the tensors that must outlive the call."""
     wide = accumulate_dtype(x.dtype)
-    matrices = [None if t is None else _rows_of(t) for t in (x, second)]
+    matrices = [None if t is None else rows_of(t) for t in (x, second)]
     affine = [None if t is None else t.to(wide).contiguous() for t in (scale, shift)]
     weights = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2)]
     kept = [*matrices, *affine, *weights]
@@ -167,7 +167,7 @@ def _cpu_arguments(
     return [_native.DTYPES[x.dtype], size, *map(_rows, matrices), pointers, p, _seed_value(p, seed), 0], kept
 
 
-def _rows_of(image: Tensor) -> Tensor:
+def rows_of(image: Tensor) -> Tensor:
     """Pixels by channels, channels contiguous."""
     rows = matrix(image)
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -187,7 +187,7 @@ def _cpu_backward(
 ) -> Gradients:  # fmt: skip
     core: Any = _native.core
     arguments, _kept = _cpu_arguments(x, second, scale, shift, w1, b1, w2, b2, p, seed)
-    g = _rows_of(grad)
+    g = rows_of(grad)
     d_x = _empty_image(x, x.shape[1])
     d_second = None if second is None else _empty_image(x, second.shape[1])
     output = _empty_image(x, w2.shape[0]) if want_output else None
@@ -199,14 +199,14 @@ def _cpu_backward(
     return Gradients(*cast(Any, (d_x, d_second, *weights, output)))
 
 
-def _triton_why_not(*tensors: Tensor) -> str | None:
+def triton_why_not(*tensors: Tensor) -> str | None:
     if (reason := backends.triton_products_why_not(*tensors)) is not None:
         return reason
     wide = next((t.shape[1] for t in tensors if t.shape[1] > MOST_COLUMNS), None)
     return None if wide is None else f"it takes up to {MOST_COLUMNS} input and output channels, got {wide}"
 
 
-def _triton_mlp(
+def triton_mlp(
     x: Tensor, second: Tensor | None, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, p: float, seed: Tensor | None,
 ) -> Any:  # fmt: skip
@@ -214,14 +214,14 @@ def _triton_mlp(
 
     scale, shift = (None if t is None else t.float().contiguous() for t in (scale, shift))
     b1, b2 = (None if t is None else t.contiguous() for t in (b1, b2))
-    second = None if second is None else _rows_of(second)
-    return kernels.Mlp(_rows_of(x), second, scale, shift, w1.contiguous(), b1, w2.contiguous(), b2, p, seed)
+    second = None if second is None else rows_of(second)
+    return kernels.Mlp(rows_of(x), second, scale, shift, w1.contiguous(), b1, w2.contiguous(), b2, p, seed)
 
 
 def _triton_forward(x: Tensor, *arguments: Any) -> Tensor:
     from wavemix_kernels.ops.mlp import triton_forms as forms
 
-    mlp = _triton_mlp(x, *arguments)
+    mlp = triton_mlp(x, *arguments)
     out = _empty_image(x, mlp.w2.shape[0])
     forms.forward(matrix(out), mlp)
     return out
@@ -231,7 +231,7 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
     from wavemix_kernels.ops.mlp import triton_forms as forms
 
     *arguments, want_output = rest
-    mlp, second = _triton_mlp(x, *arguments), arguments[0]
+    mlp, second = triton_mlp(x, *arguments), arguments[0]
     a, b = x.shape[1], 0 if second is None else second.shape[1]
     joins = _joins(x, second, mlp.w1, mlp.w2, "triton")
     gx = _empty_image(x, a + b if joins else a)
@@ -239,12 +239,12 @@ def _triton_backward(grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
     output = _empty_image(x, mlp.w2.shape[0]) if want_output else None
     weights = [None if t is None else torch.empty_like(t) for t in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)]
     of_second, again = (None if t is None else matrix(t) for t in (gs, output))
-    forms.backward(forms.Results(*cast(Any, (matrix(gx), of_second, *weights, again))), _rows_of(grad), mlp)
+    forms.backward(forms.Results(*cast(Any, (matrix(gx), of_second, *weights, again))), rows_of(grad), mlp)
     return Gradients(*cast(Any, (gx, gs, *weights, output)))
 
 
 BACKENDS: dict[str, backends.Backend] = {
-    "triton": backends.Backend(_triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
+    "triton": backends.Backend(triton_why_not, {"forward": _triton_forward, "backward": _triton_backward}),
     "cpu": backends.Backend(backends.cpu_why_not, {"forward": _cpu_forward, "backward": _cpu_backward}),
     "reference": backends.Backend(backends.reference_why_not, {}),
 }

@@ -131,7 +131,7 @@ class Mlp(NamedTuple):
         }  # fmt: skip
 
     def unit(self, *others: Tensor | None) -> int:
-        """Of the strides of rows, and of `others`'."""
+        """The strides of rows, and of `others`', are multiples of this."""
         return unit_of(*(t.stride(0) for t in (self.x, self.second, *others) if t is not None))
 
     def constants(self, config: MlpConfig, kernel: Kind) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from wavemix_kernels.ops import choose, tuned
 from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.triton_sums import finish
-from wavemix_kernels.ops.mlp import triton_backward, triton_hidden, triton_narrow, triton_products
+from wavemix_kernels.ops.mlp import triton_backward, triton_hidden, triton_narrow, triton_normed, triton_products
 from wavemix_kernels.ops.mlp.tiles import runs_together
 from wavemix_kernels.ops.mlp.triton import Mlp, forward_launch
 
@@ -79,3 +79,21 @@ def backward(into: Results, grad: Tensor, mlp: Mlp) -> None:
         if into.output is not None:
             triton_products.after_activation(into.output, hidden, mlp)
     finish(*((out, partial) for out, partial in sums if out is not None))
+
+
+def keeps(mlp: Mlp) -> bool:
+    """Whether backward's form is the one that keeps the hidden layer and its gradient."""
+    return _form(mlp, True) == "kept"
+
+
+def normed_backward(into: Results, grad: Tensor, mlp: Mlp, norm: triton_normed.Norm) -> tuple[Tensor, ...]:
+    """:func:`backward` where :func:`keeps` and there is a first bias, through the BatchNorm that is the second input's
+    affine map: a, b and d of the line that makes the gradient of what it took from that of what it gave, and the
+    gradients of its weight and bias, (2, B). The gradients of x and of what it gave lie side by side in ``into.x``."""
+    layer = triton_hidden.make(grad, mlp, norm)
+    triton_products.backward_x(into.x, None, layer.grad, mlp)
+    triton_products.backward_weight(into.w1, into.w2, grad, layer.hidden, layer.grad, [layer.joined])
+    assert into.b1 is not None
+    total = layer.b1.new_empty(into.b1.shape)
+    finish((total, layer.b1), *([] if into.b2 is None else [(into.b2, layer.b2)]))
+    return triton_normed.line(into.w1, into.b1, total, mlp, norm)

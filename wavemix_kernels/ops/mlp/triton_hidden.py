@@ -22,7 +22,6 @@ from wavemix_kernels.ops.mlp.triton_blocks import (
     _activation_and_gradient,
     _columns,
     _in_order,
-    _input_tiles,
     _key,
     _store_sum,
     _two_tiles,
@@ -32,6 +31,7 @@ from wavemix_kernels.ops.mlp.triton_blocks import (
     _with_bias,
     _z_of_tiles,
 )
+from wavemix_kernels.ops.mlp.triton_normed import Norm
 
 
 @triton.jit
@@ -49,26 +49,51 @@ def _store_part(matrix, row, in_rows, tile, FIRST: tl.constexpr, COUNT: tl.const
     tl.store(matrix + row[:, None] * STRIDE + col[None, :], tile, mask=in_rows[:, None] & in_cols[None, :])
 
 
+@triton.jit
+def _mapped(tile, scale, shift, FIRST: tl.constexpr, COUNT: tl.constexpr, AFFINE: tl.constexpr):
+    """tile * scale + shift of columns from FIRST on, of COUNT, in fp32 and rounded once."""
+    if AFFINE:
+        col, in_cols = _columns(FIRST, tile.shape[1], COUNT)
+        factor = tl.load(scale + col, mask=in_cols, other=0.0)
+        offset = tl.load(shift + col, mask=in_cols, other=0.0)
+        tile = (tile.to(tl.float32) * factor[None, :] + offset[None, :]).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def _normed(tile, mean, invstd, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """(tile - mean) * invstd of columns from FIRST on, of COUNT."""
+    col, in_cols = _columns(FIRST, tile.shape[1], COUNT)
+    centre = tl.load(mean + col, mask=in_cols, other=0.0)
+    inverse = tl.load(invstd + col, mask=in_cols, other=0.0)
+    return ((tile.to(tl.float32) - centre[None, :]) * inverse[None, :]).to(tile.dtype)
+
+
 @triton.jit(do_not_specialize=(*FREE, "splits"))
 def _hidden_kernel(
-    hidden, hidden_grad, joined, partial_b1, partial_b2, g, x, second, scale, shift, w1, b1, w2, seed,
+    hidden, hidden_grad, joined, partial_b1, partial_b2, g, x, second, scale, shift, mean, invstd, w1, b1, w2, seed,
     rows: tl.int64, splits, threshold: tl.int64, factor: tl.float32, g_stride, x_stride, second_stride,
     A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
-    AFFINE: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
+    AFFINE: tl.constexpr, NORMED: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, EACH: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes a block of rows and EACH hidden units. It stores the layer behind dropout, the gradient of the
     activation's input, and partial_b1[block], that gradient's sums over the rows. A block's first program also stores
-    joined = [x | second * scale + shift], where there is a second, and partial_b2[block], sums of g."""
+    joined = [x | second * scale + shift], where there is a second, and partial_b2[block], sums of g; NORMED: with
+    (second - mean) * invstd in that place."""
     block = tl.program_id(0).to(tl.int64) // splits
     split = tl.program_id(0) % splits
     row = block * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    x0, x1, s0, s1 = _input_tiles(
-        x, x_stride, second, second_stride, scale, shift, row, in_rows, A, B, AFFINE, X0, X1, S0, S1
-    )
+    x0, x1 = _two_tiles(x, x_stride, row, in_rows, A, X0, X1)
+    s0, s1, t0, t1 = x0, x0, x0, x0
+    if S0:
+        t0, t1 = _two_tiles(second, second_stride, row, in_rows, B, S0, S1)
+        s0 = _mapped(t0, scale, shift, 0, B, AFFINE)
+    if S1:
+        s1 = _mapped(t1, scale, shift, S0, B, AFFINE)
     g0, g1 = _two_tiles(g, g_stride, row, in_rows, OUT, O0, O1)
     if split == 0:
         if BIAS2:
@@ -79,9 +104,14 @@ def _hidden_kernel(
             _store_part(joined, row, in_rows, x0, 0, A, A + B)
             if X1:
                 _store_part(joined, row, in_rows, x1, X0, A, A + B)
-            _store_part(joined + A, row, in_rows, s0, 0, B, A + B)
-            if S1:
-                _store_part(joined + A, row, in_rows, s1, S0, B, A + B)
+            if NORMED:
+                _store_part(joined + A, row, in_rows, _normed(t0, mean, invstd, 0, B), 0, B, A + B)
+                if S1:
+                    _store_part(joined + A, row, in_rows, _normed(t1, mean, invstd, S0, B), S0, B, A + B)
+            else:
+                _store_part(joined + A, row, in_rows, s0, 0, B, A + B)
+                if S1:
+                    _store_part(joined + A, row, in_rows, s1, S0, B, A + B)
     key = _key(seed, DROPOUT)
     for start in range(0, EACH, HIDDEN):
         first = split * EACH + start
@@ -105,8 +135,9 @@ def _hidden_kernel(
 
 
 class Layer(NamedTuple):
-    """The hidden layer and its gradient, matrices (pixels, K); the inputs side by side, (pixels, A + B); and sums over
-    blocks of rows, fp32: (blocks, K) of the gradient and (blocks, O) of the output's, of no elements without a bias."""
+    """The hidden layer and its gradient, matrices (pixels, K); the inputs side by side, (pixels, A + B), the second as
+    the given BatchNorm, if any, leaves it before its weight and bias; and sums over blocks of rows, fp32: (blocks, K)
+    of the gradient and (blocks, O) of the output's, of no elements without a bias."""
 
     hidden: Tensor
     grad: Tensor
@@ -115,8 +146,9 @@ class Layer(NamedTuple):
     b2: Tensor
 
 
-def launch(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Launch, Layer]:
-    """A launch and what it fills; without a second input `joined` is x itself."""
+def launch(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None, norm: Norm | None = None) -> tuple[Launch, Layer]:
+    """A launch and what it fills; without a second input `joined` is x itself. `norm`: whose affine map the second
+    input's is."""
     config = config or mlp.config("hidden")
     rows, k = grad.shape[0], mlp.w1.shape[0]
     blocks, chunks = triton.cdiv(rows, config.rows), triton.cdiv(k, config.hidden)
@@ -130,10 +162,12 @@ def launch(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Lau
     given = {
         "hidden": layer.hidden, "hidden_grad": layer.grad, "joined": joined, "partial_b1": layer.b1,
         "partial_b2": layer.b2, "g": grad, "g_stride": grad.stride(0), "splits": splits,
+        "mean": mlp.x if norm is None else norm.mean, "invstd": mlp.x if norm is None else norm.invstd,
         **mlp.pointers, **mlp.scalars,
     }  # fmt: skip
     constants = {
         **mlp.constants(config, "hidden"),
+        "NORMED": norm is not None,
         "BIAS2": mlp.b2 is not None,
         "EACH": chunks // splits * config.hidden,
     }
@@ -141,8 +175,8 @@ def launch(grad: Tensor, mlp: Mlp, config: MlpConfig | None = None) -> tuple[Lau
     return launch_by_name(_hidden_kernel, (blocks * splits,), given, constants), layer
 
 
-def make(grad: Tensor, mlp: Mlp) -> Layer:
+def make(grad: Tensor, mlp: Mlp, norm: Norm | None = None) -> Layer:
     """From the inputs and the output's gradient, matrices of pixels in a half type."""
-    made, layer = launch(grad, mlp)
+    made, layer = launch(grad, mlp, norm=norm)
     made.run(grad)
     return layer
