@@ -47,15 +47,17 @@ def pixels(device: str = "cpu", dtype: torch.dtype = HALF, layout: str = "channe
     return image(randn(2, 16, 8, 16), dtype, device, layout).requires_grad_()
 
 
-def step(blocks: nn.ModuleList, x: Tensor, joined: bool) -> dict[str, Tensor]:
-    """Output, gradients and running statistics."""
+def step(blocks: nn.ModuleList, x: Tensor, joined: bool, pooled: bool = False) -> dict[str, Tensor]:
+    """Output, gradients and running statistics; ``pooled``: the output is the average over all pixels."""
     blocks.zero_grad()
     x.grad = None
     torch.manual_seed(7)
-    out: Tensor | None = stack.through(list(blocks), x) if joined else x
+    out: Tensor | None = stack.through(list(blocks), x, pooled) if joined else x
     for block in () if joined else blocks:
         out = block(out, residual=True)
     assert out is not None
+    if pooled and not joined:
+        out = nn.functional.adaptive_avg_pool2d(out, 1)
     out.backward(image(randn(*out.shape, seed=1), out.dtype, str(out.device), "channels_last"))
     gradients = {name: p.grad for name, p in blocks.named_parameters()}
     named = {"output": out.detach(), "x": x.grad, **gradients, **dict(blocks.named_buffers())}
@@ -99,12 +101,13 @@ def test_equal_the_reference(core: ModuleType | None, device: str, level: int) -
         assert_within(made[name].cpu(), want.detach(), torch.full_like(want, bound), name)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("upsample", ["deconv", "bilinear"])
-def test_equal_blocks_one_after_the_other(device: str, upsample: str) -> None:
-    """The same dropout masks, and the same roundings but for sums of a gradient before it is rounded."""
+def test_equal_blocks_one_after_the_other(device: str, upsample: str, pooled: bool) -> None:
+    """The same dropout masks, and the same roundings but for sums of a gradient, or an image, before it is rounded."""
     x = pixels(device)
     joined, apart = (
-        step(stacked(device=device, dropout=0.5, upsample=upsample), x, joined) for joined in (True, False)
+        step(stacked(device=device, dropout=0.5, upsample=upsample), x, joined, pooled) for joined in (True, False)
     )
     assert_close(joined, apart)
 
@@ -121,23 +124,26 @@ def assert_close(made: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert_within(made[name], t.double(), bound, name)
 
 
-def test_go_by_plans(device: str) -> None:
-    x = pixels(device)
+@pytest.mark.parametrize("last", ["Apply", "Pool"])
+def test_go_by_plans(device: str, last: str) -> None:
+    x, pooled = pixels(device), last == "Pool"
     with plan.everywhere():
         blocks, apart = stacked(device=device), stacked(device=device)
         for _ in range(3):
-            made, want = step(blocks, x, True), step(apart, x, False)
-        assert [
-            len(plan.tables[f"_{name}.{way}"].plans) for name in ("Levels", "Join") for way in ("forward", "backward")
-        ] == [1] * 4
+            made, want = step(blocks, x, True, pooled), step(apart, x, False, pooled)
+        names = [f"_{name}.{way}" for name in ("Levels", "Join", last) for way in ("forward", "backward")]
+        # An image's gradient of one value for all its pixels has strides of its own.
+        assert [len(plan.tables[name].plans) for name in names] == [1, 1, 1, 1 + pooled, 1, 1]
     assert_close(made, want)
 
 
-def test_compile_into_one_graph(device: str) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_compile_into_one_graph(device: str, pooled: bool) -> None:
     blocks, x = stacked(device=device, dropout=0.5), pixels(device)
-    want = step(blocks, x, True)
+    want = step(blocks, x, True, pooled)
     blocks = stacked(device=device, dropout=0.5)
-    compiled = torch.compile(lambda image: stack.through(list(blocks), image), backend="aot_eager", fullgraph=True)
+    run = stack.through
+    compiled = torch.compile(lambda image: run(list(blocks), image, pooled), backend="aot_eager", fullgraph=True)
     torch.manual_seed(7)
     out = compiled(x)
     x.grad = None
@@ -224,3 +230,34 @@ def test_models_join_their_blocks(core: ModuleType | None, device: str, unused: 
     assert names.count("norm_reduce_haar") == 2
     assert all(p.grad is not None for p in model.layers.parameters())
     assert backends.requested() == "cuda"
+
+
+class Watcher:
+    """The shapes that a module is called with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __call__(self, _: nn.Module, given: tuple[Tensor]) -> None:
+        self.seen.append(tuple(given[0].shape))
+
+
+@pytest.mark.parametrize("watched", ["", "pool", "pool.0", "pool.1", "pool.2"])
+def test_classifiers_average_without_the_image(device: str, watched: str) -> None:
+    """Unless somebody looks at what goes into the head or its average."""
+    from wavemix_kernels.wavemix.classification import WaveMix
+
+    torch.manual_seed(0)
+    model = WaveMix(num_classes=2, depth=2, ff_channel=16, final_dim=16, level=1, patch_size=2, dropout=0.0)
+    model = model.to(device, HALF)
+    for block in model.layers:
+        block.recompute = "hidden"
+    watcher, img = Watcher(), torch.randn(2, 3, 16, 16).to(device, HALF)
+    if watched:
+        model.get_submodule(watched).register_forward_pre_hook(watcher)
+    with choose.watched() as calls:
+        made = model(img)
+    assert ("batch_norm_pool" in {call[0] for call in calls}) == (watched in ("", "pool.1", "pool.2"))
+    assert watcher.seen == {"": [], "pool.1": [(2, 16, 1, 1)], "pool.2": [(2, 16)]}.get(watched, [(2, 16, 8, 8)])
+    want = model.pool(model.features(img))
+    assert_within(made, want.double(), torch.full_like(want, 8 * UNIT_ROUNDOFF[HALF], dtype=torch.float64))

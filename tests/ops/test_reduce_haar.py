@@ -106,7 +106,8 @@ class Gradients(ReduceHaar):
 
     name = "reduce_haar_backward"
     axes: ClassVar[Any] = {
-        "size": SIZES, "layout": tuple(LAYOUTS), "bias": (False, True), "add": (None, "nchw", "channels_last"),
+        "size": SIZES, "layout": tuple(LAYOUTS), "bias": (False, True),
+        "add": (None, "nchw", "channels_last", "by_image"),
         "cotangents": ("nchw", "channels_last", "channels_slice"),
     }  # fmt: skip
     differentiable = ()
@@ -117,7 +118,10 @@ class Gradients(ReduceHaar):
         for i in range(1, levels + 1):
             values = randn(n, 4 * outputs, h >> i, w >> i, seed=i)
             given[f"g{i}"] = image(values, case.dtype, device, case.cotangents)
-        given["add"] = image(randn(n, c, h, w, seed=9), case.dtype, device, case.add) if case.add else None
+        if case.add == "by_image":  # one value for all pixels of a channel
+            given["add"] = randn(n, c, 1, 1, seed=9).to(device, case.dtype).expand(n, c, h, w)
+        else:
+            given["add"] = image(randn(n, c, h, w, seed=9), case.dtype, device, case.add) if case.add else None
         return given
 
     def parts(self, case: Case, tensors: Any) -> tuple[Any, ...]:
@@ -204,7 +208,8 @@ class NormGradients(Gradients):
     dtypes: ClassVar[Any] = {"reference": DTYPES[:2], "cpu": DTYPES, "cuda": HALF}
     axes: ClassVar[Any] = {
         "size": NORMED, "layout": ("channels_last", "channels_slice"), "bias": (False, True),
-        "add": (None, "channels_last", "nchw"), "cotangents": ("channels_last", "nchw"), "weighted": (False, True),
+        "add": (None, "channels_last", "nchw", "by_image"), "cotangents": ("channels_last", "nchw"),
+        "weighted": (False, True),
     }  # fmt: skip
 
     def inputs(self, case: Case, device: str) -> Any:
@@ -258,7 +263,7 @@ TAKEN: Any = {
         ((1, 16, 6, 10), 4, 1), ((3, 104, 4, 4), 26, 2), ((1, 136, 8, 8), 48, 3), ((1, 8, 16, 16), 34, 4),
         ((1, 200, 4, 2), 2, 1), ((1, 8, 32, 32), 2, 5),
     ),
-    "layout": ("channels_last", "channels_slice"), "bias": (True,), "add": (None, "channels_last"),
+    "layout": ("channels_last", "channels_slice"), "bias": (True,), "add": (None, "channels_last", "by_image"),
     "cotangents": ("channels_last",),
 }  # fmt: skip
 #: The same along W: rows of whole words of eight pixels, also across tiles, and of four and two.

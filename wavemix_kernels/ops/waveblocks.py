@@ -3,7 +3,8 @@
 A block's last BatchNorm with its residual is applied as the next block's reduction reads the image, and the sums that
 BatchNorm's gradient begins with are made as that image's gradient is written
 (:mod:`wavemix_kernels.ops.reduce_haar.norm_reduce_haar`). A block by itself (:mod:`wavemix_kernels.ops.waveblock`)
-reads the image once more forward, and its gradient backward. What is kept is the same: ``recompute="hidden"``.
+reads the image once more forward, and its gradient backward. What is kept is the same: ``recompute="hidden"``. Where
+the average of the last image alone is wanted, it is never written (:mod:`wavemix_kernels.ops.norm.pooled`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from wavemix_kernels.ops.common import layout, plan
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.norm import pooled as norm_pool
 from wavemix_kernels.ops.reduce_haar import norm_reduce_haar
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 from wavemix_kernels.ops.waveblock import (
@@ -67,12 +69,15 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
     return None
 
 
-def waveblocks(x: Tensor, blocks: Sequence[Block], backend: str) -> tuple[Tensor, list[Statistics]]:
+def waveblocks(
+    x: Tensor, blocks: Sequence[Block], backend: str, pooled: bool = False
+) -> tuple[Tensor, list[Statistics]]:
     """x through all blocks with their residuals, and each block's (mean, biased variance) per level.
 
     Args:
         x: (N, C, H, W), channels_last.
         blocks: of which :func:`why_not` is None.
+        pooled: the average over all pixels in place of the image, (N, C, 1, 1).
     """
     first = blocks[0]
     x, *zs = _Reduce.apply(first.options(True, backend), x, first.weight, first.bias)
@@ -88,7 +93,7 @@ def waveblocks(x: Tensor, blocks: Sequence[Block], backend: str) -> tuple[Tensor
             following = blocks[i + 1]
             x, *zs = _Join.apply(following.options(True, backend), y, *norm, x, following.weight, following.bias)
         else:
-            x = _Apply.apply(options, y, *norm, x)
+            x = (_Pool if pooled else _Apply).apply(options, y, *norm, x)
     return x, statistics
 
 
@@ -187,6 +192,28 @@ class _Apply(torch.autograd.Function):
         y, mean, invstd, norm_weight, norm_bias = ctx.saved_tensors
         dy, *of_norm = batch_norm.backward(grad, y, mean, invstd, norm_weight, True, True, ctx.backend)
         return None, dy, None, None, None, None, *_parameters(norm_weight, norm_bias, *of_norm), grad
+
+
+@plan.function
+class _Pool(torch.autograd.Function):
+    """The average of y's BatchNorm and the residual x over all pixels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: Options, y: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, shift: Tensor,
+        norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.backend = choose.for_part(options.backend, norm_pool.BACKENDS)
+        out, means = norm_pool.forward(y, batch_norm.Affine(scale, shift), x, ctx.backend)
+        ctx.save_for_backward(y, means, mean, invstd, norm_weight, norm_bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        y, means, mean, invstd, norm_weight, norm_bias = ctx.saved_tensors
+        dx, dy, *of_norm = norm_pool.backward(grad, means, y, mean, invstd, norm_weight, ctx.backend)
+        return None, dy, None, None, None, None, *_parameters(norm_weight, norm_bias, *of_norm), dx
 
 
 def _parameters(

@@ -69,6 +69,16 @@ struct Block {
     }
   }
 
+  __device__ int64_t offset_of_add(const Position& of, int j, int second) const {
+    if constexpr (!kNorm) {
+      return offset(of, j, second);
+    } else {
+      uint32_t row = static_cast<uint32_t>(here(of.at[second]));  // anew each time, for the registers
+      p.sharing.take(row);
+      return static_cast<int64_t>(row) * p.c + channel(j, second);
+    }
+  }
+
   // --- Into shared memory
 
   // Channels_last: channel 8 m + 2 t + e of 32 goes to place 8 t + 2 m + e: the product's columns 2 m and 2 m + 1 of
@@ -252,7 +262,7 @@ struct Block {
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       if (exists(of, j, second))
-        wavemix::fetch<T, kWord>(static_cast<const T*>(p.add) + offset(of, j, second), add[second][j]);
+        wavemix::fetch<T, kWord>(static_cast<const T*>(p.add) + offset_of_add(of, j, second), add[second][j]);
     }
   }
 

@@ -58,6 +58,7 @@ struct Params {
   Divisor across, down;            // squares of an image
   int tiles_of_block, more_tiles;  // as many blocks have one more
   bool in_words;                   // along W: rows of an image are whole words
+  Divisor sharing;                 // with a BatchNorm: pixels one after the other that share their values of `add`
   int size;                        // of one block's sums
   int z_row[kMaxHaarLevels];       // elements from a pixel of z to the next
   const void* y;                   // NormSumArgs'

@@ -188,6 +188,8 @@ void launch(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, const N
   p.squares = static_cast<uint32_t>(made.squares);
   p.across = Divisor(static_cast<uint32_t>(args.w >> made.side_shift));
   p.down = Divisor(static_cast<uint32_t>(args.h >> made.side_shift));
+  const bool by_image = grads.add.data != nullptr && grads.add.stride[2] == 0 && grads.add.stride[3] == 0;
+  p.sharing = Divisor(by_image ? static_cast<uint32_t>(args.h * args.w) : 1);
   if (made.blocks > 0) {
     p.tiles_of_block = static_cast<int>(made.tiles / made.blocks);
     p.more_tiles = static_cast<int>(made.tiles % made.blocks);

@@ -50,8 +50,9 @@ struct NormImageArgs {
 void norm_reduce_haar_cuda(const ReduceHaarArgs& args, const NormImageArgs& norm, void* stream);
 
 // Half types, every image aligned to 16 bytes: z in channels_last order, dense but for other channels beside them
-// (stride[3] a multiple of 8); x, d_x and add dense, together in that or NCHW order; c a multiple of 8, o of 2, up to
-// 256 and 64. Bytes of shared memory that a block takes, `norm`: with the sums of NormSumArgs.
+// (stride[3] a multiple of 8); x, d_x and add dense, together in that or NCHW order, or, with sums of NormSumArgs, add
+// with strides of 0 along h and w, one value for an image; c a multiple of 8, o of 2, up to 256 and 64. Bytes of shared
+// memory that a block takes, `norm`: with the sums of NormSumArgs.
 int64_t reduce_haar_backward_shared_cuda(int64_t c, int64_t o, bool norm);
 // Bytes of device memory for the blocks' sums:
 int64_t reduce_haar_backward_workspace_cuda(const ReduceHaarArgs& args, bool norm, int multiprocessors,

@@ -15,13 +15,14 @@ from wavemix_kernels.ops.mlp import op as pointwise_mlp
 from wavemix_kernels.ops.waveblock import Block
 
 
-def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor | None:
+def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor, pooled: bool = False) -> Tensor | None:
     """x through the blocks, each of which adds its residual; None where they run one after the other, for a reason that
     the log gives on a GPU.
 
     Args:
         blocks: each :meth:`~wavemix_kernels.FusedWaveblock.why_not_joined` is None.
         x: (N, C, H, W), channels_last.
+        pooled: the average over all pixels in place of the image, (N, C, 1, 1).
     """
     backend = backends.requested()
     if backend == "reference" or (x.device.type == "cpu" and backend != "cuda"):
@@ -38,7 +39,7 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor | 
     reason = "autocast converts x" if any(cast is not x for cast, _ in prepared) else None
     if log.fallback(stack[0], reason or waveblocks.why_not(x, given, backend), apart):
         return None
-    out, statistics = waveblocks.waveblocks(x, _with_seeds(given, x.device), backend)
+    out, statistics = waveblocks.waveblocks(x, _with_seeds(given, x.device), backend, pooled)
     update(*(batch for block, stats in zip(stack, statistics, strict=True) for batch in block.batches(x, stats)))
     return out
 

@@ -182,6 +182,11 @@ def _dense(image: Tensor, channels_last: bool) -> Tensor:
     return image if is_dense(image, channels_last) else layout.laid_out(image, channels_last)
 
 
+def _is_by_image(image: Tensor) -> bool:
+    """Whether the pixels of an image share one value a channel, as the gradient of an average has it."""
+    return image.stride() == (image.shape[1], 1, 0, 0) and image.data_ptr() % 16 == 0
+
+
 def _row(image: Tensor) -> int:
     """Elements from a pixel to the next, where pixels follow each other in channels_last order."""
     by_axis = zip(image.shape, image.stride(), strict=True)
@@ -210,7 +215,8 @@ def cuda_backward(
     out = _backward_fake(grads, x, weight, add, has_bias)
     order = layout.is_channels_last(x)
     x, weight, grads = _dense(x, order), weight[:, :, 0, 0].contiguous(), [_pixels(g) for g in grads]
-    add = None if add is None else _dense(add, order)
+    if add is not None and not (norm is not None and _is_by_image(add)):
+        add = _dense(add, order)
     size = _native.DTYPES[x.dtype], len(grads), x.shape, weight.shape[0]
     chip = _native.multiprocessors(x.device), chips.shared_of_block(x.device) + chips.SHARED_OF_SYSTEM
     bytes_of_sums = core.reduce_haar_backward_workspace_cuda(*size, norm is not None, *chip)
