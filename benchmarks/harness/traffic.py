@@ -86,6 +86,11 @@ def _mlp_backward_on_a_gpu(result: Any, grad: Tensor, x: Tensor, second: Tensor 
     return grad, x, second
 
 
+def _normed_mlp_backward(result: Any, grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Tensors:
+    """The MLP's two kernels; the gradient of the norm's output is read again with y, for that of y."""
+    return grad, x, y, y, y
+
+
 def _deconv_stats_on_a_gpu(result: Any, *_: Any) -> Tensors:
     """The statistics are a pass of their own over the library's output."""
     return (result[0],)
@@ -110,6 +115,8 @@ class Plan:
 
 _ALWAYS: dict[str, Callable[..., Tensors]] = {
     "wavemix_kernels::batch_norm_backward": _batch_norm_backward,
+    "wavemix_kernels::gelu_batch_norm": lambda result, x, *_: (x,),  # for the statistics
+    "wavemix_kernels::gelu_batch_norm_backward": _batch_norm_backward,
     "wavemix_kernels::phase_aggregate_backward": _phase_aggregate_backward,
     "wavemix_kernels::pre_norm_backward": _batch_norm_backward,
     "wavemix_kernels::deconv_norm_backward": _deconv_norm_gradients,
@@ -118,6 +125,7 @@ _ALWAYS: dict[str, Callable[..., Tensors]] = {
 }
 _TRITON = _ALWAYS | {
     "wavemix_kernels::pointwise_mlp_backward": _mlp_backward_on_a_gpu,
+    "wavemix_kernels::normed_mlp_backward": _normed_mlp_backward,
 }
 PLANS = {
     # The compiled kernels of the CPU: what is measured there is what is counted here.

@@ -197,6 +197,9 @@ def _mlp(a: int, b: int, k: int, o: int, size: tuple[int, int, int], what: str) 
         if what == "forward":
             return _op("pointwise_mlp")(*arguments, "triton")
         grad = image((n, o, h, w), BF16, True)
+        if what == "gradients through a norm":
+            norm = [vector(b) for _ in range(6)]
+            return _op("normed_mlp_backward")(grad, x, second, *norm, *weights, p, seed, "triton")
         return _op("pointwise_mlp_backward")(grad, *arguments, what == "gradients and output", "triton")
 
     return run
@@ -214,7 +217,8 @@ def mlp_cases() -> Iterator[Case]:
             "_backward_weight_kernel": 4 * rows * k * (a + b + o),
             "_hidden_kernel": 2 * rows * k * (a + b + o),
         }
-        for what in ("forward", "gradients", *(["gradients and output"] if b else [])):
+        of_second = ["gradients and output", "gradients through a norm"] if b else []
+        for what in ("forward", "gradients", *of_second):
             yield Case(f"triton mlp {what} {shape}", _mlp(a, b, k, o, size, what), flops)
     for what in ("forward", "gradients and output"):  # WaveMix-Lite's narrowest
         made_of = _mlp(8, 0, 16, 8, (1024, 14, 14), what)
@@ -249,6 +253,15 @@ def _batch_norm(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any
             return _op("batch_norm_stats")(x, vector(c), vector(c), 1e-5, "triton")
         if what == "apply":
             return _op("batch_norm_apply")(x, vector(c), vector(c), other, True, "triton")
+        if what == "of gelu":
+            return _op("gelu_batch_norm")(x, vector(c), vector(c), 1e-5, "triton")
+        if what == "of gelu, gradients":
+            return _op("gelu_batch_norm_backward")(other, x, *(vector(c) for _ in range(3)), "triton")
+        if what == "pool":
+            return _op("batch_norm_pool")(x, vector(c), vector(c), other, "triton")
+        if what == "gradients of the pool":
+            means, grad = image((shape[0], c)).float(), image((shape[0], c, 1, 1), BF16)
+            return _op("batch_norm_pool_backward")(grad, means, x, *(vector(c) for _ in range(3)), "triton")
         return _op("batch_norm_backward")(other, x, vector(c), vector(c), vector(c), True, True, "triton")
 
     return run
@@ -256,7 +269,8 @@ def _batch_norm(shape: tuple[int, int, int, int], what: str) -> Callable[[], Any
 
 def batch_norm_cases() -> Iterator[Case]:
     for shape in ((64, 192, 64, 64), (1024, 8, 28, 28)):  # WaveMix's, WaveMix-Lite's
-        for what in ("statistics", "apply", "gradients"):
+        more = ("of gelu", "of gelu, gradients", "pool", "gradients of the pool") if shape[1] == 192 else ()
+        for what in ("statistics", "apply", "gradients", *more):
             yield Case(f"triton batch_norm {what} {sized(shape)}", _batch_norm(shape, what))
 
 

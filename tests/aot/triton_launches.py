@@ -30,9 +30,11 @@ from wavemix_kernels.ops.mlp import triton as mlp
 from wavemix_kernels.ops.mlp import triton_backward as mlp_backward
 from wavemix_kernels.ops.mlp import triton_hidden as mlp_hidden
 from wavemix_kernels.ops.mlp import triton_narrow as mlp_narrow
+from wavemix_kernels.ops.mlp import triton_normed as mlp_normed
 from wavemix_kernels.ops.mlp import triton_products as mlp_products
 from wavemix_kernels.ops.norm import triton_batch_norm as norms
 from wavemix_kernels.ops.norm import triton_finish as norm_finish
+from wavemix_kernels.ops.norm import triton_pooled as norm_pooled
 from wavemix_kernels.ops.norm import triton_pre_norm as pre_norm
 from wavemix_kernels.ops.norm import triton_running as running_statistics
 from wavemix_kernels.ops.patm import triton_branch_weights as branch_weights
@@ -125,7 +127,7 @@ def pre_norm_launch(kernel: str, dtype: torch.dtype) -> Launch:
 def pre_norm_points() -> Iterator[Point]:
     """float32 images of channels_last move in 16-byte accesses."""
     for kernel in ("apply", "backward", "join", "image sums", "backward of NCHW"):
-        accesses = () if kernel.endswith("NCHW") else (r"LDG\.E\.128$",)
+        accesses = () if kernel.endswith("NCHW") else (r"LDG(STS)?\.E(\.BYPASS)?\.128$",)
         accesses += (r"STG\.E\.128$",) if kernel in ("backward", "join") else ()
         made = [(90, torch.float32), (90, torch.bfloat16)]
         made += [(arch, HALF) for arch in (80, 100, 120)] if kernel in ("backward", "image sums") else []
@@ -228,6 +230,11 @@ def mlp_launches(
             yield f"{name} forward, {each} pixels each", mlp.forward_launch(g, given, few)
     if choose.pointwise_mlp(dtype, a + b, o, True, little_shared) == "kept":
         yield f"{name} hidden layer", mlp_hidden.launch(g, given, config("hidden"))[0]
+        if b:
+            norm = mlp_normed.Norm(meta(b), meta(b), meta(b, dtype=dtype), meta(b, dtype=dtype))
+            yield f"{name} hidden layer behind a norm", mlp_hidden.launch(g, given, config("hidden"), norm)[0]
+            dw1, db1 = meta(k, a + b, dtype=dtype), meta(k, dtype=dtype)
+            yield f"sums of a norm, {name}", mlp_normed.line_launch(dw1, db1, meta(k), given, norm)[0]
     else:
         yield f"{name} input gradient", mlp_backward.backward_x_launch(x, gs, g, given, config("input"))[0]
         (launch,), _ = mlp_backward.backward_weight_launches(g, given, config("weight"))
@@ -279,7 +286,8 @@ def waveblock_point(name: str, arch: int, dtype: torch.dtype, launch: Launch, tf
     two = half_on_hopper and re.search(TWO_BLOCKS, name) is not None
     # A pixel of 8 halves is 16 bytes, which two threads may share.
     wide = WIDE.replace("128", "(64|128)") if re.match(r"(reduce_haar|mlp) 8\b", name) else WIDE
-    demands = Demands(blocks=2 if two else 1, accesses=(wide,), products=tuple(products), never=tuple(never))
+    accesses = () if name == "batch_norm pool line" else (wide,)  # values of a few channels, 16 to 32 bytes apart
+    demands = Demands(blocks=2 if two else 1, accesses=accesses, products=tuple(products), never=tuple(never))
     return Point(("tf32 " if tf32 else "") + name, arch, dtype, launch, demands)
 
 
@@ -333,6 +341,15 @@ def middle_launches(dtype: torch.dtype, c: int, levels: int) -> Iterator[tuple[s
     parts = (meta(11, 384, 288), meta(11, 384), meta(11, 192, 384), meta(2048, 192))
     yield "sums", triton_sums.finish_launch(*((meta(*part.shape[1:], dtype=dtype), part) for part in parts))
     yield "batch_norm affine", norms.affine_launch(x, x, meta(c), meta(c), rows)
+    gelu = norms.stats_launch(x, gelu=True)[0], norms.reduce_launch(x, x, meta(c), meta(c), gelu=True)[0]
+    yield from zip(("batch_norm stats of gelu", "batch_norm reduce of gelu"), gelu, strict=True)
+    yield "batch_norm affine of gelu", norms.affine_launch(x, x, meta(c), meta(c), gelu=True)
+    yield "batch_norm affine by gelu", norms.affine_launch(x, x, meta(c), meta(c), x, meta(c), gelu=True)
+    pool, each, means = norm_pooled.pool_launch(x, meta(c), meta(c), x)
+    yield "batch_norm pool", pool
+    yield "batch_norm pool line", norm_pooled.line_launch(each, means, meta(c), meta(c), weight, 64 * 64)[0]
+    of_images = norms.affine_launch(x, each.expand(x.shape), meta(c), meta(c), x, meta(c))
+    yield "batch_norm affine of images", of_images
 
 
 @functools.cache

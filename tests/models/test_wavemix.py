@@ -25,7 +25,7 @@ from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.reference import UPSAMPLES
 from wavemix_kernels.ops import choose
 from wavemix_kernels.reference import Expansion, Waveblock
-from wavemix_kernels.wavemix import SemSegment, classification, sisr
+from wavemix_kernels.wavemix import SemSegment, backbone, classification, sisr
 
 SMALL = {"depth": 2, "mult": 2, "ff_channel": 8, "final_dim": 8}
 
@@ -158,6 +158,47 @@ def test_a_wide_stem_forgets_its_first_activations(stem: str, way: str, monkeypa
     ours.conv[0].register_forward_hook(lambda *_: called.append(1))
     ours(x).sum().backward()
     assert called == [1]
+
+
+def watch(conv: nn.Sequential) -> None:
+    conv[3].register_forward_hook(lambda *_: None)
+
+
+def freeze(conv: nn.Sequential) -> None:
+    conv[4].eval()
+
+
+def approximate(conv: nn.Sequential) -> None:
+    conv[3].approximate = "tanh"
+
+
+def average(conv: nn.Sequential) -> None:
+    conv[4].momentum = None
+
+
+@pytest.mark.parametrize(
+    "change, joined", [(None, True), (average, True), (watch, False), (freeze, False), (approximate, False)]
+)
+def test_a_stem_s_gelu_and_norm_are_one(device: str, change: Any, joined: bool) -> None:
+    """Where kernels make GELU as they read; results, gradients and running statistics are the modules'."""
+    stems = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        stems.append(classification.WaveMix(num_classes=2, depth=1, final_dim=16, patch_size=2).conv.to(device))
+        if change is not None:
+            change(stems[-1])
+    img, made = torch.randn(2, 3, 12, 8, device=device), []
+    for stem, run in zip(stems, (backbone.run_stem, lambda stem, img: stem(img)), strict=True):
+        with choose.watched() as calls, wk.backend("triton"):
+            out = run(stem, img)
+            out.backward(randn(*out.shape).to(out))
+        assert ("gelu_batch_norm" in {call[0] for call in calls}) == (joined and run is backbone.run_stem)
+        named = {name: p.grad for name, p in stem.named_parameters()}
+        made.append({"output": out.detach(), **named, **dict(stem.named_buffers())})
+    largest = max(float(t.abs().max()) for name, t in made[1].items() if name.endswith((".weight", ".bias")))
+    for name, want in made[1].items():
+        scale = largest if name.endswith((".weight", ".bias")) else 1.0
+        torch.testing.assert_close(made[0][name], want, rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.prove

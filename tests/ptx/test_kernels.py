@@ -30,6 +30,7 @@ class Session(NamedTuple):
 
 OPS, FORMS, TRITON_FORMS = "tests/ops/test_", "tests/ptx/cuda_forms.py", "tests/ptx/triton_forms.py"
 HAAR = "(test_analysis or test_synthesis or test_pyramid or test_bands or outputs)"
+NORMS = "pre_norm", "batch_norm", "gelu_batch_norm", "pooled", "patm", "branch_weights"
 NORM = "triton and (contract or test_pre_norm or sums_together or several_norms) and not (empty or tf32 or many_parts)"
 #: The longest first.
 SESSIONS = {
@@ -59,7 +60,7 @@ SESSIONS = {
     ),
     "images-triton": Session(
         {
-            **dict.fromkeys((f"{OPS}{of}.py" for of in ("pre_norm", "batch_norm", "patm", "branch_weights")), NORM),
+            **dict.fromkeys((f"{OPS}{of}.py" for of in NORMS), NORM),
             f"{OPS}haar.py": f"triton and {HAAR}",
             "tests/kernels/test_haar_outputs.py": f"triton and {HAAR}",
             f"{OPS}haar_axes.py": "triton and contract",

@@ -46,12 +46,15 @@ OPS = {
     "pointwise_mlp": Op(
         "mlp.op", "forward; backward: all gradients in one kernel up to 16 channels and units in half types"
     ),
+    "normed_mlp": Op("mlp.normed", "pointwise_mlp's backward through a BatchNorm of its second input; half types"),
     "deconv": Op(
         "deconv.op",
         "forward with statistics; both gradients and BatchNorm's backward in one launch; by name only, `auto` takes "
         "cuDNN",
     ),
     "batch_norm": Op("norm.batch_norm", "statistics, apply, backward"),
+    "gelu_batch_norm": Op("norm.gelu_batch_norm", "a stem's end: forward, backward"),
+    "batch_norm_pool": Op("norm.pooled", "a classifier's end: apply, residual and the average over all pixels"),
     "phase_aggregate": Op("patm.phases", "PATM: forward, backward"),
     "branch_weights": Op("patm.branch_weights", "PATM: forward, backward"),
     "branch_sum": Op("patm.branches", "PATM"),

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wavemix_kernels import backends, checks, fx
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels.nn.parts import Batch, is_frozen, untouched, update
 from wavemix_kernels.nn.wavemix import stack
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
+from wavemix_kernels.ops.norm import gelu_batch_norm
 from wavemix_kernels.ops.stem import geometry
 from wavemix_kernels.ops.stem import op as folding
 from wavemix_kernels.ops.stem.kept import Kept
@@ -30,8 +31,9 @@ def adds_its_residual(block: nn.Module) -> bool:
     return isinstance(block, _FUSED) and block.why_not_joined() is None
 
 
-def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
-    """x through the blocks, each with its residual.
+def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor, pooled: bool = False) -> Tensor:
+    """x through the blocks, each with its residual; ``pooled``: or the average over all pixels, (N, C, 1, 1), where the
+    blocks' kernels give it without the image.
 
     In channels_last where fused blocks run, which work so inside: one conversion saves two in every block.
     """
@@ -39,7 +41,7 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> Tensor:
     joined = [not isinstance(x, fx.Proxy) and adds_its_residual(block) for block in blocks]
     if all(joined) and joined:
         x = x.contiguous(memory_format=torch.channels_last)
-        if (out := stack.through(blocks, x)) is not None:
+        if (out := stack.through(blocks, x, pooled)) is not None:
             return out
     for block, adds in zip(blocks, joined, strict=True):
         x = block(x, residual=True) if adds else block(x) + x
@@ -66,12 +68,34 @@ def run_stem(stem: nn.Module, img: Tensor, kept: Kept | None = None) -> Tensor:
     else:
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in stem.parameters())
         if not learns or plain[0].out_channels < _WIDE_STEM or torch.compiler.is_compiling():
-            return stem(img)
+            return _run(layers, img)
         first, second, *rest = layers
         x = checkpoint(lambda t: second(first(t)), img, use_reentrant=False, preserve_rng_state=False)
-    for layer in rest:
+    return _run(rest, x)
+
+
+def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """x through the layers, the last two as one operator where they are GELU and BatchNorm and that has kernels."""
+    for layer in layers[:-2]:
+        x = layer(x)
+    if len(layers) > 1 and _is_gelu_norm(*layers[-2:]):
+        norm: Any = layers[-1]
+        backend, values = backends.requested(), x.shape[0] * x.shape[2] * x.shape[3]
+        if values > 1 and gelu_batch_norm.serves(x, backend):  # of one value the module says that it is too few
+            x, of = gelu_batch_norm.fused(x, norm.weight, norm.bias, norm.eps, backend)
+            update(Batch(norm, of.mean, of.var, values))
+            return x
+    for layer in layers[-2:]:
         x = layer(x)
     return x
+
+
+def _is_gelu_norm(activation: nn.Module, norm: nn.Module) -> bool:
+    """The exact GELU and a BatchNorm by the batch's own statistics."""
+    if type(activation) is not nn.GELU or type(norm) is not nn.BatchNorm2d:
+        return False
+    plain = untouched(activation) and untouched(norm)
+    return plain and activation.approximate == "none" and not is_frozen(norm)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -131,10 +155,14 @@ class Backbone(nn.Module):
         kind = FusedExpansion if isinstance(self.layers[0], FusedWaveblock) else Expansion
         return kind(channels, doublings, outputs)
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, pooled: bool = False) -> Tensor:
         """Images through the stem and all blocks, each with its residual: (N, final_dim, h, w).
 
         In channels_last where fused blocks run, whatever the images are in, else in their memory format.
+
+        Args:
+            img: (N, in_channels, H, W).
+            pooled: the average over all pixels will do, (N, final_dim, 1, 1), where that saves the image.
 
         Raises:
             TypeError, ValueError: as :meth:`check_image`.
@@ -148,7 +176,8 @@ class Backbone(nn.Module):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
-        return through(self.layers, run_stem(self.conv, img, self._folded) if fused else self.conv(img))
+        x = run_stem(self.conv, img, self._folded) if fused else self.conv(img)
+        return through(self.layers, x, pooled)
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from wavemix_kernels import _native
 from wavemix_kernels.ops import tuned
+from wavemix_kernels.ops.common import chips
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.triton_gelu import gelu
 from wavemix_kernels.ops.common.triton_launch import Launch, pow2_at_least
 from wavemix_kernels.ops.common.triton_words import multiple, unit_of
 from wavemix_kernels.ops.norm import triton_finish as finish
@@ -129,12 +131,13 @@ def _at(places, strides, channel, UNIT: tl.constexpr):
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _stats_kernel(
     partial_mean, partial_m2, partial_count, x, tiles, run: tl.int64, outer0, channels, splits,
-    x_1: tl.int64, x_0: tl.int64, x_p, x_c,
+    x_1: tl.int64, x_0: tl.int64, x_p, x_c, GELU: tl.constexpr,
     ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
     REAL: tl.constexpr,
 ):  # fmt: skip
     """Mean, sum of squared deviations and count of each split's values, by Chan's formula from one place's few values
     at a time: their own mean is taken off before squaring, so nothing cancels where |mean| is far above the deviation.
+    GELU: of GELU(x).
     """
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -148,6 +151,8 @@ def _stats_kernel(
         mask = valid[:, :, None] & in_channels[None, None, :]
         at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel, UNIT)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
+        if GELU:
+            value, _ = gelu(value)
         here = tl.sum(valid.to(REAL), 0)
         total = count + here
         mean_here = tl.sum(value, 0) * (1.0 / tl.maximum(here, 1.0))[:, None]
@@ -173,18 +178,18 @@ def _stats_kernel(
 @triton.jit(do_not_specialize=("tiles", "outer0"))
 def _reduce_kernel(
     partial_g, partial_gx, grad, x, mean, invstd, tiles, run: tl.int64, outer0, channels, splits,
-    grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
-    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
-    REAL: tl.constexpr,
+    grad_1: tl.int64, grad_0: tl.int64, grad_p, grad_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c, GELU: tl.constexpr,
+    ONE_RUN: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    UNIT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """Each split's sums of grad and of grad * xhat."""
+    """Each split's sums of grad and of grad * xhat; GELU: of what GELU(x) is normalised to."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channel < multiple(channels, UNIT)
     centre = tl.load(mean + channel, mask=in_channels, other=0.0)
     sum_g = tl.zeros((POSITIONS, CHANNELS), REAL)
     sum_gx = tl.zeros((POSITIONS, CHANNELS), REAL)
-    for first in range(split, tiles, splits * AT_ONCE):
+    for first in tl.range(split, tiles, splits * AT_ONCE, num_stages=AHEAD):
         tile = first + tl.arange(0, AT_ONCE) * splits
         outer1, outer0_at, position, valid = _places(tile, tiles, run, outer0, ONE_RUN, POSITIONS)
         mask = valid[:, :, None] & in_channels[None, None, :]
@@ -193,6 +198,8 @@ def _reduce_kernel(
         at = _at((outer1, outer0_at, position), (x_1, x_0, x_p, x_c), channel, UNIT)
         value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
         g = g.to(REAL)
+        if GELU:
+            value, _ = gelu(value)
         sum_g += tl.sum(g, 0)
         # g is 0 beyond the batch, so the product is too.
         sum_gx += tl.sum(g * (value - centre[None, None, :]), 0)
@@ -209,6 +216,7 @@ def _affine_kernel(
     out_1: tl.int64, out_0: tl.int64, out_p, out_c, x_1: tl.int64, x_0: tl.int64, x_p, x_c,
     other_1: tl.int64, other_0: tl.int64, other_p, other_c,
     OTHER: tl.constexpr,  # "none"; "added" as it is; "scaled" by b
+    GELU: tl.constexpr,  # of x; of a scaled `other`, by whose slope the whole is multiplied then
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
     REAL: tl.constexpr,
 ):  # fmt: skip
@@ -220,16 +228,23 @@ def _affine_kernel(
     in_channels = channel < multiple(channels, UNIT)
     at, valid = _offsets(tile, run, outer0, (x_1, x_0, x_p, x_c), channel.to(tl.int64), POSITIONS, UNIT)
     mask = valid[:, None] & in_channels[None, :]
-    value = tl.load(x + at, mask=mask, other=0.0).to(REAL) * tl.load(a + channel, mask=in_channels, other=0.0)[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(REAL)
+    if GELU and OTHER != "scaled":
+        value, _ = gelu(value)
+    value *= tl.load(a + channel, mask=in_channels, other=0.0)[None, :]
     value += tl.load(d + channel, mask=in_channels, other=0.0)[None, :]
     if OTHER != "none":
         at, valid = _offsets(
             tile, run, outer0, (other_1, other_0, other_p, other_c), channel.to(tl.int64), POSITIONS, UNIT
         )
         term = tl.load(other + at, mask=mask, other=0.0).to(REAL)
+        if GELU and OTHER == "scaled":
+            term, slope = gelu(term)
         if OTHER == "scaled":
             term *= tl.load(b + channel, mask=in_channels, other=0.0)[None, :]
         value += term
+        if GELU and OTHER == "scaled":
+            value *= slope
     at, valid = _offsets(tile, run, outer0, (out_1, out_0, out_p, out_c), channel.to(tl.int64), POSITIONS, UNIT)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
@@ -270,53 +285,66 @@ def _plan(tensors: Sequence[Tensor], config: NormConfig | None, sums: bool = Fal
     )  # fmt: skip
 
 
-def stats_launch(x: Tensor, config: NormConfig | None = None) -> tuple[Launch, Tensor]:
-    """A launch and the (3, splits, C) partial means, squared deviations and counts it fills."""
+def stats_launch(x: Tensor, config: NormConfig | None = None, gelu: bool = False) -> tuple[Launch, Tensor]:
+    """A launch and the (3, splits, C) partial means, squared deviations and counts it fills, of x or of GELU(x)."""
     plan = _plan([x], config, sums=True)
     partial = x.new_empty((3, plan.splits, x.shape[1]), dtype=accumulate_dtype(x.dtype))
     args = (*partial.unbind(0), x, *plan.scalars, plan.splits, *plan.strides)
-    return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
+    constants = {**plan.constants, "GELU": gelu}
+    return Launch(_stats_kernel, (plan.channel_blocks, plan.splits), args, constants), partial
 
 
 def stats(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None,
-    config: NormConfig | None = None,
+    config: NormConfig | None = None, gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W) as rows (5, C), in
-    fp32 (fp64 for fp64); see :func:`triton_finish.statistics_launch`."""
-    launch, partial = stats_launch(x, config)
+    """Mean, biased variance, inverse deviation, scale and shift of each channel of x (N, C, H, W), or of GELU(x), as
+    rows (5, C), in fp32 (fp64 for fp64); see :func:`triton_finish.statistics_launch`."""
+    launch, partial = stats_launch(x, config, gelu)
     launch.run(x)
     return finish.statistics(partial, weight, bias, eps, out)
 
 
+def _rounds_ahead(config: NormConfig, *images: Tensor) -> int:
+    """Rounds of tiles that are on their way at once. With one, loads wait for the sums of those before; two go through
+    64 KB of shared memory, by rows of 64 bytes or more. (docs/develop/tuning.md, Triton: BatchNorm)"""
+    wide = config.channels >= 32 and all(t.itemsize == 2 and t.stride(1) == 1 for t in images)
+    return 2 if wide and not chips.little_shared(images[0].device) else 1
+
+
 def reduce_launch(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, config: NormConfig | None = None, gelu: bool = False
 ) -> tuple[Launch, Tensor]:
-    """A launch and the (2, splits, C) partial sums it fills."""
+    """A launch and the (2, splits, C) partial sums it fills; `gelu`: GELU(x) is what was normalised."""
     plan = _plan([grad, x], config, sums=True)
     partial = mean.new_empty((2, plan.splits, x.shape[1]))
     args = (*partial.unbind(0), grad, x, mean, invstd, *plan.scalars, plan.splits, *plan.strides)
-    return Launch(_reduce_kernel, (plan.channel_blocks, plan.splits), args, plan.constants), partial
+    if gelu and x.itemsize > 2:
+        plan.constants["AT_ONCE"] = _AT_ONCE // 2  # for the registers
+    constants = {**plan.constants, "GELU": gelu, "AHEAD": _rounds_ahead(plan.config, grad, x)}
+    return Launch(_reduce_kernel, (plan.channel_blocks, plan.splits), args, constants), partial
 
 
 def line(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, batch_stats: bool, centred: bool,
-    config: NormConfig | None = None,
+    config: NormConfig | None = None, gelu: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """a, b and d of the line that makes the gradient of x, and the gradients of weight and bias (2, C); see
-    :func:`triton_finish.line_launch`."""
-    launch, partial = reduce_launch(grad, x, mean, invstd, config)
+    """a, b and d of the line that makes the gradient of x, or of GELU(x), and the gradients of weight and bias (2, C);
+    see :func:`triton_finish.line_launch`."""
+    launch, partial = reduce_launch(grad, x, mean, invstd, config, gelu)
     launch.run(x)
     return finish.line(partial, mean, invstd, weight, x[:, :1].numel(), batch_stats, centred)
 
 
 def affine_launch(
     out: Tensor, x: Tensor, a: Tensor, d: Tensor, other: Tensor | None = None, b: Tensor | None = None,
-    config: NormConfig | None = None,
+    config: NormConfig | None = None, gelu: bool = False,
 ) -> Launch:  # fmt: skip
+    """See :func:`affine`."""
     plan = _plan([out, x, x if other is None else other], config)
     pointers = out, x, x if other is None else other, a, a if b is None else b, d
     constants = {**plan.constants, "OTHER": "none" if other is None else "added" if b is None else "scaled"}
+    constants["GELU"] = gelu
     return Launch(
         _affine_kernel, (plan.tiles * plan.channel_blocks,), (*pointers, *plan.scalars, *plan.strides), constants
     )
@@ -324,7 +352,10 @@ def affine_launch(
 
 def affine(
     out: Tensor, x: Tensor, a: Tensor, d: Tensor, other: Tensor | None = None, b: Tensor | None = None,
-    config: NormConfig | None = None,
+    config: NormConfig | None = None, gelu: bool = False,
 ) -> None:  # fmt: skip
-    """out = a * x + d per channel, plus `other` (times `b` where given); images of one shape, any strides each."""
-    affine_launch(out, x, a, d, other, b, config).run(x)
+    """out = a * x + d per channel, plus `other` (times `b` where given); images of one shape, any strides each.
+
+    `gelu`: GELU(x) in x's place; with b, GELU(other) in its place, and the whole times GELU's derivative there.
+    """
+    affine_launch(out, x, a, d, other, b, config, gelu).run(x)
