@@ -53,7 +53,7 @@ SESSIONS = {
         {
             f"{OPS}deconv.py": "triton and (contract or wide and not triton-float16 or many_parts)",
             f"{OPS}reduce_haar.py": "triton and (contract or test_gradients) and not (every_order or only_when)",
-            f"{OPS}mlp.py": "triton and contract",
+            **dict.fromkeys((f"{OPS}mlp.py", f"{OPS}normed_mlp.py"), "triton and contract"),
             TRITON_FORMS: "many_parts or tf32",
         },
         ("deconv", "mlp", "reduce_haar"),
