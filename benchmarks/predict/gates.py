@@ -60,6 +60,8 @@ REASONS = {
     "triton mlp * 64x8x8 pixels*": "32 blocks of pixels for 132 multiprocessors",
     "triton mlp *": "GELU's instructions and the products of a block wait for each other; weights come from L2 again",
     "triton deconv *": "BatchNorm's backward is made again for each tap; one block of a multiprocessor",
+    "triton batch_norm of gelu *": "GELU's instructions between the loads of tiles",
+    "triton batch_norm gradients of the pool *: _pool_line_kernel": "a microsecond on vectors of channels",
     "triton batch_norm statistics 1024x8x*": "13 MB: the places of a channel take as long to add up",
     "triton pre_norm statistics of images *": "two blocks of a multiprocessor, which is what registers allow",
     "cuda phase_aggregate *": "about 180 instructions a step, and registers for three blocks of a multiprocessor",
