@@ -261,3 +261,19 @@ def test_classifiers_average_without_the_image(device: str, watched: str) -> Non
     assert watcher.seen == {"": [], "pool.1": [(2, 16, 1, 1)], "pool.2": [(2, 16)]}.get(watched, [(2, 16, 8, 8)])
     want = model.pool(model.features(img))
     assert_within(made, want.double(), torch.full_like(want, 8 * UNIT_ROUNDOFF[HALF], dtype=torch.float64))
+
+
+def test_a_subclass_s_features_are_what_its_head_averages(device: str) -> None:
+    from wavemix_kernels.wavemix.classification import WaveMix
+
+    class Doubled(WaveMix):
+        def features(self, img: Tensor) -> Tensor:
+            return 2 * super().features(img)
+
+    torch.manual_seed(0)
+    model = Doubled(num_classes=2, depth=2, ff_channel=16, final_dim=16, level=1, patch_size=2, dropout=0.0)
+    model, img = model.to(device, HALF), torch.randn(2, 3, 16, 16).to(device, HALF)
+    with choose.watched() as calls:
+        made = model(img)
+    assert "batch_norm_pool" not in {call[0] for call in calls}
+    torch.testing.assert_close(made, model.pool(model.features(img)))

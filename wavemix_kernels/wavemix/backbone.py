@@ -155,18 +155,18 @@ class Backbone(nn.Module):
         kind = FusedExpansion if isinstance(self.layers[0], FusedWaveblock) else Expansion
         return kind(channels, doublings, outputs)
 
-    def features(self, img: Tensor, pooled: bool = False) -> Tensor:
+    def features(self, img: Tensor) -> Tensor:
         """Images through the stem and all blocks, each with its residual: (N, final_dim, h, w).
 
         In channels_last where fused blocks run, whatever the images are in, else in their memory format.
 
-        Args:
-            img: (N, in_channels, H, W).
-            pooled: the average over all pixels will do, (N, final_dim, 1, 1), where that saves the image.
-
         Raises:
             TypeError, ValueError: as :meth:`check_image`.
         """
+        return self._features(img, pooled=False)
+
+    def _features(self, img: Tensor, pooled: bool) -> Tensor:
+        """``pooled``: the average over all pixels will do, (N, final_dim, 1, 1), where that saves the image."""
         if isinstance(img, fx.Proxy):
             return through(self.layers, self.conv(img))
         self.check_image(img)

@@ -89,11 +89,13 @@ class WaveMix(Backbone):
             _load_published(self, pretrained)
 
     def forward(self, img: Tensor) -> Tensor:
-        if isinstance(img, fx.Proxy) or not _averages(self.pool):
+        own = type(self).features is Backbone.features
+        if isinstance(img, fx.Proxy) or not own or not _averages(self.pool):
             return self.pool(self.features(img))
-        x = self.features(img, pooled=True)
-        # The average of one pixel is that pixel.
-        for layer in list(self.pool)[x.shape[2:] == (1, 1) :]:
+        x, layers = self._features(img, pooled=True), list(self.pool)
+        if x.shape[2:] == (1, 1):  # the average already, or of one pixel
+            layers = layers[1:]
+        for layer in layers:
             x = layer(x)
         return x
 
