@@ -98,7 +98,7 @@ def test_each_level_s_upsampling_is_chosen_by_its_own_gradient(monkeypatch: pyte
 
 @pytest.mark.parametrize("recompute", ["hidden", "mlp"])
 def test_gradients_go_through_the_norm_below(device: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of half types, where the MLPs keep their hidden layers; in parts the same but for roundings."""
+    """Half types take that way where MLPs keep their hidden layers; parts give the same but for roundings."""
     monkeypatch.setattr(choose, "MLP_WEIGHTS_HELD", 0)  # as wide blocks do
     results, serves = [], normed.serves
     for joined in (True, False):
