@@ -98,8 +98,7 @@ def _in_parts(
     assert made.second is not None
     both = layout.laid_out(torch.cat((made.x, made.second), 1), True)
     part = choose.for_part(backend, batch_norm.BACKENDS)
-    of_second = made.second.contiguous(memory_format=torch.channels_last)
-    dy, *of_norm = batch_norm.backward(of_second, y, norm.mean, norm.invstd, norm.weight, True, True, part)
+    dy, *of_norm = batch_norm.backward(made.second, y, norm.mean, norm.invstd, norm.weight, True, True, part)
     return [both, dy, made.w1, made.b1, made.w2, made.b2, torch.stack(of_norm)]
 
 

@@ -1,5 +1,5 @@
-"""What follows from the product of a hidden layer's gradient with a normalised input, in one small launch: the
-gradient of the first weight, and the line that makes the gradient of what the BatchNorm took.
+"""A small launch behind the product of a hidden layer's gradient with a normalised input. It makes the gradient of
+the first weight, and the line that makes the gradient of what the BatchNorm took.
 """
 
 # No `from __future__ import annotations` here: Triton reads its kernels' annotations.
@@ -61,7 +61,7 @@ def _line_kernel(
         if tl.program_id(0) == 0:
             tl.store(db1 + unit, total.to(db1.dtype.element_ty), mask=unit < K)
     total_g, total_gx = tl.sum(sum_g, 0), tl.sum(sum_gx, 0)
-    # As the norm's own line: dy = scale * (g - mean(g) - yhat * mean(g * yhat)).
+    # The norm's own line: dy = scale * (g - mean(g) - yhat * mean(g * yhat)).
     scale, each = inverse * factor, 1.0 / tl.maximum(count, 1).to(tl.float32)
     rise = -scale * inverse * total_gx * each
     tl.store(line + column, scale, mask=inside)
