@@ -90,16 +90,23 @@ def check_probability(name: str, value: object) -> float:
 
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast gives a convolution on ``first``'s device; unchanged outside it."""
-    kind = first.device.type
     tensors = (first, *others)
-    if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
+    if (dtype := autocast_dtype(first)) is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    if kind == "cuda" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if first.device.type == "cuda" and plain:
         changing = [t for t in others if t is not None and t.dtype != dtype]
         made = iter(_Cast.apply(dtype, *changing) if changing else ())
         return first.to(dtype), *(t if t is None or t.dtype == dtype else next(made) for t in others)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def autocast_dtype(first: Tensor) -> torch.dtype | None:
+    """What autocast converts a convolution of ``first`` to; None outside it."""
+    kind = first.device.type
+    if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _Cast(torch.autograd.Function):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +16,11 @@ from tests.ops.contract import Case, pairwise
 from tests.tolerances import DTYPES, assert_within, sum_bound
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.layout import memory_format
 from wavemix_kernels.ops.common.precision import products_in
 from wavemix_kernels.ops.stem import blocks, folding, op, patches
-from wavemix_kernels.ops.stem import kept as keeping
 from wavemix_kernels.ops.stem.geometry import Convolution, geometry
-from wavemix_kernels.ops.stem.kept import Kept
 
 #: Channels, then kernel, stride and padding of each convolution.
 STEMS = {
@@ -141,7 +138,8 @@ def test_blocks_go_by_plans() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_weights_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [blocks, patches], ids=["blocks", "patches"])
+def test_weights_are_folded_once(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And again where a weight, the kind of image or its border is another."""
     torch.manual_seed(0)
     channels, shapes = STEMS["patches"]
@@ -154,9 +152,9 @@ def test_weights_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(x: Tensor, times: int, of: Kept = kept) -> Tensor:
         folds.clear()
-        out = blocks.folded(x, given, of)
+        out = way.folded(x, given, of)
         assert len(folds) == times
-        torch.testing.assert_close(out, blocks.folded(x, given))
+        torch.testing.assert_close(out, way.folded(x, given))
         return out
 
     x, other = torch.randn(2, 3, 16, 16), torch.randn(1, 3, 17, 15)
@@ -177,39 +175,9 @@ def test_weights_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made(x, 1)  # which has a gradient
     with torch.no_grad():
         made(x, 0)
+    if way is patches:
+        return
     with plan.everywhere(), torch.no_grad():
         results = [made(x, 0) for _ in range(3)]
         assert all(map(callable, plan.tables["stem_of_kept_weights"].plans.values()))
     assert torch.equal(results[0], results[2])
-
-
-def test_captured_graphs_keep_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu(Tensor):
-        is_cuda = True  # type: ignore[assignment]
-
-    capturing = True
-    settled: list[Tensor] = []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(keeping, "settle", settled.append)
-    source, kept = torch.ones(2).as_subclass(OnGpu), Kept()
-
-    def folded() -> Tensor:
-        return kept.get("kind", [source], lambda: (source * 2,))[0]
-
-    assert folded() is not folded()  # made by a graph, and not there before it runs
-    capturing = False
-    assert not settled  # which no capture allows
-    outside = folded()
-    (seen,) = settled
-    assert seen is outside
-    del seen
-    settled.clear()
-    capturing = True
-    assert folded() is outside
-    alive = weakref.ref(outside)
-    capturing = False
-    source.add_(1)
-    assert folded() is not outside
-    del outside
-    gc.collect()
-    assert alive() is not None

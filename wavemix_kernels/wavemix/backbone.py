@@ -15,10 +15,10 @@ from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock, InferenceShuffleWaveblock
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.norm import gelu_batch_norm
 from wavemix_kernels.ops.stem import geometry
 from wavemix_kernels.ops.stem import op as folding
-from wavemix_kernels.ops.stem.kept import Kept
 
 #: Channels of a stem's first convolution from which on it is made again in backward.
 _WIDE_STEM = 32

@@ -10,6 +10,7 @@ from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, kept, why_not_plain
 from wavemix_kernels.ops import waveblock_evaluate as evaluation
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.transforms import standard_wanted
 
 
@@ -39,6 +40,7 @@ class InferenceWaveblock(nn.Module):
             part = getattr(block, source._feedforward_name(level))
             for name, tensor in _folded(part, self.upsample, source._feedforward_name(level)).items():
                 self._buffer(f"{name}_{level}", tensor)
+        self._made = Kept()
         self.train(False)
 
     def _buffer(self, name: str, tensor: Tensor | None) -> None:
@@ -59,7 +61,7 @@ class InferenceWaveblock(nn.Module):
             checks.check_multiple(f"x: {axis}", size, 2**self.level)
         given: list[Any] = [self.weight, self.bias]
         given += [getattr(self, f"{name}_{i + 1}") for i in range(self.level) for name in evaluation.Level._fields]
-        cast_x, weight, bias, *flat = checks.autocast(x, *given)
+        cast_x, weight, bias, *flat = self._made.autocast(x, *given)
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
         backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
         fields = len(evaluation.Level._fields)

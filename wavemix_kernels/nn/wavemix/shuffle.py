@@ -11,6 +11,7 @@ from wavemix_kernels.nn.parts import Batch, affine_of, frozen, kept, update, why
 from wavemix_kernels.nn.wavemix.reference import ShuffleWaveblock
 from wavemix_kernels.ops import choose, shuffle_block, waveblock
 from wavemix_kernels.ops.common import layout
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.deconv import upsample
 from wavemix_kernels.ops.haar.op import haar_dwt2d
@@ -113,6 +114,7 @@ class InferenceShuffleWaveblock(nn.Module):
         for i, of_conv in enumerate([*tensors, folded]):
             for name, tensor in zip(("weight", "bias"), of_conv, strict=True):
                 self.register_buffer(f"{name}_{i}", None if tensor is None else kept(tensor))
+        self._made = Kept()
         self.train(False)
 
     def why_not_joined(self) -> str | None:
@@ -129,7 +131,7 @@ class InferenceShuffleWaveblock(nn.Module):
         for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
             checks.check_multiple(f"x: {axis}", size, 2)
         given: Any = [getattr(self, f"{name}_{i}") for i in range(self.count) for name in ("weight", "bias")]
-        cast_x, weight, bias, *rest = cast(list[Any], checks.autocast(x, *given))
+        cast_x, weight, bias, *rest = cast(list[Any], self._made.autocast(x, *given))
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
         backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
         if backend == "reference":

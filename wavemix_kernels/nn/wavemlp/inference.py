@@ -17,6 +17,7 @@ from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.mlp import channel as channel_mlp
 from wavemix_kernels.ops.norm import pre_norm
@@ -26,6 +27,10 @@ from wavemix_kernels.ops.patm import evaluate as patm
 class _Constants(nn.Module):
     """Tensors as buffers: they move and convert with the module, and no optimizer sees them. On backend ``"reference"``
     the forward pass consists of standard operators only, for ``torch.export`` and ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made = Kept()
 
     def _backend(self) -> str:
         return "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()
@@ -90,7 +95,7 @@ class InferencePATM(_Constants):
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
         tensors: list[Any] = [getattr(self, name) for name in patm.Folded._fields]
         # The convolutions' tensors come first.
-        like, *convolutions = checks.autocast(x.new_empty(0), *tensors[:6])
+        like, *convolutions = self._made.autocast(x.new_empty(0), *tensors[:6])
         checks.check_same_dtype("x", like, "the weights", convolutions[0])
         backend = self._backend()
         image = _normalised(x, self.norm, like.dtype, backend)
@@ -137,7 +142,7 @@ class InferenceWaveBlock(_Constants):
         with _without_gradient():
             x = _sum(x, self.attn.branch(x), backend)
             tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]
-            like, *weights = checks.autocast(x.new_empty(0), *tensors)
+            like, *weights = self._made.autocast(x.new_empty(0), *tensors)
             image = _normalised(x, self.norm, like.dtype, backend)
             if backend == "reference":
                 w1, b1, w2, b2 = weights

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from wavemix_kernels.ops.common import layout, plan
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.stem import folding
 from wavemix_kernels.ops.stem.geometry import Convolution, Part, dtype_of, geometry, places
-from wavemix_kernels.ops.stem.kept import Kept
 
 
 def folded(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = None) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from wavemix_kernels import log
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.stem import blocks, patches
 from wavemix_kernels.ops.stem.geometry import Convolution, geometry
-from wavemix_kernels.ops.stem.kept import Kept
 
 
 def products(convolutions: Sequence[Convolution], n: int, h: int, w: int) -> tuple[int, int]:
@@ -81,6 +81,6 @@ def serves(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
 
 
 def run(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = None) -> Tensor:
-    """The convolutions as one: x (N, C, H, W) -> (N, O, h, w), channels_last. ``kept``: where a GPU's folded weights
-    stay from call to call."""
-    return patches.folded(x, convolutions) if x.device.type == "cpu" else blocks.folded(x, convolutions, kept)
+    """The convolutions as one: x (N, C, H, W) -> (N, O, h, w), channels_last. ``kept``: where folded
+    weights stay from call to call."""
+    return (patches if x.device.type == "cpu" else blocks).folded(x, convolutions, kept)

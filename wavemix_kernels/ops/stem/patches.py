@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.stem import folding
 from wavemix_kernels.ops.stem.geometry import Convolution, Geometry, dtype_of, geometry, places
 
 
-def folded(x: Tensor, convolutions: Sequence[Convolution]) -> Tensor:
+def folded(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = None) -> Tensor:
     """The convolutions one after the other: x (N, C, H, W) -> (N, O, h, w), channels_last.
 
     Any floating dtype; weights are folded in fp32 for the half types, and in the parameters' own dtype under autocast.
@@ -21,14 +22,24 @@ def folded(x: Tensor, convolutions: Sequence[Convolution]) -> Tensor:
 
     Args:
         convolutions: two, or three of which the last has no padding.
+        kept: where folded weights of earlier calls are, for calls without gradient.
     """
     way, dtype = geometry(convolutions), dtype_of(x)
     sizes, rows, columns = places(x.shape[2:], convolutions, way)
-    with torch.autocast(x.device.type, enabled=False):
-        taps, bias = folding.taps_of(convolutions, accumulate_dtype(way.inner.weight.dtype))
-        weights, biases = (t.to(dtype) for t in folding.of_parts(taps, bias, way, rows, columns))
-    weights = weights.permute(0, 1, 3, 4, 2).reshape(len(rows), len(columns), weights.shape[1], -1)
-    biases = biases.view(len(rows), len(columns), -1)
+
+    def fold() -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            taps, bias = folding.taps_of(convolutions, accumulate_dtype(way.inner.weight.dtype))
+            weights, biases = (t.to(dtype) for t in folding.of_parts(taps, bias, way, rows, columns))
+        weights = weights.permute(0, 1, 3, 4, 2).reshape(len(rows), len(columns), weights.shape[1], -1)
+        return weights, biases.view(len(rows), len(columns), -1)
+
+    parameters = [t for one in convolutions for t in (one.weight, one.bias) if t is not None]
+    if kept is None or (torch.is_grad_enabled() and any(t.requires_grad for t in parameters)):
+        weights, biases = fold()
+    else:
+        kind = tuple(x.shape[2:]), dtype, *((one.stride, one.padding) for one in convolutions)
+        weights, biases = kept.get(kind, parameters, fold)
     patches = _patches(x.to(dtype), way, sizes)
     made = [
         [

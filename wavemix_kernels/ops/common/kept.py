@@ -1,4 +1,4 @@
-"""Folded weights from call to call, for a model that trains no more."""
+"""What is made of weights alone, from call to call: for a model that trains no more."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Kinds of images whose weights are kept: sizes differ at the border alone, so most models see one.
+from wavemix_kernels import checks
+from wavemix_kernels.ops.common.transforms import standard_wanted
+
+#: Kinds that are kept: a stem's weights differ at the border alone by the image's size, and most models see one.
 MOST = 4
 
 
 class Kept:
-    """Folded weights, which serve as long as the tensors that they were made of are the same and unchanged.
+    """Folded or converted weights, which serve as long as the tensors that they were made of are the same and
+    unchanged.
 
-    A write through ``Tensor.data`` is not seen: PyTorch does not count it. A copy of a model folds anew.
+    A write through ``Tensor.data`` is not seen: PyTorch does not count it. A copy of a model makes its own.
     """
 
     def __init__(self) -> None:
@@ -35,7 +39,8 @@ class Kept:
             if captured:
                 self._of_graphs.append(found[2])
             return found[2]
-        made = make()
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode serves no gradient
+            made = make()
         if not captured:  # a graph fills its tensors when it runs, and they are its own
             if len(self._made) >= MOST:
                 self._made.clear()
@@ -43,6 +48,16 @@ class Kept:
             # A storage that is held cannot become another tensor's.
             self._made[kind] = state, [t.detach() for t in sources], made
         return made
+
+    def autocast(self, first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+        """:func:`wavemix_kernels.checks.autocast` whose ``others``, weights without gradient, are converted
+        once."""
+        dtype, there = checks.autocast_dtype(first), [t for t in others if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in there)
+        if dtype is None or not there or learns or torch.compiler.is_compiling() or standard_wanted() is not None:
+            return checks.autocast(first, *others)
+        made = iter(self.get(dtype, there, lambda: checks.autocast(first.new_empty(0), *there)[1:]))
+        return first.to(dtype), *(None if t is None else next(made) for t in others)
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return Kept()
