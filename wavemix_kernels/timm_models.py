@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, pretrained, wavemlp
+from wavemix_kernels.nn.parts import average
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.wavemix import classification
 from wavemix_kernels.wavemix.v3 import WaveMixV3Block
@@ -83,7 +84,7 @@ class WaveMLP(wavemlp.WaveNet):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """These to logits, or to the pooled features that the head reads."""
-        pooled = F.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1), self.drop_rate, self.training)
+        pooled = F.dropout(average(x).flatten(1), self.drop_rate, self.training)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

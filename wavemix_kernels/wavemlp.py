@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wavemix_kernels import backends, checks, fx
-from wavemix_kernels.nn.parts import affine_of, untouched
+from wavemix_kernels.nn.parts import affine_of, average, untouched
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock as WaveBlock
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp as Mlp
@@ -359,7 +358,7 @@ class WaveNet(nn.Module):
         tokens = self.forward_tokens(self.forward_embeddings(x))
         if isinstance(tokens, list):
             return [layout.ordered_as(t, x) for t in tokens]
-        return self.head(F.adaptive_avg_pool2d(self.norm(tokens), 1).flatten(1))
+        return self.head(average(self.norm(tokens)).flatten(1))
 
 
 def _is_tracked(norm: nn.Module) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_backward_hooks as _backward_of_all
 from torch.nn.modules.module import _global_backward_pre_hooks as _before_backward_of_all
 from torch.nn.modules.module import _global_forward_hooks as _for_all
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all
 
+from wavemix_kernels import fx
 from wavemix_kernels.ops.norm import batch_norm
 
 
@@ -57,6 +59,15 @@ def untouched(module: nn.Module) -> bool:
 def kept(tensor: Tensor) -> Tensor:
     """A copy to keep as a buffer: without gradient, and contiguous, as safetensors wants it."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def average(x: Tensor) -> Tensor:
+    """Over all pixels: (N, C, H, W) -> (N, C, 1, 1). For half types a CPU's pooling to one pixel writes the image in
+    fp32 first, and that by a window of its size does not."""
+    traced = isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and x.dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu" and x.numel() > 0:
+        return F.avg_pool2d(x, x.shape[2:])
+    return F.adaptive_avg_pool2d(x, 1)
 
 
 def affine_of(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:

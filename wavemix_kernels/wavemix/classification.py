@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import checks, fx, pretrained
-from wavemix_kernels.nn.parts import untouched
+from wavemix_kernels.nn.parts import average, untouched
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.wavemix.backbone import Backbone, strided_stem
 
@@ -93,9 +93,8 @@ class WaveMix(Backbone):
         if isinstance(img, fx.Proxy) or not own or not _averages(self.pool):
             return self.pool(self.features(img))
         x, layers = self._features(img, pooled=True), list(self.pool)
-        if x.shape[2:] == (1, 1):  # the average already, or of one pixel
-            layers = layers[1:]
-        for layer in layers:
+        x = x if x.shape[2:] == (1, 1) else average(x)  # the average already, or of one pixel
+        for layer in layers[1:]:
             x = layer(x)
         return x
 
