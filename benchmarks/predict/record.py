@@ -32,8 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import tuned, verify
-from wavemix_kernels.ops.common import chips, triton_launch
-from wavemix_kernels.ops.stem import kept
+from wavemix_kernels.ops.common import chips, kept, triton_launch
 
 from ..harness.traffic import PLANS, bytes_moved, footprint
 from . import core, elf
