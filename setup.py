@@ -90,7 +90,8 @@ def cuda_plan() -> tuple[str | None, list[str], str]:
     return nvcc, archs, f"built with CUDA kernels for sm_{', sm_'.join(archs)} and, as PTX, for newer GPUs"
 
 
-#: Instruction sets of the CPU kernels, best first, and what a CPU needs for them (csrc/cpu/isa.cpp asks the same).
+#: Instruction sets of the CPU kernels, best first, and what a CPU needs for them (csrc/cpu/isa.cpp asks the same). The
+#: kernels of AMX are a part of avx512's.
 NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma"}, "baseline": set()}
 
 

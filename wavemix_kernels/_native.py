@@ -71,6 +71,11 @@ cuda_device_type = "cuda"
 DTYPES: dict[torch.dtype, int] = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
+def by_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether a CPU's kernels multiply this dtype by matrix units (csrc/cpu/common/matrix_units.h)."""
+    return cpu_isa == "amx" and dtype == torch.bfloat16
+
+
 def cpu_reason() -> str | None:
     """Why the C++ kernels cannot run here, or None."""
     return core_error or cpu_error

@@ -14,7 +14,7 @@ from ..harness.measure import Row
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
-_KERNELS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
+_KERNELS = {"amx": "AVX-512 and AMX", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
 
 
 @dataclasses.dataclass(frozen=True)

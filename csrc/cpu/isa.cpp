@@ -9,6 +9,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if WAVEMIX_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace wavemix {
 
@@ -52,6 +57,20 @@ constexpr const CpuKernels* kBaseline = &baseline::kernels;
 constexpr const CpuKernels* kBaseline = nullptr;
 #endif
 
+// AMX's tiles for bf16, and conversions to it by vectors, for a process that the system has given the tiles' state.
+bool has_amx() {
+#if WAVEMIX_HAS_AMX
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;
+  if (!tiles || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // Every instruction set that kernels can be built for, best first.
 std::vector<Variant> variants() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -62,7 +81,15 @@ std::vector<Variant> variants() {
 #else
   const bool avx512 = false, avx2 = false;
 #endif
-  return {{"avx512", avx512, kAvx512}, {"avx2", avx2, kAvx2}, {"baseline", true, kBaseline}};
+#if WAVEMIX_HAS_AMX
+  constexpr const CpuKernels* kAmx = kAvx512;
+#else
+  constexpr const CpuKernels* kAmx = nullptr;
+#endif
+  return {{"amx", avx512 && has_amx(), kAmx},
+          {"avx512", avx512, kAvx512},
+          {"avx2", avx2, kAvx2},
+          {"baseline", true, kBaseline}};
 }
 
 const Variant& pick() {
@@ -88,6 +115,11 @@ const Variant& pick() {
 }  // namespace
 
 const char* cpu_isa_name() { return pick().name; }
+
+bool cpu_matrix_units() {
+  static const bool on = std::strcmp(pick().name, "amx") == 0;
+  return on;
+}
 
 std::vector<const char*> cpu_isas_built() {
   std::vector<const char*> names;

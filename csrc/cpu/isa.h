@@ -37,6 +37,10 @@ namespace WAVEMIX_ISA {
 // Throws std::runtime_error where there is none, as every kernel then does.
 const char* cpu_isa_name();
 
+// Whether products of bf16 may go by AMX: its tiles are there, the system lets this process use them, and the variant
+// is "amx". All other kernels of that one are avx512's.
+bool cpu_matrix_units();
+
 // Best first: what this build has, and what this CPU could run.
 std::vector<const char*> cpu_isas_built();
 std::vector<const char*> cpu_isas_here();

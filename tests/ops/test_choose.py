@@ -111,11 +111,11 @@ FEW = 1024
 RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     (choose.order, [("cpu", ("cpu", "reference")), ("cuda", ("cuda", "triton", "reference")), ("mps", LIBRARY)]),
     (choose.deconv, [
-        ("cpu", FP32, 32, 32, FEW, False, OURS), ("cpu", FP32, 16, 65, FEW, False, LIBRARY),
-        ("cpu", FP32, 31, 64, FEW, False, LIBRARY), ("cpu", FP32, 32, 64, FEW, False, OURS),
-        ("cpu", FP64, 16, 65, FEW, False, OURS), ("cpu", BF16, 16, 16, FEW, True, OURS),
-        ("cpu", BF16, 16, 17, FEW, True, LIBRARY), ("cpu", BF16, 16, 17, FEW, False, OURS),
-        ("cuda", FP32, 64, 64, FEW, False, LIBRARY),
+        ("cpu", FP32, 32, 32, FEW, False, False, OURS), ("cpu", FP32, 16, 65, FEW, False, False, LIBRARY),
+        ("cpu", FP32, 31, 64, FEW, False, False, LIBRARY), ("cpu", FP32, 32, 64, FEW, False, False, OURS),
+        ("cpu", FP64, 16, 65, FEW, False, False, OURS), ("cpu", BF16, 16, 16, FEW, True, False, OURS),
+        ("cpu", BF16, 16, 17, FEW, True, False, LIBRARY), ("cpu", BF16, 16, 17, FEW, False, False, OURS),
+        ("cpu", BF16, 16, 17, FEW, True, True, OURS), ("cuda", FP32, 64, 64, FEW, False, False, LIBRARY),
     ]),
     (choose.reduce_haar, [
         (("cuda", "triton", "reference"), True, ("triton", "cuda", "reference")),
@@ -131,9 +131,10 @@ RULES: list[tuple[Any, list[tuple[Any, ...]]]] = [
     (choose.waveblock_recompute, [("cpu", "mlp"), ("cuda", "hidden")]),
     (choose.head, [(144, 72, 3, "folded"), (64, 8, 16, "apart")]),
     (choose.channel_mlp, [
-        ("cpu", BF16, 128, 320, True, LIBRARY), ("cpu", BF16, 127, 320, True, OURS),
-        ("cpu", BF16, 319, 320, True, LIBRARY), ("cpu", BF16, 320, 320, True, OURS),
-        ("cpu", BF16, 128, 320, False, OURS), ("cpu", FP32, 128, 320, True, OURS),
+        ("cpu", BF16, 128, 320, True, False, LIBRARY), ("cpu", BF16, 127, 320, True, False, OURS),
+        ("cpu", BF16, 319, 320, True, False, LIBRARY), ("cpu", BF16, 320, 320, True, False, OURS),
+        ("cpu", BF16, 128, 320, False, False, OURS), ("cpu", FP32, 128, 320, True, False, OURS),
+        ("cpu", BF16, 128, 320, True, True, OURS),
     ]),
     (choose.convolution, [
         ("cpu", BF16, False, "float32"), ("cpu", BF16, True, "given"), ("cpu", FP32, False, "given"),

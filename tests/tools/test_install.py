@@ -104,7 +104,8 @@ def test_this_cpu_is_known(setup_py: ModuleType) -> None:
     features = setup_py.cpu_features()
     if core is None or features is None:
         pytest.skip(_native.core_error or "the system does not tell of its CPU")
-    assert setup_py.cpu_plan("best", features, platform.machine()) == [core.CPU_ISAS_HERE[0]]
+    here = [isa for isa in core.CPU_ISAS_HERE if isa != "amx"]  # a part of avx512's build
+    assert setup_py.cpu_plan("best", features, platform.machine()) == here[:1]
 
 
 def test_a_build_for_other_cpus() -> None:

@@ -167,11 +167,11 @@ NARROW = 32
 
 
 def deconv(
-    device: str, dtype: torch.dtype, u_channels: int, y_channels: int, few: int, multiplied: bool
+    device: str, dtype: torch.dtype, u_channels: int, y_channels: int, few: int, multiplied: bool, units: bool
 ) -> Order:  # fmt: skip
     """Forward and the input's gradient.
 
-    A CPU's library that has products of half types makes them twice as fast as these kernels, which widen them, except
+    A CPU's library that has products of half types makes them twice as fast as kernels of ours that widen them, except
     for few channels, whose kernels save more passes over memory. In fp32 it wins between many channels and fewer than
     :data:`NARROW`.
     On a GPU, where nothing is measured, the library with BatchNorm's passes around it is predicted faster: ours by name
@@ -180,12 +180,13 @@ def deconv(
     Args:
         few: products of channels up to which the CPU has kernels of their own.
         multiplied: whether the CPU's library has products of this half type.
+        units: whether the CPU has kernels for this pass that go by matrix units.
     """
     if device == "cuda":
         return _LIBRARY
     if device != "cpu" or dtype == torch.float64:
         return order(device)
-    if u_channels * y_channels <= few // (1 if dtype == torch.float32 else 4):
+    if u_channels * y_channels <= few // (1 if dtype == torch.float32 else 4) or units:
         return order(device)
     library = min(u_channels, y_channels) < NARROW if dtype == torch.float32 else multiplied
     return _LIBRARY if library else order(device)
@@ -265,10 +266,14 @@ def pointwise_mlp(dtype: torch.dtype, inputs: int, outputs: int, backward: bool,
     return "kept" if backward and inputs + outputs > MLP_WEIGHTS_HELD else "fused"
 
 
-def channel_mlp(device: str, dtype: torch.dtype, pixels: int, hidden: int, multiplies_bfloat16: bool) -> Order:
+def channel_mlp(
+    device: str, dtype: torch.dtype, pixels: int, hidden: int, multiplies_bfloat16: bool, units: bool
+) -> Order:
     """The library's products are worth the hidden layer in memory where a CPU multiplies bfloat16 itself: from enough
-    pixels to fill them, up to the number of hidden channels. (docs/develop/tuning.md, channel MLP in bfloat16)"""
-    if device == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16 and 128 <= pixels < hidden:
+    pixels to fill them, up to the number of hidden channels. (docs/develop/tuning.md, channel MLP in bfloat16) Not
+    where kernels of ours for this pass do so by matrix units, ``units``. (docs/develop/tuning.md, Matrix units)"""
+    library = dtype == torch.bfloat16 and multiplies_bfloat16 and not units
+    if device == "cpu" and library and 128 <= pixels < hidden:
         return _LIBRARY
     return order(device)
 

@@ -3,6 +3,7 @@
 
 #include "cpu/choose.h"
 #include "cpu/deconv/few_channels.h"
+#include "cpu/deconv/matrix_units.h"
 #include "cpu/deconv/minimal_filtering.h"
 #include "cpu/deconv/statistics.h"
 
@@ -141,8 +142,9 @@ void forward(const DeconvArgs& args, const void* bias, void* mean, void* var, in
 }  // namespace
 
 void deconv_forward(const DeconvArgs& args, const void* bias, void* mean, void* var, int threads) {
-  if (choose::deconv(args) == choose::Deconv::few_channels)
-    return deconv_few_channels_forward(args, bias, mean, var, threads);
+  const choose::Deconv way = choose::deconv_forward(args);
+  if (way == choose::Deconv::few_channels) return deconv_few_channels_forward(args, bias, mean, var, threads);
+  if (way == choose::Deconv::matrix_units) return deconv_matrix_units_forward(args, bias, mean, var, threads);
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, bias, mean, var, threads); });
 }
 

@@ -11,6 +11,7 @@
 
 #include "cpu/choose.h"
 #include "cpu/deconv/few_channels.h"
+#include "cpu/deconv/matrix_units.h"
 #include "cpu/deconv/minimal_filtering.h"
 
 namespace wavemix {
@@ -205,7 +206,9 @@ void backward(const DeconvArgs& args, const DeconvGradArgs& made, int threads) {
 }  // namespace
 
 void deconv_backward(const DeconvArgs& args, const DeconvGradArgs& grads, int threads) {
-  if (choose::deconv(args) == choose::Deconv::few_channels) return deconv_few_channels_backward(args, grads, threads);
+  const choose::Deconv way = choose::deconv_backward(args, grads);
+  if (way == choose::Deconv::few_channels) return deconv_few_channels_backward(args, grads, threads);
+  if (way == choose::Deconv::matrix_units) return deconv_matrix_units_backward_weight(args, grads.d_weight, threads);
   dispatch(args.dtype, [&](auto element) { backward<decltype(element)>(args, grads, threads); });
 }
 

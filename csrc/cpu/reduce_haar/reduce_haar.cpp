@@ -7,70 +7,14 @@
 // order.
 
 #include "cpu/choose.h"
-#include "cpu/common/operands.h"
+#include "cpu/common/products.h"
 #include "cpu/reduce_haar/few_channels.h"
+#include "cpu/reduce_haar/matrix_units.h"
+#include "cpu/reduce_haar/strips.h"
 
 namespace wavemix {
 namespace WAVEMIX_ISA {
 namespace {
-
-// A strip has this many, if its blocks are small enough: with 64 reduced channels 128 KB of float.
-constexpr int64_t kPixels = 512;
-
-struct Strip {
-  int64_t n, row, column, rows, columns;
-};
-struct Strips {
-  int64_t rows, columns, down, across, count, pixels;
-  explicit Strips(const ReduceHaarArgs& a) {
-    const int64_t unit = int64_t{1} << a.levels;
-    columns = kPixels / unit / unit * unit;
-    columns = columns < unit ? unit : columns;
-    columns = a.w < columns ? a.w : columns;
-    rows = kPixels / (unit * (columns > 0 ? columns : 1)) * unit;
-    rows = rows < unit ? unit : rows;
-    rows = a.h < rows ? a.h : rows;
-    pixels = rows * columns;
-    down = rows > 0 ? (a.h + rows - 1) / rows : 0;
-    across = columns > 0 ? (a.w + columns - 1) / columns : 0;
-    count = a.n * down * across;
-  }
-  Strip get(const ReduceHaarArgs& a, int64_t i) const {
-    const int64_t row = i / across % down * rows, column = i % across * columns;
-    return {i / (down * across), row, column, a.h - row < rows ? a.h - row : rows,
-            a.w - column < columns ? a.w - column : columns};
-  }
-};
-
-template <class T>
-T* pixel(const Plane& image, const Strip& s, int64_t row) {
-  return static_cast<T*>(image.data) + s.n * image.stride[0] + (s.row + row) * image.stride[2] +
-         s.column * image.stride[3];
-}
-// The Haar transform between a strip of the reduced image, whose pixels are `apart`, and its place in the pyramid.
-HaarArgs haar_of(const ReduceHaarArgs& args, const Strip& s, void* reduced, int64_t apart, int64_t element) {
-  HaarArgs haar;
-  haar.dtype = args.dtype;
-  haar.levels = args.levels;
-  haar.n = 1;
-  haar.c = args.o;
-  haar.h = s.rows;
-  haar.w = s.columns;
-  haar.image = {reduced, {0, 1, s.columns * apart, apart}};
-  for (int l = 1; l <= args.levels; ++l) {
-    const Plane& z = args.z[l - 1];
-    char* at = static_cast<char*>(z.data) +
-               element * (s.n * z.stride[0] + (s.row >> l) * z.stride[2] + (s.column >> l) * z.stride[3]);
-    const Plane low = {at, {z.stride[0], 1, z.stride[2], z.stride[3]}};
-    if (l == args.levels) {
-      haar.ll = low;
-    } else {
-      haar.low[l - 1] = low;
-    }
-    haar.high[l - 1] = {at + element * args.o, {z.stride[0], 3, 1, z.stride[2], z.stride[3]}};
-  }
-  return haar;
-}
 
 // Rows of an operand where they lie, if a product can read them there (whole groups of rows and vectors, no
 // conversion), else copied to `block`.
@@ -115,13 +59,14 @@ struct Reduced {
   int64_t stride, apart;
   static constexpr bool same = sizeof(T) == sizeof(A);
   // A product writes whole groups of rows: up to a group more than there are, which the next row of pixels overwrites.
-  Reduced(int64_t pixels, int64_t channels)
-      : wide((pixels + kGemmRows) * padded<A>(channels)),
+  Reduced(int64_t pixels, int64_t group, int64_t channels)
+      : wide((pixels + group) * padded<A>(channels)),
         narrow(same ? 0 : (pixels * channels * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(A)) + 1)),
         stride(padded<A>(channels)),
         apart(same ? stride : channels) {
-    wide.clear((pixels + kGemmRows) * stride);
+    wide.clear((pixels + group) * stride);
   }
+  Plane plane(const Strip& s) { return {image(), {0, 1, s.columns * apart, apart}}; }
   T* image() { return same ? reinterpret_cast<T*>(wide.data) : reinterpret_cast<T*>(narrow.data); }
   void to_image(int64_t pixels, int64_t channels) {
     if (same) return;
@@ -142,21 +87,21 @@ void forward(const ReduceHaarArgs& args, int threads) {
     advise<3>(args.z[l].data, {args.z[l].stride[0], args.z[l].stride[2], args.z[l].stride[3]},
               {args.n, args.h >> (l + 1), args.w >> (l + 1)}, static_cast<int64_t>(sizeof(T)));
   const T* weight = static_cast<const T*>(args.weight);
-  const Buffer<A> weights(args.c * padded<A>(args.o));
+  const RightOperand<T, A> weights(args.c, args.o, weight, args.weight_stride[1], args.weight_stride[0], threads,
+                                   !pixels_inner(args));
   const ZeroBuffer<A> offset(padded<A>(args.o));
-  pack(args.c, args.o, weights.data,
-       [&](int64_t k, int64_t j) { return load(weight[j * args.weight_stride[0] + k * args.weight_stride[1]]); });
   if (args.bias != nullptr) load_row(static_cast<const T*>(args.bias), args.bias_stride, args.o, offset.data);
   const bool by_channel = pixels_inner(args);
   const Panels panels(padded<A>(args.o) / kLanes<A>);
   WAVEMIX_PARALLEL(threads) {
-    const Block<A> x(by_channel ? args.c : round_up(strips.columns, kGemmRows),
+    const MatrixUnits units(weights.units);
+    const Block<A> x(by_channel ? args.c : round_up(strips.columns, weights.rows()),
                      by_channel ? round_up(strips.columns, kGemmRows) : args.c);
-    Reduced<T, A> r(strips.pixels, args.o);
+    Reduced<T, A> r(strips.pixels, weights.rows(), args.o);
     WAVEMIX_FOR
     for (int64_t i = 0; i < strips.count; ++i) {
       const Strip s = strips.get(args, i);
-      const int64_t whole = round_up(s.columns, kGemmRows);
+      const int64_t whole = round_up(s.columns, weights.rows());
       for (int64_t row = 0; row < s.rows; ++row) {
         const T* from = pixel<const T>(args.x, s, row);
         A* to = r.wide.data + row * s.columns * r.stride;
@@ -164,16 +109,16 @@ void forward(const ReduceHaarArgs& args, int threads) {
           const Columns<T, A> a(from, args.x.stride[1], args.c, s.columns, s.columns == whole, x);
           for (int64_t p = 0; p < panels.count; ++p) {
             const int64_t vectors = panels.begin(p + 1) - panels.begin(p), at = panels.begin(p) * kLanes<A>;
-            gemm_panel<A, true>(vectors, whole, a.data, a.stride, weights.data + args.c * at, vectors * kLanes<A>,
-                                args.c, offset.data + at, to + at, r.stride);
+            gemm_panel<A, true>(vectors, whole, a.data, a.stride, weights.memory.data + args.c * at,
+                                vectors * kLanes<A>, args.c, offset.data + at, to + at, r.stride);
           }
         } else {
           const Rows<T, A> a(from, args.x.stride[3], s.columns, x);
-          product(whole, args.o, args.c, a.data, a.stride, weights.data, offset.data, to, r.stride);
+          product(whole, a.data, a.stride, weights, offset.data, to, r.stride);
         }
       }
       r.to_image(s.rows * s.columns, args.o);
-      haar_analysis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
+      haar_analysis(haar_of(args, s, 1, r.plane(s), static_cast<int64_t>(sizeof(T))), 1);
     }
   }
 }
@@ -191,27 +136,30 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
   const bool by_channel = pixels_inner(args);
   const int64_t c = padded<A>(args.c), o = padded<A>(args.o), wide = padded<A>(strips.columns);
   // The weight as left operand (o x c, read by columns) or as right one.
-  const ZeroBuffer<A> weights(args.o * c), zero(c > wide ? c : wide);
-  if (by_channel) {
+  const ZeroBuffer<A> left(by_channel ? args.o * c : 0), zero(c > wide ? c : wide);
+  const RightOperand<T, A> right(args.o, args.c, weight, args.weight_stride[0], args.weight_stride[1], threads,
+                                 !by_channel);
+  if (by_channel)
     for (int64_t k = 0; k < args.o; ++k)
-      for (int64_t j = 0; j < args.c; ++j) weights.data[k * c + j] = element(k, j);
-  } else {
-    pack(args.o, args.c, weights.data, element);
-  }
+      for (int64_t j = 0; j < args.c; ++j) left.data[k * c + j] = element(k, j);
   const int64_t at_bias = c * o, size = at_bias + o;
   const Buffer<A> sums(threads * size);
   WAVEMIX_PARALLEL(threads) {
-    const Block<A> x(by_channel ? c : round_up(strips.columns, kGemmRows), by_channel ? strips.columns : args.c);
-    const Block<A> d_x(by_channel ? c : round_up(strips.columns, kGemmRows), by_channel ? strips.columns : args.c);
-    Reduced<T, A> r(strips.pixels, args.o);
+    const MatrixUnits units(right.units);
+    const int64_t whole = round_up(strips.columns, right.rows());
+    const Block<A> x(by_channel ? c : whole, by_channel ? strips.columns : args.c);
+    const Block<A> d_x(by_channel ? c : whole, by_channel ? strips.columns : args.c);
+    Reduced<T, A> r(strips.pixels, right.rows(), args.o);
     const Buffer<A> packed(args.o * wide), line(c > wide ? c : wide);
+    const Buffer<A> memory(right.units ? transpose_scratch(o, args.c, strips.columns) / 2 : 0);
+    T* const ordered = right.units ? reinterpret_cast<T*>(memory.data) : nullptr;
     A* sum = sums.data + WAVEMIX_THREAD * size;
     WAVEMIX_FOR
     for (int t = 0; t < threads; ++t) std::memset(sums.data + t * size, 0, static_cast<size_t>(size) * sizeof(A));
     WAVEMIX_FOR
     for (int64_t i = 0; i < strips.count; ++i) {
       const Strip s = strips.get(args, i);
-      haar_synthesis(haar_of(args, s, r.image(), r.apart, static_cast<int64_t>(sizeof(T))), 1);
+      haar_synthesis(haar_of(args, s, 1, r.plane(s), static_cast<int64_t>(sizeof(T))), 1);
       r.from_image(s.rows * s.columns, args.o);
       for (int64_t row = 0; row < s.rows; ++row) {
         const A* reduced = r.wide.data + row * s.columns * r.stride;
@@ -229,7 +177,7 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
           const Panels across(padded<A>(s.columns) / kLanes<A>);
           for (int64_t p = 0; p < across.count; ++p) {
             const int64_t vectors = across.begin(p + 1) - across.begin(p), at = across.begin(p) * kLanes<A>;
-            gemm_panel<A, true>(vectors, round_up(args.c, kGemmRows), weights.data, c, packed.data + args.o * at,
+            gemm_panel<A, true>(vectors, round_up(args.c, kGemmRows), left.data, c, packed.data + args.o * at,
                                 vectors * kLanes<A>, args.o, zero.data + at, d_x.data + at, d_x.stride);
           }
           const Columns<T, A> a(from, args.x.stride[1], args.c, s.columns, args.c % kGemmRows == 0, x);
@@ -241,10 +189,9 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
           }
         } else {
           // d_x (pixels x c), and d_weight (o x c) = transpose(r) x.
-          product(round_up(s.columns, kGemmRows), args.c, args.o, reduced, r.stride, weights.data, zero.data, d_x.data,
-                  d_x.stride);
+          product(round_up(s.columns, right.rows()), reduced, r.stride, right, zero.data, d_x.data, d_x.stride);
           const Rows<T, A> a(from, args.x.stride[3], s.columns, x);
-          add_product_of_transpose(o, args.c, s.columns, reduced, r.stride, a.data, a.stride, sum, c);
+          add_product_of_transpose(o, args.c, s.columns, reduced, r.stride, a.data, a.stride, sum, c, ordered);
         }
         for (int64_t j = 0; j < lines; ++j) {
           A* out = d_x.data + j * d_x.stride;
@@ -270,7 +217,9 @@ void backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int t
 }  // namespace
 
 void reduce_haar(const ReduceHaarArgs& args, int threads) {
-  if (choose::reduce_haar(args) == choose::ReduceHaar::few_channels) return reduce_haar_few_channels(args, threads);
+  const choose::ReduceHaar way = choose::reduce_haar_forward(args);
+  if (way == choose::ReduceHaar::few_channels) return reduce_haar_few_channels(args, threads);
+  if (way == choose::ReduceHaar::matrix_units) return reduce_haar_matrix_units(args, threads);
   dispatch(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
 }
 void reduce_haar_backward(const ReduceHaarArgs& args, const ReduceHaarGradArgs& grads, int threads) {

@@ -22,11 +22,11 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops").glob
 def test_the_instruction_set_is_the_one_asked_for() -> None:
     found = _native.core.cpu_isa()
     assert found == (os.environ.get(VARIABLE) or found)
-    assert found in ("avx512", "avx2", "baseline")
+    assert found in ("amx", "avx512", "avx2", "baseline")
 
 
 @pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: this is one of the variants")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "baseline"])
 @pytest.mark.prove
 def test_variants(isa: str, request: pytest.FixtureRequest) -> None:
     """By each variant that this process did not pick."""

@@ -85,14 +85,16 @@ def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def gelu_bounds(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """|error| allowed for gelu and for its derivative, before either is rounded to a half type.
 
-    float: csrc/cpu/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the kernel
-    and in this file's reference.
+    float: csrc/cpu/common/gelu.h. double: erfc and exp amplify the rounding of their argument by t^2 and t^2/2, in the
+    kernel and in this file's reference.
     """
     value, _, terms = exact_gelu(x)
     if accumulation(dtype) == torch.float64:
         u = (8 + 3 * x.double().square()) * UNIT_ROUNDOFF[torch.float64]
         return u * value.abs() + 2.0**-1070, u * terms + 2.0**-1070
     u = UNIT_ROUNDOFF[torch.float32]
+    if _native.by_matrix_units(dtype):  # csrc/cpu/mlp/gelu_of_bf16.h
+        return 2.0**-12.9 * value.abs() + 2.0**-125, 2.0**-12.9 * terms + 2.0**-123
     return 4.25 * u * value.abs().clamp(min=2.0**-126), 4.5 * u * terms.clamp(min=2.0**-126)
 
 

@@ -1,7 +1,7 @@
 """``deconv``: the Waveblock's transposed convolution, 4x4 taps, stride 2, padding 1, three quarters of its arithmetic.
 
 On a CPU by minimal filtering (csrc/cpu/deconv/: 36 products where the definition has 64), for few channels
-by its definition; elsewhere the library's. Kernels of ours take the BatchNorm that follows
+and by matrix units by its definition; elsewhere the library's. Kernels of ours take the BatchNorm that follows
 along: its statistics come from the pass that writes the output, and its backward is made where the gradients' kernels
 read, so the gradient of the output itself never reaches memory. On a CPU one such read makes both gradients.
 """
@@ -269,13 +269,17 @@ def _empty_weights(grad: Tensor, u: Tensor, has_bias: bool, channels_last: bool 
     return [d_weight, *([u.new_empty(grad.shape[1])] if has_bias else [])]
 
 
-def _order(like: Tensor, u_channels: int, y_channels: int) -> choose.Order:
+def _order(like: Tensor, u_channels: int, y_channels: int, forward: bool = False) -> choose.Order:
     few = 0 if _native.core is None else _native.core.DECONV_NARROW
-    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few, like.dtype in MULTIPLIED)
+    units = forward and _native.by_matrix_units(like.dtype)
+    return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few, like.dtype in MULTIPLIED, units)
 
 
-def _functions(op: str, backend: str, like: Tensor, weight: Tensor) -> Mapping[str, Callable[..., Any]]:
-    return choose.select(op, BACKENDS, backend, like, weight, order=_order(like, *weight.shape[:2])).functions
+def _functions(
+    op: str, backend: str, like: Tensor, weight: Tensor, forward: bool = False
+) -> Mapping[str, Callable[..., Any]]:
+    order = _order(like, *weight.shape[:2], forward=forward)
+    return choose.select(op, BACKENDS, backend, like, weight, order=order).functions
 
 
 def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
@@ -286,12 +290,12 @@ def folds(backend: str, u_channels: int, grad: Tensor) -> bool:
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return _functions("deconv", backend, u, weight)["forward"](u, weight, bias)
+    return _functions("deconv", backend, u, weight, True)["forward"](u, weight, bias)
 
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
     given = min(weight.shape[:2]), chips.products_of(u.device), chips.little_shared(u.device)
-    order = choose.deconv_residual(u.dtype, *given) if u.is_cuda else _order(u, *weight.shape[:2])
+    order = choose.deconv_residual(u.dtype, *given) if u.is_cuda else _order(u, *weight.shape[:2], forward=True)
     functions = choose.select("deconv_residual", BACKENDS, backend, u, weight, order=order).functions
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)
@@ -313,7 +317,7 @@ def _stats(
     u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    functions = _functions("deconv_stats", backend, u, weight)
+    functions = _functions("deconv_stats", backend, u, weight, True)
     if "forward_stats" in functions:
         return functions["forward_stats"](u, weight, bias, (*batch_norm.contiguous(norm_weight, norm_bias), eps))
     y, part = functions["forward"](u, weight, bias), choose.for_part(backend, batch_norm.BACKENDS)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels import backends
+from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, plan, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
@@ -83,9 +83,10 @@ def _multiplies_bfloat16() -> bool:
 _BFLOAT16_PRODUCTS = _multiplies_bfloat16()
 
 
-def _order(x: Tensor, w1: Tensor) -> choose.Order:
+def _order(x: Tensor, w1: Tensor, forward: bool) -> choose.Order:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return choose.channel_mlp(x.device.type, x.dtype, pixels, w1.shape[0], _BFLOAT16_PRODUCTS)
+    units = forward and _native.by_matrix_units(x.dtype)
+    return choose.channel_mlp(x.device.type, x.dtype, pixels, w1.shape[0], _BFLOAT16_PRODUCTS, units)
 
 
 BACKENDS: dict[str, backends.Backend] = {
@@ -109,7 +110,7 @@ BACKENDS: dict[str, backends.Backend] = {
 
 
 def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> Tensor:
-    chosen = choose.select("channel_mlp", BACKENDS, backend, x, w1, order=_order(x, w1))
+    chosen = choose.select("channel_mlp", BACKENDS, backend, x, w1, order=_order(x, w1, True))
     out = chosen.functions["forward"](x, Weights(w1, b1, w2, b2))
     return out if layout.is_channels_last(out) else layout.laid_out(out, True)
 
@@ -117,7 +118,7 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
 def _backward_op(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str
 ) -> list[Tensor]:
-    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, w1, x, order=_order(x, w1))
+    chosen = choose.select("channel_mlp_backward", BACKENDS, backend, grad, w1, x, order=_order(x, w1, False))
     out = chosen.functions["backward"](grad, x, Weights(w1, b1, w2, b2))
     d_x, *d_weights = out
     d_x = d_x if layout.is_channels_last(d_x) else layout.laid_out(d_x, True)
