@@ -278,7 +278,7 @@ def _order(like: Tensor, u_channels: int, y_channels: int, forward: bool = False
 def _functions(
     op: str, backend: str, like: Tensor, weight: Tensor, forward: bool = False
 ) -> Mapping[str, Callable[..., Any]]:
-    order = _order(like, *weight.shape[:2], forward=forward)
+    order = _order(like, weight.shape[0], weight.shape[1], forward)
     return choose.select(op, BACKENDS, backend, like, weight, order=order).functions
 
 
@@ -295,7 +295,7 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
 
 def _residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, backend: str) -> Tensor:
     given = min(weight.shape[:2]), chips.products_of(u.device), chips.little_shared(u.device)
-    order = choose.deconv_residual(u.dtype, *given) if u.is_cuda else _order(u, *weight.shape[:2], forward=True)
+    order = choose.deconv_residual(u.dtype, *given) if u.is_cuda else _order(u, weight.shape[0], weight.shape[1], True)
     functions = choose.select("deconv_residual", BACKENDS, backend, u, weight, order=order).functions
     if "forward_residual" in functions:
         return functions["forward_residual"](u, weight, bias, residual)
