@@ -140,12 +140,12 @@ struct Reader {
   const T* base = nullptr;
   int64_t row_stride = 0, column_stride = 0;
   bool transposed = false;
-  A* buffer;  // a row, or a whole transposed tile
-  A* stage;   // four converted rows on their way into it
+  A* buffer;     // a row, or a whole transposed tile as it is
+  A* converted;  // a row of that
 
-  static constexpr int64_t scratch_elements = kSquare * kSquare + 4 * kSquare;
+  static constexpr int64_t scratch_elements = kSquare * kSquare + kSquare;
   static_assert(kSquare * kSquare >= kRow, "the tile buffer doubles as the row buffer");
-  explicit Reader(A* scratch) : buffer(scratch), stage(scratch + kSquare * kSquare) {}
+  explicit Reader(A* scratch) : buffer(scratch), converted(scratch + kSquare * kSquare) {}
 
   void open(const Geometry& g, int k, const Tile& tile) {
     const Operand& o = g.operand[k];
@@ -159,15 +159,16 @@ struct Reader {
     if constexpr (direct) {
       transpose(base, column_stride, tile.columns, tile.rows, buffer, kSquare);
     } else {
-      for (int64_t j = 0; j < tile.columns; j += 4) {
-        const int64_t n = tile.columns - j < 4 ? tile.columns - j : 4;
-        for (int64_t i = 0; i < n; ++i) load_row(base + (j + i) * column_stride, 1, tile.rows, stage + i * kSquare);
-        transpose<A>(stage, kSquare, n, tile.rows, buffer + j, kSquare);
-      }
+      transpose_halves(reinterpret_cast<const uint16_t*>(base), column_stride, tile.columns, tile.rows,
+                       reinterpret_cast<uint16_t*>(buffer), kSquare);
     }
   }
   const A* row(int64_t i, int64_t n) const {
-    if (transposed) return buffer + i * kSquare;
+    if (transposed) {
+      if constexpr (direct) return buffer + i * kSquare;
+      load_row(reinterpret_cast<const T*>(buffer) + i * kSquare, 1, n, converted);
+      return converted;
+    }
     const T* p = base + i * row_stride;
     if constexpr (direct) {
       if (column_stride == 1) return p;
