@@ -20,8 +20,7 @@ namespace {
 constexpr int64_t kPixels = 256;
 constexpr int kPhases = 4, kTaps = 4;
 
-// Weights as right operands: for each phase the columns' tiles, each a tap's depth behind the other's. A group of four
-// lanes is an input channel's taps of one row of the kernel, so all that a cache line has is used at once.
+// Weights as right operands: for each phase the tiles of a column, tap after tap.
 struct PackedWeights {
   int64_t depth, columns, of_phase;  // in tiles, but the last
   Buffer<float> memory;
@@ -38,7 +37,8 @@ struct PackedWeights {
       for (int64_t i = 0; i < columns * depth; ++i) pack(args, weight, i / depth, i % depth);
     }
   }
-  // Taps (ky, 2 l) and (ky, 2 l + 1) are one 32-bit word of the weights, and belong to two phases.
+  // Tiles of 32 input and 16 output channels, for all taps. Two taps of a row are one 32-bit word of the weights, and
+  // belong to two phases.
   void pack(const DeconvArgs& args, const bf16* weight, int64_t column, int64_t part) const {
     const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i places = _mm512_slli_epi32(count, 4);
