@@ -244,7 +244,10 @@ def _run(arguments: argparse.Namespace, cases: Sequence[Case], providers: Sequen
                 finally:
                     results.seconds = time.monotonic() - begin
                     results.add(rows)
-                terminal.show(case.name, _first_time_only(rows, said))
+                if shown := _first_time_only(rows, said):
+                    terminal.show(case.name, shown)
+                else:
+                    terminal.say(f"{case.name}: unavailable, as above\n")
                 progress.advance()
                 if device_is_lost(device):
                     results.lost = case.name

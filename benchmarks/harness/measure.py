@@ -101,6 +101,11 @@ class Meter:
         rows = {name: Row(case.name, case.group, name, "failed") for name in providers}
         try:
             task = _Task.of(case, self.device)
+        except Unavailable as reason:  # what the case itself is made of is missing
+            for row in rows.values():
+                row.status, row.reason = "unavailable", str(reason)
+            yield from rows.values()
+            return
         except Exception as error:  # noqa: BLE001 - without the truth nobody can be timed here; other cases go on
             for row in rows.values():
                 row.reason = f"the float64 reference: {_one_line(error)}"

@@ -13,7 +13,7 @@ from rich.text import Text
 from ..harness.measure import Row
 from ..harness.providers import OURS
 from .terminal import Progress, Terminal
-from .text import columns, refusal
+from .text import columns, refusal, refusals
 
 
 class _Bar(Progress):
@@ -54,20 +54,19 @@ class RichTerminal(Terminal):
         shown = columns(rows)
         for heading, _ in shown:
             table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
-        refused = []
+        refused = refusals(rows)
         fastest = max((row.speedup or 0.0 for row in rows), default=0.0)
         for row in rows:
             if row.status != "ok":
-                refused.append(row)
                 continue
             style = "cyan" if row.provider in OURS else ""
             bold = f"bold {style}" if row.speedup == fastest else style
             table.add_row(*(cell(row) for _, cell in shown), style=bold)
-        if len(refused) < len(rows):
+        if any(row.status == "ok" for row in rows):
             self._console.print(table)
         else:
             self._console.print(Text(case, "bold"))
-        for row in refused:
+        for names, row in refused:
             bad = row.status in ("wrong", "failed")
-            self._console.print(Text(f"{row.provider:<17}{refusal(row)}", "red" if bad else "dim"))
+            self._console.print(Text(f"{names:<16} {refusal(row)}", "red" if bad else "dim"))
         self._console.print()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from ..harness.measure import Row
-from .text import columns, refusal
+from .text import columns, refusal, refusals
 
 
 class Progress:
@@ -39,7 +39,6 @@ class Terminal:
         for line in lines if timed else []:
             first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             self.say("  ".join([first.strip().ljust(widths[0]), *others]))
-        for row in rows:
-            if row.status != "ok":
-                self.say(f"{row.provider:<16} {refusal(row)}")
+        for names, row in refusals(rows):
+            self.say(f"{names:<16} {refusal(row)}")
         self.say("")

@@ -66,6 +66,15 @@ def refusal(row: Row) -> str:
     return f"{row.status}: {row.reason}" if row.reason else row.status
 
 
+def refusals(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """The rows that have no numbers, those in the same words as one: providers' names, and the first row of them."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status != "ok":
+            alike.setdefault(refusal(row), []).append(row)
+    return [(", ".join(row.provider for row in same), same[0]) for same in alike.values()]
+
+
 def _three(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import cases, cli
 from benchmarks.cases import haar, wavemix
-from benchmarks.harness import case, measure
+from benchmarks.harness import case, measure, rivals
 from tests.tools.helpers import PNG, ROOT, needs
 from wavemix_kernels import clock
 
@@ -136,6 +136,30 @@ def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monke
     assert found["environment"]["inputs"] == "noise with the spectrum of photographs"
     assert [row["status"] for row in found["rows"]] == ["ok", "ok", "unavailable"]
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html"}
+
+
+@pytest.mark.parametrize("extras", [False, pytest.param(True, marks=needs_extras)])
+def test_a_case_whose_package_is_missing_is_one_line(extras, tmp_path, brief, monkeypatch, capsys):
+    """As filters by name without PyWavelets: the case says so once, and the run succeeds."""
+    if not extras:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in cli.EXTRAS else find(name))
+    missing = dataclasses.replace(tiny(), name="haar/missing/forward+backward")
+    too = dataclasses.replace(missing, name="haar/missing/forward")
+    real = measure._Task.of
+
+    def of(case: Any, device: Any) -> Any:
+        if case.name in (missing.name, too.name):
+            raise rivals.Unavailable("pywt is missing")
+        return real(case, device)
+
+    monkeypatch.setattr(measure._Task, "of", of)
+    assert run(tmp_path, [missing, too, tiny()], "--providers", "reference,ours") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("pywt is missing") == 1
+    assert f"{too.name}: unavailable, as above" in printed
+    assert " ".join(printed.split()).count("reference, ours unavailable: pywt is missing") == 1
+    assert [row["status"] for row in results(tmp_path)["rows"]] == ["unavailable"] * 4 + ["ok"] * 2
 
 
 @needs_extras
