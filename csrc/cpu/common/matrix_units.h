@@ -95,6 +95,15 @@ static inline void copy_rows(const bf16* from, int64_t lda, int64_t rows, int64_
       _mm512_storeu_si512(to + i * apart + k, _mm512_maskz_loadu_epi16(lanes(depth - k), from + i * lda + k));
 }
 
+// Pairs of rows interleaved, as a right operand has them: (a0, b0, a1, b1, ...).
+static inline __m512i interleave(__m256i a, __m256i b) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+static inline __m512i interleave(__m512 a, __m512 b) {
+  const __m512i both = narrow(a, b);
+  return interleave(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
+}
+
 // A tile of a right operand from what is left of a matrix, `depth` x `columns`.
 static inline void pack_tile(const bf16* from, int64_t by_depth, int64_t by_column, int64_t depth, int64_t columns,
                              bf16* out) {
@@ -104,10 +113,9 @@ static inline void pack_tile(const bf16* from, int64_t by_depth, int64_t by_colu
     for (int64_t k = 0; k < kTileDepth; k += 2) {
       const bf16* row = from + k * by_depth;
       const auto half = [=](int64_t i) {
-        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i * by_depth)));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i * by_depth));
       };
-      const __m512i pairs = by_depth == 1 ? _mm512_i32gather_epi32(places, row, 2)
-                                          : _mm512_or_si512(half(0), _mm512_slli_epi32(half(1), 16));
+      const __m512i pairs = by_depth == 1 ? _mm512_i32gather_epi32(places, row, 2) : interleave(half(0), half(1));
       _mm512_storeu_si512(out + k * kTileColumns, pairs);
     }
     return;
@@ -116,15 +124,6 @@ static inline void pack_tile(const bf16* from, int64_t by_depth, int64_t by_colu
     for (int64_t j = 0; j < kTileColumns; ++j)
       out[(k / 2 * kTileColumns + j) * 2 + k % 2] =
           k < depth && j < columns ? from[k * by_depth + j * by_column] : bf16{0};
-}
-
-// Pairs of rows interleaved, as a right operand has them: (a0, b0, a1, b1, ...).
-static inline __m512i interleave(__m256i a, __m256i b) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-}
-static inline __m512i interleave(__m512 a, __m512 b) {
-  const __m512i both = narrow(a, b);
-  return interleave(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
 }
 
 // 16 x 16 pairs, transposed: row i of `rows` becomes column i of the 16 rows at `to`, which lie `apart`.
@@ -253,6 +252,17 @@ static inline void product_by_blocks(int64_t rows, int64_t columns, const Left& 
                     kBlock);
       finish(i, j, values);
     }
+}
+// A finish() that stores `rows` x `columns` values, rounded; rows lie `apart`.
+static inline auto stores_rounded(bf16* to, int64_t rows, int64_t columns, int64_t apart) {
+  return [=](int64_t first, int64_t j, const float* values) {
+    const int64_t end = rows - first < kBlock ? rows - first : kBlock;
+    for (int64_t i = 0; i < end; ++i) {
+      const float* row = values + i * kBlock;
+      _mm512_mask_storeu_epi16(to + (first + i) * apart + j, lanes(columns - j),
+                               narrow(_mm512_loadu_ps(row), _mm512_loadu_ps(row + 16)));
+    }
+  };
 }
 #endif
 

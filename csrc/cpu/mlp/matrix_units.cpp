@@ -64,15 +64,7 @@ void mlp_matrix_units_forward(const MlpArgs& args, const Matrix& out, int thread
                         });
       bf16* const to = static_cast<bf16*>(out.data) + first * out.stride;
       product_by_blocks(whole, padded<float>(args.o), Left{h, hidden, hidden / kTileDepth}, w2.tiles(), b2.data,
-                        [=, &args, &out](int64_t i, int64_t j, const float* values) {
-                          const int64_t end = rows - i < kBlock ? rows - i : kBlock;
-                          const uint32_t mask = lanes(args.o - j);
-                          for (int64_t row = 0; row < end; ++row) {
-                            const float* from = values + row * kBlock;
-                            _mm512_mask_storeu_epi16(to + (i + row) * out.stride + j, mask,
-                                                     narrow(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)));
-                          }
-                        });
+                        stores_rounded(to, rows, args.o, out.stride));
     }
   }
 }

@@ -86,19 +86,6 @@ void fetch(const ReduceHaarArgs& args, const bf16* from, int64_t pixels, bf16* t
   transpose_rows(wide, pixels, channel, to, wide);
 }
 
-// Rows of a result, rounded, `apart` from each other.
-auto stores_to(bf16* to, int64_t rows, int64_t columns, int64_t apart) {
-  return [=](int64_t first, int64_t j, const float* values) {
-    const int64_t end = rows - first < kBlock ? rows - first : kBlock;
-    const uint32_t mask = lanes(columns - j);
-    for (int64_t i = 0; i < end; ++i) {
-      const float* row = values + i * kBlock;
-      _mm512_mask_storeu_epi16(to + (first + i) * apart + j, mask,
-                               narrow(_mm512_loadu_ps(row), _mm512_loadu_ps(row + 16)));
-    }
-  };
-}
-
 // Many channels: the product, then the Haar levels, while a strip lies in the cache.
 void product_first(const ReduceHaarArgs& args, int threads) {
   const Strips strips(args);
@@ -126,7 +113,7 @@ void product_first(const ReduceHaarArgs& args, int threads) {
           left = {block, wide, wide / kTileDepth};
         }
         product_by_blocks(round_up(pixels, kTileRows), padded<float>(args.o), left, weights.tiles(), offset.data,
-                          stores_to(r + row * pixels * args.o, pixels, args.o, args.o));
+                          stores_rounded(r + row * pixels * args.o, pixels, args.o, args.o));
       }
       haar_analysis(haar_of(args, s, 1, {r, {0, 1, s.columns * args.o, args.o}}, kElement), 1);
     }
@@ -155,15 +142,16 @@ void level_in_weights(const ReduceHaarArgs& args, int threads) {
           static_cast<bf16*>(z.data) + s.n * z.stride[0] + s.row / 2 * z.stride[2] + s.column / 2 * z.stride[3];
       for (int64_t row = 0; row < s.rows; row += 2) {
         const bf16* from = pixel<const bf16>(args.x, s, row);
-        // A tile reads 16 blocks: behind the image's last ones there may be nothing.
-        const bool last = s.row + row + 2 >= args.h && across % kTileRows != 0;
+        // Tiles read 16 blocks each: what is behind the last ones has to lie in the image.
+        const int64_t end = (s.row + row + 1) * down + (s.column + 2 * round_up(across, kTileRows) - 1) * apart;
+        const bool inside = end <= (args.h - 1) * down + (args.w - 1) * apart;
         Left left = {from, 2 * apart, weights.depth, kTaps, {0, apart, down, down + apart}};
-        if (args.c != wide || last || pixels_inner(args)) {
+        if (args.c != wide || !inside || pixels_inner(args)) {
           for (int64_t r = 0; r < 2; ++r) fetch(args, from + r * down, s.columns, block + r * pitch, wide);
           left = {block, 2 * wide, weights.depth, kTaps, {0, wide, pitch, pitch + wide}};
         }
         product_by_blocks(round_up(across, kTileRows), padded<float>(weights.bands), left, weights.data, offset.data,
-                          stores_to(to + row / 2 * z.stride[2], across, weights.bands, z.stride[3]));
+                          stores_rounded(to + row / 2 * z.stride[2], across, weights.bands, z.stride[3]));
       }
       if (args.levels > 1) haar_analysis(haar_of(args, s, 2, {to, {0, 1, z.stride[2], z.stride[3]}}, kElement), 1);
     }

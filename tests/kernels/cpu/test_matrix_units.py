@@ -3,6 +3,8 @@ them, on numbers of threads that share the work in other ways."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.predict.tools import ROOT
 from tests.models.subjects import threads
 from tests.ops.contract import image, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within, stored
@@ -149,3 +152,40 @@ def test_the_library_keeps_its_own_tiles() -> None:
         first = every()
         for _ in range(50):
             assert all(map(torch.equal, every(), first))
+
+
+_AT_THE_END = """
+import ctypes, mmap, torch
+from wavemix_kernels.ops.deconv import op as deconv
+from wavemix_kernels.ops.mlp import op as mlp
+from wavemix_kernels.ops.reduce_haar import op as reduce_haar
+
+maps = []
+
+def at_the_end(n, c, h, w):
+    size = 2 * n * c * h * w
+    pages = -(-size // mmap.PAGESIZE)
+    maps.append(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE))
+    end = ctypes.addressof(ctypes.c_char.from_buffer(maps[-1])) + pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(maps[-1], dtype=torch.bfloat16, offset=pages * mmap.PAGESIZE - size, count=size // 2)
+    return flat.fill_(1).view(n, h, w, c).permute(0, 3, 1, 2)
+
+for c in (64, 128, 40):
+    weight, up = torch.ones(c // 4, c, 1, 1).bfloat16(), torch.ones(c, 48, 4, 4).bfloat16()
+    w1, b1, w2 = torch.ones(96, c).bfloat16(), torch.ones(96).bfloat16(), torch.ones(32, 96).bfloat16()
+    for w in (2, 6, 14, 32):
+        x = at_the_end(1, c, 16, w)
+        for image in (x, at_the_end(1, w, c, 16).permute(0, 2, 3, 1)):
+            reduce_haar.fused(image, weight, None, 1, True, "cpu")
+        mlp.fused(x, None, None, None, w1, b1, w2, None, 0.0, None, "cpu")
+        deconv._cpu_forward_residual(x, up, None, at_the_end(1, 48, 32, 2 * w))
+        deconv._cpu_backward_weight(at_the_end(1, 48, 32, 2 * w), x, False)
+print("done")
+"""
+
+
+def test_nothing_behind_an_image_is_read() -> None:
+    """Each image ends where the next page must not be read: a tile that goes on beyond it ends the process."""
+    done = subprocess.run([sys.executable, "-c", _AT_THE_END], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
