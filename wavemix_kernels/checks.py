@@ -102,7 +102,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def autocast_dtype(first: Tensor) -> torch.dtype | None:
-    """What autocast converts a convolution of ``first`` to; None outside it."""
+    """The dtype that autocast gives a convolution of ``first``; None outside it."""
     kind = first.device.type
     if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
         return None

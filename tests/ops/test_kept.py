@@ -1,4 +1,4 @@
-"""What is made of weights and kept from call to call: made anew where it has to be, and never a wrong one."""
+"""Tensors made of weights and kept from call to call: they are made anew where they have to be."""
 
 from __future__ import annotations
 

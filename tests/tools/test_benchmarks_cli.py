@@ -140,7 +140,7 @@ def test_without_extras_results_are_the_same_but_pictures(tmp_path, brief, monke
 
 @pytest.mark.parametrize("extras", [False, pytest.param(True, marks=needs_extras)])
 def test_a_case_whose_package_is_missing_is_one_line(extras, tmp_path, brief, monkeypatch, capsys):
-    """As filters by name without PyWavelets: the case says so once, and the run succeeds."""
+    """Filters by name need PyWavelets: without it their case says so once, and the run succeeds."""
     if not extras:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in cli.EXTRAS else find(name))

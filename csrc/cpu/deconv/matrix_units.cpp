@@ -18,7 +18,6 @@ namespace {
 
 // Pixels at a time, where an image's rows are no longer: enough to use each tile of the weights four times.
 constexpr int64_t kPixels = 256;
-constexpr int kPhases = 4, kTaps = 4;
 
 // Weights as right operands: for each phase the tiles of a column, tap after tap.
 struct PackedWeights {
@@ -61,10 +60,9 @@ struct PackedWeights {
       }
     }
   }
-  // Output row 2y + p reads u's row y + a - 1 + p through the kernel's row 3 - 2a - p, and so do columns.
   bf16* at(int ky, int kx, int64_t column, int64_t part) const {
-    const int py = (3 - ky) % 2, a = (3 - ky) / 2, px = (3 - kx) % 2, b = (3 - kx) / 2;
-    return data + (2 * py + px) * of_phase + ((column * kTaps + 2 * a + b) * depth + part) * kTile;
+    const int place = place_of_tap(ky, kx);
+    return data + place / kTaps * of_phase + ((column * kTaps + place % kTaps) * depth + part) * kTile;
   }
 };
 

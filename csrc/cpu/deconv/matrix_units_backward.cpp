@@ -16,7 +16,6 @@ namespace {
 
 // Pixels at a time, where an image's rows are no longer: sums are in memory, and are read once for so many products.
 constexpr int64_t kPixels = 384;
-constexpr int kPhases = 4, kTaps = 4;
 
 __m256i channels_of(const Plane& image, int64_t n, int64_t row, int64_t column, int64_t first, int64_t channels) {
   const bf16* at = static_cast<const bf16*>(image.data) + n * image.stride[0] + row * image.stride[2] +
@@ -49,7 +48,7 @@ void pair_gradient(const DeconvArgs& args, const Strip& s, int phase, int64_t pi
   pair_rows(places, o, from, out);
 }
 
-// The products of a phase: what a tap's reads, the next one's finds in L1.
+// The products of a phase: the next tap finds in L1 what one has read.
 void add_taps(int64_t f, int64_t o, const Left& u, int64_t pitch, const bf16* gradient, float* sums) {
   const int64_t b_apart = u.depth * kTile;
   for (int64_t j = 0; j < o; j += kBlock)
@@ -61,17 +60,15 @@ void add_taps(int64_t f, int64_t o, const Left& u, int64_t pitch, const bf16* gr
       }
 }
 
-// Sums of channels k and k + 1 of u, as the weight has them: a tap's place in a phase is where deconv's forward pass
-// reads it, output row 2y + p from u's row y + a - 1 + p through the kernel's row 3 - 2a - p, and so for columns.
+// Sums of channels k and k + 1 of u, as the weight has them.
 void finish(const DeconvArgs& args, const float* sums, int64_t shares, int64_t f, int64_t o, int64_t k, bf16* out) {
   for (int64_t j = 0; j < args.o; j += 16) {
     __m512i pairs[16];
     for (int i = 0; i < 16; ++i) {
-      const int ky = i % 8 / 2, py = (3 - ky) % 2, a = (3 - ky) / 2;
       __m512 value[2];  // of columns kx and kx + 1, one of each phase
       for (int side = 0; side < 2; ++side) {
-        const int kx = i % 2 * 2 + side, px = (3 - kx) % 2, b = (3 - kx) / 2;
-        const float* from = sums + (((2 * py + px) * kTaps + 2 * a + b) * f + k + i / 8) * o + j;
+        const int place = place_of_tap(i % 8 / 2, i % 2 * 2 + side);
+        const float* from = sums + (place * f + k + i / 8) * o + j;
         value[side] = _mm512_loadu_ps(from);
         for (int64_t t = 1; t < shares; ++t)
           value[side] = _mm512_add_ps(value[side], _mm512_loadu_ps(from + t * kPhases * kTaps * f * o));

@@ -1,4 +1,4 @@
-"""What is made of weights alone, from call to call: for a model that trains no more."""
+"""Tensors made of weights alone, kept from call to call, for a model that trains no more."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Kept:
         return made
 
     def autocast(self, first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-        """:func:`wavemix_kernels.checks.autocast` whose ``others``, weights without gradient, are converted
-        once."""
+        """:func:`wavemix_kernels.checks.autocast` whose ``others``, weights without gradient, are converted once."""
         dtype, there = checks.autocast_dtype(first), [t for t in others if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in there)
-        if dtype is None or not there or learns or torch.compiler.is_compiling() or standard_wanted() is not None:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or standard_wanted() is not None
+        if dtype is None or not there or learns or traced:
             return checks.autocast(first, *others)
         made = iter(self.get(dtype, there, lambda: checks.autocast(first.new_empty(0), *there)[1:]))
         return first.to(dtype), *(None if t is None else next(made) for t in others)

@@ -8,7 +8,7 @@ read, so the gradient of the output itself never reaches memory. On a CPU one su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -275,9 +275,7 @@ def _order(like: Tensor, u_channels: int, y_channels: int, forward: bool = False
     return choose.deconv(like.device.type, like.dtype, u_channels, y_channels, few, like.dtype in MULTIPLIED, units)
 
 
-def _functions(
-    op: str, backend: str, like: Tensor, weight: Tensor, forward: bool = False
-) -> Mapping[str, Callable[..., Any]]:
+def _functions(op: str, backend: str, like: Tensor, weight: Tensor, forward: bool = False) -> Mapping[str, Any]:
     order = _order(like, weight.shape[0], weight.shape[1], forward)
     return choose.select(op, BACKENDS, backend, like, weight, order=order).functions
 

@@ -81,6 +81,6 @@ def serves(x: Tensor, convolutions: Sequence[Convolution]) -> bool:
 
 
 def run(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = None) -> Tensor:
-    """The convolutions as one: x (N, C, H, W) -> (N, O, h, w), channels_last. ``kept``: where folded
-    weights stay from call to call."""
+    """The convolutions as one: x (N, C, H, W) -> (N, O, h, w), channels_last. ``kept``: where folded weights
+    stay from call to call."""
     return (patches if x.device.type == "cpu" else blocks).folded(x, convolutions, kept)
