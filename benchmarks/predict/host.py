@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .steps import Step, narrow_choices, parameters, run, steps
@@ -132,23 +133,30 @@ def _without_products() -> torch.library.Library:
     """From here on convolutions, matrix products and joined tensors, weights of full width among them, are allocated on
     a CPU and not made, as a GPU's are not in Python's time."""
     library = torch.library.Library("aten", "IMPL")
-    shapes: dict[Any, list[int]] = {}
+    made: dict[Any, tuple[torch.Size, tuple[int, ...]]] = {}
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-        key = (x.shape, weight.shape, *stride, *padding, transposed)
-        if key not in shapes:
+        key = (x.shape, x.stride(), weight.shape, weight.stride(), *stride, *padding, transposed)
+        if key not in made:
             with torch.device("meta"):
                 like = torch.empty(x.shape), torch.empty(weight.shape)
-            made = torch.ops.aten.convolution(
+            one = torch.ops.aten.convolution(
                 *like, None, stride, padding, dilation, transposed, output_padding, groups
             )
-            shapes[key] = list(made.shape)
-        return x.new_empty(shapes[key])
+            one = one.contiguous(memory_format=order(x, weight))
+            made[key] = one.shape, one.stride()
+        return x.new_empty_strided(*made[key])
 
     def convolution_backward(grad, x, weight, bias_sizes, *rest):
-        mask = rest[-1]
-        bias = weight.new_empty(bias_sizes) if mask[2] else None
-        return torch.empty_like(x) if mask[0] else None, torch.empty_like(weight) if mask[1] else None, bias
+        mask, memory = rest[-1], order(x, weight)
+        d_x = torch.empty_like(x, memory_format=memory) if mask[0] else None
+        d_weight = torch.empty_like(weight, memory_format=memory) if mask[1] else None
+        return d_x, d_weight, weight.new_empty(bias_sizes) if mask[2] else None
+
+    def order(x: Tensor, weight: Tensor) -> torch.memory_format:
+        """cuDNN's, of all that it makes: channels_last where either argument is."""
+        either = torch.channels_last in map(suggest_memory_format, (x, weight))
+        return torch.channels_last if either else torch.contiguous_format
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty((*a.shape[:-1], b.shape[-1]))
