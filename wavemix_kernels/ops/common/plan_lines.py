@@ -40,6 +40,12 @@ class Slot:
     def count(self) -> int:
         return torch.Size(self.size).numel()
 
+    @property
+    def dense(self) -> int:
+        """:attr:`count` where that many elements lie one behind the other, else 0."""
+        last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        return self.count if last + 1 == self.count else 0
+
 
 class At(NamedTuple):
     """The address of a tensor."""
@@ -97,79 +103,86 @@ def allocator(slot: Slot) -> Callable[..., Tensor]:
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
+def _viewer() -> Callable[..., Tensor]:
+    """``(tensor, size, stride, elements further on)`` -> a view of its memory, the shortest way that this PyTorch has.
+    Plans run without autograd."""
+    guards = getattr(torch._C, "_dynamo", None)
+    shortest = getattr(getattr(guards, "guards", None), "_reinterpret_tensor", None)
+    if shortest is not None:
+        return shortest
+
+    def view(base: Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+        return base.as_strided(size, stride, base.storage_offset() + offset)
+
+    return view
+
+
+_VIEW = _viewer()
+
+
 class Writer:
-    """Makes the function of steps; ``result`` has a :class:`Slot` for each tensor."""
+    """Makes the function of steps; ``result`` has a :class:`Slot` for each tensor.
+
+    Views are made of the memory itself, whatever chain of operators led to them, where something looks at them as
+    tensors. Memory that is looked at through views alone is allocated as the first of them that has all of it.
+    """
 
     def __init__(self, inputs: list[Slot], steps: list[Step], result: Any) -> None:
         self._inputs, self._result = inputs, result
         self._constants: dict[str, Any] = {}
-        self._needed: set[Slot] = set()  # as tensors; the others' addresses alone
+        self._of_result = {slot for _, slot in _slots(result)}
+        self._views: dict[Slot, None] = {}  # that are made of their memory, in order
+        self._same: dict[Slot, Slot] = {}  # views that are the tensor their memory was allocated as
         self._steps = self._fewest(steps)
         self._lines: list[tuple[str, set[Slot]]] = []  # text and what it reads
-        self._pointers: set[Slot] = set()
+        self._written: set[Slot] = set()  # of views and addresses
 
     def _fewest(self, steps: list[Step]) -> list[Step]:
-        """Without views and memory that nothing looks at."""
-        pointed: set[Slot] = set()
+        """Without views, and without memory that nothing looks at."""
+        tensors: set[Slot] = set()  # looked at as tensors
+        pointed: set[Slot] = set()  # looked at by address, or through a view
         kept = []
 
         def want(value: Any) -> None:
             for as_tensor, slot in _slots(value):
-                (self._needed if as_tensor else pointed).add(slot)
+                (tensors if as_tensor else pointed).add(slot)
 
         want(self._result)
         for step in reversed(steps):
             out = {slot for _, slot in _slots(step.out)}
-            if step.kind == "view" and not out & self._needed:
-                continue
+            if step.kind == "view":
+                out = {slot for slot in out if slot.root is not slot}  # an argument given back is none
+                seen = {slot for slot in out & tensors if not self._is_of_memory(slot)}
+                for slot in sorted(out & tensors - seen, key=lambda slot: slot.number):
+                    self._views[slot] = None
+                    pointed.add(slot.root)
+                if not seen:
+                    continue
             if step.kind == "allocation":
-                if out & (self._needed | pointed):
+                if out & (tensors | pointed):
+                    self._lay_out(step.out, tensors)
                     kept.append(step)
                 continue
             want((step.args, step.kwargs))
             kept.append(step)
-        return self._laid_out(kept[::-1])
+        return kept[::-1]
 
-    def _laid_out(self, steps: list[Step]) -> list[Step]:
-        """Memory with one view of all of it is allocated as that view."""
-        readers: dict[Slot, list[Step | None]] = {}
-        for step in steps:
-            if step.kind != "allocation":
-                for as_tensor, slot in _slots((step.args, step.kwargs)):
-                    if as_tensor:
-                        readers.setdefault(slot, []).append(step)
-        for as_tensor, slot in _slots(self._result):
-            if as_tensor:
-                readers.setdefault(slot, []).append(None)
-        gone = []
-        for step in steps:
-            if step.kind != "allocation" or len(of := readers.get(step.out, [])) != 1:
-                continue
-            (view,) = of
-            if view is None or view.kind != "view" or not isinstance(view.out, Slot):
-                continue
-            whole, part = step.out, view.out
-            if part.count == whole.count and part.start == whole.start and part.dtype == whole.dtype:
-                whole.size, whole.stride = part.size, part.stride
-                self._alias(part, whole, steps)
-                gone.append(view)
-        return [step for step in steps if not any(step is one for one in gone)]
+    def _is_of_memory(self, view: Slot) -> bool:
+        """Whether a view can be made of its memory. A result that is a view of an argument stays one to PyTorch."""
+        root = view.root
+        if view.dtype != root.dtype or view.offset % view.dtype.itemsize:
+            return False
+        return root not in self._inputs or view not in self._of_result
 
-    def _alias(self, part: Slot, whole: Slot, steps: list[Step]) -> None:
-        def changed(value: Any) -> Any:
-            if value is part:
-                return whole
-            if isinstance(value, Made):
-                return Made(value.kind, changed(value.parts))
-            if isinstance(value, dict):
-                return {name: changed(one) for name, one in value.items()}
-            if type(value) in (list, tuple):
-                return type(value)(changed(one) for one in value)
-            return value
-
-        for step in steps:
-            step.args, step.kwargs, step.out = changed(step.args), changed(step.kwargs), changed(step.out)
-        self._result = changed(self._result)
+    def _lay_out(self, memory: Slot, tensors: set[Slot]) -> None:
+        if memory in tensors:
+            return
+        whole = [view for view in self._views if view.root is memory and view.offset == 0 and view.dense == memory.count]
+        if whole:
+            first = min(whole, key=lambda view: view.number)
+            memory.size, memory.stride = first.size, first.stride
+            del self._views[first]
+            self._same[first] = memory
 
     def function(self) -> Callable[..., Any]:
         for step in self._steps:
@@ -203,7 +216,7 @@ class Writer:
         if step.owner is not None:
             self._constant(step.owner)
         target = self._target(step.out)
-        written = {slot for _, slot in _slots(step.out)}
+        written = {self._same.get(slot, slot) for _, slot in _slots(step.out)}
         self._lines.append((f"{target}{self._constant(function)}({', '.join(words)})", reads | written))
         if "convolution" in str(step.function):
             # The library chooses the order of its results, by settings that a key does not hold.
@@ -211,21 +224,29 @@ class Writer:
                 self._lines.append((f"if t{slot.number}.stride() != {slot.stride!r}: return OTHERWISE", {slot}))
 
     def _target(self, out: Any) -> str:
+        """Nothing for what is written to and known."""
+        known = self._same.keys() | self._views.keys()
         if isinstance(out, Slot):
-            return f"t{out.number} = "
+            return "" if out in known else f"t{out.number} = "
         if isinstance(out, list) and out:
-            return ", ".join("_" if one is None else f"t{one.number}" for one in out) + ", = "
+            return ", ".join("_" if one is None or one in known else f"t{one.number}" for one in out) + ", = "
         return ""
 
     def _text(self, value: Any, reads: set[Slot]) -> str:
         if isinstance(value, Slot):
-            reads.add(value)
-            return f"t{value.number}"
+            slot = self._same.get(value, value)
+            if slot in self._views and slot not in self._written:
+                self._written.add(slot)
+                root, further = slot.root, slot.offset // slot.dtype.itemsize
+                made = f"{self._constant(_VIEW)}(t{root.number}, {slot.size!r}, {slot.stride!r}, {further})"
+                self._lines.append((f"t{slot.number} = {made}", {slot, root}))
+            reads.add(slot)
+            return f"t{slot.number}"
         if isinstance(value, At):
             root = value.slot.root
             reads.add(root)
-            if root not in self._pointers:
-                self._pointers.add(root)
+            if root not in self._written:
+                self._written.add(root)
                 self._lines.append((f"p{root.number} = t{root.number}.data_ptr()", {root}))
             return f"p{root.number} + {value.slot.offset}" if value.slot.offset else f"p{root.number}"
         if value is STREAM:
