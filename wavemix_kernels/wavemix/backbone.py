@@ -39,6 +39,11 @@ def through(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor, pooled: bool
     """
     # A block's node in a traced graph is the block's own output.
     joined = [not isinstance(x, fx.Proxy) and adds_its_residual(block) for block in blocks]
+    return _through(blocks, joined, x, pooled)
+
+
+def _through(blocks: Sequence[nn.Module] | nn.ModuleList, joined: Sequence[bool], x: Tensor, pooled: bool) -> Tensor:
+    """``joined``: which blocks :func:`adds_its_residual` is true of."""
     if all(joined) and joined:
         x = x.contiguous(memory_format=torch.channels_last)
         if (out := stack.through(blocks, x, pooled)) is not None:
@@ -170,14 +175,15 @@ class Backbone(nn.Module):
         if isinstance(img, fx.Proxy):
             return through(self.layers, self.conv(img))
         self.check_image(img)
-        fused = all(map(adds_its_residual, self.layers))
+        joined = [*map(adds_its_residual, self.layers)]
+        fused = all(joined)
         # The blocks' order comes before the stem, where the library's convolutions are faster that way: on a GPU, and
         # on a CPU without gradient.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
         x = run_stem(self.conv, img, self._folded) if fused else self.conv(img)
-        return through(self.layers, x, pooled)
+        return _through(self.layers, joined, x, pooled)
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.

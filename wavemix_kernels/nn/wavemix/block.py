@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import Batch, frozen, update, why_not_all_plain, why_not_plain
+from wavemix_kernels.nn.parts import (
+    Batch,
+    affine_parameters,
+    all_plain,
+    frozen,
+    update,
+    why_not_all_plain,
+    why_not_plain,
+)
 from wavemix_kernels.nn.wavemix.inference import InferenceWaveblock
 from wavemix_kernels.nn.wavemix.reference import Waveblock
 from wavemix_kernels.ops import waveblock
@@ -22,6 +32,16 @@ _UPSAMPLING: dict[str, type[nn.Module]] = {
     "bilinear": nn.Upsample,
     "nearest": nn.Upsample,
 }
+
+
+def _kinds_of_part(upsample: str) -> tuple[type[nn.Module], ...]:
+    return nn.Conv2d, nn.GELU, nn.Dropout, nn.Conv2d, _UPSAMPLING[upsample], nn.BatchNorm2d
+
+
+@functools.lru_cache
+def _kinds(levels: int, upsample: str) -> list[type[nn.Module]]:
+    """Of the reduction, the feed-forward parts, and what these are made of."""
+    return [nn.Conv2d, *[nn.Sequential] * levels, *_kinds_of_part(upsample) * levels]
 
 
 class FusedWaveblock(Waveblock):
@@ -95,8 +115,10 @@ class FusedWaveblock(Waveblock):
         self.check_input(x)
         # Lists, since nn.Sequential walks to what an index asks for.
         parts: list[list[Any]] = [[*part] for part in self._parts()]
-        convs = [self.reduction, *(m for part in parts for m in (part[0], part[3], *_upsampling_conv(part[4])))]
-        weights: list[Any] = [t for m in convs for t in (m.weight, m.bias)]
+        weights: list[Any] = [*affine_parameters(self.reduction)]
+        for part in parts:
+            for conv in (part[0], part[3], *_upsampling_conv(part[4])):
+                weights += affine_parameters(conv)
         cast_x, *flat = checks.autocast(x, *weights)
         checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
         tensors = iter(flat)
@@ -106,8 +128,7 @@ class FusedWaveblock(Waveblock):
             norm = part[5]
             w1, b1, w2, b2 = (next(tensors) for _ in range(4))
             up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
-            mean, invstd = frozen(norm)
-            levels.append(waveblock.Level(w1, b1, w2, b2, up, up_bias, norm.weight, norm.bias, mean, invstd))
+            levels.append(waveblock.Level(w1, b1, w2, b2, up, up_bias, *affine_parameters(norm), *frozen(norm)))
         dropout = [part[2].p if part[2].training else 0.0 for part in parts]
         eps = [part[5].eps for part in parts]
         return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
@@ -115,10 +136,12 @@ class FusedWaveblock(Waveblock):
     def batches(self, x: Tensor, stats: Sequence[tuple[Tensor, Tensor]]) -> list[Batch]:
         """Each level's mean and biased variance, which move its BatchNorm's running statistics."""
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        return [Batch(part[5], *stats[i], pixels >> (2 * i)) for i, part in enumerate(self._parts())]
+        norms = [[*part][5] for part in self._parts()]
+        return [Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)]
 
     def _parts(self) -> list[Any]:
-        return [getattr(self, self._feedforward_name(level)) for level in range(1, self.level + 1)]
+        own: Any = self._modules  # not by nn.Module's attributes, which take longer than a launch
+        return [own[self._feedforward_name(level)] for level in range(1, self.level + 1)]
 
     def why_not_joined(self) -> str | None:
         """Why calling with ``residual`` cannot stand for ``block(x) + x`` (a hook would notice), or None."""
@@ -139,14 +162,9 @@ class FusedWaveblock(Waveblock):
         :func:`wavemix_kernels.ops.common.transforms.standard_wanted`."""
         if (reason := standard_wanted()) is not None:
             return reason
-        kinds: tuple[type[nn.Module], ...] = (
-            nn.Conv2d,
-            nn.GELU,
-            nn.Dropout,
-            nn.Conv2d,
-            _UPSAMPLING[self.upsample],
-            nn.BatchNorm2d,
-        )
+        if not torch.compiler.is_compiling() and self._all_plain():
+            return None
+        kinds = _kinds_of_part(self.upsample)
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [("reduction", self.reduction, nn.Conv2d)]
         for level in range(1, self.level + 1):
             name = self._feedforward_name(level)
@@ -157,6 +175,15 @@ class FusedWaveblock(Waveblock):
                     return f"{name} has {len(part)} parts, expected {len(kinds)}"
                 parts += [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(part, kinds, strict=True))]
         return why_not_all_plain(parts)
+
+    def _all_plain(self) -> bool:
+        """Whether no part has a reason of :meth:`why_not_fused`, asked quickly."""
+        own: Any = self._modules
+        kinds = _kinds(self.level, self.upsample)
+        parts = [own.get("reduction"), *(own.get(self._feedforward_name(i)) for i in range(1, self.level + 1))]
+        if [*map(type, parts)] != kinds[: len(parts)]:
+            return False
+        return all_plain([*parts, *(m for part in parts[1:] for m in part._modules.values())], kinds)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"
