@@ -126,11 +126,12 @@ def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 
 class Batch(NamedTuple):
-    """The values that a norm saw: their mean, biased variance and count per channel."""
+    """The values that a norm saw: their mean, biased variance and count per channel; or the rows of
+    :class:`batch_norm.Statistics`, None and that count."""
 
     norm: nn.Module
     mean: Tensor
-    var: Tensor
+    var: Tensor | None
     values: int
 
 

@@ -47,7 +47,6 @@ class Level(NamedTuple):
 
 
 FIELDS = len(Level._fields)
-STATISTICS = len(batch_norm.Statistics._fields)
 
 
 class Options(NamedTuple):
@@ -105,8 +104,8 @@ class Block(NamedTuple):
         )  # fmt: skip
 
 
-def waveblock(x: Tensor, block: Block, residual: bool, backend: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The Waveblock: output, and per level the (mean, biased variance) of its batch.
+def waveblock(x: Tensor, block: Block, residual: bool, backend: str) -> tuple[Tensor, list[Tensor]]:
+    """The Waveblock: output, and per level the rows of :class:`batch_norm.Statistics`.
 
     Args:
         x: (N, C, H, W); the output takes its memory format.
@@ -115,7 +114,7 @@ def waveblock(x: Tensor, block: Block, residual: bool, backend: str) -> tuple[Te
     flat = [t for level in block.levels for t in level]
     options = block.options(residual, backend)
     out, *stats = _Waveblock.apply(options, x, block.weight, block.bias, block.seeds, *flat)
-    return out, list(zip(stats[::2], stats[1::2], strict=True))
+    return out, stats
 
 
 def levels_of(flat: Sequence[Any]) -> list[Level]:
@@ -144,25 +143,17 @@ def _gradient(of_matrix: Tensor, weight: Tensor) -> Tensor:
     return layout.like_weight(of_matrix.reshape(weight.shape), weight)
 
 
-def affine_of(of: batch_norm.Statistics) -> batch_norm.Affine:
-    return batch_norm.Affine(of.scale, of.shift)
-
-
-def statistics_of(flat: Sequence[Tensor]) -> list[batch_norm.Statistics]:
-    return [batch_norm.Statistics(*flat[i : i + STATISTICS]) for i in range(0, len(flat), STATISTICS)]
-
-
 def levels_forward(
     options: Options, flat: Sequence[Any], pyramid: Callable[[], list[Tensor]], seeds: Tensor | None, keeps: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[batch_norm.Statistics]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """From the pyramid on: what each level's upsampling gives, the finest first and before its BatchNorm; the pyramid
-    and what upsamplings with weights took, where ``keeps``, else nothing; and each level's statistics."""
+    and what upsamplings with weights took, where ``keeps``, else nothing; and each level's statistics, their rows."""
     levels, part, zs = levels_of(flat), _Parts.of(options.backend), pyramid()
     kept = [*zs] if keeps else []
     # Lists are rebound, never written to (torch.compile traces this), and what is done with is dropped at once.
     ys: list[Tensor] = []
     us: list[Tensor] = []
-    stats: list[batch_norm.Statistics] = []
+    stats: list[Tensor] = []
     second, second_affine = None, None
     for i in range(options.levels - 1, -1, -1):
         level, z = levels[i], zs[-1]
@@ -172,19 +163,18 @@ def levels_forward(
         norm = level.bn_weight, level.bn_bias
         if level.mean is not None and level.invstd is not None:
             second = upsample.forward(options.kind, u, level.up_weight, level.up_bias, part.upsample)
-            affine = batch_norm.affine(level.mean, level.invstd, *norm)
-            of = batch_norm.Statistics(level.mean, level.mean, level.invstd, *affine)
+            rows = batch_norm.given_rows(level.mean, level.invstd, *norm)
         elif options.kind == "deconv":
             assert level.up_weight is not None
-            second, of = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, options.eps[i], part.upsample)
+            second, rows = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, options.eps[i], part.upsample)
         else:
             second = upsample.forward(options.kind, u, level.up_weight, level.up_bias, part.upsample)
-            of = batch_norm.stats(second, *norm, options.eps[i], part.norm)
+            rows = batch_norm.rows(second, *norm, options.eps[i], part.norm)
         ys = [second, *ys]
         us = [u, *us] if keeps and level.up_weight is not None else us
         del z, u, arguments
-        stats = [of, *stats]
-        second_affine = affine_of(of)
+        stats = [rows, *stats]
+        second_affine = batch_norm.Statistics.of(rows).affine()
     return ys, kept, us, stats
 
 
@@ -192,7 +182,7 @@ def _forward(
     options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor | None, *flat: Tensor | None
 ) -> list[Tensor]:
     """The output, what each level's upsampling gave, the pyramid and what upsamplings with weights took, where these
-    are kept, and each level's :class:`batch_norm.Statistics`."""
+    are kept, and the rows of each level's :class:`batch_norm.Statistics`."""
     part = _Parts.of(options.backend)
     ys, zs, us, stats = levels_forward(
         options, flat, lambda: reduce_haar.fused(x, weight, bias, options.levels, True, part.reduce), seeds,
@@ -200,12 +190,12 @@ def _forward(
     )  # fmt: skip
     out = torch.ops.wavemix_kernels.batch_norm_apply(
         ys[0],
-        *affine_of(stats[0]),
+        *batch_norm.Statistics.of(stats[0]).affine(),
         x if options.residual else None,
         layout.is_channels_last(x),
         part.norm,
     )
-    return [out, *ys, *zs, *us, *(t for of in stats for t in of)]
+    return [out, *ys, *zs, *us, *stats]
 
 
 def _through_norm(kind: str, part: _Parts, arguments: Sequence[Any], below: Level) -> bool:
@@ -229,7 +219,7 @@ def _mlp_backward_through_norm(
 
 def levels_backward(
     options: Options, upper: Tensor, of_y: bool, flat: Sequence[Any], ys: Sequence[Tensor], zs: Sequence[Tensor],
-    us: Sequence[Tensor], norms: list[batch_norm.Statistics], seeds: Tensor | None,
+    us: Sequence[Tensor], stats: Sequence[Tensor], seeds: Tensor | None,
     pyramid: Callable[[], list[Tensor]],
 ) -> tuple[list[Tensor], list[Any]]:  # fmt: skip
     """Gradients of the pyramid and of ``flat``, from that of the block's output.
@@ -237,16 +227,18 @@ def levels_backward(
     Args:
         of_y: ``upper`` is the gradient of what the finest level's upsampling gave; that itself is not read then, and
             its BatchNorm gets no gradient here.
+        stats: the rows of each level's statistics.
         ys, us, zs: what :func:`levels_forward` made and took, or nothing: it is made again.
         pyramid: makes the latter.
     """
     kind, dropout = options.kind, options.dropout
     levels, part = levels_of(flat), _Parts.of(options.backend)
+    norms = [batch_norm.Statistics.of(rows) for rows in stats]
     before = flops.counted()
     zs = zs or pyramid()
     if not ys:
         for i in range(options.levels - 1, -1, -1):
-            second, second_affine = (ys[0], affine_of(norms[i + 1])) if ys else (None, None)
+            second, second_affine = (ys[0], norms[i + 1].affine()) if ys else (None, None)
             arguments = _mlp_arguments(levels[i], zs[i], second, second_affine, dropout[i], _seed(seeds, i))
             us = [pointwise_mlp.fused(*arguments, part.mlp), *us]
             up = levels[i].up_weight, levels[i].up_bias
@@ -266,7 +258,7 @@ def levels_backward(
         assert gradient is not None
         z, y, zs, ys = zs[0], ys[0], zs[1:], ys[1:]
         batch_stats, norm = level.mean is None, norms[i]
-        second, second_affine = (ys[0], affine_of(norms[i + 1])) if ys else (None, None)
+        second, second_affine = (ys[0], norms[i + 1].affine()) if ys else (None, None)
         arguments = _mlp_arguments(level, z, second, second_affine, dropout[i], _seed(seeds, i))
         u, us = us[0] if us else None, us[1:]
         dweight: Tensor | None
@@ -331,9 +323,9 @@ def _backward(
     """Gradients of the tensors that :func:`_forward` takes. ``rest``: ``flat``, what was kept of that function's
     results, and the statistics."""
     count, part = options.levels, _Parts.of(options.backend)
-    flat, rest, of = rest[: count * FIELDS], rest[count * FIELDS : -count * STATISTICS], rest[-count * STATISTICS :]
+    flat, rest, stats = rest[: count * FIELDS], rest[count * FIELDS : -count], rest[-count:]
     z_grads, flat_grads = levels_backward(
-        options, grad, False, flat, rest[:count], rest[count : 2 * count], rest[2 * count :], statistics_of(of), seeds,
+        options, grad, False, flat, rest[:count], rest[count : 2 * count], rest[2 * count :], stats, seeds,
         lambda: reduce_haar.fused(again(x), weight, bias, count, True, part.reduce),
     )  # fmt: skip
     add = grad if options.residual else None
@@ -351,16 +343,11 @@ class _Waveblock(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         out, *rest = _forward(options, x, weight, bias, seeds, *flat)
-        kept, of = rest[: -options.levels * STATISTICS], rest[-options.levels * STATISTICS :]
+        kept, stats = rest[: -options.levels], rest[-options.levels :]
         ctx.options = options
-        ctx.save_for_backward(x, weight, bias, seeds, *flat, *([] if options.recompute == "all" else kept), *of)
-        # The mean and the variance of each level's batch. Given ones belong to the caller.
-        given = flat[Level._fields.index("mean") :: FIELDS]
-        batch = [t for i in range(0, len(of), STATISTICS) for t in of[i : i + 2]]
-        if any(mean is not None for mean in given):
-            batch = [t if given[i // 2] is None else t.detach().clone() for i, t in enumerate(batch)]
-        ctx.mark_non_differentiable(*batch)
-        return (out, *batch)
+        ctx.save_for_backward(x, weight, bias, seeds, *flat, *([] if options.recompute == "all" else kept), *stats)
+        ctx.mark_non_differentiable(*stats)
+        return (out, *stats)
 
     @staticmethod
     @once_differentiable

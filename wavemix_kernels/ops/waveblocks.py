@@ -26,16 +26,11 @@ from wavemix_kernels.ops.reduce_haar import norm_reduce_haar
 from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 from wavemix_kernels.ops.waveblock import (
     FIELDS,
-    STATISTICS,
     Block,
     Options,
     levels_backward,
     levels_forward,
-    statistics_of,
 )
-
-Statistics = list[tuple[Tensor, Tensor]]
-
 
 _NO_KERNEL = "no kernel joins their passes here"
 
@@ -71,8 +66,9 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
 
 def waveblocks(
     x: Tensor, blocks: Sequence[Block], backend: str, pooled: bool = False
-) -> tuple[Tensor, list[Statistics]]:
-    """x through all blocks with their residuals, and each block's (mean, biased variance) per level.
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """x through all blocks with their residuals, and of each block's levels the rows of
+    :class:`batch_norm.Statistics`.
 
     Args:
         x: (N, C, H, W), channels_last.
@@ -85,10 +81,9 @@ def waveblocks(
     for i, block in enumerate(blocks):
         options, finest = block.options(True, backend), block.levels[0]
         flat = (t for level in block.levels for t in level)
-        y, *of = _Levels.apply(options, block.seeds, *zs, *flat)
-        stats = statistics_of(of)
-        statistics.append([(norm.mean, norm.var) for norm in stats])
-        norm = stats[0].mean, stats[0].invstd, stats[0].scale, stats[0].shift, finest.bn_weight, finest.bn_bias
+        y, *stats = _Levels.apply(options, block.seeds, *zs, *flat)
+        statistics.append(stats)
+        norm = stats[0], finest.bn_weight, finest.bn_bias
         if i + 1 < len(blocks):
             following = blocks[i + 1]
             x, *zs = _Join.apply(following.options(True, backend), y, *norm, x, following.weight, following.bias)
@@ -123,13 +118,12 @@ class _Levels(torch.autograd.Function):
     def forward(ctx: Any, options: Options, seeds: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         zs, flat = rest[: options.levels], rest[options.levels :]
         ys, _, us, stats = levels_forward(options, flat, lambda: list(zs), seeds, True)
-        of = [t for norm in stats for t in norm]
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         ctx.options = options
-        ctx.save_for_backward(seeds, *flat, *ys[1:], *zs, *us, *of)
-        ctx.mark_non_differentiable(*of)
-        return ys[0], *of
+        ctx.save_for_backward(seeds, *flat, *ys[1:], *zs, *us, *stats)
+        ctx.mark_non_differentiable(*stats)
+        return ys[0], *stats
 
     @staticmethod
     @once_differentiable
@@ -139,10 +133,10 @@ class _Levels(torch.autograd.Function):
         options: Options = ctx.options
         seeds, *rest = ctx.saved_tensors
         count, own = options.levels, options.levels * FIELDS
-        flat, kept, of = rest[:own], rest[own : -count * STATISTICS], rest[-count * STATISTICS :]
+        flat, kept, stats = rest[:own], rest[own:-count], rest[-count:]
         ys, zs, us = [grad, *kept[: count - 1]], kept[count - 1 : 2 * count - 1], kept[2 * count - 1 :]
         z_grads, flat_grads = levels_backward(
-            options, grad, True, flat, ys, zs, us, statistics_of(of), seeds, lambda: list(zs)
+            options, grad, True, flat, ys, zs, us, stats, seeds, lambda: list(zs)
         )
         return None, None, *z_grads, *flat_grads
 
@@ -153,24 +147,25 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, y: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, shift: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
+        ctx: Any, options: Options, y: Tensor, stats: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        x: Tensor, weight: Tensor, bias: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        of = batch_norm.Affine(scale, shift)
+        of = batch_norm.Statistics.of(stats).affine()
         image, zs = norm_reduce_haar.forward(y, of, x, weight, bias, options.levels, options.backend)
         ctx.backend, ctx.has_bias = options.backend, bias is not None
-        ctx.save_for_backward(image, weight, y, mean, invstd, norm_weight, norm_bias)
+        ctx.save_for_backward(image, weight, y, stats, norm_weight, norm_bias)
         return image, *zs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-        image, weight, y, mean, invstd, norm_weight, norm_bias = ctx.saved_tensors
+        image, weight, y, stats, norm_weight, norm_bias = ctx.saved_tensors
+        of = batch_norm.Statistics.of(stats)
         dx, dy, d_norm_weight, d_norm_bias, dw, db = norm_reduce_haar.backward(
-            list(grads), grad, image, weight, ctx.has_bias, y, mean, invstd, norm_weight, ctx.backend
+            list(grads), grad, image, weight, ctx.has_bias, y, of.mean, of.invstd, norm_weight, ctx.backend
         )
         of_norm = _parameters(norm_weight, norm_bias, d_norm_weight, d_norm_bias)
-        return None, dy, None, None, None, None, *of_norm, dx, layout.like_weight(dw, weight), db
+        return None, dy, None, *of_norm, dx, layout.like_weight(dw, weight), db
 
 
 @plan.function
@@ -179,19 +174,21 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, y: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, shift: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor,
+        ctx: Any, options: Options, y: Tensor, stats: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        x: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.backend = choose.for_part(options.backend, batch_norm.BACKENDS)
-        ctx.save_for_backward(y, mean, invstd, norm_weight, norm_bias)
-        return torch.ops.wavemix_kernels.batch_norm_apply(y, scale, shift, x, True, ctx.backend)
+        ctx.save_for_backward(y, stats, norm_weight, norm_bias)
+        of = batch_norm.Statistics.of(stats)
+        return torch.ops.wavemix_kernels.batch_norm_apply(y, of.scale, of.shift, x, True, ctx.backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        y, mean, invstd, norm_weight, norm_bias = ctx.saved_tensors
-        dy, *of_norm = batch_norm.backward(grad, y, mean, invstd, norm_weight, True, True, ctx.backend)
-        return None, dy, None, None, None, None, *_parameters(norm_weight, norm_bias, *of_norm), grad
+        y, stats, norm_weight, norm_bias = ctx.saved_tensors
+        of = batch_norm.Statistics.of(stats)
+        dy, *of_norm = batch_norm.backward(grad, y, of.mean, of.invstd, norm_weight, True, True, ctx.backend)
+        return None, dy, None, *_parameters(norm_weight, norm_bias, *of_norm), grad
 
 
 @plan.function
@@ -200,20 +197,21 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, y: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor, shift: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor,
+        ctx: Any, options: Options, y: Tensor, stats: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        x: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.backend = choose.for_part(options.backend, norm_pool.BACKENDS)
-        out, means = norm_pool.forward(y, batch_norm.Affine(scale, shift), x, ctx.backend)
-        ctx.save_for_backward(y, means, mean, invstd, norm_weight, norm_bias)
+        out, means = norm_pool.forward(y, batch_norm.Statistics.of(stats).affine(), x, ctx.backend)
+        ctx.save_for_backward(y, means, stats, norm_weight, norm_bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        y, means, mean, invstd, norm_weight, norm_bias = ctx.saved_tensors
-        dx, dy, *of_norm = norm_pool.backward(grad, means, y, mean, invstd, norm_weight, ctx.backend)
-        return None, dy, None, None, None, None, *_parameters(norm_weight, norm_bias, *of_norm), dx
+        y, means, stats, norm_weight, norm_bias = ctx.saved_tensors
+        of = batch_norm.Statistics.of(stats)
+        dx, dy, *of_norm = norm_pool.backward(grad, means, y, of.mean, of.invstd, norm_weight, ctx.backend)
+        return None, dy, None, *_parameters(norm_weight, norm_bias, *of_norm), dx
 
 
 def _parameters(

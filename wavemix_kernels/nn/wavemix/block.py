@@ -133,11 +133,11 @@ class FusedWaveblock(Waveblock):
         eps = [part[5].eps for part in parts]
         return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
 
-    def batches(self, x: Tensor, stats: Sequence[tuple[Tensor, Tensor]]) -> list[Batch]:
-        """Each level's mean and biased variance, which move its BatchNorm's running statistics."""
+    def batches(self, x: Tensor, stats: Sequence[Tensor]) -> list[Batch]:
+        """Each level's statistics, which move its BatchNorm's running ones."""
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         norms = [[*part][5] for part in self._parts()]
-        return [Batch(norm, *stats[i], pixels >> (2 * i)) for i, norm in enumerate(norms)]
+        return [Batch(norm, stats[i], None, pixels >> (2 * i)) for i, norm in enumerate(norms)]
 
     def _parts(self) -> list[Any]:
         own: Any = self._modules  # not by nn.Module's attributes, which take longer than a launch

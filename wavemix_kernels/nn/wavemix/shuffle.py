@@ -60,13 +60,14 @@ class FusedShuffleWaveblock(ShuffleWaveblock):
             seeds = pointwise_mlp.draw_seed(x.device) if p else None
             levels = [waveblock.Level(*rest, *of_norm)]
             block = waveblock.Block(weight, bias, levels, [p], [norm.eps], seeds, self.upsample, "auto")
-            out, (stats,) = waveblock.waveblock(cast_x, block, adds, backend)
+            out, (rows,) = waveblock.waveblock(cast_x, block, adds, backend)
+            mean, var = rows, None
         else:
             parameters = shuffle_block.Parameters(weight, bias, *rest, *of_norm)
             common: dict[str, Any] = {"residual": adds, "backend": backend}
-            out, stats = shuffle_block.shuffle_block(cast_x, parameters, dropout=p, eps=norm.eps, **common)
+            out, (mean, var) = shuffle_block.shuffle_block(cast_x, parameters, dropout=p, eps=norm.eps, **common)
         if norm.training:
-            update(Batch(norm, *stats, x.shape[0] * x.shape[2] * x.shape[3]))
+            update(Batch(norm, mean, var, x.shape[0] * x.shape[2] * x.shape[3]))
         return x + out if residual and cast_x is not x else out
 
     def why_not_joined(self) -> str | None:

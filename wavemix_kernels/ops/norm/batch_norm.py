@@ -48,7 +48,8 @@ def affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | N
 class Statistics(NamedTuple):
     """A batch's statistics by channel, with the affine map that normalises by them: (C) each, fp32 (fp64 for fp64).
 
-    Operators return the rows as one tensor (5, C): what an operator returns must not share memory.
+    Operators return the rows as one tensor (5, C): what an operator returns must not share memory, and a tensor that
+    autograd keeps costs time.
     """
 
     mean: Tensor
@@ -56,6 +57,13 @@ class Statistics(NamedTuple):
     invstd: Tensor
     scale: Tensor
     shift: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Statistics:
+        return cls(*rows.unbind(0))
+
+    def affine(self) -> Affine:
+        return Affine(self.scale, self.shift)
 
 
 def from_moments(
@@ -76,14 +84,25 @@ class Line(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Running statistics, and the batch of so many values per channel that moves them; ``var`` is biased."""
+    """Running statistics, and the batch of so many values per channel that moves them.
+
+    Attributes:
+        batches: seen so far.
+        mean, var: (C) each, the variance biased; or the rows of :class:`Statistics`, and None.
+    """
 
     running_mean: Tensor
     running_var: Tensor
-    batches: Tensor  # seen so far
+    batches: Tensor
     mean: Tensor
-    var: Tensor
+    var: Tensor | None
     values: int
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        if self.var is None:
+            mean, var, *_ = self.mean.unbind(0)
+            return mean, var
+        return self.mean, self.var
 
     def factor(self) -> float:
         """Makes the variance unbiased."""
@@ -99,14 +118,16 @@ def update_running(moves: Sequence[Move], momentum: float | None) -> None:
             return
         for move in moves:
             move.batches.add_(1)
-            for running, batch in ((move.running_mean, move.mean), (move.running_var, move.var * move.factor())):
+            mean, var = move.moments()
+            for running, batch in ((move.running_mean, mean), (move.running_var, var * move.factor())):
                 average = move.batches.double().reciprocal().to(running.dtype) if momentum is None else momentum
                 running.lerp_(batch.to(running.dtype), average)
 
 
 def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
     running = [t for move in moves for t in move[:3]]
-    args = running, [t for move in moves for t in move[3:5]], [move.values for move in moves], momentum
+    batch = [t for move in moves for t in move[3:5] if t is not None]
+    args = running, batch, [move.values for move in moves], momentum
     if plan.unseen(args):
         plan.operators["running_statistics"](*args)
     else:
@@ -115,26 +136,26 @@ def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
 
 
 def _running_statistics(running: list[Tensor], batch: list[Tensor], values: list[int], momentum: float) -> None:
-    """In one launch of Triton's, which has arithmetic in float32."""
-    tensors = zip(running[::3], running[1::3], running[2::3], batch[::2], batch[1::2], values, strict=True)
-    moves = [Move(*of_norm) for of_norm in tensors]
+    """In one launch of Triton's, which has arithmetic in float32. ``batch``: means and variances, or rows."""
+    given = iter(batch)
+    moments = ((t, None if t.dim() == 2 else next(given)) for t in given)
+    tensors = zip(running[::3], running[1::3], running[2::3], moments, values, strict=True)
+    moves = [Move(*of_norm[:3], *of_norm[3], of_norm[4]) for of_norm in tensors]
     narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in (*running, *batch))
     if not narrow or backends.triton_why_not(batch[0]) is not None:
         _by_operators(moves, momentum)
         return
     from wavemix_kernels.ops.norm import triton_running as kernels
 
-    kernels.move([kernels.Move(*move[:5], move.factor()) for move in moves], momentum)
+    kernels.move([kernels.Move(*move[:3], *move.moments(), move.factor()) for move in moves], momentum)
 
 
 def _by_operators(moves: Sequence[Move], momentum: float) -> None:
     """In three launches, and a fourth where the running statistics are of another dtype."""
     torch._foreach_add_([move.batches for move in moves], 1)
     running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
-    batch = [
-        *(move.mean for move in moves),
-        *torch._foreach_mul([move.var for move in moves], [move.factor() for move in moves]),
-    ]
+    means, variances = zip(*(move.moments() for move in moves), strict=True)
+    batch = [*means, *torch._foreach_mul(variances, [move.factor() for move in moves])]
     if any(to.dtype != t.dtype for to, t in zip(running, batch, strict=True)):
         wide, batch = batch, [torch.empty_like(t) for t in running]
         torch._foreach_copy_(batch, wide)
@@ -392,9 +413,20 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"wavemix_kernels::{_name}", _fake, lib=_library)
 
 
+def rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
+    """The batch's :class:`Statistics`, (5, C); eps is added to the variance, weight and bias (C) go into the affine
+    map."""
+    made: Tensor = torch.ops.wavemix_kernels.batch_norm_stats(x, weight, bias, eps, backend)
+    return made
+
+
 def stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Statistics:
-    """The batch's; eps is added to the variance, weight and bias (C) go into the affine map."""
-    return Statistics(*torch.ops.wavemix_kernels.batch_norm_stats(x, weight, bias, eps, backend).unbind(0))
+    return Statistics.of(rows(x, weight, bias, eps, backend))
+
+
+def given_rows(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """:func:`rows` for statistics that are not the batch's; the variance is not among them."""
+    return torch.stack((mean, mean, invstd, *affine(mean, invstd, weight, bias)))
 
 
 def backward(
