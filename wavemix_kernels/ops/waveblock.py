@@ -49,6 +49,7 @@ class Level(NamedTuple):
 FIELDS = len(Level._fields)
 
 
+@plan.words
 class Options(NamedTuple):
     levels: int
     dropout: tuple[float, ...]

@@ -23,6 +23,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled() and not _autocast(grads):
+            return backward(ctx, *grads)
         with torch.no_grad(), _without_autocast(grads):
             out = backward(ctx, *grads)
         if not torch.is_grad_enabled() or not any(isinstance(g, Tensor) and g.requires_grad for g in grads):
@@ -36,7 +38,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_autocast(grads: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """For a backward pass that is called under autocast: forward has cast what it kept, no more is to be cast."""
-    kind = next((g.device.type for g in grads if isinstance(g, Tensor)), "meta")
-    if kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+    kind = _autocast(grads)
+    return torch.autocast(kind, enabled=False) if kind else contextlib.nullcontext()
+
+
+def _autocast(grads: Sequence[Any]) -> str | None:
+    """The kind of device that autocast is on for, or None."""
+    for grad in grads:
+        if isinstance(grad, Tensor):
+            kind = grad.device.type
+            return kind if kind not in WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind) else None
+    return None

@@ -16,10 +16,10 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import or_ as operator_or
-from typing import Any
+from operator import itemgetter, or_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _profiled: Any = torch.autograd._profiler_enabled
 _forward_mode = torch.autograd.forward_ad
+_unwrapped: Any = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
 
 
 def _on() -> bool:
@@ -77,7 +78,15 @@ class _Words(tuple[Any, ...]):
 
 
 #: Values of these types are a part of a key.
-_WORDS = {type(None), int, str, float, bool, _Words}
+_WORDS: set[type] = {type(None), int, str, float, bool, _Words}
+
+_Kind = TypeVar("_Kind", bound=type)
+
+
+def words(kind: _Kind) -> _Kind:
+    """Decorates a named tuple that never holds a tensor: arguments of that kind are not looked into."""
+    _WORDS.add(kind)
+    return kind
 
 
 class _Table:
@@ -86,15 +95,44 @@ class _Table:
     Attributes:
         plans: by all that they depend on (:func:`_key`).
         recent: the last ones by the arguments that are no tensors, each behind a check of its tensors in C++.
+        sorters: what tells tensors from the rest, by the arguments' types; None where it has to look into some.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Any, Any] = {}
         self.recent: dict[Any, list[tuple[Callable[..., bool], Any]]] = {}
+        self.sorters: dict[tuple[type, ...], Any] = {}
 
     def clear(self) -> None:
         self.plans.clear()
         self.recent.clear()
+
+    def sorted(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Sequence[Tensor]] | None:
+        """The arguments that a plan depends on beside its tensors, and these; None where there can be no plan."""
+        types = (*map(type, args),)
+        sorter = self.sorters.get(types, self)
+        if sorter is self:
+            sorter = self.sorters[types] = _sorter(types)
+        if sorter is not None:
+            tensors, rest = sorter
+            return (types, rest(args)), tensors(args)
+        parts: list[Any] = []
+        found: list[Tensor] = []
+        return (tuple(parts), found) if _collect(args, parts, found) and found else None
+
+
+def _sorter(types: tuple[type, ...]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    tensors = [i for i, kind in enumerate(types) if kind is Tensor or kind is Parameter]
+    rest = [i for i in range(len(types)) if i not in tensors]
+    if not tensors or any(issubclass(types[i], (Tensor, tuple, list)) and types[i] not in _WORDS for i in rest):
+        return None
+    return _picker(tensors), _picker(rest)
+
+
+def _picker(places: list[int]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return (lambda args, i=places[0]: (args[i],)) if places else lambda args: ()
 
 
 def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,10 +146,10 @@ def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not State.on or torch.compiler.is_compiling() or _watched():
             return function(*args)
-        tensors: list[Tensor] = []
-        kind = _kind(args, tensors)
-        if kind is None:
+        sorted_ = table.sorted(args)
+        if sorted_ is None or (kind := _kind(*sorted_)) is None:
             return function(*args)
+        tensors = sorted_[1]
         recent = table.recent.get(kind, ())
         for fits, known in recent:
             if fits(*tensors):
@@ -199,8 +237,9 @@ def function(of: Any) -> Any:
         made = forward(context, *args)
         return made, context.saved_tensors, context.marked, context.materialize, context.attributes()
 
-    def backward_alone(saved: Any, needs: Any, attributes: Any, grads: Any) -> Any:
-        return backward(_Context(saved, needs, attributes), *grads)
+    def backward_alone(context: Any, *tensors: Any) -> Any:
+        count, needs, attributes = context
+        return backward(_Context(tensors[:count], needs, attributes), *tensors[count:])
 
     planned_forward = planned(f"{of.__name__}.forward", forward_alone)
     planned_backward = planned(f"{of.__name__}.backward", backward_alone)
@@ -218,8 +257,18 @@ def function(of: Any) -> Any:
     def backward_by_plan(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling() or not hasattr(ctx, "attributes"):
             return backward(ctx, *grads)
-        return planned_backward(ctx.saved_tensors, _Words(ctx.needs_input_grad), ctx.attributes, grads)
+        saved = ctx.saved_tensors
+        return planned_backward(_Words((len(saved), ctx.needs_input_grad, ctx.attributes)), *saved, *grads)
 
+    def apply(cls: Any, *args: Any) -> Any:
+        """autograd.Function's own, which looks at all arguments for wrappers of torch.func's transforms that have
+        ended; parameters are none."""
+        if _unwrapped is None or torch.compiler.is_compiling() or _transforms():
+            return super(of, cls).apply(*args)
+        args = (*[_unwrapped(a) if type(a) is Tensor else a for a in args],)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+    of.apply = classmethod(apply)
     of.forward = staticmethod(forward_by_plan)
     of.backward = staticmethod(once_differentiable(backward_by_plan))
     return of
@@ -231,26 +280,22 @@ def _watched() -> bool:
     if _forward_mode._current_level >= 0:
         return True
     triton = sys.modules.get("triton.knobs")
-    if triton is None:
-        return False
-    hooks = triton.runtime.launch_enter_hook, triton.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    return triton is not None and (_hooked(triton.runtime.launch_enter_hook) or _hooked(triton.runtime.launch_exit_hook))
 
 
-def _kind(args: Any, tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """The arguments that a plan depends on beside its tensors; None where there can be none. Fills ``tensors``."""
-    parts: list[Any] = []
-    if not _collect(args, parts, tensors) or not tensors:
-        return None
+def _hooked(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _kind(rest: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """``rest``, and what else a plan depends on beside its tensors; None where there can be no plan."""
     first = tensors[0]
     if not (first.is_cuda or State.everywhere):
         return None
     kind = "cuda" if first.is_cuda else "cpu"
     if torch.is_autocast_enabled(kind):
-        parts.append(torch.get_autocast_dtype(kind))
-    if first.dtype is torch.float32:
-        parts.append(precision.tf32())
-    return tuple(parts)
+        rest = (*rest, torch.get_autocast_dtype(kind))
+    return (*rest, precision.tf32()) if first.dtype is torch.float32 else rest
 
 
 def _collect(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
@@ -273,13 +318,13 @@ def _collect(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
     return True
 
 
-def _key(kind: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, ...]:
+def _key(kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """All that a plan depends on. Kernels use wider accesses for addresses that are multiples of 16."""
     of_tensors = ((t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15) for t in tensors)
     return (*kind, *(part for parts in of_tensors for part in parts))
 
 
-def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
+def _check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     """Whether tensors are as these by :func:`_key`, asked in a fraction of its time; None where this PyTorch has no
     such question."""
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
@@ -294,7 +339,7 @@ def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
     places = [address(t) & 15 for t in tensors]
 
     def fits(*others: Tensor) -> bool:
-        return alike(*others) and not functools.reduce(operator_or, map(address, others)) & 15
+        return alike(*others) and not functools.reduce(or_, map(address, others)) & 15
 
     def fits_elsewhere(*others: Tensor) -> bool:
         return alike(*others) and [address(t) & 15 for t in others] == places
@@ -302,7 +347,7 @@ def _check(tensors: list[Tensor]) -> Callable[..., bool] | None:
     return fits_elsewhere if any(places) else fits
 
 
-def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
+def _recorded(name: str, function: Callable[..., Any], args: Any, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     """The result of a call, and the plan that it made."""
     # Objects of their own: a tensor given twice is two tensors next time.
     inputs = [t.detach() for t in tensors]

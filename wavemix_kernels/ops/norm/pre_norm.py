@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, selftest
+from wavemix_kernels.ops.common import layout, plan, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.norm import batch_norm
@@ -42,6 +42,7 @@ class Norm(NamedTuple):
     var: Tensor | None
 
 
+@plan.words
 class Kind(NamedTuple):
     """Its constants: eps of the variance, and whether each image is normalised by itself."""
 

@@ -54,6 +54,7 @@ RECOMPUTE = ("amplitudes", "all")
 _NO_NORM = pre_norm.Norm(None, None, None, None)
 
 
+@plan.words
 class Options(NamedTuple):
     eps: tuple[float, float]
     recompute: str
