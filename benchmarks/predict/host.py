@@ -134,6 +134,7 @@ def _without_products() -> torch.library.Library:
     a CPU and not made, as a GPU's are not in Python's time."""
     library = torch.library.Library("aten", "IMPL")
     made: dict[Any, tuple[torch.Size, tuple[int, ...]]] = {}
+    orders: dict[Any, torch.memory_format] = {}
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
         key = (x.shape, x.stride(), weight.shape, weight.stride(), *stride, *padding, transposed)
@@ -143,12 +144,13 @@ def _without_products() -> torch.library.Library:
             one = torch.ops.aten.convolution(
                 *like, None, stride, padding, dilation, transposed, output_padding, groups
             )
-            one = one.contiguous(memory_format=order(x, weight))
+            one = torch.empty_like(one, memory_format=order(x, weight))
             made[key] = one.shape, one.stride()
         return x.new_empty_strided(*made[key])
 
     def convolution_backward(grad, x, weight, bias_sizes, *rest):
-        mask, memory = rest[-1], order(x, weight)
+        mask, key = rest[-1], (x.shape, x.stride(), weight.shape, weight.stride())
+        memory = orders.get(key) or orders.setdefault(key, order(x, weight))
         d_x = torch.empty_like(x, memory_format=memory) if mask[0] else None
         d_weight = torch.empty_like(weight, memory_format=memory) if mask[1] else None
         return d_x, d_weight, weight.new_empty(bias_sizes) if mask[2] else None
