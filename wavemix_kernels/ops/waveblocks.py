@@ -10,7 +10,7 @@ the average of the last image alone is wanted, it is never written (:mod:`wavemi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from wavemix_kernels.ops.reduce_haar import op as reduce_haar
 from wavemix_kernels.ops.waveblock import (
     FIELDS,
     Block,
+    Level,
     Options,
     levels_backward,
     levels_forward,
@@ -75,21 +76,20 @@ def waveblocks(
         blocks: of which :func:`why_not` is None.
         pooled: the average over all pixels in place of the image, (N, C, 1, 1).
     """
-    first = blocks[0]
-    x, *zs = _Reduce.apply(first.options(True, backend), x, first.weight, first.bias)
+    options = [block.options(True, backend) for block in blocks]
+    x, *zs = _Reduce.apply(options[0], x, blocks[0].weight, blocks[0].bias)
     statistics = []
-    for i, block in enumerate(blocks):
-        options, finest = block.options(True, backend), block.levels[0]
+    for here, block, there, following in zip(options, blocks, options[1:], blocks[1:], strict=False):
         flat = (t for level in block.levels for t in level)
-        y, *stats = _Levels.apply(options, block.seeds, *zs, *flat)
+        given = block.seeds, following.weight, following.bias, x, *zs, *flat
+        made = _Block.apply(here, there.levels, *given)
+        x, zs, stats = made[0], made[1 : there.levels + 1], made[there.levels + 1 :]
         statistics.append(stats)
-        norm = stats[0], finest.bn_weight, finest.bn_bias
-        if i + 1 < len(blocks):
-            following = blocks[i + 1]
-            x, *zs = _Join.apply(following.options(True, backend), y, *norm, x, following.weight, following.bias)
-        else:
-            x = (_Pool if pooled else _Apply).apply(options, y, *norm, x)
-    return x, statistics
+    last, finest = blocks[-1], blocks[-1].levels[0]
+    y, *stats = _Levels.apply(options[-1], last.seeds, *zs, *(t for level in last.levels for t in level))
+    statistics.append(stats)
+    norm = stats[0], finest.bn_weight, finest.bn_bias
+    return (_Pool if pooled else _Apply).apply(options[-1], y, *norm, x), statistics
 
 
 @plan.function
@@ -110,20 +110,95 @@ class _Reduce(torch.autograd.Function):
         return None, dx, layout.like_weight(dw, weight), db
 
 
+class _Kept(NamedTuple):
+    """What a block's levels keep for their gradients."""
+
+    seeds: Tensor | None
+    flat: Sequence[Any]
+    ys: Sequence[Tensor]
+    zs: Sequence[Tensor]
+    us: Sequence[Tensor]
+    stats: Sequence[Tensor]
+
+    def tensors(self) -> list[Any]:
+        return [self.seeds, *self.flat, *self.ys, *self.zs, *self.us, *self.stats]
+
+    @classmethod
+    def of(cls, count: int, ys: int, tensors: Sequence[Any]) -> _Kept:
+        """Of :meth:`tensors` of so many levels and ``ys``."""
+        seeds, *rest = tensors
+        flat, kept, stats = rest[: count * FIELDS], rest[count * FIELDS : -count], rest[-count:]
+        return cls(seeds, flat, kept[:ys], kept[ys : ys + count], kept[ys + count :], stats)
+
+
+def _through_levels(options: Options, seeds: Tensor | None, rest: Sequence[Any]) -> _Kept:
+    zs, flat = list(rest[: options.levels]), rest[options.levels :]
+    ys, _, us, stats = levels_forward(options, flat, lambda: zs, seeds, True)
+    return _Kept(seeds, flat, ys, zs, us, stats)
+
+
+def _back_through_levels(options: Options, dy: Tensor, kept: _Kept) -> tuple[list[Tensor], list[Any]]:
+    """Gradients of the pyramid and of the parameters, without those of the finest level's BatchNorm. ``kept.ys``: the
+    coarser levels'."""
+    ys, zs = [dy, *kept.ys], list(kept.zs)
+    return levels_backward(options, dy, True, kept.flat, ys, zs, kept.us, kept.stats, kept.seeds, lambda: zs)
+
+
+@plan.function
+class _Block(torch.autograd.Function):
+    """From a pyramid and the residual x through the levels, their last BatchNorm and x: the next block's image and
+    pyramid, and all levels' statistics. The last block is in two, so that less is kept when its levels' gradients,
+    which everything before is kept for, are made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: Options, following: int, seeds: Tensor | None, weight: Tensor, bias: Tensor | None,
+        x: Tensor, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        made = _through_levels(options, seeds, rest)
+        of = batch_norm.Statistics.of(made.stats[0]).affine()
+        image, zs = norm_reduce_haar.forward(made.ys[0], of, x, weight, bias, following, options.backend)
+        if not torch.compiler.is_compiling():  # which does not know it
+            ctx.set_materialize_grads(False)  # of statistics
+        ctx.options, ctx.following, ctx.has_bias = options, following, bias is not None
+        ctx.save_for_backward(image, weight, *made.tensors())
+        ctx.mark_non_differentiable(*made.stats)
+        return image, *zs, *made.stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *grads: Any) -> tuple[Any, ...]:
+        if grad is None:  # what comes next makes all of them or none
+            return (None,) * len(ctx.needs_input_grad)
+        options: Options = ctx.options
+        image, weight, *saved = ctx.saved_tensors
+        kept = _Kept.of(options.levels, options.levels, saved)
+        of_zs = list(grads[: ctx.following])
+        of, finest = batch_norm.Statistics.of(kept.stats[0]), Level(*kept.flat[:FIELDS])
+        dx, dy, d_norm_weight, d_norm_bias, dw, db = norm_reduce_haar.backward(
+            of_zs, grad, image, weight, ctx.has_bias, kept.ys[0], of.mean, of.invstd, finest.bn_weight, options.backend
+        )
+        kept = kept._replace(ys=kept.ys[1:])
+        z_grads, flat_grads = _back_through_levels(options, dy, kept)
+        norm = _parameters(finest.bn_weight, finest.bn_bias, d_norm_weight, d_norm_bias)
+        at = Level._fields.index("bn_weight")
+        flat_grads = [*flat_grads[:at], *norm, *flat_grads[at + 2 :]]
+        return None, None, None, layout.like_weight(dw, weight), db, dx, *z_grads, *flat_grads
+
+
 @plan.function
 class _Levels(torch.autograd.Function):
     """From a pyramid to what the finest level's upsampling gives, and all levels' statistics."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, seeds: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-        zs, flat = rest[: options.levels], rest[options.levels :]
-        ys, _, us, stats = levels_forward(options, flat, lambda: list(zs), seeds, True)
+        made = _through_levels(options, seeds, rest)
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         ctx.options = options
-        ctx.save_for_backward(seeds, *flat, *ys[1:], *zs, *us, *stats)
-        ctx.mark_non_differentiable(*stats)
-        return ys[0], *stats
+        ctx.save_for_backward(*made._replace(ys=made.ys[1:]).tensors())
+        ctx.mark_non_differentiable(*made.stats)
+        return made.ys[0], *made.stats
 
     @staticmethod
     @once_differentiable
@@ -131,41 +206,9 @@ class _Levels(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         options: Options = ctx.options
-        seeds, *rest = ctx.saved_tensors
-        count, own = options.levels, options.levels * FIELDS
-        flat, kept, stats = rest[:own], rest[own:-count], rest[-count:]
-        ys, zs, us = [grad, *kept[: count - 1]], kept[count - 1 : 2 * count - 1], kept[2 * count - 1 :]
-        z_grads, flat_grads = levels_backward(
-            options, grad, True, flat, ys, zs, us, stats, seeds, lambda: list(zs)
-        )
+        kept = _Kept.of(options.levels, options.levels - 1, ctx.saved_tensors)
+        z_grads, flat_grads = _back_through_levels(options, grad, kept)
         return None, None, *z_grads, *flat_grads
-
-
-@plan.function
-class _Join(torch.autograd.Function):
-    """y's BatchNorm and the residual x, and the pyramid of that."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: Options, y: Tensor, stats: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        x: Tensor, weight: Tensor, bias: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        of = batch_norm.Statistics.of(stats).affine()
-        image, zs = norm_reduce_haar.forward(y, of, x, weight, bias, options.levels, options.backend)
-        ctx.backend, ctx.has_bias = options.backend, bias is not None
-        ctx.save_for_backward(image, weight, y, stats, norm_weight, norm_bias)
-        return image, *zs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-        image, weight, y, stats, norm_weight, norm_bias = ctx.saved_tensors
-        of = batch_norm.Statistics.of(stats)
-        dx, dy, d_norm_weight, d_norm_bias, dw, db = norm_reduce_haar.backward(
-            list(grads), grad, image, weight, ctx.has_bias, y, of.mean, of.invstd, norm_weight, ctx.backend
-        )
-        of_norm = _parameters(norm_weight, norm_bias, d_norm_weight, d_norm_bias)
-        return None, dy, None, *of_norm, dx, layout.like_weight(dw, weight), db
 
 
 @plan.function
