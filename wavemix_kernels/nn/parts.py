@@ -138,13 +138,16 @@ class Batch(NamedTuple):
 def update(*batches: Batch) -> None:
     """Running statistics of those that are BatchNorms in training and keep them."""
     together: dict[float | None, list[batch_norm.Move]] = {}
+    seen: set[nn.Module] = set()
     twice: list[Batch] = []
-    for i, (norm, mean, var, values) in enumerate(batches):
+    for batch in batches:
+        norm, mean, var, values = batch
         if not (isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats):
             continue
-        if any(other.norm is norm for other in batches[:i]):  # a module in two places moves twice
-            twice.append(batches[i])
+        if norm in seen:  # a module in two places moves twice
+            twice.append(batch)
             continue
+        seen.add(norm)
         running: Any = norm._buffers  # not by nn.Module's attributes, which take longer than a launch
         move = batch_norm.Move(
             running["running_mean"], running["running_var"], running["num_batches_tracked"], mean, var, values

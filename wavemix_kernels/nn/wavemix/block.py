@@ -121,14 +121,12 @@ class FusedWaveblock(Waveblock):
                 weights += affine_parameters(conv)
         cast_x, *flat = checks.autocast(x, *weights)
         checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
-        tensors = iter(flat)
-        weight, bias = next(tensors), next(tensors)
+        weight, bias, *flat = flat
+        count, missing = len(flat) // len(parts), (None,) * (6 - len(flat) // len(parts))
         levels = []
-        for part in parts:
-            norm = part[5]
-            w1, b1, w2, b2 = (next(tensors) for _ in range(4))
-            up, up_bias = (next(tensors), next(tensors)) if _upsampling_conv(part[4]) else (None, None)
-            levels.append(waveblock.Level(w1, b1, w2, b2, up, up_bias, *affine_parameters(norm), *frozen(norm)))
+        for i, part in enumerate(parts):
+            own, norm = flat[i * count : (i + 1) * count], part[5]
+            levels.append(waveblock.Level(*own, *missing, *affine_parameters(norm), *frozen(norm)))
         dropout = [part[2].p if part[2].training else 0.0 for part in parts]
         eps = [part[5].eps for part in parts]
         return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
