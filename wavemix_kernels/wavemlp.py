@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wavemix_kernels import backends, checks, fx
-from wavemix_kernels.nn.parts import affine_of, average, untouched
+from wavemix_kernels.nn.parts import affine_of, average, together, untouched
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock as WaveBlock
 from wavemix_kernels.nn.wavemlp.inference import InferenceWaveBlock
 from wavemix_kernels.nn.wavemlp.mlp import FusedMlp as Mlp
@@ -348,10 +348,11 @@ class WaveNet(nn.Module):
     def forward_tokens(self, x: Tensor) -> Tensor | list[Tensor]:
         """Tokens of the first stage to those of the last; with ``fork_feat`` to the list of every stage's, normed."""
         outputs = []
-        for index, module in enumerate(self.network):
-            x = module(x)
-            if self.fork_feat and index in self.out_indices:
-                outputs.append(getattr(self, f"norm{index}")(x))
+        with together():
+            for index, module in enumerate(self.network):
+                x = module(x)
+                if self.fork_feat and index in self.out_indices:
+                    outputs.append(getattr(self, f"norm{index}")(x))
         return outputs if self.fork_feat else x
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

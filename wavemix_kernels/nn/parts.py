@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -117,6 +119,30 @@ def is_frozen(norm: nn.BatchNorm2d) -> bool:
     return not (norm.training or norm.running_mean is None or norm.running_var is None)
 
 
+class _Later(threading.local):
+    """What :func:`together` has not yet updated."""
+
+    batches: list[Batch] | None = None
+
+
+_later = _Later()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Decorates a model's forward pass: its norms' running statistics move at its end, in few launches."""
+    if torch.compiler.is_compiling() or _later.batches is not None:
+        yield
+        return
+    _later.batches = []
+    try:
+        yield
+        batches = _later.batches
+    finally:
+        _later.batches = None
+    update(*batches)
+
+
 def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Running mean and inverse deviation of a norm that uses them."""
     if not is_frozen(norm):
@@ -137,6 +163,9 @@ class Batch(NamedTuple):
 
 def update(*batches: Batch) -> None:
     """Running statistics of those that are BatchNorms in training and keep them."""
+    if not torch.compiler.is_compiling() and (later := _later.batches) is not None:
+        later += batches
+        return
     together: dict[float | None, list[batch_norm.Move]] = {}
     seen: set[nn.Module] = set()
     twice: list[Batch] = []

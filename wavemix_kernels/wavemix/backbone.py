@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wavemix_kernels import backends, checks, fx
-from wavemix_kernels.nn.parts import Batch, is_frozen, untouched, update
+from wavemix_kernels.nn.parts import Batch, is_frozen, together, untouched, update
 from wavemix_kernels.nn.wavemix import stack
 from wavemix_kernels.nn.wavemix.block import FusedWaveblock
 from wavemix_kernels.nn.wavemix.expansion import FusedExpansion
@@ -182,8 +182,9 @@ class Backbone(nn.Module):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.conv.parameters())
         if fused and not (learns and img.device.type == "cpu"):
             img = img.contiguous(memory_format=torch.channels_last)
-        x = run_stem(self.conv, img, self._folded) if fused else self.conv(img)
-        return _through(self.layers, joined, x, pooled)
+        with together():
+            x = run_stem(self.conv, img, self._folded) if fused else self.conv(img)
+            return _through(self.layers, joined, x, pooled)
 
     def check_image(self, img: Tensor) -> None:
         """Raises TypeError or ValueError unless the blocks can take what the stem makes of ``img``.

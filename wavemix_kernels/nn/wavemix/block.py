@@ -181,6 +181,8 @@ class FusedWaveblock(Waveblock):
         parts = [own.get("reduction"), *(own.get(self._feedforward_name(i)) for i in range(1, self.level + 1))]
         if [*map(type, parts)] != kinds[: len(parts)]:
             return False
+        if any(len(part._modules) * self.level != len(kinds) - len(parts) for part in parts[1:]):
+            return False
         return all_plain([*parts, *(m for part in parts[1:] for m in part._modules.values())], kinds)
 
     def extra_repr(self) -> str:

@@ -72,23 +72,25 @@ class FusedWaveBlock(WaveBlock):
         return super().forward(x)
 
     def mix_tokens(self, x: Tensor) -> Tensor:
-        backend, mixer = backends.requested(), self.attn
+        own: Any = self._modules  # not by nn.Module's attributes, which take longer than a launch
+        backend, mixer = backends.requested(), own["attn"]
         if backend == "reference" or log.fallback(self, self._why_not_fused("attn", FusedPATM, "norm1")):
             return super().mix_tokens(x)
         assert isinstance(mixer, FusedPATM)
-        return mixer.residual(x, self.norm1, self._path(x), backend)
+        return mixer.residual(x, own["norm1"], self._path(x), backend)
 
     def mix_channels(self, x: Tensor) -> Tensor:
-        backend, mixer = backends.requested(), self.mlp
+        own: Any = self._modules
+        backend, mixer, norm2 = backends.requested(), own["mlp"], own["norm2"]
         if backend == "reference" or log.fallback(self, self._why_not_fused("mlp", FusedMlp, "norm2")):
             return super().mix_channels(x)
         assert isinstance(mixer, FusedMlp)
-        norm, kind = pre_norm.read(self.norm2, x)
+        norm, kind = pre_norm.read(norm2, x)
         # The norm reads x as it is: only x's dtype counts here.
         like_x, *weights = checks.autocast(x[:0], *mixer.weights())
         checks.check_same_dtype("x", like_x, "the weights", weights[0])
         out, mean, var = channel_mlp.branch(x, norm, kind, channel_mlp.Weights(*weights), self._path(x), backend)
-        update(Batch(self.norm2, mean, var, x.shape[0] * x.shape[2] * x.shape[3]))
+        update(Batch(norm2, mean, var, x.shape[0] * x.shape[2] * x.shape[3]))
         return out
 
     def fuse_for_inference(self) -> InferenceWaveBlock:
@@ -106,12 +108,13 @@ class FusedWaveBlock(WaveBlock):
 
     def _why_not_fused(self, name: str, kind: type[FusedPATM | FusedMlp], norm: str) -> str | None:
         """Why one function cannot stand for a residual branch, or None."""
-        mixer: Any = getattr(self, name)
+        own: Any = self._modules
+        mixer = own[name]
         if type(mixer) is not kind:
             return f"{name} is {type(mixer).__name__}, expected {kind.__name__}"
         if (reason := mixer.why_not_joined()) is not None:
             return f"{name}: {reason}"
-        return pre_norm.why_not(norm, getattr(self, norm)) or why_not_plain("drop_path", self.drop_path)
+        return pre_norm.why_not(norm, own[norm]) or why_not_plain("drop_path", own["drop_path"])
 
     def _path(self, x: Tensor) -> Tensor | None:
         """The factor of each sample in stochastic depth: of another class than ours, the module's output for ones."""

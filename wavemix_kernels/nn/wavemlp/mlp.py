@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import why_not_all_plain, why_not_plain
+from wavemix_kernels.nn.parts import affine_parameters, all_plain, why_not_all_plain, why_not_plain
 from wavemix_kernels.nn.wavemlp.reference import Mlp
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common.layout import is_channels_last, laid_out
@@ -42,7 +43,8 @@ class FusedMlp(Mlp):
         return out if is_channels_last(x) else laid_out(out, False)
 
     def weights(self) -> channel_mlp.Weights:
-        return channel_mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        own: Any = self._modules  # not by nn.Module's attributes, which take longer than a launch
+        return channel_mlp.Weights(*affine_parameters(own["fc1"]), *affine_parameters(own["fc2"]))
 
     def why_not_joined(self) -> str | None:
         """Why the operator cannot stand for the module inside another one, or None."""
@@ -54,13 +56,22 @@ class FusedMlp(Mlp):
         return standard_wanted() or why_not_mlp(self)
 
 
-_KINDS = (("fc1", nn.Conv2d), ("act", nn.GELU), ("fc2", nn.Conv2d), ("drop", nn.Dropout))
+#: The parts of an Mlp, in their order.
+MLP_KINDS: tuple[tuple[str, type[nn.Module]], ...] = (("fc1", nn.Conv2d), ("act", nn.GELU), ("fc2", nn.Conv2d), ("drop", nn.Dropout))
 
 
 def why_not_mlp(mlp: Mlp) -> str | None:
     """The reason of :meth:`FusedMlp.why_not_fused`, for any Mlp."""
-    if (reason := why_not_all_plain((name, getattr(mlp, name), kind) for name, kind in _KINDS)) is not None:
+    parts = mlp._modules.values()
+    if not torch.compiler.is_compiling() and all_plain([*parts], [kind for _, kind in MLP_KINDS]):
+        return why_not_mlp_runs(mlp)
+    if (reason := why_not_all_plain((name, getattr(mlp, name), kind) for name, kind in MLP_KINDS)) is not None:
         return reason
+    return why_not_mlp_runs(mlp)
+
+
+def why_not_mlp_runs(mlp: Mlp) -> str | None:
+    """The same where all parts are plain."""
     if (approximate := cast(nn.GELU, mlp.act).approximate) != "none":
         return f"act has approximate={approximate!r}, expected 'none'"
     return why_not_dropping("drop", mlp.drop)

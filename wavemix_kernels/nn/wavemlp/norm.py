@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from wavemix_kernels.nn.parts import why_not_plain
+from wavemix_kernels.nn.parts import affine_parameters, is_frozen, why_not_plain
 from wavemix_kernels.ops.norm import pre_norm
 
 
@@ -24,10 +24,9 @@ def read(norm: nn.Module, x: Tensor) -> tuple[pre_norm.Norm, pre_norm.Kind]:
         ValueError: a batch with one value per channel in training.
     """
     if isinstance(norm, nn.GroupNorm):
-        return pre_norm.Norm(norm.weight, norm.bias, None, None), pre_norm.Kind(norm.eps, True)
+        return pre_norm.Norm(*affine_parameters(norm), None, None), pre_norm.Kind(norm.eps, True)
     assert isinstance(norm, nn.BatchNorm2d)
     if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x: expected more than one value per channel in training, got shape {tuple(x.shape)}")
-    frozen = not norm.training and norm.running_mean is not None and norm.running_var is not None
-    given = (norm.running_mean, norm.running_var) if frozen else (None, None)
-    return pre_norm.Norm(norm.weight, norm.bias, *given), pre_norm.Kind(norm.eps, False)
+    given = (norm.running_mean, norm.running_var) if is_frozen(norm) else (None, None)
+    return pre_norm.Norm(*affine_parameters(norm), *given), pre_norm.Kind(norm.eps, False)

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wavemix_kernels import backends, checks, fx, log
-from wavemix_kernels.nn.parts import Batch, frozen, is_frozen, update, why_not_all_plain, why_not_plain
+from wavemix_kernels.nn.parts import (
+    Batch,
+    affine_parameters,
+    all_plain,
+    frozen,
+    is_frozen,
+    update,
+    why_not_all_plain,
+    why_not_plain,
+)
 from wavemix_kernels.nn.wavemlp import norm as pre_norm
 from wavemix_kernels.nn.wavemlp.inference import InferencePATM
-from wavemix_kernels.nn.wavemlp.mlp import FusedMlp, why_not_dropping, why_not_mlp
+from wavemix_kernels.nn.wavemlp.mlp import MLP_KINDS, FusedMlp, why_not_dropping, why_not_mlp, why_not_mlp_runs
 from wavemix_kernels.nn.wavemlp.reference import PATM, Mlp
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.patm import op as patm_op
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, PhaseNorm, Weights
+
+
+_CONVOLUTIONS = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
+_PHASES = ("theta_h_conv", "theta_w_conv")
+_KINDS: list[type[nn.Module]] = [*[nn.Conv2d] * len(_CONVOLUTIONS), *[nn.Sequential] * len(_PHASES)]
+_KINDS_INSIDE = [*[nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * len(_PHASES), *(kind for _, kind in MLP_KINDS)]
 
 
 class FusedPATM(PATM):
@@ -69,7 +85,8 @@ class FusedPATM(PATM):
     def _run(self, x: Tensor, norm: nn.Module | None, path: Tensor | None, backend: str) -> Tensor:
         self.check_input(x)
         # By iteration: nn.Sequential walks to what an index asks for.
-        phase_norms: list[Any] = [[*phase][1] for phase in (self.theta_h_conv, self.theta_w_conv)]
+        own: Any = self._modules  # not by nn.Module's attributes, which take longer than a launch
+        phase_norms: list[Any] = [[*own[name]][1] for name in _PHASES]
         count = x.shape[0] * x.shape[2] * x.shape[3]
         if count == 1 and any(phase_norm.training for phase_norm in phase_norms):
             raise ValueError(f"x: expected more than one value per channel in training, got shape {tuple(x.shape)}")
@@ -78,7 +95,7 @@ class FusedPATM(PATM):
         cast_x, *on_images = checks.autocast(x if norm is None else x[:0], *weights[:ON_IMAGES])
         checks.check_same_dtype("x", cast_x, "the weights", on_images[0])
         weights = Weights(*on_images, *weights[ON_IMAGES:])
-        norm_h, norm_w = (PhaseNorm(n.weight, n.bias, *frozen(n)) for n in phase_norms)
+        norm_h, norm_w = (PhaseNorm(*affine_parameters(n), *frozen(n)) for n in phase_norms)
         read, kind = (None, None) if norm is None else pre_norm.read(norm, x)
         out = patm_op.patm(
             cast_x if norm is None else x, weights, norm_h, norm_w, eps=(phase_norms[0].eps, phase_norms[1].eps),
@@ -90,11 +107,14 @@ class FusedPATM(PATM):
 
     def weights(self) -> Weights:
         """Upstream's parameters by the operators' names."""
-        theta_h, theta_w = (next(iter(phase)) for phase in (self.theta_h_conv, self.theta_w_conv))
-        fc1, fc2 = self.reweight.fc1, self.reweight.fc2
-        convolutions: list[Any] = [self.fc_h, self.fc_w, self.fc_c, theta_h, theta_w, self.proj]
-        rest: list[Any] = [self.tfc_h.weight, self.tfc_w.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
-        return Weights(*(t for conv in convolutions for t in (conv.weight, conv.bias)), *rest)
+        own: Any = self._modules
+        thetas = [[*own[name]][0] for name in _PHASES]
+        weights: list[Any] = []
+        for conv in (own["fc_h"], own["fc_w"], own["fc_c"], *thetas, own["proj"]):
+            weights += affine_parameters(conv)
+        taps = (affine_parameters(own[name])[0] for name in ("tfc_h", "tfc_w"))
+        mlp = own["reweight"]._modules
+        return Weights(*weights, *taps, *affine_parameters(mlp["fc1"]), *affine_parameters(mlp["fc2"]))
 
     def why_not_joined(self) -> str | None:
         """Why :meth:`residual` cannot stand for a call, or None: a hook would be left out, or something is dropped."""
@@ -119,14 +139,15 @@ class FusedPATM(PATM):
         parametrization would be left out."""
         if (reason := standard_wanted()) is not None:
             return reason
-        convolutions = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
+        if not torch.compiler.is_compiling() and self._all_plain():
+            return None
         reweight = self.reweight
         norms: list[Any] = []
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
-            *((name, getattr(self, name), nn.Conv2d) for name in convolutions),
+            *((name, getattr(self, name), nn.Conv2d) for name in _CONVOLUTIONS),
             ("reweight", reweight, FusedMlp if type(reweight) is FusedMlp else Mlp),
         ]
-        for name in ("theta_h_conv", "theta_w_conv"):
+        for name in _PHASES:
             phase = getattr(self, name)
             if type(phase) is not nn.Sequential or len(phase) != 3:
                 return f"{name} is {phase}, expected a Sequential of Conv2d, BatchNorm2d and ReLU"
@@ -140,6 +161,21 @@ class FusedPATM(PATM):
             return f"reweight: {reason}"
         of_h, of_w = (is_frozen(norm) for norm in norms)
         return None if of_h == of_w else "one of theta_h_conv.1 and theta_w_conv.1 is frozen, the other is not"
+
+    def _all_plain(self) -> bool:
+        """Whether there is no reason of :meth:`why_not_fused`, asked quickly."""
+        own: Any = self._modules
+        convolutions, phases = [own.get(name) for name in _CONVOLUTIONS], [own.get(name) for name in _PHASES]
+        mlp = own.get("reweight")
+        if [*map(type, phases)] != [nn.Sequential] * 2 or type(mlp) not in (FusedMlp, Mlp):
+            return False
+        inner = [m for phase in phases for m in phase._modules.values()]
+        if len(phases[0]._modules) != len(phases[1]._modules):
+            return False
+        of_mlp = [*mlp._modules.values()]
+        if not all_plain([*convolutions, *phases, mlp, *inner, *of_mlp], [*_KINDS, type(mlp), *_KINDS_INSIDE]):
+            return False
+        return why_not_mlp_runs(mlp) is None and is_frozen(inner[1]) == is_frozen(inner[4])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recompute={self.recompute!r}"
