@@ -146,16 +146,18 @@ void bind_patm(Module& m) {
       {"dtype", "shape", "branches", "gradients", "a_c", "d_c", "workspace", "multiprocessors", "stream"});
   m.def("phase_statistics_cuda",
         [](int dtype, const Ints& shape, const std::array<Branch, 2>& branches, const std::array<Ints, 2>& d_theta,
-           const std::array<uintptr_t, 2>& rise, const std::array<uintptr_t, 2>& offset, int multiprocessors,
-           uintptr_t stream) {
+           const std::array<std::array<uintptr_t, 4>, 2>& statistics, int multiprocessors, uintptr_t stream) {
           const Branches args = both(dtype, shape, branches);
           const Plane to[2] = {plane(d_theta[0], "d_theta", shape), plane(d_theta[1], "d_theta", shape)};
-          const void* const slope[2] = {pointer(rise[0]), pointer(rise[1])};
-          const void* const constant[2] = {pointer(offset[0]), pointer(offset[1])};
+          PhaseStatistics of[2];
+          for (size_t i = 0; i < 2; ++i) {
+            const auto& [mean, invstd, sum_pre, sum_pre_theta] = statistics[i];
+            of[i] = {pointer(mean), pointer(invstd), pointer(sum_pre), pointer(sum_pre_theta)};
+          }
           const Unlocked unlocked;
-          phase_statistics_cuda(args.of, to, slope, constant, multiprocessors, pointer(stream));
+          phase_statistics_cuda(args.of, to, of, multiprocessors, pointer(stream));
         },
-        {"dtype", "shape", "branches", "d_theta", "rise", "offset", "multiprocessors", "stream"});
+        {"dtype", "shape", "branches", "d_theta", "statistics", "multiprocessors", "stream"});
 #endif
 }
 

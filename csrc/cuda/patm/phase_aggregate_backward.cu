@@ -268,11 +268,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) phase_backwa
 
 struct StatisticsBranch {
   Walk theta, d_theta;
-  const void *rise, *offset;
+  const void* scale;
+  PhaseStatistics of;
 };
 struct StatisticsParams {
   Dealt dealt;
   StatisticsBranch branch[kBranches];
+  double of_a_pixel;  // 1 / pixels of the batch
 };
 
 constexpr int kAhead = 4;  // pixels on their way at a time: 8 words a thread keep the memory busy
@@ -286,9 +288,21 @@ __global__ void __launch_bounds__(kThreads) phase_statistics(const __grid_consta
   const int b = place.branch, pair = place.pair + place.x * pairs_of_thread;
   if (place.y >= d.rows || pair >= d.pairs) return;
   const StatisticsBranch& branch = p.branch[b];
-  A rise[V], offset[V];
-  load_vector(branch.rise, 2 * pair, rise);
-  load_vector(branch.offset, 2 * pair, offset);
+  A rise[V], offset[V];  // d_theta += theta * rise + offset
+  {
+    A scale[V], mean[V], invstd[V];
+    load_vector(branch.scale, 2 * pair, scale);
+    load_vector(branch.of.mean, 2 * pair, mean);
+    load_vector(branch.of.invstd, 2 * pair, invstd);
+    load_vector(branch.of.sum_pre_theta, 2 * pair, rise);
+    load_vector(branch.of.sum_pre, 2 * pair, offset);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const A factor = -scale[k] * static_cast<A>(p.of_a_pixel);
+      rise[k] *= factor * (invstd[k] * invstd[k]);
+      offset[k] = offset[k] * factor - rise[k] * mean[k];
+    }
+  }
 #pragma unroll 1
   for (int64_t image = place.image; image < d.n; image += d.images) {
 #pragma unroll 1
@@ -369,14 +383,14 @@ void launch_backward(const PhaseArgs (&branches)[kBranches], const PhaseGradArgs
 
 template <class T, int pairs_of_thread, bool wide>
 void launch_statistics(const PhaseArgs (&branches)[kBranches], const Plane (&d_theta)[kBranches],
-                       const void* const (&rise)[kBranches], const void* const (&offset)[kBranches],
-                       int multiprocessors, void* stream) {
+                       const PhaseStatistics (&of)[kBranches], int multiprocessors, void* stream) {
   const PhaseArgs& args = branches[0];
   const Plan plan(args, pairs_of_thread, multiprocessors, false);
   StatisticsParams p = {};
   p.dealt = dealt(plan, args, pairs_of_thread);
   for (int b = 0; b < kBranches; ++b)
-    p.branch[b] = {walk(branches[b].theta, b == 1), walk(d_theta[b], b == 1), rise[b], offset[b]};
+    p.branch[b] = {walk(branches[b].theta, b == 1), walk(d_theta[b], b == 1), branches[b].scale, of[b]};
+  p.of_a_pixel = 1.0 / (static_cast<double>(args.n) * static_cast<double>(args.h) * static_cast<double>(args.w));
   Launch launch = prepared("phase_statistics", args.dtype, wide, stream);
   launch.blocks = static_cast<unsigned>(plan.images * plan.parts_of_image() * plan.chunks);
   launch(phase_statistics<T, pairs_of_thread, wide>, p);
@@ -412,8 +426,8 @@ void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&g
   });
 }
 
-void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const void* const (&rise)[2],
-                           const void* const (&offset)[2], int multiprocessors, void* stream) {
+void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const PhaseStatistics (&of)[2],
+                           int multiprocessors, void* stream) {
   using namespace phase;
   using namespace phase::backward;
   const PhaseArgs& args = branches[0];
@@ -426,9 +440,9 @@ void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta
     for (int b = 0; b < kBranches; ++b)
       wide = wide && words_fit<T>(branches[b].theta, args, V) && words_fit<T>(d_theta[b], args, V);
     if (wide) {
-      launch_statistics<T, V / 2, true>(branches, d_theta, rise, offset, multiprocessors, stream);
+      launch_statistics<T, V / 2, true>(branches, d_theta, of, multiprocessors, stream);
     } else {
-      launch_statistics<T, 1, false>(branches, d_theta, rise, offset, multiprocessors, stream);
+      launch_statistics<T, 1, false>(branches, d_theta, of, multiprocessors, stream);
     }
   });
 }

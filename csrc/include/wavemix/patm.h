@@ -50,9 +50,15 @@ void phase_forward_cuda(const PhaseArgs (&branches)[2], const Plane (&out)[2], c
                         void* workspace, int multiprocessors, void* stream);
 void phase_backward_cuda(const PhaseArgs (&branches)[2], const PhaseGradArgs (&grads)[2], void* workspace,
                          int multiprocessors, void* stream);
-// Adds what batch statistics contribute, in place: d_theta += theta * rise + offset, per channel (c).
-void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const void* const (&rise)[2],
-                           const void* const (&offset)[2], int multiprocessors, void* stream);
+// A batch's statistics of theta, and the sums that phase_backward_cuda gave with that mean as center: (c) each.
+struct PhaseStatistics {
+  const void *mean = nullptr, *invstd = nullptr;
+  const void *sum_pre = nullptr, *sum_pre_theta = nullptr;
+};
+// Adds what batch statistics contribute, in place. With the sums as averages over all pixels of the batch,
+//     d_theta -= scale * (sum_pre + sum_pre_theta * invstd^2 * (theta - mean)), per channel.
+void phase_statistics_cuda(const PhaseArgs (&branches)[2], const Plane (&d_theta)[2], const PhaseStatistics (&of)[2],
+                           int multiprocessors, void* stream);
 
 // The three branches and their weights a (3, n, c), in the arithmetic type.
 struct BranchArgs {

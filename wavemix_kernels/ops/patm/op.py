@@ -218,8 +218,9 @@ class _ByParts(torch.autograd.Function):
             of_norm = pre_norm.statistics(x, arguments.norm, options.kind, options.backend)
         image = _image(x, arguments, options, of_norm)
         keeps = options.recompute == "amplitudes"
-        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, w, arguments, joined=not keeps)
-        del image
+        weight = torch.cat([*_pointwise(arguments).values()]) if _is_joined(image) else None
+        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, arguments, weight, joined=not keeps)
+        del image, weight
         of_thetas = statistics.of_thetas(arguments.norms(), thetas, options.eps, options.backend)
         maps = of_thetas.maps()
         h, v, s = phases.fused(
@@ -252,10 +253,13 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
     image = _image(again(x), arguments, options, of_norm)
     grad = pre_norm.join_backward(around, path, image, options.backend)
     before = flops.counted()
+    pointwise = _pointwise(arguments)
+    weight = torch.cat([*pointwise.values()])
+    joined = weight if _is_joined(image) else None
     if thetas:
-        z_h, z_w, z_c = _amplitudes(image, w)
+        z_h, z_w, z_c = _projections(image, arguments, joined, _AMPLITUDES)
     else:
-        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, w, arguments, joined=True)
+        z_h, z_w, z_c, *thetas = _amplitudes_and_thetas(image, arguments, joined, joined=True)
     maps = of_thetas.maps()
     part = options.part(phases.BACKENDS)
     h, v, _s = phases.fused(z_h, z_w, z_c, *thetas, *maps, w.taps_h, w.taps_w, part)
@@ -279,12 +283,8 @@ def _backward_by_parts(ctx: Any, around: Tensor | None) -> tuple[Any, ...]:
     )  # fmt: skip
     del z_h, z_w, z_c, d_mixed
     d["taps_h"], d["taps_w"] = out.taps_h, out.taps_w
-    convolutions = {"z_h": w.z_h, "z_w": w.z_w, "z_c": w.z_c}
-    if not depthwise:
-        convolutions |= {"theta_h": w.theta_h, "theta_w": w.theta_w}
-    weight = torch.cat(list(convolutions.values()))
-    joined = products.backward_weight(out.images[0], image, weight).chunk(len(convolutions))
-    d.update(zip(convolutions, joined, strict=True))
+    d_pointwise = products.backward_weight(out.images[0], image, weight).chunk(len(pointwise))
+    d.update(zip(pointwise, d_pointwise, strict=True))
     want_image = ctx.needs_input_grad[1] or options.kind is not None
     d_image = products.backward_x(out.images[0], image, weight) if want_image else None
     if depthwise:
@@ -312,33 +312,43 @@ def _cat(*parts: Tensor | None, like: tuple[Tensor, ...]) -> Tensor | None:
     return torch.cat([w.new_zeros(w.shape[0]) if p is None else p for p, w in zip(parts, like, strict=True)])
 
 
-def _projections(image: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """1x1 convolutions of one image, as images or as slices of one."""
-    if choose.projections(image.device.type, image.shape[1]) == "apart":
-        return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
-    joined = products.project(image, torch.cat(weights), _cat(*biases, like=weights))
-    return list(joined.chunk(len(weights), 1))
-
-
-def _amplitudes(image: Tensor, w: Weights) -> list[Tensor]:
-    return _projections(image, (w.z_h, w.z_w, w.z_c), (w.z_h_bias, w.z_w_bias, w.z_c_bias))
-
-
-def _amplitudes_and_thetas(image: Tensor, w: Weights, arguments: Arguments, joined: bool) -> list[Tensor]:
-    """``joined``: they may be slices of one image, which no one of them outlives."""
-    if not joined or arguments.depthwise():
-        return [*_amplitudes(image, w), *_thetas(image, arguments)]
-    weights = w.z_h, w.z_w, w.z_c, w.theta_h, w.theta_w
-    return _projections(image, weights, (w.z_h_bias, w.z_w_bias, w.z_c_bias, w.theta_h_bias, w.theta_w_bias))
-
-
-def _thetas(image: Tensor, arguments: Arguments) -> list[Tensor]:
+def _pointwise(arguments: Arguments) -> dict[str, Tensor]:
+    """The weights of the 1x1 convolutions of the image, by the names of :class:`Weights`."""
     w = arguments.weights
-    weights, biases = (w.theta_h, w.theta_w), (w.theta_h_bias, w.theta_w_bias)
+    amplitudes = {"z_h": w.z_h, "z_w": w.z_w, "z_c": w.z_c}
+    return amplitudes if arguments.depthwise() else amplitudes | {"theta_h": w.theta_h, "theta_w": w.theta_w}
+
+
+def _is_joined(image: Tensor) -> bool:
+    return choose.projections(image.device.type, image.shape[1]) == "joined"
+
+
+def _projections(image: Tensor, arguments: Arguments, weight: Tensor | None, part: slice) -> list[Tensor]:
+    """Some of the 1x1 convolutions, as slices of one image by a part of ``weight``, all their weights one after the
+    other; where there is none, as images."""
+    names, weights = zip(*[*_pointwise(arguments).items()][part], strict=True)
+    biases = [getattr(arguments.weights, f"{name}_bias") for name in names]
+    if weight is None:
+        return [products.project(image, w, b) for w, b in zip(weights, biases, strict=True)]
+    rows = weights[0].shape[0]
+    whole = weight[rows * (part.start or 0) :][: rows * len(names)]
+    return list(products.project(image, whole, _cat(*biases, like=weights)).chunk(len(names), 1))
+
+
+_AMPLITUDES, _THETAS = slice(0, 3), slice(3, None)
+
+
+def _amplitudes_and_thetas(image: Tensor, arguments: Arguments, weight: Tensor | None, joined: bool) -> list[Tensor]:
+    """``joined``: they may be slices of one image, which no one of them outlives."""
+    w = arguments.weights
     if not arguments.depthwise():
-        return _projections(image, weights, biases)
-    pairs = zip(weights, biases, strict=True)
-    return [convolutions.conv2d(image, theta, bias, padding=1, groups=image.shape[1]) for theta, bias in pairs]
+        parts = (slice(None),) if joined else (_AMPLITUDES, _THETAS)
+        return [t for part in parts for t in _projections(image, arguments, weight, part)]
+    thetas = (w.theta_h, w.theta_h_bias), (w.theta_w, w.theta_w_bias)
+    return [
+        *_projections(image, arguments, weight, _AMPLITUDES),
+        *(convolutions.conv2d(image, theta, bias, padding=1, groups=image.shape[1]) for theta, bias in thetas),
+    ]
 
 
 def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Tensor | None]:

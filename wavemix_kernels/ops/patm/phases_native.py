@@ -111,11 +111,11 @@ def cuda_backward(branches: Branches, cotangents: Cotangents, batch: Batch | Non
         _native.address(None if a_c is None else d_c), _native.pointer(workspace), multiprocessors,
     )  # fmt: skip
     if batch is not None:
-        scales = torch.stack([branch.scale for branch in read])
-        lines = waves.line(z, sums, scales, Batch(*(waves.wide(t, z) for t in batch)))
+        wide = [waves.wide(t, z) for t in batch]
+        statistics = [[_native.pointer(t) for t in (*(of[i] for of in wide), *sums[i])] for i in range(2)]
         _native.launch(
             "phase_statistics_cuda", z.device, *arguments, [_native.address(d_theta) for d_theta in d_thetas],
-            *([_native.pointer(values[i]) for i in range(2)] for values in lines), multiprocessors,
+            statistics, multiprocessors,
         )  # fmt: skip
     dtypes = (branch.taps.dtype for branch in branches)
     return Gradients(images, sums, *(d.to(dtype) for d, dtype in zip(taps, dtypes, strict=True)))
