@@ -141,9 +141,7 @@ def _without_products() -> torch.library.Library:
         if key not in made:
             with torch.device("meta"):
                 like = torch.empty(x.shape), torch.empty(weight.shape)
-            one = torch.ops.aten.convolution(
-                *like, None, stride, padding, dilation, transposed, output_padding, groups
-            )
+            one = torch.ops.aten.convolution(*like, None, stride, padding, dilation, transposed, output_padding, groups)
             one = torch.empty_like(one, memory_format=order(x, weight))
             made[key] = one.shape, one.stride()
         return x.new_empty_strided(*made[key])

@@ -14,6 +14,7 @@ from tests.ops import each
 from tests.ops.contract import EVERY_AXIS, LAYOUTS, WITHOUT_CUDA, Case, Contract, image, on, randn
 from tests.tolerances import DTYPES, UNIT_ROUNDOFF, accumulation, assert_within, stored
 from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.norm import running as running_statistics
 
 ops: Any = torch.ops.wavemix_kernels
 SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (1, 35, 2, 3), (2, 5, 1, 9), (6, 8, 1, 1), (1, 1, 9, 40))
@@ -268,7 +269,7 @@ def test_running_statistics_follow_torch(momentum: float | None) -> None:
     for scale in (1, 2):
         module(scale * x)
         of = batch_norm.stats(scale * x, None, None, 1e-5, "cpu")
-        batch_norm.update_running([batch_norm.Move(mean, var, seen, of.mean, of.var, 30)], momentum)
+        running_statistics.update([running_statistics.Move(mean, var, seen, of.mean, of.var, 30)], momentum)
     torch.testing.assert_close(mean, module.running_mean, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(var, module.running_var, rtol=1e-13, atol=1e-13)
     assert seen == 2
@@ -282,16 +283,17 @@ def test_running_statistics_of_several_norms_together(
 ) -> None:
     """A GPU's one launch, or few, gives what updates one by one in float64 give: three roundings of two values, and
     the last one. More norms than a launch takes, more channels than a program."""
-    update = batch_norm._update_by_plan if backend == "triton" else batch_norm._by_operators
+    update = running_statistics._update_by_plan if backend == "triton" else running_statistics._by_operators
     moves, want = [], []
     for i, (c, values) in enumerate(((4, 30), (3, 2), (5, 1), (300, 7), (2, 9))):
         running = torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), torch.tensor(7)
         batch = randn(c, seed=i).to(accumulation(dtype)), randn(c, seed=i + 1).to(accumulation(dtype)).abs()
-        moves.append(batch_norm.Move(*(t.to(device) for t in (*running, *batch)), values))
-        exact = batch_norm.Move(
+        given = batch if i % 2 else (torch.stack((*batch, *batch[:1] * 3)), None)  # the rows of Statistics
+        moves.append(running_statistics.Move(*(t if t is None else t.to(device) for t in (*running, *given)), values))
+        exact = running_statistics.Move(
             *(t.double() if t.is_floating_point() else t.clone() for t in (*running, *batch)), values
         )
-        batch_norm.update_running([exact], momentum)
+        running_statistics.update([exact], momentum)
         want.append(exact)
     update(moves, momentum)
     for move, exact in zip(moves, want, strict=True):
@@ -307,5 +309,7 @@ def test_running_statistics_of_several_norms_together(
 def test_running_statistics_of_tensors_without_values() -> None:
     """No kernel is launched."""
     with FakeTensorMode():
-        move = batch_norm.Move(*(torch.empty(4) for _ in range(2)), torch.tensor(0), torch.empty(4), torch.empty(4), 9)
-        batch_norm._update_by_plan([move], 0.1)
+        move = running_statistics.Move(
+            *(torch.empty(4) for _ in range(2)), torch.tensor(0), torch.empty(4), torch.empty(4), 9
+        )
+        running_statistics._update_by_plan([move], 0.1)

@@ -15,7 +15,8 @@ from wavemix_kernels import FusedPATM, FusedWaveblock, _native, backends, ops
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan, selftest
-from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.common.plan_lines import Slot
+from wavemix_kernels.ops.norm import running as running_statistics
 
 _OPERATORS = [
     (name, backend) for name in ops.OPS for backend in ("triton", "cuda") if backend in ops.load(name).BACKENDS
@@ -118,11 +119,11 @@ def test_running_statistics(plans: None, backend: str) -> None:
     runs = [[torch.zeros(4), torch.ones(4), torch.tensor(0)] for _ in range(2)]
     for step in range(4):
         mean, var = torch.randn(4), torch.rand(4)
-        moves = [batch_norm.Move(*running, mean, var, 30) for running in runs]
+        moves = [running_statistics.Move(*running, mean, var, 30) for running in runs]
         with plan.paused():
-            batch_norm._update_by_plan(moves[:1], 0.3)
+            running_statistics._update_by_plan(moves[:1], 0.3)
         before = [t._version for t in runs[1]]
-        batch_norm._update_by_plan(moves[1:], 0.3)
+        running_statistics._update_by_plan(moves[1:], 0.3)
         assert all(map(torch.equal, *runs)), step
         assert all(t._version > version for t, version in zip(runs[1], before, strict=True)), step
     assert _plans() == 1
@@ -140,3 +141,41 @@ def test_addresses_are_a_part_of_the_question(plans: None, monkeypatch: pytest.M
             assert torch.equal(twice(row[start : start + 4]), 2 * row[start : start + 4])
         assert len(keys) == asked, start
     assert len(plan.tables["twice"].plans) == 3
+
+
+def _views(x: torch.Tensor, w: torch.Tensor) -> Any:
+    """Memory that is seen through views alone, as a whole and in parts; views of arguments, one of them a result; views
+    that overlap, of another dtype, of what an operator gave, and itself."""
+    memory = x.new_empty(2, 6, 4)
+    torch.mul(x.t().reshape(2, 24), 2, out=memory.view(2, 24))
+    first, second = memory.permute(0, 2, 1).unbind(0)
+    second[1:3, 2].add_(1)
+    row = w[1:2].expand(3, 4)
+    few = x.new_empty(4)
+    thrice = few.as_strided((2, 2), (1, 1))
+    few.view(2, 2).copy_(w[:2, :2])
+    more = (x + 1).to(torch.float32)
+    words = (x * 1).view(torch.int32)[:, 1::2]
+    return first + second, memory[1, 2:].t(), x.t()[2:], row * row.t().sum(), 2 * thrice, words, more[0], more * 2
+
+
+def test_views(plans: None) -> None:
+    """Values, order and memory are the function's."""
+    run = plan.planned("views", _views)
+    for step in range(4):
+        x, w = torch.randn(12, 4) + step, torch.randn(3, 4)
+        made, want = run(x, w), _views(x, w)
+        for a, b in zip(made, want, strict=True):
+            assert torch.equal(a, b)
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert made[2].data_ptr() == want[2].data_ptr()
+        assert made[2]._is_view()
+    assert _plans() == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dense"), [((2, 3), (3, 1), 6), ((2, 3), (1, 2), 6), ((2, 2), (1, 1), 0), ((2, 2), (4, 1), 0)]
+)
+def test_memory_is_laid_out_as_views_of_all_of_it(size: Any, stride: Any, dense: int) -> None:
+    """As a view of two elements in one place it would be too small for others."""
+    assert Slot(0, size, stride, torch.float32, torch.device("cpu"), False, 0).dense == dense

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks as _for_all
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all
 
 from wavemix_kernels import fx
-from wavemix_kernels.ops.norm import batch_norm
+from wavemix_kernels.ops.norm import running as running_statistics
 
 
 def why_not_plain(name: str, module: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
@@ -153,7 +153,7 @@ def frozen(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 class Batch(NamedTuple):
     """The values that a norm saw: their mean, biased variance and count per channel; or the rows of
-    :class:`batch_norm.Statistics`, None and that count."""
+    :class:`~wavemix_kernels.ops.norm.batch_norm.Statistics`, None and that count."""
 
     norm: nn.Module
     mean: Tensor
@@ -166,7 +166,7 @@ def update(*batches: Batch) -> None:
     if not torch.compiler.is_compiling() and (later := _later.batches) is not None:
         later += batches
         return
-    together: dict[float | None, list[batch_norm.Move]] = {}
+    by_momentum: dict[float | None, list[running_statistics.Move]] = {}
     seen: set[nn.Module] = set()
     twice: list[Batch] = []
     for batch in batches:
@@ -178,11 +178,11 @@ def update(*batches: Batch) -> None:
             continue
         seen.add(norm)
         running: Any = norm._buffers  # not by nn.Module's attributes, which take longer than a launch
-        move = batch_norm.Move(
+        move = running_statistics.Move(
             running["running_mean"], running["running_var"], running["num_batches_tracked"], mean, var, values
         )
-        together.setdefault(norm.momentum, []).append(move)
-    for momentum, moves in together.items():
-        batch_norm.update_running(moves, momentum)
+        by_momentum.setdefault(norm.momentum, []).append(move)
+    for momentum, moves in by_momentum.items():
+        running_statistics.update(moves, momentum)
     if twice:
         update(*twice)

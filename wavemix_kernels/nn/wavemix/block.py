@@ -126,7 +126,8 @@ class FusedWaveblock(Waveblock):
         levels = []
         for i, part in enumerate(parts):
             own, norm = flat[i * count : (i + 1) * count], part[5]
-            levels.append(waveblock.Level(*own, *missing, *affine_parameters(norm), *frozen(norm)))
+            tensors: list[Any] = [*own, *missing, *affine_parameters(norm), *frozen(norm)]
+            levels.append(waveblock.Level(*tensors))
         dropout = [part[2].p if part[2].training else 0.0 for part in parts]
         eps = [part[5].eps for part in parts]
         return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)

@@ -12,7 +12,7 @@ from wavemix_kernels import backends, fx, log
 from wavemix_kernels.nn.parts import kept, untouched, why_not_plain
 from wavemix_kernels.nn.wavemix.reference import Expansion
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.deconv import op as deconv
 
 
@@ -54,7 +54,7 @@ class FusedExpansion(FusedDeconvs, Expansion):
             return super().forward(x)
         *before, up, last = cast(list[Any], list(self))
         x = self._through(before, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = _folded(up.weight, up.bias, last.weight, last.bias, accumulate_dtype(up.weight.dtype))
         return deconv.deconv(x, weight, bias)
 

@@ -16,7 +16,7 @@ from wavemix_kernels.nn.parts import affine_of, kept, untouched
 from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.mlp import channel as channel_mlp
@@ -100,9 +100,7 @@ class InferencePATM(_Constants):
         backend = self._backend()
         image = _normalised(x, self.norm, like.dtype, backend)
         folded = patm.Folded(*convolutions, *tensors[6:])
-        # Entered only where it changes something: an exported graph would hold it as a graph within.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        with without_autocast(x):
             return patm.evaluate(image, folded, backend, channels_last)
 
     def extra_repr(self) -> str:

@@ -57,13 +57,18 @@ class FusedMlp(Mlp):
 
 
 #: The parts of an Mlp, in their order.
-MLP_KINDS: tuple[tuple[str, type[nn.Module]], ...] = (("fc1", nn.Conv2d), ("act", nn.GELU), ("fc2", nn.Conv2d), ("drop", nn.Dropout))
+MLP_KINDS: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("fc1", nn.Conv2d),
+    ("act", nn.GELU),
+    ("fc2", nn.Conv2d),
+    ("drop", nn.Dropout),
+)
 
 
 def why_not_mlp(mlp: Mlp) -> str | None:
     """The reason of :meth:`FusedMlp.why_not_fused`, for any Mlp."""
-    parts = mlp._modules.values()
-    if not torch.compiler.is_compiling() and all_plain([*parts], [kind for _, kind in MLP_KINDS]):
+    parts: list[Any] = [*mlp._modules.values()]
+    if not torch.compiler.is_compiling() and all_plain(parts, [kind for _, kind in MLP_KINDS]):
         return why_not_mlp_runs(mlp)
     if (reason := why_not_all_plain((name, getattr(mlp, name), kind) for name, kind in MLP_KINDS)) is not None:
         return reason

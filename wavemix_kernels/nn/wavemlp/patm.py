@@ -26,7 +26,6 @@ from wavemix_kernels.ops.common.transforms import standard_wanted
 from wavemix_kernels.ops.patm import op as patm_op
 from wavemix_kernels.ops.patm.weights import ON_IMAGES, PhaseNorm, Weights
 
-
 _CONVOLUTIONS = ("fc_h", "fc_w", "fc_c", "tfc_h", "tfc_w", "proj")
 _PHASES = ("theta_h_conv", "theta_w_conv")
 _KINDS: list[type[nn.Module]] = [*[nn.Conv2d] * len(_CONVOLUTIONS), *[nn.Sequential] * len(_PHASES)]
@@ -108,13 +107,14 @@ class FusedPATM(PATM):
     def weights(self) -> Weights:
         """Upstream's parameters by the operators' names."""
         own: Any = self._modules
-        thetas = [[*own[name]][0] for name in _PHASES]
+        thetas = [next(iter(own[name])) for name in _PHASES]
         weights: list[Any] = []
         for conv in (own["fc_h"], own["fc_w"], own["fc_c"], *thetas, own["proj"]):
             weights += affine_parameters(conv)
-        taps = (affine_parameters(own[name])[0] for name in ("tfc_h", "tfc_w"))
-        mlp = own["reweight"]._modules
-        return Weights(*weights, *taps, *affine_parameters(mlp["fc1"]), *affine_parameters(mlp["fc2"]))
+        weights += (affine_parameters(own[name])[0] for name in ("tfc_h", "tfc_w"))
+        for name in ("fc1", "fc2"):
+            weights += affine_parameters(own["reweight"]._modules[name])
+        return Weights(*weights)
 
     def why_not_joined(self) -> str | None:
         """Why :meth:`residual` cannot stand for a call, or None: a hook would be left out, or something is dropped."""

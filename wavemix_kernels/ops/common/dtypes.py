@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,15 @@ MULTIPLIED = _multiplied()
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic happens in fp32 for the half types; each output is rounded once."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def without_autocast(of: Tensor | str | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for a kind of device, or a tensor's, where it is on: entering it takes time, and an exported graph
+    holds it as a graph within."""
+    kind = of.device.type if isinstance(of, Tensor) else of
+    if kind is None or kind in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def cast_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST
+from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST, without_autocast
 
 MESSAGE = (
     "this backward pass of wavemix_kernels cannot be differentiated again; run the forward pass inside of "
@@ -25,7 +24,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled() and not _autocast(grads):
             return backward(ctx, *grads)
-        with torch.no_grad(), _without_autocast(grads):
+        with torch.no_grad(), without_autocast(_autocast(grads)):
             out = backward(ctx, *grads)
         if not torch.is_grad_enabled() or not any(isinstance(g, Tensor) and g.requires_grad for g in grads):
             return out
@@ -36,14 +35,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _without_autocast(grads: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """For a backward pass that is called under autocast: forward has cast what it kept, no more is to be cast."""
-    kind = _autocast(grads)
-    return torch.autocast(kind, enabled=False) if kind else contextlib.nullcontext()
-
-
 def _autocast(grads: Sequence[Any]) -> str | None:
-    """The kind of device that autocast is on for, or None."""
+    """The kind of device that a backward pass is called under autocast for, or None: forward has cast what it kept, and
+    no more is to be cast."""
     for grad in grads:
         if isinstance(grad, Tensor):
             kind = grad.device.type

@@ -132,7 +132,7 @@ def _sorter(types: tuple[type, ...]) -> tuple[Callable[[Any], Any], Callable[[An
 def _picker(places: list[int]) -> Callable[[Any], tuple[Any, ...]]:
     if len(places) > 1:
         return itemgetter(*places)
-    return (lambda args, i=places[0]: (args[i],)) if places else lambda args: ()
+    return lambda args: tuple(args[i] for i in places)
 
 
 def planned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,8 +279,9 @@ def _watched() -> bool:
         return True
     if _forward_mode._current_level >= 0:
         return True
-    triton = sys.modules.get("triton.knobs")
-    return triton is not None and (_hooked(triton.runtime.launch_enter_hook) or _hooked(triton.runtime.launch_exit_hook))
+    if (triton := sys.modules.get("triton.knobs")) is None:
+        return False
+    return _hooked(triton.runtime.launch_enter_hook) or _hooked(triton.runtime.launch_exit_hook)
 
 
 def _hooked(hook: Any) -> bool:

@@ -177,7 +177,8 @@ class Writer:
     def _lay_out(self, memory: Slot, tensors: set[Slot]) -> None:
         if memory in tensors:
             return
-        whole = [view for view in self._views if view.root is memory and view.offset == 0 and view.dense == memory.count]
+        views = (view for view in self._views if view.root is memory)
+        whole = [view for view in views if view.offset == 0 and view.dense == memory.count]
         if whole:
             first = min(whole, key=lambda view: view.number)
             memory.size, memory.stride = first.size, first.stride

@@ -7,7 +7,6 @@ recurse on the float32 LL, and every output is rounded once.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels.ops.common.dtypes import WITHOUT_AUTOCAST, accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.haar.reference import half_up
 
 
@@ -49,7 +48,7 @@ def separable_dwt2d(x: Tensor, filters: Filters, levels: int = 1, *, mode: str =
     of x's dtype and contiguous. Raises ValueError where mode 'reflect' or 'antireflect' meets a size of 1,
     which has nothing to reflect.
     """
-    with _without_autocast(x):
+    with without_autocast(x):  # which would run the convolutions, and so LL between levels, in a half type
         ll = x.to(accumulate_dtype(x.dtype))
         bank = Filters(*(f.to(ll.dtype) for f in filters))
         highs = []
@@ -70,7 +69,7 @@ def separable_idwt2d(ll: Tensor, highs: Sequence[Tensor | None], filters: Filter
     of a level do not match, and where it has fewer coefficients than the filters reach over.
     """
     sizes = synthesis_sizes(ll, highs, (filters.low_h.numel(), filters.low_w.numel()), mode)
-    with _without_autocast(ll):
+    with without_autocast(ll):
         x = ll.to(accumulate_dtype(ll.dtype))
         bank = Filters(*(f.to(x.dtype) for f in filters))
         for high, size in zip(reversed(highs), sizes[:-1], strict=True):
@@ -92,7 +91,7 @@ def separable_dwt1d(
     Returns low (N, C, l_L) and highs, finest first, each (N, C, l_l), of x's dtype and contiguous. Raises ValueError
     as `separable_dwt2d`.
     """
-    with _without_autocast(x):
+    with without_autocast(x):
         low = x.to(accumulate_dtype(x.dtype)).unsqueeze(2)
         bank = [f.to(low.dtype) for f in filters]
         highs = []
@@ -111,7 +110,7 @@ def separable_idwt1d(
     Cropped, and refused, as `separable_idwt2d` does. Returns (N, C, L) of low's dtype.
     """
     sizes = synthesis_lengths(low, highs, filters[0].numel(), mode, -1)
-    with _without_autocast(low):
+    with without_autocast(low):
         x = low.to(accumulate_dtype(low.dtype)).unsqueeze(2)
         bank = tuple(f.to(x.dtype) for f in filters)
         for high, size in zip(reversed(highs), sizes[:-1], strict=True):
@@ -137,7 +136,7 @@ class Lattice(NamedTuple):
 def separable_bank(x: Tensor, filters: Filters, h: Lattice, w: Lattice, mode: str) -> Tensor:
     """One level of x (N, C, H, W) on the lattices of its axes, past the ends as `mode`, a key of `haar.MODES` other
     than 'per', says. Returns (N, C, 4, h.length, w.length), bands LL, LH, HL, HH, of x's dtype."""
-    with _without_autocast(x):
+    with without_autocast(x):
         exact = x.to(accumulate_dtype(x.dtype))
         bank = Filters(*(f.to(exact.dtype) for f in filters))
         rows = bank_along(exact, bank.low_w, bank.high_w, -1, w, mode)
@@ -150,7 +149,7 @@ def separable_bank_transpose(
 ) -> Tensor:
     """The transpose of :func:`separable_bank`, from its first band (N, C, h.length, w.length) and the other three
     (N, C, 3, h.length, w.length), None for zeros, to (N, C, *size) of ll's dtype."""
-    with _without_autocast(ll):
+    with without_autocast(ll):
         first = ll.to(accumulate_dtype(ll.dtype)).unsqueeze(2)
         rest = first.new_zeros(()).expand(*ll.shape[:2], 3, *ll.shape[2:]) if high is None else high.to(first.dtype)
         bank = Filters(*(f.to(first.dtype) for f in filters))
@@ -385,10 +384,3 @@ def _convolve(x: Tensor, kernel: Tensor, stride: tuple[int, int], dilation: tupl
 def _along(dim: int, size: int, other: int) -> tuple[int, int]:
     """(height, width) with `size` along `dim` and `other` along the other axis."""
     return (size, other) if dim == -2 else (other, size)
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast would run the convolutions, and so the LL between levels, in half precision."""
-    if x.device.type in WITHOUT_AUTOCAST:
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

@@ -18,6 +18,7 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, plan, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
+from wavemix_kernels.ops.common.dtypes import without_autocast
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -225,7 +226,7 @@ def branch(
         The output, and the norm's mean and biased variance, meaningless where it is frozen.
     """
     # Everything is in the dtype it is to be in.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _Branch.apply(kind, backend, x, path, *norm, *weights)
 
 

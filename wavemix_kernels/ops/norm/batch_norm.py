@@ -5,7 +5,7 @@ Statistics are fp32 (fp64 for fp64). Source: Ioffe and Szegedy, arXiv:1502.03167
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
-from wavemix_kernels.ops.common import layout, plan, selftest
+from wavemix_kernels.ops.common import layout, selftest
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype
 from wavemix_kernels.ops.common.library import Library
 
@@ -22,9 +22,6 @@ _library.define("batch_norm_stats(Tensor x, Tensor? weight, Tensor? bias, float 
 _library.define(
     "batch_norm_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool channels_last, str backend) "
     "-> Tensor"
-)
-_library.define(
-    "running_statistics(Tensor(a!)[] running, Tensor[] batch, int[] values, float momentum) -> ()"  # of several norms
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, bool batch_stats, "
@@ -81,85 +78,6 @@ class Line(NamedTuple):
     b: Tensor
     d: Tensor
     parameters: Tensor
-
-
-class Move(NamedTuple):
-    """Running statistics, and the batch of so many values per channel that moves them.
-
-    Attributes:
-        batches: seen so far.
-        mean, var: (C) each, the variance biased; or the rows of :class:`Statistics`, and None.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    batches: Tensor
-    mean: Tensor
-    var: Tensor | None
-    values: int
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        if self.var is None:
-            mean, var, *_ = self.mean.unbind(0)
-            return mean, var
-        return self.mean, self.var
-
-    def factor(self) -> float:
-        """Makes the variance unbiased."""
-        return self.values / max(self.values - 1, 1)
-
-
-def update_running(moves: Sequence[Move], momentum: float | None) -> None:
-    """Moves the running statistics of different norms towards a batch by ``momentum``; None: towards the average of all
-    batches, whose number stays on its device."""
-    with torch.no_grad():
-        if momentum is not None and moves[0].mean.is_cuda:
-            (_by_operators if torch.compiler.is_compiling() else _update_by_plan)(moves, momentum)
-            return
-        for move in moves:
-            move.batches.add_(1)
-            mean, var = move.moments()
-            for running, batch in ((move.running_mean, mean), (move.running_var, var * move.factor())):
-                average = move.batches.double().reciprocal().to(running.dtype) if momentum is None else momentum
-                running.lerp_(batch.to(running.dtype), average)
-
-
-def _update_by_plan(moves: Sequence[Move], momentum: float) -> None:
-    running = [t for move in moves for t in move[:3]]
-    batch = [t for move in moves for t in move[3:5] if t is not None]
-    args = running, batch, [move.values for move in moves], momentum
-    if plan.unseen(args):
-        plan.operators["running_statistics"](*args)
-    else:
-        torch.ops.wavemix_kernels.running_statistics(*args)
-    torch.autograd.graph.increment_version(running)  # kernels do not
-
-
-def _running_statistics(running: list[Tensor], batch: list[Tensor], values: list[int], momentum: float) -> None:
-    """In one launch of Triton's, which has arithmetic in float32. ``batch``: means and variances, or rows."""
-    given = iter(batch)
-    moments = ((t, None if t.dim() == 2 else next(given)) for t in given)
-    tensors = zip(running[::3], running[1::3], running[2::3], moments, values, strict=True)
-    moves = [Move(*of_norm[:3], *of_norm[3], of_norm[4]) for of_norm in tensors]
-    narrow = all(t.is_contiguous() and t.dtype != torch.float64 for t in (*running, *batch))
-    if not narrow or backends.triton_why_not(batch[0]) is not None:
-        _by_operators(moves, momentum)
-        return
-    from wavemix_kernels.ops.norm import triton_running as kernels
-
-    kernels.move([kernels.Move(*move[:3], *move.moments(), move.factor()) for move in moves], momentum)
-
-
-def _by_operators(moves: Sequence[Move], momentum: float) -> None:
-    """In three launches, and a fourth where the running statistics are of another dtype."""
-    torch._foreach_add_([move.batches for move in moves], 1)
-    running = [*(move.running_mean for move in moves), *(move.running_var for move in moves)]
-    means, variances = zip(*(move.moments() for move in moves), strict=True)
-    batch = [*means, *torch._foreach_mul(variances, [move.factor() for move in moves])]
-    if any(to.dtype != t.dtype for to, t in zip(running, batch, strict=True)):
-        wide, batch = batch, [torch.empty_like(t) for t in running]
-        torch._foreach_copy_(batch, wide)
-    torch._foreach_lerp_(running, batch, momentum)
 
 
 # --- Backends: stats(x, weight, bias, eps, out=None) -> the rows of Statistics (5, C), `out` where that is given;
@@ -400,7 +318,6 @@ def empty_gradients(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 for _name, _implementation, _fake in (
-    ("running_statistics", _running_statistics, lambda *_: None),
     ("batch_norm_stats", _stats, lambda x, w, b, eps, k: empty_statistics(x, x.shape[1])),
     ("batch_norm_apply", _apply, lambda x, a, b, r, channels_last, k: layout.empty(x, x.shape, channels_last)),
     (

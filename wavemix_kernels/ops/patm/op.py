@@ -44,7 +44,7 @@ from wavemix_kernels import log
 from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import convolutions, flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together, without_autocast
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole, whole_gpu
@@ -98,7 +98,7 @@ def patm(
     options = Options(eps, recompute, backend, kind, name)
     function: Any = _ByParts if name is None else _Whole
     # Tensors already have their dtypes; autocast would round the branch weights' small MLP.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out, mean, var, *of_norm = function.apply(options, x, path, *arguments.flat())
     return Output(out, (mean[0], var[0]), (mean[1], var[1]), (of_norm[0], of_norm[1]))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavemix_kernels.ops.common import layout, plan
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.stem import folding
@@ -35,7 +35,7 @@ def folded(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = N
     """
     parameters = [t for one in convolutions for t in (one.weight, one.bias)]
     there = [t for t in parameters if t is not None]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.detach().to(dtype_of(x))
         if kept is None or (torch.is_grad_enabled() and any(t.requires_grad for t in there)):
             kinds = [number for one in convolutions for number in (one.stride, one.padding)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.common.kept import Kept
 from wavemix_kernels.ops.stem import folding
 from wavemix_kernels.ops.stem.geometry import Convolution, Geometry, dtype_of, geometry, places
@@ -28,7 +28,7 @@ def folded(x: Tensor, convolutions: Sequence[Convolution], kept: Kept | None = N
     sizes, rows, columns = places(x.shape[2:], convolutions, way)
 
     def fold() -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             taps, bias = folding.taps_of(convolutions, accumulate_dtype(way.inner.weight.dtype))
             weights, biases = (t.to(dtype) for t in folding.of_parts(taps, bias, way, rows, columns))
         weights = weights.permute(0, 1, 3, 4, 2).reshape(len(rows), len(columns), weights.shape[1], -1)
