@@ -92,6 +92,13 @@ def _slots(value: Any) -> Iterator[tuple[bool, Slot]]:
             yield from _slots(one)
 
 
+def _depends(value: Any) -> bool:
+    """Whether a call's argument is another one in each call."""
+    if isinstance(value, (Slot, At, Made, dict)) or value is STREAM:
+        return True
+    return isinstance(value, (list, tuple)) and any(map(_depends, value))
+
+
 def allocator(slot: Slot) -> Callable[..., Tensor]:
     """``(size, stride, dtype)`` -> memory where ``slot`` is, the shortest way that this PyTorch has."""
     guards = getattr(torch._C, "_dynamo", None)
@@ -257,6 +264,8 @@ class Writer:
         if type(value) is list:
             return f"[{', '.join(self._text(one, reads) for one in value)}]"
         if type(value) is tuple:
+            if value and not _depends(value):
+                return self._constant(value)
             return f"({''.join(self._text(one, reads) + ', ' for one in value)})"
         if value is None or type(value) in (bool, int, str):
             return repr(value)
