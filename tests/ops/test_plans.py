@@ -17,6 +17,7 @@ from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import plan, selftest
 from wavemix_kernels.ops.common.plan_lines import Slot
 from wavemix_kernels.ops.norm import running as running_statistics
+from wavemix_kernels.wavemlp import MyNorm
 
 _OPERATORS = [
     (name, backend) for name in ops.OPS for backend in ("triton", "cuda") if backend in ops.load(name).BACKENDS
@@ -111,6 +112,30 @@ def test_blocks(
     passes = [table.plans for name, table in plan.tables.items() if "." in name and table.plans]
     assert len(passes) >= 2
     assert all(isinstance(made, FunctionType) for table in passes for made in table.values())
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("norm_layer", [torch.nn.BatchNorm2d, MyNorm])
+def test_a_wave_block_in_evaluation(
+    plans: None, monkeypatch: pytest.MonkeyPatch, device: str, backend: str, norm_layer: Any
+) -> None:
+    """One plan, for norms that fold and for those that stay."""
+    if device != "cpu":
+        pytest.skip("plans are made there anyway")
+    monkeypatch.setattr(choose, "product", lambda *_: "convolution")  # as on a GPU
+    block = FusedWaveBlock(8, norm_layer=norm_layer).eval()
+    for name, buffer in block.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand(buffer.shape) + 0.5)
+    form = block.fuse_for_inference()
+    with backends.backend(backend):
+        for step in range(3):
+            x = torch.randn(2, 8, 5, 6) + step
+            made = form(x)
+            with plan.paused():
+                assert torch.equal(form(x), made)
+        torch.testing.assert_close(made, block(x), rtol=1e-4, atol=1e-4)
+    assert [isinstance(of, FunctionType) for of in plan.tables["wave_block_evaluate"].plans.values()] == [True]
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Level(NamedTuple):
     up_bias: Tensor | None
 
 
+@plan.words
 class Options(NamedTuple):
     kind: str  # of upsampling
     channels_last: bool
@@ -50,12 +51,14 @@ def evaluate(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, l
     """
     tensors = x, weight, bias, *(t for level in levels for t in level)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: Tensor = (_evaluate if learns else _by_plan)(options, x, weight, bias, levels)
+    out: Tensor = (_evaluate if learns else _by_plan)(options, *tensors)
     return out
 
 
-def _evaluate(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, levels: Sequence[Level]) -> Tensor:
+def _evaluate(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
     kind, order, residual, backend = options
+    fields = len(Level._fields)
+    levels = [Level(*flat[i : i + fields]) for i in range(0, len(flat), fields)]
     zs = reduce_haar.fused(x, weight, bias, len(levels), True, choose.for_part(backend, reduce_haar.BACKENDS))
     # Kernels without gradient add the residual as they store.
     has_gradient = torch.is_grad_enabled() and x.requires_grad

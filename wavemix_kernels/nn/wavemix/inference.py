@@ -59,8 +59,9 @@ class InferenceWaveblock(nn.Module):
             raise ValueError(f"x: expected {self.final_dim} channels (final_dim), got shape {tuple(x.shape)}")
         for axis, size in (("H", x.shape[2]), ("W", x.shape[3])):
             checks.check_multiple(f"x: {axis}", size, 2**self.level)
-        given: list[Any] = [self.weight, self.bias]
-        given += [getattr(self, f"{name}_{i + 1}") for i in range(self.level) for name in evaluation.Level._fields]
+        own = self._buffers  # not by nn.Module's attributes, which take longer than a launch
+        given: list[Any] = [own["weight"], own["bias"]]
+        given += [own[f"{name}_{i + 1}"] for i in range(self.level) for name in evaluation.Level._fields]
         cast_x, weight, bias, *flat = self._made.autocast(x, *given)
         checks.check_same_dtype("x", cast_x, "the block's weights", weight)
         backend = "reference" if log.fallback(self, standard_wanted(), "standard operators") else backends.requested()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from wavemix_kernels import backends, checks, fx, log
 from wavemix_kernels.nn.parts import affine_of, kept, untouched
 from wavemix_kernels.nn.wavemlp import norm as norms
 from wavemix_kernels.ops import choose
+from wavemix_kernels.ops import wave_block_evaluate as evaluation
 from wavemix_kernels.ops.common import layout
 from wavemix_kernels.ops.common.dtypes import accumulate_dtype, without_autocast
 from wavemix_kernels.ops.common.kept import Kept
@@ -37,6 +39,10 @@ class _Constants(nn.Module):
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, None if tensor is None else kept(tensor))
+
+    def _tensors(self, names: Sequence[str]) -> list[Any]:
+        own = self._buffers  # not by nn.Module's attributes, which take longer than a launch
+        return [own[name] for name in names]
 
 
 class InferencePATM(_Constants):
@@ -90,18 +96,26 @@ class InferencePATM(_Constants):
 
     def branch(self, x: Tensor, channels_last: bool = True) -> Tensor:
         """A fresh result of :meth:`forward`, in the memory order that costs least: channels_last if asked for."""
+        folded, dtype = self.prepared(x)
+        backend = self._backend()
+        image = _normalised(x, self.norm, dtype, backend)
+        with without_autocast(x):
+            return patm.evaluate(image, folded, backend, channels_last)
+
+    def prepared(self, x: Tensor) -> tuple[patm.Folded, torch.dtype]:
+        """The operator's tensors in autocast's dtype where it is on, and that.
+
+        Raises:
+            TypeError, ValueError: x does not fit the module.
+        """
         checks.check_tensor("x", x, 4, f"(N, {self.dim}, H, W)")
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
-        tensors: list[Any] = [getattr(self, name) for name in patm.Folded._fields]
+        tensors = self._tensors(patm.Folded._fields)
         # The convolutions' tensors come first.
         like, *convolutions = self._made.autocast(x.new_empty(0), *tensors[:6])
         checks.check_same_dtype("x", like, "the weights", convolutions[0])
-        backend = self._backend()
-        image = _normalised(x, self.norm, like.dtype, backend)
-        folded = patm.Folded(*convolutions, *tensors[6:])
-        with without_autocast(x):
-            return patm.evaluate(image, folded, backend, channels_last)
+        return patm.Folded(*convolutions, *tensors[6:]), like.dtype
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -138,9 +152,14 @@ class InferenceWaveBlock(_Constants):
             return fx.call_module(self, x)
         backend = self._backend()
         with _without_gradient():
+            like, *weights = self._made.autocast(x.new_empty(0), *self._tensors(channel_mlp.Weights._fields))
+            of_norms = [_read(norm, x) for norm in (self.attn.norm, self.norm)]
+            if backend != "reference" and None not in of_norms:
+                folded, dtype = self.attn.prepared(x)
+                (norm1, kind1), (norm2, kind2) = cast(Any, of_norms)
+                options = evaluation.Options((kind1, kind2), (dtype, like.dtype), backend)
+                return evaluation.evaluate(options, x, (norm1, norm2), folded, channel_mlp.Weights(*weights))
             x = _sum(x, self.attn.branch(x), backend)
-            tensors: list[Any] = [getattr(self, name) for name in channel_mlp.Weights._fields]
-            like, *weights = self._made.autocast(x.new_empty(0), *tensors)
             image = _normalised(x, self.norm, like.dtype, backend)
             if backend == "reference":
                 w1, b1, w2, b2 = weights
@@ -148,6 +167,13 @@ class InferenceWaveBlock(_Constants):
             image = image.contiguous(memory_format=torch.channels_last)
             part = choose.for_part(backend, channel_mlp.BACKENDS)
             return _sum(x, channel_mlp.fused(image, *weights, part), backend)
+
+
+def _read(norm: nn.Module | None, x: Tensor) -> tuple[pre_norm.Norm, pre_norm.Kind | None] | None:
+    """The norm as kernels take it, of no kind where there is none; None: it has to run itself."""
+    if norm is None:
+        return pre_norm.Norm(None, None, None, None), None
+    return None if norms.why_not("norm", norm) is not None else norms.read(norm, x)
 
 
 def _sum(x: Tensor, branch: Tensor, backend: str) -> Tensor:
