@@ -51,7 +51,8 @@ def evaluate(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, l
     """
     tensors = x, weight, bias, *(t for level in levels for t in level)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: Tensor = (_evaluate if learns else _by_plan)(options, *tensors)
+    run: Any = _evaluate if learns else _by_plan
+    out: Tensor = run(options, *tensors)
     return out
 
 
