@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,6 +100,16 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         made = iter(_Cast.apply(dtype, *changing) if changing else ())
         return first.to(dtype), *(t if t is None or t.dtype == dtype else next(made) for t in others)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def autocast_inside(first: Tensor, weights: Sequence[Tensor | None]) -> tuple[torch.dtype, torch.dtype] | None:
+    """(autocast's dtype, the weights'), for operators that convert their weights themselves, by fewer nodes of
+    autograd's graph; None: there is nothing to convert, weights are of several dtypes, or a compiler traces."""
+    dtype = autocast_dtype(first)
+    given = {t.dtype for t in weights if t is not None}
+    if dtype is None or len(given) != 1 or dtype in given or torch.compiler.is_compiling():
+        return None
+    return dtype, given.pop()
 
 
 def autocast_dtype(first: Tensor) -> torch.dtype | None:

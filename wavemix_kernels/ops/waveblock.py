@@ -20,6 +20,7 @@ from torch import Tensor
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import flops, layout, plan
 from wavemix_kernels.ops.common.autograd import again
+from wavemix_kernels.ops.common.dtypes import cast_given
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.deconv import op as deconv
 from wavemix_kernels.ops.deconv import upsample
@@ -47,6 +48,8 @@ class Level(NamedTuple):
 
 
 FIELDS = len(Level._fields)
+#: The first so many fields are a convolution's.
+_OF_CONVOLUTIONS = Level._fields.index("bn_weight")
 
 
 @plan.words
@@ -58,6 +61,7 @@ class Options(NamedTuple):
     residual: bool
     backend: str
     recompute: str
+    parameters: torch.dtype | None  # of the convolutions' weights, where they are to be converted to x's
 
 
 class _Parts(NamedTuple):
@@ -79,12 +83,14 @@ class Block(NamedTuple):
 
     Attributes:
         weight, bias: the reduction, (C/4, C, 1, 1) and (C/4).
-        levels: one :class:`Level` per DWT level, the finest first; weights in x's dtype, w1 and w2 as the 1x1
-            convolutions have them, (O, I, 1, 1).
+        levels: one :class:`Level` per DWT level, the finest first; w1 and w2 as the 1x1 convolutions have them,
+            (O, I, 1, 1).
         dropout, eps: per level.
         seeds: (levels) int64, where any dropout is above 0.
         kind: the upsampling (:mod:`wavemix_kernels.ops.deconv.upsample`).
         recompute: one of :data:`RECOMPUTE`; ``"auto"`` as :func:`wavemix_kernels.ops.choose.waveblock_recompute` says.
+        parameters: the dtype of all convolutions' weights and biases, where it is not x's; they are converted, and
+            their gradients are in it.
     """
 
     weight: Tensor
@@ -95,13 +101,15 @@ class Block(NamedTuple):
     seeds: Tensor | None
     kind: str
     recompute: str
+    parameters: torch.dtype | None = None
 
     def options(self, residual: bool, backend: str) -> Options:
         recompute = self.recompute
         if recompute == "auto":
             recompute = choose.waveblock_recompute(self.weight.device.type)
         return Options(
-            len(self.levels), tuple(self.dropout), tuple(self.eps), self.kind, residual, backend, recompute
+            len(self.levels), tuple(self.dropout), tuple(self.eps), self.kind, residual, backend, recompute,
+            self.parameters,
         )  # fmt: skip
 
 
@@ -116,6 +124,19 @@ def waveblock(x: Tensor, block: Block, residual: bool, backend: str) -> tuple[Te
     options = block.options(residual, backend)
     out, *stats = _Waveblock.apply(options, x, block.weight, block.bias, block.seeds, *flat)
     return out, stats
+
+
+def converted(
+    options: Options, dtype: torch.dtype | None, weights: tuple[Any, ...], flat: Sequence[Any]
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Convolutions' weights, a reduction's and those of levels, in the images' dtype, or their gradients in the
+    parameters', where these are two: in one launch on a GPU."""
+    if options.parameters is None or dtype is None:
+        return weights, list(flat)
+    places = [i for i in range(len(flat)) if i % FIELDS < _OF_CONVOLUTIONS]
+    made = cast_given([*weights, *(flat[i] for i in places)], dtype)
+    of_levels = dict(zip(places, made[len(weights) :], strict=True))
+    return tuple(made[: len(weights)]), [of_levels.get(i, t) for i, t in enumerate(flat)]
 
 
 def levels_of(flat: Sequence[Any]) -> list[Level]:
@@ -331,7 +352,9 @@ def _backward(
     )  # fmt: skip
     add = grad if options.residual else None
     dx, dw, db = reduce_haar.backward(z_grads, x, weight, bias is not None, add, part.reduce)
-    return [dx, layout.like_weight(dw, weight), db, None, *flat_grads]
+    of_reduction = layout.like_weight(dw, weight), db
+    of_reduction, flat_grads = converted(options, options.parameters, of_reduction, flat_grads)
+    return [dx, *of_reduction, None, *flat_grads]
 
 
 @plan.function
@@ -343,10 +366,12 @@ class _Waveblock(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
-        out, *rest = _forward(options, x, weight, bias, seeds, *flat)
+        (weight, bias), converted_flat = converted(options, x.dtype, (weight, bias), flat)
+        out, *rest = _forward(options, x, weight, bias, seeds, *converted_flat)
         kept, stats = rest[: -options.levels], rest[-options.levels :]
         ctx.options = options
-        ctx.save_for_backward(x, weight, bias, seeds, *flat, *([] if options.recompute == "all" else kept), *stats)
+        given = x, weight, bias, seeds, *converted_flat
+        ctx.save_for_backward(*given, *([] if options.recompute == "all" else kept), *stats)
         ctx.mark_non_differentiable(*stats)
         return (out, *stats)
 

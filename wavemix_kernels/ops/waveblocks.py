@@ -29,6 +29,7 @@ from wavemix_kernels.ops.waveblock import (
     Block,
     Level,
     Options,
+    converted,
     levels_backward,
     levels_forward,
 )
@@ -54,9 +55,11 @@ def why_not(x: Tensor, blocks: Sequence[Block], backend: str) -> str | None:
     if any(block.options(True, backend).recompute != "hidden" for block in blocks):
         return "blocks make more than their hidden layers again in backward"
     # One of each shape is asked: it takes longer than a launch.
-    reductions = {block.weight.shape: block.weight for block in blocks[1:]}
-    if not all(norm_reduce_haar.serves(x, x, weight, backend) for weight in reductions.values()):
-        return _NO_KERNEL
+    reductions = {block.weight.shape: block for block in blocks[1:]}
+    for shape, block in reductions.items():
+        weight = block.weight if block.parameters is None else x.new_empty(shape)  # as it will be converted
+        if not norm_reduce_haar.serves(x, x, weight, backend):
+            return _NO_KERNEL
     if x.is_cuda:  # the emulator's images lie on a CPU, whose kernels always do that
         part = choose.for_part(backend, deconv.BACKENDS)
         finest = (block.levels[0].up_weight for block in blocks if block.kind == "deconv")
@@ -98,7 +101,9 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        (weight, bias), _ = converted(options, x.dtype, (weight, bias), ())
         ctx.backend, ctx.has_bias = choose.for_part(options.backend, reduce_haar.BACKENDS), bias is not None
+        ctx.options = options
         ctx.save_for_backward(x, weight)
         return x, *reduce_haar.fused(x, weight, bias, options.levels, True, ctx.backend)
 
@@ -107,7 +112,8 @@ class _Reduce(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         dx, dw, db = reduce_haar.backward(list(grads), x, weight, ctx.has_bias, grad, ctx.backend)
-        return None, dx, layout.like_weight(dw, weight), db
+        of_reduction, _ = converted(ctx.options, ctx.options.parameters, (layout.like_weight(dw, weight), db), ())
+        return None, dx, *of_reduction
 
 
 class _Kept(NamedTuple):
@@ -155,7 +161,8 @@ class _Block(torch.autograd.Function):
         ctx: Any, options: Options, following: int, seeds: Tensor | None, weight: Tensor, bias: Tensor | None,
         x: Tensor, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        made = _through_levels(options, seeds, rest)
+        (weight, bias), flat = converted(options, x.dtype, (weight, bias), rest[options.levels :])
+        made = _through_levels(options, seeds, (*rest[: options.levels], *flat))
         of = batch_norm.Statistics.of(made.stats[0]).affine()
         image, zs = norm_reduce_haar.forward(made.ys[0], of, x, weight, bias, following, options.backend)
         if not torch.compiler.is_compiling():  # which does not know it
@@ -183,7 +190,10 @@ class _Block(torch.autograd.Function):
         norm = _parameters(finest.bn_weight, finest.bn_bias, d_norm_weight, d_norm_bias)
         at = Level._fields.index("bn_weight")
         flat_grads = [*flat_grads[:at], *norm, *flat_grads[at + 2 :]]
-        return None, None, None, layout.like_weight(dw, weight), db, dx, *z_grads, *flat_grads
+        of_reduction, flat_grads = converted(
+            options, options.parameters, (layout.like_weight(dw, weight), db), flat_grads
+        )
+        return None, None, None, *of_reduction, dx, *z_grads, *flat_grads
 
 
 @plan.function
@@ -192,7 +202,8 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, seeds: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-        made = _through_levels(options, seeds, rest)
+        zs, flat = rest[: options.levels], rest[options.levels :]
+        made = _through_levels(options, seeds, (*zs, *converted(options, zs[0].dtype, (), flat)[1]))
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
         ctx.options = options
@@ -208,7 +219,7 @@ class _Levels(torch.autograd.Function):
         options: Options = ctx.options
         kept = _Kept.of(options.levels, options.levels - 1, ctx.saved_tensors)
         z_grads, flat_grads = _back_through_levels(options, grad, kept)
-        return None, None, *z_grads, *flat_grads
+        return None, None, *z_grads, *converted(options, options.parameters, (), flat_grads)[1]
 
 
 @plan.function

@@ -119,8 +119,12 @@ class FusedWaveblock(Waveblock):
         for part in parts:
             for conv in (part[0], part[3], *_upsampling_conv(part[4])):
                 weights += affine_parameters(conv)
-        cast_x, *flat = checks.autocast(x, *weights)
-        checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
+        parameters: torch.dtype | None = None
+        if (dtypes := checks.autocast_inside(x, weights)) is not None:
+            cast_x, flat, parameters = x.to(dtypes[0]), weights, dtypes[1]
+        else:
+            cast_x, *flat = checks.autocast(x, *weights)
+            checks.check_same_dtype("x", cast_x, "the block's weights", flat[0])
         weight, bias, *flat = flat
         count, missing = len(flat) // len(parts), (None,) * (6 - len(flat) // len(parts))
         levels = []
@@ -130,7 +134,8 @@ class FusedWaveblock(Waveblock):
             levels.append(waveblock.Level(*tensors))
         dropout = [part[2].p if part[2].training else 0.0 for part in parts]
         eps = [part[5].eps for part in parts]
-        return cast_x, waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute)
+        block = waveblock.Block(weight, bias, levels, dropout, eps, None, self.upsample, self.recompute, parameters)
+        return cast_x, block
 
     def batches(self, x: Tensor, stats: Sequence[Tensor]) -> list[Batch]:
         """Each level's statistics, which move its BatchNorm's running ones."""

@@ -87,9 +87,12 @@ class FusedWaveBlock(WaveBlock):
         assert isinstance(mixer, FusedMlp)
         norm, kind = pre_norm.read(norm2, x)
         # The norm reads x as it is: only x's dtype counts here.
-        like_x, *weights = checks.autocast(x[:0], *mixer.weights())
-        checks.check_same_dtype("x", like_x, "the weights", weights[0])
-        out, mean, var = channel_mlp.branch(x, norm, kind, channel_mlp.Weights(*weights), self._path(x), backend)
+        weights: Any = mixer.weights()
+        if (dtypes := checks.autocast_inside(x, weights)) is None:
+            like_x, *weights = checks.autocast(x[:0], *weights)
+            checks.check_same_dtype("x", like_x, "the weights", weights[0])
+        of_mlp, path = channel_mlp.Weights(*weights), self._path(x)
+        out, mean, var = channel_mlp.branch(x, norm, kind, of_mlp, path, backend, dtypes)
         update(Batch(norm2, mean, var, x.shape[0] * x.shape[2] * x.shape[3]))
         return out
 

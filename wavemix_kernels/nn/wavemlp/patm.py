@@ -91,14 +91,17 @@ class FusedPATM(PATM):
             raise ValueError(f"x: expected more than one value per channel in training, got shape {tuple(x.shape)}")
         weights = self.weights()
         # A norm in front reads x as it is: only x's dtype counts here.
-        cast_x, *on_images = checks.autocast(x if norm is None else x[:0], *weights[:ON_IMAGES])
-        checks.check_same_dtype("x", cast_x, "the weights", on_images[0])
-        weights = Weights(*on_images, *weights[ON_IMAGES:])
+        if (dtypes := checks.autocast_inside(x, weights[:ON_IMAGES])) is not None:
+            cast_x = x.to(dtypes[0]) if norm is None else x
+        else:
+            cast_x, *on_images = checks.autocast(x if norm is None else x[:0], *weights[:ON_IMAGES])
+            checks.check_same_dtype("x", cast_x, "the weights", on_images[0])
+            weights = Weights(*on_images, *weights[ON_IMAGES:])
         norm_h, norm_w = (PhaseNorm(*affine_parameters(n), *frozen(n)) for n in phase_norms)
         read, kind = (None, None) if norm is None else pre_norm.read(norm, x)
         out = patm_op.patm(
             cast_x if norm is None else x, weights, norm_h, norm_w, eps=(phase_norms[0].eps, phase_norms[1].eps),
-            recompute=self.recompute, backend=backend, norm=read, kind=kind, path=path,
+            recompute=self.recompute, backend=backend, norm=read, kind=kind, path=path, dtypes=dtypes,
         )  # fmt: skip
         seen = [*zip(phase_norms, (out.norm_h, out.norm_w), strict=True), *([] if norm is None else [(norm, out.norm)])]
         update(*(Batch(of, mean, var, count) for of, (mean, var) in seen))

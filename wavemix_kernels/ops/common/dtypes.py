@@ -47,6 +47,13 @@ def cast_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
     return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
+def cast_given(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    """:func:`cast_together` of those that are there, all in one dtype."""
+    there = [t for t in tensors if t is not None]
+    made = iter(cast_together(there, [dtype] * len(there)))
+    return [None if t is None else next(made) for t in tensors]
+
+
 def _copied_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     pairs = zip(tensors, dtypes, strict=True)
     made = [t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t, dtype in pairs]

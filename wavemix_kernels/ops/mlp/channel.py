@@ -18,7 +18,7 @@ from wavemix_kernels import _native, backends
 from wavemix_kernels.ops import choose
 from wavemix_kernels.ops.common import layout, plan, products, selftest
 from wavemix_kernels.ops.common.autograd import again, differentiable
-from wavemix_kernels.ops.common.dtypes import without_autocast
+from wavemix_kernels.ops.common.dtypes import cast_given, without_autocast
 from wavemix_kernels.ops.common.library import Library
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.mlp import op as pointwise_mlp
@@ -171,21 +171,31 @@ fused = differentiable(_library, "channel_mlp", _setup, _backward, standard=_sta
 # --- The residual branch ---------------------------------------------------------------------------------
 
 
+@plan.words
+class Options(NamedTuple):
+    """``dtypes``: of the arithmetic between norm and sum, and of the weights, where these are converted."""
+
+    kind: pre_norm.Kind
+    backend: str
+    dtypes: tuple[torch.dtype, torch.dtype] | None
+
+
 @plan.function
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: pre_norm.Kind, backend: str, x: Tensor, path: Tensor | None, *flat: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        kind, backend, dtypes = options
         norm, weights = _parameters(flat)
+        if dtypes is not None:
+            weights = Weights(*cast_given(weights, dtypes[0]))
         stats = pre_norm.statistics(x, norm, kind, backend)
         image = pre_norm.normalise(x, norm, kind, stats, backend, weights.w1.dtype)
         out = torch.ops.wavemix_kernels.channel_mlp(image, *weights, choose.for_part(backend, BACKENDS))
         del image
-        ctx.kind, ctx.backend = kind, backend
+        ctx.options = options
         if not torch.compiler.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)  # of statistics
-        ctx.save_for_backward(x, path, *flat, *stats)
+        ctx.save_for_backward(x, path, *norm, *weights, *stats)
         ctx.mark_non_differentiable(stats.mean, stats.var)
         return pre_norm.join(x, out, path, backend), stats.mean, stats.var
 
@@ -194,15 +204,17 @@ class _Branch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
+        kind, backend, dtypes = ctx.options
         x, path, *rest = ctx.saved_tensors
         flat, stats = rest[:-3], pre_norm.Statistics(*rest[-3:])
         norm, weights = _parameters(flat)
-        image = pre_norm.normalise(again(x), norm, ctx.kind, stats, ctx.backend, weights.w1.dtype)
-        of_branch = pre_norm.join_backward(grad, path, image, ctx.backend)
-        d_image, d_weights = backward(of_branch, image, weights, choose.for_part(ctx.backend, BACKENDS))
+        image = pre_norm.normalise(again(x), norm, kind, stats, backend, weights.w1.dtype)
+        of_branch = pre_norm.join_backward(grad, path, image, backend)
+        d_image, d_weights = backward(of_branch, image, weights, choose.for_part(backend, BACKENDS))
         del image, of_branch
-        dx, *d_norm = pre_norm.backward(d_image, x, grad, norm, ctx.kind, stats, ctx.backend)
-        return None, None, dx, None, *d_norm, None, None, *d_weights
+        dx, *d_norm = pre_norm.backward(d_image, x, grad, norm, kind, stats, backend)
+        d_weights = d_weights if dtypes is None else cast_given(d_weights, dtypes[1])
+        return None, dx, None, *d_norm, None, None, *d_weights
 
 
 def _parameters(flat: Any) -> tuple[pre_norm.Norm, Weights]:
@@ -211,14 +223,16 @@ def _parameters(flat: Any) -> tuple[pre_norm.Norm, Weights]:
 
 
 def branch(
-    x: Tensor, norm: pre_norm.Norm, kind: pre_norm.Kind, weights: Weights, path: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, norm: pre_norm.Norm, kind: pre_norm.Kind, weights: Weights, path: Tensor | None, backend: str,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``x + path MLP(norm(x))`` of checked arguments, which keeps x alone for its backward pass.
 
     Args:
         x: (N, C, H, W); the output takes its dtype and memory format.
         norm, kind: see :mod:`wavemix_kernels.ops.norm.pre_norm`.
-        weights: see :class:`Weights`; their dtype is that of the arithmetic between norm and sum.
+        weights: see :class:`Weights`.
+        dtypes: see :class:`Options`; None: everything is in the weights'.
         path: (N, 1, 1, 1), what stochastic depth multiplies each sample's branch with, or None.
         backend: for the ops that have it.
 
@@ -227,7 +241,7 @@ def branch(
     """
     # Everything is in the dtype it is to be in.
     with without_autocast(x):
-        return _Branch.apply(kind, backend, x, path, *norm, *weights)
+        return _Branch.apply(Options(kind, backend, dtypes), x, path, *norm, *weights)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

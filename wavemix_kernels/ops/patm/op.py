@@ -34,7 +34,7 @@ backward makes it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ from wavemix_kernels import log
 from wavemix_kernels.ops import choose, tuned, verify
 from wavemix_kernels.ops.common import convolutions, flops, layout, plan, products
 from wavemix_kernels.ops.common.autograd import again
-from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_together, without_autocast
+from wavemix_kernels.ops.common.dtypes import accumulate_dtype, cast_given, cast_together, without_autocast
 from wavemix_kernels.ops.common.once import once_differentiable
 from wavemix_kernels.ops.norm import pre_norm
 from wavemix_kernels.ops.patm import branch_weights, branches, phases, statistics, whole, whole_gpu
@@ -61,6 +61,7 @@ class Options(NamedTuple):
     backend: str
     kind: pre_norm.Kind | None  # None: PATM by itself
     whole: str | None  # the backend that takes images from end to end, or by parts
+    dtypes: tuple[torch.dtype, torch.dtype] | None  # see patm
 
     def part(self, table: Any) -> str:
         return choose.for_part(self.backend, table)
@@ -80,6 +81,7 @@ class Output(NamedTuple):
 def patm(
     x: Tensor, weights: Weights, norm_h: PhaseNorm, norm_w: PhaseNorm, *, eps: tuple[float, float], recompute: str,
     backend: str, norm: pre_norm.Norm | None = None, kind: pre_norm.Kind | None = None, path: Tensor | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Output:  # fmt: skip
     """PATM of checked arguments, or ``x + path PATM(norm(x))``.
 
@@ -92,10 +94,13 @@ def patm(
         norm, kind: the norm in front (:mod:`wavemix_kernels.ops.norm.pre_norm`); None: PATM by itself, x in the
             weights' dtype.
         path: (N, 1, 1, 1), what stochastic depth multiplies each sample's branch with, or None.
+        dtypes: of the arithmetic, and of the weights of the convolutions on images, which are converted; None: they are
+            in the arithmetic's.
     """
     arguments = Arguments(norm or _NO_NORM, weights, norm_h, norm_w)
-    name = runs_whole(x, backend, arguments.depthwise(), weights.fc1.shape[0], weights.z_h.dtype)
-    options = Options(eps, recompute, backend, kind, name)
+    dtype = weights.z_h.dtype if dtypes is None else dtypes[0]
+    name = runs_whole(x, backend, arguments.depthwise(), weights.fc1.shape[0], dtype)
+    options = Options(eps, recompute, backend, kind, name, dtypes)
     function: Any = _ByParts if name is None else _Whole
     # Tensors already have their dtypes; autocast would round the branch weights' small MLP.
     with without_autocast(x):
@@ -141,6 +146,12 @@ def _why_by_parts(x: Tensor, backend: str, name: str, depthwise: bool, hidden: i
 
 
 # --- What both functions save and return ----------------------------------------------------------------------
+
+
+def _converted(flat: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """:meth:`Arguments.flat` with the weights of convolutions on images, or their gradients, in another dtype."""
+    first = len(pre_norm.Norm._fields)
+    return (*flat[:first], *cast_given(flat[first : first + ON_IMAGES], dtype), *flat[first + ON_IMAGES :])
 
 
 class _Saved(NamedTuple):
@@ -202,7 +213,8 @@ def _returned(
     gradients = Arguments(d_norm, d_weights, d_norms[0], d_norms[1]).flat()
     like = zip(gradients, arguments.flat(), strict=True)
     # A list: torch.compile of older torch versions cannot trace a generator that asks for strides.
-    return None, d_image, None, *[None if g is None or t is None else layout.like_weight(g, t) for g, t in like]
+    laid_out = [None if g is None or t is None else layout.like_weight(g, t) for g, t in like]
+    return None, d_image, None, *(laid_out if options.dtypes is None else _converted(laid_out, options.dtypes[1]))
 
 
 # --- By parts -------------------------------------------------------------------------------------------------
@@ -212,6 +224,7 @@ def _returned(
 class _ByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, path: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        flat = flat if options.dtypes is None else _converted(flat, options.dtypes[0])
         arguments, of_norm = unflatten(flat), None
         w = arguments.weights.with_taps(accumulate_dtype(arguments.weights.z_h.dtype))
         if options.kind is not None:
@@ -365,6 +378,7 @@ def _bias_gradients(grad: Tensor, biases: tuple[Tensor | None, ...]) -> list[Ten
 def _forward_whole(
     ctx: Any, options: Options, x: Tensor, path: Tensor | None, flat: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
+    flat = flat if options.dtypes is None else _converted(flat, options.dtypes[0])
     arguments, name = unflatten(flat), options.whole
     assert name is not None
     image, of_norm, moments = _whole_image(layout.channels_inner(x), arguments, options, name)
