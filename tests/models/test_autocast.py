@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tests.models.subjects import normal
-from wavemix_kernels import FusedPATM, FusedWaveblock
+from wavemix_kernels import FusedPATM, FusedWaveblock, checks
 from wavemix_kernels.nn.wavemix.shuffle import FusedShuffleWaveblock
 from wavemix_kernels.nn.wavemlp.block import FusedWaveBlock
 from wavemix_kernels.ops.common import dtypes
@@ -50,6 +50,32 @@ def test_backward_inside_of_autocast_is_that_outside(name: str, dtype: torch.dty
             found.append(torch.autograd.grad(loss, [x, *module.parameters()]))
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_weights_are_converted_inside_as_outside(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Operators convert their weights, and give gradients in the parameters' dtype: the values of conversions by
+    PyTorch. Weights of several dtypes are converted by that."""
+    make, channels = MODULES[name]
+    torch.manual_seed(0)
+    module = make()
+    x = normal(2, channels, 8, 8, dtype=torch.float32).requires_grad_()
+
+    def step() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()])]
+
+    inside, asked = step(), list[Any]()
+    monkeypatch.setattr(checks, "autocast_inside", lambda *args: asked.append(args))
+    outside = step()
+    assert len(asked) == {"waveblock": 1, "wave-mlp block": 2}.get(name, name.startswith("patm"))
+    for got, want in zip(inside, outside, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    monkeypatch.undo()
+    first = next(m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
+    first.to(torch.bfloat16)
+    assert [t.dtype for t in step()[2:]] == [p.dtype for p in module.parameters()]
 
 
 @pytest.mark.parametrize("name", MODULES)

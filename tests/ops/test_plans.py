@@ -67,14 +67,15 @@ def _shifted(pattern: Any, by: float, *shape: int, phase: float = 0.0) -> torch.
     return pattern(*shape, phase=phase + by)
 
 
-def _steps(module: torch.nn.Module, shape: tuple[int, ...]) -> list[torch.Tensor]:
+def _steps(module: torch.nn.Module, shape: tuple[int, ...], autocast: bool) -> list[torch.Tensor]:
     """Outputs, gradients and buffers of three steps, each on another image."""
     module = copy.deepcopy(module)
     made: list[torch.Tensor] = []
     for step in range(3):
         torch.manual_seed(step)
         x = torch.randn(shape).requires_grad_()
-        out = module(x)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            out = module(x)
         made += [out, *torch.autograd.grad(out, [x, *module.parameters()], torch.randn_like(out))]
     return [*made, *module.buffers()]
 
@@ -94,9 +95,11 @@ def _steps(module: torch.nn.Module, shape: tuple[int, ...]) -> list[torch.Tensor
     ],
     ids=["waveblock", "waveblock_all", "patm", "wave_mlp_block"],
 )
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.prove)])
 def test_blocks(
-    plans: None, monkeypatch: pytest.MonkeyPatch, device: str, backend: str, module: Any, shape: tuple[int, ...]
-) -> None:
+    plans: None, monkeypatch: pytest.MonkeyPatch, device: str, backend: str, module: Any, shape: tuple[int, ...],
+    autocast: bool,
+) -> None:  # fmt: skip
     if device != "cpu":
         pytest.skip("plans are made there anyway")
     for choice in ("product", "product_backward_weight"):  # as on a GPU
@@ -104,8 +107,8 @@ def test_blocks(
     made = module()
     with backends.backend(backend):
         with plan.paused():
-            want = _steps(made, shape)
-        got = _steps(made, shape)
+            want = _steps(made, shape, autocast)
+        got = _steps(made, shape, autocast)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         assert a.stride() == b.stride()

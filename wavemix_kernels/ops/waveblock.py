@@ -188,7 +188,8 @@ def levels_forward(
             rows = batch_norm.given_rows(level.mean, level.invstd, *norm)
         elif options.kind == "deconv":
             assert level.up_weight is not None
-            second, rows = deconv.with_stats(u, level.up_weight, level.up_bias, *norm, options.eps[i], part.upsample)
+            made = torch.ops.wavemix_kernels.deconv_stats
+            second, rows = made(u, level.up_weight, level.up_bias, *norm, options.eps[i], part.upsample)
         else:
             second = upsample.forward(options.kind, u, level.up_weight, level.up_bias, part.upsample)
             rows = batch_norm.rows(second, *norm, options.eps[i], part.norm)

@@ -383,15 +383,6 @@ def plus_residual(u: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     return torch.ops.wavemix_kernels.deconv_residual(u, weight, bias, residual, backend)
 
 
-def with_stats(
-    u: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output, and of it what :func:`wavemix_kernels.ops.norm.batch_norm.rows` gives for a BatchNorm's parameters."""
-    y, rows = torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, norm_weight, norm_bias, eps, backend)
-    return y, rows
-
-
 class NormGradients(NamedTuple):
     """Gradients of u, of the weight and of the BatchNorm's weight and bias. The convolution's own bias has none that
     kernels would be needed for: BatchNorm takes a batch's mean away, or passes its bias' gradient on."""
@@ -444,7 +435,7 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.flo
     tensors = p(2, 40, 5, 7), p(40, 36, 4, 4), p(36), p(2, 36, 10, 14, phase=1), p(2, 36, 10, 14, phase=2)
     for name, wide, where in ((backend, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
         u, weight, bias, residual, grad = (t.to(dtype).to(where, wide) for t in tensors)
-        y, rows = with_stats(u, weight, bias, None, None, 1e-5, name)
+        y, rows = torch.ops.wavemix_kernels.deconv_stats(u, weight, bias, None, None, 1e-5, name)
         stats = batch_norm.Statistics.of(rows)
         norm = stats.mean, stats.invstd, None, True
         gradients = norm_backward(grad, y, *norm, u, weight, name)
