@@ -10,6 +10,7 @@ choice of a kernel. `aten.add` of two tensors of one element is the unit, measur
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -235,6 +236,8 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
     counts: dict[Any, tuple[int, int]] = {}
     operators: dict[str, Any] = {}
     timed: dict[Any, tuple[float, float]] = {}
+    gc.collect()
+    gc.freeze()  # the collector would go through the models of all other steps
     for narrow, alike in made.items():
         with _choices(narrow):
             for key, call in alike.items():
