@@ -5,12 +5,11 @@ the CPU, take about as long as their dispatch. Convolutions and matrix products 
 stub can tell is not in these times: the driver's own part of a launch, about :data:`DRIVER_US`, and the library's
 choice of a kernel. `aten.add` of two tensors of one element is the unit, measured in between.
 
-``python -m benchmarks.predict.host STEP...`` measures in a process of its own and prints JSON.
+``python -m benchmarks.predict.host STEP`` measures in a process of its own and prints JSON.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from .tools import Missing
 
 #: Microseconds that NVIDIA's driver takes for a launch, at least: estimated.
 DRIVER_US = 2.0
-_ROUNDS, _SECONDS = 9, 0.04
+_ROUNDS, _SECONDS = 9, 0.1
 _PROVIDERS = ("ours", "eager")
 _OURS = "wavemix_kernels"
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -59,7 +58,7 @@ class Timed:
 
 
 def measure(names: Sequence[str]) -> dict[str, Any]:
-    """Times of steps by name, in a process of its own.
+    """Times of steps by name, each in a process of its own: beside other models one is slower, as no training is.
 
     Returns:
         ``machine``: processor, versions and microseconds of an aten.add; ``steps``: name -> "training" or "inference"
@@ -69,10 +68,22 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
     Raises:
         Missing: it failed; the message has its last words.
     """
+    measured = [_measured(name) for name in names]
+    operators: dict[str, Any] = {}
+    for one in reversed(measured):
+        operators |= one["operators"]
+    return {
+        "machine": min((one["machine"] for one in measured), key=lambda machine: machine["add_us"]),
+        "steps": {name: times for one in measured for name, times in one["steps"].items()},
+        "operators": operators,
+    }
+
+
+def _measured(name: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["WAVEMIX_KERNELS_VERIFY"] = "0"  # as after the first use
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.predict.host", *names]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.predict.host", name]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
     if done.returncode != 0:
@@ -220,12 +231,12 @@ def _choices(narrow: bool) -> AbstractContextManager[None]:
     return narrow_choices() if narrow else nullcontext()
 
 
-def _main(names: Sequence[str]) -> dict[str, Any]:
+def _main(name: str) -> dict[str, Any]:
     from ..harness.machine import environment
     from . import stub_gpu
 
     torch.set_num_threads(1)
-    chosen = [step for step in steps() if step.name in names]
+    chosen = [step for step in steps() if step.name == name]
     made: dict[bool, dict[Any, Callable[[], None]]] = {True: {}, False: {}}  # narrow, or as they are
     for step, training, provider in itertools.product(chosen, (True, False), _PROVIDERS):
         narrow = step.is_narrow(training)
@@ -236,8 +247,6 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
     counts: dict[Any, tuple[int, int]] = {}
     operators: dict[str, Any] = {}
     timed: dict[Any, tuple[float, float]] = {}
-    gc.collect()
-    gc.freeze()  # the collector would go through the models of all other steps
     for narrow, alike in made.items():
         with _choices(narrow):
             for key, call in alike.items():
@@ -274,4 +283,4 @@ def _main(names: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(sys.argv[1:])))
+    print(json.dumps(_main(sys.argv[1])))
