@@ -205,5 +205,5 @@ def test_views(plans: None) -> None:
     ("size", "stride", "dense"), [((2, 3), (3, 1), 6), ((2, 3), (1, 2), 6), ((2, 2), (1, 1), 0), ((2, 2), (4, 1), 0)]
 )
 def test_memory_is_laid_out_as_views_of_all_of_it(size: Any, stride: Any, dense: int) -> None:
-    """As a view of two elements in one place it would be too small for others."""
+    """A view with two elements in one place needs less memory than others of the same size."""
     assert Slot(0, size, stride, torch.float32, torch.device("cpu"), False, 0).dense == dense

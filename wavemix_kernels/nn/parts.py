@@ -120,7 +120,7 @@ def is_frozen(norm: nn.BatchNorm2d) -> bool:
 
 
 class _Later(threading.local):
-    """What :func:`together` has not yet updated."""
+    """Batches that :func:`together` will hand to :func:`update` at its end."""
 
     batches: list[Batch] | None = None
 
@@ -130,7 +130,7 @@ _later = _Later()
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Decorates a model's forward pass: its norms' running statistics move at its end, in few launches."""
+    """Around a model's forward pass: running statistics move at its end, in few launches; not after an error."""
     if torch.compiler.is_compiling() or _later.batches is not None:
         yield
         return

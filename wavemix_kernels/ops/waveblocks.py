@@ -117,7 +117,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class _Kept(NamedTuple):
-    """What a block's levels keep for their gradients."""
+    """Tensors that a block's levels keep for their gradients."""
 
     seeds: Tensor | None
     flat: Sequence[Any]
@@ -131,7 +131,7 @@ class _Kept(NamedTuple):
 
     @classmethod
     def of(cls, count: int, ys: int, tensors: Sequence[Any]) -> _Kept:
-        """Of :meth:`tensors` of so many levels and ``ys``."""
+        """The inverse of :meth:`tensors`, for so many levels and ``ys``."""
         seeds, *rest = tensors
         flat, kept, stats = rest[: count * FIELDS], rest[count * FIELDS : -count], rest[-count:]
         return cls(seeds, flat, kept[:ys], kept[ys : ys + count], kept[ys + count :], stats)
@@ -153,8 +153,8 @@ def _back_through_levels(options: Options, dy: Tensor, kept: _Kept) -> tuple[lis
 @plan.function
 class _Block(torch.autograd.Function):
     """From a pyramid and the residual x through the levels, their last BatchNorm and x: the next block's image and
-    pyramid, and all levels' statistics. The last block is in two, so that less is kept when its levels' gradients,
-    which everything before is kept for, are made."""
+    pyramid, and all levels' statistics. The last block takes two functions: memory peaks in the gradients of its
+    levels, and the second one's tensors are freed by then."""
 
     @staticmethod
     def forward(

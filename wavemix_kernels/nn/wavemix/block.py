@@ -40,7 +40,7 @@ def _kinds_of_part(upsample: str) -> tuple[type[nn.Module], ...]:
 
 @functools.lru_cache
 def _kinds(levels: int, upsample: str) -> list[type[nn.Module]]:
-    """Of the reduction, the feed-forward parts, and what these are made of."""
+    """Classes of the reduction, of the feed-forward parts, and of the modules in these."""
     return [nn.Conv2d, *[nn.Sequential] * levels, *_kinds_of_part(upsample) * levels]
 
 

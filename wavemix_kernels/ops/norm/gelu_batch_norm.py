@@ -144,7 +144,7 @@ class _GeluBatchNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, rows, weight, bias = ctx.saved_tensors
-        of = batch_norm.Statistics(*rows.unbind(0))
+        of = batch_norm.Statistics.of(rows)
         made = torch.ops.wavemix_kernels.gelu_batch_norm_backward
         dx, parameters = made(grad, x, of.mean, of.invstd, weight, ctx.backend)
         d_weight, d_bias = parameters.unbind(0)
@@ -173,7 +173,7 @@ def fused(
         ValueError: the backend asked for by name cannot serve x.
     """
     out, rows = _GeluBatchNorm.apply(x, weight, bias, eps, choose.for_part(backend, BACKENDS))
-    return out, batch_norm.Statistics(*rows.unbind(0))
+    return out, batch_norm.Statistics.of(rows)
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
